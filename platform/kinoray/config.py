@@ -1,0 +1,228 @@
+"""The settings that jobs share: frozen dataclasses, one docstring a field. The verbs' own trees are in verbs.py.
+
+Everything that changes a number in a result is in ClipConfig and ModelConfig, and their digest goes into that result.
+"""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Annotated, Any, Literal
+
+import yaml
+from tyro.constructors import PrimitiveConstructorSpec
+
+from kinoray.errors import ConfigError
+
+__all__ = [
+    "ClipConfig",
+    "DecodeConfig",
+    "FlowConfig",
+    "ModelConfig",
+    "ModelOptions",
+    "OptimConfig",
+    "ResourcesConfig",
+    "SampleConfig",
+    "StorageConfig",
+    "ViewConfig",
+    "digest",
+    "parse_options",
+]
+
+
+def digest(config: Any) -> str:
+    """16 hex digits that name a config (or any JSON-able value): equal settings, equal digest, on every machine."""
+    value = asdict(config) if hasattr(config, "__dataclass_fields__") else config
+    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()[:16]
+
+
+def require(condition: bool, name: str, expected: str, found: object) -> None:
+    """Raise ConfigError naming the field unless the condition holds."""
+    if not condition:
+        raise ConfigError(f"{name} must be {expected}, got {found!r}")
+
+
+def parse_options(items: Sequence[str]) -> dict[str, Any]:
+    """`["heads=8", "stc=false"]` -> `{"heads": 8, "stc": False}`: values are read as YAML scalars."""
+    options: dict[str, Any] = {}
+    for item in items:
+        key, equals, value = item.partition("=")
+        if not (key and equals):
+            raise ConfigError(f"model.options must be KEY=VALUE, got {item!r}")
+        options[key] = yaml.safe_load(value)
+    return options
+
+
+ModelOptions = Annotated[
+    dict[str, Any],
+    PrimitiveConstructorSpec(
+        nargs="*",
+        metavar="KEY=VALUE [KEY=VALUE ...]",
+        instance_from_str=parse_options,
+        is_instance=lambda value: isinstance(value, dict),
+        str_from_instance=lambda value: [f"{key}={json.dumps(item)}" for key, item in value.items()],
+    ),
+]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StorageConfig:
+    """Where s3:// addresses lead. Credentials come from the usual AWS chain, never from here."""
+
+    endpoint_url: str | None = None
+    """Address of an S3 server that is not AWS (MinIO, Ceph, R2). Default: AWS_ENDPOINT_URL if set, else AWS."""
+    region: str | None = None
+    """AWS region. Default: what the AWS environment or profile says, else us-east-1."""
+    addressing: Literal["auto", "path", "virtual"] = "auto"
+    """How buckets are addressed; `path` for servers without bucket host names."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SampleConfig:
+    """Which frames of a video the model sees: num_segments x frames_per_segment equal slots, one frame each.
+
+    Testing takes the middle of each slot, training a random frame of it.
+    """
+
+    num_segments: int = 8
+    """Equal parts the video is cut into (n in the paper, section 4.1: 8 or 16)."""
+    frames_per_segment: int = 6
+    """Frames taken evenly from each segment (T in the paper: 6)."""
+
+    def __post_init__(self) -> None:
+        require(self.num_segments >= 1, "sample.num_segments", "at least 1", self.num_segments)
+        require(self.frames_per_segment >= 1, "sample.frames_per_segment", "at least 1", self.frames_per_segment)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DecodeConfig:
+    """How bytes become frames. Back ends differ by 1-2 grey levels, so the choice is part of the digest."""
+
+    backend: Literal["pyav", "decord"] = "pyav"
+    """`pyav` decodes only what the wanted frames need; `decord` is there for comparison."""
+    max_pixels: int = 2**25
+    """Largest frame, in pixels; larger videos are quarantined after the probe."""
+    max_duration_s: float = 4 * 3600.0
+    """Longest video, in seconds."""
+    max_bytes: int = 2**31
+    """Largest encoded video, in bytes."""
+    max_frames: int = 60_000
+    """Most frames that one video may make the decoder decode."""
+
+    def __post_init__(self) -> None:
+        for name in ("max_pixels", "max_duration_s", "max_bytes", "max_frames"):
+            require(getattr(self, name) > 0, f"decode.{name}", "greater than 0", getattr(self, name))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ViewConfig:
+    """Which part of each frame the model sees. Testing: the centre crop; training: random scale, place and flip."""
+
+    resize: Literal["stretch", "short_side"] = "stretch"
+    """`stretch` to resize_px x resize_px, aspect not kept (the paper's words), or scale the short side to it."""
+    resize_px: int = 256
+    """Side of the resized frame, in pixels (paper: 256)."""
+    crop_px: int = 224
+    """Side of the square that is cut out, in pixels (paper: 224)."""
+    train_scales: tuple[float, ...] = (1.0, 0.875, 0.75, 0.66)
+    """Sides of training crops, as fractions of the resized frame's short side (multi-scale crops, as in TSN)."""
+    train_flip: bool = True
+    """Mirror half of the training clips; the x component of the flow is negated with it."""
+
+    def __post_init__(self) -> None:
+        require(self.resize_px >= 16, "view.resize_px", "at least 16", self.resize_px)
+        require(16 <= self.crop_px <= self.resize_px, "view.crop_px", "between 16 and view.resize_px", self.crop_px)
+        scales_ok = bool(self.train_scales) and all(0.1 <= scale <= 1.0 for scale in self.train_scales)
+        require(scales_ok, "view.train_scales", "one or more numbers in 0.1 .. 1.0", self.train_scales)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FlowConfig:
+    """Optical flow from each sampled frame to the frame after it, for models that look at motion."""
+
+    preset: Literal["ultrafast", "fast", "medium"] = "ultrafast"
+    """OpenCV DIS preset: end-point error about 0.3 / 0.2 / 0.12 px at 1 : 2 : 10 times the cost."""
+    bound_px: float = 20.0
+    """Flow is clipped to +- this many pixels of the crop and scaled so that the bound becomes 1 (TSN: 20)."""
+
+    def __post_init__(self) -> None:
+        require(self.bound_px > 0, "flow.bound_px", "greater than 0", self.bound_px)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ClipConfig:
+    """Everything that decides the numbers a model is fed from a video."""
+
+    sample: SampleConfig = field(default_factory=SampleConfig)
+    """Which frames."""
+    decode: DecodeConfig = field(default_factory=DecodeConfig)
+    """How they are decoded."""
+    view: ViewConfig = field(default_factory=ViewConfig)
+    """Which part of them."""
+    flow: FlowConfig = field(default_factory=FlowConfig)
+    """Optical flow between them."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelConfig:
+    """Which network: a short name or an import string, and the options of its factory."""
+
+    factory: str = "vcm_sdd"
+    """A short name (vcm_sdd, ...) or `package:function`; called as function(num_classes=..., **options)."""
+    options: ModelOptions = field(default_factory=dict)
+    """Keyword arguments of the factory, such as backbone=resnet18 heads=8 scale=dim."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OptimConfig:
+    """The training recipe."""
+
+    epochs: int = 20
+    """Passes over the training split (paper: 100)."""
+    batch_size: int = 32
+    """Videos a step over all workers together (paper: 128)."""
+    lr: float = 2e-3
+    """Peak learning rate of AdamW (paper: 0.008 on K400, 0.012 on K600)."""
+    weight_decay: float = 0.02
+    """AdamW's weight decay."""
+    warmup_fraction: float = 0.1
+    """Share of all steps over which the rate rises linearly; then it falls along a cosine to zero."""
+    clip_norm: float = 5.0
+    """Gradients are scaled down to this norm; 0 turns it off."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """`bf16` runs forward and loss under autocast."""
+    seed: int = 0
+    """Seeds weights, order and augmentation."""
+
+    def __post_init__(self) -> None:
+        require(self.epochs >= 1, "optim.epochs", "at least 1", self.epochs)
+        require(self.batch_size >= 1, "optim.batch_size", "at least 1", self.batch_size)
+        require(self.lr > 0, "optim.lr", "greater than 0", self.lr)
+        require(self.weight_decay >= 0, "optim.weight_decay", "at least 0", self.weight_decay)
+        require(0 <= self.warmup_fraction < 1, "optim.warmup_fraction", "in 0 .. 1", self.warmup_fraction)
+        require(self.clip_norm >= 0, "optim.clip_norm", "at least 0", self.clip_norm)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ResourcesConfig:
+    """What a job asks of the cluster. A job that cannot fit is refused before it starts, with the arithmetic."""
+
+    address: str = ""
+    """Ray cluster to use. Default: the cluster this job was submitted to (RAY_ADDRESS), else a Ray of its own, here."""
+    local_cpus: int = 4
+    """Logical CPUs of a Ray that this command starts itself (more than the cores is fine: stages wait)."""
+    num_workers: int = 2
+    """Processes that run the model (train, label, evaluate) or pack files (pack)."""
+    cpus_per_worker: float = 1.0
+    """CPUs of each; its thread counts follow from this."""
+    gpus_per_worker: float = 0.0
+    """GPUs of each; above 0 the model runs on CUDA."""
+    decode_tasks: int = 2
+    """Decoders: tasks of one CPU each beside the workers (train), or threads inside each worker (label, evaluate)."""
+
+    def __post_init__(self) -> None:
+        require(self.local_cpus >= 1, "resources.local_cpus", "at least 1", self.local_cpus)
+        require(self.num_workers >= 1, "resources.num_workers", "at least 1", self.num_workers)
+        require(self.cpus_per_worker > 0, "resources.cpus_per_worker", "greater than 0", self.cpus_per_worker)
+        require(self.gpus_per_worker >= 0, "resources.gpus_per_worker", "at least 0", self.gpus_per_worker)
+        require(self.decode_tasks >= 1, "resources.decode_tasks", "at least 1", self.decode_tasks)

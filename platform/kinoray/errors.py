@@ -1,0 +1,146 @@
+"""Every error that kinoray raises.
+
+    KinorayError
+      ConfigError               a setting is wrong; the message names the field (also a ValueError)
+      StorageError              bytes could not be read or written
+        ObjectNotFound          no such file, object or bucket
+        AccessDenied            no credentials, or the credentials may not do this
+        StorageUnavailable      still failing after all retries
+        ChecksumMismatch        bytes arrived, but not the ones that were written
+      CatalogError              a table of videos is empty, lacks a column or names a video twice
+      MediaError                one video is bad; becomes a quarantine row, never ends a job
+        EmptyMedia              no bytes at all
+        UnreadableContainer     not a video file, or its index is lost
+        NoVideoStream           a media file without pictures
+        UndecodableVideo        a container that opens, but gives no frame
+        MediaOverBudget         larger than the limits in the config allow
+      CheckpointError           a checkpoint is missing, broken, or of another model
+        CheckpointNotFound
+        CheckpointCorrupt
+        CheckpointMismatch
+      ModelError                a model cannot be built or fed as asked
+      ClusterError              the cluster cannot be reached, or the job does not fit it
+      JobError                  a job ran and must not be called a success
+        TooManyBad              more than max_bad_fraction of the inputs were quarantined
+        IncompleteOutput        rows out are not rows in
+
+A message says what failed, where (uri, member, field), what was found and expected, and what to do next, on one line.
+"""
+
+__all__ = [
+    "AccessDenied",
+    "CatalogError",
+    "CheckpointCorrupt",
+    "CheckpointError",
+    "CheckpointMismatch",
+    "CheckpointNotFound",
+    "ChecksumMismatch",
+    "ClusterError",
+    "ConfigError",
+    "EmptyMedia",
+    "IncompleteOutput",
+    "JobError",
+    "KinorayError",
+    "MediaError",
+    "MediaOverBudget",
+    "ModelError",
+    "NoVideoStream",
+    "ObjectNotFound",
+    "StorageError",
+    "StorageUnavailable",
+    "TooManyBad",
+    "UndecodableVideo",
+    "UnreadableContainer",
+]
+
+
+class KinorayError(Exception):
+    """Base of all errors that kinoray raises on purpose."""
+
+
+class ConfigError(KinorayError, ValueError):
+    """A setting is wrong. The message starts with the field's full name."""
+
+
+class StorageError(KinorayError):
+    """Bytes could not be read or written."""
+
+
+class ObjectNotFound(StorageError):
+    """No such file, object or bucket."""
+
+
+class AccessDenied(StorageError):
+    """No credentials were found, or they may not do this."""
+
+
+class StorageUnavailable(StorageError):
+    """The store kept failing until all retries were used up."""
+
+
+class ChecksumMismatch(StorageError):
+    """Bytes arrived, but not those that were written."""
+
+
+class CatalogError(KinorayError):
+    """A table of videos is empty, lacks a column, or names a video twice."""
+
+
+class MediaError(KinorayError):
+    """One video is bad. It becomes a quarantine row and never ends a job."""
+
+
+class EmptyMedia(MediaError):
+    """The file has no bytes."""
+
+
+class UnreadableContainer(MediaError):
+    """Not a video file, or its index is lost."""
+
+
+class NoVideoStream(MediaError):
+    """A media file without pictures (audio only, say)."""
+
+
+class UndecodableVideo(MediaError):
+    """The container opens, but no frame comes out."""
+
+
+class MediaOverBudget(MediaError):
+    """Larger than decode.max_* allows."""
+
+
+class CheckpointError(KinorayError):
+    """A checkpoint is missing, broken, or of another model."""
+
+
+class CheckpointNotFound(CheckpointError):
+    """No whole checkpoint at that place."""
+
+
+class CheckpointCorrupt(CheckpointError):
+    """Files of a checkpoint do not match the digests written beside them."""
+
+
+class CheckpointMismatch(CheckpointError):
+    """The checkpoint belongs to another model, label map or config."""
+
+
+class ModelError(KinorayError):
+    """A model cannot be built or fed as asked."""
+
+
+class ClusterError(KinorayError):
+    """The cluster cannot be reached, or the job does not fit it."""
+
+
+class JobError(KinorayError):
+    """A job ran, and its result must not be called a success."""
+
+
+class TooManyBad(JobError):
+    """More than max_bad_fraction of the inputs were quarantined."""
+
+
+class IncompleteOutput(JobError):
+    """Rows out are not rows in."""

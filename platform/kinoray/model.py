@@ -1,0 +1,94 @@
+"""How a model gets in: an import string, a factory, a Protocol. The platform never imports models/ by name."""
+
+import importlib
+import inspect
+from collections.abc import Iterator, Mapping
+from typing import Any, Protocol, cast
+
+from torch import Tensor, nn
+
+from kinoray.config import ClipConfig, ModelConfig
+from kinoray.errors import ConfigError, ModelError
+
+__all__ = ["SHORT_NAMES", "InputSpec", "VideoModel", "build_model", "check_clip", "require_known_model"]
+
+SHORT_NAMES: Mapping[str, str] = {
+    "vcm_sdd": "vcm_sdd:vcm_sdd",
+}
+"""Short names for the networks that ship with kinoray; anything else is `package:function`."""
+
+
+class InputSpec(Protocol):
+    """What a model needs to be fed; None means any number. Values and scaling: see vcm_sdd.spec.InputSpec."""
+
+    @property
+    def rgb(self) -> bool: ...
+    @property
+    def flow_channels(self) -> int: ...
+    @property
+    def num_segments(self) -> int | None: ...
+    @property
+    def frames_per_segment(self) -> int | None: ...
+    @property
+    def crop_px(self) -> int | None: ...
+    @property
+    def rgb_mean(self) -> tuple[float, float, float]: ...
+    @property
+    def rgb_std(self) -> tuple[float, float, float]: ...
+
+
+class VideoModel(Protocol):
+    """A torch module that maps clips to logits [B, num_classes]; rgb and flow are None where the spec asks for none."""
+
+    @property
+    def input_spec(self) -> InputSpec: ...
+    def __call__(self, *, rgb: Tensor | None, flow: Tensor | None) -> Tensor: ...
+    def state_dict(self) -> dict[str, Tensor]: ...
+    def parameters(self) -> Iterator[nn.Parameter]: ...
+
+
+def _factory(name: str) -> Any:
+    target = SHORT_NAMES.get(name, name)
+    module_name, colon, function = target.partition(":")
+    if not (module_name and colon and function):
+        known = ", ".join(sorted(SHORT_NAMES))
+        raise ConfigError(f"model.factory must be one of {known}, or package:function, got {name!r}")
+    try:
+        return getattr(importlib.import_module(module_name), function)
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(f"model.factory {name!r} cannot be imported: {error}") from error
+
+
+def require_known_model(config: ModelConfig) -> None:
+    """Raise ConfigError if the factory does not exist or an option is not one of its arguments."""
+    parameters = inspect.signature(_factory(config.factory)).parameters
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+        return
+    known = sorted(set(parameters) - {"num_classes"})
+    for option in config.options:
+        if option not in known:
+            raise ConfigError(f"model.options.{option} is not an option of {config.factory}; known: {', '.join(known)}")
+
+
+def build_model(config: ModelConfig, num_classes: int) -> VideoModel:
+    """Build the configured network for num_classes. Raises ConfigError for a bad setting, ModelError for the rest."""
+    require_known_model(config)
+    try:
+        model = _factory(config.factory)(num_classes=num_classes, **config.options)
+    except ValueError as error:
+        raise ConfigError(f"model.options: {error}") from error
+    except TypeError as error:
+        raise ModelError(f"{config.factory} cannot be built with options {dict(config.options)}: {error}") from error
+    return cast(VideoModel, model)
+
+
+def check_clip(spec: InputSpec, clip: ClipConfig) -> None:
+    """Raise ConfigError where the clip's shape is not one that the model accepts."""
+    wanted = {
+        "clip.sample.num_segments": (spec.num_segments, clip.sample.num_segments),
+        "clip.sample.frames_per_segment": (spec.frames_per_segment, clip.sample.frames_per_segment),
+        "clip.view.crop_px": (spec.crop_px, clip.view.crop_px),
+    }
+    for name, (expected, found) in wanted.items():
+        if expected is not None and expected != found:
+            raise ConfigError(f"{name} must be {expected} for this model, got {found}")

@@ -1,0 +1,1 @@
+"""The only folder that imports ray: each module composes the pure parts into one job."""

@@ -1,0 +1,70 @@
+"""The one place that starts or joins Ray, with the settings that every job shares."""
+
+import logging
+import os
+
+import ray
+
+from kinoray.config import ResourcesConfig
+from kinoray.errors import ClusterError
+
+__all__ = ["WORKER_ENV", "connect", "disconnect", "require_fit"]
+
+WORKER_ENV = {
+    "RAY_DATA_PARQUET_FOOTER_NUM_ACTORS": "1",  # the default starts 32 actors to read one file
+    "RAY_DATA_PARQUET_BIN_PACKING_BYTES": str(32 * 2**20),
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_TRAIN_ENABLE_V2": "1",
+}
+"""Environment of every worker; never holds a secret, since the jobs API shows it."""
+
+
+def connect(config: ResourcesConfig) -> None:
+    """Join the configured cluster, or start a Ray on this machine; nothing happens where one is joined already.
+
+    Raises:
+        ClusterError: the address does not answer.
+    """
+    if ray.is_initialized():
+        return
+    os.environ.update({name: os.environ.get(name, value) for name, value in WORKER_ENV.items()})
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    address = config.address or os.environ.get("RAY_ADDRESS", "")
+    try:
+        if address:
+            ray.init(address=address, runtime_env={"env_vars": WORKER_ENV}, log_to_driver=True)
+        else:  # "local", so that it never joins a stranger's cluster
+            ray.init(
+                address="local",
+                num_cpus=config.local_cpus,
+                include_dashboard=False,
+                log_to_driver=True,
+                logging_level=logging.WARNING,
+                runtime_env={"env_vars": WORKER_ENV},
+            )
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise ClusterError(f"resources.address {address or 'local'!r} cannot be joined: {error}") from error
+
+
+def disconnect() -> None:
+    """Leave the cluster; a Ray that `connect` started ends with it."""
+    ray.shutdown()
+
+
+def require_fit(config: ResourcesConfig, *, decode_cpus: float = 0.0) -> None:
+    """Refuse a job that the cluster can never hold: Ray itself would wait for ever without a word.
+
+    Raises:
+        ClusterError: with the sum that does not fit.
+    """
+    have = ray.cluster_resources()
+    cpus = config.num_workers * config.cpus_per_worker + decode_cpus
+    gpus = config.num_workers * config.gpus_per_worker
+    for kind, needed in (("CPU", cpus), ("GPU", gpus)):
+        if needed > have.get(kind, 0.0):
+            each = config.cpus_per_worker if kind == "CPU" else config.gpus_per_worker
+            decode = f" + {decode_cpus:g} to decode" if kind == "CPU" and decode_cpus else ""
+            raise ClusterError(
+                f"resources: {config.num_workers} workers x {each:g} {kind}{decode} = {needed:g} {kind}, but "
+                f"the cluster has {have.get(kind, 0.0):g}; lower resources.num_workers or raise resources.local_cpus"
+            )

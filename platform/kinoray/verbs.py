@@ -1,0 +1,225 @@
+"""One config tree a verb: flags of `kinoray <verb>`, keys of `--config file.yaml` and payload of jobs/<verb>.py."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import tyro
+
+from kinoray.config import (
+    ClipConfig,
+    DecodeConfig,
+    ModelConfig,
+    OptimConfig,
+    ResourcesConfig,
+    StorageConfig,
+    require,
+)
+
+__all__ = ["DemoConfig", "EvaluateConfig", "LabelConfig", "PackConfig", "ReportConfig", "TrainConfig"]
+
+
+def _check_fraction(name: str, value: float) -> None:
+    require(0 <= value <= 1, name, "in 0 .. 1", value)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PackConfig:
+    """Pack a folder of class folders, or a CSV (path,label[,split]), into tar shards and a catalog.
+
+    Example: kinoray pack videos/ --out s3://bucket/set
+
+    Every file that is found is either packed or listed in quarantine.parquet with a reason. The same command again goes
+    on where a killed run stopped.
+    """
+
+    source: tyro.conf.Positional[str]
+    """Folder or s3:// prefix of class folders (or of train/, val/ with class folders), or a CSV path,label[,split]."""
+    out: str
+    """Folder or s3:// prefix for shards/, catalog.parquet, labels.json and quarantine.parquet."""
+    shard_mb: int = 256
+    """Aimed size of a shard, in MiB."""
+    val_fraction: float = 0.0
+    """Share of each class that goes to split `val` where the source names no splits (by a hash of the file's path)."""
+    max_bad_fraction: float = 0.2
+    """More unreadable files than this share make the job fail (after writing what is good)."""
+    decode: DecodeConfig = field(default_factory=DecodeConfig)
+    """Limits that a file is probed against."""
+    storage: StorageConfig = field(default_factory=StorageConfig)
+    """Object storage."""
+    resources: ResourcesConfig = field(default_factory=ResourcesConfig)
+    """Workers."""
+
+    def __post_init__(self) -> None:
+        require(self.shard_mb >= 1, "shard_mb", "at least 1", self.shard_mb)
+        _check_fraction("val_fraction", self.val_fraction)
+        _check_fraction("max_bad_fraction", self.max_bad_fraction)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainConfig:
+    """Train a model on a packed catalog.
+
+    Example: kinoray train s3://bucket/set --out s3://bucket/runs/first --model.options backbone=resnet18
+
+    Everything goes to the run folder: checkpoints, metrics.jsonl, TensorBoard events, config. The same command again
+    resumes from the newest whole checkpoint.
+    """
+
+    catalog: tyro.conf.Positional[str]
+    """A pack's folder, or its catalog.parquet."""
+    out: str
+    """Run folder (a folder or an s3:// prefix)."""
+    split: str = "train"
+    """Split to train on."""
+    val_split: str = "val"
+    """Split that is scored after each epoch; empty for none."""
+    keep_checkpoints: int = 2
+    """Newest checkpoints that are kept, besides the best one."""
+    max_failures: int = 3
+    """How often a dead worker group is started again from the newest checkpoint."""
+    max_bad_fraction: float = 0.2
+    """More unreadable training videos than this share end the run."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    """The network."""
+    clip: ClipConfig = field(default_factory=ClipConfig)
+    """What it is fed."""
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    """The recipe."""
+    storage: StorageConfig = field(default_factory=StorageConfig)
+    """Object storage."""
+    resources: ResourcesConfig = field(default_factory=ResourcesConfig)
+    """Workers and decoders."""
+
+    def __post_init__(self) -> None:
+        require(self.keep_checkpoints >= 1, "keep_checkpoints", "at least 1", self.keep_checkpoints)
+        require(self.max_failures >= 0, "max_failures", "at least 0", self.max_failures)
+        _check_fraction("max_bad_fraction", self.max_bad_fraction)
+        workers, batch = self.resources.num_workers, self.optim.batch_size
+        require(batch >= workers, "optim.batch_size", f"at least resources.num_workers ({workers})", batch)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LabelConfig:
+    """Label every video of a catalog, a bucket prefix or a folder, exactly once.
+
+    Example: kinoray label s3://bucket/library/ --checkpoint s3://bucket/runs/first --out s3://bucket/labels
+
+    The result is one row for every input: labelled, or quarantined with a reason. The same command again, after a kill
+    or from another machine, does what is missing and nothing else.
+    """
+
+    source: tyro.conf.Positional[str]
+    """A catalog (folder of a pack, or .parquet), or a folder or s3:// prefix of videos."""
+    checkpoint: str
+    """A checkpoint, or a run folder (its best checkpoint)."""
+    out: str
+    """Folder or s3:// prefix for the result table."""
+    split: str = ""
+    """Only this split of the catalog; empty for all of it."""
+    num_segments: int | None = None
+    """Segments a video. Default: as in training."""
+    top_k: int = 5
+    """Classes named for each video."""
+    batch_size: int = 8
+    """Videos a forward pass."""
+    unit_size: int = 64
+    """Videos a unit of work: what is committed at once, and what at most is done again after a kill."""
+    max_bad_fraction: float = 0.2
+    """More quarantined videos than this share make the job exit non-zero (the table is complete all the same)."""
+    storage: StorageConfig = field(default_factory=StorageConfig)
+    """Object storage."""
+    resources: ResourcesConfig = field(default_factory=ResourcesConfig)
+    """Workers."""
+
+    def __post_init__(self) -> None:
+        for name in ("top_k", "batch_size", "unit_size"):
+            require(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
+        require(self.num_segments is None or self.num_segments >= 1, "num_segments", "at least 1", self.num_segments)
+        _check_fraction("max_bad_fraction", self.max_bad_fraction)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EvaluateConfig:
+    """Score a checkpoint on a labelled catalog: top-1, top-5, per class, confusion, coverage.
+
+    Example: kinoray evaluate s3://bucket/set --checkpoint s3://bucket/runs/first --out s3://bucket/eval
+
+    It runs the labelling job, so every video counts exactly once, and videos that could not be read are named.
+    """
+
+    catalog: tyro.conf.Positional[str]
+    """A pack's folder, or its catalog.parquet; its rows need labels."""
+    checkpoint: str
+    """A checkpoint, or a run folder (its best checkpoint)."""
+    out: str
+    """Folder or s3:// prefix for the predictions and evaluation.json."""
+    split: str = "val"
+    """Split to score; empty for all of the catalog."""
+    num_segments: int | None = None
+    """Segments a video. Default: as in training."""
+    batch_size: int = 8
+    """Videos a forward pass."""
+    unit_size: int = 64
+    """Videos a unit of work."""
+    max_bad_fraction: float = 0.2
+    """More quarantined videos than this share make the job exit non-zero."""
+    storage: StorageConfig = field(default_factory=StorageConfig)
+    """Object storage."""
+    resources: ResourcesConfig = field(default_factory=ResourcesConfig)
+    """Workers."""
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "unit_size"):
+            require(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
+        require(self.num_segments is None or self.num_segments >= 1, "num_segments", "at least 1", self.num_segments)
+        _check_fraction("max_bad_fraction", self.max_bad_fraction)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ReportConfig:
+    """Make one self-contained HTML page from predictions: frames, top-k, filters, quarantine, confusion.
+
+    Example: kinoray report s3://bucket/labels --out report.html
+    """
+
+    predictions: tyro.conf.Positional[str]
+    """What `label` or `evaluate` wrote."""
+    out: str = "report.html"
+    """The page (a file or an s3:// object)."""
+    catalog: str = ""
+    """Labelled catalog to compare with; adds accuracy and the confusion plot."""
+    title: str = "kinoray report"
+    """Heading of the page."""
+    max_videos: int = 500
+    """Videos shown with frames, least certain first; the numbers always cover all."""
+    frames_per_video: int = 4
+    """Frames in each contact strip; 0 for none."""
+    storage: StorageConfig = field(default_factory=StorageConfig)
+    """Object storage."""
+
+    def __post_init__(self) -> None:
+        require(self.max_videos >= 0, "max_videos", "at least 0", self.max_videos)
+        require(0 <= self.frames_per_video <= 16, "frames_per_video", "in 0 .. 16", self.frames_per_video)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DemoConfig:
+    """Make a small set of real H.264 videos, then pack, train, evaluate, label and report on this machine.
+
+    Example: kinoray demo --storage s3
+    """
+
+    out: str = "demo-out"
+    """Folder for everything the demo makes."""
+    storage: Literal["local", "s3"] = "local"
+    """`s3` keeps the data in a local S3 server that the demo starts and stops (needs the s3-demo extra)."""
+    videos_per_class: int = 40
+    """Size of the set (6 classes; a quarter is held out)."""
+    epochs: int = 8
+    """Training epochs."""
+    seed: int = 0
+    """Seeds the videos and the training."""
+
+    def __post_init__(self) -> None:
+        require(self.videos_per_class >= 4, "videos_per_class", "at least 4", self.videos_per_class)
+        require(self.epochs >= 1, "epochs", "at least 1", self.epochs)
