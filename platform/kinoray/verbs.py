@@ -1,7 +1,7 @@
 """One config tree a verb: flags of `kinoray <verb>`, keys of `--config file.yaml` and payload of jobs/<verb>.py."""
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
 
 import tyro
 
@@ -32,7 +32,7 @@ class PackConfig:
     on where a killed run stopped.
     """
 
-    source: tyro.conf.Positional[str]
+    source: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")]
     """Folder or s3:// prefix of class folders (or of train/, val/ with class folders), or a CSV path,label[,split]."""
     out: str
     """Folder or s3:// prefix for shards/, catalog.parquet, labels.json and quarantine.parquet."""
@@ -65,7 +65,7 @@ class TrainConfig:
     resumes from the newest whole checkpoint.
     """
 
-    catalog: tyro.conf.Positional[str]
+    catalog: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="CATALOG")]
     """A pack's folder, or its catalog.parquet."""
     out: str
     """Run folder (a folder or an s3:// prefix)."""
@@ -108,7 +108,7 @@ class LabelConfig:
     or from another machine, does what is missing and nothing else.
     """
 
-    source: tyro.conf.Positional[str]
+    source: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")]
     """A catalog (folder of a pack, or .parquet), or a folder or s3:// prefix of videos."""
     checkpoint: str
     """A checkpoint, or a run folder (its best checkpoint)."""
@@ -147,7 +147,7 @@ class EvaluateConfig:
     It runs the labelling job, so every video counts exactly once, and videos that could not be read are named.
     """
 
-    catalog: tyro.conf.Positional[str]
+    catalog: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="CATALOG")]
     """A pack's folder, or its catalog.parquet; its rows need labels."""
     checkpoint: str
     """A checkpoint, or a run folder (its best checkpoint)."""
@@ -182,7 +182,7 @@ class ReportConfig:
     Example: kinoray report s3://bucket/labels --out report.html
     """
 
-    predictions: tyro.conf.Positional[str]
+    predictions: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="PREDICTIONS")]
     """What `label` or `evaluate` wrote."""
     out: str = "report.html"
     """The page (a file or an s3:// object)."""

@@ -1,0 +1,150 @@
+"""`kinoray <verb>`: parse one config tree, run one function, turn errors into one line and an exit code.
+
+Exit codes: 0 done, 1 the job failed, 2 a setting is wrong (nothing was started), 130 interrupted.
+"""
+
+import contextlib
+import dataclasses
+import importlib
+import inspect
+import io
+import os
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import tyro
+
+from kinoray import __version__, verbs
+from kinoray.configfile import load_config, to_yaml
+from kinoray.errors import ConfigError, KinorayError
+
+__all__ = ["VERBS", "main"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Verb:
+    """A verb's config tree, the function that runs it (`module:name`), and its line in the overview."""
+
+    config: type[Any]
+    function: str
+    summary: str
+
+
+VERBS: Mapping[str, Verb] = {
+    "pack": Verb(verbs.PackConfig, "kinoray.run.pack:pack", "videos -> tar shards and a catalog in object storage"),
+    "train": Verb(verbs.TrainConfig, "kinoray.run.train:train", "catalog -> checkpoints, with Ray Data and Ray Train"),
+    "evaluate": Verb(
+        verbs.EvaluateConfig, "kinoray.run.evaluate:evaluate", "checkpoint + labelled catalog -> exact accuracy"
+    ),
+    "label": Verb(verbs.LabelConfig, "kinoray.run.label:label", "any videos -> one result row each, exactly once"),
+    "report": Verb(verbs.ReportConfig, "kinoray.report:report", "results -> one HTML page to look at"),
+    "demo": Verb(verbs.DemoConfig, "kinoray.run.demo:demo", "all of the above on a small generated set"),
+}
+
+
+def _overview() -> str:
+    lines = [
+        "usage: kinoray VERB [OPTIONS]",
+        "",
+        "Video classification at library scale on Ray.",
+        "",
+        *(f"  {name:<10}{verb.summary}" for name, verb in VERBS.items()),
+        "",
+        "kinoray VERB --help explains a verb's settings. Each setting is a flag and a key of --config FILE.yaml;",
+        "kinoray VERB ... --print-config prints the whole tree as such a file and stops.",
+    ]
+    return "\n".join(lines)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command line (default: sys.argv) and return its exit code; never a traceback for a foreseen error."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(_overview())
+        return 0 if arguments else 2
+    if arguments[0] == "--version":
+        print(f"kinoray {__version__}")
+        return 0
+    name, rest = arguments[0], arguments[1:]
+    try:
+        if name not in VERBS:
+            raise ConfigError(f"unknown verb {name!r}; there are {', '.join(VERBS)}")
+        config, print_only = _parse(name, rest)
+        if print_only:
+            print(to_yaml(config), end="")
+            return 0
+        module, _, function = VERBS[name].function.partition(":")
+        getattr(importlib.import_module(module), function)(config)
+    except ConfigError as error:
+        return _fail(name, error, 2)
+    except KinorayError as error:
+        return _fail(name, error, 1)
+    except KeyboardInterrupt:
+        print(f"kinoray {name}: interrupted; the same command goes on from here", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader of our output went away (| head)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    return 0
+
+
+def _fail(name: str, error: KinorayError, code: int) -> int:
+    message = " ".join(str(error).split())
+    print(f"kinoray {name}: {type(error).__name__}: {message}", file=sys.stderr)
+    return code
+
+
+def _parse(name: str, arguments: list[str]) -> tuple[Any, bool]:
+    """The verb's config from `--config FILE` and flags (flags win), and whether to print it only."""
+    print_only = "--print-config" in arguments
+    arguments = [argument for argument in arguments if argument != "--print-config"]
+    arguments, path = _take_config_path(arguments)
+    cls = VERBS[name].config
+    default = load_config(cls, path) if path else None
+    help_text = f"{inspect.getdoc(cls)}\n\nAlso: --config FILE.yaml (settings; flags win), --print-config."
+    messages = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(messages):
+            config = tyro.cli(cls, args=arguments, default=default, prog=f"kinoray {name}", description=help_text)
+    except SystemExit as stop:
+        if not stop.code:  # --help
+            raise
+        raise ConfigError(_one_line(messages.getvalue())) from None
+    return config, print_only
+
+
+def _take_config_path(arguments: list[str]) -> tuple[list[str], str]:
+    rest: list[str] = []
+    path = ""
+    items = iter(arguments)
+    for item in items:
+        if item == "--config":
+            path = next(items, "")
+            if not path:
+                raise ConfigError("--config needs the name of a YAML file")
+        elif item.startswith("--config="):
+            path = item.removeprefix("--config=")
+        else:
+            rest.append(item)
+    return rest, path
+
+
+def _one_line(box: str) -> str:
+    """The message in tyro's framed error text."""
+    inner = [line.strip("│╭╰╮╯ ") for line in box.splitlines() if line.startswith("│")]
+    message: list[str] = []
+    for line in inner:
+        if line.startswith(("───", "For full helptext")):
+            if "Perhaps you meant" not in " ".join(inner) or any("Perhaps" in part for part in message):
+                break
+            continue
+        message.append(line)
+    text = " ".join(part for part in message if part) or " ".join(box.split())
+    text = text.removeprefix("Error parsing ")
+    return re.sub(r"^[\w.-]+: (?=[\w.]+ must )", "", text)  # our own checks name the whole field already
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,103 @@
+"""Config trees from and to YAML: `--config file.yaml` and `--print-config` speak the same tree as the flags.
+
+Unknown keys and values of a wrong type are refused with the field's full name; nothing is guessed.
+"""
+
+import dataclasses
+import types
+import typing
+from pathlib import Path
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin
+
+import tyro
+import yaml
+
+from kinoray.errors import ConfigError
+
+__all__ = ["config_from_mapping", "load_config", "to_yaml"]
+
+T = TypeVar("T")
+
+
+def load_config(cls: type[T], path: str) -> T:
+    """Read a YAML file into a config tree; fields it leaves out keep their defaults, required ones stay open.
+
+    Raises:
+        ConfigError: the file is missing or no YAML mapping, a key is unknown, or a value is wrong.
+    """
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"--config {path}: {error.strerror or error}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--config {path} is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"--config {path} must hold a mapping of settings, found {type(content).__name__}")
+    try:
+        return config_from_mapping(cls, content)
+    except ConfigError as error:
+        raise ConfigError(f"--config {path}: {error}") from error
+
+
+def config_from_mapping(cls: type[T], content: dict[str, Any], prefix: str = "") -> T:
+    """Build the dataclass `cls` from nested mappings. Raises ConfigError naming the field."""
+    hints = typing.get_type_hints(cls, include_extras=False)
+    fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    for key in content:
+        if key not in fields:
+            known = ", ".join(sorted(fields))
+            raise ConfigError(f"{prefix}{key} is not a setting; there are {known}")
+    values: dict[str, Any] = {
+        name: _convert(hints[name], content[name], f"{prefix}{name}") for name in fields if name in content
+    }
+    for name, field in fields.items():
+        missing = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+        if missing and name not in values:
+            values[name] = tyro.MISSING
+    return cls(**values)
+
+
+def _convert(hint: Any, value: Any, name: str) -> Any:
+    """`value` as the type that the field declares, or ConfigError."""
+    origin, args = get_origin(hint), get_args(hint)
+    if dataclasses.is_dataclass(hint) and isinstance(value, dict):
+        return config_from_mapping(typing.cast(type, hint), value, prefix=f"{name}.")
+    if origin in (Union, types.UnionType):
+        if value is None and type(None) in args:
+            return None
+        hint = next(arg for arg in args if arg is not type(None))
+        return _convert(hint, value, name)
+    if origin is Literal and value in args:
+        return value
+    if origin is tuple and isinstance(value, list):
+        return tuple(_convert(args[0], item, f"{name}[{index}]") for index, item in enumerate(value))
+    if origin is dict and isinstance(value, dict):
+        return value
+    if hint is float and isinstance(value, int | float) and not isinstance(value, bool):
+        return float(value)
+    if hint in (int, str, bool) and type(value) is hint:
+        return value
+    expected = " or ".join(map(repr, args)) if origin is Literal else _words(hint)
+    raise ConfigError(f"{name} must be {expected}, got {value!r}")
+
+
+def _words(hint: Any) -> str:
+    if dataclasses.is_dataclass(hint) or get_origin(hint) is dict:
+        return "a mapping"
+    if get_origin(hint) is tuple:
+        return "a list"
+    return {int: "a whole number", float: "a number", str: "text", bool: "true or false"}.get(hint, str(hint))
+
+
+def to_yaml(config: Any) -> str:
+    """The whole tree as YAML that `--config` reads back to an equal config; required fields not given are left out."""
+    return yaml.safe_dump(_plain(config), sort_keys=False, allow_unicode=True)
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        items = ((field.name, getattr(value, field.name)) for field in dataclasses.fields(value))
+        return {name: _plain(item) for name, item in items if item is not tyro.MISSING}
+    if isinstance(value, tuple):
+        return [_plain(item) for item in value]
+    return value

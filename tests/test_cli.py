@@ -1,0 +1,125 @@
+"""The command line: one tree as flags and file, wrong settings refused in one line before anything starts."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from kinoray.cli import VERBS, main
+from kinoray.config import ResourcesConfig, digest, parse_options
+from kinoray.configfile import config_from_mapping, load_config, to_yaml
+from kinoray.errors import ConfigError
+from kinoray.verbs import TrainConfig
+
+TRAIN = ["train", "set", "--out", "run"]
+
+
+def one_line(capsys: pytest.CaptureFixture[str]) -> str:
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1, error
+    return error
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nope"], "unknown verb 'nope'"),
+        ([*TRAIN, "--optim.lr", "-1"], "optim.lr must be greater than 0, got -1.0"),
+        ([*TRAIN, "--optim.epochs", "many"], "--optim.epochs"),
+        ([*TRAIN, "--optm.lr", "1"], "Unrecognized options: --optm.lr"),
+        ([*TRAIN, "--clip.view.crop-px", "512"], "view.crop_px must be between 16 and view.resize_px, got 512"),
+        ([*TRAIN, "--clip.decode.backend", "cv2"], "'cv2'"),
+        ([*TRAIN, "--model.options", "heads"], "model.options must be KEY=VALUE, got 'heads'"),
+        ([*TRAIN, "--optim.batch-size", "1"], "optim.batch_size must be at least resources.num_workers (2), got 1"),
+        (["train", "set"], "--out"),
+        (["label", "x", "--checkpoint", "c", "--out", "o", "--top-k", "0"], "top_k must be at least 1, got 0"),
+        (["pack", "x", "--out", "o", "--val-fraction", "2"], "val_fraction must be in 0 .. 1, got 2.0"),
+        (["report", "x", "--frames-per-video", "99"], "frames_per_video must be in 0 .. 16, got 99"),
+        (["train", "--config", "absent.yaml"], "absent.yaml"),
+        (["train", "--config"], "--config needs"),
+    ],
+)
+def test_a_wrong_setting_is_one_line_that_names_it(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(arguments) == 2
+    assert message in one_line(capsys)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("optim: {lrr: 1}", "optim.lrr is not a setting; there are"),
+        ("optim: {lr: fast}", "optim.lr must be a number, got 'fast'"),
+        ("optim: {epochs: 1.5}", "optim.epochs must be a whole number, got 1.5"),
+        ("clip: {decode: {backend: cv2}}", "clip.decode.backend must be 'pyav' or 'decord', got 'cv2'"),
+        ("clip: 3", "clip must be a mapping, got 3"),
+        ("clip: {view: {train_scales: [1, x]}}", "clip.view.train_scales[1] must be a number, got 'x'"),
+        ("resources: {num_workers: true}", "resources.num_workers must be a whole number, got True"),
+        ("- 1", "must hold a mapping"),
+        ("a: [", "is not YAML"),
+    ],
+)
+def test_a_wrong_file_is_one_line_that_names_the_field(
+    content: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "bad.yaml"
+    path.write_text(content, encoding="utf-8")
+    assert main([*TRAIN, "--config", str(path)]) == 2
+    error = one_line(capsys)
+    assert message in error
+    assert "bad.yaml" in error
+
+
+def test_flags_win_over_the_file_and_the_file_over_defaults(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("catalog: set\nout: run\noptim: {lr: 0.5, epochs: 7}\nmodel: {options: {heads: 4}}\n", "utf-8")
+    assert main(["train", "--config", str(path), "--optim.lr", "0.25", "--print-config"]) == 0
+    tree = yaml.safe_load(capsys.readouterr().out)
+    assert (tree["optim"]["lr"], tree["optim"]["epochs"]) == (0.25, 7)
+    assert (tree["model"]["options"], tree["catalog"], tree["split"]) == ({"heads": 4}, "set", "train")
+
+
+@pytest.mark.parametrize("verb", list(VERBS))
+def test_every_verb_explains_itself(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main([verb, "--help"])
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    assert "Example: kinoray" in text
+    assert "--config" in text
+
+
+def test_print_config_round_trips(tmp_path: Path) -> None:
+    config = TrainConfig(catalog="s3://b/set", out="run", resources=ResourcesConfig(num_workers=3))
+    path = tmp_path / "c.yaml"
+    path.write_text(to_yaml(config), encoding="utf-8")
+    assert load_config(TrainConfig, str(path)) == config
+
+
+def test_digest_follows_the_content_and_nothing_else() -> None:
+    one = TrainConfig(catalog="set", out="run")
+    assert digest(one) == digest(config_from_mapping(TrainConfig, {"out": "run", "catalog": "set"}))
+    assert digest(one) != digest(config_from_mapping(TrainConfig, {"out": "run2", "catalog": "set"}))
+    assert digest({"a": 1, "b": 2}) == digest({"b": 2, "a": 1})
+    assert len(digest(one)) == 16
+
+
+def test_options_are_read_as_yaml() -> None:
+    assert parse_options(["a=1", "b=false", "c=x", "d=1.5", "e=null"]) == {
+        "a": 1, "b": False, "c": "x", "d": 1.5, "e": None,
+    }  # fmt: skip
+    with pytest.raises(ConfigError, match="KEY=VALUE"):
+        parse_options(["=1"])
+
+
+def test_a_wrong_setting_fails_before_ray_or_torch_are_even_imported() -> None:
+    command = [sys.executable, "-X", "importtime", "-m", "kinoray.cli", *TRAIN, "--optim.lr", "0"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2
+    assert "optim.lr must be greater than 0" in done.stderr
+    imported = {line.rsplit("|", 1)[-1].strip() for line in done.stderr.splitlines() if line.startswith("import time")}
+    assert "tyro" in imported
+    assert not imported & {"ray", "torch"}

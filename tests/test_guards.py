@@ -1,0 +1,172 @@
+"""The rules of the tree: where imports may point, what is public, how long a job may be."""
+
+import ast
+import importlib
+import pkgutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+KINORAY = ROOT / "platform" / "kinoray"
+
+# Each layer may import only from the layers before it (and from itself where it says so).
+LAYERS: list[set[str]] = [
+    {"errors", "config", "progress"},
+    {"verbs", "configfile"},
+    {"storage"},
+    {"sample", "transform", "flow"},
+    {"catalog", "decode", "model"},
+    {"shards", "quarantine", "batch", "metrics", "checkpoint", "predictions", "synthetic"},
+    {"report"},
+    {"run"},
+    {"cli"},
+]
+WITHIN_LAYER = {"storage_s3", "verbs", "run", "config"}
+
+
+def python_files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*.py") if "__pycache__" not in path.parts)
+
+
+def imported_modules(path: Path) -> set[str]:
+    """Every module that the file imports, also inside functions."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            module = node.module or ""
+            found.add(module)
+            if module == "kinoray":
+                found.update(f"kinoray.{alias.name}" for alias in node.names if (KINORAY / f"{alias.name}.py").exists())
+    return found
+
+
+def noun(module: str) -> str:
+    """`kinoray.run.train` -> `run`; `kinoray.decode_pyav` -> `decode`: helpers of a noun live in its layer."""
+    name = module.split(".")[1] if "." in module else ""
+    known = {item for layer in LAYERS for item in layer}
+    return name if name in known else name.split("_")[0]
+
+
+def layer_of(module: str) -> int:
+    for index, layer in enumerate(LAYERS):
+        if noun(module) in layer:
+            return index
+    raise AssertionError(f"{module} has no place in LAYERS: add it there, and say where it belongs")
+
+
+def test_platform_is_not_a_package() -> None:
+    assert not (ROOT / "platform" / "__init__.py").exists()
+    code = "import platform, torch; assert hasattr(platform, 'system'), platform"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=120)
+
+
+def test_no_module_in_a_source_root_shadows_the_standard_library() -> None:
+    for root in ("platform", "models"):
+        names = {path.stem for path in (ROOT / root).iterdir()}
+        assert not names & set(sys.stdlib_module_names)
+
+
+@pytest.mark.parametrize("path", python_files(KINORAY), ids=lambda path: str(path.relative_to(KINORAY)))
+def test_imports_point_down(path: Path) -> None:
+    relative = path.relative_to(KINORAY.parent).with_suffix("")
+    module = ".".join(relative.parts).removesuffix(".__init__")
+    if module == "kinoray":
+        return
+    own = layer_of(module)
+    for imported in imported_modules(path):
+        if not imported.startswith("kinoray."):
+            continue
+        other = layer_of(imported)
+        same_noun = noun(imported) == noun(module)
+        assert other < own or same_noun, f"{module} may not import {imported}"
+
+
+def test_only_run_imports_ray() -> None:
+    for path in python_files(KINORAY):
+        if KINORAY / "run" not in path.parents:
+            assert not {name for name in imported_modules(path) if name.split(".")[0] == "ray"}, path
+
+
+def test_the_platform_never_imports_a_model() -> None:
+    for path in python_files(KINORAY):
+        roots = {name.split(".")[0] for name in imported_modules(path)}
+        assert not roots & {"vcm_sdd", "video_baselines"}, path
+
+
+def test_models_import_torch_and_torchvision_only() -> None:
+    allowed = {"torch", "torchvision", "timm", "safetensors", "vcm_sdd", "video_baselines"} | sys.stdlib_module_names
+    for path in python_files(ROOT / "models"):
+        roots = {name.split(".")[0] for name in imported_modules(path)}
+        assert roots <= allowed, f"{path} imports {roots - allowed}"
+
+
+def test_decoding_needs_neither_torch_nor_ray() -> None:
+    code = "import sys, kinoray.decode; bad = {'torch', 'ray'} & set(sys.modules); assert not bad, bad"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def modules_with_public_names() -> list[str]:
+    names = []
+    for package in ("kinoray", "vcm_sdd", "video_baselines"):
+        imported = importlib.import_module(package)
+        names.append(package)
+        names.extend(info.name for info in pkgutil.walk_packages(imported.__path__, f"{package}."))
+    return names
+
+
+@pytest.mark.parametrize("name", modules_with_public_names())
+def test_public_names_equal_all(name: str) -> None:
+    """Every name that is defined in a module without an underscore is in __all__, and nothing else is."""
+    module = importlib.import_module(name)
+    if name.count(".") == 1 and not hasattr(module, "__all__") and not vars(module).get("__file__", "").endswith(".py"):
+        return
+    tree = ast.parse(Path(module.__file__ or "").read_text(encoding="utf-8"))
+    defined: set[str] = set()
+    imported: set[str] = set()
+    for node in tree.body:
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            defined.add(node.name)
+        elif isinstance(node, ast.ImportFrom):
+            imported.update(alias.asname or alias.name for alias in node.names)
+    public = {item for item in defined if not item.startswith("_")}
+    exported = set(getattr(module, "__all__", ()))
+    missing = {item for item in exported if not hasattr(module, item)}
+    assert not missing
+    if name.endswith(".run") or not (public or exported):
+        return
+    private_by_use = {"require", "Verb"}
+    assert public - private_by_use <= exported, f"public but not in __all__: {sorted(public - exported)}"
+    assert list(exported) == list(dict.fromkeys(exported))
+
+
+def test_jobs_are_thin() -> None:
+    jobs = python_files(ROOT / "jobs")
+    assert {path.stem for path in jobs} >= {"pack", "train", "evaluate", "label"}
+    for path in jobs:
+        assert len(path.read_text(encoding="utf-8").splitlines()) <= 120, path
+
+
+@pytest.mark.parametrize("folder", ["platform/kinoray", "models", "jobs"])
+def test_modules_fit_in_a_head(folder: str) -> None:
+    for path in python_files(ROOT / folder):
+        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        assert len(lines) <= 400, f"{path} has {len(lines)} lines"
+
+
+def test_sources_are_ascii() -> None:
+    for folder in ("platform", "models", "jobs", "benchmarks"):
+        for path in python_files(ROOT / folder):
+            text = path.read_text(encoding="utf-8")
+            odd = {char for char in text if ord(char) > 127}
+            assert not odd, f"{path}: {odd}"
+
+
+def test_constraints_hold_names_and_versions_only() -> None:
+    for line in (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines():
+        assert line.startswith("#") or (line.count("==") == 1 and "/" not in line and "@" not in line), line
