@@ -4,11 +4,12 @@ import logging
 import os
 
 import ray
+import ray.data
 
 from kinoray.config import ResourcesConfig
 from kinoray.errors import ClusterError
 
-__all__ = ["WORKER_ENV", "connect", "disconnect", "require_fit"]
+__all__ = ["WORKER_ENV", "connect", "disconnect", "quiet_ray", "require_fit"]
 
 WORKER_ENV = {
     "RAY_DATA_PARQUET_FOOTER_NUM_ACTORS": "1",  # the default starts 32 actors to read one file
@@ -17,6 +18,18 @@ WORKER_ENV = {
     "RAY_TRAIN_ENABLE_V2": "1",
 }
 """Environment of every worker; never holds a secret, since the jobs API shows it."""
+
+
+def quiet_ray() -> None:
+    """Keep Ray's own chatter out of a job's output: our progress lines and Ray's errors remain.
+
+    Call it in every process that builds a Dataset (the settings travel with that process's DataContext).
+    """
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    for name in ("ray", "ray.data", "ray._private.authentication", "ray.train", "ray.tune"):
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def connect(config: ResourcesConfig) -> None:
@@ -29,6 +42,7 @@ def connect(config: ResourcesConfig) -> None:
         return
     os.environ.update({name: os.environ.get(name, value) for name, value in WORKER_ENV.items()})
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    quiet_ray()
     address = config.address or os.environ.get("RAY_ADDRESS", "")
     try:
         if address:
@@ -39,11 +53,12 @@ def connect(config: ResourcesConfig) -> None:
                 num_cpus=config.local_cpus,
                 include_dashboard=False,
                 log_to_driver=True,
-                logging_level=logging.WARNING,
+                logging_level=logging.ERROR,
                 runtime_env={"env_vars": WORKER_ENV},
             )
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise ClusterError(f"resources.address {address or 'local'!r} cannot be joined: {error}") from error
+    quiet_ray()  # again: ray.init sets its loggers up anew
 
 
 def disconnect() -> None:
