@@ -1,0 +1,85 @@
+"""Run every benchmark and refresh docs/benchmarks.md: `python benchmarks/run.py [--quick] [NAME ...]`.
+
+Each benchmarks/NAME.py prints a table and ends with one JSON object: its ratios, each beside its bar, and "ok".
+"""
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+PAGE = HERE.parent / "docs" / "benchmarks.md"
+
+
+def machine() -> str:
+    """One line about what the figures were taken on."""
+    model = "unknown CPU"
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        names = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
+        model = names[0] if names else model
+    libraries = ", ".join(f"{name} {version(name)}" for name in ("torch", "ray", "av"))
+    return f"{model}, {os.cpu_count()} cores, Python {platform.python_version()}, {libraries}"
+
+
+def run_one(script: Path, quick: bool) -> dict[str, Any]:
+    """Run a benchmark; its JSON line, with the text it printed under `text`."""
+    command = [sys.executable, str(script), *(["--quick"] if quick else [])]
+    print(f"== {script.stem}", flush=True)
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+    print(done.stdout, flush=True)
+    lines = [line for line in done.stdout.splitlines() if line.strip()]
+    try:
+        result = json.loads(lines[-1])
+    except (IndexError, json.JSONDecodeError):
+        result = {"ok": False, "error": f"exit code {done.returncode}, no JSON line"}
+    return {**result, "text": "\n".join(lines[:-1])}
+
+
+def section(name: str, result: dict[str, Any], quick: bool) -> str:
+    """A benchmark's part of the page."""
+    text = result.pop("text")
+    flags = " --quick" if quick else ""
+    verdict = "every bar met" if result.get("ok") else "a bar was missed (see the figures)"
+    figures = json.dumps(result, indent=2)
+    return (
+        f"## {name}\n\n`python benchmarks/{name}.py{flags}`: {verdict}.\n\n"
+        f"```text\n{text}\n```\n\n```json\n{figures}\n```\n"
+    )
+
+
+def main() -> int:
+    """Run the benchmarks named (default: all) and write the page."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("names", nargs="*", metavar="NAME")
+    parser.add_argument("--quick", action="store_true", help="fewer repeats, for a look; figures are rougher")
+    arguments = parser.parse_args()
+    scripts = sorted(path for path in HERE.glob("*.py") if path.stem != "run")
+    known = [script.stem for script in scripts]
+    unknown = set(arguments.names) - set(known)
+    if unknown:
+        parser.error(f"no such benchmark: {', '.join(sorted(unknown))}; there are {', '.join(known)}")
+    chosen = [script for script in scripts if not arguments.names or script.stem in arguments.names]
+    results = {script.stem: run_one(script, arguments.quick) for script in chosen}
+    ok = all(result.get("ok") for result in results.values())
+    if not arguments.names:
+        when = datetime.now(UTC).date().isoformat()
+        head = (
+            "# Benchmarks\n\nWritten by `make bench`. Read the ratios: absolute times are those of one machine.\n\n"
+            f"{when}: {machine()}.\n\n"
+        )
+        parts = [section(name, result, arguments.quick) for name, result in results.items()]
+        PAGE.write_text(head + "\n".join(parts), encoding="utf-8")
+        print(f"wrote {PAGE.relative_to(HERE.parent)}")
+    return 0 if ok else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
