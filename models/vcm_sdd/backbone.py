@@ -1,0 +1,187 @@
+"""Backbones: frames in, the grid of the last convolution out (Eq. 1-2), no pooling, no classifier.
+
+Shapes: F frames, Y X pixels, D channels, H W feature grid
+"""
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+import torchvision
+from torch import Tensor, nn
+
+from vcm_sdd.spec import IMAGENET_MEAN, IMAGENET_STD
+from vcm_sdd.weights import flow_stem, load_strict, read_state
+
+__all__ = ["RESNETS", "Backbone", "ResNetGrid", "TinyGrid", "build_backbone", "build_backbones"]
+
+RESNETS = (
+    "resnet18",
+    "resnet34",
+    "resnet50",
+    "resnet101",
+    "resnet152",
+    "resnext50_32x4d",
+    "resnext101_32x8d",
+    "resnext101_64x4d",
+    "wide_resnet50_2",
+    "wide_resnet101_2",
+)
+"""Names of torchvision's residual networks, all usable as backbones; the paper's is resnet101."""
+
+Triple = tuple[float, float, float]
+
+
+class Backbone(Protocol):
+    """A module that maps frames [F, C, Y, X] to a feature grid [F, num_channels, H, W]."""
+
+    num_channels: int
+    rgb_mean: Triple
+    rgb_std: Triple
+
+    def __call__(self, frames_FCYX: Tensor) -> Tensor: ...
+
+
+class ResNetGrid(nn.Module):
+    """torchvision's ResNet up to its last block, ReLU'd, stride 32; entries are named as in torchvision."""
+
+    rgb_mean = IMAGENET_MEAN
+    rgb_std = IMAGENET_STD
+
+    def __init__(self, name: str, in_channels: int = 3) -> None:
+        super().__init__()
+        full = torchvision.models.get_model(name, weights=None)
+        self.num_channels: int = full.fc.in_features
+        self.conv1, self.bn1, self.relu, self.maxpool = full.conv1, full.bn1, full.relu, full.maxpool
+        self.layer1, self.layer2, self.layer3, self.layer4 = full.layer1, full.layer2, full.layer3, full.layer4
+        if in_channels != 3:
+            self.conv1 = nn.Conv2d(in_channels, 64, kernel_size=7, stride=2, padding=3, bias=False)
+            nn.init.kaiming_normal_(self.conv1.weight, mode="fan_out", nonlinearity="relu")
+
+    def forward(self, frames_FCYX: Tensor) -> Tensor:
+        """Return features [F, D, H, W] with H = ceil(Y / 32)."""
+        x = self.maxpool(self.relu(self.bn1(self.conv1(frames_FCYX))))
+        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
+        assert isinstance(x, Tensor)
+        return x
+
+
+class TinyGrid(nn.Module):
+    """A network of 0.3 M parameters, stride 16, 96 channels: for small frames, small sets and training from scratch."""
+
+    num_channels = 96
+    rgb_mean = IMAGENET_MEAN
+    rgb_std = IMAGENET_STD
+
+    def __init__(self, in_channels: int = 3) -> None:
+        super().__init__()
+        self.stem = _conv(in_channels, 32, kernel=8, stride=4, padding=2)
+        self.down = nn.Sequential(_conv(32, 64, stride=2), _conv(64, 96, stride=2))
+        self.block = nn.Sequential(_conv(96, 96), nn.Conv2d(96, 96, 3, padding=1, bias=False), nn.BatchNorm2d(96))
+
+    def forward(self, frames_FCYX: Tensor) -> Tensor:
+        """Return features [F, 96, H, W] with H = ceil(floor(Y / 4) / 4)."""
+        x = self.down(self.stem(frames_FCYX))
+        return torch.relu(x + self.block(x))
+
+
+def _conv(inputs: int, outputs: int, *, kernel: int = 3, stride: int = 1, padding: int = 1) -> nn.Sequential:
+    conv = nn.Conv2d(inputs, outputs, kernel, stride=stride, padding=padding, bias=False)
+    nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
+    return nn.Sequential(conv, nn.BatchNorm2d(outputs), nn.ReLU(inplace=True))
+
+
+class TimmGrid(nn.Module):
+    """A convolutional network of the timm package without its pool and classifier."""
+
+    def __init__(self, name: str, in_channels: int = 3, pretrained: bool = False) -> None:
+        super().__init__()
+        try:
+            import timm
+        except ImportError as error:
+            raise ValueError(f"backbone 'timm:{name}' needs the package timm: pip install 'kinoray[timm]'") from error
+        try:
+            self.trunk: Any = timm.create_model(name, pretrained=pretrained, num_classes=0, in_chans=in_channels)
+        except RuntimeError as error:
+            raise ValueError(f"backbone 'timm:{name}' is not known to timm: {error}") from error
+        self.num_channels = int(self.trunk.num_features)
+        self.rgb_mean: Triple = tuple(self.trunk.pretrained_cfg["mean"])
+        self.rgb_std: Triple = tuple(self.trunk.pretrained_cfg["std"])
+        names = self.trunk.pretrained_cfg.get("classifier", ())
+        self.classifier_names = (names,) if isinstance(names, str) else tuple(names)
+        self.stem_name = str(self.trunk.pretrained_cfg["first_conv"])
+
+    def forward(self, frames_FCYX: Tensor) -> Tensor:
+        """Return features [F, D, H, W]; raises ValueError if the network does not make a grid of channels."""
+        x: Tensor = self.trunk.forward_features(frames_FCYX)
+        if x.ndim != 4 or x.shape[1] != self.num_channels:
+            raise ValueError(f"a backbone must return [F, {self.num_channels}, H, W], this one gives {tuple(x.shape)}")
+        return x
+
+
+def build_backbone(name: str, in_channels: int = 3) -> Backbone:
+    """Build a backbone by name with random weights. Raises ValueError listing the known names."""
+    if name in RESNETS:
+        return ResNetGrid(name, in_channels)
+    if name == "tiny":
+        return TinyGrid(in_channels)
+    if isinstance(name, str) and name.startswith("timm:"):
+        return TimmGrid(name.removeprefix("timm:"), in_channels)
+    raise ValueError(f"backbone must be tiny, timm:NAME or one of {', '.join(RESNETS)}, got {name!r}")
+
+
+def build_backbones(name: str, *, flow_channels: int, weights: str | None) -> tuple[Backbone, Backbone]:
+    """Build the RGB and the flow backbone (same architecture, weights of their own).
+
+    weights: None for random ones, "imagenet" or the name of one of torchvision's weight sets (downloaded once), or a
+    .safetensors, .pth or .pt file with the network's own state dict. With weights, the flow stem starts as the mean
+    of the RGB stem over its channels (TSN). Raises ValueError.
+    """
+    rgb, flow = build_backbone(name), build_backbone(name, flow_channels)
+    if weights is not None:
+        state, source = _pretrained(name, weights)
+        prefix, stem, ignore = _names(rgb)
+        _load(rgb, state, prefix, ignore, source)
+        adapted = {**state, stem: flow_stem(state[stem], flow_channels)}
+        _load(flow, adapted, prefix, ignore, source)
+    return rgb, flow
+
+
+def _load(backbone: Backbone, state: dict[str, Tensor], prefix: str, ignore: tuple[str, ...], source: str) -> None:
+    assert isinstance(backbone, nn.Module)
+    target = backbone.get_submodule(prefix) if prefix else backbone
+    load_strict(target, state, source=source, ignore=ignore)
+
+
+def _names(backbone: Backbone) -> tuple[str, str, tuple[str, ...]]:
+    """Submodule that a file's names refer to, name of the stem kernel, prefixes of the classifier."""
+    if isinstance(backbone, TimmGrid):
+        return "trunk", f"{backbone.stem_name}.weight", tuple(f"{name}." for name in backbone.classifier_names)
+    if isinstance(backbone, TinyGrid):
+        return "", "stem.0.weight", ()
+    return "", "conv1.weight", ("fc.",)
+
+
+def _pretrained(name: str, weights: str) -> tuple[dict[str, Tensor], str]:
+    if "." in weights or "/" in weights:
+        return read_state(weights), f"backbone_weights {weights}"
+    if name.startswith("timm:"):
+        return _download(lambda: TimmGrid(name.removeprefix("timm:"), pretrained=True).trunk.state_dict(), weights)
+    if name == "tiny":
+        raise ValueError(f"backbone_weights: there are no pretrained weights for backbone tiny, got {weights!r}")
+    known = torchvision.models.get_model_weights(name)
+    # V1 is the recipe of the paper's time, and the one whose features are known to transfer.
+    wanted = "IMAGENET1K_V1" if weights == "imagenet" else weights
+    if wanted not in known.__members__:
+        names = ", ".join(known.__members__)
+        raise ValueError(f"backbone_weights must be imagenet, {names} or a file, got {weights!r}")
+    return _download(lambda: known[wanted].get_state_dict(progress=False, check_hash=True), f"{name} {wanted}")
+
+
+def _download(get: Callable[[], dict[str, Tensor]], source: str) -> tuple[dict[str, Tensor], str]:
+    try:
+        return get(), source
+    except OSError as error:
+        raise ValueError(
+            f"backbone_weights {source} cannot be downloaded ({error}); give the path of a .safetensors or .pth file"
+        ) from error

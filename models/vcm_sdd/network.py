@@ -1,0 +1,215 @@
+"""VCM-SDD (Gong and Li, 2022): two backbones, spatio-temporal consistency, multi-modal fusion, two classifiers.
+
+Shapes: B videos, S segments, M = B*S, T frames a segment, Y X pixels, H W feature grid, N = T*H*W nodes, D channels,
+C classes
+"""
+
+import functools
+from typing import Literal, cast
+
+import torch
+from torch import Tensor, nn
+
+from vcm_sdd.backbone import Backbone, build_backbones
+from vcm_sdd.consistency import Consistency, Grid
+from vcm_sdd.fusion import CrossModalFusion
+from vcm_sdd.options import HeadOptions
+from vcm_sdd.spec import InputSpec
+
+__all__ = ["VCMSDD", "TwoStreamHead", "vcm_sdd", "vcm_sdd_r101"]
+
+
+class TwoStreamHead(nn.Module):
+    """From the feature grids of both streams to logits (section 3, Eq. 3-14).
+
+        F       = STC(x) for each stream                      Eq. 3-10   off: F = x
+        p       = MFF(F_rgb, F_flow), pooled over nodes       Eq. 11-12  off: p = mean over nodes of F
+        logits  = mean over segments of (M_rgb(p_rgb) + M_flow(p_flow)) / 2        Eq. 13, 14
+
+    Departures: Eq. 14 prints F_att_rgb twice, the text names RGB and flow. The classifiers are linear, so the mean
+    over segments is taken before them (exact); consensus="probs" averages softmax(segment logits) instead and
+    returns its logarithm.
+    """
+
+    def __init__(self, num_channels: int, num_classes: int, options: HeadOptions) -> None:
+        super().__init__()
+        if options.mff and num_channels % options.heads:
+            raise ValueError(f"heads must divide the backbone's {num_channels} channels, got heads={options.heads}")
+        self.options = options
+        self.rgb_stc = _consistency(options) if options.stc else None
+        self.flow_stc = _consistency(options) if options.stc and not options.share_stc else None
+        self.mff = _fusion(options, num_channels) if options.mff else None
+        self.rgb_classifier = nn.Linear(num_channels, num_classes)
+        self.flow_classifier = None if options.shared_classifier else nn.Linear(num_channels, num_classes)
+
+    def forward(self, rgb_MND: Tensor, flow_MND: Tensor, *, grid: Grid, num_segments: int) -> Tensor:
+        """Return logits [B, C] for nodes [B*S, N, D] of both streams; grid is (T, H, W)."""
+        rgb_MD, flow_MD = self.pool(rgb_MND, flow_MND, grid)
+        rgb_BSD, flow_BSD = (x.reshape(-1, num_segments, x.shape[-1]) for x in (rgb_MD, flow_MD))
+        if self.options.consensus == "logits":
+            return self.classify(rgb_BSD.mean(dim=1), flow_BSD.mean(dim=1))
+        log_probs_BSC = self.classify(rgb_BSD, flow_BSD).log_softmax(dim=-1)
+        return log_probs_BSC.logsumexp(dim=1) - torch.tensor(float(num_segments)).log().item()
+
+    def pool(self, rgb_MND: Tensor, flow_MND: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+        """Return one vector a segment for each stream, [M, D] each: what the classifiers see."""
+        flow_stc = self.flow_stc or self.rgb_stc
+        if self.mff is None:
+            if self.rgb_stc is None or flow_stc is None:
+                return rgb_MND.mean(dim=1), flow_MND.mean(dim=1)
+            return self.rgb_stc.pool(rgb_MND, grid), flow_stc.pool(flow_MND, grid)
+        if self.rgb_stc is not None and flow_stc is not None:
+            rgb_MND, flow_MND = self.rgb_stc(rgb_MND, grid), flow_stc(flow_MND, grid)
+        if self.options.scope == "segment":
+            return cast(tuple[Tensor, Tensor], self.mff(rgb_MND, flow_MND))
+        num_nodes, num_channels = grid[1] * grid[2], rgb_MND.shape[-1]
+        frames = (x.reshape(-1, num_nodes, num_channels) for x in (rgb_MND, flow_MND))
+        rgb_MD, flow_MD = (x.reshape(-1, grid[0], num_channels).mean(dim=1) for x in self.mff(*frames))
+        return rgb_MD, flow_MD
+
+    def classify(self, rgb: Tensor, flow: Tensor) -> Tensor:
+        """Return the mean of both streams' logits, [..., C], for vectors [..., D]."""
+        flow_classifier = self.flow_classifier if self.flow_classifier is not None else self.rgb_classifier
+        return cast(Tensor, (self.rgb_classifier(rgb) + flow_classifier(flow)) / 2)
+
+
+def _consistency(options: HeadOptions) -> Consistency:
+    return Consistency(
+        geometry=options.geometry,
+        eps=options.eps,
+        metric=options.metric,
+        radius=options.radius,
+        self_loop=options.self_loop,
+        residual=options.stc_residual,
+        init=options.stc_init,
+    )
+
+
+def _fusion(options: HeadOptions, num_channels: int) -> CrossModalFusion:
+    return CrossModalFusion(
+        heads=options.heads,
+        scale=options.scale,
+        eq12=options.eq12,
+        residual=options.mff_residual,
+        norm_channels=num_channels if options.mff_norm else 0,
+    )
+
+
+class VCMSDD(nn.Module):
+    """The whole network: F_rgb = backbone_rgb(rgb), F_flow = backbone_flow(flow) (Eq. 1-2), then the head.
+
+    `input_spec` says what to feed it. The number of segments, of frames and the frame size are free at run time.
+    """
+
+    def __init__(self, rgb_backbone: Backbone, flow_backbone: Backbone, head: TwoStreamHead, spec: InputSpec) -> None:
+        super().__init__()
+        self.rgb_backbone = rgb_backbone
+        self.flow_backbone = flow_backbone
+        self.head = head
+        self.input_spec = spec
+
+    def forward(self, *, rgb: Tensor | None, flow: Tensor | None) -> Tensor:
+        """Return logits [B, C] for rgb [B, S, T, 3, Y, X] and flow [B, S, T, flow_channels, Y, X], both float.
+
+        Scaling as in vcm_sdd.spec.InputSpec. Raises ValueError stating expected and received.
+        """
+        rgb, flow = self._checked(rgb, flow)
+        rgb_MND, grid = self.nodes(self.rgb_backbone, rgb)
+        flow_MND, _ = self.nodes(self.flow_backbone, flow)
+        return cast(Tensor, self.head(rgb_MND, flow_MND, grid=grid, num_segments=rgb.shape[1]))
+
+    @staticmethod
+    def nodes(backbone: Backbone, x_BSTCYX: Tensor) -> tuple[Tensor, Grid]:
+        """Return a backbone's features as nodes [B*S, N, D] in the order t, y, x, and their grid (T, H, W)."""
+        num_frames = x_BSTCYX.shape[2]
+        features_FDHW = backbone(x_BSTCYX.flatten(0, 2))
+        grid = (num_frames, features_FDHW.shape[2], features_FDHW.shape[3])
+        # In channels_last memory this permutation moves nothing.
+        nodes_FHWD = features_FDHW.permute(0, 2, 3, 1)
+        return nodes_FHWD.reshape(-1, grid[0] * grid[1] * grid[2], nodes_FHWD.shape[-1]), grid
+
+    def _checked(self, rgb: Tensor | None, flow: Tensor | None) -> tuple[Tensor, Tensor]:
+        rgb = _checked_input("rgb", rgb, 3)
+        flow = _checked_input("flow", flow, self.input_spec.flow_channels)
+        if (rgb.shape[:3], rgb.shape[4:]) != (flow.shape[:3], flow.shape[4:]):
+            raise ValueError(
+                "rgb and flow must have equal videos, segments, frames, height and width, "
+                f"got rgb {tuple(rgb.shape)} and flow {tuple(flow.shape)}"
+            )
+        return rgb, flow
+
+
+def _checked_input(name: str, x: Tensor | None, channels: int) -> Tensor:
+    expected = f"{name} must be float [videos, segments, frames, {channels}, height, width]"
+    if x is None:
+        raise ValueError(f"{expected}, got None: this model needs both rgb and flow")
+    if x.ndim != 6 or x.shape[3] != channels or 0 in x.shape:
+        raise ValueError(f"{expected}, none of them 0, got shape {tuple(x.shape)}")
+    if not x.is_floating_point():
+        raise ValueError(f"{expected}, normalised as its input_spec says, got dtype {x.dtype}")
+    return x
+
+
+def vcm_sdd(
+    *,
+    num_classes: int,
+    backbone: str = "resnet101",
+    backbone_weights: str | None = None,
+    flow_channels: int = 2,
+    stc: bool = True,
+    mff: bool = True,
+    heads: int = 8,
+    scale: Literal["frobenius", "dim"] = "frobenius",
+    scope: Literal["segment", "frame"] = "segment",
+    eq12: Literal["text", "literal"] = "text",
+    mff_residual: bool = False,
+    mff_norm: bool = False,
+    geometry: Literal["log", "inverse_log"] = "log",
+    eps: float = 1e-3,
+    metric: Literal["box", "l1", "l2"] = "box",
+    radius: int = 2,
+    self_loop: bool = True,
+    share_stc: bool = True,
+    stc_residual: bool = False,
+    stc_init: Literal["near", "random"] = "near",
+    consensus: Literal["logits", "probs"] = "logits",
+    shared_classifier: bool = False,
+) -> VCMSDD:
+    """Build VCM-SDD. The defaults are the paper's equations; scale="dim" is what we recommend for accuracy.
+
+    num_classes: C. backbone: a torchvision ResNet, `tiny` (small frames, small sets), or `timm:NAME`.
+    backbone_weights: None (random, the paper's `_NP` rows), `imagenet`, the name of a torchvision weight set, or a
+    .safetensors, .pth or .pt file; the flow stem then starts as the mean of the RGB stem over its channels.
+    flow_channels: 2 for one flow field, 2 L for a stack of L. All others: see vcm_sdd.options.HeadOptions.
+    Raises ValueError naming the option, what was expected and what was found.
+    """
+    for name, value in (("num_classes", num_classes), ("flow_channels", flow_channels)):
+        if type(value) is not int or value < 1:
+            raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
+    options = HeadOptions(
+        stc=stc,
+        mff=mff,
+        heads=heads,
+        scale=scale,
+        scope=scope,
+        eq12=eq12,
+        mff_residual=mff_residual,
+        mff_norm=mff_norm,
+        geometry=geometry,
+        eps=eps,
+        metric=metric,
+        radius=radius,
+        self_loop=self_loop,
+        share_stc=share_stc,
+        stc_residual=stc_residual,
+        stc_init=stc_init,
+        consensus=consensus,
+        shared_classifier=shared_classifier,
+    )
+    rgb, flow = build_backbones(backbone, flow_channels=flow_channels, weights=backbone_weights)
+    spec = InputSpec(rgb=True, flow_channels=flow_channels, rgb_mean=rgb.rgb_mean, rgb_std=rgb.rgb_std)
+    return VCMSDD(rgb, flow, TwoStreamHead(rgb.num_channels, num_classes, options), spec)
+
+
+vcm_sdd_r101 = functools.partial(vcm_sdd, backbone="resnet101")
+"""The paper's network: ResNet-101 backbones, every option as printed."""

@@ -1,0 +1,76 @@
+"""The readings of the paper that a user may choose between. One place checks them all."""
+
+import math
+from dataclasses import dataclass, fields
+from typing import Literal, get_args, get_origin, get_type_hints
+
+__all__ = ["HeadOptions"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class HeadOptions:
+    """Everything behind the two backbones. The defaults are the paper's equations as we read them.
+
+    Raises ValueError naming the option, what it may be and what it was.
+    """
+
+    stc: bool = True
+    """Spatio-temporal consistency (section 3.1, Eq. 3-10); off = the rows `No_STC` of table 2."""
+    mff: bool = True
+    """Multi-modal feature fusion (section 3.2, Eq. 11-12); off = the rows `No_MFF` of table 2."""
+    heads: int = 8
+    """Groups of channels that attend on their own in Eq. 11-12 (the paper gives no number)."""
+    scale: Literal["frobenius", "dim"] = "frobenius"
+    """Scores are divided by the root of their matrix's Frobenius norm (as printed) or of the channels per head."""
+    scope: Literal["segment", "frame"] = "segment"
+    """A node attends to all nodes of its segment (the paper) or only to those of its own frame."""
+    eq12: Literal["text", "literal"] = "text"
+    """Eq. 12 with transposed scores (flow asks, RGB answers: the text) or with the numerator as printed."""
+    mff_residual: bool = False
+    """Add each asking node to its answer."""
+    mff_norm: bool = False
+    """LayerNorm on every node's answer before the pool (not in the paper; forbids the pooled short cut)."""
+    geometry: Literal["log", "inverse_log"] = "log"
+    """Eq. 3-5: -log(u + eps), or 1 / log(u + e) with Euler's e."""
+    eps: float = 1e-3
+    """Keeps the logarithm of Eq. 6 finite at distance 0 (geometry="log" only)."""
+    metric: Literal["box", "l1", "l2"] = "box"
+    """Distance that decides who is a neighbour: the largest, the sum, or the root of the squares of the steps."""
+    radius: int = 2
+    """Neighbours are at most this many cells away (the paper: 2)."""
+    self_loop: bool = True
+    """A node is its own neighbour (distance 0 is at most 2)."""
+    share_stc: bool = True
+    """One pair of STC weights for both streams (Eq. 10 uses the same s in both lines)."""
+    stc_residual: bool = False
+    """Add the input of STC to its output."""
+    stc_init: Literal["near", "random"] = "near"
+    """`near` starts close to the identity; `random`, torch's usual init, is a blur over about 65 neighbours."""
+    consensus: Literal["logits", "probs"] = "logits"
+    """Average over segments of the logits (Eq. 14), or of the probabilities (then the output is their logarithm)."""
+    shared_classifier: bool = False
+    """One linear classifier for both streams (M is one letter in Eq. 14)."""
+
+    def __post_init__(self) -> None:
+        hints = get_type_hints(type(self))
+        for field in fields(self):
+            _check_type(field.name, hints[field.name], getattr(self, field.name))
+        if self.heads < 1:
+            raise ValueError(f"heads must be at least 1, got {self.heads}")
+        if not (0 < self.eps < 1):
+            raise ValueError(f"eps must lie between 0 and 1, got {self.eps}")
+        smallest = 0 if self.self_loop else 1
+        if self.radius < smallest:
+            raise ValueError(f"radius must be at least {smallest} with self_loop={self.self_loop}, got {self.radius}")
+
+
+def _check_type(name: str, hint: object, value: object) -> None:
+    if get_origin(hint) is Literal:
+        if value not in get_args(hint):
+            raise ValueError(f"{name} must be one of {', '.join(map(repr, get_args(hint)))}, got {value!r}")
+        return
+    if hint is float and isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
+        return
+    if type(value) is not hint:
+        kind = {bool: "true or false", int: "a whole number", float: "a finite number"}
+        raise ValueError(f"{name} must be {kind.get(hint, hint)}, got {value!r}")  # type: ignore[call-overload]
