@@ -27,7 +27,8 @@ def wilson_interval(hits: int, total: int, z: float = Z95) -> tuple[float, float
     p, z2 = hits / total, z * z
     centre = p + z2 / (2 * total)
     half = z * math.sqrt(p * (1 - p) / total + z2 / (4 * total * total))
-    return max(0.0, (centre - half) / (1 + z2 / total)), min(1.0, (centre + half) / (1 + z2 / total))
+    low, high = (centre - half) / (1 + z2 / total), (centre + half) / (1 + z2 / total)
+    return max(0.0, min(low, p)), min(1.0, max(high, p))  # rounding must not exclude p itself
 
 
 def _ratio(hits: int, total: int) -> float:
