@@ -1,0 +1,119 @@
+"""The result table: its rows, their exactly-once commit in units of work, and how it is read back.
+
+Under OUT, one folder for each (model, settings), named `labelling_id`:
+
+    job.json                      the model, the settings and the class names that all rows share
+    plans/<catalog digest>.json   which rows of that catalog are in which unit (see predictions_plan)
+    parts/<unit>-<attempt>.parquet   rows; any number of attempts may leave one
+    commits/<unit>.json           the one part that counts, with its checksum
+    done/<catalog digest>.json    totals, once every row of the catalog is there
+
+What is easy to break: a part exists for readers only when a commit names it, and only `put_if_absent` makes a commit.
+"""
+
+from typing import Any
+
+import pyarrow as pa
+
+from kinoray.config import digest
+from kinoray.errors import ConfigError, ObjectNotFound
+from kinoray.predictions_ledger import Commit, Ledger, Totals
+from kinoray.predictions_plan import Plan, Unit, row_keys
+from kinoray.storage import Storage, join
+
+__all__ = [
+    "PREDICTION_SCHEMA",
+    "Commit",
+    "Ledger",
+    "Plan",
+    "Totals",
+    "Unit",
+    "find_labellings",
+    "labelling_id",
+    "read_predictions",
+    "row_keys",
+]
+
+PREDICTION_SCHEMA = pa.schema(
+    [
+        pa.field("video_id", pa.string(), nullable=False),
+        pa.field("uri", pa.string(), nullable=False),
+        pa.field("offset", pa.int64()),
+        pa.field("length", pa.int64()),
+        pa.field("row_key", pa.string(), nullable=False),  # names the input: predictions_plan.row_keys
+        pa.field("status", pa.string(), nullable=False),  # labelled, quarantined or skipped
+        pa.field("error_class", pa.string()),
+        pa.field("error_text", pa.string()),
+        pa.field("label_topk", pa.list_(pa.string())),  # likeliest first; null unless labelled, as all below
+        pa.field("id_topk", pa.list_(pa.int32())),
+        pa.field("score_topk", pa.list_(pa.float32())),  # probabilities
+        pa.field("margin", pa.float32()),  # first score less the second
+        pa.field("entropy", pa.float32()),  # of all classes, in nats
+        pa.field("abstained", pa.bool_(), nullable=False),
+        pa.field("views", pa.int32(), nullable=False),
+        pa.field("frames_decoded", pa.int32(), nullable=False),
+        pa.field("frames_corrupt", pa.int32(), nullable=False),
+        pa.field("model_digest", pa.string(), nullable=False),
+        pa.field("config_digest", pa.string(), nullable=False),
+        pa.field("run_id", pa.string(), nullable=False),
+    ]
+)
+"""One row for every input."""
+
+_PLACE = ("video_id", "uri", "offset", "length")  # a file that was replaced is another input in the same place
+
+
+def labelling_id(model_digest: str, config_digest: str) -> str:
+    """The folder that holds what one model says under one setting."""
+    return digest([model_digest, config_digest])
+
+
+def find_labellings(storage: Storage, out: str) -> list[str]:
+    """Roots of the labellings in a place that `label` wrote to, sorted; the place may be a labelling's root itself.
+
+    Raises:
+        ObjectNotFound: there is none.
+    """
+    out = out.rstrip("/")
+    if storage.exists(join(out, "job.json")):
+        return [out]
+    infos = storage.list(out + "/")
+    roots = [info.uri.rpartition("/")[0] for info in infos if info.uri.endswith("/job.json")]
+    roots = [root for root in roots if root.count("/") == out.count("/") + 1]
+    if not roots:
+        raise ObjectNotFound(f"{out} holds no predictions; expected the --out of `kinoray label` or `evaluate`")
+    return roots
+
+
+def read_predictions(storage: Storage, out: str, *, catalog_digest: str | None = None) -> pa.Table:
+    """The rows that are committed so far (PREDICTION_SCHEMA), unit by unit in the order of the catalog.
+
+    Where several catalogs were labelled into one place, the newest one's rows come first, then the others' rows of
+    videos that are not in it. Half-written parts never show.
+
+    Args:
+        out: the --out of `label` or `evaluate`, or the folder of one labelling in it.
+        catalog_digest: only the rows of this catalog.
+
+    Raises:
+        ObjectNotFound: nothing was labelled there.
+        ConfigError: results of several models or settings are there, and none was named.
+    """
+    roots = find_labellings(storage, out)
+    if len(roots) > 1:
+        models = (Ledger(storage, root).job()["checkpoint"] for root in roots)
+        choices = ", ".join(f"{root} (by {model})" for root, model in zip(roots, models, strict=True))
+        raise ConfigError(f"predictions must name one labelling; {out} holds {len(roots)}: {choices}")
+    ledger = Ledger(storage, roots[0])
+    plans = [plan for plan in ledger.plans() if catalog_digest in (None, plan.catalog_digest)]
+    committed = ledger.committed()
+    tables = [PREDICTION_SCHEMA.empty_table()]
+    places: set[tuple[Any, ...]] = set()
+    for plan in reversed(plans):
+        for table in ledger.read_units(unit for unit in plan.units if unit.unit_id in committed):
+            if len(plans) > 1:
+                rows = list(zip(*(table.column(name).to_pylist() for name in _PLACE), strict=True))
+                table = table.filter(pa.array([row not in places for row in rows], pa.bool_()))
+                places.update(rows)
+            tables.append(table)
+    return pa.concat_tables(tables)

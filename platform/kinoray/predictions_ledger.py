@@ -1,0 +1,238 @@
+"""Exactly-once commits of units of work: the folder of one labelling, and the rules by which rows come to count.
+
+What is easy to break: a part exists for readers only when a commit names it, and only `put_if_absent` makes a commit.
+"""
+
+import hashlib
+import io
+import json
+import uuid
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from typing import Any, TypeVar
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from kinoray.errors import ChecksumMismatch, IncompleteOutput, ObjectNotFound
+from kinoray.predictions_plan import Plan, Unit, make_plan
+from kinoray.storage import Storage, join
+
+__all__ = ["Commit", "Ledger", "Totals"]
+
+_READERS = 16  # threads that fetch parts and commits, which are small
+_TOTAL_COLUMNS = ["row_key", "status", "error_class", "frames_corrupt"]
+_Item = TypeVar("_Item")
+_Result = TypeVar("_Result")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Commit:
+    """What makes a unit finished: the part that holds its rows."""
+
+    unit_id: str
+    part: str
+    """File name under parts/."""
+    rows: int
+    size_bytes: int
+    sha256: str
+    """Of the part."""
+    counts: dict[str, int]
+    """Rows by status."""
+    run_id: str
+    """The job that wrote it."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Totals:
+    """What became of a catalog: labelled + quarantined + skipped = inputs."""
+
+    inputs: int
+    labelled: int
+    quarantined: int
+    skipped: int
+    reasons: dict[str, int]
+    """Quarantined rows by error class."""
+    damaged: int
+    """Labelled videos of which some frames would not decode."""
+
+
+class Ledger:
+    """The folder of one labelling. Any number of jobs may write to it at once; all methods raise StorageError."""
+
+    def __init__(self, storage: Storage, root: str) -> None:
+        self.storage = storage
+        self.root = root
+
+    def pin_job(self, record: dict[str, Any]) -> None:
+        """Say what this labelling is; the first writer's record stays."""
+        self.storage.put_if_absent(self._uri("job.json"), _to_json(record))
+
+    def job(self) -> dict[str, Any]:
+        """What `pin_job` wrote."""
+        return self._read_json(self._uri("job.json"))
+
+    def plan(self, catalog_digest: str, keys: Sequence[str], unit_size: int) -> Plan:
+        """The plan of a catalog, made and stored at the first call: later calls, and jobs at once, get the same one."""
+        uri = self._uri("plans", f"{catalog_digest}.json")
+        try:
+            return Plan.from_record(self._read_json(uri))
+        except ObjectNotFound:
+            pass  # the first job on this catalog
+        plan = make_plan(
+            self.root.rpartition("/")[2],
+            catalog_digest,
+            keys,
+            unit_size,
+            older=self.plans(),
+            committed=self.committed(),
+        )
+        if self.storage.put_if_absent(uri, _to_json(plan.to_record())):
+            return plan
+        return Plan.from_record(self._read_json(uri))
+
+    def plans(self) -> list[Plan]:
+        """All plans, oldest first."""
+        uris = [info.uri for info in self.storage.list(self._uri("plans") + "/")]
+        plans = [Plan.from_record(record) for record in _in_threads(self._read_json, uris)]
+        return sorted(plans, key=lambda plan: (plan.sequence, plan.catalog_digest))
+
+    def committed(self) -> set[str]:
+        """Ids of all finished units."""
+        uris = (info.uri for info in self.storage.list(self._uri("commits") + "/"))
+        return {uri.rpartition("/")[2].removesuffix(".json") for uri in uris if uri.endswith(".json")}
+
+    def find_commit(self, unit_id: str) -> Commit | None:
+        """The commit of a unit, or None while it is unfinished."""
+        try:
+            return Commit(**self._read_json(self._uri("commits", f"{unit_id}.json")))
+        except ObjectNotFound:
+            return None
+
+    def commit(self, unit: Unit, rows: pa.Table, run_id: str) -> Commit:
+        """Write the rows of a unit and make them count, unless another writer was first: then ours are dropped.
+
+        Args:
+            rows: PREDICTION_SCHEMA, in the unit's order.
+
+        Returns:
+            The commit that stands; its run_id tells whose it is.
+
+        Raises:
+            IncompleteOutput: the rows are not those of the unit.
+        """
+        if rows.column("row_key").to_pylist() != list(unit.keys):
+            raise IncompleteOutput(f"unit {unit.unit_id}: {rows.num_rows} rows are not its {len(unit.keys)} inputs")
+        sink = io.BytesIO()
+        pq.write_table(rows, sink, compression="zstd")
+        data = sink.getvalue()
+        commit = Commit(
+            unit_id=unit.unit_id,
+            part=f"{unit.unit_id}-{uuid.uuid4().hex[:12]}.parquet",
+            rows=rows.num_rows,
+            size_bytes=len(data),
+            sha256=hashlib.sha256(data).hexdigest(),
+            counts=dict(Counter(rows.column("status").to_pylist())),
+            run_id=run_id,
+        )
+        part_uri = self._uri("parts", commit.part)
+        self.storage.put(part_uri, data)
+        if self.storage.put_if_absent(self._uri("commits", f"{unit.unit_id}.json"), _to_json(asdict(commit))):
+            return commit
+        winner = Commit(**self._read_json(self._uri("commits", f"{unit.unit_id}.json")))
+        if winner.part != commit.part:  # equal: ours was stored, and only the store's answer got lost
+            self.storage.delete(part_uri)
+        return winner
+
+    def read_unit(self, unit: Unit, columns: list[str] | None = None) -> pa.Table:
+        """The rows of a finished unit that are in the plan's catalog.
+
+        Raises:
+            IncompleteOutput: the unit is unfinished, or its part is gone.
+            ChecksumMismatch: the part is not what was committed.
+        """
+        commit = self.find_commit(unit.unit_id)
+        if commit is None:
+            raise IncompleteOutput(f"{self.root}: unit {unit.unit_id} is not finished; run the same command again")
+        uri = self._uri("parts", commit.part)
+        again = f"delete {self._uri('commits', unit.unit_id + '.json')} and run the label command again"
+        try:
+            data = self.storage.read(uri)
+        except ObjectNotFound:
+            raise IncompleteOutput(f"{uri} was committed but is gone; {again}") from None
+        if hashlib.sha256(data).hexdigest() != commit.sha256:
+            raise ChecksumMismatch(f"{uri} is not what was committed ({len(data)} bytes, {commit.size_bytes}); {again}")
+        wanted = None if columns is None or unit.is_whole else list(dict.fromkeys([*columns, "row_key"]))
+        table = pq.read_table(io.BytesIO(data), columns=wanted or columns)
+        if unit.is_whole:
+            return table
+        return table.filter(pc.is_in(table.column("row_key"), value_set=pa.array(unit.keys, pa.string())))
+
+    def read_units(self, units: Iterable[Unit], columns: list[str] | None = None) -> Iterator[pa.Table]:
+        """`read_unit` of each, in order, fetched in threads."""
+        return _in_threads(lambda unit: self.read_unit(unit, columns), units)
+
+    def check(self, plan: Plan, keys: Sequence[str]) -> Totals:
+        """Read back what the commits name and compare it with the catalog: each key exactly once.
+
+        Args:
+            keys: `row_keys` of the catalog.
+
+        Raises:
+            IncompleteOutput: with the counts.
+        """
+        found: Counter[str] = Counter()
+        status: Counter[str] = Counter()
+        reasons: Counter[str] = Counter()
+        damaged = 0
+        for table in self.read_units(plan.units, _TOTAL_COLUMNS):
+            found.update(table.column("row_key").to_pylist())
+            status.update(table.column("status").to_pylist())
+            reasons.update(reason for reason in table.column("error_class").to_pylist() if reason)
+            damaged += pc.sum(pc.greater(table.column("frames_corrupt"), 0)).as_py() or 0
+        missing = len(set(keys) - set(found))
+        foreign = len(set(found) - set(keys))
+        repeated = sum(count - 1 for count in found.values())
+        if missing or foreign or repeated or len(keys) != found.total():
+            raise IncompleteOutput(
+                f"{self.root}: {len(keys)} inputs, {found.total()} rows: {missing} inputs have no row, {repeated} have "
+                f"more than one, {foreign} rows are of no input; run the same command again, with another --out if it "
+                "stays so"
+            )
+        return Totals(
+            inputs=len(keys),
+            labelled=status["labelled"],
+            quarantined=status["quarantined"],
+            skipped=status["skipped"],
+            reasons=dict(sorted(reasons.items())),
+            damaged=damaged,
+        )
+
+    def finish(self, plan: Plan, totals: Totals) -> None:
+        """Declare the catalog's table complete. Call it only with what `check` returned."""
+        units = [unit.unit_id for unit in plan.units]
+        record = {"catalog_digest": plan.catalog_digest, **asdict(totals), "units": units}
+        self.storage.put(self._uri("done", f"{plan.catalog_digest}.json"), _to_json(record))
+
+    def _uri(self, *parts: str) -> str:
+        return join(self.root, *parts)
+
+    def _read_json(self, uri: str) -> dict[str, Any]:
+        data = self.storage.read(uri)
+        try:
+            record: dict[str, Any] = json.loads(data)
+        except ValueError as error:
+            raise ChecksumMismatch(f"{uri} does not hold what kinoray wrote: {error}") from error
+        return record
+
+
+def _to_json(record: dict[str, Any]) -> bytes:
+    return json.dumps(record, indent=1).encode()
+
+
+def _in_threads(function: Callable[[_Item], _Result], items: Iterable[_Item]) -> Iterator[_Result]:
+    with ThreadPoolExecutor(_READERS) as pool:
+        yield from pool.map(function, items)

@@ -1,0 +1,405 @@
+"""The result table without Ray: plans, exactly-once commits, readers."""
+
+import hashlib
+import json
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kinoray.config import StorageConfig
+from kinoray.errors import CatalogError, ChecksumMismatch, ConfigError, IncompleteOutput, ObjectNotFound
+from kinoray.predictions import PREDICTION_SCHEMA, Ledger, Plan, Unit, labelling_id, read_predictions, row_keys
+from kinoray.predictions_plan import make_plan
+from kinoray.storage import Storage, join
+
+LABELLING = labelling_id("model", "config")
+
+
+def inputs(names: str, size_bytes: int = 10) -> pa.Table:
+    """The columns of a catalog that name its rows: one video for each letter."""
+    return pa.table(
+        {
+            "video_id": list(names),
+            "uri": [f"s3://b/{name}.mp4" for name in names],
+            "offset": pa.array([None] * len(names), pa.int64()),
+            "length": pa.array([None] * len(names), pa.int64()),
+            "size_bytes": pa.array([size_bytes] * len(names), pa.int64()),
+            "sha256": pa.array([None] * len(names), pa.string()),
+        }
+    )
+
+
+def rows_of(table: pa.Table, unit: Unit, **changes: Any) -> pa.Table:
+    """What a labeller would say of a unit: every video is labelled, but those named `x`."""
+    known = dict(zip(row_keys(table), table.to_pylist(), strict=True))
+    rows = []
+    for key in unit.keys:
+        bad = known[key]["video_id"] == "x"
+        rows.append(
+            {name: known[key][name] for name in ("video_id", "uri", "offset", "length")}
+            | {"row_key": key, "status": "quarantined" if bad else "labelled"}
+            | {"error_class": "EmptyMedia" if bad else None, "error_text": "no bytes" if bad else None}
+            | {"label_topk": None if bad else ["cat"], "id_topk": None if bad else [0]}
+            | {"score_topk": None if bad else [0.5], "abstained": False, "views": 1}
+            | {"frames_decoded": 4, "frames_corrupt": int(known[key]["video_id"] == "d")}
+            | {"model_digest": "m", "config_digest": "c", "run_id": "r"}
+            | changes
+        )
+    return pa.Table.from_pylist(rows, schema=PREDICTION_SCHEMA)
+
+
+def ids(table: pa.Table) -> str:
+    return "".join(table.column("video_id").to_pylist())
+
+
+@pytest.fixture(params=["folder", "s3"])
+def place(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Storage, str]:
+    """A storage and an --out in it."""
+    if request.param == "folder":
+        return Storage(StorageConfig()), str(tmp_path / "out")
+    config: StorageConfig = request.getfixturevalue("s3_config")
+    return Storage(config), join(request.getfixturevalue("bucket"), "out")
+
+
+@pytest.fixture
+def ledger(tmp_path: Path) -> Ledger:
+    ledger = Ledger(Storage(StorageConfig()), str(tmp_path / "out" / LABELLING))
+    ledger.pin_job({"checkpoint": "run"})
+    return ledger
+
+
+def label_all(ledger: Ledger, table: pa.Table, catalog: str, unit_size: int, **changes: Any) -> Plan:
+    """Plan a catalog and commit what is missing."""
+    plan = ledger.plan(catalog, row_keys(table), unit_size)
+    done = ledger.committed()
+    for unit in plan.units:
+        if unit.unit_id not in done:
+            ledger.commit(unit, rows_of(table, unit, **changes), "run")
+    return plan
+
+
+# Keys and plans
+
+
+def test_a_row_key_is_the_digest_of_name_place_and_content() -> None:
+    truth = hashlib.sha256(json.dumps(["a", "s3://b/a.mp4", None, None, 10, None], separators=(",", ":")).encode())
+    assert row_keys(inputs("ab"))[0] == truth.hexdigest()[:16]
+    assert row_keys(inputs("a", size_bytes=11)) != row_keys(inputs("a"))
+
+
+def test_an_input_that_is_listed_twice_is_refused() -> None:
+    with pytest.raises(CatalogError, match=r"s3://b/b.mp4 \(video b\) is in the catalog 2 times"):
+        row_keys(inputs("abcb"))
+
+
+def test_a_first_plan_is_the_catalog_in_slices() -> None:
+    keys = row_keys(inputs("abcdefg"))
+    plan = make_plan(LABELLING, "one", keys, 3)
+    assert [list(unit.keys) for unit in plan.units] == [keys[:3], keys[3:6], keys[6:]]
+    assert all(unit.is_whole for unit in plan.units)
+    assert plan.num_rows == 7
+
+
+def test_unit_ids_name_the_labelling_and_the_rows_but_not_the_catalog() -> None:
+    keys = row_keys(inputs("abcd"))
+    ids_of = lambda plan: [unit.unit_id for unit in plan.units]  # noqa: E731
+    first = ids_of(make_plan(LABELLING, "one", keys, 2))
+    assert first == ids_of(make_plan(LABELLING, "two", keys, 2))
+    assert first[0] == ids_of(make_plan(LABELLING, "two", keys[:2], 2))[0]
+    assert not set(first) & set(ids_of(make_plan("other", "one", keys, 2)))
+    assert not set(first) & set(ids_of(make_plan(LABELLING, "one", keys, 3)))
+
+
+def test_a_grown_catalog_adds_units_for_what_is_new_only() -> None:
+    old, grown = row_keys(inputs("bdf")), row_keys(inputs("abcdef"))
+    first = make_plan(LABELLING, "one", old, 2)
+    second = make_plan(LABELLING, "two", grown, 64, older=[first])
+    a, b, c, d, e, f = grown
+    assert [unit.keys for unit in second.units] == [(a, c, e), (b, d), (f,)]
+    assert set(first.units) < set(second.units)
+    assert second.sequence == 1
+
+
+def test_a_finished_unit_of_which_a_row_is_gone_is_used_and_an_unfinished_one_is_cut_anew() -> None:
+    before, after = row_keys(inputs("abcd")), row_keys(inputs("acd"))
+    first = make_plan(LABELLING, "one", before, 2)
+    done = make_plan(LABELLING, "two", after, 2, older=[first], committed={first.units[0].unit_id})
+    assert [(unit.keys, unit.num_rows) for unit in done.units] == [((after[0],), 2), (tuple(after[1:]), 2)]
+    assert not done.units[0].is_whole
+    undone = make_plan(LABELLING, "two", after, 2, older=[first])
+    assert [(unit.keys, unit.num_rows) for unit in undone.units] == [((after[0],), 1), (tuple(after[1:]), 2)]
+
+
+@given(
+    catalogs=st.lists(st.lists(st.integers(0, 30), unique=True, min_size=1), min_size=1, max_size=5),
+    unit_size=st.integers(1, 7),
+    finished=st.sets(st.integers(0, 60)),
+)
+def test_any_history_of_plans_covers_each_row_once_and_repeats_nothing_finished(
+    catalogs: list[list[int]], unit_size: int, finished: set[int]
+) -> None:
+    plans: list[Plan] = []
+    committed: dict[str, set[str]] = {}
+    for number, catalog in enumerate(catalogs):
+        keys = [f"{row:016x}" for row in catalog]
+        plan = make_plan(LABELLING, str(number), keys, unit_size, older=plans, committed=committed)
+        covered = [key for unit in plan.units for key in unit.keys]
+        assert sorted(covered) == sorted(keys)
+        done_before = set().union(*committed.values())
+        for unit in plan.units:
+            if unit.unit_id not in committed:
+                assert unit.is_whole
+                assert not set(unit.keys) & done_before
+        assert Plan.from_record(json.loads(json.dumps(plan.to_record()))) == plan
+        plans.append(plan)
+        for index, unit in enumerate(plan.units):
+            if unit.is_whole and (index + 7 * number) in finished:
+                committed[unit.unit_id] = set(unit.keys)
+
+
+def test_the_stored_plan_is_the_one_that_counts(place: tuple[Storage, str]) -> None:
+    storage, out = place
+    ledger = Ledger(storage, join(out, LABELLING))
+    keys = row_keys(inputs("abcdefgh"))
+    plan = ledger.plan("one", keys, 3)
+    assert [len(unit.keys) for unit in plan.units] == [3, 3, 2]
+    assert ledger.plan("one", keys, 5) == plan
+
+
+def test_jobs_that_plan_at_once_agree(ledger: Ledger) -> None:
+    keys = row_keys(inputs("abcdefgh"))
+    barrier = threading.Barrier(8)
+
+    def plan(unit_size: int) -> Plan:
+        barrier.wait()
+        return ledger.plan("one", keys, unit_size)
+
+    with ThreadPoolExecutor(8) as pool:
+        plans = list(pool.map(plan, range(1, 9)))
+    assert set(plans) == {ledger.plan("one", keys, 64)}
+
+
+# Commits
+
+
+def test_of_8_writers_exactly_one_wins_and_the_others_leave_nothing(place: tuple[Storage, str]) -> None:
+    storage, out = place
+    ledger = Ledger(storage, join(out, LABELLING))
+    table = inputs("abcdefgh")
+    plan = ledger.plan("one", row_keys(table), 1)  # 8 units: 8 rounds
+    with ThreadPoolExecutor(8) as pool:
+        for unit in plan.units:
+            barrier = threading.Barrier(8)
+
+            def write(run_id: str, unit: Unit = unit, barrier: threading.Barrier = barrier) -> str:
+                rows = rows_of(table, unit, run_id=run_id)
+                barrier.wait()
+                return ledger.commit(unit, rows, run_id).run_id
+
+            says = list(pool.map(write, [f"run{number}" for number in range(8)]))
+            assert len(set(says)) == 1  # all writers name the same winner,
+            assert ledger.read_unit(unit).column("run_id").to_pylist() == says[:1]  # and its rows are what is read
+    parts = [info.uri for info in storage.list(join(out, LABELLING, "parts") + "/")]
+    assert len(parts) == 8
+    assert ids(next(ledger.read_units(plan.units))) == "a"
+
+
+class LostAnswer(Storage):
+    """A store that writes, but whose answer gets lost, so that a retry finds the object there."""
+
+    def put_if_absent(self, uri: str, data: bytes) -> bool:
+        super().put_if_absent(uri, data)
+        return False
+
+
+def test_a_writer_whose_answer_got_lost_keeps_its_part(tmp_path: Path) -> None:
+    ledger = Ledger(LostAnswer(StorageConfig()), str(tmp_path / LABELLING))
+    table = inputs("ab")
+    plan = ledger.plan("one", row_keys(table), 2)
+    ledger.commit(plan.units[0], rows_of(table, plan.units[0]), "run")
+    assert ids(ledger.read_unit(plan.units[0])) == "ab"
+
+
+def test_rows_of_another_unit_cannot_be_committed(ledger: Ledger) -> None:
+    table = inputs("abcd")
+    first, second = ledger.plan("one", row_keys(table), 2).units
+    with pytest.raises(IncompleteOutput, match="are not its 2 inputs"):
+        ledger.commit(first, rows_of(table, second), "run")
+    with pytest.raises(IncompleteOutput, match="1 rows are not its 2 inputs"):
+        ledger.commit(first, rows_of(table, first).slice(1), "run")
+    assert ledger.committed() == set()
+
+
+class Watched(Storage):
+    """Notes what a reader sees when a part is written and its commit is not."""
+
+    seen: ClassVar[list[str]] = []
+
+    def put_if_absent(self, uri: str, data: bytes) -> bool:
+        if "/commits/" in uri:
+            table = read_predictions(Storage(self.config), uri.partition("/commits/")[0])
+            self.seen.append(ids(table))
+        return super().put_if_absent(uri, data)
+
+
+def test_a_part_shows_only_after_its_commit(ledger: Ledger) -> None:
+    Watched.seen.clear()
+    watched = Ledger(Watched(StorageConfig()), ledger.root)
+    label_all(watched, inputs("abcdef"), "one", 2)
+    assert Watched.seen == ["", "ab", "abcd"]
+    assert ids(read_predictions(ledger.storage, ledger.root)) == "abcdef"
+
+
+def test_a_reader_that_polls_sees_whole_units_and_counts_that_only_grow(ledger: Ledger) -> None:
+    names = "".join(chr(0x4E00 + number) for number in range(120))
+    table = inputs(names)
+    plan = ledger.plan("one", row_keys(table), 4)
+    progress = threading.Semaphore(0)
+
+    def write(units: list[Unit]) -> None:
+        for unit in units:
+            progress.acquire()  # the reader lets the writers go on, so every poll meets a writer at work
+            ledger.commit(unit, rows_of(table, unit), "run")
+
+    def poll() -> Iterator[int]:
+        while len(ledger.committed()) < len(plan.units):
+            progress.release()
+            yield read_predictions(ledger.storage, ledger.root).num_rows
+
+    with ThreadPoolExecutor(2) as pool:
+        writers = [pool.submit(write, list(plan.units[side::2])) for side in (0, 1)]
+        counts = list(poll())
+        for _ in plan.units:
+            progress.release()
+        for writer in writers:
+            writer.result()
+    assert counts == sorted(counts)
+    assert all(count % 4 == 0 for count in counts)
+    assert len(set(counts)) > 1
+    assert ids(read_predictions(ledger.storage, ledger.root)) == names
+
+
+# Check and totals
+
+
+def test_the_totals_add_up_and_name_the_reasons(ledger: Ledger) -> None:
+    table = inputs("abcdx")
+    plan = label_all(ledger, table, "one", 2)
+    totals = ledger.check(plan, row_keys(table))
+    assert (totals.inputs, totals.labelled, totals.quarantined, totals.skipped) == (5, 4, 1, 0)
+    assert totals.reasons == {"EmptyMedia": 1}
+    assert totals.damaged == 1
+    ledger.finish(plan, totals)
+    done = json.loads(Path(ledger.root, "done", "one.json").read_text())
+    assert done["units"] == [unit.unit_id for unit in plan.units]
+    assert done["labelled"] + done["quarantined"] + done["skipped"] == done["inputs"]
+
+
+def test_the_check_finds_what_is_missing_foreign_or_repeated(ledger: Ledger) -> None:
+    table = inputs("abcdef")
+    plan = label_all(ledger, table, "one", 2)
+    keys = row_keys(table)
+    with pytest.raises(IncompleteOutput, match="7 inputs, 6 rows: 1 inputs have no row"):
+        ledger.check(plan, [*keys, "0" * 16])
+    with pytest.raises(IncompleteOutput, match=r"5 inputs, 6 rows: .* 1 rows are of no input"):
+        ledger.check(plan, keys[:5])
+    twice = Plan(plan.catalog_digest, plan.unit_size, plan.sequence, (*plan.units, plan.units[0]))
+    with pytest.raises(IncompleteOutput, match=r"6 inputs, 8 rows: .* 2 have more than one"):
+        ledger.check(twice, keys)
+
+
+def test_an_unfinished_a_lost_and_a_changed_part_are_told_apart(ledger: Ledger) -> None:
+    table = inputs("abcdef")
+    plan = ledger.plan("one", row_keys(table), 2)
+    for unit in plan.units[1:]:
+        ledger.commit(unit, rows_of(table, unit), "run")
+    with pytest.raises(IncompleteOutput, match="is not finished; run the same command again"):
+        ledger.check(plan, row_keys(table))
+    lost, changed = (ledger.find_commit(unit.unit_id) for unit in plan.units[1:])
+    assert lost is not None
+    assert changed is not None
+    Path(ledger.root, "parts", lost.part).unlink()
+    with pytest.raises(IncompleteOutput, match=r"was committed but is gone; delete .*commits/.* and run"):
+        ledger.read_unit(plan.units[1])
+    path = Path(ledger.root, "parts", changed.part)
+    pq.write_table(pq.read_table(path).slice(1), path)
+    with pytest.raises(ChecksumMismatch, match="is not what was committed"):
+        ledger.read_unit(plan.units[2])
+
+
+# Reading
+
+
+def test_predictions_come_in_the_order_of_the_catalog_with_all_columns(place: tuple[Storage, str]) -> None:
+    storage, out = place
+    ledger = Ledger(storage, join(out, LABELLING))
+    ledger.pin_job({"checkpoint": "run"})
+    label_all(ledger, inputs("gfabx"), "one", 2)
+    for where in (out, out + "/", ledger.root):
+        table = read_predictions(storage, where)
+        assert ids(table) == "gfabx"
+        assert table.schema.equals(PREDICTION_SCHEMA)
+    assert table.column("label_topk").to_pylist() == [["cat"]] * 4 + [None]
+
+
+def test_a_started_labelling_reads_as_an_empty_table(ledger: Ledger) -> None:
+    ledger.plan("one", row_keys(inputs("ab")), 1)
+    assert read_predictions(ledger.storage, ledger.root).schema.equals(PREDICTION_SCHEMA)
+
+
+def test_a_grown_library_reads_as_one_table(ledger: Ledger) -> None:
+    label_all(ledger, inputs("bd"), "one", 8)
+    parts = {path.name for path in Path(ledger.root, "parts").iterdir()}
+    grown = inputs("abcd")
+    plan = label_all(ledger, grown, "two", 8)
+    assert len({path.name for path in Path(ledger.root, "parts").iterdir()} - parts) == 1
+    assert ledger.check(plan, row_keys(grown)).inputs == 4
+    assert ids(read_predictions(ledger.storage, ledger.root)) == "acbd"
+    assert ids(read_predictions(ledger.storage, ledger.root, catalog_digest="one")) == "bd"
+
+
+def test_splits_that_were_labelled_apart_read_as_one_table(ledger: Ledger) -> None:
+    label_all(ledger, inputs("abc"), "train", 2)
+    label_all(ledger, inputs("de"), "val", 2)
+    assert sorted(ids(read_predictions(ledger.storage, ledger.root))) == list("abcde")
+    assert ids(read_predictions(ledger.storage, ledger.root, catalog_digest="val")) == "de"
+
+
+def test_a_replaced_file_is_labelled_again_and_its_old_row_gives_way(ledger: Ledger) -> None:
+    label_all(ledger, inputs("abc"), "one", 3, run_id="old")
+    after = pa.concat_tables([inputs("a"), inputs("b", size_bytes=99), inputs("c")])
+    plan = label_all(ledger, after, "two", 3, run_id="new")
+    assert [unit.num_rows for unit in plan.units] == [3, 1]
+    totals = ledger.check(plan, row_keys(after))
+    assert totals.inputs == totals.labelled == 3
+    table = read_predictions(ledger.storage, ledger.root)
+    assert dict(zip(table["video_id"].to_pylist(), table["run_id"].to_pylist(), strict=True)) == {
+        "a": "old",
+        "b": "new",
+        "c": "old",
+    }
+    assert table.num_rows == 3
+
+
+def test_results_of_two_models_are_never_mixed(ledger: Ledger, tmp_path: Path) -> None:
+    label_all(ledger, inputs("ab"), "one", 2)
+    other = Ledger(ledger.storage, str(tmp_path / "out" / labelling_id("another", "config")))
+    other.pin_job({"checkpoint": "runs/second"})
+    label_all(other, inputs("ab"), "one", 2)
+    with pytest.raises(ConfigError, match=rf"holds 2: .*{other.root} \(by runs/second\)"):
+        read_predictions(ledger.storage, str(tmp_path / "out"))
+    assert read_predictions(ledger.storage, other.root).num_rows == 2
+
+
+def test_a_place_without_predictions_is_named(place: tuple[Storage, str]) -> None:
+    storage, out = place
+    with pytest.raises(ObjectNotFound, match="out holds no predictions"):
+        read_predictions(storage, out)
