@@ -1,0 +1,51 @@
+"""Optical flow between two frames: OpenCV's DIS, and its int8 form that travels to the model.
+
+DIS cuts its work into as many stripes as OpenCV has threads and the stripes change the result, so it always runs on
+one thread here: the same flow on every machine, and the cores are busy with other clips anyway.
+"""
+
+import threading
+
+import cv2
+import numpy as np
+
+__all__ = ["dis_flow", "quantise"]
+
+_PRESETS = {
+    "ultrafast": cv2.DISOPTICAL_FLOW_PRESET_ULTRAFAST,
+    "fast": cv2.DISOPTICAL_FLOW_PRESET_FAST,
+    "medium": cv2.DISOPTICAL_FLOW_PRESET_MEDIUM,
+}
+_estimators = threading.local()  # an estimator keeps buffers between calls, so threads must not share one
+
+
+def dis_flow(prev: np.ndarray, next: np.ndarray, preset: str) -> np.ndarray:
+    """Motion from prev to next (uint8 [H, W]) in pixels, float32 [H, W, 2] as (x, y): x to the right, y down.
+
+    What is at (x, y) in prev is at (x, y) + flow in next. `preset` is one of flow.preset's choices.
+
+    Raises:
+        ValueError: the frames are not two uint8 images of one shape, or the preset is unknown.
+    """
+    if prev.shape != next.shape or prev.ndim != 2 or prev.dtype != np.uint8 or next.dtype != np.uint8:
+        raise ValueError(
+            f"dis_flow needs two uint8 [H, W] images of one shape, got {prev.dtype} {prev.shape} and "
+            f"{next.dtype} {next.shape}"
+        )
+    if preset not in _PRESETS:
+        raise ValueError(f"flow.preset must be one of {', '.join(_PRESETS)}, got {preset!r}")
+    if cv2.getNumThreads() != 1:
+        cv2.setNumThreads(1)
+    estimator = getattr(_estimators, preset, None)
+    if estimator is None:
+        estimator = cv2.DISOpticalFlow.create(_PRESETS[preset])
+        setattr(_estimators, preset, estimator)
+    # The third argument must stay None: DIS takes a given output array as its starting flow.
+    flow: np.ndarray = estimator.calc(prev, next, None)
+    return flow
+
+
+def quantise(flow: np.ndarray, bound_px: float) -> np.ndarray:
+    """Flow in pixels, float [H, W, 2], to int8 [2, H, W]: clipped to +- bound_px, which becomes +- 127; 0 stays 0."""
+    scaled = np.clip(flow, -bound_px, bound_px) * (127.0 / bound_px)
+    return np.ascontiguousarray(np.rint(scaled).astype(np.int8).transpose(2, 0, 1))

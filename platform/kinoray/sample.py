@@ -1,0 +1,39 @@
+"""Which frames of a video are looked at: pure integer arithmetic on frame numbers, the same on every machine.
+
+A video of F frames is cut into S * T equal slots of F / (S * T) frames. The slots are real intervals: where they are
+shorter than a frame, neighbouring slots share it, so short videos repeat frames instead of failing.
+"""
+
+import hashlib
+
+import numpy as np
+
+from kinoray.config import SampleConfig
+
+__all__ = ["clip_rng", "segment_indices"]
+
+
+def segment_indices(num_frames: int, config: SampleConfig, rng: np.random.Generator | None = None) -> np.ndarray:
+    """Frame numbers, int64 [S, T], never falling, each in 0 .. num_frames - 1.
+
+    Without rng: the middle of each slot, `(2i + 1) * F // (2 * S * T)`. With rng: a frame drawn from each slot, such
+    that over all slots every frame of the video is drawn equally often.
+
+    Raises:
+        ValueError: num_frames is less than 1.
+    """
+    if num_frames < 1:
+        raise ValueError(f"num_frames must be at least 1, got {num_frames}")
+    num_slots = config.num_segments * config.frames_per_segment
+    slots = np.arange(num_slots, dtype=np.int64)
+    if rng is None:
+        frames = (2 * slots + 1) * num_frames // (2 * num_slots)
+    else:  # positions in units of 1 / num_slots frame, so that slots need not be whole frames
+        frames = rng.integers(slots * num_frames, (slots + 1) * num_frames, dtype=np.int64) // num_slots
+    return frames.reshape(config.num_segments, config.frames_per_segment)
+
+
+def clip_rng(seed: int, epoch: int, video_id: str) -> np.random.Generator:
+    """The random generator of one video in one epoch: it does not matter which worker draws from it, or when."""
+    key = hashlib.sha256(f"{seed}\n{epoch}\n{video_id}".encode()).digest()
+    return np.random.Generator(np.random.PCG64(int.from_bytes(key[:16], "big")))

@@ -1,0 +1,77 @@
+"""Which part of a frame the model sees: one scaling, one cut, one mirror, chosen once a clip.
+
+A crop of a smaller region "resized to crop_px" is written as a larger scaling followed by a cut of exactly crop_px:
+the decoder scales once, straight from YUV, and no second resize follows.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from kinoray.config import ViewConfig
+
+__all__ = ["View", "test_view", "train_view"]
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """Scale the frame to height x width, cut size x size at (top, left), then mirror it if flip. All in pixels."""
+
+    height: int
+    width: int
+    top: int
+    left: int
+    size: int
+    flip: bool
+
+    def __post_init__(self) -> None:
+        inside = 0 <= self.top <= self.height - self.size and 0 <= self.left <= self.width - self.size
+        if self.size < 1 or not inside:
+            raise ValueError(
+                f"a cut of {self.size} x {self.size} at ({self.top}, {self.left}) is not inside "
+                f"{self.height} x {self.width}"
+            )
+
+
+def _resized(config: ViewConfig, width: int, height: int) -> tuple[int, int]:
+    """(height, width) of a width x height frame after view.resize."""
+    if width < 1 or height < 1:
+        raise ValueError(f"a frame must have at least 1 x 1 pixels, got {width} x {height}")
+    if config.resize == "stretch":
+        return config.resize_px, config.resize_px
+    scale = config.resize_px / min(width, height)
+    return max(config.resize_px, round(height * scale)), max(config.resize_px, round(width * scale))
+
+
+def test_view(config: ViewConfig, width: int, height: int) -> View:
+    """Resize, then the centre crop: the view of testing and labelling. width x height is the frame as displayed."""
+    tall, wide = _resized(config, width, height)
+    size = config.crop_px
+    return View(height=tall, width=wide, top=(tall - size) // 2, left=(wide - size) // 2, size=size, flip=False)
+
+
+test_view.__test__ = False  # type: ignore[attr-defined]  # pytest must not collect it where a test imports it
+
+
+def train_view(config: ViewConfig, width: int, height: int, rng: np.random.Generator) -> View:
+    """A random crop for training, as in TSN: scale, place and flip are drawn from rng, once for the whole clip.
+
+    The crop's height and width are each a fraction (view.train_scales) of the resized frame's short side, at most one
+    step of the list apart, so that shapes are distorted a little and never much. width x height as displayed.
+    """
+    tall, wide = _resized(config, width, height)
+    short = min(tall, wide)
+    scales = config.train_scales
+    pairs = [(a, b) for a in range(len(scales)) for b in range(len(scales)) if abs(a - b) <= 1]
+    row, column = pairs[int(rng.integers(len(pairs)))]
+    size = config.crop_px
+    scaled_height = max(size, round(tall * size / (scales[row] * short)))
+    scaled_width = max(size, round(wide * size / (scales[column] * short)))
+    return View(
+        height=scaled_height,
+        width=scaled_width,
+        top=int(rng.integers(scaled_height - size + 1)),
+        left=int(rng.integers(scaled_width - size + 1)),
+        size=size,
+        flip=bool(rng.random() < 0.5) and config.train_flip,
+    )
