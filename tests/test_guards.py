@@ -14,7 +14,8 @@ KINORAY = ROOT / "platform" / "kinoray"
 
 # Each layer may import only from the layers before it (and from itself where it says so).
 LAYERS: list[set[str]] = [
-    {"errors", "config", "progress"},
+    {"errors", "progress"},
+    {"config"},
     {"verbs", "configfile"},
     {"storage"},
     {"sample", "transform", "flow"},
@@ -24,7 +25,6 @@ LAYERS: list[set[str]] = [
     {"run"},
     {"cli"},
 ]
-WITHIN_LAYER = {"storage_s3", "verbs", "run", "config"}
 
 
 def python_files(folder: Path) -> list[Path]:
@@ -124,25 +124,15 @@ def modules_with_public_names() -> list[str]:
 def test_public_names_equal_all(name: str) -> None:
     """Every name that is defined in a module without an underscore is in __all__, and nothing else is."""
     module = importlib.import_module(name)
-    if name.count(".") == 1 and not hasattr(module, "__all__") and not vars(module).get("__file__", "").endswith(".py"):
-        return
     tree = ast.parse(Path(module.__file__ or "").read_text(encoding="utf-8"))
     defined: set[str] = set()
-    imported: set[str] = set()
     for node in tree.body:
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
             defined.add(node.name)
-        elif isinstance(node, ast.ImportFrom):
-            imported.update(alias.asname or alias.name for alias in node.names)
     public = {item for item in defined if not item.startswith("_")}
     exported = set(getattr(module, "__all__", ()))
-    missing = {item for item in exported if not hasattr(module, item)}
-    assert not missing
-    if name.endswith(".run") or not (public or exported):
-        return
-    private_by_use = {"require", "Verb"}
-    assert public - private_by_use <= exported, f"public but not in __all__: {sorted(public - exported)}"
-    assert list(exported) == list(dict.fromkeys(exported))
+    assert not {item for item in exported if not hasattr(module, item)}
+    assert public <= exported, f"public but not in __all__: {sorted(public - exported)}"
 
 
 def test_jobs_are_thin() -> None:

@@ -20,7 +20,7 @@ from kinoray import __version__, verbs
 from kinoray.configfile import load_config, to_yaml
 from kinoray.errors import ConfigError, KinorayError
 
-__all__ = ["VERBS", "main"]
+__all__ = ["VERBS", "Verb", "main"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,12 +131,15 @@ def _take_config_path(arguments: list[str]) -> tuple[list[str], str]:
     return rest, path
 
 
+_FRAME, _RULE = "\u2502", "\u2500"  # what tyro draws its boxes with
+
+
 def _one_line(box: str) -> str:
     """The message in tyro's framed error text."""
-    inner = [line.strip("│╭╰╮╯ ") for line in box.splitlines() if line.startswith("│")]
+    inner = [line.strip(f"{_FRAME} ") for line in box.splitlines() if line.startswith(_FRAME)]
     message: list[str] = []
     for line in inner:
-        if line.startswith(("───", "For full helptext")):
+        if line.startswith((_RULE, "For full helptext")):
             if "Perhaps you meant" not in " ".join(inner) or any("Perhaps" in part for part in message):
                 break
             continue

@@ -27,6 +27,7 @@ __all__ = [
     "ViewConfig",
     "digest",
     "parse_options",
+    "require",
 ]
 
 
