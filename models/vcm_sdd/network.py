@@ -5,9 +5,9 @@ C classes
 """
 
 import functools
+import math
 from typing import Literal, cast
 
-import torch
 from torch import Tensor, nn
 
 from vcm_sdd.backbone import Backbone, build_backbones
@@ -48,8 +48,9 @@ class TwoStreamHead(nn.Module):
         rgb_BSD, flow_BSD = (x.reshape(-1, num_segments, x.shape[-1]) for x in (rgb_MD, flow_MD))
         if self.options.consensus == "logits":
             return self.classify(rgb_BSD.mean(dim=1), flow_BSD.mean(dim=1))
+        # Averaging after the softmax is not linear: one classification a segment.
         log_probs_BSC = self.classify(rgb_BSD, flow_BSD).log_softmax(dim=-1)
-        return log_probs_BSC.logsumexp(dim=1) - torch.tensor(float(num_segments)).log().item()
+        return log_probs_BSC.logsumexp(dim=1) - math.log(num_segments)
 
     def pool(self, rgb_MND: Tensor, flow_MND: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
         """Return one vector a segment for each stream, [M, D] each: what the classifiers see."""
