@@ -190,11 +190,9 @@ def test_jobs_that_plan_at_once_agree(ledger: Ledger) -> None:
 # Commits
 
 
-def test_of_8_writers_exactly_one_wins_and_the_others_leave_nothing(place: tuple[Storage, str]) -> None:
-    storage, out = place
-    ledger = Ledger(storage, join(out, LABELLING))
-    table = inputs("abcdefgh")
-    plan = ledger.plan("one", row_keys(table), 1)  # 8 units: 8 rounds
+def test_of_8_writers_exactly_one_wins_and_the_others_leave_nothing(ledger: Ledger) -> None:
+    table = inputs("abcdefghijklmnopqrst")
+    plan = ledger.plan("one", row_keys(table), 1)  # 20 units: 20 rounds
     with ThreadPoolExecutor(8) as pool:
         for unit in plan.units:
             barrier = threading.Barrier(8)
@@ -207,9 +205,23 @@ def test_of_8_writers_exactly_one_wins_and_the_others_leave_nothing(place: tuple
             says = list(pool.map(write, [f"run{number}" for number in range(8)]))
             assert len(set(says)) == 1  # all writers name the same winner,
             assert ledger.read_unit(unit).column("run_id").to_pylist() == says[:1]  # and its rows are what is read
-    parts = [info.uri for info in storage.list(join(out, LABELLING, "parts") + "/")]
-    assert len(parts) == 8
-    assert ids(next(ledger.read_units(plan.units))) == "a"
+    assert len(list(Path(ledger.root, "parts").iterdir())) == 20
+
+
+def test_late_writers_on_s3_change_nothing(bucket: str, s3_config: StorageConfig) -> None:
+    """Late, not at once: the test server looks before it writes, without a lock between."""
+    ledger = Ledger(Storage(s3_config), join(bucket, LABELLING))
+    table = inputs("ab")
+    unit = ledger.plan("one", row_keys(table), 2).units[0]
+    first = ledger.commit(unit, rows_of(table, unit, run_id="first"), "first")
+    with ThreadPoolExecutor(7) as pool:
+        late = [f"late{number}" for number in range(7)]
+        says = list(pool.map(lambda run_id: ledger.commit(unit, rows_of(table, unit, run_id=run_id), run_id), late))
+    assert says == [first] * 7
+    assert ledger.read_unit(unit).column("run_id").to_pylist() == ["first"] * 2
+    assert [info.uri for info in ledger.storage.list(join(ledger.root, "parts/"))] == [
+        join(ledger.root, "parts", first.part)
+    ]
 
 
 class LostAnswer(Storage):

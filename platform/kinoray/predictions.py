@@ -114,6 +114,6 @@ def read_predictions(storage: Storage, out: str, *, catalog_digest: str | None =
             if len(plans) > 1:
                 rows = list(zip(*(table.column(name).to_pylist() for name in _PLACE), strict=True))
                 table = table.filter(pa.array([row not in places for row in rows], pa.bool_()))
-                places.update(rows)
+                places.update(rows)  # a video_id is unique in its plan, so this leaves out rows of older plans only
             tables.append(table)
     return pa.concat_tables(tables)

@@ -24,7 +24,8 @@ from kinoray.storage import Storage, join
 __all__ = ["Commit", "Ledger", "Totals"]
 
 _READERS = 16  # threads that fetch parts and commits, which are small
-_TOTAL_COLUMNS = ["row_key", "status", "error_class", "frames_corrupt"]
+_NUM_EXAMPLES = 10
+_TOTAL_COLUMNS = ["video_id", "row_key", "status", "error_class", "error_text", "frames_corrupt"]
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
 
@@ -58,6 +59,8 @@ class Totals:
     """Quarantined rows by error class."""
     damaged: int
     """Labelled videos of which some frames would not decode."""
+    examples: tuple[tuple[str, str], ...]
+    """The first quarantined rows: video_id, and reason as text."""
 
 
 class Ledger:
@@ -66,10 +69,11 @@ class Ledger:
     def __init__(self, storage: Storage, root: str) -> None:
         self.storage = storage
         self.root = root
+        self.labelling_id = root.rpartition("/")[2]
 
-    def pin_job(self, record: dict[str, Any]) -> None:
-        """Say what this labelling is; the first writer's record stays."""
-        self.storage.put_if_absent(self._uri("job.json"), _to_json(record))
+    def pin_job(self, record: dict[str, Any]) -> bool:
+        """Say what this labelling is; the first writer's record stays. Whether this was the first."""
+        return self.storage.put_if_absent(self._uri("job.json"), _to_json(record))
 
     def job(self) -> dict[str, Any]:
         """What `pin_job` wrote."""
@@ -83,7 +87,7 @@ class Ledger:
         except ObjectNotFound:
             pass  # the first job on this catalog
         plan = make_plan(
-            self.root.rpartition("/")[2],
+            self.labelling_id,
             catalog_digest,
             keys,
             unit_size,
@@ -187,12 +191,16 @@ class Ledger:
         found: Counter[str] = Counter()
         status: Counter[str] = Counter()
         reasons: Counter[str] = Counter()
+        examples: list[tuple[str, str]] = []
         damaged = 0
         for table in self.read_units(plan.units, _TOTAL_COLUMNS):
             found.update(table.column("row_key").to_pylist())
             status.update(table.column("status").to_pylist())
-            reasons.update(reason for reason in table.column("error_class").to_pylist() if reason)
             damaged += pc.sum(pc.greater(table.column("frames_corrupt"), 0)).as_py() or 0
+            for row in table.filter(pc.equal(table.column("status"), "quarantined")).to_pylist():
+                reasons[row["error_class"]] += 1
+                if len(examples) < _NUM_EXAMPLES:
+                    examples.append((row["video_id"], f"{row['error_class']}: {row['error_text']}"))
         missing = len(set(keys) - set(found))
         foreign = len(set(found) - set(keys))
         repeated = sum(count - 1 for count in found.values())
@@ -209,6 +217,7 @@ class Ledger:
             skipped=status["skipped"],
             reasons=dict(sorted(reasons.items())),
             damaged=damaged,
+            examples=tuple(examples),
         )
 
     def finish(self, plan: Plan, totals: Totals) -> None:
