@@ -1,0 +1,184 @@
+"""Which file goes into which shard: a pure function of the listing, so that every run comes to the same plan.
+
+A shard holds one split, and its files are drawn from all classes by a hash of their names: any shard is a fair sample.
+What is easy to break: a file's split depends on its own name only, so that a grown source moves no video from
+training to validation.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+from kinoray.catalog_source import SourceFile, unique_ids
+from kinoray.config import digest
+from kinoray.errors import CatalogError
+from kinoray.quarantine import Refusal
+
+__all__ = ["PackPlan", "PlannedVideo", "ShardPlan", "make_plan"]
+
+_SPLIT_FOLDERS = {"train": "train", "val": "val", "validation": "val", "test": "test"}
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedVideo:
+    """A file that is to be packed."""
+
+    video_id: str
+    """Unique name; the key in the shard."""
+    name: str
+    """Path below the source."""
+    uri: str
+    """Where it lies now."""
+    size_bytes: int
+    """Size in the listing."""
+    label: str
+    """Class name."""
+    label_id: int
+    """Index of the class."""
+    split: str
+    """`train`, `val`, `test` or what a CSV says."""
+
+
+@dataclass(frozen=True, slots=True)
+class ShardPlan:
+    """One unit of work: the files of one shard, in the order in which they are written."""
+
+    name: str
+    """`shard-train-00000`: shards/<name>.tar, committed by shards/<name>.json."""
+    videos: tuple[PlannedVideo, ...]
+    """Its files."""
+
+
+@dataclass(frozen=True, slots=True)
+class PackPlan:
+    """Every file that was found, in a shard or refused."""
+
+    labels: tuple[str, ...]
+    """Class names, sorted; index = label_id."""
+    shards: tuple[ShardPlan, ...]
+    """The work."""
+    refused: tuple[Refusal, ...]
+    """Files that are refused by their place or name, without reading them."""
+
+    @property
+    def num_found(self) -> int:
+        """Files that the source names."""
+        return len(self.refused) + sum(len(shard.videos) for shard in self.shards)
+
+    @property
+    def digest(self) -> str:
+        """16 hex digits of all of it: which files, how large, of which class and split, in which shard."""
+        return digest(asdict(self))
+
+
+def make_plan(source: str, files: Sequence[SourceFile], *, shard_bytes: int, val_fraction: float) -> PackPlan:
+    """Sort the files of `source` into shards of about `shard_bytes`.
+
+    Classes come from the CSV, or from folders: `class/...` or `split/class/...`, where all top folders are called
+    train, val, validation or test. Without splits, a hash of the name sends `val_fraction` of the files to val.
+
+    Raises:
+        CatalogError: no file has a class, or a row of a CSV has none.
+    """
+    names = [file.name for file in files]
+    ids = dict(zip(names, unique_ids(names), strict=True))
+    is_csv = source.lower().endswith(".csv")
+    places = _places_from_rows(source, files) if is_csv else _places_from_folders(names)
+    kept: list[tuple[SourceFile, str, str]] = []
+    refused: list[Refusal] = []
+    for file, place in zip(files, places, strict=True):
+        if isinstance(place, str) or not _is_text(file.name):
+            error_class, text = (place, _REASONS[place]) if isinstance(place, str) else _UNUSABLE
+            uri = file.uri.encode(errors="backslashreplace").decode()
+            refused.append(Refusal(ids[file.name], uri, error_class, text, "list"))
+        else:
+            label, split = place
+            kept.append((file, label, split or ("val" if _share("val", file.name) < val_fraction else "train")))
+    if not kept:
+        what = "nothing" if not files else f"{len(files)} files, but none in a class folder"
+        raise CatalogError(
+            f"{source}: found {what}; expected folders of one class each, such as {source}/walking/a.mp4"
+        )
+    labels = tuple(sorted({label for _, label, _ in kept}))
+    label_ids = {label: index for index, label in enumerate(labels)}
+    videos = [
+        PlannedVideo(ids[file.name], file.name, file.uri, file.size_bytes, label, label_ids[label], split)
+        for file, label, split in kept
+    ]
+    shards = [
+        shard
+        for split in sorted({video.split for video in videos})
+        for shard in _cut(split, [video for video in videos if video.split == split], shard_bytes)
+    ]
+    return PackPlan(labels, tuple(shards), tuple(refused))
+
+
+_REASONS = {
+    "HiddenFile": "a hidden file, or inside a hidden folder",
+    "NoClassFolder": "lies outside of the class folders",
+}
+_UNUSABLE = ("UnusableName", "its name is not UTF-8; rename it")
+
+
+def _places_from_rows(source: str, files: Sequence[SourceFile]) -> list[tuple[str, str | None]]:
+    places = []
+    for file in files:
+        if file.label is None:
+            raise CatalogError(f"{source}: {file.name} has no label; expected the columns path,label[,split]")
+        places.append((file.label, file.split))
+    return places
+
+
+def _places_from_folders(names: Sequence[str]) -> list[tuple[str, str | None] | str]:
+    """(class, split or None) of each file, or the error_class of its refusal."""
+    paths = [name.split("/") for name in names]
+    seen = [path for path in paths if not _is_hidden(path) and len(path) > 1]
+    has_splits = all(path[0].lower() in _SPLIT_FOLDERS for path in seen) and any(len(path) > 2 for path in seen)
+    places: list[tuple[str, str | None] | str] = []
+    for path in paths:
+        folders = path[1:-1] if has_splits else path[:-1]
+        if _is_hidden(path):
+            places.append("HiddenFile")
+        elif not folders or not folders[0]:
+            places.append("NoClassFolder")
+        else:
+            places.append((folders[0], _SPLIT_FOLDERS[path[0].lower()] if has_splits else None))
+    return places
+
+
+def _is_hidden(path: Sequence[str]) -> bool:
+    return any(part.startswith(".") for part in path) or "__MACOSX" in path
+
+
+def _is_text(name: str) -> bool:
+    try:
+        name.encode()
+    except UnicodeEncodeError:  # a file name that is not UTF-8 is listed with surrogates
+        return False
+    return True
+
+
+def _share(purpose: str, name: str) -> float:
+    """A number in [0, 1) that looks random but belongs to the name."""
+    return int.from_bytes(hashlib.sha256(f"{purpose}:{name}".encode()).digest()[:7], "big") / 2**56
+
+
+def _cut(split: str, videos: Sequence[PlannedVideo], shard_bytes: int) -> list[ShardPlan]:
+    """Shards of nearly equal size, none much over shard_bytes unless one file is."""
+    ordered = sorted(videos, key=lambda video: (_share("order", video.name), video.name))
+    total = sum(video.size_bytes for video in ordered)
+    num_shards = max(1, min(-(-total // shard_bytes), len(ordered)))
+    members: list[list[PlannedVideo]] = [[] for _ in range(num_shards)]
+    before = 0
+    for video in ordered:
+        members[min(before * num_shards // max(total, 1), num_shards - 1)].append(video)
+        before += video.size_bytes
+    stem = f"shard-{_file_name(split)}"
+    full = [shard for shard in members if shard]  # one huge file can span a whole shard's share
+    return [ShardPlan(f"{stem}-{index:05d}", tuple(shard)) for index, shard in enumerate(full)]
+
+
+def _file_name(split: str) -> str:
+    """A split's name (text from a CSV) as part of a file name; other characters give way to a digest."""
+    plain = "".join(char for char in split if char.isascii() and (char.isalnum() or char in "_-"))[:40]
+    return plain if plain == split else f"{plain}-{digest(split)[:8]}"
