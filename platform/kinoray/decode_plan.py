@@ -84,9 +84,10 @@ class PacketTable:
         return len(self.frame_of)
 
     def index_of_time(self) -> dict[int, int]:
-        """From a frame's time (pts) to its number."""
+        """From a frame's time (pts) to its number; -1 for the times of frames that are not shown."""
+        numbers = dict(zip(self._times.tolist(), self.frame_of.tolist(), strict=True))
         places = np.flatnonzero(self.shown)
-        return dict(zip(self._times[places].tolist(), self.frame_of[places].tolist(), strict=True))
+        return numbers | dict(zip(self._times[places].tolist(), self.frame_of[places].tolist(), strict=True))
 
     def wanted_packets(self, wanted: np.ndarray) -> np.ndarray:
         """bool [P]: the packet carries one of the wanted frames."""
