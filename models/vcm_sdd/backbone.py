@@ -173,7 +173,7 @@ def _pretrained(name: str, weights: str) -> tuple[dict[str, Tensor], str]:
     # V1 is the recipe of the paper's time, and the one whose features are known to transfer.
     wanted = "IMAGENET1K_V1" if weights == "imagenet" else weights
     if wanted not in known.__members__:
-        names = ", ".join(known.__members__)
+        names = ", ".join(member.name for member in known)
         raise ValueError(f"backbone_weights must be imagenet, {names} or a file, got {weights!r}")
     return _download(lambda: known[wanted].get_state_dict(progress=False, check_hash=True), f"{name} {wanted}")
 

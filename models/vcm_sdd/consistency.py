@@ -61,10 +61,18 @@ class Consistency(nn.Module):
         self._matrix: dict[tuple[object, ...], Tensor] = {}
 
     def reset_parameters(self) -> None:
-        """Draw the magnitudes as nn.Linear does; `near` makes them positive, so that nearer means larger."""
-        for weight in (self.w_p, self.w_g):
-            bound = 1 / math.sqrt(weight.shape[0])
+        """Draw the magnitudes as nn.Linear does; `near` makes them positive, so that nearer means larger.
+
+        `near` also scales them to their expected total, so that the draw does not decide the self weight (it would
+        range over 0.79-0.99).
+        """
+        bounds = [1 / math.sqrt(weight.shape[0]) for weight in (self.w_p, self.w_g)]
+        for weight, bound in zip((self.w_p, self.w_g), bounds, strict=True):
             nn.init.uniform_(weight, 0.0 if self.init == "near" else -bound, bound)
+        if self.init == "near":
+            expected = self.w_p.numel() * math.prod(bounds) / 4
+            with torch.no_grad():
+                self.w_g.mul_(expected / (self.w_p @ self.w_g).sum())
 
     def train(self, mode: bool = True) -> "Consistency":
         """As nn.Module.train; also forgets the cached matrices, which writes through `.data` would leave stale."""

@@ -69,8 +69,10 @@ def _check_type(name: str, hint: object, value: object) -> None:
         if value not in get_args(hint):
             raise ValueError(f"{name} must be one of {', '.join(map(repr, get_args(hint)))}, got {value!r}")
         return
-    if hint is float and isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
-        return
-    if type(value) is not hint:
-        kind = {bool: "true or false", int: "a whole number", float: "a finite number"}
-        raise ValueError(f"{name} must be {kind.get(hint, hint)}, got {value!r}")  # type: ignore[call-overload]
+    if hint is float:
+        fits = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    else:
+        fits = type(value) is hint
+    if not fits:
+        kind = {bool: "true or false", int: "a whole number", float: "a finite number"}[hint]  # type: ignore[index]
+        raise ValueError(f"{name} must be {kind}, got {value!r}")
