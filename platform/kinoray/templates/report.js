@@ -55,6 +55,7 @@
     setTimeout(() => {
       form.elements.true.value = "=" + cell.dataset.true;
       form.elements.label.value = "=" + cell.dataset.predicted;
+      if (cell.dataset.split !== "" && form.elements.split) form.elements.split.value = "=" + cell.dataset.split;
       filter();
       document.getElementById("videos-heading").scrollIntoView();
     });
