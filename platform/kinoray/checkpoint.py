@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from kinoray.config import ClipConfig, ModelConfig, digest
 from kinoray.configfile import config_from_mapping
 from kinoray.errors import CheckpointCorrupt, CheckpointMismatch, CheckpointNotFound, ConfigError, ObjectNotFound
-from kinoray.model import VideoModel, build_model
+from kinoray.model import VideoModel, build_model, without_start_weights
 from kinoray.storage import Storage, join
 
 __all__ = [
@@ -227,7 +227,7 @@ def load_model(storage: Storage, uri: str) -> tuple[VideoModel, CheckpointMeta]:
         ConfigError, ModelError: the factory is not there, or refuses the options.
     """
     meta = load_meta(storage, uri)
-    model = build_model(meta.model, len(meta.labels))
+    model = build_model(without_start_weights(meta.model), len(meta.labels))
     module = cast(nn.Module, model)
     load_weights(module, load_model_state(storage, uri), uri)
     module.eval()

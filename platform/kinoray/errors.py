@@ -23,6 +23,7 @@
       JobError                  a job ran and must not be called a success
         TooManyBad              more than max_bad_fraction of the inputs were quarantined
         IncompleteOutput        rows out are not rows in
+        TrainingDiverged        the loss is no longer a number
 
 A message says what failed, where (uri, member, field), what was found and expected, and what to do next, on one line.
 """
@@ -49,6 +50,7 @@ __all__ = [
     "StorageError",
     "StorageUnavailable",
     "TooManyBad",
+    "TrainingDiverged",
     "UndecodableVideo",
     "UnreadableContainer",
 ]
@@ -144,3 +146,7 @@ class TooManyBad(JobError):
 
 class IncompleteOutput(JobError):
     """Rows out are not rows in."""
+
+
+class TrainingDiverged(JobError):
+    """The loss is no longer a number."""

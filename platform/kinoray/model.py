@@ -3,6 +3,7 @@
 import importlib
 import inspect
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any, Protocol, cast
 
 from torch import Tensor, nn
@@ -10,12 +11,24 @@ from torch import Tensor, nn
 from kinoray.config import ClipConfig, ModelConfig
 from kinoray.errors import ConfigError, ModelError
 
-__all__ = ["SHORT_NAMES", "InputSpec", "VideoModel", "build_model", "check_clip", "require_known_model"]
+__all__ = [
+    "SHORT_NAMES",
+    "START_OPTIONS",
+    "InputSpec",
+    "VideoModel",
+    "build_model",
+    "check_clip",
+    "require_known_model",
+    "without_start_weights",
+]
 
 SHORT_NAMES: Mapping[str, str] = {
     "vcm_sdd": "vcm_sdd:vcm_sdd",
 }
 """Short names for the networks that ship with kinoray; anything else is `package:function`."""
+
+START_OPTIONS = frozenset({"backbone_weights", "pretrained", "weights"})
+"""Options of these names only choose the weights that training starts from; they must not change the network itself."""
 
 
 class InputSpec(Protocol):
@@ -80,6 +93,12 @@ def build_model(config: ModelConfig, num_classes: int) -> VideoModel:
     except TypeError as error:
         raise ModelError(f"{config.factory} cannot be built with options {dict(config.options)}: {error}") from error
     return cast(VideoModel, model)
+
+
+def without_start_weights(config: ModelConfig) -> ModelConfig:
+    """The same network for weights that come from a checkpoint: nothing is downloaded or read to be overwritten."""
+    options = {name: value for name, value in config.options.items() if name not in START_OPTIONS}
+    return replace(config, options=options)
 
 
 def check_clip(spec: InputSpec, clip: ClipConfig) -> None:
