@@ -81,7 +81,7 @@ def test_stc_before_a_mean_is_only_a_position_weighting(grid: Grid, residual: bo
     for values in (x, other):
         expected = torch.einsum("n,mnd->md", weights_N, values)
         torch.testing.assert_close(stc(values, grid).mean(dim=1), expected, rtol=1e-12, atol=1e-12)
-        torch.testing.assert_close(stc.pool(values, grid), expected, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(stc(values, grid, pooled=True), expected, rtol=1e-12, atol=1e-12)
 
 
 def run_head(options: HeadOptions, rgb: Tensor, flow: Tensor, grid: Grid) -> Tensor:

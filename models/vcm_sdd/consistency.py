@@ -14,6 +14,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from vcm_sdd.precision import no_autocast
+
 __all__ = ["Consistency", "Grid"]
 
 Grid = tuple[int, int, int]
@@ -91,20 +93,17 @@ class Consistency(nn.Module):
             self._matrix[grid, state] = self._build(grid)
         return self._matrix[grid, state]
 
-    def pool(self, x_MND: Tensor, grid: Grid) -> Tensor:
-        """Return the mean over nodes of forward(x), [M, D], without forming it.
+    def forward(self, x_MND: Tensor, grid: Grid, *, pooled: bool = False) -> Tensor:
+        """Return the mixed nodes [M, N, D], or their mean over nodes [M, D]; N must be the product of the grid.
 
-        mean_i sum_j s_ij x_j = sum_j c_j x_j with c the column means of s: STC in front of an average pool is a fixed
-        weighting of positions and nothing more.
+        The mean needs no mixed nodes: mean_i sum_j s_ij x_j = sum_j c_j x_j with c the column means of s. STC in front
+        of an average pool is a fixed weighting of positions and nothing more.
         """
-        c_N = self.matrix(grid).mean(dim=0)
-        if self.residual:
-            c_N = c_N + 1 / c_N.shape[0]
-        return c_N.to(x_MND.dtype) @ x_MND
-
-    def forward(self, x_MND: Tensor, grid: Grid) -> Tensor:
-        """Return the mixed nodes [M, N, D]; N must be the product of the grid."""
-        out_MND = self.matrix(grid).to(x_MND.dtype) @ x_MND
+        s_NN = self.matrix(grid)
+        if pooled:
+            c_N = s_NN.mean(dim=0) + (1 / s_NN.shape[0] if self.residual else 0)
+            return c_N.to(x_MND.dtype) @ x_MND
+        out_MND = s_NN.to(x_MND.dtype) @ x_MND
         return x_MND + out_MND if self.residual else out_MND
 
     def extra_repr(self) -> str:
@@ -116,7 +115,7 @@ class Consistency(nn.Module):
 
     def _build(self, grid: Grid) -> Tensor:
         # Autocast would round the 128 parameters and the logarithms to 8 bits; the table is tiny, keep it exact.
-        with torch.autocast(self.w_p.device.type, enabled=False):
+        with no_autocast(self.w_p):
             sim_O = (self._geometry(grid[0]) @ self.w_p).relu() @ self.w_g
             table = torch.cat([sim_O[:, 0], sim_O.new_full((1,), -math.inf)])
             return table[self._offset_index(grid)].softmax(dim=-1)

@@ -8,6 +8,7 @@ import functools
 import math
 from typing import Literal, cast
 
+import torch
 from torch import Tensor, nn
 
 from vcm_sdd.backbone import Backbone, build_backbones
@@ -58,7 +59,7 @@ class TwoStreamHead(nn.Module):
         if self.mff is None:
             if self.rgb_stc is None or flow_stc is None:
                 return rgb_MND.mean(dim=1), flow_MND.mean(dim=1)
-            return self.rgb_stc.pool(rgb_MND, grid), flow_stc.pool(flow_MND, grid)
+            return self.rgb_stc(rgb_MND, grid, pooled=True), flow_stc(flow_MND, grid, pooled=True)
         if self.rgb_stc is not None and flow_stc is not None:
             rgb_MND, flow_MND = self.rgb_stc(rgb_MND, grid), flow_stc(flow_MND, grid)
         if self.options.scope == "segment":
@@ -128,6 +129,24 @@ class VCMSDD(nn.Module):
         # In channels_last memory this permutation moves nothing.
         nodes_FHWD = features_FDHW.permute(0, 2, 3, 1)
         return nodes_FHWD.reshape(-1, grid[0] * grid[1] * grid[2], nodes_FHWD.shape[-1]), grid
+
+    @torch.no_grad()
+    def notes(self, *, num_frames: int, crop_px: int) -> dict[str, float]:
+        """What training made of STC on frames of that size, means over the nodes; nothing where STC is off.
+
+        stc_self_weight: s_ii, what a node keeps of itself. stc_effective_neighbours: exp(-sum_j s_ij log s_ij), of how
+        many nodes it becomes a mean; 1 and 1 are the identity. With share_stc=False: of the RGB stream.
+        """
+        if self.head.rgb_stc is None:
+            return {}
+        frame = next(self.parameters()).new_zeros(1, 1, 1, 3, crop_px, crop_px)
+        _, (_, height, width) = self.nodes(self.rgb_backbone, frame)
+        s_NN = self.head.rgb_stc.matrix((num_frames, height, width)).double()
+        entropy_N = torch.special.entr(s_NN).sum(dim=1)
+        return {
+            "stc_self_weight": s_NN.diagonal().mean().item(),
+            "stc_effective_neighbours": entropy_N.exp().mean().item(),
+        }
 
     def _checked(self, rgb: Tensor | None, flow: Tensor | None) -> tuple[Tensor, Tensor]:
         rgb = _checked_input("rgb", rgb, 3)

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from vcm_sdd.precision import autocast_dtype, no_autocast
+
 __all__ = ["NORM_EPS", "pooled_attention", "scaled_scores"]
 
 NORM_EPS = 1e-12
@@ -32,9 +34,8 @@ def pooled_attention(rgb_MND: Tensor, flow_MND: Tensor, *, heads: int, frobenius
 
     r is the root of the Frobenius norm of each head's S, or sqrt(K). Differentiable once; exact.
     """
-    device = rgb_MND.device.type
-    if torch.is_autocast_enabled(device):
-        wanted = torch.get_autocast_dtype(device)
+    wanted = autocast_dtype(rgb_MND)
+    if wanted is not None:
         # float16 scores overflow at ordinary magnitudes; bfloat16 has float32's range.
         dtype = torch.float32 if wanted == torch.float16 else wanted
         rgb_MND, flow_MND = rgb_MND.to(dtype), flow_MND.to(dtype)
@@ -71,7 +72,7 @@ class _PooledAttention(torch.autograd.Function):
         ctx.save_for_backward(rgb_MND, flow_MND)
         ctx.options = (heads, frobenius, literal)
         outputs = []
-        with torch.autocast(rgb_MND.device.type, enabled=False):
+        with no_autocast(rgb_MND):
             for part in _chunks(rgb_MND, heads):
                 q, k = _split(rgb_MND[part], heads), _split(flow_MND[part], heads)
                 z, _ = scaled_scores(q, k, frobenius=frobenius)
@@ -86,7 +87,7 @@ class _PooledAttention(torch.autograd.Function):
         rgb_MND, flow_MND = ctx.saved_tensors
         heads, frobenius, literal = ctx.options
         d_rgb, d_flow = torch.empty_like(rgb_MND), torch.empty_like(flow_MND)
-        with torch.autocast(rgb_MND.device.type, enabled=False):
+        with no_autocast(rgb_MND):
             for part in _chunks(rgb_MND, heads):
                 q, k = _split(rgb_MND[part], heads), _split(flow_MND[part], heads)
                 g_rgb, g_flow = _split(g_rgb_MD[part, None], heads), _split(g_flow_MD[part, None], heads)
