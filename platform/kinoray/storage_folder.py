@@ -50,6 +50,8 @@ class FolderStore:
 
     def put_file(self, path: str, source: Path) -> None:
         """Replace or make the file with a copy of another."""
+        with _translated(str(source)):
+            _require_file(source)
         with _translated(path), _aside(path, lambda temp: shutil.copyfile(source, temp)) as temp:
             os.replace(temp, path)
 
@@ -86,7 +88,7 @@ class FolderStore:
             Path(path).unlink(missing_ok=True)
 
 
-def _require_file(path: str) -> os.stat_result:
+def _require_file(path: str | Path) -> os.stat_result:
     """Stat of a regular file; opening a pipe or a device could wait for ever."""
     info = os.stat(path)
     if not stat.S_ISREG(info.st_mode):

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
+from urllib.parse import urlparse
 from uuid import uuid4
 
 import boto3
@@ -32,7 +33,7 @@ __all__ = ["S3Store", "endpoint_of"]
 
 T = TypeVar("T")
 
-_ATTEMPTS = 10  # of one request, by botocore: about a minute in all
+_ATTEMPTS = 10  # of one request, by botocore: half a minute in all (a minute and a half in older releases)
 _FIRST_CONTACT_ATTEMPTS = 5  # while the endpoint has never answered: up to 15 s where it refuses, 40 s where it is mute
 _PART_BYTES = 16 * 2**20
 _PART_THREADS = 4
@@ -51,7 +52,7 @@ _DIGEST_CODES = {"BadDigest", "XAmzContentChecksumMismatch", "XAmzContentSHA256M
 
 
 def endpoint_of(config: StorageConfig) -> str | None:
-    """The address of a server that is not AWS, or None."""
+    """The address that the config or the environment gives, or None for AWS and what a profile says."""
     return config.endpoint_url or os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or None
 
 
@@ -59,8 +60,8 @@ class S3Store:
     """The operations of `storage.Storage` on names `bucket/key`. Raises StorageError and its kinds, ConfigError."""
 
     def __init__(self, config: StorageConfig) -> None:
-        self._custom_endpoint = endpoint_of(config) is not None
-        self._client = _make_client(config, self._custom_endpoint)
+        self._client = _make_client(config)
+        self._custom_endpoint = not _is_aws(self._client.meta.endpoint_url)
 
     def read(self, name: str) -> bytes:
         """All bytes of the object."""
@@ -237,29 +238,38 @@ class _FirstContact:
             raise caught_exception
 
 
-def _make_client(config: StorageConfig, custom_endpoint: bool) -> Any:
+def _is_aws(url: str) -> bool:
+    host = urlparse(url).hostname or ""
+    return host.endswith((".amazonaws.com", ".amazonaws.com.cn", ".api.aws"))
+
+
+def _make_client(config: StorageConfig) -> Any:
     """A boto3 client of its own session, since sessions are not safe to share between threads."""
-    # Checksum trailers are refused, or stored as content, by older servers that are not AWS.
-    checksums = "when_required" if custom_endpoint else "when_supported"
     try:
         session = boto3.Session()
-        client = session.client(
-            "s3",
-            endpoint_url=config.endpoint_url,
-            region_name=config.region or session.region_name or "us-east-1",
-            config=Config(
-                retries={"mode": "standard", "max_attempts": _ATTEMPTS},
-                connect_timeout=5,
-                read_timeout=20,
-                max_pool_connections=32,
-                s3={"addressing_style": config.addressing},
-                request_checksum_calculation=checksums,
-                response_checksum_validation=checksums,
-            ),
-        )
+
+        def client(checksums: str) -> Any:
+            return session.client(
+                "s3",
+                endpoint_url=config.endpoint_url,
+                region_name=config.region or session.region_name or "us-east-1",
+                config=Config(
+                    retries={"mode": "standard", "total_max_attempts": _ATTEMPTS},
+                    connect_timeout=5,
+                    read_timeout=20,
+                    max_pool_connections=32,
+                    s3={"addressing_style": config.addressing},
+                    request_checksum_calculation=checksums,
+                    response_checksum_validation=checksums,
+                ),
+            )
+
+        made = client("when_supported")
+        if not _is_aws(made.meta.endpoint_url):  # older servers refuse checksum trailers, or store them as content
+            made = client("when_required")
     except ValueError as error:
         raise ConfigError(f"storage.endpoint_url {endpoint_of(config)!r} is not an address: {error}") from error
     except aws.BotoCoreError as error:
         raise AccessDenied(f"AWS settings cannot be used: {error}") from error
-    client.meta.events.register_first("needs-retry.s3", _FirstContact())
-    return client
+    made.meta.events.register_first("needs-retry.s3", _FirstContact())
+    return made
