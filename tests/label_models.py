@@ -3,10 +3,15 @@
 import os
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from kinoray.checkpoint import CheckpointMeta, save_checkpoint
+from kinoray.config import ClipConfig, ModelConfig
+from kinoray.model import build_model
+from kinoray.storage import Storage
 from tiny_models import Spec
 
 
@@ -47,6 +52,17 @@ class Mixing(nn.Module):
 
 def mixing(num_classes: int, journal: str = "", hold_after: int = 10**9) -> Mixing:
     return Mixing(num_classes, journal, hold_after)
+
+
+def save_untrained(
+    storage: Storage, uri: str, labels: tuple[str, ...], clip: ClipConfig, factory: str, **options: Any
+) -> str:
+    """A checkpoint with the same random weights every time; returns its uri."""
+    torch.manual_seed(7)
+    model = ModelConfig(factory=factory, options=options)
+    meta = CheckpointMeta(model=model, clip=clip, labels=labels, epoch=1, step=1, samples=1)
+    save_checkpoint(storage, uri, model_state=build_model(model, len(labels)).state_dict(), meta=meta)
+    return uri
 
 
 class Wrong(nn.Module):

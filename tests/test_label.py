@@ -20,7 +20,7 @@ import torch
 
 from conftest import wait_until
 from kinoray.catalog import catalog_of_source
-from kinoray.checkpoint import CheckpointMeta, load_meta, save_checkpoint
+from kinoray.checkpoint import load_meta
 from kinoray.config import ClipConfig, ModelConfig, ResourcesConfig, SampleConfig, StorageConfig, ViewConfig
 from kinoray.decode import decode_clip
 from kinoray.errors import (
@@ -41,6 +41,7 @@ from kinoray.run.label_stage import LabelJob, LabelUnits, pack_unit, top_predict
 from kinoray.storage import Storage, join
 from kinoray.synthetic import BROKEN_KINDS, class_names, make_broken, make_demo_set
 from kinoray.verbs import LabelConfig
+from label_models import save_untrained
 
 CLIP = ClipConfig(sample=SampleConfig(num_segments=1, frames_per_segment=2), view=ViewConfig(resize_px=36, crop_px=32))
 LABELS = tuple(class_names())
@@ -65,11 +66,7 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def make_checkpoint(storage: Storage, uri: str, factory: str = "label_models:mixing", **options: Any) -> str:
-    torch.manual_seed(7)
-    model = ModelConfig(factory=factory, options=options)
-    meta = CheckpointMeta(model=model, clip=CLIP, labels=LABELS, epoch=1, step=1, samples=1)
-    save_checkpoint(storage, uri, model_state=build_model(model, len(LABELS)).state_dict(), meta=meta)
-    return uri
+    return save_untrained(storage, uri, LABELS, CLIP, factory, **options)
 
 
 @pytest.fixture(scope="module")

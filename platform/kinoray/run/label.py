@@ -6,7 +6,7 @@ anything and running the same command again gives the same table.
 
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -72,11 +72,14 @@ def label(config: LabelConfig) -> dict[str, Any]:
     }
 
 
-def open_labelling(config: LabelConfig, task: str) -> Labelling:
+def open_labelling(
+    config: LabelConfig, task: str, *, check: Callable[[Catalog, CheckpointMeta], object] | None = None
+) -> Labelling:
     """Find and check everything that a labelling needs, and pin its plan; Ray is not started.
 
     Args:
         task: the verb, for the lines that are printed.
+        check: called before anything is written; raises what it finds wrong.
 
     Raises:
         KinorayError: as `label`.
@@ -89,6 +92,8 @@ def open_labelling(config: LabelConfig, task: str) -> Labelling:
     top_k = min(config.top_k, len(meta.labels))
     settings = {"clip": asdict(clip), "top_k": top_k, "batch_size": config.batch_size, "labels": list(meta.labels)}
     catalog = catalog_of_source(storage, absolute(config.source)).select(config.split)
+    if check is not None:
+        check(catalog, meta)
     keys = row_keys(catalog.table)
     folder = labelling_id(meta.model_digest, digest(settings))
     out = absolute(config.out).rstrip("/")

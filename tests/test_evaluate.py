@@ -1,0 +1,162 @@
+"""Evaluation: classes matched by name, every video counted once, all numbers checked by plain loops."""
+
+import json
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from kinoray.catalog import Catalog, catalog_of_source, save_catalog
+from kinoray.checkpoint import CheckpointMeta
+from kinoray.config import ClipConfig, ModelConfig, ResourcesConfig, SampleConfig, StorageConfig, ViewConfig
+from kinoray.errors import CatalogError, CheckpointMismatch, TooManyBad
+from kinoray.metrics import wilson_interval
+from kinoray.predictions import read_predictions
+from kinoray.run.evaluate import confused_classes, evaluate, score_predictions, true_classes
+from kinoray.storage import Storage
+from kinoray.synthetic import class_names, make_broken, make_demo_set
+from kinoray.verbs import EvaluateConfig
+from label_models import save_untrained
+
+LABELS = tuple(class_names())
+LOCAL = Storage(StorageConfig())
+CLIP = ClipConfig(sample=SampleConfig(num_segments=1, frames_per_segment=2), view=ViewConfig(resize_px=36, crop_px=32))
+
+
+def catalog_with(folder: Path, rows: list[tuple[str, str, str]]) -> Catalog:
+    """Of (file, label, split); the files need not be there."""
+    lines = ["path,label,split", *(",".join(row) for row in rows)]
+    (folder / "list.csv").write_text("\n".join(lines))
+    return catalog_of_source(LOCAL, str(folder / "list.csv"))
+
+
+def meta_of(labels: tuple[str, ...]) -> CheckpointMeta:
+    return CheckpointMeta(model=ModelConfig(), clip=CLIP, labels=labels, epoch=1, step=1, samples=1)
+
+
+def test_classes_are_matched_by_name(tmp_path: Path) -> None:
+    catalog = catalog_with(tmp_path, [("a.mp4", "dog", ""), ("b.mp4", "ant", ""), ("c.mp4", "dog", "")])
+    assert catalog.labels == ("ant", "dog")
+    assert true_classes(catalog, meta_of(("cat", "dog", "ant"))).tolist() == [1, 2, 1]
+
+
+def test_a_class_that_the_checkpoint_does_not_know_is_named(tmp_path: Path) -> None:
+    catalog = catalog_with(tmp_path, [("a.mp4", "dog", ""), ("b.mp4", "ant", ""), ("c.mp4", "yak", "")])
+    with pytest.raises(
+        CheckpointMismatch, match=r"has 2 classes, the catalog 3; the checkpoint does not know ant, yak;"
+    ):
+        true_classes(catalog, meta_of(("cat", "dog")))
+
+
+def test_a_video_without_a_label_is_named(tmp_path: Path) -> None:
+    catalog = catalog_with(tmp_path, [("a.mp4", "dog", ""), ("b.mp4", "", ""), ("c.mp4", "", "")])
+    with pytest.raises(CatalogError, match=r"2 of 3 videos have no label, 'b' is the first; .* kinoray label"):
+        true_classes(catalog, meta_of(("dog",)))
+
+
+def test_scores_agree_with_a_plain_count(tmp_path: Path) -> None:
+    """200 videos of 7 classes with random predictions, some unreadable, some without any row."""
+    rng = np.random.default_rng(1)
+    labels = tuple("ABCDEFG")
+    catalog = catalog_with(tmp_path, [(f"{n:03d}.mp4", labels[rng.integers(7)], "") for n in range(200)])
+    truth = true_classes(catalog, meta_of(labels))
+    rows = []
+    for video_id in catalog.table.column("video_id").to_pylist():
+        fate = rng.random()
+        ids = rng.permutation(7)[:5].tolist()
+        if fate > 0.1:
+            readable = fate > 0.2
+            rows.append({"video_id": video_id, "status": "labelled" if readable else "quarantined"})
+            rows[-1]["id_topk"] = ids if readable else None
+    rng.shuffle(rows)  # type: ignore[arg-type]
+    scores = score_predictions(catalog, truth, pa.Table.from_pylist(rows), 7)
+
+    by_id = {row["video_id"]: row for row in rows}
+    pairs = Counter()
+    unreadable = missing = top5 = 0
+    for video_id, label in zip(catalog.table.column("video_id").to_pylist(), truth, strict=True):
+        row = by_id.get(video_id)
+        if row is None:
+            missing += 1
+        elif row["status"] == "quarantined":
+            unreadable += 1
+        else:
+            pairs[(int(label), row["id_topk"][0])] += 1
+            top5 += int(label) in row["id_topk"]
+    evaluated = 200 - unreadable - missing
+    right = sum(count for (true, said), count in pairs.items() if true == said)
+    assert min(unreadable, missing, right) > 0
+    assert (scores.evaluated, scores.unreadable, scores.missing) == (evaluated, unreadable, missing)
+    assert scores.top1 == right / evaluated
+    assert scores.top5 == top5 / evaluated
+    assert scores.top1_of_all == right / 200
+    assert scores.coverage == evaluated / 200
+    wrong = sorted(((-count, *pair) for pair, count in pairs.items() if pair[0] != pair[1]))
+    assert confused_classes(scores, 8) == [(true, said, -count) for count, true, said in wrong[:8]]
+
+
+def test_scores_of_nothing_readable_are_empty_and_not_an_error(tmp_path: Path) -> None:
+    catalog = catalog_with(tmp_path, [("a.mp4", "x", "")])
+    rows = pa.table({"video_id": ["a"], "status": ["quarantined"], "id_topk": pa.array([None], pa.list_(pa.int32()))})
+    scores = score_predictions(catalog, np.zeros(1, np.int64), rows, 6)
+    assert (scores.evaluated, scores.unreadable, scores.top1_of_all) == (0, 1, 0.0)
+    assert confused_classes(scores) == []
+
+
+@pytest.mark.ray
+def test_evaluate_scores_the_split_and_writes_all_numbers(
+    ray_local: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    videos = tmp_path / "videos"
+    make_demo_set(videos, videos_per_class=4, seed=2)
+    rows = [
+        (str(path), path.parent.name, "val" if number % 4 else "train")
+        for number, path in enumerate(sorted(videos.rglob("*.mp4")))
+    ]
+    bad = videos / "bad.mp4"
+    bad.write_bytes(make_broken("random", Path(rows[0][0]).read_bytes()))
+    catalog = catalog_with(tmp_path, [*rows, (str(bad), LABELS[0], "val")])
+    save_catalog(LOCAL, str(tmp_path / "set" / "catalog.parquet"), catalog)
+    checkpoint = save_untrained(LOCAL, str(tmp_path / "run"), LABELS, CLIP, "label_models:mixing")
+    config = EvaluateConfig(
+        catalog=str(tmp_path / "set"),
+        checkpoint=checkpoint,
+        out=str(tmp_path / "eval"),
+        resources=ResourcesConfig(num_workers=1),
+    )
+    result = evaluate(config)
+    said = capsys.readouterr().out
+
+    label_of = {path: label for path, label, _ in rows}
+    table = [row for row in read_predictions(LOCAL, config.out).to_pylist() if row["status"] == "labelled"]
+    assert len(table) == 18
+    assert {row["uri"] for row in table} == {path for path, _, split in rows if split == "val"}
+    right = sum(row["label_topk"][0] == label_of[row["uri"]] for row in table)
+    top5 = sum(label_of[row["uri"]] in row["label_topk"] for row in table)
+    assert (result["top1"], result["top5"]) == (right / 18, top5 / 18)
+    assert (result["top1_of_all"], result["coverage"]) == (right / 19, 18 / 19)
+    assert (result["evaluated"], result["unreadable"], result["missing"]) == (18, 1, 0)
+    assert tuple(result["top1_interval"]) == wilson_interval(right, 18)
+    confusion = np.zeros((6, 6), int)
+    for row in table:
+        confusion[LABELS.index(label_of[row["uri"]]), LABELS.index(row["label_topk"][0])] += 1
+    assert result["confusion"] == confusion.tolist()
+    assert json.loads((tmp_path / "eval" / "evaluation.json").read_text()) == result
+    assert f"evaluate: top-1 {right / 18:.1%} (95% interval " in said
+    assert "19 videos = 18 evaluated + 1 unreadable + 0 missing (coverage 94.7%)" in said
+    for index, label in enumerate(LABELS):
+        assert f"  {label:<13}  {confusion[index, index] / 3:>6.1%} of 3\n" in said
+    first = result["confused"][0]
+    assert f"  {first['true']} -> {first['predicted']}: {first['videos']}\n" in said
+
+    (tmp_path / "eval" / "evaluation.json").unlink()
+    with pytest.raises(TooManyBad, match="1 of 19 videos"):
+        evaluate(replace(config, max_bad_fraction=0.0))
+    assert json.loads((tmp_path / "eval" / "evaluation.json").read_text()) == result
+    other = save_untrained(LOCAL, str(tmp_path / "other"), LABELS[:5], CLIP, "label_models:mixing")
+    with pytest.raises(CheckpointMismatch, match="has 5 classes, the catalog 6"):
+        evaluate(replace(config, checkpoint=other, out=str(tmp_path / "refused")))
+    assert not (tmp_path / "refused").exists()
