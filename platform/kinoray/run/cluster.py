@@ -15,7 +15,8 @@ WORKER_ENV = {
     "RAY_DATA_PARQUET_FOOTER_NUM_ACTORS": "1",  # the default starts 32 actors to read one file
     "RAY_DATA_PARQUET_BIN_PACKING_BYTES": str(32 * 2**20),
     "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_TRAIN_ENABLE_V2": "1",
+    "RAY_TRAIN_V2_ENABLED": "1",
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",  # else train workers leave the job's folder, and PYTHONPATH=platform:models with it
 }
 """Environment of every worker; never holds a secret, since the jobs API shows it."""
 
@@ -52,7 +53,7 @@ def connect(config: ResourcesConfig) -> None:
                 address="local",
                 num_cpus=config.local_cpus,
                 include_dashboard=False,
-                log_to_driver=True,
+                log_to_driver=False,  # errors and progress come to the driver by themselves; the rest is Ray's own
                 logging_level=logging.ERROR,
                 runtime_env={"env_vars": WORKER_ENV},
             )
