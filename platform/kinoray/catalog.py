@@ -71,7 +71,8 @@ class Catalog:
     """Rows of CATALOG_SCHEMA and the names of the classes.
 
     Raises:
-        CatalogError: the schema is another one, a video_id is used twice, or a label_id has no name.
+        CatalogError: the schema is another one, a row has no video_id or uri, a video_id is used twice, or a label_id
+            has no name.
     """
 
     table: pa.Table
@@ -82,6 +83,9 @@ class Catalog:
     def __post_init__(self) -> None:
         if not self.table.schema.equals(CATALOG_SCHEMA):
             raise CatalogError(f"a catalog needs the columns {CATALOG_SCHEMA.names}, got {self.table.schema.names}")
+        for name in ("video_id", "uri"):
+            if self.table.column(name).null_count:
+                raise CatalogError(f"{self.table.column(name).null_count} rows have no {name}: it may not be null")
         ids = self.table.column("video_id")
         if len(ids.unique()) != len(ids):
             video_id, count = Counter(ids.to_pylist()).most_common(1)[0]
