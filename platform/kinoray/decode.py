@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from kinoray.config import ClipConfig, DecodeConfig, SampleConfig
+from kinoray.decode_decord import read_with_decord
+from kinoray.decode_plan import FrameSink, Reading
 from kinoray.decode_pyav import PyavVideo
 from kinoray.flow import dis_flow, quantise
 from kinoray.sample import segment_indices
@@ -54,7 +56,7 @@ class Clip:
 
 def _info(video: PyavVideo) -> VideoInfo:
     width, height = video.size
-    duration_s, num_frames = video.duration_s, video.table.num_frames
+    duration_s, num_frames = video.duration_s, video.num_frames
     return VideoInfo(
         duration_s=duration_s,
         fps=num_frames / duration_s if duration_s > 0 else 0.0,
@@ -74,6 +76,12 @@ def probe(data: bytes, config: DecodeConfig) -> VideoInfo:
     """
     with PyavVideo(data, config) as video:
         return _info(video)
+
+
+def _read(data: bytes, video: PyavVideo, wanted: np.ndarray, sink: FrameSink, config: DecodeConfig) -> Reading:
+    if config.backend == "decord":
+        return read_with_decord(data, video, wanted, sink)
+    return video.read(wanted, sink)
 
 
 class _ClipSink:
@@ -151,14 +159,13 @@ def decode_clip(data: bytes, config: ClipConfig, *, with_flow: bool, rng: np.ran
         MediaError: one of its subclasses; any bytes give a clip or that.
     """
     with PyavVideo(data, config.decode) as video:
-        num_frames = video.table.num_frames
         while True:
+            num_frames = video.num_frames
             indices = segment_indices(num_frames, config.sample, rng)
             sink = _ClipSink(indices, num_frames, config, rng)
-            reading = video.read(sink.wanted(with_flow=with_flow), sink)
-            if reading.num_frames == num_frames:
+            reading = _read(data, video, sink.wanted(with_flow=with_flow), sink, config.decode)
+            if video.num_frames == num_frames:
                 break
-            num_frames = reading.num_frames
         sink.finish()
         flow = sink.flow() if with_flow else None
         frames = sink.frames
@@ -200,11 +207,10 @@ def thumbnails(data: bytes, config: DecodeConfig, num_frames: int, height: int) 
         MediaError: as for `decode_clip`.
     """
     with PyavVideo(data, config) as video:
-        total = video.table.num_frames
         while True:
+            total = video.num_frames
             indices = segment_indices(total, SampleConfig(num_segments=num_frames, frames_per_segment=1)).reshape(-1)
             sink = _ThumbnailSink(height)
-            reading = video.read(np.unique(indices), sink)
-            if reading.num_frames == total:
+            _read(data, video, np.unique(indices), sink, config)
+            if video.num_frames == total:
                 return [sink.images[index] for index in indices.tolist()]
-            total = reading.num_frames

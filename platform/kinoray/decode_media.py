@@ -94,6 +94,7 @@ class Media:
         with media_stage(UnreadableContainer, f"{size} are no video file of a known format, or its index is lost"):
             return av.open(
                 io.BytesIO(self._data),
+                options={"max_pixels": str(self._config.max_pixels)},  # libav decodes a first frame by itself
                 container_options={"format_whitelist": ",".join(FORMATS), "protocol_whitelist": "none"},
                 metadata_errors="replace",
                 io_open=_refuse_io,
@@ -162,6 +163,8 @@ class Media:
             raise UndecodableVideo("the container opens, but holds no packet of the video stream")
         timed = any(name in TIMED_FORMATS for name in self._container.format.name.split(","))
         self.table = PacketTable(pts, np.array(keyframe), np.array(shown), times_stored=timed)
+        if not self.table.num_frames:
+            raise UndecodableVideo(f"none of the {len(pts)} video packets carries a frame that is to be shown")
         self._span = (first or 0, end)
         return kept
 

@@ -31,8 +31,6 @@ class FrameSink(Protocol):
 class Reading:
     """What came of reading the wanted frames."""
 
-    num_frames: int
-    """Frames in the video. Another number than was asked for means: sample again, this time from so many."""
     frames_decoded: int
     """Frames that the decoder gave, wanted or not."""
     frames_corrupt: int
@@ -68,7 +66,7 @@ class PacketTable:
         self.timed = (
             times_stored
             and not any(value is None for value in pts)
-            and len(np.unique(times[places])) == len(places)
+            and bool((np.diff(times[order]) > 0).all())
             and bool((np.abs(self.frame_of[places] - np.arange(len(places))) <= MAX_REORDER).all())
         )
         self._times = times

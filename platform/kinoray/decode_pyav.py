@@ -21,7 +21,7 @@ __all__ = ["PyavVideo"]
 
 
 class _TimesLie(Exception):
-    """Frames come out with times that no packet has, or in another order: only counting can tell them apart."""
+    """Frames come out with times that no packet has, or in another order, and nothing is damaged: count them."""
 
 
 @dataclass(slots=True)
@@ -41,6 +41,9 @@ class PyavVideo(Media):
         super().__init__(data, config)
         self._scaler = VideoReformatter()  # one a video: used for two sizes or formats in turn, it is rebuilt each time
         self._rotation: int | None = None
+        self._timed = self.table.timed
+        self.num_frames = self.table.num_frames
+        """Frames in the video. What the packets promise, until a `read` finds out that fewer come out."""
 
     @property
     def rotation(self) -> int:
@@ -60,8 +63,9 @@ class PyavVideo(Media):
     @property
     def size(self) -> tuple[int, int]:
         """(width, height) as displayed."""
+        across = self.rotation % 180 != 0  # first, since the header may not know the size that a frame has
         width, height = self.context.width, self.context.height
-        return (height, width) if self.rotation % 180 else (width, height)
+        return (height, width) if across else (width, height)
 
     def _no_frame(self, tally: _Tally) -> str:
         return (
@@ -73,18 +77,18 @@ class PyavVideo(Media):
         """Put the frames with these numbers (int64, sorted, each once, at least one) into the sink.
 
         A wanted frame that does not come out is replaced by the nearest earlier frame that did (the first one, if
-        there is no earlier) and counted as corrupt. Where the answer's num_frames is not table.num_frames, the sink
-        may have gaps: choose frames again from that many.
+        there is no earlier) and counted as corrupt. Where num_frames is less after the call than it was before, the
+        sink may have gaps: choose frames again from that many.
 
         Raises:
             UndecodableVideo: no frame at all comes out, or it cannot be converted to RGB.
             MediaOverBudget: more packets than decode.max_frames would have to be decoded.
         """
-        if self.table.timed:
+        if self._timed:
             try:
                 return self._read_by_time(wanted, sink)
             except _TimesLie:
-                pass
+                self._timed = False
         return self._read_by_count(wanted, sink)
 
     def _read_by_time(self, wanted: np.ndarray, sink: FrameSink) -> Reading:
@@ -93,13 +97,13 @@ class PyavVideo(Media):
         leave_out = ~self.table.wanted_packets(wanted) if self.leaves_out_exactly() else None
         first = _Tally()
         runs = self.table.runs_for(wanted) if by_groups else whole
-        self._check_frames(runs)
+        self.check_frames(runs)
         self._collect(runs, leave_out, wanted, sink, first, {})
         missing = set(wanted.tolist()) - first.kept
         if not missing and not first.corrupt and not first.refused:
-            return Reading(self.table.num_frames, first.decoded, 0)
+            return Reading(first.decoded, 0)
         # Damage, or key frame flags that promise more than they keep.
-        self._check_frames(whole)
+        self.check_frames(whole)
         second = _Tally()
         stand_ins: dict[int, Any] = dict.fromkeys(missing)
         self._collect(whole, None, wanted, sink, second, stand_ins)
@@ -109,7 +113,7 @@ class PyavVideo(Media):
                 raise UndecodableVideo(self._no_frame(second))
             self._put(index, stand_ins[index], sink)
         corrupt = second.corrupt | missing | {int(self.table.frame_of[place]) for place in second.refused}
-        return Reading(self.table.num_frames, first.decoded + second.decoded, len(corrupt - {-1}))
+        return Reading(first.decoded + second.decoded, len(corrupt - {-1}))
 
     def _collect(
         self,
@@ -126,10 +130,11 @@ class PyavVideo(Media):
         last = -1
         for frame in self._frames(runs, leave_out, tally):
             index = index_of_time.get(frame.pts)
-            if index is None or -1 < index <= last:
-                raise _TimesLie
-            if index < 0:
+            if index is not None and index < 0:
                 continue
+            whole = not tally.refused and not tally.corrupt
+            if index is None or (whole and index <= last):
+                raise _TimesLie
             last = index
             if frame.is_corrupt:
                 tally.corrupt.add(index)
@@ -144,20 +149,25 @@ class PyavVideo(Media):
         """For times that tell nothing: the k-th frame out of the decoder is frame k."""
         tally = _Tally()
         wanted_set = set(wanted.tolist())
-        self._check_frames([Run(0, int(wanted[-1]) + 1)])
+        self.check_frames([Run(0, int(wanted[-1]) + 1)])
         for index, frame in enumerate(self._frames([Run(0, self.table.num_packets)], None, tally)):
             if frame.is_corrupt:
                 tally.corrupt.add(index)
             if index in wanted_set:
                 self._put(index, frame, sink)
             if index >= wanted[-1]:
-                return Reading(self.table.num_frames, tally.decoded, len(tally.corrupt) + len(tally.refused))
+                return Reading(tally.decoded, len(tally.corrupt) + len(tally.refused))
         if not tally.decoded:
             raise UndecodableVideo(self._no_frame(tally))
-        return Reading(tally.decoded, tally.decoded, len(tally.corrupt) + len(tally.refused))
+        self.num_frames = tally.decoded
+        return Reading(tally.decoded, len(tally.corrupt) + len(tally.refused))
 
-    def _check_frames(self, runs: list[Run]) -> None:
-        """Raise MediaOverBudget before a plan is carried out that decodes too much."""
+    def check_frames(self, runs: list[Run]) -> None:
+        """Refuse a plan before it is carried out.
+
+        Raises:
+            MediaOverBudget: it sends more packets to the decoder than decode.max_frames.
+        """
         packets = sum(run.end - run.begin for run in runs)
         if packets > self._config.max_frames:
             raise MediaOverBudget(

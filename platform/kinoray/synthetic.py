@@ -40,7 +40,6 @@ BROKEN_KINDS = ("empty", "random", "index_lost", "cut_front_index", "audio_only"
 SIDE_PX = 96
 CARD_PX = 36
 FPS = 12
-_DIRECTIONS = {"up": (0.0, -1.0), "down": (0.0, 1.0)}
 
 
 def class_names() -> list[str]:
@@ -161,8 +160,8 @@ def make_clip(thing: str, motion: str, rng: np.random.Generator) -> np.ndarray:
     layer[:CARD_PX, :CARD_PX, :3] = _card(rng, thing)
     layer[:CARD_PX, :CARD_PX, 3] = 1.0
     layer[..., :3] *= layer[..., 3:]
-    direction = _DIRECTIONS.get(motion) or (float(rng.choice([-1.0, 1.0])), 0.0)
-    step = np.array(direction) * rng.uniform(1.5, 2.5)
+    side = float(rng.choice([-1.0, 1.0]))  # drawn for every motion: first frames do not depend on it
+    step = np.array({"up": (0.0, -1.0), "down": (0.0, 1.0), "sideways": (side, 0.0)}[motion]) * rng.uniform(1.5, 2.5)
     start = rng.uniform(0, SIDE_PX, 2)
     heading = rng.uniform(0, 2 * math.pi)
     pan = rng.uniform(0.1, 0.6) * np.array([math.cos(heading), math.sin(heading)])
