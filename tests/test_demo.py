@@ -1,0 +1,158 @@
+"""The demo: its files, its command lines, its S3 server; and (slow) the whole of it on both kinds of storage."""
+
+import os
+import shlex
+import socket
+import sys
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import pytest
+
+from kinoray.cli import VERBS, main
+from kinoray.config import StorageConfig
+from kinoray.configfile import to_yaml
+from kinoray.decode import probe
+from kinoray.errors import ConfigError, MediaError
+from kinoray.run.demo import demo
+from kinoray.run.demo_recipe import CLIP, Recipe, command_line, make_recipe, make_videos
+from kinoray.run.demo_server import s3_server
+from kinoray.storage import Storage
+from kinoray.verbs import DemoConfig
+
+UNREADABLE = {"empty", "random", "index_lost", "audio_only"}
+READABLE = {"cut_front_index", "one_frame"}
+
+
+def steps(recipe: Recipe) -> list[tuple[str, Any]]:
+    return [(name, getattr(recipe, name)) for name in recipe.__dataclass_fields__]
+
+
+@pytest.mark.parametrize("storage", [StorageConfig(), StorageConfig(endpoint_url="http://h:1", addressing="path")])
+@pytest.mark.parametrize("out", ["demo-out", "a folder's name"])
+def test_the_printed_command_line_gives_the_config_that_was_run(
+    storage: StorageConfig, out: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = make_recipe(DemoConfig(out=out, seed=7, epochs=3), f"{out}/videos", "s3://bucket", storage)
+    assert [name for name, _ in steps(recipe)] == ["pack", "train", "evaluate", "label", "report"]
+    for name, config in steps(recipe):
+        assert isinstance(config, VERBS[name].config)
+        words = shlex.split(command_line(name, config))
+        assert words[:2] == ["kinoray", name]
+        assert main([*words[1:], "--print-config"]) == 0
+        assert capsys.readouterr().out == to_yaml(config)
+
+
+def test_a_command_line_says_only_what_differs_from_the_defaults() -> None:
+    recipe = make_recipe(DemoConfig(epochs=20), "videos", "out", StorageConfig())
+    assert command_line("label", recipe.label) == "kinoray label videos --checkpoint out/run --out out/labels"
+    assert "epochs" not in command_line("train", recipe.train)
+
+
+def test_the_set_is_whole_or_absent_and_made_once(tmp_path: Path) -> None:
+    folder = tmp_path / "videos"
+    left_by_a_kill = tmp_path / "videos.unfinished" / "disc-up"
+    left_by_a_kill.mkdir(parents=True)
+    (left_by_a_kill / "half.mp4").write_bytes(b"half")
+    assert make_videos(folder, videos_per_class=4, seed=3) == 6 * 4 + 6
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["videos"]
+    broken = {path.stem.removeprefix("broken-"): path for path in folder.glob("*/broken-*.mp4")}
+    assert set(broken) == UNREADABLE | READABLE
+    assert len({path.parent for path in broken.values()}) == 6
+    for path in folder.glob("*/*.mp4"):
+        if path.stem.removeprefix("broken-") in UNREADABLE:
+            with pytest.raises(MediaError):
+                probe(path.read_bytes(), CLIP.decode)
+        else:
+            probe(path.read_bytes(), CLIP.decode)
+    before = {path: path.stat().st_mtime_ns for path in folder.glob("*/*.mp4")}
+    assert make_videos(folder, videos_per_class=4, seed=3) == 30
+    assert {path: path.stat().st_mtime_ns for path in folder.glob("*/*.mp4")} == before
+
+
+def test_a_folder_with_another_demo_is_refused_before_anything_starts(tmp_path: Path) -> None:
+    (tmp_path / "demo.json").write_text('{"videos_per_class": 4, "epochs": 1, "seed": 0}')
+    with pytest.raises(ConfigError, match=r"holds a demo with .*'seed': 0.* not .*'seed': 1"):
+        demo(DemoConfig(out=str(tmp_path), videos_per_class=4, epochs=1, seed=1))
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(ConfigError, match="cannot be the folder of a demo"):
+        demo(DemoConfig(out=str(tmp_path / "file")))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["demo.json", "file"]
+
+
+def test_the_s3_server_works_with_its_own_keys_and_leaves_nothing_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AWS_PROFILE", "of-the-user")
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "of-the-user")
+    monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")
+    before = dict(os.environ)
+    with s3_server("shelf", tmp_path / "server.log") as config:
+        storage = Storage(config)
+        storage.put("s3://shelf/a", b"data")
+        assert storage.read("s3://shelf/a") == b"data"
+        assert os.environ["AWS_ACCESS_KEY_ID"] == "demo"
+        assert "AWS_PROFILE" not in os.environ
+    assert dict(os.environ) == before
+    assert config.endpoint_url is not None
+    port = urlsplit(config.endpoint_url).port
+    with socket.socket() as probe_socket:
+        assert probe_socket.connect_ex(("127.0.0.1", port)) != 0
+
+
+def test_without_moto_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "moto", None)
+    with (
+        pytest.raises(ConfigError, match=r"storage s3 needs .* pip install 'kinoray\[s3-demo\]'"),
+        s3_server("shelf", tmp_path / "server.log"),
+    ):
+        pass
+
+
+def check(totals: dict[str, Any], config: DemoConfig) -> None:
+    """Every file that was made is a row, and the page shows it."""
+    assert totals["videos"] == 6 * config.videos_per_class + 6
+    assert totals["labelled"] + totals["quarantined"] == totals["videos"]
+    assert totals["quarantined"] == len(UNREADABLE)
+    assert totals["chance"] == 1 / 6
+    page = Path(totals["report"]).read_text(encoding="utf-8")
+    assert page.count("<li data-id=") == totals["videos"]
+    assert page.count('class="strip">') == totals["labelled"]
+    assert all(f"broken-{kind}" in page for kind in UNREADABLE | READABLE)
+
+
+@pytest.mark.slow
+def test_a_small_demo_runs_whole_and_a_second_time_goes_on_from_what_is_there(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = DemoConfig(out=str(tmp_path / "demo"), videos_per_class=4, epochs=1)
+    first = demo(config)
+    check(first, config)
+    said = capsys.readouterr().out
+    for verb in ("pack", "train", "evaluate", "label", "report"):
+        assert f"\n== {verb}: " in said
+        assert f"\n   kinoray {verb} " in said
+    assert list(first["seconds"]) == ["videos", "pack", "train", "evaluate", "label", "report"]
+    metrics = (tmp_path / "demo" / "run" / "metrics.jsonl").read_bytes()
+    second = demo(config)
+    check(second, config)
+    assert second["top1"] == first["top1"]
+    assert (tmp_path / "demo" / "run" / "metrics.jsonl").read_bytes() == metrics
+
+
+@pytest.mark.slow
+def test_the_demo_runs_on_s3(tmp_path: Path) -> None:
+    config = DemoConfig(out=str(tmp_path / "demo"), videos_per_class=4, epochs=1, storage="s3")
+    check(demo(config), config)
+    left = {path.name for path in (tmp_path / "demo").iterdir()}
+    assert left == {"demo.json", "videos", "report.html", "s3-server.log"}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_the_demo_learns_things_and_motions(tmp_path: Path) -> None:
+    config = DemoConfig(out=str(tmp_path / "demo"))
+    totals = demo(config)
+    check(totals, config)
+    assert totals["top1"] >= 3 * totals["chance"]
