@@ -1,7 +1,7 @@
 """Optical flow between two frames: OpenCV's DIS, and its int8 form that travels to the model.
 
-DIS cuts its work into as many stripes as OpenCV has threads and the stripes change the result, so it always runs on
-one thread here: the same flow on every machine, and the cores are busy with other clips anyway.
+The same frames must give the same flow whatever came before them. DIS makes that easy to get wrong: an estimator that
+has seen smaller frames gives another flow for larger ones, so there is one for each shape.
 """
 
 import threading
@@ -19,6 +19,16 @@ _PRESETS = {
 _estimators = threading.local()  # an estimator keeps buffers between calls, so threads must not share one
 
 
+def _estimator(preset: str, shape: tuple[int, ...]) -> cv2.DISOpticalFlow:
+    """This thread's estimator for frames of one shape: after smaller frames, DIS would keep their coarser scales."""
+    if not hasattr(_estimators, "made"):
+        _estimators.made = {}
+    made: dict[tuple[str, tuple[int, ...]], cv2.DISOpticalFlow] = _estimators.made
+    if (preset, shape) not in made:
+        made[preset, shape] = cv2.DISOpticalFlow.create(_PRESETS[preset])
+    return made[preset, shape]
+
+
 def dis_flow(prev: np.ndarray, next: np.ndarray, preset: str) -> np.ndarray:
     """Motion from prev to next (uint8 [H, W]) in pixels, float32 [H, W, 2] as (x, y): x to the right, y down.
 
@@ -34,14 +44,10 @@ def dis_flow(prev: np.ndarray, next: np.ndarray, preset: str) -> np.ndarray:
         )
     if preset not in _PRESETS:
         raise ValueError(f"flow.preset must be one of {', '.join(_PRESETS)}, got {preset!r}")
-    if cv2.getNumThreads() != 1:
+    if cv2.getNumThreads() != 1:  # the cores are busy with other clips; more threads would only wait for each other
         cv2.setNumThreads(1)
-    estimator = getattr(_estimators, preset, None)
-    if estimator is None:
-        estimator = cv2.DISOpticalFlow.create(_PRESETS[preset])
-        setattr(_estimators, preset, estimator)
     # The third argument must stay None: DIS takes a given output array as its starting flow.
-    flow: np.ndarray = estimator.calc(prev, next, None)
+    flow: np.ndarray = _estimator(preset, prev.shape).calc(prev, next, None)
     return flow
 
 

@@ -1,0 +1,100 @@
+"""Views: geometry by hand, and against cutting first and resizing afterwards."""
+
+import cv2
+import numpy as np
+import pytest
+
+from kinoray import transform
+from kinoray.config import ViewConfig
+from kinoray.transform import View, train_view
+
+STRETCH = ViewConfig()
+SHORT = ViewConfig(resize="short_side")
+
+
+@pytest.mark.parametrize(
+    ("config", "width", "height", "expected"),
+    [
+        pytest.param(STRETCH, 340, 256, View(256, 256, 16, 16, 224, False), id="stretch ignores the aspect"),
+        pytest.param(STRETCH, 96, 96, View(256, 256, 16, 16, 224, False), id="stretch enlarges"),
+        pytest.param(SHORT, 340, 256, View(256, 340, 16, 58, 224, False), id="landscape"),
+        pytest.param(SHORT, 1280, 720, View(256, 455, 16, 115, 224, False), id="landscape 720p"),
+        pytest.param(SHORT, 720, 1280, View(455, 256, 115, 16, 224, False), id="portrait"),
+        pytest.param(SHORT, 10, 4000, View(102400, 256, 51088, 16, 224, False), id="very thin"),
+    ],
+)
+def test_testing_takes_the_centre(config: ViewConfig, width: int, height: int, expected: View) -> None:
+    assert transform.test_view(config, width, height) == expected
+
+
+@pytest.mark.parametrize(("width", "height"), [(320, 200), (200, 320), (256, 256)])
+@pytest.mark.parametrize("config", [STRETCH, SHORT], ids=["stretch", "short_side"])
+def test_training_crops_have_the_configured_sides(config: ViewConfig, width: int, height: int) -> None:
+    """Undo the enlargement: the cut's sides, in pixels of the resized frame, are two neighbours of train_scales."""
+    rng = np.random.default_rng(0)
+    centre = transform.test_view(config, width, height)
+    short = min(centre.height, centre.width)
+    steps, flips = set(), 0
+    for _ in range(600):
+        view = train_view(config, width, height, rng)
+        sides = (view.size * centre.height / view.height, view.size * centre.width / view.width)
+        fractions = [side / short for side in sides]
+        nearest = [int(np.argmin([abs(f - scale) for scale in config.train_scales])) for f in fractions]
+        for fraction, which in zip(fractions, nearest, strict=True):
+            assert fraction == pytest.approx(config.train_scales[which], rel=0.005)  # sizes are whole pixels
+        steps.add((nearest[0], nearest[1]))
+        flips += view.flip
+        assert view.size == config.crop_px
+    assert steps == {(a, b) for a in range(4) for b in range(4) if abs(a - b) <= 1}
+    assert 240 < flips < 360
+
+
+def test_training_crops_reach_every_place() -> None:
+    config = ViewConfig(resize_px=20, crop_px=16, train_scales=(0.8,))  # enlarged to 20 px: 5 x 5 places
+    rng = np.random.default_rng(0)
+    views = [train_view(config, 64, 64, rng) for _ in range(500)]
+    assert {(view.height, view.width) for view in views} == {(20, 20)}
+    assert {(view.top, view.left) for view in views} == {(top, left) for top in range(5) for left in range(5)}
+
+
+def test_flip_can_be_turned_off_without_changing_the_rest() -> None:
+    with_flip = [train_view(STRETCH, 340, 256, np.random.default_rng(seed)) for seed in range(50)]
+    without = [train_view(ViewConfig(train_flip=False), 340, 256, np.random.default_rng(seed)) for seed in range(50)]
+    assert any(view.flip for view in with_flip)
+    assert not any(view.flip for view in without)
+    assert [(v.height, v.width, v.top, v.left) for v in with_flip] == [
+        (v.height, v.width, v.top, v.left) for v in without
+    ]
+
+
+@pytest.mark.parametrize("config", [STRETCH, SHORT], ids=["stretch", "short_side"])
+def test_a_view_is_cutting_first_and_resizing_afterwards(config: ViewConfig) -> None:
+    """On a smooth picture both ways give the same pixels; the naive one rounds its cut to whole source pixels.
+
+    Tolerance: half a source pixel of rounding at each edge times the steepest slope (1.3 levels a pixel), and one level
+    for rounding to bytes.
+    """
+    width, height = 400, 300
+    y, x = np.mgrid[0:height, 0:width]
+    picture = 127 + 60 * np.sin(2 * np.pi * x / 400 + 1) + 50 * np.cos(2 * np.pi * y / 300)
+    picture = picture.astype(np.float32)
+    rng = np.random.default_rng(1)
+    for _ in range(30):
+        view = train_view(config, width, height, rng)
+        scaled = cv2.resize(picture, (view.width, view.height), interpolation=cv2.INTER_LINEAR)
+        ours = scaled[view.top : view.top + view.size, view.left : view.left + view.size]
+        left, right = (round(edge * width / view.width) for edge in (view.left, view.left + view.size))
+        top, bottom = (round(edge * height / view.height) for edge in (view.top, view.top + view.size))
+        naive = cv2.resize(picture[top:bottom, left:right], (view.size, view.size), interpolation=cv2.INTER_LINEAR)
+        assert np.abs(ours - naive).max() < 0.5 * 1.3 * 2 + 1
+
+
+@pytest.mark.parametrize(("top", "left"), [(-1, 0), (0, -1), (33, 0), (0, 77)])
+def test_a_cut_outside_the_frame_is_refused(top: int, left: int) -> None:
+    with pytest.raises(ValueError, match=r"not inside 256 x 300"):
+        View(height=256, width=300, top=top, left=left, size=224, flip=False)
+
+
+def test_an_empty_frame_is_refused() -> None:
+    with pytest.raises(ValueError, match="got 0 x 5"):
+        transform.test_view(STRETCH, 0, 5)
