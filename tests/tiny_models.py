@@ -1,6 +1,9 @@
 """Networks that are no part of kinoray: any `package:function` trains, and small ones keep the tests fast."""
 
+import os
+import signal
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -36,3 +39,43 @@ class MeanColour(nn.Module):
 
 def mean_colour(num_classes: int, flow_channels: int = 0, dropout: float = 0.0) -> MeanColour:
     return MeanColour(num_classes, flow_channels, dropout)
+
+
+class Deadly(MeanColour):
+    """Kills a process with SIGKILL at its n-th training step: the one whose id is in the file, "self" for its own."""
+
+    def __init__(self, num_classes: int, flow_channels: int, victim: str, at_step: int) -> None:
+        super().__init__(num_classes, flow_channels, 0.0)
+        self.victim, self.steps_left = Path(victim), at_step
+
+    def forward(self, *, rgb: Tensor | None, flow: Tensor | None) -> Tensor:
+        self.steps_left -= self.training
+        if self.steps_left == 0:
+            try:
+                who = self.victim.read_text()
+                self.victim.unlink()  # once, by one rank
+            except FileNotFoundError:
+                pass
+            else:
+                os.kill(os.getpid() if who == "self" else int(who), signal.SIGKILL)
+        return super().forward(rgb=rgb, flow=flow)
+
+
+def deadly(num_classes: int, victim: str, at_step: int, flow_channels: int = 0) -> Deadly:
+    return Deadly(num_classes, flow_channels, victim, at_step)
+
+
+class Refuses(MeanColour):
+    """Fails in forward as a network with a bug does."""
+
+    def forward(self, *, rgb: Tensor | None, flow: Tensor | None) -> Tensor:
+        raise ValueError("this network has a bug")
+
+
+def refuses(num_classes: int) -> Refuses:
+    return Refuses(num_classes, 0, 0.0)
+
+
+def wrong_shape(num_classes: int) -> MeanColour:
+    """A network that does not know how many classes there are."""
+    return MeanColour(num_classes + 1, 0, 0.0)
