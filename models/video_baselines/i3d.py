@@ -1,0 +1,168 @@
+"""I3D (Carreira and Zisserman, 2017; over ResNets as in Wang et al., 2018), with non-local blocks, and S3D-G.
+
+A clip is one segment: T frames go in together, the logits of the S segments are averaged. T is free, 1 included.
+
+Shapes: M clips, T frames, C channels, Y X pixels, K classes
+"""
+
+import functools
+from typing import Literal
+
+import torchvision
+from torch import Tensor, nn
+
+from vcm_sdd.backbone import build_backbones
+from vcm_sdd.spec import InputSpec
+from vcm_sdd.weights import flow_stem, load_strict, read_state
+from video_baselines.inception3d import Inception3d
+from video_baselines.resnet3d import DEPTHS, ResNet3d, inflate_state
+from video_baselines.streams import (
+    ClipClassifier,
+    Modality,
+    build_streams,
+    require_choice,
+    require_count,
+    require_fraction,
+)
+
+__all__ = ["PooledClassifier", "i3d", "i3d_nl", "s3dg", "two_stream_i3d"]
+
+_HALF = (0.5, 0.5, 0.5)
+_NONLOCAL = {0: (0, 0), 5: (2, 3), 10: (4, 6)}
+
+
+class PooledClassifier(nn.Module):
+    """logits = W mean_thw features(clip) + b, dropout on the mean. A network with frames first, [M, T, C, Y, X]."""
+
+    def __init__(self, features: nn.Module, num_channels: int, num_classes: int, dropout: float) -> None:
+        super().__init__()
+        self.features = features
+        self.dropout = nn.Dropout(dropout)
+        self.classifier = nn.Linear(num_channels, num_classes)
+
+    def forward(self, clips_MTCYX: Tensor) -> Tensor:
+        """Return logits [M, K] for clips [M, T, C, Y, X]."""
+        grid_MDTHW = self.features(clips_MTCYX.transpose(1, 2))
+        logits_MK: Tensor = self.classifier(self.dropout(grid_MDTHW.mean(dim=(2, 3, 4))))
+        return logits_MK
+
+
+def i3d(
+    *,
+    num_classes: int,
+    backbone: str = "resnet50",
+    backbone_weights: str | None = None,
+    modality: Modality = "rgb",
+    flow_channels: int = 2,
+    flow_weight: float = 1.0,
+    nonlocal_blocks: int = 0,
+    inflation: Literal["mean", "centre"] = "mean",
+    time_padding: Literal["zeros", "replicate"] = "zeros",
+    strided_stem: bool = False,
+    dropout: float = 0.5,
+) -> ClipClassifier:
+    """Build I3D: a 2D network whose kernels are inflated along time.
+
+    backbone: resnet18 to resnet152, or inception_v1 (the original). backbone_weights: None (random), `imagenet`, the
+    name of a torchvision weight set, or a .safetensors, .pth or .pt file of the 2D network; the flow stem is the mean
+    of the RGB stem over its channels before it is inflated. nonlocal_blocks: 0, 5 (two in res3, three in res4) or 10
+    (every block there; ResNets only). inflation: `mean` spreads a kernel over time, `centre` puts it in the middle.
+    time_padding: what lies beyond the first and last frame (ResNets only). strided_stem: time / 8 instead of / 2, for
+    clips of 32 frames or more (ResNets only). Raises ValueError naming the option.
+    """
+    require_count("num_classes", num_classes)
+    require_fraction("dropout", dropout)
+    require_choice("backbone", backbone, ("inception_v1", *DEPTHS))
+    require_choice("nonlocal_blocks", nonlocal_blocks, _NONLOCAL)
+    require_choice("inflation", inflation, ("mean", "centre"))
+    require_choice("time_padding", time_padding, ("zeros", "replicate"))
+    inception = backbone == "inception_v1"
+    if inception and (nonlocal_blocks or strided_stem or time_padding != "zeros"):
+        raise ValueError("nonlocal_blocks, strided_stem and time_padding need a ResNet backbone, got inception_v1")
+    require_count("flow_channels", flow_channels)
+    states = {} if backbone_weights is None else _states_2d(backbone, backbone_weights, flow_channels)
+
+    def make(stream: Literal["rgb", "flow"]) -> nn.Module:
+        channels = 3 if stream == "rgb" else flow_channels
+        net: Inception3d | ResNet3d
+        if inception:
+            net = Inception3d("joint", in_channels=channels)
+        else:
+            net = ResNet3d(
+                backbone,
+                in_channels=channels,
+                nonlocal_blocks=_NONLOCAL[nonlocal_blocks],
+                strided_stem=strided_stem,
+                replicate=time_padding == "replicate",
+            )
+        if stream in states:
+            inflated = inflate_state(states[stream], net, inflation)
+            kept = {name: value for name, value in net.state_dict().items() if name.startswith("nonlocal_blocks.")}
+            source = f"backbone_weights {backbone_weights}"
+            load_strict(net, {**kept, **inflated}, source=source, ignore=("fc.", "aux1.", "aux2."))
+        return PooledClassifier(net, net.num_channels, num_classes, dropout)
+
+    spec = InputSpec(rgb_mean=_HALF, rgb_std=_HALF) if inception else InputSpec()
+    return build_streams(modality, make, spec=spec, flow_channels=flow_channels, flow_weight=flow_weight)
+
+
+two_stream_i3d = functools.partial(i3d, modality="two_stream")
+"""I3D on RGB and on flow, networks of their own, logits averaged."""
+
+i3d_nl = functools.partial(i3d, nonlocal_blocks=5)
+"""The non-local network: I3D over a ResNet with five non-local blocks."""
+
+
+def s3dg(
+    *,
+    num_classes: int,
+    modality: Modality = "rgb",
+    flow_channels: int = 2,
+    flow_weight: float = 1.0,
+    gating: bool = True,
+    dropout: float = 0.2,
+) -> ClipClassifier:
+    """Build S3D-G: separable inception with feature gating, from random weights (gating=False: S3D).
+
+    There are no public weights for it; for S3D's see `s3d`. Raises ValueError naming the option.
+    """
+    require_count("num_classes", num_classes)
+    require_fraction("dropout", dropout)
+
+    def make(stream: Literal["rgb", "flow"]) -> nn.Module:
+        channels = 3 if stream == "rgb" else flow_channels
+        net = Inception3d("gated" if gating else "separable", in_channels=channels)
+        return PooledClassifier(net, net.num_channels, num_classes, dropout)
+
+    spec = InputSpec(rgb_mean=_HALF, rgb_std=_HALF)
+    return build_streams(modality, make, spec=spec, flow_channels=flow_channels, flow_weight=flow_weight)
+
+
+def _states_2d(backbone: str, weights: str, flow_channels: int) -> dict[str, dict[str, Tensor]]:
+    """State dicts of the pretrained 2D networks, one a stream; the flow stem is the mean of the RGB stem."""
+    if backbone == "inception_v1":
+        state = _googlenet_state(weights)
+        stem = "conv1.conv.weight"
+        return {"rgb": state, "flow": {**state, stem: flow_stem(state[stem], flow_channels)}}
+    rgb, flow = build_backbones(backbone, flow_channels=flow_channels, weights=weights)
+    assert isinstance(rgb, nn.Module)
+    assert isinstance(flow, nn.Module)
+    return {"rgb": rgb.state_dict(), "flow": flow.state_dict()}
+
+
+def _googlenet_state(weights: str) -> dict[str, Tensor]:
+    if "." in weights or "/" in weights:
+        state = read_state(weights)
+        if "conv1.conv.weight" not in state:
+            raise ValueError(f"backbone_weights: {weights} is not of torchvision's GoogLeNet: no conv1.conv.weight")
+        return state
+    known = torchvision.models.get_model_weights("googlenet")
+    name = "IMAGENET1K_V1" if weights == "imagenet" else weights
+    require_choice("backbone_weights", name, known.__members__)
+    try:
+        downloaded: dict[str, Tensor] = known[name].get_state_dict(progress=False, check_hash=True)
+    except OSError as error:
+        raise ValueError(
+            f"backbone_weights googlenet {name} cannot be downloaded ({error}); give the path of a file"
+        ) from error
+    return downloaded
