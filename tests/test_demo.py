@@ -118,7 +118,7 @@ def check(totals: dict[str, Any], config: DemoConfig) -> None:
     assert totals["chance"] == 1 / 6
     page = Path(totals["report"]).read_text(encoding="utf-8")
     assert page.count("<li data-id=") == totals["videos"]
-    assert page.count('class="strip">') == totals["labelled"]
+    assert page.count('<div class="strip') == totals["labelled"]
     assert all(f"broken-{kind}" in page for kind in UNREADABLE | READABLE)
 
 
