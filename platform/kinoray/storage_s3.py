@@ -4,6 +4,7 @@ What is easy to break: a conditional put whose answer got lost is repeated by bo
 """
 
 import base64
+import contextlib
 import hashlib
 import os
 from collections.abc import Callable, Iterator
@@ -157,7 +158,8 @@ class S3Store:
                 parts = list(pool.map(put_part, range(0, size_bytes, part_bytes)))
             self._client.complete_multipart_upload(UploadId=upload_id, MultipartUpload={"Parts": parts}, **target)
         except BaseException:
-            self._client.abort_multipart_upload(UploadId=upload_id, **target)
+            with contextlib.suppress(aws.ClientError, aws.BotoCoreError):  # the first error is the one to report
+                self._client.abort_multipart_upload(UploadId=upload_id, **target)
             raise
 
     def _guard(self, name: str, call: Callable[[], T]) -> T:
