@@ -465,8 +465,11 @@ def test_label_on_s3(
     undisturbed: tuple[dict[str, Any], Path],
     bucket: str,
     s3_config: StorageConfig,
+    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
+    """Also with several units in each of Ray's blocks, as in catalogs of more than a million videos."""
+    monkeypatch.setattr("kinoray.run.label._MAX_BLOCKS", 4)
     storage = Storage(s3_config)
     for path in sorted(library.rglob("*.mp4")):
         storage.put(join(bucket, "library", str(path.relative_to(library))), path.read_bytes())

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from kinoray.config import StorageConfig
@@ -143,6 +143,7 @@ def test_a_finished_unit_of_which_a_row_is_gone_is_used_and_an_unfinished_one_is
     unit_size=st.integers(1, 7),
     finished=st.sets(st.integers(0, 60)),
 )
+@example(catalogs=[[1, 2], [1], [1, 2]], unit_size=2, finished={7})  # an unfinished unit holds a finished row
 def test_any_history_of_plans_covers_each_row_once_and_repeats_nothing_finished(
     catalogs: list[list[int]], unit_size: int, finished: set[int]
 ) -> None:
