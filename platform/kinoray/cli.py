@@ -41,6 +41,9 @@ VERBS: Mapping[str, Verb] = {
     "label": Verb(verbs.LabelConfig, "kinoray.run.label:label", "any videos -> one result row each, exactly once"),
     "report": Verb(verbs.ReportConfig, "kinoray.report:report", "results -> one HTML page to look at"),
     "demo": Verb(verbs.DemoConfig, "kinoray.run.demo:demo", "all of the above on a small generated set"),
+    "ablate": Verb(
+        verbs.AblateConfig, "kinoray.run.ablate:ablate", "table 2 of the paper, TSN and TSM, on a small set"
+    ),
 }
 
 
@@ -131,21 +134,16 @@ def _take_config_path(arguments: list[str]) -> tuple[list[str], str]:
     return rest, path
 
 
-_FRAME, _RULE = "\u2502", "\u2500"  # what tyro draws its boxes with
+_FRAME = "\u2502\u256d\u256e\u2570\u256f"  # what tyro draws its boxes with, where the output can show it
+_RULE = re.compile("[-\u2500]{3,}")
 
 
 def _one_line(box: str) -> str:
-    """The message in tyro's framed error text."""
-    inner = [line.strip(f"{_FRAME} ") for line in box.splitlines() if line.startswith(_FRAME)]
-    message: list[str] = []
-    for line in inner:
-        if line.startswith((_RULE, "For full helptext")):
-            if "Perhaps you meant" not in " ".join(inner) or any("Perhaps" in part for part in message):
-                break
-            continue
-        message.append(line)
-    text = " ".join(part for part in message if part) or " ".join(box.split())
-    text = text.removeprefix("Error parsing ")
+    """The message in tyro's error text: a title, the message, perhaps a suggestion, and a pointer to --help."""
+    plain = box.translate(str.maketrans("", "", _FRAME)).lstrip(" \u2500")
+    parts = [" ".join(part.split()) for part in _RULE.split(plain)]
+    message = [part for part in parts[1:] if part and not part.startswith(("For full helptext", "Argument helptext"))]
+    text = " ".join(message or parts).removeprefix("Error parsing ")
     return re.sub(r"^[\w.-]+: (?=[\w.]+ must )", "", text)  # our own checks name the whole field already
 
 
