@@ -110,6 +110,8 @@ def test_equal_scores_rank_by_class_id_and_far_apart_logits_stay_finite() -> Non
     assert tie["margin"] == 0.0
     assert far["score_topk"] == [1.0, 0.0, 0.0, 0.0]
     assert (far["margin"], far["entropy"]) == (1.0, 0.0)
+    (many,) = top_predictions(np.tile(np.float32([0, 1]), 200)[None], [str(index) for index in range(400)], 4)
+    assert many["id_topk"] == [1, 3, 5, 7]
     (single,) = top_predictions(np.array([[3.0]], np.float32), ["a"], 5)
     assert (single["score_topk"], single["margin"], single["entropy"]) == ([1.0], 1.0, 0.0)
 
