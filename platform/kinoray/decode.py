@@ -50,7 +50,7 @@ class Clip:
     frames_decoded: int
     """Frames that the decoder had to give, wanted or not."""
     frames_corrupt: int
-    """Distinct frames refused or flagged as damaged by the decoder, or replaced by an earlier one."""
+    """Distinct frames refused or flagged as damaged by the decoder, replaced, or before the first key frame."""
     info: VideoInfo
 
 

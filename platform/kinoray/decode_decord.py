@@ -5,6 +5,7 @@ What decord does differently, and why it is not the default:
 - It refuses files that are cut short or damaged, of which PyAV reads what is there, and knows no AV1.
 - It applies rotation by itself, and scales with its own, older libswscale.
 - On damaged files it has aborted its process (6 of 4,000 mutated files) or kept decoding without end (its issue 373).
+- Its shared libraries are loaded for the whole process: imported before PyAV, they stand in front of PyAV's libvpx.
 - Its `bridge`, which decides the type of what it returns, is one for the whole process: it is never set here, and
   whatever another user of decord has set is taken as it comes.
 The limits and the count of frames come from our own look at the packets, before decord sees the file.

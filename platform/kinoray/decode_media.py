@@ -94,7 +94,7 @@ class Media:
         with media_stage(UnreadableContainer, f"{size} are no video file of a known format, or its index is lost"):
             return av.open(
                 io.BytesIO(self._data),
-                options={"max_pixels": str(self._config.max_pixels)},  # libav decodes a first frame by itself
+                options=self._codec_options(),  # libav decodes a first frame by itself
                 container_options={"format_whitelist": ",".join(FORMATS), "protocol_whitelist": "none"},
                 metadata_errors="replace",
                 io_open=_refuse_io,
@@ -113,14 +113,26 @@ class Media:
             raise UndecodableVideo("no decoder for the video stream's codec")
         best = max(decodable, key=lambda stream: stream.codec_context.width * stream.codec_context.height)
         context = best.codec_context
-        if context.width * context.height > self._config.max_pixels:
-            raise MediaOverBudget(
-                f"{context.width} x {context.height} = {context.width * context.height:,} pixels are more than "
-                f"decode.max_pixels = {self._config.max_pixels:,}"
-            )
+        self.check_size(context.width, context.height)
         context.thread_count, context.thread_type = 1, "NONE"
-        context.options = {"max_pixels": str(self._config.max_pixels)}  # frames may be larger than the header says
+        context.options = self._codec_options()
         return best
+
+    def check_size(self, width: int, height: int) -> None:
+        """Refuse a frame that is too large.
+
+        Raises:
+            MediaOverBudget: it has more pixels than decode.max_pixels.
+        """
+        if width * height > self._config.max_pixels:
+            raise MediaOverBudget(
+                f"{width} x {height} = {width * height:,} pixels are more than decode.max_pixels = "
+                f"{self._config.max_pixels:,}"
+            )
+
+    def _codec_options(self) -> dict[str, str]:
+        """Frames may be larger than the header says: libav itself refuses what is far over the limit (it rounds up)."""
+        return {"max_pixels": str(2 * self._config.max_pixels + 2**16)}
 
     def _demux(self, container: Any) -> Iterator[Any]:
         """The stream's packets. Reading goes on after a damaged place; one that is cut short at the end is left out."""

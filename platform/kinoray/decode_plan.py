@@ -34,7 +34,8 @@ class Reading:
     frames_decoded: int
     """Frames that the decoder gave, wanted or not."""
     frames_corrupt: int
-    """Distinct frames that the decoder refused or flagged as damaged, or that were wanted and had to be replaced."""
+    """Distinct frames that the decoder refused or flagged as damaged, that were wanted and had to be replaced, or that
+    come before the first key frame and so cannot be decoded."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,8 +50,8 @@ class PacketTable:
     """The packets of one video stream, in decoding order, and the number of the frame that each one carries.
 
     `frame_of`, int64 [P]: place of the packet's frame in the order of showing; -1 where no frame comes out (hidden by
-    an edit list, or before the first key frame). `timed`: times tell the frames apart; where they do not (AVI), frames
-    can only be counted as they come out of the decoder.
+    an edit list, or before the first key frame; `num_headless` counts the latter). `timed`: times tell the frames
+    apart; where they do not (AVI), frames can only be counted as they come out of the decoder.
     """
 
     def __init__(self, pts: list[int | None], keyframe: np.ndarray, shown: np.ndarray, *, times_stored: bool) -> None:
@@ -58,6 +59,7 @@ class PacketTable:
         self._keys = keys if len(keys) else np.zeros(min(1, len(pts)), np.int64)
         self.shown = shown.copy()
         self.shown[: self._keys[0] if len(keys) else 0] = False
+        self.num_headless = int(shown.sum() - self.shown.sum())
         times = np.array([-1 if value is None else value for value in pts], np.int64)
         places = np.flatnonzero(self.shown)
         order = places[np.argsort(times[places], kind="stable")]

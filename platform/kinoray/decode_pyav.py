@@ -40,7 +40,7 @@ class PyavVideo(Media):
     def __init__(self, data: bytes, config: DecodeConfig) -> None:
         super().__init__(data, config)
         self._scaler = VideoReformatter()  # one a video: used for two sizes or formats in turn, it is rebuilt each time
-        self._rotation: int | None = None
+        self._first: tuple[int, int, int] | None = None  # quarter turns, width and height of the first frame
         self._timed = self.table.timed
         self.num_frames = self.table.num_frames
         """Frames in the video. What the packets promise, until a `read` finds out that fewer come out."""
@@ -52,20 +52,22 @@ class PyavVideo(Media):
         Raises:
             UndecodableVideo: no frame can be decoded.
         """
-        if self._rotation is None:
-            tally = _Tally()
-            places = min(self.table.num_packets, self._config.max_frames)
-            if next(self._frames([Run(0, places)], None, tally), None) is None:
-                raise UndecodableVideo(self._no_frame(tally))
-        assert self._rotation is not None
-        return self._rotation
+        return 90 * self._first_frame()[0]
 
     @property
     def size(self) -> tuple[int, int]:
-        """(width, height) as displayed."""
-        across = self.rotation % 180 != 0  # first, since the header may not know the size that a frame has
-        width, height = self.context.width, self.context.height
-        return (height, width) if across else (width, height)
+        """(width, height) of the first frame, as displayed. Raises what `rotation` raises."""
+        turns, width, height = self._first_frame()
+        return (height, width) if turns % 2 else (width, height)
+
+    def _first_frame(self) -> tuple[int, int, int]:
+        if self._first is None:
+            tally = _Tally()
+            places = min(self.table.num_packets, self._config.max_frames)
+            next(self._frames([Run(0, places)], None, tally), None)
+            if self._first is None:
+                raise UndecodableVideo(self._no_frame(tally))
+        return self._first
 
     def _no_frame(self, tally: _Tally) -> str:
         return (
@@ -82,7 +84,7 @@ class PyavVideo(Media):
 
         Raises:
             UndecodableVideo: no frame at all comes out, or it cannot be converted to RGB.
-            MediaOverBudget: more packets than decode.max_frames would have to be decoded.
+            MediaOverBudget: more packets than decode.max_frames would have to be decoded, or a frame is too large.
         """
         if self._timed:
             try:
@@ -101,7 +103,7 @@ class PyavVideo(Media):
         self._collect(runs, leave_out, wanted, sink, first, {})
         missing = set(wanted.tolist()) - first.kept
         if not missing and not first.corrupt and not first.refused:
-            return Reading(first.decoded, 0)
+            return Reading(first.decoded, self.table.num_headless)
         # Damage, or key frame flags that promise more than they keep.
         self.check_frames(whole)
         second = _Tally()
@@ -113,7 +115,7 @@ class PyavVideo(Media):
                 raise UndecodableVideo(self._no_frame(second))
             self._put(index, stand_ins[index], sink)
         corrupt = second.corrupt | missing | {int(self.table.frame_of[place]) for place in second.refused}
-        return Reading(first.decoded + second.decoded, len(corrupt - {-1}))
+        return Reading(first.decoded + second.decoded, len(corrupt - {-1}) + self.table.num_headless)
 
     def _collect(
         self,
@@ -189,9 +191,11 @@ class PyavVideo(Media):
         except LIBAV_ERRORS:
             tally.refused.append(place)
             return []
+        for frame in frames:
+            self.check_size(frame.width, frame.height)
         tally.decoded += len(frames)
-        if frames and self._rotation is None:
-            self._rotation = 90 * _quarter_turns(frames[0])
+        if frames and self._first is None:
+            self._first = _quarter_turns(frames[0]), frames[0].width, frames[0].height
         return frames
 
     def _put(self, index: int, frame: Any, sink: FrameSink) -> None:

@@ -1,0 +1,385 @@
+"""Whatever the bytes are, there is a clip with a count of what was damaged, or one of our errors that says why."""
+
+import pickle
+import re
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from decode_reference import Collect, moving, plain_decode, remux
+from kinoray.config import ClipConfig, DecodeConfig, SampleConfig, ViewConfig
+from kinoray.decode import decode_clip, probe, thumbnails
+from kinoray.decode_pyav import PyavVideo
+from kinoray.errors import (
+    EmptyMedia,
+    MediaError,
+    MediaOverBudget,
+    NoVideoStream,
+    UndecodableVideo,
+    UnreadableContainer,
+)
+from kinoray.synthetic import make_broken, make_video
+
+NUM_FRAMES = 60
+CLIP = ClipConfig(sample=SampleConfig(num_segments=4, frames_per_segment=2), view=ViewConfig(resize_px=32, crop_px=24))
+
+
+def clip_config(**decode: Any) -> ClipConfig:
+    return ClipConfig(sample=CLIP.sample, view=CLIP.view, decode=DecodeConfig(**decode))
+
+
+@pytest.fixture(scope="module")
+def good() -> bytes:
+    return make_video(moving(NUM_FRAMES), fps=30, gop=24, options={"preset": "medium", "x264-params": "b-pyramid=none"})
+
+
+@pytest.fixture(scope="module")
+def reference(good: bytes) -> list[np.ndarray]:
+    return plain_decode(good)
+
+
+# Files that give an error
+
+
+@pytest.mark.parametrize(
+    ("kind", "error", "message"),
+    [
+        ("empty", EmptyMedia, r"^the file has 0 bytes"),
+        ("random", UnreadableContainer, r"^20,000 bytes are no video file of a known format, or its index is lost: "),
+        ("index_lost", UnreadableContainer, r"bytes are no video file .* index is lost: Invalid data found"),
+        ("audio_only", NoVideoStream, r"^no video stream: the file holds audio$"),
+    ],
+)
+@pytest.mark.parametrize("backend", ["pyav", "decord"])
+def test_broken_files_give_typed_errors(
+    kind: str, error: type[MediaError], message: str, backend: str, good: bytes
+) -> None:
+    data, config = make_broken(kind, good), clip_config(backend=backend)
+    for attempt in (
+        lambda: decode_clip(data, config, with_flow=True),
+        lambda: probe(data, config.decode),
+        lambda: thumbnails(data, config.decode, 3, 32),
+    ):
+        with pytest.raises(error, match=message) as caught:
+            attempt()
+        assert type(caught.value) is error
+        assert "\n" not in str(caught.value)
+        again = pickle.loads(pickle.dumps(caught.value))  # errors travel between processes
+        assert (type(again), str(again)) == (error, str(caught.value))
+
+
+@pytest.mark.parametrize("kind", ["cut_front_index", "one_frame"])
+def test_damaged_files_that_hold_frames_give_clips(kind: str, good: bytes) -> None:
+    clip = decode_clip(make_broken(kind, good), CLIP, with_flow=True)
+    assert clip.frames.any()
+    assert (clip.num_frames == 1) is (kind == "one_frame")
+
+
+def test_a_file_without_a_decodable_frame_is_undecodable(good: bytes) -> None:
+    spoilt = remux(good, "mp4", spoil=frozenset(range(NUM_FRAMES)))
+    with pytest.raises(
+        UndecodableVideo, match=r"no frame comes out of 60 h264 packets \(\d\d refused by the decoder\)"
+    ):
+        decode_clip(spoilt, CLIP, with_flow=False)
+    with pytest.raises(UndecodableVideo, match="no frame comes out"):
+        probe(spoilt, DecodeConfig())
+
+
+def test_an_unknown_codec_is_undecodable(good: bytes) -> None:
+    with pytest.raises(UndecodableVideo, match="no decoder for the video stream's codec"):
+        probe(good.replace(b"avc1", b"zzzz"), DecodeConfig())
+
+
+def test_a_video_without_packets_is_undecodable(good: bytes) -> None:
+    nothing = good[: good.index(b"mdat") + 8]
+    with pytest.raises(UndecodableVideo, match="holds no packet of the video stream"):
+        probe(nothing, DecodeConfig())
+
+
+def test_decord_names_the_way_out(good: bytes) -> None:
+    with pytest.raises(UndecodableVideo, match=r"^decord cannot read this h264 file: .*; try decode\.backend=pyav$"):
+        decode_clip(make_broken("cut_front_index", good), clip_config(backend="decord"), with_flow=False)
+
+
+# Damage inside
+
+
+def read_all(data: bytes) -> tuple[dict[int, np.ndarray], int]:
+    """(every frame by number, how many are corrupt)"""
+    with PyavVideo(data, DecodeConfig()) as video:
+        sink = Collect()
+        reading = video.read(np.arange(video.num_frames), sink)
+        return sink.frames, reading.frames_corrupt
+
+
+def test_a_cut_file_gives_the_frames_that_are_there(good: bytes, reference: list[np.ndarray]) -> None:
+    frames, corrupt = read_all(make_broken("cut_front_index", good))
+    known = {frame.tobytes(): number for number, frame in enumerate(reference)}
+    numbers = [known[frames[index].tobytes()] for index in sorted(frames)]
+    assert corrupt == 0
+    assert numbers == sorted(set(numbers))
+    assert 20 < len(numbers) < 50
+
+
+def test_a_missing_frame_is_replaced_by_the_one_before_and_counted(good: bytes, reference: list[np.ndarray]) -> None:
+    """Frame numbers stay right behind it. Frames shown before the packet that was decoded last are b-frames here."""
+    with PyavVideo(good, DecodeConfig()) as video:
+        number = video.table.frame_of.tolist()
+    places = [place for place in range(3, NUM_FRAMES) if number[place] < number[place - 1]][2::4]
+    lost = [number[place] for place in places]
+    frames, corrupt = read_all(remux(good, "mp4", spoil=frozenset(places)))
+    assert corrupt == len(lost) >= 3
+    assert sorted(frames) == list(range(NUM_FRAMES))
+    for index in range(NUM_FRAMES):
+        assert np.array_equal(frames[index], reference[index - 1 if index in lost else index])
+
+
+def test_damage_is_counted_even_where_it_is_not_sampled(good: bytes) -> None:
+    one = ClipConfig(sample=SampleConfig(num_segments=1, frames_per_segment=1), view=CLIP.view)
+    clip = decode_clip(remux(good, "mp4", spoil=frozenset({22})), one, with_flow=False)
+    assert clip.indices.tolist() == [[30]]
+    assert clip.num_frames == NUM_FRAMES
+    assert clip.frames_corrupt >= 1
+
+
+def test_frames_whose_key_frame_is_lost_do_not_exist_but_are_counted(good: bytes, reference: list[np.ndarray]) -> None:
+    with PyavVideo(good, DecodeConfig()) as video:
+        second_key = video.table.runs_for(np.array([25]))[0].begin
+    frames, corrupt = read_all(remux(good, "mp4", spoil=frozenset({0})))
+    assert 10 < second_key < 50
+    assert corrupt == second_key
+    assert len(frames) == NUM_FRAMES - second_key
+    assert all(np.array_equal(frames[index], reference[second_key + index]) for index in frames)
+
+
+def test_leading_frames_of_a_stream_that_begins_with_an_open_group_are_replaced() -> None:
+    """They are shown before the first key frame and refer to the group that is not there."""
+    params = "log-level=none:open-gop=1:keyint=24:min-keyint=24:bframes=4:scenecut=0"
+    whole = make_video(moving(72), fps=30, codec="libx265", options={"preset": "medium", "x265-params": params})
+    with PyavVideo(whole, DecodeConfig()) as video:
+        key = video.table.runs_for(np.array([50]))[0].begin
+    begins_open = remux(whole, "matroska", first=key)
+    frames, corrupt = read_all(begins_open)
+    out = plain_decode(begins_open)
+    num_leading = len(frames) - len(out)
+    assert 1 <= corrupt == num_leading <= 4
+    assert all(np.array_equal(frames[index], out[0]) for index in range(num_leading + 1))
+    assert all(np.array_equal(frames[num_leading + index], frame) for index, frame in enumerate(out))
+
+
+def test_forty_damaged_places_cost_few_frames() -> None:
+    data = bytearray(make_video(moving(300, 48, 64), fps=30, gop=250, options={"preset": "medium"}))
+    rng = np.random.default_rng(0)
+    begin = data.index(b"mdat") + 3000  # the first key frame stays whole
+    for place in rng.integers(begin, len(data) - 20, 40):
+        data[place : place + 20] = rng.bytes(20)
+    with PyavVideo(bytes(data), DecodeConfig()) as video:
+        sink = Collect()
+        reading = video.read(np.arange(300), sink)
+    assert sorted(sink.frames) == list(range(300))
+    assert 5 <= reading.frames_corrupt <= 60
+    assert len({frame.tobytes() for frame in sink.frames.values()}) >= 280  # the rest are replaced
+
+
+def test_where_frames_are_counted_a_shorter_count_is_sampled_again() -> None:
+    """In AVI a lost frame cannot be placed: what comes out is counted, and the clip is spread over that many."""
+    whole = make_video(moving(NUM_FRAMES), fps=30, codec="mpeg4", container="avi", gop=30)
+    spoilt = remux(whole, "avi", spoil=frozenset({3, 4, 31, 50}))
+    clip = decode_clip(spoilt, CLIP, with_flow=False)
+    assert clip.num_frames < NUM_FRAMES
+    assert clip.frames_corrupt >= 1
+    assert clip.indices.max() < clip.num_frames
+    assert clip.info.num_frames == clip.num_frames
+    assert clip.frames.reshape(8, -1).any(axis=1).all()
+
+
+def test_damage_is_not_talked_about_on_stderr(good: bytes, capfd: pytest.CaptureFixture[str]) -> None:
+    read_all(remux(good, "mp4", spoil=frozenset({3, 8})))
+    assert capfd.readouterr() == ("", "")
+
+
+# Limits
+
+
+@pytest.mark.parametrize(
+    ("limits", "message"),
+    [
+        ({"max_bytes": 1000}, r"^[\d,]+ bytes are more than decode\.max_bytes = 1,000$"),
+        ({"max_pixels": 96 * 64 - 1}, r"^96 x 64 = 6,144 pixels are more than decode\.max_pixels = 6,143$"),
+        ({"max_duration_s": 1.9}, r"^2\.0 s are more than decode\.max_duration_s = 1\.9$"),
+        ({"max_frames": 40}, r"^\d\d frames to decode are more than decode\.max_frames = 40$"),
+    ],
+)
+@pytest.mark.parametrize("backend", ["pyav", "decord"])
+def test_videos_over_a_limit_are_refused_with_the_numbers(
+    limits: dict[str, Any], message: str, backend: str, good: bytes
+) -> None:
+    with pytest.raises(MediaOverBudget, match=message):
+        decode_clip(good, clip_config(backend=backend, **limits), with_flow=False)
+
+
+def test_videos_at_the_limits_are_read(good: bytes) -> None:
+    config = clip_config(max_bytes=len(good), max_pixels=96 * 64, max_duration_s=2.0, max_frames=NUM_FRAMES)
+    assert decode_clip(good, config, with_flow=True).num_frames == NUM_FRAMES
+
+
+def test_only_frames_that_must_be_decoded_count_against_the_limit(good: bytes) -> None:
+    one = ClipConfig(
+        sample=SampleConfig(num_segments=1, frames_per_segment=1), view=CLIP.view, decode=DecodeConfig(max_frames=12)
+    )
+    assert decode_clip(good, one, with_flow=False).indices.tolist() == [[30]]
+    assert probe(good, one.decode).num_frames == NUM_FRAMES
+
+
+@pytest.mark.parametrize("size", [48, 1024])
+def test_frames_that_grow_over_the_limit_are_refused(size: int) -> None:
+    """The growth comes 30 s into the stream, after what libav looks at when it opens a file."""
+    small = make_video(moving(30, 32, 32), fps=1, container="mpegts")
+    large = make_video(moving(2, size, size), fps=1, container="mpegts", pts=[100, 101])
+    with PyavVideo(small + large, DecodeConfig()) as video:
+        assert video.context.width == 32
+    config = clip_config(max_pixels=32 * 32)
+    if size == 48:
+        with pytest.raises(MediaOverBudget, match="48 x 48 = 2,304 pixels are more than"):
+            decode_clip(small + large, config, with_flow=False)
+    else:  # so large that libav does not begin to decode them: damage like any other
+        clip = decode_clip(small + large, config, with_flow=False)
+        assert clip.frames_corrupt >= 1
+        assert (clip.info.width, clip.info.height) == (32, 32)
+
+
+def test_a_huge_frame_is_refused_before_it_is_decoded() -> None:
+    """libav by itself decodes a frame when it opens a file: 24 MB and more here, from 50 kB."""
+    data = make_video(np.zeros((1, 4096, 4096, 3), np.uint8), options={"preset": "ultrafast"})
+    before = _peak_rss()
+    with pytest.raises(MediaOverBudget, match="4096 x 4096"):
+        probe(data, DecodeConfig(max_pixels=2**23))
+    assert _peak_rss() - before < 8 * 2**20
+
+
+def _peak_rss() -> int:
+    Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
+    status = Path("/proc/self/status").read_text()
+    found = re.search(r"VmHWM:\s+(\d+) kB", status)
+    assert found is not None
+    return int(found[1]) * 1024
+
+
+# Files that point elsewhere
+
+
+@pytest.fixture
+def contacts() -> Any:
+    """(address, list of requests so far) of a server on loopback."""
+    seen: list[str] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            seen.append(self.path)
+            self.send_error(404)
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    server = HTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_port}", seen
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+REFERRING = {
+    "hls": "#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\n{target}\n#EXT-X-ENDLIST\n",
+    "concat": "ffconcat version 1.0\nfile '{target}'\n",
+    "dash": '<?xml version="1.0"?><MPD xmlns="urn:mpeg:dash:schema:mpd:2011" type="static"><Period><AdaptationSet '
+    'mimeType="video/mp4"><Representation id="1" bandwidth="1"><BaseURL>{target}</BaseURL></Representation>'
+    "</AdaptationSet></Period></MPD>",
+    "sdp": "v=0\no=- 0 0 IN IP4 127.0.0.1\ns={target}\nc=IN IP4 127.0.0.1\nt=0 0\nm=video 5004 RTP/AVP 96\n",
+    "asx": '<asx version="3.0"><entry><ref href="{target}"/></entry></asx>',
+    "smil": '<smil><body><video src="{target}"/></body></smil>',
+}
+
+
+@pytest.mark.parametrize("form", REFERRING)
+def test_files_that_refer_to_others_are_refused_and_nothing_is_contacted(
+    form: str, contacts: tuple[str, list[str]], good: bytes, tmp_path: Path
+) -> None:
+    address, seen = contacts
+    local = tmp_path / "other.mp4"
+    local.write_bytes(good)
+    for target in (f"{address}/{form}.mp4", str(local), f"file://{local}"):
+        text = REFERRING[form].format(target=target).encode()
+        with pytest.raises(UnreadableContainer) as caught:
+            decode_clip(text, CLIP, with_flow=False)
+        assert str(tmp_path) not in str(caught.value)
+    assert seen == []
+
+
+@pytest.mark.parametrize("kind", ["png", "wav", "text", "one byte"])
+def test_files_of_other_kinds_are_refused(kind: str) -> None:
+    import cv2
+
+    data = {
+        "png": cv2.imencode(".png", moving(1)[0])[1].tobytes(),
+        "wav": b"RIFF$\0\0\0WAVEfmt \x10\0\0\0\1\0\1\0@\x1f\0\0@\x1f\0\0\1\0\x08\0data",
+        "text": b"not a video\n" * 50,
+        "one byte": b"x",
+    }[kind]
+    with pytest.raises(UnreadableContainer):
+        probe(data, DecodeConfig())
+
+
+# Anything
+
+
+def mutate(data: bytes, rng: np.random.Generator) -> bytes:
+    out = bytearray(data)
+    kind = rng.integers(4)
+    place = int(rng.integers(0, len(out)))
+    if kind == 0:
+        for position in rng.integers(0, len(out), int(rng.integers(1, 20))):
+            out[position] = rng.integers(256)
+    elif kind == 1:
+        del out[place : place + int(rng.integers(1, 300))]
+    elif kind == 2:
+        del out[max(1, place) :]
+    else:
+        place %= 1500
+        out[place : place + 4] = rng.bytes(4)
+    return bytes(out)
+
+
+@pytest.mark.parametrize(
+    ("codec", "container", "options"),
+    [
+        ("libx264", "mp4", {}),
+        ("libx264", "matroska", {}),
+        ("libx264", "mpegts", {}),
+        ("libx265", "mp4", {"x265-params": "log-level=none"}),
+        ("libvpx-vp9", "webm", {}),
+        ("mpeg4", "avi", {}),
+        ("wmv2", "asf", {}),
+    ],
+)
+def test_mutated_files_give_a_clip_or_a_media_error(codec: str, container: str, options: dict[str, str]) -> None:
+    data = make_video(moving(20, 32, 32), codec=codec, container=container, options=options)
+    config = clip_config(max_pixels=2**18)  # a flipped bit can make a frame huge
+    rng = np.random.default_rng(0)
+    outcomes = []
+    for _ in range(80):
+        try:
+            clip = decode_clip(mutate(data, rng), config, with_flow=False)
+        except MediaError as error:
+            outcomes.append(type(error).__name__)
+            continue
+        outcomes.append("clip")
+        assert clip.frames.shape == (4, 2, 3, 24, 24)
+        assert 0 <= clip.indices.min() <= clip.indices.max() < clip.num_frames
+    assert outcomes.count("clip") >= 20
+    assert len(set(outcomes)) >= 2
