@@ -123,6 +123,15 @@ def test_the_plan_leaves_most_frames_undecoded(pictures: np.ndarray) -> None:
         assert decoded == 2
 
 
+@pytest.mark.parametrize("container", ["mp4", "matroska", "mpegts"])
+def test_hevc_with_temporal_layers_is_decoded_in_full(container: str, pictures: np.ndarray) -> None:
+    """There a frame that its own layer does not refer to may still be needed by a higher one; libav would drop it."""
+    for params, exactly in (("temporal-layers=3:bframes=8", False), ("bframes=8", True)):
+        data = make_video(pictures[:20], codec="libx265", container=container, options={"x265-params": X265 + params})
+        with PyavVideo(data, DecodeConfig()) as video:
+            assert video.leaves_out_exactly() is exactly
+
+
 def test_frames_hidden_by_an_edit_list_are_not_counted(pictures: np.ndarray) -> None:
     whole = make_video(pictures, fps=30, gop=24)
     edited = remux(whole, "mp4", shift=Fraction(10, 30), options={"avoid_negative_ts": "disabled"})

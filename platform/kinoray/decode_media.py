@@ -131,8 +131,11 @@ class Media:
             )
 
     def _codec_options(self) -> dict[str, str]:
-        """Frames may be larger than the header says: libav itself refuses what is far over the limit (it rounds up)."""
-        return {"max_pixels": str(2 * self._config.max_pixels + 2**16)}
+        """Frames may be larger than the header says: libav itself refuses what is clearly over the limit.
+
+        Not exactly at the limit, since it counts rows rounded up to 64 pixels.
+        """
+        return {"max_pixels": str(self._config.max_pixels * 5 // 4 + 2**16)}
 
     def _demux(self, container: Any) -> Iterator[Any]:
         """The stream's packets. Reading goes on after a damaged place; one that is cut short at the end is left out."""
