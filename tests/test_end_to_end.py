@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import urllib.request
@@ -121,12 +122,8 @@ def head(tmp_path: Path, s3_server: str) -> Iterator[dict[str, str]]:
         wait_until(answers, 90, "the head's jobs API answers")
         yield {**environment, "RAY_API_SERVER_ADDRESS": url}
     finally:
-        process.terminate()
-        try:
-            process.wait(30)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+        os.killpg(process.pid, signal.SIGKILL)  # the head and all that it started; `ray stop` would end every Ray here
+        process.wait()
         log.close()
 
 
