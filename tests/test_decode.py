@@ -179,7 +179,7 @@ def test_hidden_vp8_frames_are_not_counted(pictures: np.ndarray) -> None:
 def test_large_files_are_read_a_second_time_instead_of_held_twice(
     gop12: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(decode_media, "KEEP_BYTES", 1000)
+    monkeypatch.setattr(decode_media, "_KEEP_BYTES", 1000)
     decoded = assert_exact(gop12, plain_decode(gop12))
     monkeypatch.undo()
     assert decoded == assert_exact(gop12, plain_decode(gop12))

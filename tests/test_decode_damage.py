@@ -280,6 +280,15 @@ print(peak_mb() - before)
     assert int(decoded[0]) >= 30
 
 
+@pytest.mark.parametrize("backend", ["pyav", "decord"])
+def test_a_thin_frame_is_not_enlarged_without_limit(backend: Any) -> None:
+    data = make_video(np.zeros((2, 16384, 16, 3), np.uint8), options={"preset": "ultrafast"})
+    thin = ClipConfig(sample=CLIP.sample, view=ViewConfig(resize="short_side"), decode=DecodeConfig(backend=backend))
+    with pytest.raises(MediaOverBudget, match=r"scaled to 256 x 262144, has 67,108,864 pixels, more than 33,554,432"):
+        decode_clip(data, thin, with_flow=False)
+    assert decode_clip(data, clip_config(backend=backend), with_flow=False).num_frames == 2
+
+
 # Files that point elsewhere
 
 

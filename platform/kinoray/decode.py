@@ -127,9 +127,12 @@ class _ClipSink:
 
     def finish(self) -> None:
         """Copy frames that several slots share to all of them."""
+        self._share(self.frames)
+
+    def _share(self, rows: np.ndarray) -> None:
         for slot, index in enumerate(self._indices.tolist()):
             if slot != self._slot[index]:
-                self.frames[slot] = self.frames[self._slot[index]]
+                rows[slot] = rows[self._slot[index]]
 
     def flow(self) -> np.ndarray:
         """int8 [S * T, 2, H, W], before any mirror."""
@@ -140,8 +143,7 @@ class _ClipSink:
             if partner != index:
                 pair = (self._green_of(min(index, partner)), self._green_of(max(index, partner)))
                 out[slot] = quantise(dis_flow(*pair, flow_config.preset), flow_config.bound_px)
-        for slot, index in enumerate(self._indices.tolist()):
-            out[slot] = out[self._slot[index]]
+        self._share(out)
         return out
 
     def _green_of(self, index: int) -> np.ndarray:

@@ -31,7 +31,7 @@ def read_with_decord(data: bytes, video: PyavVideo, wanted: np.ndarray, sink: Fr
 
     Raises:
         UndecodableVideo: decord cannot read the file.
-        MediaOverBudget: more than decode.max_frames would have to be decoded.
+        MediaOverBudget: more than decode.max_frames would have to be decoded, or a frame would be scaled too large.
         ConfigError: decord is not installed.
     """
     try:
@@ -43,6 +43,7 @@ def read_with_decord(data: bytes, video: PyavVideo, wanted: np.ndarray, sink: Fr
     runs = video.table.runs_for(wanted)
     video.check_frames(runs)
     height, width = sink.scaled_size(*video.size)
+    video.check_scaled_size(width, height)
     decord.logging.set_level(decord.logging.QUIET)
     try:
         reader = decord.VideoReader(io.BytesIO(data), ctx=decord.cpu(0), width=width, height=height, num_threads=1)

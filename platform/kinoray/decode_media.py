@@ -26,13 +26,15 @@ from kinoray.errors import (
 
 __all__ = ["LIBAV_ERRORS", "Media", "media_stage"]
 
-FORMATS = ("mov", "mp4", "m4a", "3gp", "matroska", "webm", "avi", "mpegts", "mpeg", "flv", "asf", "ogg")
+_FORMATS = ("mov", "mp4", "m4a", "3gp", "matroska", "webm", "avi", "mpegts", "mpeg", "flv", "asf", "ogg")
 """Containers that hold everything themselves. No playlists, concat lists, image sequences or network protocols."""
-TIMED_FORMATS = ("mov", "mp4", "matroska", "webm", "mpegts", "mpeg", "flv", "ogg")
+_TIMED_FORMATS = ("mov", "mp4", "matroska", "webm", "mpegts", "mpeg", "flv", "ogg")
 """Containers that store when a frame is shown. AVI and ASF do not: the times that libav makes up there are wrong."""
-MAX_DEMUX_ERRORS = 64
+_MAX_DEMUX_ERRORS = 64
 """Damaged places in the container after which the rest is given up."""
-KEEP_BYTES = 64 * 2**20
+_MAX_SCALED_PIXELS = 2**25
+"""Scaling the short side of a 16 x 1,000,000 frame to 256 would take 12 GB."""
+_KEEP_BYTES = 64 * 2**20
 """Packets of larger files are not kept beside the file itself, but read again when they are decoded."""
 
 LIBAV_ERRORS = (av.FFmpegError, OSError, ValueError, LookupError, MemoryError, ArithmeticError, RuntimeError)
@@ -95,7 +97,7 @@ class Media:
             return av.open(
                 io.BytesIO(self._data),
                 options=self._codec_options(),  # libav decodes a first frame by itself
-                container_options={"format_whitelist": ",".join(FORMATS), "protocol_whitelist": "none"},
+                container_options={"format_whitelist": ",".join(_FORMATS), "protocol_whitelist": "none"},
                 metadata_errors="replace",
                 io_open=_refuse_io,
                 buffer_size=2**18,
@@ -130,6 +132,18 @@ class Media:
                 f"{self._config.max_pixels:,}"
             )
 
+    def check_scaled_size(self, width: int, height: int) -> None:
+        """Refuse to enlarge a very thin frame into a very large one.
+
+        Raises:
+            MediaOverBudget: scaled to width x height it would have more than 2^25 pixels.
+        """
+        if width * height > _MAX_SCALED_PIXELS:
+            raise MediaOverBudget(
+                f"a frame of this shape, scaled to {width} x {height}, has {width * height:,} pixels, more than "
+                f"{_MAX_SCALED_PIXELS:,}; view.resize=stretch keeps it small"
+            )
+
     def _codec_options(self) -> dict[str, str]:
         """Frames may be larger than the header says: libav itself refuses what is clearly over the limit.
 
@@ -144,7 +158,7 @@ class Media:
                 other.discard = av.stream.Discard.all
         stream = container.streams[self._stream.index]
         errors, held = 0, None
-        while errors <= MAX_DEMUX_ERRORS:
+        while errors <= _MAX_DEMUX_ERRORS:
             try:
                 for packet in container.demux(stream):
                     if not packet.size:  # repeats the last frame, or marks the end
@@ -160,7 +174,7 @@ class Media:
 
     def _list_packets(self) -> list[Any] | None:
         """Fill the table; returns the packets themselves where they are small enough to keep."""
-        kept: list[Any] | None = [] if len(self._data) <= KEEP_BYTES else None
+        kept: list[Any] | None = [] if len(self._data) <= _KEEP_BYTES else None
         pts, keyframe, shown = [], [], []
         hides = self.codec == "vp8"  # its hidden frames are packets of their own; bit 4 of the first byte says "show"
         first: int | None = None
@@ -176,7 +190,7 @@ class Media:
                 kept.append(packet)
         if not pts:
             raise UndecodableVideo("the container opens, but holds no packet of the video stream")
-        timed = any(name in TIMED_FORMATS for name in self._container.format.name.split(","))
+        timed = any(name in _TIMED_FORMATS for name in self._container.format.name.split(","))
         self.table = PacketTable(pts, np.array(keyframe), np.array(shown), times_stored=timed)
         if not self.table.num_frames:
             raise UndecodableVideo(f"none of the {len(pts)} video packets carries a frame that is to be shown")

@@ -13,7 +13,7 @@ import numpy as np
 
 __all__ = ["FrameSink", "PacketTable", "Reading", "Run"]
 
-MAX_REORDER = 64
+_MAX_REORDER = 64
 """No codec holds back more frames than this (H.264 and HEVC: 16): packets farther out of order have wrong times."""
 
 
@@ -69,7 +69,7 @@ class PacketTable:
             times_stored
             and not any(value is None for value in pts)
             and bool((np.diff(times[order]) > 0).all())
-            and bool((np.abs(self.frame_of[places] - np.arange(len(places))) <= MAX_REORDER).all())
+            and bool((np.abs(self.frame_of[places] - np.arange(len(places))) <= _MAX_REORDER).all())
         )
         self._times = times
 

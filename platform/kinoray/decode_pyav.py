@@ -204,6 +204,7 @@ class PyavVideo(Media):
         across = turns % 2 == 1
         shown = (frame.height, frame.width) if across else (frame.width, frame.height)
         height, width = sink.scaled_size(*shown)
+        self.check_scaled_size(width, height)
         with media_stage(UndecodableVideo, f"a {frame.width} x {frame.height} {frame.format.name} frame to RGB"):
             scaled = self._scaler.reformat(
                 frame,

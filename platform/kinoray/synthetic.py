@@ -37,9 +37,9 @@ MOTIONS = ("up", "down", "sideways")
 BROKEN_KINDS = ("empty", "random", "index_lost", "cut_front_index", "audio_only", "one_frame")
 """What `make_broken` can do. The first three and audio_only cannot be decoded, the other two can."""
 
-SIDE_PX = 96
-CARD_PX = 36
-FPS = 12
+_SIDE_PX = 96
+_CARD_PX = 36
+_FPS = 12
 
 
 def class_names() -> list[str]:
@@ -50,7 +50,7 @@ def class_names() -> list[str]:
 def make_video(
     frames: np.ndarray,
     *,
-    fps: Fraction | int = FPS,
+    fps: Fraction | int = _FPS,
     codec: str = "libx264",
     container: str = "mp4",
     gop: int = 12,
@@ -115,9 +115,9 @@ def _texture(rng: np.random.Generator, side: int, grain_px: float) -> np.ndarray
 
 
 def _shape_mask(thing: str, angle: float) -> np.ndarray:
-    """Where the thing is on its card, float32 [CARD_PX, CARD_PX] in 0 .. 1, smooth at the edges."""
+    """Where the thing is on its card, float32 [_CARD_PX, _CARD_PX] in 0 .. 1, smooth at the edges."""
     scale = 8  # drawn large and averaged down
-    side = CARD_PX * scale
+    side = _CARD_PX * scale
     centre, radius = side / 2, 0.43 * side
     canvas = np.zeros((side, side), np.uint8)
     if thing == "disc":
@@ -131,13 +131,13 @@ def _shape_mask(thing: str, angle: float) -> np.ndarray:
             for k in range(10)
         ]
         cv2.fillPoly(canvas, [np.rint(corners).astype(np.int32)], 255)
-    small: np.ndarray = cv2.resize(canvas, (CARD_PX, CARD_PX), interpolation=cv2.INTER_AREA)
+    small: np.ndarray = cv2.resize(canvas, (_CARD_PX, _CARD_PX), interpolation=cv2.INTER_AREA)
     return small.astype(np.float32) / 255.0
 
 
 def _card(rng: np.random.Generator, thing: str) -> np.ndarray:
-    """A textured square with the thing on it, light on dark or dark on light, float32 [CARD_PX, CARD_PX, 3]."""
-    paper = 0.12 + 0.22 * _texture(rng, CARD_PX, 2.0)
+    """A textured square with the thing on it, light on dark or dark on light, float32 [_CARD_PX, _CARD_PX, 3]."""
+    paper = 0.12 + 0.22 * _texture(rng, _CARD_PX, 2.0)
     ink = 0.75 + 0.25 * rng.random(3, dtype=np.float32)
     mask = _shape_mask(thing, float(rng.uniform(-0.3, 0.3)))[..., None]
     card = np.asarray(paper * (1 - mask) + ink * mask, np.float32)
@@ -155,17 +155,17 @@ def _shifted(image: np.ndarray, x: float, y: float) -> np.ndarray:
 def make_clip(thing: str, motion: str, rng: np.random.Generator) -> np.ndarray:
     """Frames of one demo video, uint8 [N, 96, 96, 3] with N from 24 to 32; the card moves 1.5 to 2.5 px a frame."""
     num_frames = int(rng.integers(24, 33))
-    background = _texture(rng, SIDE_PX, 4.0)
-    layer = np.zeros((SIDE_PX, SIDE_PX, 4), np.float32)  # RGB and opacity of the card
-    layer[:CARD_PX, :CARD_PX, :3] = _card(rng, thing)
-    layer[:CARD_PX, :CARD_PX, 3] = 1.0
+    background = _texture(rng, _SIDE_PX, 4.0)
+    layer = np.zeros((_SIDE_PX, _SIDE_PX, 4), np.float32)  # RGB and opacity of the card
+    layer[:_CARD_PX, :_CARD_PX, :3] = _card(rng, thing)
+    layer[:_CARD_PX, :_CARD_PX, 3] = 1.0
     layer[..., :3] *= layer[..., 3:]
     side = float(rng.choice([-1.0, 1.0]))  # drawn for every motion: first frames do not depend on it
     step = np.array({"up": (0.0, -1.0), "down": (0.0, 1.0), "sideways": (side, 0.0)}[motion]) * rng.uniform(1.5, 2.5)
-    start = rng.uniform(0, SIDE_PX, 2)
+    start = rng.uniform(0, _SIDE_PX, 2)
     heading = rng.uniform(0, 2 * math.pi)
     pan = rng.uniform(0.1, 0.6) * np.array([math.cos(heading), math.sin(heading)])
-    frames = np.empty((num_frames, SIDE_PX, SIDE_PX, 3), np.uint8)
+    frames = np.empty((num_frames, _SIDE_PX, _SIDE_PX, 3), np.uint8)
     for number in range(num_frames):
         behind = _shifted(background, *(pan * number))
         card = _shifted(layer, *(start + step * number))
