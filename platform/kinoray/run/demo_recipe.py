@@ -20,11 +20,11 @@ __all__ = ["Recipe", "command_line", "make_recipe", "make_videos"]
 
 CLIP = ClipConfig(
     sample=SampleConfig(num_segments=2, frames_per_segment=2),
-    view=ViewConfig(resize_px=54, crop_px=48, train_scales=(1.0, 0.875)),
-    flow=FlowConfig(bound_px=3.0),
+    view=ViewConfig(resize_px=88, crop_px=80, train_scales=(1.0, 0.875)),
+    flow=FlowConfig(bound_px=4.0),
 )
 """Four small frames a video. Flips are safe here: no class of the set becomes another one in the mirror."""
-MODEL = ModelConfig(options={"backbone": "resnet18", "scale": "dim"})
+MODEL = ModelConfig(options={"backbone": "tiny", "heads": 4, "scale": "dim"})
 VAL_FRACTION = 0.25
 BATCH_SIZE = 16
 SHARD_MB = 1
@@ -93,7 +93,8 @@ def _arguments(config: Any, prefix: str) -> list[str]:
         elif dataclasses.is_dataclass(value):
             rest += _arguments(value, f"{prefix}{field.name}.")
         elif value != _default(field):
-            rest += [f"--no-{flag}"] if value is False else [f"--{flag}", *_words(value)]
+            negated = f"{prefix}no-{field.name}".replace("_", "-")  # as tyro spells it: --clip.view.no-train-flip
+            rest += [f"--{negated}"] if value is False else [f"--{flag}", *_words(value)]
     return first + rest
 
 
