@@ -213,9 +213,9 @@ class DemoConfig:
     """Folder for everything the demo makes."""
     storage: Literal["local", "s3"] = "local"
     """`s3` keeps the data in a local S3 server that the demo starts and stops (needs the s3-demo extra)."""
-    videos_per_class: int = 40
+    videos_per_class: int = 80
     """Size of the set (6 classes; a quarter is held out)."""
-    epochs: int = 8
+    epochs: int = 10
     """Training epochs."""
     seed: int = 0
     """Seeds the videos and the training."""
