@@ -1,5 +1,7 @@
 """The plan of an epoch, and the stream of decoded clips along it: every row exactly once, for any number of workers."""
 
+import subprocess
+import sys
 from collections import Counter
 
 import numpy as np
@@ -143,6 +145,11 @@ def test_a_video_that_storage_cannot_give_is_a_row_too(videos: Catalog) -> None:
     assert columns["error_class"][0] == "ObjectNotFound"
     assert "/nowhere/a.mp4" in columns["error_text"][0]
     assert "flow" not in columns
+
+
+def test_decode_workers_need_neither_torch_nor_ray() -> None:
+    code = "import sys, kinoray.run.decoding; bad = {'torch', 'ray'} & set(sys.modules); assert not bad, bad"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
 
 @pytest.mark.ray

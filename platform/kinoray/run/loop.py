@@ -29,6 +29,7 @@ from kinoray.checkpoint import (
 from kinoray.errors import (
     CatalogError,
     CheckpointError,
+    CheckpointMismatch,
     ConfigError,
     KinorayError,
     ModelError,
@@ -98,7 +99,7 @@ class _Part:
         """Take down videos that could not be read."""
         for item in unreadable:
             row = self.catalog.table.select(["video_id", "uri", "offset", "length"]).slice(item.row, 1).to_pylist()[0]
-            stage = f"train on {self.name}"
+            stage = f"train on {self.name or 'all'}"
             self.refusals.append(Refusal(**row, error_class=item.error_class, error_text=item.error_text, stage=stage))
 
 
@@ -156,6 +157,9 @@ class _Worker:
         return build_model(config, len(self.labels))
 
     def _resume(self, uri: str, meta: CheckpointMeta) -> None:
+        if meta.run_digest != self.run_digest:
+            found = f"run {meta.run_digest}, not {self.run_digest}"
+            raise CheckpointMismatch(f"{uri} is of another run ({found}); move it out of {self.config.out}")
         load_weights(self.replica.module, load_model_state(self.storage, uri), uri)
         load_optimizer_state(self.replica.module, self.replica.optimizer, load_train_state(self.storage, uri))
         self.epoch, self.samples = meta.epoch, meta.samples

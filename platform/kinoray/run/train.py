@@ -129,6 +129,8 @@ def _run_workers(config: TrainConfig, catalog: Catalog) -> None:
         )
         try:
             failed = trainer.fit().return_value
+        except SystemExit as stop:  # how Ray Train's Ctrl-C handler ends
+            raise KeyboardInterrupt from stop
         except TrainingFailedError as error:
             raise _as_ours(error, config) from error
         except RayError as error:
@@ -140,7 +142,7 @@ def _run_workers(config: TrainConfig, catalog: Catalog) -> None:
 
 @contextmanager
 def _own_interrupts() -> Iterator[None]:
-    """Keep this process's Ctrl-C handler: Ray Train replaces it with one that ends a run as if it were finished."""
+    """Put this process's Ctrl-C handler back afterwards: Ray Train's own would end later work of this process."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -163,8 +165,7 @@ def _as_ours(error: TrainingFailedError, config: TrainConfig) -> KinorayError:
     for cause in causes.values():
         if isinstance(cause, KinorayError):
             return cause
-    for failure in list(failures.values())[:1]:
-        print(failure, file=sys.stderr, flush=True)  # the traceback: it is most likely in the user's own network
+    print(error, file=sys.stderr, flush=True)  # with tracebacks: it is most likely in the user's own network
     reasons = [f"rank {rank}: {type(cause).__name__}: {_first_line(cause)}" for rank, cause in causes.items()]
     return JobError(
         f"training failed {config.max_failures + 1} times, last with {'; '.join(reasons) or _first_line(error)}; "
