@@ -9,13 +9,14 @@ import torch
 import torchvision
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torchvision.models.resnet import BasicBlock, Bottleneck
 
 import video_baselines as vb
 from vcm_sdd.backbone import ResNetGrid
 from video_baselines.i3d import PooledClassifier
 from video_baselines.inception3d import FeatureGate, Inception3d, SamePool3d
 from video_baselines.nonlocal_block import NonLocalBlock, nonlocal_positions
-from video_baselines.resnet3d import ResNet3d, TimeConv3d, inflate_kernel
+from video_baselines.resnet3d import BasicBlock3d, Bottleneck3d, ResNet3d, TimeConv3d, inflate_kernel, inflate_state
 from video_baselines.slowfast import SlowFast
 from video_baselines.tsn import FrameClassifier, ShiftedGrid, temporal_shift
 
@@ -42,7 +43,7 @@ def randomise_norms(net: nn.Module) -> nn.Module:
 
 
 def test_tsn_is_the_mean_of_every_frames_logits() -> None:
-    model = randomise_norms(vb.tsn(num_classes=3, backbone="resnet18")).double()
+    model = randomise_norms(vb.tsn(num_classes=3, backbone="tiny")).double()
     net = model.rgb_net
     assert isinstance(net, FrameClassifier)
     rgb = torch.randn(2, 3, 2, 3, 32, 32, dtype=torch.float64)
@@ -65,7 +66,7 @@ def test_clip_networks_average_the_logits_of_their_segments() -> None:
 
 @pytest.mark.parametrize("flow_weight", [1.0, 1.5])
 def test_two_streams_are_the_weighted_mean_of_both(flow_weight: float) -> None:
-    options = {"backbone": "resnet18", "modality": "two_stream", "flow_weight": flow_weight}
+    options = {"backbone": "tiny", "modality": "two_stream", "flow_weight": flow_weight}
     model = randomise_norms(vb.tsn(num_classes=3, **options)).double()
     rgb, flow = (torch.randn(2, 2, 1, channels, 32, 32, dtype=torch.float64) for channels in (3, 2))
     one, two = copy.deepcopy(model), copy.deepcopy(model)
@@ -173,7 +174,10 @@ def test_inflated_kernel_sees_a_repeated_frame_as_the_2d_kernel_sees_one(
 @pytest.mark.usefixtures("_float64")
 @pytest.mark.parametrize(
     ("name", "inflation", "time_padding", "px"),
-    [("resnet18", "centre", "zeros", 64), ("resnet50", "mean", "replicate", 32)],
+    [
+        ("resnet18", "centre", "zeros", 64),
+        pytest.param("resnet50", "mean", "replicate", 32, marks=pytest.mark.slow),
+    ],
 )
 def test_i3d_on_a_still_clip_is_the_2d_network_on_its_frame(
     tmp_path: Path, name: str, inflation: str, time_padding: str, px: int
@@ -185,6 +189,23 @@ def test_i3d_on_a_still_clip_is_the_2d_network_on_its_frame(
     grid = model.rgb_net.features(frame[:, :, None].repeat(1, 1, 4, 1, 1))
     assert grid.shape[2] == 2
     torch.testing.assert_close(grid, net(frame)[:, :, None].expand_as(grid), rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.usefixtures("_float64")
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize(
+    ("ours", "theirs", "expansion"), [(BasicBlock3d, BasicBlock, 1), (Bottleneck3d, Bottleneck, 4)]
+)
+def test_an_inflated_block_on_a_still_clip_is_torchvisions_block(
+    ours: type[nn.Module], theirs: type[nn.Module], expansion: int, stride: int
+) -> None:
+    shortcut = nn.Sequential(nn.Conv2d(6, 4 * expansion, 1, stride=stride, bias=False), nn.BatchNorm2d(4 * expansion))
+    flat = randomise_norms(theirs(6, 4, stride=stride, downsample=shortcut))
+    block = ours(6, 4, 4 * expansion, time=3, stride=stride, replicate=True).eval()
+    block.load_state_dict(inflate_state(flat.state_dict(), block))
+    frame = torch.randn(2, 6, 5, 7)
+    out = block(frame[:, :, None].repeat(1, 1, 4, 1, 1))
+    torch.testing.assert_close(out, flat(frame)[:, :, None].expand_as(out), rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.usefixtures("_float64")

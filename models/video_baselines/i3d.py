@@ -70,16 +70,10 @@ def i3d(
     time_padding: what lies beyond the first and last frame (ResNets only). strided_stem: time / 8 instead of / 2, for
     clips of 32 frames or more (ResNets only). Raises ValueError naming the option.
     """
-    require_count("num_classes", num_classes)
+    _check_i3d(num_classes, backbone, nonlocal_blocks, inflation, time_padding, strided_stem)
     require_fraction("dropout", dropout)
-    require_choice("backbone", backbone, ("inception_v1", *DEPTHS))
-    require_choice("nonlocal_blocks", nonlocal_blocks, _NONLOCAL)
-    require_choice("inflation", inflation, ("mean", "centre"))
-    require_choice("time_padding", time_padding, ("zeros", "replicate"))
-    inception = backbone == "inception_v1"
-    if inception and (nonlocal_blocks or strided_stem or time_padding != "zeros"):
-        raise ValueError("nonlocal_blocks, strided_stem and time_padding need a ResNet backbone, got inception_v1")
     require_count("flow_channels", flow_channels)
+    inception = backbone == "inception_v1"
     states = {} if backbone_weights is None else _states_2d(backbone, backbone_weights, flow_channels)
 
     def make(stream: Literal["rgb", "flow"]) -> nn.Module:
@@ -96,14 +90,32 @@ def i3d(
                 replicate=time_padding == "replicate",
             )
         if stream in states:
-            inflated = inflate_state(states[stream], net, inflation)
-            kept = {name: value for name, value in net.state_dict().items() if name.startswith("nonlocal_blocks.")}
-            source = f"backbone_weights {backbone_weights}"
-            load_strict(net, {**kept, **inflated}, source=source, ignore=("fc.", "aux1.", "aux2."))
+            _load_inflated(net, states[stream], inflation, source=f"backbone_weights {backbone_weights}")
         return PooledClassifier(net, net.num_channels, num_classes, dropout)
 
     spec = InputSpec(rgb_mean=_HALF, rgb_std=_HALF) if inception else InputSpec()
     return build_streams(modality, make, spec=spec, flow_channels=flow_channels, flow_weight=flow_weight)
+
+
+def _check_i3d(
+    num_classes: int, backbone: str, nonlocal_blocks: int, inflation: str, time_padding: str, strided_stem: bool
+) -> None:
+    require_count("num_classes", num_classes)
+    require_choice("backbone", backbone, ("inception_v1", *DEPTHS))
+    require_choice("nonlocal_blocks", nonlocal_blocks, _NONLOCAL)
+    require_choice("inflation", inflation, ("mean", "centre"))
+    require_choice("time_padding", time_padding, ("zeros", "replicate"))
+    if backbone == "inception_v1" and (nonlocal_blocks or strided_stem or time_padding != "zeros"):
+        raise ValueError("nonlocal_blocks, strided_stem and time_padding need a ResNet backbone, got inception_v1")
+
+
+def _load_inflated(
+    net: nn.Module, state: dict[str, Tensor], inflation: Literal["mean", "centre"], *, source: str
+) -> None:
+    """Load a 2D network's weights; non-local blocks, which it does not have, stay as they are."""
+    inflated = inflate_state(state, net, inflation)
+    kept = {name: value for name, value in net.state_dict().items() if name.startswith("nonlocal_blocks.")}
+    load_strict(net, {**kept, **inflated}, source=source, ignore=("fc.", "aux1.", "aux2."))
 
 
 two_stream_i3d = functools.partial(i3d, modality="two_stream")
