@@ -4,7 +4,7 @@ Shapes: F frames, Y X pixels, D channels, H W feature grid
 """
 
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 import torchvision
@@ -61,9 +61,7 @@ class ResNetGrid(nn.Module):
     def forward(self, frames_FCYX: Tensor) -> Tensor:
         """Return features [F, D, H, W] with H = ceil(Y / 32)."""
         x = self.maxpool(self.relu(self.bn1(self.conv1(frames_FCYX))))
-        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
-        assert isinstance(x, Tensor)
-        return x
+        return cast(Tensor, self.layer4(self.layer3(self.layer2(self.layer1(x)))))
 
 
 class TinyGrid(nn.Module):

@@ -72,6 +72,8 @@ class TwoStreamHead(nn.Module):
     def classify(self, rgb: Tensor, flow: Tensor) -> Tensor:
         """Return the mean of both streams' logits, [..., C], for vectors [..., D]."""
         flow_classifier = self.flow_classifier if self.flow_classifier is not None else self.rgb_classifier
+        # Backbones prepared for inference give bfloat16; the classifiers are small and stay in float32.
+        rgb, flow = rgb.to(self.rgb_classifier.weight.dtype), flow.to(flow_classifier.weight.dtype)
         return cast(Tensor, (self.rgb_classifier(rgb) + flow_classifier(flow)) / 2)
 
 
