@@ -401,7 +401,7 @@ def test_a_run_ends_at_once_for_what_another_try_would_meet_again(
     ("model", "lr", "error", "message"),
     [
         ("tiny_models:wrong_shape", 0.1, ModelError, r"MeanColour must return logits \[\d, 3\], got \[\d, 4\]"),
-        ("tiny_models:mean_colour", 3e38, TrainingDiverged, "the loss is .* in epoch 1; lower optim.lr"),
+        ("tiny_models:mean_colour", 1e36, TrainingDiverged, "the loss is .* in epoch 1; lower optim.lr"),
         ("tiny_models:refuses", 0.1, JobError, "failed 2 times, last with rank 0: ValueError: this network has a bug"),
     ],
 )

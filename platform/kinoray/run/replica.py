@@ -157,8 +157,12 @@ class Replica:
         before = [buffer.clone() for buffer in self.module.buffers()]
         sample, size = self._clip.sample, self._clip.view.crop_px
         shape = (2, sample.num_segments, sample.frames_per_segment)  # BatchNorm refuses a single value a channel
-        rgb = torch.zeros(*shape, 3, size, size, dtype=torch.uint8)
-        flow = torch.zeros(*shape, FLOW_CHANNELS, size, size, dtype=torch.int8) if self._spec.flow_channels else None
+        # Noise, since a norm has no gradient at zero, and 0 * NaN is NaN.
+        noise = torch.Generator().manual_seed(0)
+        rgb = torch.randint(0, 256, (*shape, 3, size, size), generator=noise, dtype=torch.uint8)
+        flow = None
+        if self._spec.flow_channels:
+            flow = torch.randint(-127, 128, (*shape, FLOW_CHANNELS, size, size), generator=noise, dtype=torch.int8)
         zero = self._logits(self._parallel, VideoBatch(rgb=rgb, flow=flow)).sum() * 0.0
         with torch.no_grad():
             for buffer, value in zip(self.module.buffers(), before, strict=True):
