@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from vcm_sdd.spec import IMAGENET_MEAN, IMAGENET_STD
 from vcm_sdd.weights import flow_stem, load_strict, read_state
 
-__all__ = ["RESNETS", "Backbone", "ResNetGrid", "TinyGrid", "build_backbone", "build_backbones"]
+__all__ = ["RESNETS", "Backbone", "ResNetGrid", "TimmGrid", "TinyGrid", "build_backbone", "build_backbones"]
 
 RESNETS = (
     "resnet18",

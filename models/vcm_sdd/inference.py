@@ -59,11 +59,11 @@ def prepare_for_inference(
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     # VCM-SDD's head reads bfloat16 nodes; of other networks we do not know what follows a trunk.
     keep_dtype = isinstance(model, VCMSDD)
-    _replace_trunks(prepared, lambda trunk: Trunk(trunk, dtype=dtype, keep_dtype=keep_dtype, compile=compile))
+    _replace_trunks(prepared, lambda trunk: _Trunk(trunk, dtype=dtype, keep_dtype=keep_dtype, compile=compile))
     return prepared
 
 
-class Trunk(nn.Module):
+class _Trunk(nn.Module):
     """A traced part of a network: casts its input, calls it on batches that suit the device, casts its output."""
 
     def __init__(self, traced: nn.Module, *, dtype: torch.dtype, keep_dtype: bool, compile: bool) -> None:
