@@ -37,7 +37,7 @@ def connect(config: ResourcesConfig) -> None:
     """Join the configured cluster, or start a Ray on this machine; nothing happens where one is joined already.
 
     Raises:
-        ClusterError: the address does not answer.
+        ClusterError: the address does not answer, or a Ray of its own does not start.
     """
     if ray.is_initialized():
         return
@@ -57,8 +57,9 @@ def connect(config: ResourcesConfig) -> None:
                 logging_level=logging.ERROR,
                 runtime_env={"env_vars": WORKER_ENV},
             )
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        raise ClusterError(f"resources.address {address or 'local'!r} cannot be joined: {error}") from error
+    except Exception as error:  # a node that does not start in time is a bare Exception in Ray
+        doing = f"resources.address {address!r} cannot be joined" if address else "Ray does not start on this machine"
+        raise ClusterError(f"{doing}: {error}") from error
     quiet_ray()  # again: ray.init sets its loggers up anew
 
 
