@@ -144,8 +144,8 @@ def test_frobenius_scale_makes_logits_grow_with_the_features_and_dim_scale_with_
 
     q, k = torch.randn(1, 2, 6, 8, dtype=torch.float64), torch.randn(1, 2, 6, 8, dtype=torch.float64)
     for frobenius, growth in ((True, 3.0), (False, 9.0)):
-        small, _ = scaled_scores(q, k, frobenius=frobenius)
-        large, _ = scaled_scores(3 * q, 3 * k, frobenius=frobenius)
+        small = scaled_scores(q, k, frobenius=frobenius)
+        large = scaled_scores(3 * q, 3 * k, frobenius=frobenius)
         torch.testing.assert_close(large, growth * small, rtol=1e-9, atol=1e-12)
 
 

@@ -54,7 +54,7 @@ class CrossModalFusion(nn.Module):
     def nodes(self, rgb_MND: Tensor, flow_MND: Tensor) -> tuple[Tensor, Tensor]:
         """Return the answers A_rgb and A_flow themselves, [M, N, D] each: for whatever is not linear after them."""
         rgb_MGNK, flow_MGNK = self._split(rgb_MND), self._split(flow_MND)
-        logits, _ = scaled_scores(rgb_MGNK, flow_MGNK, frobenius=self.scale == "frobenius")
+        logits = scaled_scores(rgb_MGNK, flow_MGNK, frobenius=self.scale == "frobenius")
         back = logits if self.eq12 == "literal" else logits.transpose(-1, -2)
         rgb_out = (logits.softmax(dim=-1).to(flow_MND.dtype) @ flow_MGNK).transpose(1, 2).flatten(2)
         flow_out = (back.softmax(dim=-1).to(rgb_MND.dtype) @ rgb_MGNK).transpose(1, 2).flatten(2)

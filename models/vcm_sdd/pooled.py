@@ -6,6 +6,7 @@ batch. What is easy to break: sums of squares stay in float32 or wider, and the 
 Shapes: M segments of all videos, N nodes, D channels, G heads, K = D / G channels a head
 """
 
+import math
 from typing import Any, cast
 
 import torch
@@ -43,14 +44,23 @@ def pooled_attention(rgb_MND: Tensor, flow_MND: Tensor, *, heads: int, frobenius
     return list(outputs)
 
 
-def scaled_scores(q_MGNK: Tensor, k_MGNK: Tensor, *, frobenius: bool) -> tuple[Tensor, Tensor | float]:
-    """Return Z = S / r, [M, G, N, N] in float32 or wider, and r, [M, G, 1, 1] or a number."""
-    if not frobenius:
-        root = float(q_MGNK.shape[-1]) ** 0.5
-        return _wide(q_MGNK @ k_MGNK.transpose(-1, -2)) / root, root
+def scaled_scores(q_MGNK: Tensor, k_MGNK: Tensor, *, frobenius: bool) -> Tensor:
+    """Return Z = S / r, [M, G, N, N] in float32 or wider, differentiable as often as wanted."""
     scores = _wide(q_MGNK @ k_MGNK.transpose(-1, -2))
-    r_MG11 = (scores.square().sum(dim=(-1, -2), keepdim=True) + NORM_EPS).pow(0.25)
-    return scores / r_MG11, r_MG11
+    if not frobenius:
+        return scores / math.sqrt(q_MGNK.shape[-1])
+    return scores / (scores.square().sum(dim=(-1, -2), keepdim=True) + NORM_EPS).pow(0.25)
+
+
+def _scaled_in_place(q_MGNK: Tensor, k_MGNK: Tensor, frobenius: bool) -> tuple[Tensor, Tensor | float]:
+    """Z and r, without the temporaries that autograd needs."""
+    scores = _wide(q_MGNK @ k_MGNK.transpose(-1, -2))
+    if not frobenius:
+        root = math.sqrt(q_MGNK.shape[-1])
+        return scores.div_(root), root
+    norm_MG11 = torch.linalg.vector_norm(scores, dim=(-1, -2), keepdim=True)
+    r_MG11 = norm_MG11.square().add_(NORM_EPS).pow_(0.25)
+    return scores.div_(r_MG11), r_MG11
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -75,7 +85,7 @@ class _PooledAttention(torch.autograd.Function):
         with no_autocast(rgb_MND):
             for part in _chunks(rgb_MND, heads):
                 q, k = _split(rgb_MND[part], heads), _split(flow_MND[part], heads)
-                z, _ = scaled_scores(q, k, frobenius=frobenius)
+                z, _ = _scaled_in_place(q, k, frobenius)
                 a_MGN = z.softmax(dim=-1).mean(dim=-2)
                 b_MGN = a_MGN if literal else z.softmax(dim=-2).mean(dim=-1)
                 outputs.append((_weighted(a_MGN, k), _weighted(b_MGN, q)))
@@ -100,23 +110,24 @@ def _gradients(
     q: Tensor, k: Tensor, g_rgb: Tensor, g_flow: Tensor, *, frobenius: bool, literal: bool
 ) -> tuple[Tensor, Tensor]:
     """Gradients of q and k [M, G, N, K] for those of the two outputs [M, G, 1, K]."""
-    z, r = scaled_scores(q, k, frobenius=frobenius)
+    z, r = _scaled_in_place(q, k, frobenius)
     num_nodes = z.shape[-1]
-    p = z.softmax(dim=-1)
     da_row = _wide(g_rgb @ k.transpose(-1, -2)) / num_nodes
     db_row = _wide(g_flow @ q.transpose(-1, -2)) / num_nodes
+    p = z.softmax(dim=-1)
     a_row = p.mean(dim=-2, keepdim=True)
     if literal:
         da_row, b_row = da_row + db_row, a_row
-    dz = p * (da_row - (p * da_row).sum(dim=-1, keepdim=True))
+    dz = p * da_row
+    dz.addcmul_(p, dz.sum(dim=-1, keepdim=True), value=-1)
     if not literal:
         c = z.softmax(dim=-2)
         b_row = c.mean(dim=-1)[..., None, :]
-        dz += c * (db_row.transpose(-1, -2) - db_row @ c)
-    ds = dz / r
+        dz.addcmul_(c, db_row.transpose(-1, -2) - db_row @ c)
     if frobenius:
-        ds -= z * ((dz * z).sum(dim=(-1, -2), keepdim=True) / (2 * cast(Tensor, r) ** 3))
-    ds, a_row, b_row = ds.to(q.dtype), a_row.to(q.dtype), b_row.to(q.dtype)
+        inner = (dz * z).sum(dim=(-1, -2), keepdim=True)
+        dz.addcmul_(z, inner / (2 * cast(Tensor, r) ** 2), value=-1)
+    ds, a_row, b_row = dz.div_(r).to(q.dtype), a_row.to(q.dtype), b_row.to(q.dtype)
     dq = ds @ k + b_row.transpose(-1, -2) * g_flow
     dk = ds.transpose(-1, -2) @ q + a_row.transpose(-1, -2) * g_rgb
     return dq, dk
