@@ -20,8 +20,8 @@ LAYERS: list[set[str]] = [
     {"storage"},
     {"sample", "transform", "flow"},
     {"catalog", "decode", "model", "quarantine"},
-    {"shards", "batch", "metrics", "checkpoint", "predictions", "synthetic"},
-    {"report"},
+    {"shards", "batch", "cost", "metrics", "checkpoint", "predictions", "synthetic"},
+    {"report", "describe"},
     {"run"},
     {"cli"},
 ]

@@ -6,7 +6,8 @@ C classes
 
 import functools
 import math
-from typing import Literal, cast
+from collections.abc import Mapping
+from typing import ClassVar, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -105,6 +106,18 @@ class VCMSDD(nn.Module):
     `input_spec` says what to feed it. The number of segments, of frames and the frame size are free at run time.
     """
 
+    reads_bf16_features = True
+    """The head takes features of any dtype: inference need not cast them back (vcm_sdd.inference)."""
+
+    cost_parts: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "rgb backbone": ("rgb_backbone",),
+        "flow backbone": ("flow_backbone",),
+        "STC": ("head.rgb_stc", "head.flow_stc"),
+        "MFF": ("head.mff",),
+        "classifiers": ("head.rgb_classifier", "head.flow_classifier"),
+    }
+    """The modules that a table of costs adds up under one name."""
+
     def __init__(self, rgb_backbone: Backbone, flow_backbone: Backbone, head: TwoStreamHead, spec: InputSpec) -> None:
         super().__init__()
         self.rgb_backbone = rgb_backbone
@@ -131,6 +144,12 @@ class VCMSDD(nn.Module):
         # In channels_last memory this permutation moves nothing.
         nodes_FHWD = features_FDHW.permute(0, 2, 3, 1)
         return nodes_FHWD.reshape(-1, grid[0] * grid[1] * grid[2], nodes_FHWD.shape[-1]), grid
+
+    def cost_note(self, segment_macs: Mapping[str, int], num_frames: int) -> str:
+        """Say what the paper's tables call GFLOPs: MACs of one RGB segment, ImageNet classifier on each frame."""
+        classifier = num_frames * self.head.rgb_classifier.in_features * 1000
+        gmac = (segment_macs["rgb backbone"] + classifier) / 1e9
+        return f'The paper\'s way to count (its "GFLOPs": MACs of one RGB segment, ImageNet classifier on): {gmac:.2f}'
 
     @torch.no_grad()
     def notes(self, *, num_frames: int, crop_px: int) -> dict[str, float]:

@@ -40,6 +40,7 @@ VERBS: Mapping[str, Verb] = {
     ),
     "label": Verb(verbs.LabelConfig, "kinoray.run.label:label", "any videos -> one result row each, exactly once"),
     "report": Verb(verbs.ReportConfig, "kinoray.report:report", "results -> one HTML page to look at"),
+    "model": Verb(verbs.ModelVerbConfig, "kinoray.describe:describe_model", "a network's parameters and operations"),
     "demo": Verb(verbs.DemoConfig, "kinoray.run.demo:demo", "all of the above on a small generated set"),
     "ablate": Verb(
         verbs.AblateConfig, "kinoray.run.ablate:ablate", "table 2 of the paper, TSN and TSM, on a small set"

@@ -24,6 +24,7 @@ __all__ = [
 
 SHORT_NAMES: Mapping[str, str] = {
     "vcm_sdd": "vcm_sdd:vcm_sdd",
+    "vcm_sdd_r101": "vcm_sdd:vcm_sdd_r101",
     "eco": "video_baselines:eco",
     "i3d": "video_baselines:i3d",
     "i3d_nl": "video_baselines:i3d_nl",
