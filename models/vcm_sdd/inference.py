@@ -16,8 +16,6 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from vcm_sdd.network import VCMSDD
-
 __all__ = ["BF16_TOLERANCE", "FP32_TOLERANCE", "compile_pays", "fold_batch_norms", "prepare_for_inference"]
 
 FP32_TOLERANCE = 1e-4
@@ -57,8 +55,8 @@ def prepare_for_inference(
         raise ValueError(f"precision must be fp32 or bf16, got {precision!r}")
     prepared = copy.deepcopy(model).eval().requires_grad_(False)
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    # VCM-SDD's head reads bfloat16 nodes; of other networks we do not know what follows a trunk.
-    keep_dtype = isinstance(model, VCMSDD)
+    # Unless a model says so, we do not know that what follows its backbones reads bfloat16.
+    keep_dtype = bool(getattr(model, "reads_bf16_features", False))
     _replace_trunks(prepared, lambda trunk: _Trunk(trunk, dtype=dtype, keep_dtype=keep_dtype, compile=compile))
     return prepared
 

@@ -241,7 +241,7 @@ class AblateConfig:
 
     Example: kinoray ablate --out runs/ablation --doc docs/ablation.md
 
-    The set asks which thing moves and which way; see docs/ablation.md. A finished run is one line of results.jsonl;
+    The set (synthetic_binding.py) asks which thing moves and which way. A finished run is one line of results.jsonl;
     the same command again trains what is missing and nothing else.
     """
 
