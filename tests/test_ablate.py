@@ -346,8 +346,8 @@ def test_the_table_is_means_and_sample_deviations() -> None:
 def test_checks_say_what_came_out() -> None:
     found = {check.name: (check.value, check.ok) for check in tabulate(STUDY).checks}
     assert found == {
-        "tsn_rgb_at_ceiling": (24.0, True),
-        "tsn_flow_at_ceiling": (31.0, False),
+        "tsn_rgb_below_ceiling": (24.0, True),
+        "tsn_flow_below_ceiling": (31.0, False),
         "neither_below_late_fusion": (45.0, True),
         "mff_gain_frobenius": (19.0, False),
         "near_stc_harmless_frobenius": (6.5, False),

@@ -40,7 +40,7 @@ BINDING_THINGS = ("ring", "cross", "zigzag", "bars")
 """What is drawn on the cards."""
 BINDING_DIRECTIONS = ("left", "right")
 """Which way the mover goes, relative to the background."""
-BINDING_VERSION = 1
+BINDING_VERSION = 3
 """Raised whenever the same arguments give other pixels, so that results of both are never mixed."""
 SIDE_PX = 64
 CARD_PX = 20
@@ -191,17 +191,15 @@ def _card(texture: np.ndarray, ink: np.ndarray, rng: np.random.Generator) -> np.
     """A card with its opacity, float32 [SIDE_PX, SIDE_PX, 4], in the upper left corner of an empty layer.
 
     Green shows the texture and nothing of the drawing, with equal contrast on every card so that its motion can be
-    measured; red and blue each show the drawing, light on dark or dark on light.
+    measured; red and blue show the drawing and nothing of the texture, light on dark.
     """
     top, left = rng.integers(0, PICTURE_PX - CARD_PX, 2)
-    cut = texture[top : top + CARD_PX, left : left + CARD_PX]
-    contrast = cut - cut.mean(axis=(0, 1))
+    cut = texture[top : top + CARD_PX, left : left + CARD_PX, 1]
+    contrast = cut - cut.mean()
     layer = np.zeros((SIDE_PX, SIDE_PX, 4), np.float32)
-    layer[:CARD_PX, :CARD_PX, 1] = 0.5 + 0.2 * contrast[..., 1] / max(float(contrast[..., 1].std()), 0.05)
+    layer[:CARD_PX, :CARD_PX, 1] = 0.5 + 0.2 * contrast / max(float(contrast.std()), 0.05)
     for channel in (0, 2):
-        paper = rng.uniform(0.1, 0.25) + 0.3 * contrast[..., channel]
-        shade = paper * (1 - ink) + rng.uniform(0.75, 0.9) * ink
-        layer[:CARD_PX, :CARD_PX, channel] = shade if rng.random() < 0.5 else 1.0 - shade
+        layer[:CARD_PX, :CARD_PX, channel] = rng.uniform(0.05, 0.25) * (1 - ink) + rng.uniform(0.7, 0.95) * ink
     layer[:CARD_PX, :CARD_PX, 3] = 1.0
     return np.clip(layer, 0.0, 1.0, out=layer)
 

@@ -171,8 +171,8 @@ def _checks(study: Study) -> list[Check]:
     for name, stream in (("tsn_rgb", "RGB"), ("tsn_flow", "flow")):
         if (name, None) in study.scores:
             top1 = study.scores[name, None].mean
-            text = f"{stream} alone within 5 points of its ceiling of 25 %"
-            checks.append(Check(f"{name}_at_ceiling", text, top1, abs(top1 - 25.0) <= 5.0))
+            text = f"{stream} alone not above its ceiling of 25 % (5 points for chance)"
+            checks.append(Check(f"{name}_below_ceiling", text, top1, top1 <= 30.0))
     if ("neither", None) in study.scores:
         top1 = study.scores["neither", None].mean
         checks.append(Check("neither_below_late_fusion", "neither STC nor MFF: below 55 %", top1, top1 < 55.0))
