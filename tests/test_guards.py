@@ -20,8 +20,10 @@ LAYERS: list[set[str]] = [
     {"storage"},
     {"sample", "transform", "flow"},
     {"catalog", "decode", "model", "quarantine"},
+    {"archive", "transcode"},
+    {"sandbox"},
     {"shards", "batch", "cost", "metrics", "checkpoint", "predictions", "synthetic"},
-    {"report", "describe"},
+    {"report", "describe", "kinetics"},
     {"run"},
     {"cli"},
 ]

@@ -7,6 +7,7 @@ out, and what is reported is what that gave.
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,8 @@ from kinoray.decode_plan import FrameSink, Reading, Run
 from kinoray.errors import MediaOverBudget, UndecodableVideo
 
 __all__ = ["PyavVideo"]
+
+_MAX_RATE = 1000
 
 
 class _TimesLie(Exception):
@@ -163,6 +166,34 @@ class PyavVideo(Media):
             raise UndecodableVideo(self._no_frame(tally))
         self.num_frames = tally.decoded
         return Reading(tally.decoded, len(tally.corrupt) + len(tally.refused))
+
+    @property
+    def frame_rate(self) -> Fraction:
+        """Mean frames per second, as the container claims; 25 where it claims nothing usable."""
+        claimed = self._stream.average_rate or self._stream.base_rate
+        return Fraction(claimed) if claimed and 0 < claimed <= _MAX_RATE else Fraction(25)
+
+    @property
+    def time_base(self) -> Fraction:
+        """Seconds in one unit of the frames' times."""
+        return Fraction(self._stream.time_base)
+
+    def shown_frames(self) -> Iterator[Any]:
+        """Every frame that is shown, in order, as libav gives it; frames that do not decode are left out.
+
+        Raises:
+            UndecodableVideo: no frame comes out.
+            MediaOverBudget: more packets than decode.max_frames, or a frame is too large.
+        """
+        whole = [Run(0, self.table.num_packets)]
+        self.check_frames(whole)
+        index_of_time = self.table.index_of_time() if self._timed else {}
+        tally = _Tally()
+        for frame in self._frames(whole, None, tally):
+            if index_of_time.get(frame.pts, 0) >= 0:
+                yield frame
+        if not tally.decoded:
+            raise UndecodableVideo(self._no_frame(tally))
 
     def check_frames(self, runs: list[Run]) -> None:
         """Refuse a plan before it is carried out.

@@ -14,6 +14,9 @@
         NoVideoStream           a media file without pictures
         UndecodableVideo        a container that opens, but gives no frame
         MediaOverBudget         larger than the limits in the config allow
+        DecodeTimeout           no answer from the decoder within decode.deadline_s
+        DecoderCrashed          the decoder process died of it, or failed in a way that nobody foresaw
+        DamagedArchive          the archive that holds it is cut or damaged inside it
       CheckpointError           a checkpoint is missing, broken, or of another model
         CheckpointNotFound
         CheckpointCorrupt
@@ -24,6 +27,7 @@
         TooManyBad              more than max_bad_fraction of the inputs were quarantined
         IncompleteOutput        rows out are not rows in
         TrainingDiverged        the loss is no longer a number
+        DecoderStartFailed      no decoder process can be started here, so no video can be judged
 
 A message says what failed, where (uri, member, field), what was found and expected, and what to do next, on one line.
 """
@@ -38,6 +42,10 @@ __all__ = [
     "ChecksumMismatch",
     "ClusterError",
     "ConfigError",
+    "DamagedArchive",
+    "DecodeTimeout",
+    "DecoderCrashed",
+    "DecoderStartFailed",
     "EmptyMedia",
     "IncompleteOutput",
     "JobError",
@@ -112,6 +120,18 @@ class MediaOverBudget(MediaError):
     """Larger than decode.max_* allows."""
 
 
+class DamagedArchive(MediaError):
+    """The archive that holds the video is cut or damaged inside it."""
+
+
+class DecodeTimeout(MediaError):
+    """The decoder gave no answer within decode.deadline_s."""
+
+
+class DecoderCrashed(MediaError):
+    """The decoder process died while it worked on the video, or failed in a way that nobody foresaw."""
+
+
 class CheckpointError(KinorayError):
     """A checkpoint is missing, broken, or of another model."""
 
@@ -150,3 +170,7 @@ class IncompleteOutput(JobError):
 
 class TrainingDiverged(JobError):
     """The loss is no longer a number."""
+
+
+class DecoderStartFailed(JobError):
+    """No decoder process can be started on this machine. That is no fault of any video."""

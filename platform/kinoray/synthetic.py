@@ -9,7 +9,6 @@ changes its class when it is mirrored left to right.
 import hashlib
 import io
 import math
-import platform
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
@@ -18,6 +17,8 @@ from typing import Any
 import av
 import cv2
 import numpy as np
+
+from kinoray.transcode import open_output, x264_options
 
 __all__ = [
     "BROKEN_KINDS",
@@ -68,16 +69,7 @@ def make_video(
     """
     num_frames, height, width = frames.shape[:3]
     buffer = io.BytesIO()
-    # To move the index in front, the muxer reads back what it has written, through io_open.
-    muxer = {"fflags": "+bitexact"} | ({"movflags": "+faststart"} if container in ("mp4", "mov") else {})
-    output = av.open(
-        buffer,
-        "w",
-        format=container,
-        options=muxer | dict(container_options or {}),
-        io_open=lambda *_: io.BytesIO(buffer.getvalue()),
-    )
-    with output:
+    with open_output(buffer, container, container_options) as output:
         stream = output.add_stream(codec, rate=Fraction(fps), options=_encoder_options(codec, options or {}))
         stream.width, stream.height, stream.pix_fmt, stream.gop_size = width, height, pix_fmt, gop
         stream.codec_context.thread_count = 1
@@ -96,11 +88,7 @@ def make_video(
 def _encoder_options(codec: str, options: Mapping[str, str]) -> dict[str, str]:
     if codec != "libx264":
         return dict(options)
-    merged = {"crf": "20", "preset": "veryfast"} | dict(options)
-    if platform.machine() in ("x86_64", "AMD64"):
-        # With AVX-512, x264 gives other bytes from one call to the next for pictures as small as these.
-        merged["x264-params"] = ":".join(filter(None, ["asm=SSE4.2", merged.get("x264-params", "")]))
-    return merged
+    return x264_options({"crf": "20", "preset": "veryfast"} | dict(options))
 
 
 def _texture(rng: np.random.Generator, side: int, grain_px: float) -> np.ndarray:

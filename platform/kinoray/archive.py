@@ -1,0 +1,319 @@
+"""The members of a tar archive, gzipped or not, as a stream: read once, in order, and never written anywhere.
+
+A member is a name and bytes in memory: no path of an archive is ever opened. What is easy to break: an archive is
+hostile input, so nothing in a header may make us take much memory (sizes, long names, chains of headers), and what is
+wrong with it ends the stream with a reason, not with an exception.
+"""
+
+import itertools
+import tarfile
+import zlib
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Literal
+
+from kinoray.errors import ChecksumMismatch, DamagedArchive
+from kinoray.storage import Storage
+
+__all__ = ["Archive", "Member", "MemberKind", "is_archive", "open_archive"]
+
+MemberKind = Literal["file", "folder", "link", "special"]
+"""`link` is a hard or symbolic link; `special` is a device, a pipe, a sparse file, or something malformed."""
+
+_BLOCK = 512
+_CHUNK_BYTES = 4 * 2**20
+_CHUNKS_AHEAD = 2
+_SLICE_BYTES = 2**18
+_MAX_EXTENSION_BYTES = 2**20  # of a header that extends the next one: long names, times, attributes
+_MAX_EXTENSIONS = 64  # such headers in a row
+_MAX_EXPANSION = (64, 2**32)  # times the packed bytes, plus this: videos hardly shrink, so this is no archive of them
+
+_ENDINGS = (".tar", ".tar.gz", ".tgz")
+_OTHER_FORMATS = {b"PK": "zip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd", b"7z": "7z"}
+_EXTENSIONS = {tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE, tarfile.GNUTYPE_LONGNAME}
+_SKIPPED = {tarfile.XGLTYPE, tarfile.GNUTYPE_LONGLINK}  # what they say, we have no use for
+_KINDS: dict[bytes, MemberKind] = {
+    tarfile.REGTYPE: "file",
+    tarfile.AREGTYPE: "file",
+    tarfile.CONTTYPE: "file",
+    tarfile.DIRTYPE: "folder",
+    tarfile.LNKTYPE: "link",
+    tarfile.SYMTYPE: "link",
+}
+_WITHOUT_DATA = {tarfile.DIRTYPE, tarfile.LNKTYPE, tarfile.SYMTYPE, tarfile.CHRTYPE, tarfile.BLKTYPE, tarfile.FIFOTYPE}
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """One entry of an archive."""
+
+    name: str
+    """As the archive has it: any text at all, perhaps with surrogates for bytes that are not UTF-8."""
+    kind: MemberKind
+    """What it claims to be."""
+    size_bytes: int
+    """How many bytes the header promises."""
+
+
+class _DamagedError(Exception):
+    """The stream cannot be read on from here; the reason, in words."""
+
+
+def is_archive(name: str) -> bool:
+    """Whether a file's name says that it is an archive (.tar, .tar.gz, .tgz); its content decides what is inside."""
+    return name.lower().endswith(_ENDINGS)
+
+
+def open_archive(storage: Storage, uri: str) -> "Archive":
+    """The archive at uri, fetched a few MiB at a time while it is read.
+
+    Raises (also while it is read):
+        StorageError: it cannot be read; ChecksumMismatch if it is replaced meanwhile.
+    """
+    return Archive(_fetch(storage, uri))
+
+
+class Archive:
+    """A pass over an archive's members: iterate, and `read` the member at hand before going on.
+
+        for member in archive:
+            data = archive.read()
+
+    Iterating never raises for what is in the archive: where it cannot be read on, it ends and `damage` says why.
+    """
+
+    def __init__(self, chunks: Iterable[bytes]) -> None:
+        self.damage = ""
+        """Why the archive could not be read to its end; empty if it was."""
+        self.num_members = 0
+        """Members that were found so far."""
+        self._stream = _Stream(_plain(iter(chunks)))
+        self._left = 0  # bytes of the member at hand, with its padding, that were not read
+        self._size_bytes = 0
+        self._cut = ""  # why the member at hand could not be read
+
+    def __iter__(self) -> Iterator[Member]:
+        try:
+            while (member := self._next()) is not None:
+                self.num_members += 1
+                yield member
+                if self._cut:
+                    raise _DamagedError(self._cut)
+                self._stream.skip(self._left)
+                self._left = 0
+            self._stream.require_zeros()
+        except _DamagedError as error:
+            behind = f"behind member {self.num_members}" if self.num_members else "at its start"
+            self.damage = f"{behind}: {error}"
+
+    def read(self) -> bytes:
+        """The bytes of the member at hand, once; the caller has looked at size_bytes before.
+
+        Raises:
+            DamagedArchive: the archive ends or is damaged inside the member.
+        """
+        wanted, self._left = self._size_bytes, -self._size_bytes % _BLOCK
+        try:
+            return self._stream.take(wanted)
+        except _DamagedError as error:
+            self._cut = str(error)
+            raise DamagedArchive(f"the archive is damaged inside this member: {error}") from error
+
+    def _next(self) -> Member | None:
+        """The next member's header, with what the headers before it say of it."""
+        name: str | None = None
+        size_bytes: int | None = None
+        odd = False
+        for _ in range(_MAX_EXTENSIONS):
+            info = self._header()
+            if info is None:
+                return None
+            if info.type in _SKIPPED or (info.type in _EXTENSIONS and info.size > _MAX_EXTENSION_BYTES):
+                odd = odd or info.type in _EXTENSIONS
+                self._stream.skip(_padded(info.size))
+            elif info.type in _EXTENSIONS:
+                data = self._stream.take(_padded(info.size))[: info.size]
+                if info.type == tarfile.GNUTYPE_LONGNAME:
+                    name = data.partition(b"\0")[0].decode("utf-8", "surrogateescape")
+                else:
+                    extended = _parse_pax(data)
+                    odd = odd or extended is None
+                    name, size_bytes, sparse = extended or (None, None, False)
+                    odd = odd or sparse
+            else:
+                return self._member(info, name, size_bytes, odd=odd)
+        raise _DamagedError(f"{_MAX_EXTENSIONS} extended headers in a row and no member")
+
+    def _member(self, info: tarfile.TarInfo, name: str | None, size_bytes: int | None, *, odd: bool) -> Member:
+        kind = _KINDS.get(info.type, "special")
+        if info.type == tarfile.GNUTYPE_SPARSE and getattr(info, "_sparse_structs", ((), False))[1]:
+            while self._stream.take(_BLOCK)[504]:  # more of its map, in blocks of their own
+                pass
+        size_bytes = info.size if size_bytes is None else size_bytes
+        name = info.name if name is None else name
+        if info.type == tarfile.AREGTYPE and name.endswith("/"):
+            kind = "folder"
+        if kind == "file" and odd:
+            kind = "special"
+        self._size_bytes = 0 if info.type in _WITHOUT_DATA else size_bytes
+        self._left = _padded(self._size_bytes)
+        return Member(name, kind, size_bytes)
+
+    def _header(self) -> tarfile.TarInfo | None:
+        """The next header; None at the end mark."""
+        block = self._stream.take(_BLOCK, or_nothing=True)
+        if not block:
+            reason = "it ends without an end mark, so members may be missing"
+            raise _DamagedError(reason if self.num_members else "it has no bytes")
+        try:
+            info = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
+        except tarfile.HeaderError as error:
+            if not any(block):
+                return None
+            what = f"a damaged header ({error})" if self.num_members else _name_format(block)
+            raise _DamagedError(what) from error
+        if info.size < 0:
+            raise _DamagedError(f"a header with a size of {info.size}")
+        return info
+
+
+def _name_format(block: bytes) -> str:
+    """What an archive is that is not what we read, by its first bytes."""
+    found = next((name for magic, name in _OTHER_FORMATS.items() if block.startswith(magic)), "something else")
+    return f"it is {found}; only tar and gzipped tar are read, pack it again as one of these"
+
+
+def _padded(size_bytes: int) -> int:
+    return size_bytes + -size_bytes % _BLOCK
+
+
+def _parse_pax(data: bytes) -> tuple[str | None, int | None, bool] | None:
+    """(path, size, whether it is a sparse file) of records `<length> <key>=<value>\\n`; None if they are malformed."""
+    path: str | None = None
+    size_bytes: int | None = None
+    sparse = False
+    position = 0
+    while position < len(data) and data[position]:
+        digits, space, _ = data[position : position + 20].partition(b" ")
+        if not (space and digits.isdigit()) or int(digits) <= len(digits) + 1:
+            return None
+        record = data[position + len(digits) + 1 : position + int(digits)]
+        key, equals, value = record.partition(b"=")
+        if not equals or not value.endswith(b"\n"):
+            return None
+        if key == b"path":
+            path = value[:-1].decode("utf-8", "surrogateescape")
+        elif key == b"size":
+            if not value[:-1].isdigit() or len(value) > 20:
+                return None
+            size_bytes = int(value)
+        sparse = sparse or key.startswith(b"GNU.sparse.")
+        position += int(digits)
+    return path, size_bytes, sparse
+
+
+class _Stream:
+    """Exactly so many bytes at a time from an iterator of chunks."""
+
+    def __init__(self, chunks: Iterator[bytes]) -> None:
+        self._chunks = chunks
+        self._chunk = memoryview(b"")
+
+    def take(self, count: int, *, or_nothing: bool = False) -> bytes:
+        """`count` bytes. At the very end of the stream: b"" if or_nothing."""
+        if count <= len(self._chunk):
+            taken, self._chunk = self._chunk[:count], self._chunk[count:]
+            return bytes(taken)
+        gathered = bytearray()
+        for part in self._pull(count):
+            gathered += part
+        if len(gathered) < count and not (or_nothing and not gathered):
+            raise _DamagedError(f"it ends {count - len(gathered)} bytes early")
+        return bytes(gathered)
+
+    def skip(self, count: int) -> None:
+        """Leave out `count` bytes."""
+        skipped = sum(len(part) for part in self._pull(count))
+        if skipped < count:
+            raise _DamagedError(f"it ends {count - skipped} bytes early")
+
+    def require_zeros(self) -> None:
+        """Read to the end, where only padding may follow: this also checks a gzip's checksum."""
+        for part in self._pull(None):
+            if any(part):
+                raise _DamagedError("more data follows its end mark")
+
+    def _pull(self, count: int | None) -> Iterator[memoryview]:
+        """Parts of the next `count` bytes, or of all that is left; fewer at the end of the stream."""
+        while count is None or count > 0:
+            if not self._chunk:
+                self._chunk = memoryview(next(self._chunks, b""))
+                if not self._chunk:
+                    return
+            part = self._chunk if count is None else self._chunk[:count]
+            self._chunk = self._chunk[len(part) :]
+            count = None if count is None else count - len(part)
+            yield part
+
+
+def _fetch(storage: Storage, uri: str) -> Iterator[bytes]:
+    """The object's bytes, the next ranges under way in threads."""
+    before = storage.stat(uri)
+    offsets = iter(range(0, before.size_bytes, _CHUNK_BYTES))
+    running: deque[Future[bytes]] = deque()
+    pool = ThreadPoolExecutor(_CHUNKS_AHEAD, thread_name_prefix="read-archive")
+    try:
+        while True:
+            while len(running) < _CHUNKS_AHEAD and (offset := next(offsets, None)) is not None:
+                length = min(_CHUNK_BYTES, before.size_bytes - offset)
+                running.append(pool.submit(storage.read_range, uri, offset, length))
+            if not running:
+                break
+            yield running.popleft().result()
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+    if storage.stat(uri) != before:  # ranges carry no version: the parts may be of two archives
+        raise ChecksumMismatch(f"{uri} was replaced while it was read; run the same command again")
+
+
+def _plain(chunks: Iterator[bytes]) -> Iterator[bytes]:
+    """The chunks, inflated if they begin as a gzip does, whatever the file is called."""
+    first = next(chunks, b"")
+    if not first.startswith(b"\x1f\x8b"):
+        yield first
+        yield from chunks
+        return
+    packed = unpacked = 0
+    inflater = zlib.decompressobj(wbits=31)
+    for chunk in _slices(first, chunks):
+        packed += len(chunk)
+        data = chunk
+        while True:
+            if inflater.eof:  # another gzip may follow, or padding
+                data = data.lstrip(b"\0")
+                if not data:
+                    break
+                inflater = zlib.decompressobj(wbits=31)
+            try:
+                piece = inflater.decompress(data, _CHUNK_BYTES)
+            except zlib.error as error:
+                raise _DamagedError(f"the gzip is damaged ({error})") from error
+            unpacked += len(piece)
+            if unpacked > _MAX_EXPANSION[0] * packed + _MAX_EXPANSION[1]:
+                raise _DamagedError(f"{packed} bytes became {unpacked}: this is no archive of videos")
+            if piece:
+                yield piece
+            data = inflater.unused_data if inflater.eof else inflater.unconsumed_tail
+            if not data and (inflater.eof or len(piece) < _CHUNK_BYTES):  # a full piece may have left some inside
+                break
+    if not inflater.eof:
+        raise _DamagedError("the gzip is cut short")
+
+
+def _slices(first: bytes, chunks: Iterator[bytes]) -> Iterator[bytes]:
+    """Smaller chunks: zlib copies what it has not consumed at every call."""
+    for chunk in itertools.chain((first,), chunks):
+        for start in range(0, len(chunk), _SLICE_BYTES):
+            yield chunk[start : start + _SLICE_BYTES]
