@@ -15,8 +15,9 @@ from kinoray.catalog_source import SourceFile, find_files
 from kinoray.config import DecodeConfig
 from kinoray.errors import CatalogError, ObjectNotFound
 from kinoray.quarantine import Refusal, count_reasons, load_quarantine, save_quarantine
-from kinoray.shards import pack_shard, read_commit, write_tar
+from kinoray.shards import pack_shard, read_commit
 from kinoray.shards_plan import PackPlan, PlannedVideo, ShardPlan, make_plan
+from kinoray.shards_tar import write_tar
 from kinoray.storage import Storage
 from kinoray.synthetic import make_broken, make_demo_set
 

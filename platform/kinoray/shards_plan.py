@@ -8,13 +8,16 @@ training to validation.
 import hashlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from typing import TypeVar
 
 from kinoray.catalog_source import SourceFile, unique_ids
 from kinoray.config import digest
 from kinoray.errors import CatalogError
 from kinoray.quarantine import Refusal
 
-__all__ = ["PackPlan", "PlannedVideo", "ShardPlan", "make_plan"]
+__all__ = ["PackPlan", "PlannedVideo", "ShardPlan", "cut_evenly", "make_plan", "share", "split_name"]
+
+T = TypeVar("T")
 
 _SPLIT_FOLDERS = {"train": "train", "val": "val", "validation": "val", "test": "test"}
 
@@ -31,9 +34,9 @@ class PlannedVideo:
     """Where it lies now."""
     size_bytes: int
     """Size in the listing."""
-    label: str
-    """Class name."""
-    label_id: int
+    label: str | None
+    """Class name; None in a split without labels."""
+    label_id: int | None
     """Index of the class."""
     split: str
     """`train`, `val`, `test` or what a CSV says."""
@@ -93,7 +96,7 @@ def make_plan(source: str, files: Sequence[SourceFile], *, shard_bytes: int, val
             refused.append(Refusal(ids[file.name], uri, error_class, text, "list"))
         else:
             label, split = place
-            kept.append((file, label, split or ("val" if _share("val", file.name) < val_fraction else "train")))
+            kept.append((file, label, split or ("val" if share("val", file.name) < val_fraction else "train")))
     if not kept:
         what = "nothing" if not files else f"{len(files)} files, but none in a class folder"
         raise CatalogError(
@@ -158,27 +161,33 @@ def _is_text(name: str) -> bool:
     return True
 
 
-def _share(purpose: str, name: str) -> float:
+def share(purpose: str, name: str) -> float:
     """A number in [0, 1) that looks random but belongs to the name."""
-    return int.from_bytes(hashlib.sha256(f"{purpose}:{name}".encode()).digest()[:7], "big") / 2**56
+    return (
+        int.from_bytes(hashlib.sha256(f"{purpose}:{name}".encode(errors="surrogatepass")).digest()[:7], "big") / 2**56
+    )
+
+
+def cut_evenly(items: Sequence[T], sizes: Sequence[int], part_bytes: int) -> list[list[T]]:
+    """Cut the items, in their order, into parts of nearly equal size, none much over part_bytes unless one item is."""
+    total = sum(sizes)
+    num_parts = max(1, min(-(-total // part_bytes), len(items)))
+    parts: list[list[T]] = [[] for _ in range(num_parts)]
+    before = 0
+    for item, size_bytes in zip(items, sizes, strict=True):
+        parts[min(before * num_parts // max(total, 1), num_parts - 1)].append(item)
+        before += size_bytes
+    return [part for part in parts if part]  # one huge item can span a whole part's share
 
 
 def _cut(split: str, videos: Sequence[PlannedVideo], shard_bytes: int) -> list[ShardPlan]:
-    """Shards of nearly equal size, none much over shard_bytes unless one file is."""
-    ordered = sorted(videos, key=lambda video: (_share("order", video.name), video.name))
-    total = sum(video.size_bytes for video in ordered)
-    num_shards = max(1, min(-(-total // shard_bytes), len(ordered)))
-    members: list[list[PlannedVideo]] = [[] for _ in range(num_shards)]
-    before = 0
-    for video in ordered:
-        members[min(before * num_shards // max(total, 1), num_shards - 1)].append(video)
-        before += video.size_bytes
-    stem = f"shard-{_file_name(split)}"
-    full = [shard for shard in members if shard]  # one huge file can span a whole shard's share
+    ordered = sorted(videos, key=lambda video: (share("order", video.name), video.name))
+    stem = f"shard-{split_name(split)}"
+    full = cut_evenly(ordered, [video.size_bytes for video in ordered], shard_bytes)
     return [ShardPlan(f"{stem}-{index:05d}", tuple(shard)) for index, shard in enumerate(full)]
 
 
-def _file_name(split: str) -> str:
+def split_name(split: str) -> str:
     """A split's name (text from a CSV) as part of a file name; other characters give way to a digest."""
     plain = "".join(char for char in split if char.isascii() and (char.isalnum() or char in "_-"))[:40]
     return plain if plain == split else f"{plain}-{digest(split)[:8]}"
