@@ -109,9 +109,13 @@ class DecodeConfig:
     """Largest encoded video, in bytes."""
     max_frames: int = 60_000
     """Most frames that one video may make the decoder decode."""
+    max_memory_mb: int = 2048
+    """Address space, in MiB, that a decoder process may take for one video beside the file itself."""
+    deadline_s: float = 120.0
+    """Seconds after which a decoder process that gives no answer is replaced (60,000 frames of 1280 x 720: 115 s)."""
 
     def __post_init__(self) -> None:
-        for name in ("max_pixels", "max_duration_s", "max_bytes", "max_frames"):
+        for name in ("max_pixels", "max_duration_s", "max_bytes", "max_frames", "max_memory_mb", "deadline_s"):
             require(getattr(self, name) > 0, f"decode.{name}", "greater than 0", getattr(self, name))
 
 

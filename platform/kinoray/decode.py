@@ -4,6 +4,7 @@ Frame numbers and their count come from the packets that are really there, never
 here imports torch or ray: decode workers stay small.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -54,6 +55,14 @@ class Clip:
     info: VideoInfo
 
 
+Empty = Callable[[str, tuple[int, ...], type[np.generic]], np.ndarray]
+"""Makes an array by name, shape and dtype, with anything in it."""
+
+
+def _new_array(_: str, shape: tuple[int, ...], dtype: type[np.generic]) -> np.ndarray:
+    return np.empty(shape, dtype)
+
+
 def _info(video: PyavVideo) -> VideoInfo:
     width, height = video.size
     duration_s, num_frames = video.duration_s, video.num_frames
@@ -88,12 +97,13 @@ class _ClipSink:
     """Cuts scaled frames and keeps them where they belong: sampled ones in RGB, their successors in green only."""
 
     def __init__(
-        self, indices: np.ndarray, num_frames: int, config: ClipConfig, rng: np.random.Generator | None
+        self, indices: np.ndarray, num_frames: int, config: ClipConfig, rng: np.random.Generator | None, empty: Empty
     ) -> None:
         self._indices = indices.reshape(-1)
-        self._config, self._rng = config, rng
+        self._config, self._rng, self._empty = config, rng, empty
         size = config.view.crop_px
-        self.frames = np.zeros((len(self._indices), 3, size, size), np.uint8)
+        self.frames = empty("frames", (len(self._indices), 3, size, size), np.uint8)
+        self._filled: set[int] = set()
         self.view: View | None = None
         unique, first = np.unique(self._indices, return_index=True)
         self._slot = dict(zip(unique.tolist(), first.tolist(), strict=True))
@@ -124,9 +134,11 @@ class _ClipSink:
             return
         for channel, plane in enumerate(rgb):
             self.frames[slot, channel] = plane[rows, columns]
+        self._filled.add(index)
 
     def finish(self) -> None:
         """Copy frames that several slots share to all of them."""
+        assert self._filled == self._slot.keys()  # the array began with anything in it
         self._share(self.frames)
 
     def _share(self, rows: np.ndarray) -> None:
@@ -137,10 +149,12 @@ class _ClipSink:
     def flow(self) -> np.ndarray:
         """int8 [S * T, 2, H, W], before any mirror."""
         size, flow_config = self._config.view.crop_px, self._config.flow
-        out = np.zeros((len(self._indices), 2, size, size), np.int8)
+        out = self._empty("flow", (len(self._indices), 2, size, size), np.int8)
         for index, slot in self._slot.items():
             partner = self._partner[index]
-            if partner != index:
+            if partner == index:
+                out[slot] = 0
+            else:
                 pair = (self._green_of(min(index, partner)), self._green_of(max(index, partner)))
                 out[slot] = quantise(dis_flow(*pair, flow_config.preset), flow_config.bound_px)
         self._share(out)
@@ -151,11 +165,28 @@ class _ClipSink:
         return self._green[index] if slot is None else self.frames[slot, 1]
 
 
-def decode_clip(data: bytes, config: ClipConfig, *, with_flow: bool, rng: np.random.Generator | None = None) -> Clip:
+def _mirror(rows: np.ndarray) -> None:
+    """Left becomes right, in place: the arrays may be where the caller wants them."""
+    for row in rows:
+        row[...] = row[..., ::-1].copy()
+
+
+def decode_clip(
+    data: bytes,
+    config: ClipConfig,
+    *,
+    with_flow: bool,
+    rng: np.random.Generator | None = None,
+    empty: Empty = _new_array,
+) -> Clip:
     """Decode the sampled frames of a video, scaled, cropped and, if asked for, with optical flow.
 
     Without rng: middle frames and the centre crop (testing). With rng: random frames, scale, place and flip.
     Flow is estimated on the cropped frames (green plane) before the mirror; mirroring negates its x component.
+
+    Args:
+        empty: makes the arrays for frames and flow, given "frames" or "flow", a shape and a dtype, with anything in
+            them; it may be asked for the same one again, and then the earlier one is not used any more.
 
     Raises:
         MediaError: one of its subclasses; any bytes give a clip or that.
@@ -164,7 +195,7 @@ def decode_clip(data: bytes, config: ClipConfig, *, with_flow: bool, rng: np.ran
         while True:
             num_frames = video.num_frames
             indices = segment_indices(num_frames, config.sample, rng)
-            sink = _ClipSink(indices, num_frames, config, rng)
+            sink = _ClipSink(indices, num_frames, config, rng, empty)
             reading = _read(data, video, sink.wanted(with_flow=with_flow), sink, config.decode)
             if video.num_frames == num_frames:
                 break
@@ -172,9 +203,9 @@ def decode_clip(data: bytes, config: ClipConfig, *, with_flow: bool, rng: np.ran
         flow = sink.flow() if with_flow else None
         frames = sink.frames
         if sink.view is not None and sink.view.flip:
-            frames = np.ascontiguousarray(frames[..., ::-1])
+            _mirror(frames)
             if flow is not None:
-                flow = np.ascontiguousarray(flow[..., ::-1])
+                _mirror(flow)
                 flow[:, 0] *= -1
         shape = indices.shape
         return Clip(

@@ -24,7 +24,7 @@ from kinoray.errors import (
     UnreadableContainer,
 )
 
-__all__ = ["LIBAV_ERRORS", "Media", "media_stage"]
+__all__ = ["LIBAV_ERRORS", "Media", "check_size_bytes", "media_stage"]
 
 _FORMATS = ("mov", "mp4", "m4a", "3gp", "matroska", "webm", "avi", "mpegts", "mpeg", "flv", "asf", "ogg")
 """Containers that hold everything themselves. No playlists, concat lists, image sequences or network protocols."""
@@ -51,6 +51,19 @@ def media_stage(error: type[MediaError], what: str) -> Iterator[None]:
         raise error(f"{what}: {' '.join(str(reason).split())}") from cause
 
 
+def check_size_bytes(size_bytes: int, config: DecodeConfig) -> None:
+    """Refuse a file for its size alone.
+
+    Raises:
+        EmptyMedia: it has no bytes.
+        MediaOverBudget: it has more than decode.max_bytes.
+    """
+    if not size_bytes:
+        raise EmptyMedia("the file has 0 bytes; fetch it again or drop it from the list")
+    if size_bytes > config.max_bytes:
+        raise MediaOverBudget(f"{size_bytes:,} bytes are more than decode.max_bytes = {config.max_bytes:,}")
+
+
 def _refuse_io(*_: Any) -> NoReturn:
     raise PermissionError("a media file may not open another file")
 
@@ -66,10 +79,7 @@ class Media:
     """The packets, and which frame each one carries."""
 
     def __init__(self, data: bytes, config: DecodeConfig) -> None:
-        if not data:
-            raise EmptyMedia("the file has 0 bytes; fetch it again or drop it from the list")
-        if len(data) > config.max_bytes:
-            raise MediaOverBudget(f"{len(data):,} bytes are more than decode.max_bytes = {config.max_bytes:,}")
+        check_size_bytes(len(data), config)
         self._data, self._config = data, config
         self._container = self._open()
         try:

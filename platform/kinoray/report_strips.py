@@ -15,8 +15,8 @@ import numpy as np
 
 from kinoray.catalog import Reference, read_videos
 from kinoray.config import DecodeConfig
-from kinoray.decode import thumbnails
-from kinoray.errors import KinorayError
+from kinoray.errors import KinorayError, MediaError
+from kinoray.sandbox import Sandbox
 from kinoray.storage import Storage
 
 __all__ = ["FRAME_HEIGHT_PX", "MAX_FRAME_BYTES", "Strip", "Thumbnail", "contact_strips", "jpeg_uri"]
@@ -50,27 +50,30 @@ class Strip:
 def contact_strips(storage: Storage, references: Sequence[Reference], num_frames: int) -> Iterator[Strip]:
     """One strip of num_frames evenly spaced frames for each reference, in order.
 
-    Reading runs ahead in threads (`read_videos`), decoding in as many threads as there are cores; at most two videos a
-    thread are held in memory.
+    Reading runs ahead in threads (`read_videos`), decoding in as many processes as there are cores; at most two videos
+    a process are held in memory.
+
+    Raises:
+        DecoderStartFailed: no decoder process can be started here.
     """
     workers = min(8, os.cpu_count() or 1)
     waiting: deque[Future[Strip]] = deque()
-    with ThreadPoolExecutor(workers, thread_name_prefix="strips") as pool:
+    with Sandbox(workers) as sandbox, ThreadPoolExecutor(workers, thread_name_prefix="strips") as pool:
         for answer in read_videos(storage, references):
             if len(waiting) >= 2 * workers:
                 yield waiting.popleft().result()
-            waiting.append(pool.submit(_strip, answer, num_frames))
+            waiting.append(pool.submit(_strip, sandbox, answer, num_frames))
         while waiting:
             yield waiting.popleft().result()
 
 
-def _strip(answer: bytes | KinorayError, num_frames: int) -> Strip:
+def _strip(sandbox: Sandbox, answer: bytes | KinorayError, num_frames: int) -> Strip:
     if isinstance(answer, KinorayError):
         return Strip((), _reason(answer))
     try:
-        frames = thumbnails(answer, DecodeConfig(), num_frames, FRAME_HEIGHT_PX)
+        frames = sandbox.thumbnails(answer, DecodeConfig(), num_frames, FRAME_HEIGHT_PX)
         return Strip(tuple(jpeg_uri(frame) for frame in frames))
-    except KinorayError as error:
+    except MediaError as error:
         return Strip((), _reason(error))
 
 

@@ -18,7 +18,7 @@ from typing import Any
 
 from kinoray.catalog_read import Reference, read_videos
 from kinoray.config import DecodeConfig
-from kinoray.decode import VideoInfo, probe
+from kinoray.decode import VideoInfo
 from kinoray.errors import (
     AccessDenied,
     CatalogError,
@@ -28,6 +28,7 @@ from kinoray.errors import (
     StorageUnavailable,
 )
 from kinoray.quarantine import Refusal
+from kinoray.sandbox import shared_sandbox
 from kinoray.shards_plan import PlannedVideo, ShardPlan
 from kinoray.storage import Storage, absolute, join
 
@@ -57,6 +58,7 @@ def pack_shard(storage: Storage, out: str, shard: ShardPlan, decode: DecodeConfi
 
     Raises:
         StorageUnavailable, AccessDenied: the store is at fault, not a video; nothing was committed.
+        DecoderStartFailed: the machine is.
     """
     rows: list[dict[str, Any]] = []
     refused: list[Refusal] = []
@@ -119,6 +121,7 @@ def _probed(
     storage: Storage, shard: ShardPlan, decode: DecodeConfig
 ) -> Iterator[tuple[PlannedVideo, tuple[bytes, VideoInfo] | Refusal]]:
     small = [video for video in shard.videos if video.size_bytes <= decode.max_bytes]
+    sandbox = shared_sandbox(1)
     blobs = read_videos(storage, [Reference(video.uri) for video in small])
     for video in shard.videos:
         if video.size_bytes > decode.max_bytes:  # not even read
@@ -132,7 +135,7 @@ def _probed(
             yield video, _refuse(video, data, "read")
             continue
         try:
-            yield video, (data, probe(data, decode))
+            yield video, (data, sandbox.probe(data, decode))
         except MediaError as error:
             yield video, _refuse(video, error, "probe")
 

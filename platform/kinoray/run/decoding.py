@@ -7,9 +7,9 @@ import pyarrow as pa
 
 from kinoray.catalog import read_videos, references
 from kinoray.config import ClipConfig
-from kinoray.decode import decode_clip
 from kinoray.errors import KinorayError, MediaError, StorageError
 from kinoray.sample import clip_rng
+from kinoray.sandbox import shared_sandbox
 from kinoray.storage import Storage
 
 __all__ = ["DecodeTask"]
@@ -46,13 +46,14 @@ class DecodeTask:
         rgb = np.zeros((count, segments, frames, 3, height, width), np.uint8)
         flow = np.zeros((count, segments, frames, FLOW_CHANNELS, height, width), np.int8) if self.with_flow else None
         errors: list[KinorayError | None] = [None] * count
+        sandbox = shared_sandbox(1)  # a worker runs one task at a time, and keeps its decoder for the next
         found = read_videos(self.storage, references(block))
         for index, (video_id, data) in enumerate(zip(block.column("video_id").to_pylist(), found, strict=True)):
             rng = None if self.epoch is None else clip_rng(self.seed, self.epoch, video_id)
             try:
                 if isinstance(data, KinorayError):
                     raise data
-                clip = decode_clip(data, self.clip, with_flow=self.with_flow, rng=rng)
+                clip = sandbox.decode_clip(data, self.clip, with_flow=self.with_flow, rng=rng)
             except (MediaError, StorageError) as error:
                 errors[index] = error
                 continue

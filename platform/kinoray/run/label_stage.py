@@ -1,7 +1,8 @@
 """What a labelling worker does: read, decode, run the model and commit, one unit of work after the other.
 
-Decoder and model share one process, so decoded frames never leave it. What is easy to break: batches are formed across
-the videos of a unit in its order, so that a unit gives the same digits on any number of workers and after any kill.
+Decoders are the worker's own processes, so decoded frames never leave its machine. What is easy to break: batches are
+formed across the videos of a unit in its order, so that a unit gives the same digits on any number of workers and after
+any kill.
 """
 
 from collections import deque
@@ -19,16 +20,18 @@ from kinoray.batch import collate, model_inputs
 from kinoray.catalog import read_videos, references
 from kinoray.checkpoint import load_model
 from kinoray.config import ClipConfig
-from kinoray.decode import Clip, decode_clip
+from kinoray.decode import Clip
 from kinoray.errors import (
     AccessDenied,
     CheckpointMismatch,
     KinorayError,
+    MediaError,
     ModelError,
     StorageUnavailable,
 )
 from kinoray.model import VideoModel
 from kinoray.predictions import PREDICTION_SCHEMA, Ledger, Unit
+from kinoray.sandbox import shared_sandbox
 from kinoray.storage import Storage
 
 __all__ = ["UNIT_COLUMNS", "LabelJob", "LabelUnits", "pack_unit", "top_predictions"]
@@ -52,7 +55,7 @@ class LabelJob:
     top_k: int
     batch_size: int
     decode_tasks: int
-    """Decoder threads of each worker."""
+    """Decoder processes of each worker."""
     torch_threads: int
     device: str = "cpu"
 
@@ -61,7 +64,7 @@ class LabelJob:
 class _Outcome:
     """What became of one video: an error, or a clip that becomes a score."""
 
-    error: Exception | None = None
+    error: KinorayError | None = None
     score: dict[str, Any] = field(default_factory=dict)
     frames_decoded: int = 0
     frames_corrupt: int = 0
@@ -129,6 +132,7 @@ class LabelUnits:
         self.labels: tuple[str, ...] = ()
         torch.set_num_threads(job.torch_threads)
         self.decoders = ThreadPoolExecutor(job.decode_tasks, thread_name_prefix="decode")
+        self.sandbox = shared_sandbox(job.decode_tasks)
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         results = []
@@ -176,7 +180,7 @@ class LabelUnits:
         for outcome, clip in zip(
             outcomes, self._clips(rows, with_flow=bool(model.input_spec.flow_channels)), strict=True
         ):
-            if isinstance(clip, Exception):
+            if isinstance(clip, KinorayError):
                 outcome.error = clip
                 continue
             outcome.frames_decoded, outcome.frames_corrupt = clip.frames_decoded, clip.frames_corrupt
@@ -188,14 +192,14 @@ class LabelUnits:
             self._score(model, waiting)
         return outcomes
 
-    def _clips(self, rows: pa.Table, *, with_flow: bool) -> Iterator[Clip | Exception]:
+    def _clips(self, rows: pa.Table, *, with_flow: bool) -> Iterator[Clip | KinorayError]:
         """Read and decode in order, some clips ahead of the consumer.
 
         Raises:
-            StorageUnavailable: the store is down; that is no fault of a video.
+            StorageUnavailable, DecoderStartFailed: the store is down, or this machine; that is no fault of a video.
         """
         ahead = self.job.batch_size + self.job.decode_tasks
-        pending: deque[Future[Clip | Exception] | KinorayError] = deque()
+        pending: deque[Future[Clip | MediaError] | KinorayError] = deque()
         try:
             for data in read_videos(self.job.storage, references(rows)):
                 if isinstance(data, StorageUnavailable):
@@ -212,10 +216,10 @@ class LabelUnits:
                 if isinstance(entry, Future):
                     entry.cancel()
 
-    def _decode(self, data: bytes, with_flow: bool) -> Clip | Exception:
+    def _decode(self, data: bytes, with_flow: bool) -> Clip | MediaError:
         try:
-            return decode_clip(data, self.job.clip, with_flow=with_flow)
-        except Exception as error:  # noqa: BLE001  (the stage's edge: whatever a video does becomes its row)
+            return self.sandbox.decode_clip(data, self.job.clip, with_flow=with_flow)
+        except MediaError as error:  # whatever a video does is one of these; what else goes wrong is not its fault
             return error
 
     def _score(self, model: VideoModel, waiting: list[tuple[_Outcome, Clip]]) -> None:
@@ -256,7 +260,7 @@ class LabelUnits:
         return pa.Table.from_pylist(records, schema=PREDICTION_SCHEMA)
 
 
-def _result(entry: Future[Clip | Exception] | KinorayError) -> Clip | Exception:
+def _result(entry: Future[Clip | MediaError] | KinorayError) -> Clip | KinorayError:
     return entry.result() if isinstance(entry, Future) else entry
 
 

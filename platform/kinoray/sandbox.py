@@ -1,0 +1,179 @@
+"""Decoding in processes of its own: whatever a video does there is an error of that video here, and of no other.
+
+A `Sandbox` has the functions of kinoray.decode, with the same results and the same errors. A video whose decoder dies,
+hangs or takes too much memory is tried once more, in a new process; then it is refused. What is easy to break: a
+process holds one video at a time, so that a death has exactly one cause.
+"""
+
+import os
+import threading
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import fields, replace
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+
+from kinoray.config import ClipConfig, DecodeConfig
+from kinoray.decode import Clip, VideoInfo
+from kinoray.decode_media import check_size_bytes
+from kinoray.sandbox_process import Answer, DecoderLost, DecoderProcess, start_decoder
+from kinoray.transcode import Transcoded
+
+__all__ = ["Sandbox", "shared_sandbox"]
+
+_TRIES = 2
+_TRANSCODE_DEADLINES = 5
+
+
+class Sandbox:
+    """Up to `num_children` decoder processes, started when they are needed, for any number of threads.
+
+    They end with `close`, with the last reference to the sandbox, and with this process, however it ends.
+    """
+
+    def __init__(self, num_children: int) -> None:
+        self.num_children = 0
+        self._room = threading.Semaphore(0)
+        self._lock = threading.Lock()
+        self._idle: list[DecoderProcess] = []
+        self._busy: set[DecoderProcess] = set()
+        self._finalizer = weakref.finalize(self, _kill_all, self._idle)
+        self.grow(num_children)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        self.close()
+
+    def grow(self, num_children: int) -> None:
+        """Allow at least so many processes."""
+        with self._lock:
+            more = num_children - self.num_children
+            if more > 0:
+                self.num_children += more
+                self._room.release(more)
+
+    def busy_pids(self) -> list[int]:
+        """Ids of the processes that are reading a video now."""
+        with self._lock:
+            return sorted(process.pid for process in self._busy)
+
+    def close(self) -> None:
+        """End the idle processes. Those at work end their video first; a later request starts new ones."""
+        with self._lock:
+            idle, self._idle[:] = list(self._idle), []
+        _kill_all(idle)
+
+    def decode_clip(
+        self, data: bytes, config: ClipConfig, *, with_flow: bool, rng: np.random.Generator | None = None
+    ) -> Clip:
+        """kinoray.decode.decode_clip in a decoder process; the generator is left as if it had been used here.
+
+        Raises:
+            MediaError: as there; DecoderCrashed, DecodeTimeout or MediaOverBudget where that needs two processes.
+            DecoderStartFailed: no process can be started.
+        """
+        arguments = {"config": config, "with_flow": with_flow, "rng": rng}
+        answer = self._ask("decode_clip", data, config.decode, arguments)
+        num_frames, frames_decoded, frames_corrupt = answer.fields["counts"]
+        if rng is not None:
+            rng.bit_generator.state = answer.fields["rng"]
+        return Clip(
+            frames=answer.arrays["frames"],
+            flow=answer.arrays.get("flow"),
+            indices=answer.arrays["indices"],
+            num_frames=num_frames,
+            frames_decoded=frames_decoded,
+            frames_corrupt=frames_corrupt,
+            info=_video_info(answer),
+        )
+
+    def probe(self, data: bytes, config: DecodeConfig) -> VideoInfo:
+        """kinoray.decode.probe in a decoder process. Raises what decode_clip raises."""
+        return _video_info(self._ask("probe", data, config, {"config": config}))
+
+    def thumbnails(self, data: bytes, config: DecodeConfig, num_frames: int, height: int) -> list[np.ndarray]:
+        """kinoray.decode.thumbnails in a decoder process. Raises what decode_clip raises."""
+        arguments = {"config": config, "num_frames": num_frames, "height": height}
+        answer = self._ask("thumbnails", data, config, arguments)
+        return [answer.arrays[str(number)] for number in range(num_frames)]
+
+    def transcode(self, data: bytes, config: DecodeConfig) -> Transcoded:
+        """kinoray.transcode.transcode in a decoder process, which gets five times the deadline: every frame is encoded.
+
+        Raises:
+            MediaError, DecoderStartFailed: as decode_clip.
+        """
+        patient = replace(config, deadline_s=_TRANSCODE_DEADLINES * config.deadline_s)
+        answer = self._ask("transcode", data, patient, {"config": config})
+        return Transcoded(answer.arrays["data"].tobytes(), _video_info(answer), answer.fields["frames_lost"])
+
+    def _ask(self, operation: str, data: bytes, config: DecodeConfig, arguments: dict[str, Any]) -> Answer:
+        check_size_bytes(len(data), config)  # before gigabytes are copied
+        for left in reversed(range(_TRIES)):
+            with self._process(new=left == 0) as process:
+                try:
+                    return process.ask(operation, data, config, arguments)
+                except DecoderLost as lost:
+                    if not left:
+                        raise type(lost.error)(f"{lost.error} (tried {_TRIES} times)") from lost
+        raise AssertionError("the last try returns or raises")
+
+    @contextmanager
+    def _process(self, *, new: bool) -> Iterator[DecoderProcess]:
+        """An idle process, or a new one. It is kept for later only if it answered."""
+        with self._room:
+            process = self._idle_process(new)
+            with self._lock:
+                self._busy.add(process)
+            try:
+                yield process
+            finally:
+                with self._lock:
+                    self._busy.discard(process)
+                    if process.is_usable:
+                        self._idle.append(process)
+                if not process.is_usable:
+                    process.kill()
+
+    def _idle_process(self, new: bool) -> DecoderProcess:
+        """The process used last that is still alive: one that died while it had nothing to do harms no video."""
+        while True:
+            with self._lock:
+                process = self._idle.pop() if self._idle else None
+            if process is None:
+                return start_decoder()
+            if new or not process.is_alive():
+                process.kill()
+                new = False
+                continue
+            return process
+
+
+def _video_info(answer: Answer) -> VideoInfo:
+    found = answer.fields["info"]
+    return VideoInfo(**{field.name: found[field.name] for field in fields(VideoInfo)})
+
+
+def _kill_all(processes: list[DecoderProcess]) -> None:
+    while processes:
+        processes.pop().kill()
+
+
+_shared_lock = threading.Lock()
+_shared: dict[int, Sandbox] = {}
+
+
+def shared_sandbox(num_children: int) -> Sandbox:
+    """The sandbox of this process, with room for at least `num_children` decoders at a time."""
+    with _shared_lock:
+        if os.getpid() not in _shared:
+            _shared.clear()  # of a process that forked this one
+            _shared[os.getpid()] = Sandbox(num_children)
+        sandbox = _shared[os.getpid()]
+    sandbox.grow(num_children)
+    return sandbox
