@@ -21,10 +21,12 @@ from kinoray.decode import Clip, VideoInfo
 from kinoray.decode_media import check_size_bytes
 from kinoray.sandbox_process import Answer, DecoderLost, DecoderProcess, start_decoder
 from kinoray.transcode import Transcoded
+from kinoray.transcode import Transcoded
 
 __all__ = ["Sandbox", "shared_sandbox"]
 
 _TRIES = 2
+_TRANSCODE_PATIENCE = 10  # every frame is decoded and encoded
 _TRANSCODE_DEADLINES = 5
 
 
@@ -112,12 +114,20 @@ class Sandbox:
         answer = self._ask("transcode", data, patient, {"config": config})
         return Transcoded(answer.arrays["data"].tobytes(), _video_info(answer), answer.fields["frames_lost"])
 
-    def _ask(self, operation: str, data: bytes, config: DecodeConfig, arguments: dict[str, Any]) -> Answer:
+    def transcode(self, data: bytes, config: DecodeConfig) -> Transcoded:
+        """kinoray.transcode.transcode, in ten times decode.deadline_s. Raises what decode_clip raises."""
+        answer = self._ask("transcode", data, config, {"config": config}, patience=_TRANSCODE_PATIENCE)
+        encoded = answer.arrays["data"].tobytes()
+        return Transcoded(encoded, _video_info(answer), answer.fields["frames_lost"])
+
+    def _ask(
+        self, operation: str, data: bytes, config: DecodeConfig, arguments: dict[str, Any], *, patience: int = 1
+    ) -> Answer:
         check_size_bytes(len(data), config)  # before gigabytes are copied
         for left in reversed(range(_TRIES)):
             with self._process(new=left == 0) as process:
                 try:
-                    return process.ask(operation, data, config, arguments)
+                    return process.ask(operation, data, config, arguments, patience=patience)
                 except DecoderLost as lost:
                     if not left:
                         raise type(lost.error)(f"{lost.error} (tried {_TRIES} times)") from lost

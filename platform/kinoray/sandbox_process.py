@@ -175,14 +175,16 @@ class DecoderProcess:
         """Whether the process still runs."""
         return self._process is not None and self._process.poll() is None
 
-    def ask(self, operation: str, data: bytes, config: DecodeConfig, arguments: dict[str, Any]) -> Answer:
-        """Have one of the child's operations done on a file.
+    def ask(
+        self, operation: str, data: bytes, config: DecodeConfig, arguments: dict[str, Any], *, patience: int = 1
+    ) -> Answer:
+        """Have one of the child's operations done on a file, within `patience` times decode.deadline_s.
 
         Raises:
             DecoderLost: no answer, or one that shows that the process must be replaced; `kill` it.
             KinorayError: what the operation raised.
         """
-        deadline = time.monotonic() + config.deadline_s
+        deadline = time.monotonic() + patience * config.deadline_s
         request = {
             "operation": operation,
             "size_bytes": len(data),
@@ -196,7 +198,8 @@ class DecoderProcess:
             self._socket.send(pickle.dumps(request))
             message = self._receive(deadline)
         except TimeoutError as error:
-            text = f"no answer from the decoder within decode.deadline_s = {config.deadline_s:g}"
+            times = f" x {patience}" if patience > 1 else ""
+            text = f"no answer from the decoder within decode.deadline_s = {config.deadline_s:g}{times}"
             raise DecoderLost(DecodeTimeout(text)) from error
         except ConnectionError:
             message = b""
