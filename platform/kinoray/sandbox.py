@@ -10,7 +10,7 @@ import threading
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import fields, replace
+from dataclasses import fields
 from types import TracebackType
 from typing import Any, Self
 
@@ -21,13 +21,11 @@ from kinoray.decode import Clip, VideoInfo
 from kinoray.decode_media import check_size_bytes
 from kinoray.sandbox_process import Answer, DecoderLost, DecoderProcess, start_decoder
 from kinoray.transcode import Transcoded
-from kinoray.transcode import Transcoded
 
 __all__ = ["Sandbox", "shared_sandbox"]
 
 _TRIES = 2
 _TRANSCODE_PATIENCE = 10  # every frame is decoded and encoded
-_TRANSCODE_DEADLINES = 5
 
 
 class Sandbox:
@@ -103,16 +101,6 @@ class Sandbox:
         arguments = {"config": config, "num_frames": num_frames, "height": height}
         answer = self._ask("thumbnails", data, config, arguments)
         return [answer.arrays[str(number)] for number in range(num_frames)]
-
-    def transcode(self, data: bytes, config: DecodeConfig) -> Transcoded:
-        """kinoray.transcode.transcode in a decoder process, which gets five times the deadline: every frame is encoded.
-
-        Raises:
-            MediaError, DecoderStartFailed: as decode_clip.
-        """
-        patient = replace(config, deadline_s=_TRANSCODE_DEADLINES * config.deadline_s)
-        answer = self._ask("transcode", data, patient, {"config": config})
-        return Transcoded(answer.arrays["data"].tobytes(), _video_info(answer), answer.fields["frames_lost"])
 
     def transcode(self, data: bytes, config: DecodeConfig) -> Transcoded:
         """kinoray.transcode.transcode, in ten times decode.deadline_s. Raises what decode_clip raises."""

@@ -115,12 +115,6 @@ def _thumbnails(space: OutputSpace, data: bytes, arguments: dict[str, Any]) -> d
 
 def _transcode(space: OutputSpace, data: bytes, arguments: dict[str, Any]) -> dict[str, Any]:
     made = transcode(data, **arguments)
-    array = space.place("data", np.frombuffer(made.data, np.uint8))
-    return {"arrays": {"data": array}, "info": asdict(made.info), "frames_lost": made.frames_lost}
-
-
-def _transcode(space: OutputSpace, data: bytes, arguments: dict[str, Any]) -> dict[str, Any]:
-    made = transcode(data, **arguments)
     encoded = space.place("data", np.frombuffer(made.data, np.uint8))
     return {"arrays": {"data": encoded}, "info": asdict(made.info), "frames_lost": made.frames_lost}
 
@@ -129,7 +123,6 @@ _OPERATIONS: dict[str, Callable[[OutputSpace, bytes, dict[str, Any]], dict[str, 
     "decode_clip": _decode_clip,
     "probe": _probe,
     "thumbnails": _thumbnails,
-    "transcode": _transcode,
     "transcode": _transcode,
 }
 
