@@ -21,7 +21,15 @@ import torch
 from conftest import wait_until
 from kinoray.catalog import catalog_of_source
 from kinoray.checkpoint import load_meta
-from kinoray.config import ClipConfig, ModelConfig, ResourcesConfig, SampleConfig, StorageConfig, ViewConfig
+from kinoray.config import (
+    ClipConfig,
+    InferenceConfig,
+    ModelConfig,
+    ResourcesConfig,
+    SampleConfig,
+    StorageConfig,
+    ViewConfig,
+)
 from kinoray.decode import decode_clip
 from kinoray.errors import (
     AccessDenied,
@@ -154,6 +162,7 @@ class Bench:
             clip=CLIP,
             top_k=3,
             batch_size=batch_size,
+            inference=InferenceConfig(),
             decode_tasks=2,
             torch_threads=1,
         )
@@ -306,14 +315,16 @@ def test_another_setting_is_another_labelling(
     first = open_labelling(config, "label")
     assert open_labelling(replace(config, resources=ONE, unit_size=7), "label").plan == first.plan
     assert "stay apart" not in capsys.readouterr().out
-    others = [replace(config, num_segments=3), replace(config, top_k=2), replace(config, batch_size=1)]
+    bf16 = InferenceConfig(precision="bf16")
+    changes: list[dict[str, Any]] = [{"num_segments": 3}, {"top_k": 2}, {"batch_size": 1}, {"inference": bf16}]
+    others = [replace(config, **change) for change in changes]
     opened = [open_labelling(other, "label") for other in others]
     assert opened[0].job.clip == replace(CLIP, sample=replace(CLIP.sample, num_segments=3))
-    assert len({labelling.ledger.root for labelling in [first, *opened]}) == 4
+    assert len({labelling.ledger.root for labelling in [first, *opened]}) == 5
     said = capsys.readouterr().out
-    assert said.count("stay apart") == 3
+    assert said.count("stay apart") == 4
     assert first.ledger.root in said.partition("stay apart")[0]
-    with pytest.raises(ConfigError, match="holds 4"):
+    with pytest.raises(ConfigError, match="holds 5"):
         read_predictions(LOCAL, config.out)
 
 

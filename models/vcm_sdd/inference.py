@@ -31,12 +31,14 @@ _UNTRACEABLE = (ArithmeticError, AssertionError, AttributeError, LookupError, Ru
 # Pixels a call: 12 frames of 224 x 224 keep a ResNet-101's activations in a CPU's cache (48 at once took 1.4 times the
 # time a frame in float32, 6 at once 1.1 times in bfloat16); a GPU wants many at once.
 _CPU_PIXELS, _DEVICE_PIXELS = 12 * 224**2, 384 * 224**2
-_PAYS_FROM = {"fp32": 1_500, "bf16": 11_000}
+# Frames of a ResNet-101 from which compiling pays: it took 19 (bf16) to 32 (fp32) CPU seconds more at the start and
+# 7 to 8 ms less a frame (benchmarks/inference.py).
+_PAYS_FROM = 4_000
 
 
-def compile_pays(num_frames: int, precision: Literal["fp32", "bf16"] = "fp32") -> bool:
+def compile_pays(num_frames: int) -> bool:
     """Return whether compiling is worth its start for a process that will run this many frames, streams added."""
-    return num_frames >= _PAYS_FROM[precision]
+    return num_frames >= _PAYS_FROM
 
 
 def prepare_for_inference(
@@ -47,7 +49,8 @@ def prepare_for_inference(
     Batch norms are folded into the convolutions in front of them, and weights are laid out channels_last, wherever a
     part of the model can be traced; `bf16` rounds those parts to bfloat16 (fast on CPUs with AVX512-BF16 or AMX and
     on GPUs). `compile` also compiles them, on the first call: minutes on a busy machine, see compile_pays; where
-    there is no compiler the model runs uncompiled and says so in the log.
+    there is no compiler the model runs uncompiled and says so in the log. A network without such parts (a transformer)
+    runs whole under autocast, and is compiled whole.
 
     Logits change by at most FP32_TOLERANCE or BF16_TOLERANCE of the largest. Raises ValueError for another precision.
     """
@@ -58,7 +61,9 @@ def prepare_for_inference(
     # Unless a model says so, we do not know that what follows its backbones reads bfloat16.
     keep_dtype = bool(getattr(model, "reads_bf16_features", False))
     _replace_trunks(prepared, lambda trunk: _Trunk(trunk, dtype=dtype, keep_dtype=keep_dtype, compile=compile))
-    return prepared
+    if any(isinstance(part, _Trunk) for part in prepared.modules()) or (dtype == torch.float32 and not compile):
+        return prepared
+    return _Whole(prepared, dtype=dtype, compile=compile)
 
 
 class _Trunk(nn.Module):
@@ -109,11 +114,38 @@ class _Trunk(nn.Module):
             try:
                 return self._compiled(x)
             except (RuntimeError, OSError) as error:
-                # Failed compilations are RuntimeErrors of many names. A real fault comes again, uncompiled.
-                reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-                _LOG.warning("running without torch.compile: %s: %s", type(error).__name__, reason)
+                _say_uncompiled(error)
                 self._compiled = None
         return cast(Tensor, self.traced(x))
+
+
+class _Whole(nn.Module):
+    """A network of which no part can be folded: the same module under autocast, or compiled, or both."""
+
+    def __init__(self, model: nn.Module, *, dtype: torch.dtype, compile: bool) -> None:
+        super().__init__()
+        self.model, self.dtype = model, dtype
+        self.input_spec = getattr(model, "input_spec", None)
+        self._compiled: Callable[..., Tensor] | None = torch.compile(model, dynamic=False) if compile else None
+
+    @torch.no_grad()
+    def forward(self, **inputs: Tensor | None) -> Tensor:
+        """Return float32 logits [B, C]."""
+        device = next(tensor.device.type for tensor in inputs.values() if tensor is not None)
+        with torch.autocast(device, dtype=torch.bfloat16, enabled=self.dtype == torch.bfloat16):
+            if self._compiled is not None:
+                try:
+                    return self._compiled(**inputs).float()
+                except (RuntimeError, OSError) as error:
+                    _say_uncompiled(error)
+                    self._compiled = None
+            return cast(Tensor, self.model(**inputs)).float()
+
+
+def _say_uncompiled(error: Exception) -> None:
+    """Failed compilations are RuntimeErrors of many names. A real fault comes again, uncompiled."""
+    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    _LOG.warning("running without torch.compile: %s: %s", type(error).__name__, reason)
 
 
 def _replace_trunks(module: nn.Module, make: Callable[[nn.Module], nn.Module]) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Annotated, Any, Literal
 
+import tyro
 import yaml
 from tyro.constructors import PrimitiveConstructorSpec
 
@@ -18,6 +19,7 @@ __all__ = [
     "ClipConfig",
     "DecodeConfig",
     "FlowConfig",
+    "InferenceConfig",
     "ModelConfig",
     "ModelOptions",
     "OptimConfig",
@@ -76,6 +78,16 @@ class StorageConfig:
     """AWS region. Default: what the AWS environment or profile says, else us-east-1."""
     addressing: Literal["auto", "path", "virtual"] = "auto"
     """How buckets are addressed; `path` for servers without bucket host names."""
+    retry_s: float = 60.0
+    """How long a request to a failing store is made again, in seconds, before the job ends with StorageUnavailable."""
+    answer_timeout_s: float = 20.0
+    """Seconds until the first byte of an answer, after which a request is made again."""
+    stall_timeout_s: float = 5.0
+    """Seconds of silence in an answer after which its rest is asked for again; a very slow one is left after as many."""
+
+    def __post_init__(self) -> None:
+        for name in ("retry_s", "answer_timeout_s", "stall_timeout_s"):
+            require(getattr(self, name) > 0, f"storage.{name}", "greater than 0", getattr(self, name))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -209,6 +221,16 @@ class OptimConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class InferenceConfig:
+    """How a trained model runs. Batch norms are folded in any case; the settings are part of a result's digest."""
+
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """`bf16` takes about half the time on processors that have it; `evaluate` shows what it does to the accuracy."""
+    compile: bool = False
+    """Compile the network with torch.compile: takes minutes in each worker, then saves time on each video."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class ResourcesConfig:
     """What a job asks of the cluster. A job that cannot fit is refused before it starts, with the arithmetic."""
 
@@ -216,7 +238,7 @@ class ResourcesConfig:
     """Ray cluster to use. Default: the cluster this job was submitted to (RAY_ADDRESS), else a Ray of its own, here."""
     local_cpus: int = 4
     """Logical CPUs of a Ray that this command starts itself (more than the cores is fine: stages wait)."""
-    num_workers: int = 2
+    num_workers: Annotated[int, tyro.conf.arg(aliases=["--workers"])] = 2
     """Processes that run the model (train, label, evaluate) or pack files (pack)."""
     cpus_per_worker: float = 1.0
     """CPUs of each; its thread counts follow from this."""

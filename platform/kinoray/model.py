@@ -2,13 +2,16 @@
 
 import importlib
 import inspect
+import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any, Protocol, cast
 
+import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
-from kinoray.config import ClipConfig, ModelConfig
+from kinoray.config import ClipConfig, InferenceConfig, ModelConfig
 from kinoray.errors import ConfigError, ModelError
 
 __all__ = [
@@ -18,6 +21,8 @@ __all__ = [
     "VideoModel",
     "build_model",
     "check_clip",
+    "compile_advice",
+    "prepare_model",
     "require_known_model",
     "without_start_weights",
 ]
@@ -45,6 +50,9 @@ SHORT_NAMES: Mapping[str, str] = {
     "two_stream_i3d": "video_baselines:two_stream_i3d",
 }
 """Short names for the networks that ship with kinoray; anything else is `package:function`."""
+
+_PREPARE = "vcm_sdd.inference"
+_LOG = logging.getLogger(__name__)
 
 START_OPTIONS = frozenset({"backbone_weights", "pretrained", "weights"})
 """Options of these names only choose the weights that training starts from; they must not change the network itself."""
@@ -130,3 +138,63 @@ def check_clip(spec: InputSpec, clip: ClipConfig) -> None:
     for name, (expected, found) in wanted.items():
         if expected is not None and expected != found:
             raise ConfigError(f"{name} must be {expected} for this model, got {found}")
+
+
+def prepare_model(model: VideoModel, clip: ClipConfig, inference: InferenceConfig) -> VideoModel:
+    """A copy for inference on the model's device, in eval mode: folded batch norms, precision, compiled if asked for.
+
+    The folded copy is compared with the model itself on one seeded clip; a network whose folding changes its logits
+    runs as it is, and the log says so.
+
+    Raises:
+        ModelError: the model cannot be run.
+    """
+    plain, tools = cast(nn.Module, model).eval(), importlib.import_module(_PREPARE)
+    if any(isinstance(part, _BatchNorm) for part in plain.modules()) and not _folds(plain, clip, tools):
+        return model
+    return cast(
+        VideoModel,
+        tools.prepare_for_inference(plain, precision=inference.precision, compile=inference.compile),
+    )
+
+
+def _folds(model: nn.Module, clip: ClipConfig, tools: Any) -> bool:
+    """Whether folding its batch norms leaves the logits of a seeded clip as they are; if not, the log says so."""
+    device = next(iter(model.parameters()), torch.empty(0)).device
+    inputs = _noise(cast(VideoModel, model).input_spec, clip, device)
+    try:
+        with torch.inference_mode():
+            expected, found = model(**inputs).float(), tools.prepare_for_inference(model)(**inputs).float()
+    except (RuntimeError, TypeError, ValueError) as error:
+        shapes = {name: list(tensor.shape) for name, tensor in inputs.items() if tensor is not None}
+        raise ModelError(f"the model failed on a clip {shapes}: {error}") from error
+    off, largest = float((found - expected).abs().max()), float(expected.abs().max())
+    folds: bool = off <= tools.FP32_TOLERANCE * max(largest, 1.0)
+    if not folds:
+        _LOG.warning("the network runs as it is: folding its batch norms changes a logit by %.1e of %.1e", off, largest)
+    return folds
+
+
+def compile_advice(spec: InputSpec, clip: ClipConfig, inference: InferenceConfig, videos_per_worker: int) -> str:
+    """One sentence if inference.compile is set where it costs more than it saves, or not set where it pays; else ""."""
+    streams = int(spec.rgb) + int(spec.flow_channels > 0)
+    frames_per_video = streams * clip.sample.num_segments * clip.sample.frames_per_segment
+    tools = importlib.import_module(_PREPARE)
+    pays = tools.compile_pays(videos_per_worker * frames_per_video)
+    if pays == inference.compile:
+        return ""
+    if pays:
+        return f"with {videos_per_worker} videos a worker --inference.compile would save more time than it takes"
+    return f"with {videos_per_worker} videos a worker inference.compile takes longer than it saves"
+
+
+def _noise(spec: InputSpec, clip: ClipConfig, device: torch.device) -> dict[str, Tensor | None]:
+    """One video of as few segments as the model accepts, the same numbers everywhere."""
+    size = clip.view.crop_px
+    shape = (1, spec.num_segments or 1, clip.sample.frames_per_segment)
+    generator = torch.Generator().manual_seed(0)
+    rgb, flow = (
+        torch.randn(*shape, channels, size, size, generator=generator).to(device) if channels else None
+        for channels in (3 * spec.rgb, spec.flow_channels)
+    )
+    return {"rgb": rgb, "flow": flow}

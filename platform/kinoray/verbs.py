@@ -8,6 +8,7 @@ import tyro
 from kinoray.config import (
     ClipConfig,
     DecodeConfig,
+    InferenceConfig,
     ModelConfig,
     ModelOptions,
     OptimConfig,
@@ -40,12 +41,37 @@ class PackConfig:
 
     Every file that is found is either packed or listed in quarantine.parquet with a reason. The same command again goes
     on where a killed run stopped.
+
+    Kinetics: kinoray pack s3://bucket/k400/ --kinetics k400 --annotations train.csv val.csv --out s3://bucket/set
+
+    SOURCE then holds archives (.tar, .tar.gz, .tgz; read as a stream, never unpacked) or loose files at any depth,
+    named <youtube id>_000010_000020.mp4; folders mean nothing, but what lies in a folder or archive with `replacement`
+    in its name takes the place of other files of the same clip. verdicts.parquet has one row for each annotation row
+    and each file or member: packed, missing, duplicate, unreadable, too_short, not_annotated, replaced, leak, ...
     """
 
     source: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")]
     """Folder or s3:// prefix of class folders (or of train/, val/ with class folders), or a CSV path,label[,split]."""
     out: str
     """Folder or s3:// prefix for shards/, catalog.parquet, labels.json and quarantine.parquet."""
+    kinetics: Literal["k400", "k600", "k700"] | None = None
+    """Pack a Kinetics set by its annotations. Another count of classes than the official one is reported."""
+    annotations: tuple[str, ...] = ()
+    """Kinetics: CSV label,youtube_id,time_start,time_end[,split], lists of `path label`, CSV path,label[,split], JSON
+    lines or Parquet with these fields; known by content. A file without splits is named for its one (train, val,
+    test). Only rows of test may have no label."""
+    label_names: str = ""
+    """Kinetics: names for labels that are numbers: a name a line, lines `number,name`, or JSON."""
+    leaks: Literal["remove", "keep"] = "remove"
+    """Kinetics: what to do with clips of train whose source video, or content, is in another split, too. Clips of other
+    splits always stay. A clip that is listed in two splits is packed once, never in train."""
+    min_clip_fraction: float = 0.2
+    """Kinetics: a file that lasts less than this share of its clip's window is too_short."""
+    limit: int | None = None
+    """Kinetics: only the first so many annotation rows of each split (after duplicates and leaks)."""
+    transcode: bool = False
+    """Pack H.264 with short side 256 (never enlarged), a key frame every 12 frames and no sound instead of the original
+    bytes: sparse sampling then decodes a fraction of the frames."""
     shard_mb: int = 256
     """Aimed size of a shard, in MiB."""
     val_fraction: float = 0.0
@@ -63,6 +89,19 @@ class PackConfig:
         require(self.shard_mb >= 1, "shard_mb", "at least 1", self.shard_mb)
         _check_fraction("val_fraction", self.val_fraction)
         _check_fraction("max_bad_fraction", self.max_bad_fraction)
+        _check_fraction("min_clip_fraction", self.min_clip_fraction)
+        require(self.limit is None or self.limit >= 1, "limit", "at least 1", self.limit)
+        if self.kinetics is None:
+            for name, default in (("annotations", ()), ("label_names", ""), ("leaks", "remove"), ("limit", None)):
+                require(getattr(self, name) == default, name, "given with --kinetics only", getattr(self, name))
+            require(
+                self.min_clip_fraction == 0.2, "min_clip_fraction", "given with --kinetics only", self.min_clip_fraction
+            )
+        else:
+            require(bool(self.annotations), "annotations", "one or more files with --kinetics", self.annotations)
+            require(
+                self.val_fraction == 0, "val_fraction", "0 with --kinetics (annotations name it)", self.val_fraction
+            )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -136,6 +175,8 @@ class LabelConfig:
     """Videos a unit of work: what is committed at once, and what at most is done again after a kill."""
     max_bad_fraction: float = 0.2
     """More quarantined videos than this share make the job exit non-zero (the table is complete all the same)."""
+    inference: InferenceConfig = field(default_factory=InferenceConfig)
+    """How the model runs."""
     storage: StorageConfig = field(default_factory=StorageConfig)
     """Object storage."""
     resources: ResourcesConfig = field(default_factory=ResourcesConfig)
@@ -173,6 +214,8 @@ class EvaluateConfig:
     """Videos a unit of work."""
     max_bad_fraction: float = 0.2
     """More quarantined videos than this share make the job exit non-zero."""
+    inference: InferenceConfig = field(default_factory=InferenceConfig)
+    """How the model runs."""
     storage: StorageConfig = field(default_factory=StorageConfig)
     """Object storage."""
     resources: ResourcesConfig = field(default_factory=ResourcesConfig)

@@ -5,6 +5,7 @@ shown without its coverage.
 """
 
 import json
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -128,6 +129,7 @@ def _label_config(config: EvaluateConfig) -> LabelConfig:
         batch_size=config.batch_size,
         unit_size=config.unit_size,
         max_bad_fraction=config.max_bad_fraction,
+        inference=config.inference,
         storage=config.storage,
         resources=config.resources,
     )
@@ -148,6 +150,7 @@ def _record(config: EvaluateConfig, labelling: Labelling, scores: Scores) -> dic
         "catalog_digest": labelling.catalog.digest,
         "checkpoint": labelling.job.checkpoint,
         "num_segments": labelling.job.clip.sample.num_segments,
+        "inference": asdict(config.inference),
         "model_digest": labelling.job.model_digest,
         "config_digest": labelling.job.config_digest,
         "predictions": labelling.ledger.root,

@@ -20,7 +20,7 @@ from kinoray.catalog import Catalog, catalog_of_source
 from kinoray.checkpoint import CheckpointMeta, find_checkpoint, load_model
 from kinoray.config import ClipConfig, ResourcesConfig, digest
 from kinoray.errors import ClusterError, KinorayError, ObjectNotFound, TooManyBad
-from kinoray.model import check_clip
+from kinoray.model import check_clip, compile_advice
 from kinoray.predictions import Ledger, Plan, Totals, Unit, find_labellings, labelling_id, row_keys
 from kinoray.progress import Progress, format_duration
 from kinoray.run.cluster import connect, quiet_ray, require_fit
@@ -90,7 +90,13 @@ def open_labelling(
     clip = _clip(meta.clip, config.num_segments)
     check_clip(model.input_spec, clip)
     top_k = min(config.top_k, len(meta.labels))
-    settings = {"clip": asdict(clip), "top_k": top_k, "batch_size": config.batch_size, "labels": list(meta.labels)}
+    settings = {
+        "clip": asdict(clip),
+        "top_k": top_k,
+        "batch_size": config.batch_size,
+        "inference": asdict(config.inference),
+        "labels": list(meta.labels),
+    }
     catalog = catalog_of_source(storage, absolute(config.source)).select(config.split)
     if check is not None:
         check(catalog, meta)
@@ -112,11 +118,15 @@ def open_labelling(
         clip=clip,
         top_k=top_k,
         batch_size=config.batch_size,
+        inference=config.inference,
         decode_tasks=config.resources.decode_tasks,
         torch_threads=max(1, int(config.resources.cpus_per_worker)),
         device="cuda" if config.resources.gpus_per_worker > 0 else "cpu",
     )
     print(f"{task}: {len(catalog)} videos, {len(meta.labels)} classes, checkpoint {checkpoint}", flush=True)
+    videos_per_worker = -(-len(catalog) // config.resources.num_workers)
+    if job.device == "cpu" and (advice := compile_advice(model.input_spec, clip, config.inference, videos_per_worker)):
+        print(f"{task}: {advice}", flush=True)
     return Labelling(catalog=catalog, keys=keys, meta=meta, job=job, ledger=ledger, plan=plan)
 
 

@@ -19,7 +19,7 @@ from torch import nn
 from kinoray.batch import collate, model_inputs
 from kinoray.catalog import read_videos, references
 from kinoray.checkpoint import load_model
-from kinoray.config import ClipConfig
+from kinoray.config import ClipConfig, InferenceConfig
 from kinoray.decode import Clip
 from kinoray.errors import (
     AccessDenied,
@@ -29,7 +29,7 @@ from kinoray.errors import (
     ModelError,
     StorageUnavailable,
 )
-from kinoray.model import VideoModel
+from kinoray.model import VideoModel, prepare_model
 from kinoray.predictions import PREDICTION_SCHEMA, Ledger, Unit
 from kinoray.sandbox import shared_sandbox
 from kinoray.storage import Storage
@@ -54,6 +54,7 @@ class LabelJob:
     clip: ClipConfig
     top_k: int
     batch_size: int
+    inference: InferenceConfig
     decode_tasks: int
     """Decoder processes of each worker."""
     torch_threads: int
@@ -169,8 +170,8 @@ class LabelUnits:
                     f"{self.job.checkpoint} was replaced while the job ran: model {meta.model_digest}, "
                     f"expected {self.job.model_digest}; run the command again"
                 )
-            cast(nn.Module, model).to(self.job.device).eval()
-            self.model, self.labels = model, meta.labels
+            cast(nn.Module, model).to(self.job.device)
+            self.model, self.labels = prepare_model(model, self.job.clip, self.job.inference), meta.labels
         return self.model
 
     def _label(self, model: VideoModel, rows: pa.Table) -> list[_Outcome]:
