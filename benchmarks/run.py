@@ -1,4 +1,4 @@
-"""Run every benchmark and refresh docs/benchmarks.md: `python benchmarks/run.py [--quick] [NAME ...]`.
+"""Run benchmarks and refresh their sections of docs/benchmarks.md: `python benchmarks/run.py [--quick] [NAME ...]`.
 
 Each benchmarks/NAME.py prints a table and ends with one JSON object: its ratios, each beside its bar, and "ok".
 """
@@ -43,23 +43,32 @@ def run_one(script: Path, quick: bool) -> dict[str, Any]:
     return {**result, "text": "\n".join(lines[:-1])}
 
 
-def section(name: str, result: dict[str, Any], quick: bool) -> str:
+def section(name: str, result: dict[str, Any]) -> str:
     """A benchmark's part of the page."""
-    text = result.pop("text")
-    flags = " --quick" if quick else ""
+    figures = {key: value for key, value in result.items() if key != "text"}
     verdict = "every bar met" if result.get("ok") else "a bar was missed (see the figures)"
-    figures = json.dumps(result, indent=2)
+    when = datetime.now(UTC).date().isoformat()
     return (
-        f"## {name}\n\n`python benchmarks/{name}.py{flags}`: {verdict}.\n\n"
-        f"```text\n{text}\n```\n\n```json\n{figures}\n```\n"
+        f"## {name}\n\n`python benchmarks/{name}.py`: {verdict}.\n{when}, {machine()}.\n\n"
+        f"```text\n{result['text']}\n```\n\n```json\n{json.dumps(figures, indent=2)}\n```\n"
     )
 
 
+def refreshed(page: str, parts: dict[str, str]) -> str:
+    """The page with these sections in place of the older ones of the same name; the others stay."""
+    _, *old = page.split("\n## ")
+    sections = {text.split("\n", 1)[0]: f"## {text.rstrip()}\n" for text in old} | parts
+    head = "# Benchmarks\n\nWritten by `make bench`. Read the ratios: absolute times are those of one machine.\n"
+    return "\n".join([head, *(sections[name] for name in sorted(sections))])
+
+
 def main() -> int:
-    """Run the benchmarks named (default: all) and write the page."""
+    """Run the benchmarks named (default: all) and write their sections of the page."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("names", nargs="*", metavar="NAME")
-    parser.add_argument("--quick", action="store_true", help="fewer repeats, for a look; figures are rougher")
+    parser.add_argument(
+        "--quick", action="store_true", help="fewer repeats, for a look: rougher figures, the page stays as it is"
+    )
     arguments = parser.parse_args()
     scripts = sorted(path for path in HERE.glob("*.py") if path.stem != "run")
     known = [script.stem for script in scripts]
@@ -68,17 +77,12 @@ def main() -> int:
         parser.error(f"no such benchmark: {', '.join(sorted(unknown))}; there are {', '.join(known)}")
     chosen = [script for script in scripts if not arguments.names or script.stem in arguments.names]
     results = {script.stem: run_one(script, arguments.quick) for script in chosen}
-    ok = all(result.get("ok") for result in results.values())
-    if not arguments.names:
-        when = datetime.now(UTC).date().isoformat()
-        head = (
-            "# Benchmarks\n\nWritten by `make bench`. Read the ratios: absolute times are those of one machine.\n\n"
-            f"{when}: {machine()}.\n\n"
-        )
-        parts = [section(name, result, arguments.quick) for name, result in results.items()]
-        PAGE.write_text(head + "\n".join(parts), encoding="utf-8")
+    if not arguments.quick:
+        old = PAGE.read_text(encoding="utf-8") if PAGE.exists() else ""
+        parts = {name: section(name, result) for name, result in results.items()}
+        PAGE.write_text(refreshed(old, parts), encoding="utf-8")
         print(f"wrote {PAGE.relative_to(HERE.parent)}")
-    return 0 if ok else 1
+    return 0 if all(result.get("ok") for result in results.values()) else 1
 
 
 if __name__ == "__main__":
