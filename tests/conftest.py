@@ -1,40 +1,21 @@
 """Fixtures that every test may use: an S3 server of its own process, and one Ray for the whole session."""
 
 import os
-import socket
 import subprocess
 import sys
-import time
 import urllib.request
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import boto3
 import pytest
 
 from kinoray.config import StorageConfig
+from ports import free_port, wait_until
+from radosgw import missing_programs, radosgw
 
 ROOT = Path(__file__).resolve().parents[1]
-
-
-def free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])
-
-
-def wait_until(condition: Callable[[], bool], limit_s: float, what: str) -> None:
-    """Poll until the condition holds; an OSError counts as not yet. Fails the test after limit_s."""
-    end = time.monotonic() + limit_s
-    while time.monotonic() < end:
-        try:
-            if condition():
-                return
-        except OSError:
-            pass
-        time.sleep(0.1)
-    raise AssertionError(f"waited {limit_s:g} s in vain until {what}")
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -59,25 +40,40 @@ def _environment() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def s3_server(_environment: None) -> Iterator[str]:
+def s3_server(moto_server: str) -> str:
+    """Address of an S3 server; the storage tests take Ceph's radosgw as well."""
+    return moto_server
+
+
+@pytest.fixture(scope="session")
+def radosgw_server(_environment: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """Address of Ceph's radosgw, where its packages are installed; 13 s."""
+    if missing := missing_programs():
+        pytest.skip(f"radosgw is not installed ({', '.join(missing)} missing); tests/radosgw.py names the packages")
+    with radosgw(tmp_path_factory.mktemp("radosgw")) as url:
+        yield url
+
+
+@pytest.fixture(scope="session")
+def moto_server(_environment: None) -> Iterator[str]:
     """Address of an S3 protocol server (moto) that runs as a process of its own, on loopback."""
     port = free_port()
     url = f"http://127.0.0.1:{port}"
     command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
-        for _ in range(300):
-            try:
-                urllib.request.urlopen(url, timeout=1)
-                break
-            except OSError:
-                if process.poll() is not None:
-                    raise RuntimeError(f"the S3 server ended with {process.returncode}") from None
-                time.sleep(0.1)
+        wait_until(lambda: _answers(url, process), 60, "the S3 server answers")
         yield url
     finally:
         process.kill()
         process.wait()
+
+
+def _answers(url: str, process: "subprocess.Popen[bytes]") -> bool:
+    if process.poll() is not None:
+        raise RuntimeError(f"the S3 server ended with {process.returncode}")
+    with urllib.request.urlopen(url, timeout=1):
+        return True
 
 
 @pytest.fixture

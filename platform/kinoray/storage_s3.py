@@ -1,14 +1,17 @@
-"""Storage in S3, or a server that speaks its protocol, through boto3; the reading of bodies is in storage_s3_read.py.
+"""Storage in S3, or a server that speaks its protocol, through boto3.
 
-What is easy to break: a conditional put whose answer got lost is repeated by boto3 and then meets its own object.
+How long requests are retried is in storage_s3_retry.py, the reading of bodies in storage_s3_read.py. What is easy to
+break: a write whose answer got lost is repeated, and then meets its own object.
 """
 
 import base64
 import contextlib
 import hashlib
 import os
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 from urllib.parse import urlparse
@@ -16,7 +19,6 @@ from uuid import uuid4
 
 import boto3
 import botocore.exceptions as aws
-import urllib3.exceptions
 from botocore.config import Config
 
 from kinoray.config import StorageConfig
@@ -26,16 +28,17 @@ from kinoray.errors import (
     ConfigError,
     ObjectNotFound,
     StorageError,
-    StorageUnavailable,
 )
-from kinoray.storage_s3_read import back_off, read_object
+from kinoray.storage_s3_read import read_object
+from kinoray.storage_s3_retry import DIGEST_CODES, Retries, code_of, pauses, status_of
 
 __all__ = ["S3Store", "endpoint_of"]
 
 T = TypeVar("T")
 
-_ATTEMPTS = 10  # of one request, by botocore: half a minute in all (a minute and a half in older releases)
-_FIRST_CONTACT_ATTEMPTS = 5  # while the endpoint has never answered: up to 15 s where it refuses, 40 s where it is mute
+_CONFLICT_TRIES = 10  # of a conditional put, while others are under way
+_TOKEN_TRIES = 5  # with credentials that the server calls expired: fresh ones may be in the file or the role already
+_CONNECT_TIMEOUT_S = 5.0
 _PART_BYTES = 16 * 2**20
 _PART_THREADS = 4
 
@@ -47,9 +50,8 @@ _CREDENTIAL_ERRORS = (
     aws.SSOError,
     aws.ProfileNotFound,
 )
-_DENIED_CODES = {"ExpiredToken", "ExpiredTokenException", "InvalidToken", "TokenRefreshRequired", "InvalidAccessKeyId"}
-_BUSY_CODES = {"SlowDown", "RequestTimeout", "Throttling", "ThrottlingException", "RequestLimitExceeded"}
-_DIGEST_CODES = {"BadDigest", "XAmzContentChecksumMismatch", "XAmzContentSHA256Mismatch"}
+_EXPIRED_CODES = {"ExpiredToken", "ExpiredTokenException", "RequestExpired", "TokenRefreshRequired"}
+_DENIED_CODES = _EXPIRED_CODES | {"InvalidToken", "InvalidAccessKeyId"}
 
 
 def endpoint_of(config: StorageConfig) -> str | None:
@@ -61,22 +63,25 @@ class S3Store:
     """The operations of `storage.Storage` on names `bucket/key`. Raises StorageError and its kinds, ConfigError."""
 
     def __init__(self, config: StorageConfig) -> None:
+        self._config = config
         self._client = _make_client(config)
-        self._custom_endpoint = not _is_aws(self._client.meta.endpoint_url)
+        endpoint = self._client.meta.endpoint_url
+        self._custom_endpoint = not _is_aws(endpoint)
+        self._retries = Retries(config.retry_s, endpoint)
 
     def read(self, name: str) -> bytes:
         """All bytes of the object."""
-        return self._guard(name, lambda: read_object(self._client, *_split(name), None))
+        return self._guard(name, lambda: self._read(name, None))
 
     def read_range(self, name: str, offset: int, length: int) -> bytes:
         """Exactly `length` bytes from byte `offset` on, or ChecksumMismatch."""
         if length == 0:
             return b""
-        return self._guard(name, lambda: read_object(self._client, *_split(name), (offset, length)))
+        return self._guard(name, lambda: self._read(name, (offset, length)))
 
     def put(self, name: str, data: bytes) -> None:
         """Replace or make the object; the server checks a checksum of the data."""
-        self._guard(name, lambda: self._client.put_object(Body=data, **_target(name), **self._checksum(data)))
+        self._guard(name, lambda: self._call(name, "put_object", Body=data, **self._checksum(data)))
 
     def put_file(self, name: str, path: Path) -> None:
         """Replace or make the object from a local file, in parts that the server checks one by one."""
@@ -96,21 +101,26 @@ class S3Store:
     def list(self, prefix: str) -> Iterator[tuple[str, int, float, str]]:
         """(bucket/key, size, time, etag) of all objects below `bucket/prefix`, in the order of their keys."""
         bucket, key = _split(prefix)
-        pages = iter(self._client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=key))
-        while (page := self._guard(prefix, lambda: next(pages, None))) is not None:
+        more: dict[str, str] = {}
+        while True:
+            target = {"Bucket": bucket, "Prefix": key, **more}
+            page = self._guard(prefix, partial(self._run, prefix, "list_objects_v2", target))
             for item in page.get("Contents", ()):
                 if not (item["Key"].endswith("/") and item["Size"] == 0):  # the marker of an empty "folder"
                     etag = item["ETag"].strip('"')
                     yield f"{bucket}/{item['Key']}", item["Size"], item["LastModified"].timestamp(), etag
+            if not page.get("IsTruncated"):
+                return
+            more = {"ContinuationToken": page["NextContinuationToken"]}
 
     def stat(self, name: str) -> tuple[int, float, str]:
         """(size, time, etag) of one object."""
-        head = self._guard(name, lambda: self._client.head_object(**_target(name)))
+        head = self._guard(name, lambda: self._call(name, "head_object"))
         return head["ContentLength"], head["LastModified"].timestamp(), head["ETag"].strip('"')
 
     def delete(self, name: str) -> None:
         """Remove the object if it is there."""
-        self._guard(name, lambda: self._client.delete_object(**_target(name)))
+        self._guard(name, lambda: self._call(name, "delete_object"))
 
     def _checksum(self, data: bytes) -> dict[str, str]:
         """What makes the server check an upload: boto3's own CRC32 on AWS; elsewhere Content-MD5, which all know."""
@@ -118,49 +128,102 @@ class S3Store:
             return {}
         return {"ContentMD5": base64.b64encode(hashlib.md5(data, usedforsecurity=False).digest()).decode()}
 
-    def _put_if_absent(self, name: str, data: bytes) -> bool:
-        writer = uuid4().hex
-        for attempt in range(_ATTEMPTS):
+    def _call(self, name: str, operation: str, **arguments: Any) -> Any:
+        """One operation of boto3 on the object, with retries; raises botocore's errors and StorageUnavailable."""
+        return self._run(name, operation, _target(name) | arguments)
+
+    def _run(self, name: str, operation: str, arguments: dict[str, Any]) -> Any:
+        waits = pauses(self._config.retry_s)
+        for _ in range(_TOKEN_TRIES - 1):
             try:
-                self._client.put_object(
-                    Body=data, IfNoneMatch="*", Metadata={"writer": writer}, **_target(name), **self._checksum(data)
-                )
+                return self._retries.run(name, lambda: getattr(self._client, operation)(**arguments))
+            except aws.ClientError as error:
+                pause = next(waits, None)
+                bare = code_of(error) == "403"  # an answer to HEAD, which cannot say why
+                if pause is None or not (bare or code_of(error) in _EXPIRED_CODES):
+                    raise
+                time.sleep(pause)
+                self._client = _make_client(self._config)  # a new session reads the credentials again
+        return self._retries.run(name, lambda: getattr(self._client, operation)(**arguments))
+
+    def _read(self, name: str, span: tuple[int, int] | None) -> bytes:
+        def ask(**request: Any) -> Any:
+            return self._run(name, "get_object", request)
+
+        def size_of() -> int:
+            return int(self._call(name, "head_object")["ContentLength"])
+
+        config = self._config
+        return read_object(
+            ask,
+            *_split(name),
+            span,
+            size_of=size_of,
+            retry_s=config.retry_s,
+            stall_timeout_s=config.stall_timeout_s,
+        )
+
+    def _put_if_absent(self, name: str, data: bytes) -> bool:
+        writer = {"writer": uuid4().hex}
+        waits = pauses(self._config.retry_s)
+        for attempt in range(_CONFLICT_TRIES):
+            try:
+                self._call(name, "put_object", Body=data, IfNoneMatch="*", Metadata=writer, **self._checksum(data))
                 return True
             except aws.ClientError as error:
-                status = error.response["ResponseMetadata"].get("HTTPStatusCode")
+                status = status_of(error)
                 if status == 412:
-                    # Our first try may have been stored and its answer lost: then boto3's retry met our own object.
-                    head = self._client.head_object(**_target(name))
-                    return bool(head["Metadata"].get("writer") == writer)
-                if status != 409 or attempt == _ATTEMPTS - 1:  # 409: another conditional put is under way
+                    # Our first try may have been stored and its answer lost: then the retry met our own object.
+                    return self._is_written_by(name, writer)
+                if status != 409 or attempt == _CONFLICT_TRIES - 1:  # 409: another conditional put is under way
                     raise
-                back_off(attempt)
+                time.sleep(next(waits, 0.0))
         raise AssertionError("the last attempt returns or raises")
 
+    def _is_written_by(self, name: str, writer: dict[str, str]) -> bool:
+        """Whether the object that is there came from this very call."""
+        try:
+            return bool(self._call(name, "head_object")["Metadata"].get("writer") == writer["writer"])
+        except aws.ClientError as error:
+            if status_of(error) == 404:  # deleted meanwhile
+                return False
+            raise
+
     def _put_parts(self, name: str, path: Path, size_bytes: int) -> None:
-        target = _target(name)
         part_bytes = max(_PART_BYTES, -(-size_bytes // 10_000))  # S3 takes at most 10,000 parts
         algorithm = {} if self._custom_endpoint else {"ChecksumAlgorithm": "CRC32"}
-        upload_id = self._client.create_multipart_upload(**target, **algorithm)["UploadId"]
+        writer = {"writer": uuid4().hex}
+        upload_id = self._call(name, "create_multipart_upload", Metadata=writer, **algorithm)["UploadId"]
 
         def put_part(offset: int) -> dict[str, Any]:
             with path.open("rb") as file:
                 file.seek(offset)
                 data = file.read(part_bytes)
-            number = offset // part_bytes + 1
-            answer = self._client.upload_part(
-                Body=data, PartNumber=number, UploadId=upload_id, **target, **algorithm, **self._checksum(data)
+            number = {"PartNumber": offset // part_bytes + 1}
+            answer = self._call(
+                name, "upload_part", Body=data, UploadId=upload_id, **number, **algorithm, **self._checksum(data)
             )
-            return {"PartNumber": number, **{key: answer[key] for key in ("ETag", "ChecksumCRC32") if key in answer}}
+            return {**number, **{key: answer[key] for key in ("ETag", "ChecksumCRC32") if key in answer}}
 
+        pool = ThreadPoolExecutor(_PART_THREADS, thread_name_prefix="put-parts")
         try:
-            with ThreadPoolExecutor(_PART_THREADS) as pool:
-                parts = list(pool.map(put_part, range(0, size_bytes, part_bytes)))
-            self._client.complete_multipart_upload(UploadId=upload_id, MultipartUpload={"Parts": parts}, **target)
+            parts = list(pool.map(put_part, range(0, size_bytes, part_bytes)))
+            self._complete(name, upload_id, parts, writer)
         except BaseException:
+            pool.shutdown(cancel_futures=True)  # no part may arrive after the upload is given up
             with contextlib.suppress(aws.ClientError, aws.BotoCoreError):  # the first error is the one to report
-                self._client.abort_multipart_upload(UploadId=upload_id, **target)
+                self._client.abort_multipart_upload(UploadId=upload_id, **_target(name))
             raise
+        finally:
+            pool.shutdown()
+
+    def _complete(self, name: str, upload_id: str, parts: Sequence[dict[str, Any]], writer: dict[str, str]) -> None:
+        """Make the object of its parts. Where the answer got lost, the retry finds no upload, but our object."""
+        try:
+            self._call(name, "complete_multipart_upload", UploadId=upload_id, MultipartUpload={"Parts": parts})
+        except aws.ClientError as error:
+            if code_of(error) != "NoSuchUpload" or not self._is_written_by(name, writer):
+                raise
 
     def _guard(self, name: str, call: Callable[[], T]) -> T:
         """Run a call of boto3 and translate what it raises."""
@@ -176,15 +239,11 @@ class S3Store:
         except aws.ParamValidationError as error:
             reason = " ".join(str(error).split()).partition(": Bucket name must match")[0]  # two regexes follow
             raise ObjectNotFound(f"s3://{name} is not a valid address: {reason}") from error
-        except (aws.ConnectionError, aws.HTTPClientError, urllib3.exceptions.HTTPError) as error:
-            endpoint = self._client.meta.endpoint_url
-            raise StorageUnavailable(f"s3://{name}: {endpoint} does not answer ({error})") from error
         except aws.BotoCoreError as error:
             raise StorageError(f"s3://{name}: {error}") from error
 
     def _raise_client_error(self, name: str, error: aws.ClientError) -> NoReturn:
-        status = error.response["ResponseMetadata"].get("HTTPStatusCode", 0)
-        code = error.response["Error"].get("Code", "")
+        status, code = status_of(error), code_of(error)
         text = " ".join(f"{code} {error.response['Error'].get('Message', '')}".split())
         bucket = _split(name)[0]
         if code == "NoSuchBucket" or (status == 404 and code != "NoSuchKey" and not self._has_bucket(bucket)):
@@ -192,16 +251,15 @@ class S3Store:
         if status == 404:
             raise ObjectNotFound(f"s3://{name}: no such object") from error
         if status in (401, 403) or code in _DENIED_CODES:
-            raise AccessDenied(f"s3://{name}: the credentials may not do this ({text})") from error
+            what = "have expired" if code in _EXPIRED_CODES else "may not do this"
+            raise AccessDenied(f"s3://{name}: the credentials {what} ({text})") from error
         if status == 416:
             raise ChecksumMismatch(
                 f"s3://{name} is too short: bytes behind its end were asked for; it was cut or replaced after its "
                 "catalog was made"
             ) from error
-        if code in _DIGEST_CODES:
+        if code in DIGEST_CODES:
             raise ChecksumMismatch(f"s3://{name}: the data changed on its way to the server ({text})") from error
-        if status >= 500 or status == 429 or code in _BUSY_CODES:
-            raise StorageUnavailable(f"s3://{name}: still failing after {_ATTEMPTS} attempts ({text})") from error
         raise StorageError(f"s3://{name}: {error.operation_name} was refused, {status} {text}") from error
 
     def _has_bucket(self, bucket: str) -> bool:
@@ -209,7 +267,9 @@ class S3Store:
         try:
             self._client.head_bucket(Bucket=bucket)
         except aws.ClientError as error:
-            return bool(error.response["ResponseMetadata"].get("HTTPStatusCode") != 404)
+            return status_of(error) != 404
+        except aws.BotoCoreError:
+            return True
         return True
 
 
@@ -221,23 +281,6 @@ def _split(name: str) -> tuple[str, str]:
 def _target(name: str) -> dict[str, str]:
     bucket, key = _split(name)
     return {"Bucket": bucket, "Key": key}
-
-
-class _FirstContact:
-    """Gives up early on an endpoint that has never answered: a typing error should not cost a minute.
-
-    Once it has answered, an outage is met with all of _ATTEMPTS. Handlers of `needs-retry` may raise, as botocore's
-    own legacy ones do.
-    """
-
-    def __init__(self) -> None:
-        self._answered = False
-
-    def __call__(self, *, response: object, attempts: int, caught_exception: Exception | None, **_: object) -> None:
-        if response is not None:
-            self._answered = True
-        elif caught_exception and not self._answered and attempts >= _FIRST_CONTACT_ATTEMPTS:
-            raise caught_exception
 
 
 def _is_aws(url: str) -> bool:
@@ -256,9 +299,9 @@ def _make_client(config: StorageConfig) -> Any:
                 endpoint_url=config.endpoint_url,
                 region_name=config.region or session.region_name or "us-east-1",
                 config=Config(
-                    retries={"mode": "standard", "total_max_attempts": _ATTEMPTS},
-                    connect_timeout=5,
-                    read_timeout=20,
+                    retries={"mode": "standard", "total_max_attempts": 1},  # ours go by time
+                    connect_timeout=min(_CONNECT_TIMEOUT_S, config.answer_timeout_s),
+                    read_timeout=config.answer_timeout_s,
                     max_pool_connections=32,
                     s3={"addressing_style": config.addressing},
                     request_checksum_calculation=checksums,
@@ -273,5 +316,4 @@ def _make_client(config: StorageConfig) -> Any:
         raise ConfigError(f"storage.endpoint_url {endpoint_of(config)!r} is not an address: {error}") from error
     except aws.BotoCoreError as error:
         raise AccessDenied(f"AWS settings cannot be used: {error}") from error
-    made.meta.events.register_first("needs-retry.s3", _FirstContact())
     return made
