@@ -87,6 +87,11 @@ def probe(data: bytes, config: DecodeConfig) -> VideoInfo:
         return _info(video)
 
 
+def _reach(sample: SampleConfig) -> float:
+    """Share of the frames before the last slot: its frame is wanted, whichever it is."""
+    return 1 - 1 / (sample.num_segments * sample.frames_per_segment)
+
+
 def _read(data: bytes, video: PyavVideo, wanted: np.ndarray, sink: FrameSink, config: DecodeConfig) -> Reading:
     if config.backend == "decord":
         return read_with_decord(data, video, wanted, sink)
@@ -191,7 +196,7 @@ def decode_clip(
     Raises:
         MediaError: one of its subclasses; any bytes give a clip or that.
     """
-    with PyavVideo(data, config.decode) as video:
+    with PyavVideo(data, config.decode, _reach(config.sample)) as video:
         while True:
             num_frames = video.num_frames
             indices = segment_indices(num_frames, config.sample, rng)
@@ -239,10 +244,11 @@ def thumbnails(data: bytes, config: DecodeConfig, num_frames: int, height: int) 
     Raises:
         MediaError: as for `decode_clip`.
     """
-    with PyavVideo(data, config) as video:
+    sample = SampleConfig(num_segments=num_frames, frames_per_segment=1)
+    with PyavVideo(data, config, _reach(sample)) as video:
         while True:
             total = video.num_frames
-            indices = segment_indices(total, SampleConfig(num_segments=num_frames, frames_per_segment=1)).reshape(-1)
+            indices = segment_indices(total, sample).reshape(-1)
             sink = _ThumbnailSink(height)
             _read(data, video, np.unique(indices), sink, config)
             if video.num_frames == total:

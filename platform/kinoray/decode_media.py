@@ -14,6 +14,7 @@ import av
 import numpy as np
 
 from kinoray.config import DecodeConfig
+from kinoray.decode_budget import MAX_STREAMS, check_boxes, check_index
 from kinoray.decode_plan import PacketTable
 from kinoray.errors import (
     EmptyMedia,
@@ -34,6 +35,8 @@ _MAX_DEMUX_ERRORS = 64
 """Damaged places in the container after which the rest is given up."""
 _MAX_SCALED_PIXELS = 2**25
 """Scaling the short side of a 16 x 1,000,000 frame to 256 would take 12 GB."""
+_MAX_EXPANSION = 4
+"""Packets may be compressed in the container, or share their bytes: times the size of the file that all may take."""
 _KEEP_BYTES = 64 * 2**20
 """Packets of larger files are not kept beside the file itself, but read again when they are decoded."""
 
@@ -71,6 +74,9 @@ def _refuse_io(*_: Any) -> NoReturn:
 class Media:
     """One video file. Use it in a `with` block.
 
+    Args:
+        reach: share of the frames that will be passed for certain before the last one that is wanted.
+
     Raises (when made):
         EmptyMedia, UnreadableContainer, NoVideoStream, UndecodableVideo (no decoder, no packets), MediaOverBudget.
     """
@@ -78,12 +84,14 @@ class Media:
     table: PacketTable
     """The packets, and which frame each one carries."""
 
-    def __init__(self, data: bytes, config: DecodeConfig) -> None:
+    def __init__(self, data: bytes, config: DecodeConfig, reach: float = 0.0) -> None:
         check_size_bytes(len(data), config)
+        check_boxes(data)
         self._data, self._config = data, config
         self._container = self._open()
         try:
             self._stream = self._choose_stream()
+            check_index(self._stream, len(data), config, by_groups=self.decodes_by_groups(), reach=reach)
             with media_stage(UnreadableContainer, "the container's packets cannot be read"):
                 self._packets: list[Any] | None = self._list_packets()
             self._check_duration()
@@ -107,7 +115,11 @@ class Media:
             return av.open(
                 io.BytesIO(self._data),
                 options=self._codec_options(),  # libav decodes a first frame by itself
-                container_options={"format_whitelist": ",".join(_FORMATS), "protocol_whitelist": "none"},
+                container_options={
+                    "format_whitelist": ",".join(_FORMATS),
+                    "protocol_whitelist": "none",
+                    "max_streams": str(MAX_STREAMS),
+                },
                 metadata_errors="replace",
                 io_open=_refuse_io,
                 buffer_size=2**18,
@@ -177,6 +189,8 @@ class Media:
                         yield held
                     held = packet
                 break
+            except MemoryError as cause:
+                raise MediaOverBudget("the container's packets take more memory than there is") from cause
             except LIBAV_ERRORS:
                 errors += 1
         if held is not None and not held.is_corrupt:
@@ -188,8 +202,10 @@ class Media:
         pts, keyframe, shown = [], [], []
         hides = self.codec == "vp8"  # its hidden frames are packets of their own; bit 4 of the first byte says "show"
         first: int | None = None
-        end = 0
+        end = size_bytes = 0
         for packet in self._demux(self._container):
+            size_bytes += packet.size
+            self._check_expansion(size_bytes)
             pts.append(packet.pts)
             keyframe.append(packet.is_keyframe)
             shown.append(not packet.is_discard and not (hides and not memoryview(packet)[0] & 0x10))
@@ -206,6 +222,14 @@ class Media:
             raise UndecodableVideo(f"none of the {len(pts)} video packets carries a frame that is to be shown")
         self._span = (first or 0, end)
         return kept
+
+    def _check_expansion(self, size_bytes: int) -> None:
+        limit = _MAX_EXPANSION * len(self._data) + 2**20
+        if size_bytes > limit:
+            raise MediaOverBudget(
+                f"the packets of a file of {len(self._data):,} bytes take more than {limit:,}: they are compressed in "
+                "the container, or share their bytes"
+            )
 
     def _check_duration(self) -> None:
         if self.duration_s > self._config.max_duration_s:
@@ -243,6 +267,10 @@ class Media:
                     break
                 if place >= begin:
                     yield place, packet
+
+    def decodes_by_groups(self) -> bool:
+        """Whether decoding may begin at any key frame with the certainty that frames come out exactly."""
+        return self.codec in ("h264", "hevc")
 
     def leaves_out_exactly(self) -> bool:
         """Whether frames that nobody refers to can be left out, packet by packet, and all others stay exact.

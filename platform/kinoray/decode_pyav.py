@@ -40,8 +40,8 @@ class _Tally:
 class PyavVideo(Media):
     """A video file whose frames can be read. Raises what Media raises when it is made."""
 
-    def __init__(self, data: bytes, config: DecodeConfig) -> None:
-        super().__init__(data, config)
+    def __init__(self, data: bytes, config: DecodeConfig, reach: float = 0.0) -> None:
+        super().__init__(data, config, reach)
         self._scaler = VideoReformatter()  # one a video: used for two sizes or formats in turn, it is rebuilt each time
         self._first: tuple[int, int, int] | None = None  # quarter turns, width and height of the first frame
         self._timed = self.table.timed
@@ -98,7 +98,7 @@ class PyavVideo(Media):
 
     def _read_by_time(self, wanted: np.ndarray, sink: FrameSink) -> Reading:
         whole = self.table.runs_in_order(wanted)
-        by_groups = self.codec in ("h264", "hevc")
+        by_groups = self.decodes_by_groups()
         leave_out = ~self.table.wanted_packets(wanted) if self.leaves_out_exactly() else None
         first = _Tally()
         runs = self.table.runs_for(wanted) if by_groups else whole
@@ -219,6 +219,8 @@ class PyavVideo(Media):
     def _decode(self, packet: Any, place: int, tally: _Tally) -> list[Any]:
         try:
             frames: list[Any] = self.context.decode(packet)
+        except MemoryError as cause:
+            raise MediaOverBudget("a frame takes more memory than there is") from cause
         except LIBAV_ERRORS:
             tally.refused.append(place)
             return []
