@@ -192,12 +192,12 @@ def test_drawings_can_be_told_apart_across_the_splits() -> None:
 
 
 def colour_block(num_videos: int, seed: int) -> ClipBlock:
-    """Two classes by mean colour; frame number f of a video carries f in its last pixel."""
+    """Two classes by mean colour; frame number f of a video is f all over in red."""
     rng = np.random.default_rng(seed)
     labels = np.arange(num_videos, dtype=np.int64) % 2
     frames = rng.integers(0, 60, (num_videos, 2, 4, 3, 16, 16)).astype(np.uint8)
     frames += (labels * 150).astype(np.uint8)[:, None, None, None, None, None]
-    frames[..., 0, -1, -1] = np.arange(8).reshape(2, 4)
+    frames[:, :, :, 0] = np.arange(8).reshape(2, 4, 1, 1)
     return ClipBlock(frames, np.zeros((num_videos, 2, 4, 2, 16, 16), np.int8), labels)
 
 
@@ -257,6 +257,39 @@ def test_frames_of_training_and_testing(one_sequence: bool, monkeypatch: pytest.
     assert {tuple(frames) for frames in training} > {(0, 2, 4, 6), (1, 3, 5, 7)}
     whole = [[0, 2, 4, 6], [1, 3, 5, 7]] * 2
     assert testing == (whole if one_sequence else [[0, 1, 2, 3, 4, 5, 6, 7]] * 2)
+
+
+class Marks(torch.nn.Module):
+    """Records where the one bright pixel of frames and flow is: [B, (y, x)] of both."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.input_spec = vcm_sdd(num_classes=2, backbone="tiny", heads=4).input_spec
+        self.weight = torch.nn.Parameter(torch.zeros(2))
+        self.seen: list[tuple[list[list[int]], list[list[int]]]] = []
+
+    def forward(self, *, rgb: torch.Tensor, flow: torch.Tensor) -> torch.Tensor:
+        places = []
+        for x in (rgb, flow):
+            brightest = x.flatten(-2).argmax(dim=-1).flatten(1)
+            assert (brightest == brightest[:, :1]).all()  # the same in all frames and channels
+            places.append([list(divmod(number, x.shape[-1])) for number in brightest[:, 0].tolist()])
+        self.seen.append((places[0], places[1]))
+        return self.weight.expand(len(rgb), 2)
+
+
+def test_training_videos_are_moved_around_the_edges_with_their_flow(monkeypatch: pytest.MonkeyPatch) -> None:
+    network = Marks()
+    monkeypatch.setattr("kinoray.run.ablate_fit.build_model", lambda config, num_classes: network)
+    block = colour_block(64, 0)
+    frames, flow = np.zeros_like(block.frames), np.zeros_like(block.flow)
+    frames[..., 3, 5], flow[..., 4, 2] = 255, 127
+    clips = ClipSet([ClipBlock(frames, flow, block.labels)])
+    fit(ModelConfig(), clips, clips, OptimConfig(epochs=1, batch_size=64), num_classes=2, one_sequence=False)
+    (rgb, flows), *testing = network.seen
+    assert [[(y + 1) % 16, (x - 3) % 16] for y, x in rgb] == flows
+    assert len({tuple(place) for place in rgb}) > 40
+    assert all(place == [3, 5] for places, _ in testing for place in places)
 
 
 def test_whole_video_order_spreads_every_clip_over_the_video() -> None:
