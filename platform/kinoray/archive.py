@@ -197,7 +197,7 @@ def _parse_pax(data: bytes) -> tuple[str | None, int | None, bool] | None:
     position = 0
     while position < len(data) and data[position]:
         digits, space, _ = data[position : position + 20].partition(b" ")
-        if not (space and digits.isdigit()) or int(digits) <= len(digits) + 1:
+        if not (space and digits.isdigit() and len(digits) + 1 < int(digits) <= len(data) - position):
             return None
         record = data[position + len(digits) + 1 : position + int(digits)]
         key, equals, value = record.partition(b"=")
@@ -280,7 +280,9 @@ def _fetch(storage: Storage, uri: str) -> Iterator[bytes]:
 
 def _plain(chunks: Iterator[bytes]) -> Iterator[bytes]:
     """The chunks, inflated if they begin as a gzip does, whatever the file is called."""
-    first = next(chunks, b"")
+    first = b""
+    while len(first) < 2 and (more := next(chunks, b"")):
+        first += more
     if not first.startswith(b"\x1f\x8b"):
         yield first
         yield from chunks

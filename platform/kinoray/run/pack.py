@@ -1,35 +1,35 @@
 """Pack videos into tar shards and a catalog: plan, pin the plan, pack each shard in a Ray task, add up, finish.
 
-What is easy to break: a shard that is committed is never touched again, and the plan is pinned before the first one,
-so that a second run can only go on with the same files and settings.
+Kinetics sets go their own way from here, see pack_kinetics.py. What is easy to break: a shard that is committed is
+never touched again.
 """
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from typing import Any
 
 import pyarrow as pa
-import ray
-from ray.exceptions import RayError, RayTaskError
 
 from kinoray.catalog import CATALOG_SCHEMA, Catalog, save_catalog
 from kinoray.catalog_source import find_files
 from kinoray.config import DecodeConfig
-from kinoray.errors import ConfigError, IncompleteOutput, JobError, KinorayError, StorageUnavailable, TooManyBad
+from kinoray.errors import IncompleteOutput, TooManyBad
 from kinoray.progress import Progress
 from kinoray.quarantine import Refusal, count_reasons, save_quarantine
 from kinoray.run.cluster import connect, require_fit
+from kinoray.run.pack_kinetics import pack_kinetics, transcode_record
+from kinoray.run.pack_tasks import Job, committed, pin_plan, require_apart, require_tars, run_jobs
 from kinoray.shards import ShardCommit, pack_shard, read_commit
 from kinoray.shards_plan import PackPlan, ShardPlan, make_plan
 from kinoray.storage import Storage, absolute, join
+from kinoray.transcode import TRANSCODE
 from kinoray.verbs import PackConfig
 
 __all__ = ["pack"]
 
-_TASK_RETRIES = 3  # of a shard whose worker died, or whose store stayed away
 _COMMIT_THREADS = 16
 
 
@@ -43,17 +43,19 @@ def pack(config: PackConfig) -> dict[str, Any]:
         TooManyBad: everything is written, but more than max_bad_fraction of the files were refused.
         IncompleteOutput: packed and refused do not add up to what was found.
     """
+    if config.kinetics:
+        return pack_kinetics(config)
     storage = Storage(config.storage)
     out = absolute(config.out).rstrip("/")
-    _require_apart(config.source, out)
+    require_apart(config.source, out)
     plan = make_plan(
         config.source,
         find_files(storage, config.source),
         shard_bytes=config.shard_mb * 2**20,
         val_fraction=config.val_fraction,
     )
-    _pin(storage, out, config, plan)
-    done = _committed(storage, out, plan)
+    pin_plan(storage, out, _pinned(config, plan))
+    done = committed(storage, out)
     left = [shard for shard in plan.shards if shard.name not in done]
     size_bytes = sum(video.size_bytes for shard in plan.shards for video in shard.videos)
     print(
@@ -68,45 +70,21 @@ def pack(config: PackConfig) -> dict[str, Any]:
     return _finish(storage, out, config, plan)
 
 
-def _require_apart(source: str, out: str) -> None:
-    if (out + "/").startswith(absolute(source).rstrip("/") + "/"):
-        raise ConfigError(f"out {out} lies inside the source {source}: a second run would find its own shards there")
-
-
-def _pin(storage: Storage, out: str, config: PackConfig, plan: PackPlan) -> None:
-    """Write plan.json, or compare with the one that is there."""
-    pinned = {
+def _pinned(config: PackConfig, plan: PackPlan) -> dict[str, Any]:
+    return {
         "source": absolute(config.source).rstrip("/"),
         "num_found": plan.num_found,
         "shard_mb": config.shard_mb,
         "val_fraction": config.val_fraction,
         "decode": asdict(config.decode),
+        **({"transcode": TRANSCODE.digest} if config.transcode else {}),
         "files": plan.digest,
     }
-    uri = join(out, "plan.json")
-    if storage.put_if_absent(uri, json.dumps(pinned, indent=1).encode()):
-        return
-    try:
-        there = json.loads(storage.read(uri))
-        changed = [f"{name} was {there[name]}, is {pinned[name]}" for name in pinned if there[name] != pinned[name]]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"out: {uri} is not the plan of a pack ({error}); choose another folder") from error
-    if changed:
-        raise ConfigError(
-            f"out {out} holds another pack: {'; '.join(changed)}; choose another folder, or remove this one"
-        )
 
 
-def _committed(storage: Storage, out: str, plan: PackPlan) -> set[str]:
-    """Names of the plan's shards that have a commit."""
-    prefix = join(out, "shards") + "/"
-    names = {info.uri[len(prefix) :] for info in storage.list(prefix)}
-    return {shard.name for shard in plan.shards if f"{shard.name}.json" in names}
-
-
-def _pack_task(storage: Storage, out: str, shard: ShardPlan, decode: DecodeConfig) -> tuple[int, int]:
+def _pack_task(storage: Storage, out: str, shard: ShardPlan, decode: DecodeConfig, transcoded: bool) -> tuple[int, int]:
     """(packed, refused) of one shard; the rows stay in its commit."""
-    commit = pack_shard(storage, out, shard, decode)
+    commit = pack_shard(storage, out, shard, decode, transcoded=transcoded)
     return len(commit.rows), len(commit.refused)
 
 
@@ -114,49 +92,17 @@ def _pack_shards(storage: Storage, out: str, config: PackConfig, plan: PackPlan,
     """Run a task for each shard, num_workers at a time."""
     num_left = sum(len(shard.videos) for shard in left)
     progress = Progress(plan.num_found, "pack", "files", already=plan.num_found - num_left)
-    resources = config.resources
-    task = ray.remote(_pack_task).options(
-        num_cpus=resources.cpus_per_worker,
-        num_gpus=resources.gpus_per_worker,
-        max_retries=_TASK_RETRIES,
-        retry_exceptions=[StorageUnavailable],
-    )
-    waiting = iter(left)
-    running: dict[ray.ObjectRef, ShardPlan] = {}
-    try:
-        while True:
-            for shard in _take(waiting, resources.num_workers - len(running)):
-                running[task.remote(storage, out, shard, config.decode)] = shard
-            if not running:
-                break
-            ready, _ = ray.wait(list(running), num_returns=1)
-            shard = running.pop(ready[0])
-            packed, refused = _result(ready[0], shard)
-            progress.update(packed + refused, quarantined=refused)
-    finally:
-        for reference in running:
-            ray.cancel(reference)
+    jobs = [
+        Job(
+            shard.name,
+            f"{len(shard.videos)} files from {shard.videos[0].uri} on are not packed",
+            (storage, out, shard, config.decode, config.transcode),
+        )
+        for shard in left
+    ]
+    for _, (packed, refused) in run_jobs(config.resources, _pack_task, jobs):
+        progress.update(packed + refused, quarantined=refused)
     progress.close()
-
-
-def _take(shards: Iterator[ShardPlan], count: int) -> Iterator[ShardPlan]:
-    yield from (shard for _, shard in zip(range(count), shards, strict=False))
-
-
-def _result(reference: Any, shard: ShardPlan) -> tuple[int, int]:
-    try:
-        packed, refused = ray.get(reference)
-    except RayTaskError as error:
-        if isinstance(error.cause, KinorayError):  # without Ray's traceback of the worker
-            raise error.cause from error
-        raise
-    except RayError as error:
-        reason = " ".join(str(error).split())[:300]
-        raise JobError(
-            f"pack: the worker of {shard.name} died {_TASK_RETRIES + 1} times, {len(shard.videos)} files from "
-            f"{shard.videos[0].uri} on are not packed ({reason}); the same command goes on from here"
-        ) from error
-    return int(packed), int(refused)
 
 
 def _finish(storage: Storage, out: str, config: PackConfig, plan: PackPlan) -> dict[str, Any]:
@@ -172,7 +118,7 @@ def _finish(storage: Storage, out: str, config: PackConfig, plan: PackPlan) -> d
     save_quarantine(storage, join(out, "quarantine.parquet"), refused)
     storage.put(join(out, "labels.json"), json.dumps(list(plan.labels), ensure_ascii=False, indent=1).encode())
     save_catalog(storage, join(out, "catalog.parquet"), catalog)
-    about = {**totals, "config": asdict(config), "catalog_digest": catalog.digest}
+    about = {**totals, "config": asdict(config), "catalog_digest": catalog.digest, **transcode_record(config)}
     storage.put(join(out, "pack.json"), json.dumps(about, indent=1).encode())
     _report(out, totals)
     _require_few_bad(config, plan, refused)
@@ -181,7 +127,6 @@ def _finish(storage: Storage, out: str, config: PackConfig, plan: PackPlan) -> d
 
 def _require_whole(storage: Storage, out: str, plan: PackPlan, commits: Sequence[ShardCommit]) -> None:
     """Every planned file is in its shard's commit, and every tar is there in full."""
-    sizes = {info.uri: info.size_bytes for info in storage.list(join(out, "shards") + "/")}
     for shard, commit in zip(plan.shards, commits, strict=True):
         accounted = {row["video_id"] for row in commit.rows} | {refusal.video_id for refusal in commit.refused}
         if accounted != {video.video_id for video in shard.videos}:
@@ -189,11 +134,8 @@ def _require_whole(storage: Storage, out: str, plan: PackPlan, commits: Sequence
                 f"pack: {shard.name} accounts for {len(accounted)} of its {len(shard.videos)} files; remove "
                 f"{join(out, 'shards', shard.name)}.json and run the same command again"
             )
-        if commit.uri and sizes.get(commit.uri) != commit.size_bytes:
-            raise IncompleteOutput(
-                f"pack: {commit.uri} should have {commit.size_bytes} bytes, found {sizes.get(commit.uri, 'nothing')}; "
-                "remove the .json of that name and run the same command again"
-            )
+    tars = {commit.uri: (commit.size_bytes, commit.name) for commit in commits if commit.uri}
+    require_tars(storage, out, tars)
 
 
 def _totals(plan: PackPlan, catalog: Catalog, refused: Sequence[Refusal]) -> dict[str, Any]:
