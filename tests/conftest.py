@@ -76,17 +76,26 @@ def _answers(url: str, process: "subprocess.Popen[bytes]") -> bool:
         return True
 
 
+def config_at(url: str) -> StorageConfig:
+    """How a server of ours is reached."""
+    return StorageConfig(endpoint_url=url, region="us-east-1", addressing="path")
+
+
+def bucket_at(url: str) -> str:
+    """`s3://` address of a new, empty bucket of that server."""
+    name = f"test-{uuid.uuid4().hex[:12]}"
+    boto3.client("s3", endpoint_url=url, region_name="us-east-1").create_bucket(Bucket=name)
+    return f"s3://{name}"
+
+
 @pytest.fixture
 def s3_config(s3_server: str) -> StorageConfig:
-    return StorageConfig(endpoint_url=s3_server, region="us-east-1", addressing="path")
+    return config_at(s3_server)
 
 
 @pytest.fixture
 def bucket(s3_server: str) -> str:
-    """`s3://` address of a new, empty bucket."""
-    name = f"test-{uuid.uuid4().hex[:12]}"
-    boto3.client("s3", endpoint_url=s3_server, region_name="us-east-1").create_bucket(Bucket=name)
-    return f"s3://{name}"
+    return bucket_at(s3_server)
 
 
 @pytest.fixture(scope="session")

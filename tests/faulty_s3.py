@@ -29,6 +29,7 @@ _ERRORS = {
     "expired": (403, "ExpiredToken"),
     "500": (500, "InternalError"),
     "503": (503, "SlowDown"),
+    "gone": (404, "NoSuchUpload"),
     "late500": (500, "InternalError"),
 }
 
@@ -51,9 +52,10 @@ class FaultyS3:
     """The proxy's address, what it was asked, and the faults that the next requests meet.
 
     Faults:
-        500, 503 (SlowDown), 403, expired (403 ExpiredToken): answered at once, the server never sees the request.
+        500, 503 (SlowDown), 403, expired (403 ExpiredToken), gone (404 NoSuchUpload): answered at once,
+            the server never sees the request.
         reset: the connection is torn down without an answer. down: the same, to every kind of request.
-        lost: the server does it, then the connection ends without an answer. late500: it does it, the answer is 500.
+        lost: the server does it, then the connection ends without an answer. late500: it does it and answers 500.
         mute: no answer, until the client leaves. smudge: one bit of the upload.
         cut: half of the body, then the connection ends. stall: half, then silence. slow: 64 kB/s.
         short: 10 bytes less (half, where there are fewer than 20), honestly so in Content-Range.
@@ -83,8 +85,6 @@ class FaultyS3:
     """Called before a request is passed on."""
     etag: str = ""
     """An ETag that the server is made to give every object; it may be asked for with If-Match."""
-    page_size: int = 0
-    """Most objects in one answer to a listing; 0 for the server's choice."""
     released: threading.Event = field(default_factory=threading.Event)
     """Ends all stalls."""
     lock: threading.Lock = field(default_factory=threading.Lock)
@@ -127,7 +127,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.end_headers()
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         fault = self.state.next_fault(request)
-        if fault in ("500", "503", "403", "expired"):
+        if fault in ("500", "503", "403", "expired", "gone"):
             self._refuse(fault)
             return
         if fault in ("reset", "down"):
@@ -151,10 +151,9 @@ class _Handler(BaseHTTPRequestHandler):
         headers = {name: value for name, value in self.headers.items() if name != "Expect"}
         if fault == "whole":
             headers.pop("Range")
-        paged = f"&max-keys={self.state.page_size}" if self.state.page_size and "list-type" in self.path else ""
         connection = http.client.HTTPConnection(urlparse(self.upstream).netloc, timeout=60)
         try:
-            connection.request(self.command, self.path + paged, body=body, headers=headers)
+            connection.request(self.command, self.path, body=body, headers=headers)
             answer = connection.getresponse()
             data = answer.read()
         finally:

@@ -83,7 +83,7 @@ class StorageConfig:
     answer_timeout_s: float = 20.0
     """Seconds until the first byte of an answer, after which a request is made again."""
     stall_timeout_s: float = 5.0
-    """Seconds of silence in an answer after which its rest is asked for again; a very slow one is left after as many."""
+    """Seconds of silence, or of trickling, in an answer after which its rest is asked for again."""
 
     def __post_init__(self) -> None:
         for name in ("retry_s", "answer_timeout_s", "stall_timeout_s"):

@@ -39,6 +39,7 @@ T = TypeVar("T")
 _CONFLICT_TRIES = 10  # of a conditional put, while others are under way
 _TOKEN_TRIES = 5  # with credentials that the server calls expired: fresh ones may be in the file or the role already
 _CONNECT_TIMEOUT_S = 5.0
+_PAGE_KEYS = 1000  # of one answer to a listing: the most that S3 gives
 _PART_BYTES = 16 * 2**20
 _PART_THREADS = 4
 
@@ -103,7 +104,7 @@ class S3Store:
         bucket, key = _split(prefix)
         more: dict[str, str] = {}
         while True:
-            target = {"Bucket": bucket, "Prefix": key, **more}
+            target = {"Bucket": bucket, "Prefix": key, "MaxKeys": _PAGE_KEYS, **more}
             page = self._guard(prefix, partial(self._run, prefix, "list_objects_v2", target))
             for item in page.get("Contents", ()):
                 if not (item["Key"].endswith("/") and item["Size"] == 0):  # the marker of an empty "folder"
