@@ -65,6 +65,7 @@ def row(video_id: str, **changes: Any) -> dict[str, Any]:
         "views": 1,
         "frames_decoded": 4,
         "frames_corrupt": 0,
+        "frames_missing": 0,
         "model_digest": "m" * 16,
         "config_digest": "c" * 16,
         "run_id": "run-1",

@@ -34,6 +34,22 @@ class VideoInfo:
     codec: str
     rotation: int
     """Degrees counterclockwise from the stored to the displayed picture: 0, 90, 180 or 270."""
+    claimed_frames: int | None = None
+    """Frames that the file's header promises; None where it makes no promise (MPEG-TS and others).
+
+    More than num_frames: the file was cut. Less: something was added, or its index is damaged.
+    """
+
+    @property
+    def miscounted(self) -> bool:
+        """Whether the header promises another number of frames: off by more than one and more than 2 percent."""
+        claimed = self.num_frames if self.claimed_frames is None else self.claimed_frames
+        return abs(claimed - self.num_frames) > max(1.0, 0.02 * self.num_frames)
+
+    @property
+    def frames_missing(self) -> int:
+        """How many frames fewer there are than the header promises; 0 unless `miscounted`."""
+        return max(0, (self.claimed_frames or 0) - self.num_frames) if self.miscounted else 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +90,7 @@ def _info(video: PyavVideo) -> VideoInfo:
         height=height,
         codec=video.codec,
         rotation=video.rotation,
+        claimed_frames=video.claimed_frames,
     )
 
 

@@ -15,6 +15,7 @@ import numpy as np
 
 from kinoray.config import DecodeConfig
 from kinoray.decode_budget import MAX_STREAMS, check_boxes, check_index
+from kinoray.decode_claim import claimed_frames
 from kinoray.decode_plan import PacketTable
 from kinoray.errors import (
     EmptyMedia,
@@ -255,6 +256,11 @@ class Media:
             return float((end - first) * self._stream.time_base)
         rate = float(self._stream.average_rate or 0)
         return self.table.num_frames / rate if rate else 0.0
+
+    @property
+    def claimed_frames(self) -> int | None:
+        """Frames that the header promises; None where it makes no promise."""
+        return claimed_frames(self._stream, self.table, self.duration_s)
 
     def packets(self, begin: int, end: int) -> Iterator[tuple[int, Any]]:
         """(place, packet) for the places begin .. end - 1 of the table."""

@@ -53,6 +53,7 @@ PREDICTION_SCHEMA = pa.schema(
         pa.field("views", pa.int32(), nullable=False),
         pa.field("frames_decoded", pa.int32(), nullable=False),
         pa.field("frames_corrupt", pa.int32(), nullable=False),
+        pa.field("frames_missing", pa.int32(), nullable=False),  # promised by the file's header, and not there
         pa.field("model_digest", pa.string(), nullable=False),
         pa.field("config_digest", pa.string(), nullable=False),
         pa.field("run_id", pa.string(), nullable=False),

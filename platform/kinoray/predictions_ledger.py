@@ -25,7 +25,7 @@ __all__ = ["Commit", "Ledger", "Totals"]
 
 _READERS = 16  # threads that fetch parts and commits, which are small
 _NUM_EXAMPLES = 10
-_TOTAL_COLUMNS = ["video_id", "row_key", "status", "error_class", "error_text", "frames_corrupt"]
+_TOTAL_COLUMNS = ["video_id", "row_key", "status", "error_class", "error_text", "frames_corrupt", "frames_missing"]
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
 
@@ -196,7 +196,8 @@ class Ledger:
         for table in self.read_units(plan.units, _TOTAL_COLUMNS):
             found.update(table.column("row_key").to_pylist())
             status.update(table.column("status").to_pylist())
-            damaged += pc.sum(pc.greater(table.column("frames_corrupt"), 0)).as_py() or 0
+            bad = pc.add(table.column("frames_corrupt"), table.column("frames_missing"))
+            damaged += pc.sum(pc.greater(bad, 0)).as_py() or 0
             for row in table.filter(pc.equal(table.column("status"), "quarantined")).to_pylist():
                 reasons[row["error_class"]] += 1
                 if len(examples) < _NUM_EXAMPLES:

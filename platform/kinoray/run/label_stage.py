@@ -69,6 +69,7 @@ class _Outcome:
     score: dict[str, Any] = field(default_factory=dict)
     frames_decoded: int = 0
     frames_corrupt: int = 0
+    frames_missing: int = 0
 
 
 def pack_unit(unit: Unit, rows: pa.Table) -> dict[str, Any]:
@@ -185,6 +186,7 @@ class LabelUnits:
                 outcome.error = clip
                 continue
             outcome.frames_decoded, outcome.frames_corrupt = clip.frames_decoded, clip.frames_corrupt
+            outcome.frames_missing = clip.info.frames_missing
             waiting.append((outcome, clip))
             if len(waiting) == self.job.batch_size:
                 self._score(model, waiting)
@@ -254,7 +256,7 @@ class LabelUnits:
                 | {"error_class": None if bad is None else type(bad).__name__}
                 | {"error_text": None if bad is None else " ".join(str(bad).split())}
                 | {"views": int(bad is None)}
-                | {"frames_decoded": outcome.frames_decoded, "frames_corrupt": outcome.frames_corrupt}
+                | {name: getattr(outcome, name) for name in ("frames_decoded", "frames_corrupt", "frames_missing")}
                 | outcome.score
                 | shared
             )
