@@ -41,6 +41,7 @@ from kinoray.progress import format_duration
 from kinoray.quarantine import Refusal
 from kinoray.run.cluster import quiet_ray
 from kinoray.run.decoding import DecodeTask
+from kinoray.run.gate import Gate
 from kinoray.run.ingest import Rows, Samples, Unreadable, epoch_order, rank_part, rank_steps, run_length, stream
 from kinoray.run.recipe import learning_rate, load_optimizer_state, optimizer_state
 from kinoray.run.replica import Replica, Totals
@@ -57,13 +58,15 @@ _FINAL = (ConfigError, CatalogError, CheckpointError, ModelError, TooManyBad, Tr
 
 
 def worker_loop(job: Mapping[str, Any]) -> dict[str, str]:
-    """Train to the end, from the newest whole checkpoint on; `job` holds config, catalog_digest and box.
+    """Train to the end, from the newest whole checkpoint on; `job` holds config, catalog_digest, box and gate.
 
-    Returns `{}`, or error_class and error_text of an error that all ranks have and that another try would meet again:
-    Ray Train would start the workers max_failures times over for it.
+    Returns `{}`, `stopped` if the gate ended the run, or error_class and error_text of an error that all ranks have and
+    that another try would meet again: Ray Train would start the workers max_failures times over for it.
     """
     try:
-        _Worker(job["config"], job["catalog_digest"], job["box"]).run()
+        worker = _Worker(job["config"], job["catalog_digest"], job["box"], job["gate"])
+        if not worker.run():
+            return {"stopped": "by the gate"}
     except _FINAL as error:
         return {"error_class": type(error).__name__, "error_text": str(error)}
     return {}
@@ -106,12 +109,14 @@ class _Part:
 class _Worker:
     """One rank of the run."""
 
-    def __init__(self, config: TrainConfig, catalog_digest: str, box: Any) -> None:
+    def __init__(self, config: TrainConfig, catalog_digest: str, box: Any, gate: Gate | None) -> None:
         quiet_ray()
         torch.set_num_threads(max(1, int(config.resources.cpus_per_worker)))
-        self.config, self.optim, self._box = config, config.optim, box
+        self.config, self.optim, self._box, self._gate = config, config.optim, box, gate
         self.storage = Storage(config.storage)
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        if gate is not None and self.rank == 0:
+            gate.attach()
         catalog = _agreed(lambda: self._catalog(catalog_digest))
         self.labels, self.catalog_digest = catalog.labels, catalog.digest
         self.run_digest = run_digest(config, catalog)
@@ -168,8 +173,8 @@ class _Worker:
         if self.rank == 0:
             self._box.post.remote(line)
 
-    def run(self) -> None:
-        """All epochs that are left."""
+    def run(self) -> bool:
+        """All epochs that are left; False if the gate ended the run before."""
         while self.epoch < self.optim.epochs:
             start_s = time.monotonic()
             epoch = self.epoch + 1
@@ -194,6 +199,17 @@ class _Worker:
             self.epoch = epoch
             self._say(_epoch_line(row, self.optim.epochs))
             ray.train.report(row)
+            if not self._goes_on(row):
+                return False
+        return True
+
+    def _goes_on(self, row: Mapping[str, float | int]) -> bool:
+        """What the gate says to the epoch, on all ranks alike; the last epoch is shown, too."""
+        if self._gate is None:
+            return True
+        verdict: list[Any] = [self.rank != 0 or self._gate.go_on(row)]
+        dist.broadcast_object_list(verdict, src=0)
+        return bool(verdict[0]) or self.epoch == self.optim.epochs
 
     def _stream(self, part: _Part, steps: Sequence[Rows], epoch: int | None) -> Iterator[Samples]:
         task = DecodeTask(

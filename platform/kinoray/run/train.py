@@ -25,6 +25,7 @@ from kinoray.errors import CatalogError, ClusterError, ConfigError, JobError, Ki
 from kinoray.model import build_model, check_clip, require_known_model
 from kinoray.progress import format_duration
 from kinoray.run.cluster import connect, require_fit
+from kinoray.run.gate import Gate
 from kinoray.run.lines import Lines
 from kinoray.run.loop import worker_loop
 from kinoray.run.runfolder import claim_run, read_metrics, run_digest
@@ -34,8 +35,10 @@ from kinoray.verbs import TrainConfig
 __all__ = ["train"]
 
 
-def train(config: TrainConfig) -> dict[str, Any]:
+def train(config: TrainConfig, gate: Gate | None = None) -> dict[str, Any]:
     """Train to the last epoch, or go on with the run that is in config.out; returns its totals.
+
+    A gate is shown each epoch's row and may end the run there: the totals are then those so far.
 
     Raises:
         ConfigError: a setting is wrong, or config.out holds a run with other settings.
@@ -58,9 +61,10 @@ def train(config: TrainConfig) -> dict[str, Any]:
     if not found or found[-1][1].epoch < config.optim.epochs:
         sizes = f"{num_train} videos, {num_val} to score, {len(catalog.labels)} classes"
         print(f"train: {sizes}, {config.optim.epochs} epochs, to {config.out}", flush=True)
-        _run_workers(config, catalog)
+        stopped = _run_workers(config, catalog, gate)
         found = list_checkpoints(storage, config.out)
-        if not found or found[-1][1].epoch < config.optim.epochs:  # Ray Train ends a run on Ctrl-C without an error
+        is_short = not found or found[-1][1].epoch < config.optim.epochs
+        if is_short and not stopped:  # Ray Train ends a run on Ctrl-C without an error
             done = f"{found[-1][1].epoch if found else 0} of {config.optim.epochs} epochs"
             raise JobError(f"training was stopped after {done}; the same command goes on")
     else:
@@ -100,7 +104,8 @@ def _check_model(config: TrainConfig, catalog: Catalog) -> None:
         )
 
 
-def _run_workers(config: TrainConfig, catalog: Catalog) -> None:
+def _run_workers(config: TrainConfig, catalog: Catalog, gate: Gate | None) -> bool:
+    """Run the workers to the end of the run; whether the gate ended it."""
     resources = config.resources
     connect(resources)
     require_fit(resources, decode_cpus=resources.decode_tasks)
@@ -111,7 +116,7 @@ def _run_workers(config: TrainConfig, catalog: Catalog) -> None:
     with Lines() as lines, _own_interrupts():
         trainer = TorchTrainer(
             worker_loop,
-            train_loop_config={"config": config, "catalog_digest": catalog.digest, "box": lines.box},
+            train_loop_config={"config": config, "catalog_digest": catalog.digest, "box": lines.box, "gate": gate},
             torch_config=TorchConfig(backend="nccl" if resources.gpus_per_worker else "gloo"),
             scaling_config=ScalingConfig(
                 num_workers=resources.num_workers,
@@ -128,7 +133,7 @@ def _run_workers(config: TrainConfig, catalog: Catalog) -> None:
             ),
         )
         try:
-            failed = trainer.fit().return_value
+            outcome = trainer.fit().return_value or {}
         except SystemExit as stop:  # how Ray Train's Ctrl-C handler ends
             raise KeyboardInterrupt from stop
         except TrainingFailedError as error:
@@ -136,8 +141,9 @@ def _run_workers(config: TrainConfig, catalog: Catalog) -> None:
         except RayError as error:
             reason = _first_line(error)
             raise ClusterError(f"the training controller died: {reason}; the same command goes on") from error
-    if failed:
-        raise getattr(errors, failed["error_class"])(failed["error_text"])
+    if "error_class" in outcome:
+        raise getattr(errors, outcome["error_class"])(outcome["error_text"])
+    return "stopped" in outcome
 
 
 @contextmanager
