@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+import tarfile
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -16,18 +17,21 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import yaml
 
 from conftest import wait_until
 from kinetics_set import LABELS, KineticsSet, archived_set, clip, folder_set, key
 from kinoray.catalog import load_catalog, read_videos, references
-from kinoray.config import StorageConfig
-from kinoray.decode import probe
+from kinoray.cli import main
+from kinoray.config import ClipConfig, StorageConfig
+from kinoray.decode import decode_clip
 from kinoray.errors import CatalogError, ConfigError, IncompleteOutput, TooManyBad
 from kinoray.kinetics import AnnotationRow, judge_name, key_of_name, plan_rows, printable, window_of_key
 from kinoray.kinetics_annotations import read_annotations, read_label_names
 from kinoray.kinetics_settle import FILE_VERDICTS, ROW_VERDICTS
 from kinoray.quarantine import load_quarantine
 from kinoray.storage import Storage, join
+from kinoray.transcode import transcode
 from kinoray.verbs import PackConfig
 
 STORAGE = Storage()
@@ -260,6 +264,27 @@ def test_settings_that_do_not_go_together_are_refused(change: dict[str, Any], me
         PackConfig(source="x", out="y", **change)
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        "SRC --kinetics k400 --annotations a.csv b.csv --out DST --workers 3",
+        "--kinetics k400 --annotations a.csv b.csv SRC --out DST --workers 3",
+        "--kinetics k400 --out DST --workers 3 --annotations a.csv b.csv SRC",
+        "--kinetics k400 --annotations a.csv b.csv --workers 3 --out DST SRC",
+    ],
+)
+def test_the_source_may_stand_anywhere(line: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["pack", *line.split(), "--print-config"]) == 0
+    found = yaml.safe_load(capsys.readouterr().out)
+    assert (found["source"], found["out"], found["annotations"]) == ("SRC", "DST", ["a.csv", "b.csv"])
+    assert found["resources"]["num_workers"] == 3
+
+
+def test_a_command_line_without_source_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["pack", "--kinetics", "k400", "--annotations", "a.csv", "--out", "DST"]) == 2
+    assert "Missing from kinoray pack: SOURCE" in capsys.readouterr().err
+
+
 # --- the whole pack
 
 
@@ -340,7 +365,7 @@ def check_catalog(made: KineticsSet, config: PackConfig, totals: dict[str, Any],
     for line, data in zip(table, read_videos(storage, references(catalog.table)), strict=True):
         assert line["label_id"] == (None if line["label"] is None else LABELS.index(line["label"]))
         assert (line["time_start_s"], line["time_end_s"]) == window_of_key(line["video_id"])
-        assert probe(data, config.decode).num_frames == line["num_frames"]
+        assert decode_clip(data, ClipConfig(), with_flow=False).num_frames == line["num_frames"] > 0
         if not config.transcode:
             assert data == originals[line["video_id"]]
     refused = load_quarantine(storage, join(config.out, "quarantine.parquet"))
@@ -472,6 +497,25 @@ def test_limit_leaks_and_transcoding(tmp_path: Path) -> None:
 
 @pytest.mark.ray
 @pytest.mark.usefixtures("ray_local")
+def test_an_ordinary_pack_transcodes_too(tmp_path: Path) -> None:
+    for number in range(3):
+        (tmp_path / "source" / "x").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "source" / "x" / f"{number}.webm").write_bytes(clip(number))
+    (tmp_path / "source" / "x" / "bad.mp4").write_bytes(b"bad")
+    config = PackConfig(source=str(tmp_path / "source"), out=str(tmp_path / "out"), max_bad_fraction=0.5)
+    assert pack(replace(config, transcode=True))["packed"] == 3
+    catalog = load_catalog(STORAGE, config.out)
+    for data, line in zip(read_videos(STORAGE, references(catalog.table)), catalog.table.to_pylist(), strict=True):
+        assert data == transcode(clip(int(line["video_id"].removeprefix("x__"))), config.decode).data
+        assert re.search(r"shard-train-00000-[0-9a-f]{8}\.tar$", line["uri"])
+    with tarfile.open(catalog.table["uri"][0].as_py()) as tar:
+        assert {Path(name).suffix for name in tar.getnames()} == {".mp4", ".json"}
+    with pytest.raises(ConfigError, match=r"transcode was \w+, is None"):
+        pack(config)
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_local")
 def test_what_cannot_be_called_a_success_fails(tmp_path: Path) -> None:
     made = small_set(1, 4)
     made.add("part_0.tar.gz", f"{key(9)}.mp4", b"broken", "unreadable", "UnreadableContainer")
@@ -508,3 +552,38 @@ def test_verdicts_of_the_set_are_all_there_are() -> None:
     files = {verdict for made in sets for _, _, verdict, _ in made.file_verdicts()}
     assert rows | {"beyond_limit"} == ROW_VERDICTS.keys()
     assert files | {"beyond_limit"} == FILE_VERDICTS.keys()
+
+
+MEASURE = """
+import resource, sys
+from kinoray.catalog_source import SourceFile
+from kinoray.config import DecodeConfig
+from kinoray.kinetics import Wanted
+from kinoray.kinetics_pack import PackSettings, Unit, pack_unit
+from kinoray.storage import Storage
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+archive, out = sys.argv[1:]
+clips = {f"{n:011d}_000010_000020": Wanted(f"{n:011d}", "x", 0, "train", 10.0, 20.0) for n in range(300)}
+unit = Unit("archive-00000", (SourceFile("large.tar", archive, 0),), True, False)
+idle = peak()
+commit = pack_unit(Storage(), out, unit, clips, set(), PackSettings(DecodeConfig(), False, 2**26, 0.2))
+print(len(commit.packed), commit.num_found, len(commit.shards), peak() - idle)
+"""
+
+
+def test_packing_a_large_archive_takes_little_memory(tmp_path: Path) -> None:
+    """300 members of 1 MiB; every second one is a video that is packed, the others are refused by the decoder."""
+    good = clip(0)
+    good += (2**20 - len(good)).to_bytes(4, "big") + b"free" + bytes(2**20 - len(good) - 8)
+    bad = bytes(2**20)
+    with tarfile.open(tmp_path / "large.tar", "w") as tar:
+        for number in range(300):
+            header = tarfile.TarInfo(f"{number:011d}_000010_000020.mp4")
+            header.size = 2**20
+            tar.addfile(header, io.BytesIO(bad if number % 2 else good))
+    command = [sys.executable, "-c", MEASURE, str(tmp_path / "large.tar"), str(tmp_path / "out")]
+    answer = subprocess.run(command, check=True, capture_output=True, text=True)
+    packed, found, shards, grown_mb = answer.stdout.split()
+    assert (packed, found, shards) == ("150", "300", "3")
+    assert float(grown_mb) < 100, grown_mb

@@ -107,16 +107,38 @@ def _parse(name: str, arguments: list[str]) -> tuple[Any, bool]:
     arguments, path = _take_config_path(arguments)
     cls = VERBS[name].config
     default = load_config(cls, path) if path else None
+    try:
+        return _parse_flags(name, arguments, default), print_only
+    except ConfigError as error:
+        reordered = _source_first(arguments) if str(error).startswith("Missing") else arguments
+        if reordered == arguments:
+            raise
+        return _parse_flags(name, reordered, default), print_only
+
+
+def _parse_flags(name: str, arguments: list[str], default: Any) -> Any:
+    cls = VERBS[name].config
     help_text = f"{inspect.getdoc(cls)}\n\nAlso: --config FILE.yaml (settings; flags win), --print-config."
     messages = io.StringIO()
     try:
         with contextlib.redirect_stderr(messages):
-            config = tyro.cli(cls, args=arguments, default=default, prog=f"kinoray {name}", description=help_text)
+            return tyro.cli(cls, args=arguments, default=default, prog=f"kinoray {name}", description=help_text)
     except SystemExit as stop:
         if not stop.code:  # --help
             raise
         raise ConfigError(_one_line(messages.getvalue())) from None
-    return config, print_only
+
+
+def _source_first(arguments: list[str]) -> list[str]:
+    """`--annotations A B SOURCE` -> `SOURCE --annotations A B`: a flag that takes many values takes the source, too."""
+    if "--annotations" not in arguments:
+        return arguments
+    begin = end = arguments.index("--annotations") + 1
+    while end < len(arguments) and not arguments[end].startswith("--"):
+        end += 1
+    if end - begin < 2:
+        return arguments
+    return [arguments[end - 1], *arguments[: end - 1], *arguments[end:]]
 
 
 def _take_config_path(arguments: list[str]) -> tuple[list[str], str]:

@@ -289,7 +289,7 @@ class _Packer:
             writer = self._writers[wanted.split] = self._stack.enter_context(ShardWriter())
         named = PlannedVideo(
             wanted.video_id,
-            f"{key}.mp4" if self._settings.transcoded else video.name,
+            video.name,
             video.uri,
             len(examined.data),
             wanted.label,

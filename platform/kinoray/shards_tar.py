@@ -11,7 +11,7 @@ import re
 import tarfile
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, Self
@@ -32,9 +32,11 @@ class Examined:
     """A video that may be packed."""
 
     data: bytes
-    """What goes into the shard."""
+    """What goes into the shard: an MP4 if it was transcoded, else the original bytes."""
     info: VideoInfo
     """The probe of these bytes."""
+    transcoded: bool = False
+    """Whether it was."""
     note: str | None = None
     """What the catalog should say of it, if anything."""
 
@@ -59,7 +61,7 @@ def examine(decoder: Decoder, data: bytes, decode: DecodeConfig, *, transcoded: 
         return Examined(data, decoder.probe(data, decode))
     made = decoder.transcode(data, decode)
     note = f"{made.frames_lost} frames could not be decoded when it was transcoded" if made.frames_lost else None
-    return Examined(made.data, made.info, note)
+    return Examined(made.data, made.info, transcoded=True, note=note)
 
 
 class ShardWriter:
@@ -89,7 +91,7 @@ class ShardWriter:
     def add(self, video: PlannedVideo, examined: Examined, extra: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """Append a video; returns its row of CATALOG_SCHEMA (with `extra`), whose uri `put` fills in."""
         data, info = examined.data, examined.info
-        offset = write_tar(self._tar, video, data)
+        offset = write_tar(self._tar, replace(video, name="x.mp4") if examined.transcoded else video, data)
         row = {
             "video_id": video.video_id,
             "uri": "",

@@ -42,36 +42,39 @@ class PackConfig:
     Every file that is found is either packed or listed in quarantine.parquet with a reason. The same command again goes
     on where a killed run stopped.
 
-    Kinetics: kinoray pack s3://bucket/k400/ --kinetics k400 --annotations train.csv val.csv --out s3://bucket/set
+    Kinetics: kinoray pack --kinetics k400 --annotations train.csv val.csv s3://bucket/k400/ --out s3://bucket/set
 
     SOURCE then holds archives (.tar, .tar.gz, .tgz; read as a stream, never unpacked) or loose files at any depth,
     named <youtube id>_000010_000020.mp4; folders mean nothing, but what lies in a folder or archive with `replacement`
     in its name takes the place of other files of the same clip. verdicts.parquet has one row for each annotation row
     and each file or member: packed, missing, duplicate, unreadable, too_short, not_annotated, replaced, leak, ...
+
+    Annotations are known by their content: CSV label,youtube_id,time_start,time_end[,split] as Kinetics has it, lists
+    of `path label`, CSV path,label[,split] with or without that header, JSON lines or Parquet with these fields. Where
+    rows name no split, the file's name has to (train, val, test). Only rows of test may have no label.
+
+    Leaks: clips of train whose source video (by YouTube id) or content (by checksum) is in another split, too, are
+    removed from train; clips of other splits always stay. A clip listed in two splits is packed once, never in train.
     """
 
     source: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")]
     """Folder or s3:// prefix of class folders (or of train/, val/ with class folders), or a CSV path,label[,split]."""
     out: str
-    """Folder or s3:// prefix for shards/, catalog.parquet, labels.json and quarantine.parquet."""
+    """Folder or s3:// prefix for shards/, catalog.parquet, labels.json, quarantine.parquet (and verdicts.parquet)."""
     kinetics: Literal["k400", "k600", "k700"] | None = None
     """Pack a Kinetics set by its annotations. Another count of classes than the official one is reported."""
     annotations: tuple[str, ...] = ()
-    """Kinetics: CSV label,youtube_id,time_start,time_end[,split], lists of `path label`, CSV path,label[,split], JSON
-    lines or Parquet with these fields; known by content. A file without splits is named for its one (train, val,
-    test). Only rows of test may have no label."""
+    """Kinetics: annotation files, in any of the formats above."""
     label_names: str = ""
     """Kinetics: names for labels that are numbers: a name a line, lines `number,name`, or JSON."""
     leaks: Literal["remove", "keep"] = "remove"
-    """Kinetics: what to do with clips of train whose source video, or content, is in another split, too. Clips of other
-    splits always stay. A clip that is listed in two splits is packed once, never in train."""
+    """Kinetics: what to do with clips of train that leak from another split."""
     min_clip_fraction: float = 0.2
     """Kinetics: a file that lasts less than this share of its clip's window is too_short."""
     limit: int | None = None
-    """Kinetics: only the first so many annotation rows of each split (after duplicates and leaks)."""
+    """Kinetics: only the first so many annotation rows of each split, duplicates and leaks not counted."""
     transcode: bool = False
-    """Pack H.264 with short side 256 (never enlarged), a key frame every 12 frames and no sound instead of the original
-    bytes: sparse sampling then decodes a fraction of the frames."""
+    """Pack H.264, short side 256 (never enlarged), a key frame every 12 frames, no sound, instead of the original."""
     shard_mb: int = 256
     """Aimed size of a shard, in MiB."""
     val_fraction: float = 0.0
