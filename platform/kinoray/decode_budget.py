@@ -5,6 +5,8 @@ there, an index is compressed. What is easy to break: a file that is only odd, o
 rule here compares what would be built with what an honest file of that size holds.
 """
 
+import mmap
+import resource
 import struct
 import zlib
 from collections.abc import Iterator
@@ -14,7 +16,7 @@ from typing import Any
 from kinoray.config import DecodeConfig
 from kinoray.errors import MediaOverBudget
 
-__all__ = ["MAX_STREAMS", "check_boxes", "check_index"]
+__all__ = ["MAX_STREAMS", "check_boxes", "check_index", "check_memory"]
 
 MAX_STREAMS = 100
 """Streams of a file. libav opens a decoder for each; 3,000 of them take 2 GB."""
@@ -25,6 +27,7 @@ _MAX_BOXES = 2**17  # looked at, in all
 _MAX_REPEATED = 10**6  # samples that an edit list may make of those that are there
 _FEW_EDITS = 16
 _MAX_INDEX_BYTES = 16 * 2**20  # of an index that is compressed; 4 h of video take about 10 MB
+_MOST_BYTES_A_PIXEL = 8  # four channels of 16 bits
 _REORDER = 64  # places by which decoding order and order of showing differ at most
 
 
@@ -139,3 +142,19 @@ def check_index(stream: Any, size_bytes: int, config: DecodeConfig, *, by_groups
         raise MediaOverBudget(
             f"{place - max(0, key):,} or more frames to decode are more than decode.max_frames = {config.max_frames:,}"
         )
+
+
+def check_memory(width: int, height: int) -> None:
+    """Tell a lack of memory from damage, where the decoder refused a frame of this size: libav calls both "invalid".
+
+    Raises:
+        MediaOverBudget: (from a MemoryError) this process may not take much more address space than that of a frame.
+    """
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if limit == resource.RLIM_INFINITY:
+        return
+    with open("/proc/self/statm", encoding="ascii") as file:
+        taken = int(file.read().split()[0]) * mmap.PAGESIZE
+    if taken + _MOST_BYTES_A_PIXEL * width * height > limit:
+        text = f"no memory for another frame of {width} x {height}"
+        raise MediaOverBudget(text) from MemoryError(text)

@@ -14,6 +14,7 @@ import numpy as np
 from av.video.reformatter import Interpolation, VideoReformatter
 
 from kinoray.config import DecodeConfig
+from kinoray.decode_budget import check_memory
 from kinoray.decode_media import LIBAV_ERRORS, Media, media_stage
 from kinoray.decode_plan import FrameSink, Reading, Run
 from kinoray.errors import MediaOverBudget, UndecodableVideo
@@ -222,6 +223,7 @@ class PyavVideo(Media):
         except MemoryError as cause:
             raise MediaOverBudget("a frame takes more memory than there is") from cause
         except LIBAV_ERRORS:
+            check_memory(self.context.width, self.context.height)
             tally.refused.append(place)
             return []
         for frame in frames:

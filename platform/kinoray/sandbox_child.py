@@ -6,6 +6,7 @@ since this process reads what strangers made.
 """
 
 import ctypes
+import errno
 import importlib
 import json
 import math
@@ -127,6 +128,9 @@ _OPERATIONS: dict[str, Callable[[OutputSpace, bytes, dict[str, Any]], dict[str, 
 }
 
 
+_MODULES = {"decord": "decord", "torchcodec": "torchcodec.decoders"}
+
+
 class _Decoder:
     """Answers requests, each within the address space it may take."""
 
@@ -157,8 +161,8 @@ class _Decoder:
             self._backends.add(backend)
             before = _address_space()
             try:
-                importlib.import_module(backend)
-            except ImportError:
+                importlib.import_module(_MODULES[backend])
+            except (ImportError, OSError, RuntimeError):
                 return  # decoding says so, with what to do about it
             self._idle_bytes += _address_space() - before
 
@@ -174,7 +178,8 @@ class _Decoder:
 
 
 def _refusal(error: Exception) -> dict[str, Any]:
-    if isinstance(error, MemoryError) or isinstance(error.__cause__, MemoryError):
+    causes = (error, error.__cause__)
+    if any(isinstance(one, MemoryError) or getattr(one, "errno", None) == errno.ENOMEM for one in causes):
         return {"error": "memory", "text": ""}
     if isinstance(error, KinorayError):
         return {"error": type(error).__name__, "text": str(error)[:_TEXT_LENGTH]}

@@ -1,0 +1,435 @@
+"""A video can end a decoder process, but no other video, no job, and not more than two processes."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import astuple
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from conftest import wait_until
+from decode_reference import moving
+from kinoray import decode
+from kinoray import sandbox as sandbox_module
+from kinoray.config import ClipConfig, DecodeConfig, SampleConfig, ViewConfig
+from kinoray.decode import Clip
+from kinoray.errors import (
+    DecoderCrashed,
+    DecoderStartFailed,
+    DecodeTimeout,
+    JobError,
+    MediaError,
+    MediaOverBudget,
+)
+from kinoray.predictions import read_predictions
+from kinoray.run.decoding import DecodeTask
+from kinoray.run.label import label
+from kinoray.sandbox import Sandbox, shared_sandbox
+from kinoray.sandbox_process import DecoderProcess
+from kinoray.storage import Storage
+from kinoray.synthetic import BROKEN_KINDS, make_broken, make_video
+from kinoray.transcode import transcode
+from kinoray.verbs import LabelConfig
+from label_models import save_untrained
+
+CLIP = ClipConfig(sample=SampleConfig(num_segments=4, frames_per_segment=2), view=ViewConfig(resize_px=40, crop_px=32))
+MEMORY_MB = 48
+"""Enough for small videos, too little for a decoder's frames of 4096 x 4096."""
+
+
+def clip_config(**limits: Any) -> ClipConfig:
+    return ClipConfig(sample=CLIP.sample, view=CLIP.view, decode=DecodeConfig(**limits))
+
+
+@pytest.fixture(scope="module")
+def good() -> bytes:
+    return make_video(moving(40), fps=30, gop=12)
+
+
+@pytest.fixture(scope="module")
+def long() -> bytes:
+    """About half a second of decoding."""
+    return make_video(np.tile(moving(20, 240, 320), (30, 1, 1, 1)), fps=30, gop=600, options={"preset": "ultrafast"})
+
+
+@pytest.fixture(scope="module")
+def hungry() -> bytes:
+    return make_video(np.broadcast_to(np.uint8(90), (4, 4096, 4096, 3)), options={"preset": "ultrafast"})
+
+
+@pytest.fixture
+def sandbox() -> Iterator[Sandbox]:
+    with Sandbox(1) as sandbox:
+        yield sandbox
+
+
+def idle_pids(sandbox: Sandbox) -> list[int]:
+    return [process.pid for process in sandbox._idle]
+
+
+def assert_same(clip: Clip, expected: Clip) -> None:
+    for name in ("frames", "flow", "indices"):
+        ours, theirs = getattr(clip, name), getattr(expected, name)
+        assert (ours is None) is (theirs is None), name
+        assert theirs is None or (ours.dtype == theirs.dtype and np.array_equal(ours, theirs)), name
+    assert astuple(clip.info) == astuple(expected.info)
+    for name in ("num_frames", "frames_decoded", "frames_corrupt"):
+        assert getattr(clip, name) == getattr(expected, name)
+
+
+# The same as in this process
+
+
+VIDEOS: dict[str, Callable[[], bytes]] = {
+    "h264": lambda: make_video(moving(40), fps=30, gop=12),
+    "one frame": lambda: make_video(moving(1)),
+    "rotated": lambda: make_video(moving(20), rotation=90),
+    "vp9": lambda: make_video(moving(20, 32, 48), codec="libvpx-vp9", container="webm"),
+    "avi": lambda: make_video(moving(20), codec="mpeg4", container="avi"),
+    "damaged": lambda: make_broken("cut_front_index", make_video(moving(40), gop=40)),
+}
+
+
+@pytest.mark.parametrize("kind", VIDEOS)
+def test_results_are_those_of_decoding_here_digit_by_digit(kind: str, sandbox: Sandbox) -> None:
+    data = VIDEOS[kind]()
+    for with_flow in (False, True):
+        assert_same(
+            sandbox.decode_clip(data, CLIP, with_flow=with_flow), decode.decode_clip(data, CLIP, with_flow=with_flow)
+        )
+    ours, theirs = np.random.default_rng(5), np.random.default_rng(5)
+    flips = 0
+    for _ in range(6):  # one generator for all, as it would be used here
+        clip = sandbox.decode_clip(data, CLIP, with_flow=True, rng=ours)
+        expected = decode.decode_clip(data, CLIP, with_flow=True, rng=theirs)
+        assert_same(clip, expected)
+        flips += not np.array_equal(clip.frames, sandbox.decode_clip(data, CLIP, with_flow=True).frames)
+    assert flips
+    assert ours.integers(2**60) == theirs.integers(2**60)
+    assert astuple(sandbox.probe(data, CLIP.decode)) == astuple(decode.probe(data, CLIP.decode))
+    images = zip(sandbox.thumbnails(data, CLIP.decode, 3, 24), decode.thumbnails(data, CLIP.decode, 3, 24), strict=True)
+    assert all(np.array_equal(image, expected) for image, expected in images)
+    assert len(idle_pids(sandbox)) == 1
+
+
+def test_other_generators_work_too(sandbox: Sandbox, good: bytes) -> None:
+    ours, theirs = (np.random.Generator(np.random.MT19937(3)) for _ in range(2))
+    for _ in range(2):
+        assert_same(
+            sandbox.decode_clip(good, CLIP, with_flow=False, rng=ours),
+            decode.decode_clip(good, CLIP, with_flow=False, rng=theirs),
+        )
+
+
+def test_transcoding_gives_the_same_file(sandbox: Sandbox, good: bytes) -> None:
+    assert sandbox.transcode(good, DecodeConfig()) == transcode(good, DecodeConfig())
+
+
+@pytest.mark.parametrize("kind", [kind for kind in BROKEN_KINDS if kind not in ("cut_front_index", "one_frame")])
+def test_errors_are_those_of_decoding_here(kind: str, sandbox: Sandbox, good: bytes) -> None:
+    data = make_broken(kind, good)
+    pairs: list[tuple[Callable[[], object], Callable[[], object]]] = [
+        (lambda: sandbox.probe(data, CLIP.decode), lambda: decode.probe(data, CLIP.decode)),
+        (
+            lambda: sandbox.decode_clip(data, CLIP, with_flow=True),
+            lambda: decode.decode_clip(data, CLIP, with_flow=True),
+        ),
+    ]
+    for ours, theirs in pairs:
+        with pytest.raises(MediaError) as expected:
+            theirs()
+        with pytest.raises(MediaError) as found:
+            ours()
+        assert (type(found.value), str(found.value)) == (type(expected.value), str(expected.value))
+
+
+def test_limits_hold_and_a_refusal_does_not_cost_the_process(sandbox: Sandbox, good: bytes) -> None:
+    sandbox.probe(good, DecodeConfig())
+    (pid,) = idle_pids(sandbox)
+    for limits in ({"max_bytes": 100}, {"max_pixels": 100}, {"max_duration_s": 0.1}, {"max_frames": 3}):
+        with pytest.raises(MediaOverBudget, match=f"more than decode.{next(iter(limits))}"):
+            sandbox.decode_clip(good, clip_config(**limits), with_flow=False)
+    assert idle_pids(sandbox) == [pid]
+
+
+def test_a_clip_is_the_callers_own_and_sizes_may_change(sandbox: Sandbox, good: bytes) -> None:
+    first = sandbox.decode_clip(good, CLIP, with_flow=True)
+    kept = first.frames.copy()
+    large = ClipConfig(sample=SampleConfig(num_segments=16, frames_per_segment=3), view=ViewConfig())
+    for config in (large, CLIP, large):
+        assert_same(sandbox.decode_clip(good, config, with_flow=True), decode.decode_clip(good, config, with_flow=True))
+    assert np.array_equal(first.frames, kept)
+    first.frames[...] = 0
+
+
+# What the process is
+
+
+def test_a_decoder_has_no_torch_no_ray_and_no_credentials(
+    sandbox: Sandbox, good: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "canary-of-the-test")
+    sandbox.decode_clip(good, CLIP, with_flow=True)
+    (pid,) = idle_pids(sandbox)
+    maps = Path(f"/proc/{pid}/maps").read_text()
+    assert "libtorch" not in maps
+    assert "_raylet" not in maps
+    assert "libavcodec" in maps
+    assert b"canary-of-the-test" not in Path(f"/proc/{pid}/environ").read_bytes()
+    descriptors = {os.readlink(entry) for entry in Path(f"/proc/{pid}/fd").iterdir()}
+    assert len(descriptors) <= 6, descriptors
+
+
+def gone(pid: int) -> bool:
+    """Whether the process has ended; its zombie may wait for whoever inherits it."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except OSError:
+        return True
+
+
+def test_decoders_end_with_close_and_with_the_last_reference(good: bytes) -> None:
+    sandbox = Sandbox(2)
+    sandbox.probe(good, DecodeConfig())
+    (pid,) = idle_pids(sandbox)
+    sandbox.close()
+    assert gone(pid)
+    sandbox.probe(good, DecodeConfig())
+    (pid,) = idle_pids(sandbox)
+    del sandbox
+    wait_until(lambda: gone(pid), 10, "the decoder of a forgotten sandbox ends")
+
+
+PARENT = """
+import json, os, signal, sys, threading, time
+from kinoray.config import DecodeConfig
+from kinoray.sandbox import Sandbox
+data = open(sys.argv[1], "rb").read()
+sandbox = Sandbox(2)
+threads = [threading.Thread(target=sandbox.probe, args=(data, DecodeConfig())) for _ in range(2)]
+with sandbox._process(new=True) as first, sandbox._process(new=True) as second:
+    first.ask("probe", data, DecodeConfig(), {"config": DecodeConfig()})
+    second.ask("probe", data, DecodeConfig(), {"config": DecodeConfig()})
+    os.kill(second.pid, signal.SIGSTOP)
+    print(json.dumps([first.pid, second.pid]), flush=True)
+    time.sleep(600)
+"""
+
+
+def test_decoders_die_with_a_parent_that_is_killed_also_when_they_are_stopped(good: bytes, tmp_path: Path) -> None:
+    video = tmp_path / "video.mp4"
+    video.write_bytes(good)
+    with subprocess.Popen([sys.executable, "-c", PARENT, str(video)], stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout is not None
+        pids = json.loads(parent.stdout.readline())
+        assert not any(gone(pid) for pid in pids)
+        parent.kill()
+    wait_until(lambda: all(gone(pid) for pid in pids), 20, "the decoders are gone")
+
+
+def test_a_thread_that_started_a_decoder_may_end(sandbox: Sandbox, good: bytes) -> None:
+    """The kernel's signal for a parent's death is sent when the thread that started the process ends."""
+    thread = threading.Thread(target=sandbox.probe, args=(good, DecodeConfig()))
+    thread.start()
+    thread.join()
+    (pid,) = idle_pids(sandbox)
+    sandbox.probe(good, DecodeConfig())
+    assert idle_pids(sandbox) == [pid]
+
+
+def test_the_shared_sandbox_is_one_and_grows() -> None:
+    first = shared_sandbox(1)
+    size = first.num_children
+    assert shared_sandbox(size + 1) is first
+    assert first.num_children == size + 1
+    assert shared_sandbox(1).num_children == size + 1
+
+
+# Deaths
+
+
+def stop_idle(sandbox: Sandbox) -> int:
+    """Stop the idle decoder: the next video waits in it."""
+    (pid,) = idle_pids(sandbox)
+    os.kill(pid, signal.SIGSTOP)
+    return pid
+
+
+def test_a_video_whose_decoder_is_killed_is_tried_again_in_a_new_one(sandbox: Sandbox, good: bytes) -> None:
+    sandbox.probe(good, DecodeConfig())
+    pid = stop_idle(sandbox)
+    with ThreadPoolExecutor(1) as pool:
+        future = pool.submit(sandbox.decode_clip, good, CLIP, with_flow=True)
+        wait_until(lambda: sandbox.busy_pids() == [pid], 20, "the video is in the stopped decoder")
+        os.kill(pid, signal.SIGKILL)
+        assert_same(future.result(), decode.decode_clip(good, CLIP, with_flow=True))
+    assert idle_pids(sandbox) != [pid]
+    assert gone(pid)
+
+
+def kill_all_busy(sandbox: Sandbox, number: signal.Signals, seen: list[int], end: threading.Event) -> None:
+    while not end.is_set():
+        for pid in sandbox.busy_pids():
+            if pid not in seen:
+                seen.append(pid)
+                os.kill(pid, number)
+        end.wait(0.005)
+
+
+@pytest.mark.parametrize(
+    ("number", "error", "message"),
+    [
+        (signal.SIGKILL, DecoderCrashed, r"^the decoder process was killed by SIGKILL while it read this video"),
+        (signal.SIGSEGV, DecoderCrashed, r"^the decoder process was killed by SIGSEGV while it read this video"),
+        (signal.SIGSTOP, DecodeTimeout, r"^no answer from the decoder within decode\.deadline_s = 1\.5"),
+    ],
+)
+def test_a_video_that_loses_two_decoders_is_refused(
+    number: signal.Signals, error: type[MediaError], message: str, sandbox: Sandbox, long: bytes, good: bytes
+) -> None:
+    config = ClipConfig(decode=DecodeConfig(deadline_s=1.5 if number is signal.SIGSTOP else 60))
+    seen: list[int] = []
+    end = threading.Event()
+    killer = threading.Thread(target=kill_all_busy, args=(sandbox, number, seen, end))
+    killer.start()
+    try:
+        with pytest.raises(error, match=message + r".*\(tried 2 times\)$"):
+            sandbox.decode_clip(long, config, with_flow=True)
+    finally:
+        end.set()
+        killer.join()
+    assert len(seen) == 2
+    assert all(gone(pid) for pid in seen)
+    assert sandbox.probe(good, DecodeConfig()).num_frames == 40
+
+
+def test_a_decoder_that_dies_with_nothing_to_do_harms_no_video(sandbox: Sandbox, good: bytes) -> None:
+    sandbox.probe(good, DecodeConfig())
+    (pid,) = idle_pids(sandbox)
+    os.kill(pid, signal.SIGKILL)
+    wait_until(lambda: gone(pid), 10, "the decoder is dead")
+    process = sandbox._idle_process(new=False)
+    assert process.pid != pid
+    process.kill()
+
+
+def test_too_much_memory_is_the_videos_error(sandbox: Sandbox, good: bytes, hungry: bytes) -> None:
+    config = clip_config(max_memory_mb=MEMORY_MB)
+    sandbox.decode_clip(good, config, with_flow=True)
+    message = rf"^decoding takes more address space than decode\.max_memory_mb = {MEMORY_MB} \(tried 2 times\)$"
+    with pytest.raises(MediaOverBudget, match=message):
+        sandbox.decode_clip(hungry, config, with_flow=False)
+    assert sandbox.decode_clip(hungry, CLIP, with_flow=False).num_frames == 4
+    assert_same(sandbox.decode_clip(good, config, with_flow=True), decode.decode_clip(good, config, with_flow=True))
+
+
+def test_among_four_decoders_each_death_is_its_own_videos(good: bytes, hungry: bytes) -> None:
+    """Four threads, every fifth video poison, and one more decoder killed from outside."""
+    config = clip_config(max_memory_mb=MEMORY_MB)
+    expected = decode.decode_clip(good, config, with_flow=True)
+    poison = {3, 8}
+    with Sandbox(4) as sandbox, ThreadPoolExecutor(4) as pool:
+        sandbox.probe(good, DecodeConfig())
+        pid = stop_idle(sandbox)
+        futures = [
+            pool.submit(sandbox.decode_clip, hungry if number in poison else good, config, with_flow=True)
+            for number in range(12)
+        ]
+        wait_until(lambda: pid in sandbox.busy_pids(), 20, "the stopped decoder has a video")
+        os.kill(pid, signal.SIGKILL)
+        for number, future in enumerate(futures):
+            if number in poison:
+                assert type(future.exception()) is MediaOverBudget
+            else:
+                assert_same(future.result(), expected)
+        assert len(idle_pids(sandbox)) <= 4
+        assert sandbox.busy_pids() == []
+
+
+@pytest.mark.parametrize("deaths", [8, pytest.param(200, marks=pytest.mark.slow)])
+def test_replacing_decoders_leaks_nothing(deaths: int, good: bytes) -> None:
+    def held() -> tuple[int, int, int]:
+        children = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
+        return len(list(Path("/proc/self/fd").iterdir())), threading.active_count(), len(children)
+
+    with Sandbox(1) as sandbox:
+        sandbox.probe(good, DecodeConfig())
+        before, shared = held(), set(Path("/dev/shm").iterdir())
+        for _ in range(deaths):
+            os.kill(idle_pids(sandbox)[0], signal.SIGKILL)
+            assert sandbox.probe(good, DecodeConfig()).num_frames == 40
+        assert held() == before
+        mine = {path for path in set(Path("/dev/shm").iterdir()) - shared if "kinoray" in path.name}
+        assert not mine
+
+
+# What is no fault of a video
+
+
+def test_decoders_that_cannot_start_are_the_jobs_error(
+    good: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broken = tmp_path / "python"
+    broken.write_text("#!/bin/sh\necho 'No module named av' >&2\nexit 3\n")
+    broken.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(broken))
+    message = (
+        r"no decoder process can be started on \S+ \(3 tries\): ended with exit code 3 \(No module named av\); check"
+    )
+    with Sandbox(1) as sandbox, pytest.raises(DecoderStartFailed, match=message) as caught:
+        sandbox.probe(good, DecodeConfig())
+    assert isinstance(caught.value, JobError)
+    monkeypatch.setattr(sandbox_module, "_shared", {})
+    video = tmp_path / "video.mp4"
+    video.write_bytes(good)
+    block = {"video_id": ["a"], "uri": [str(video)], "offset": [None], "length": [None], "sha256": [None], "row": [0]}
+    with pytest.raises(DecoderStartFailed, match=message):
+        DecodeTask(storage=Storage(), clip=CLIP, with_flow=False)(pa.table(block))
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "nothing"))
+    with pytest.raises(DecoderStartFailed, match="No such file or directory"):
+        DecoderProcess()
+
+
+def test_answers_are_not_believed_without_a_look(sandbox: Sandbox, good: bytes) -> None:
+    sandbox.probe(good, DecodeConfig())
+    (process,) = sandbox._idle
+    for place in ([0, "|O", [1]], [-1, "|u1", [1]], [0, "|u1", [2**40]], [2**50, "|u1", [1]], [0, "|u1", [1.5]]):
+        with pytest.raises(ValueError, match="array of"):
+            process._read_array(*place)
+
+
+# A job
+
+
+@pytest.mark.ray
+def test_a_labelling_with_poison_labels_every_good_video(
+    ray_local: None, tmp_path: Path, good: bytes, hungry: bytes
+) -> None:
+    videos = tmp_path / "videos"
+    videos.mkdir()
+    poison = {"hungry": (hungry, "MediaOverBudget"), "random": (make_broken("random", good), "UnreadableContainer")}
+    for number in range(12):
+        (videos / f"good-{number:02d}.mp4").write_bytes(make_video(moving(8 + number)))
+    for name, (data, _) in poison.items():
+        (videos / f"good-05-{name}.mp4").write_bytes(data)
+    clip = clip_config(max_memory_mb=MEMORY_MB)
+    checkpoint = save_untrained(Storage(), str(tmp_path / "checkpoint"), ("a", "b"), clip, "label_models:mixing")
+    label(LabelConfig(source=str(videos), checkpoint=checkpoint, out=str(tmp_path / "out"), max_bad_fraction=0.5))
+    rows = read_predictions(Storage(), str(tmp_path / "out")).to_pylist()
+    assert len(rows) == 14
+    for row in rows:
+        name = Path(row["uri"]).stem
+        kind = name.rpartition("-")[2]
+        if kind in poison:
+            assert (row["status"], row["error_class"]) == ("quarantined", poison[kind][1])
+        else:
+            assert (row["status"], row["error_class"]) == ("labelled", None)
