@@ -24,6 +24,7 @@ LAYERS: list[set[str]] = [
     {"sandbox"},
     {"shards", "batch", "cost", "metrics", "checkpoint", "predictions", "synthetic"},
     {"report", "describe", "kinetics"},
+    {"tune"},
     {"run"},
     {"cli"},
 ]

@@ -31,16 +31,36 @@ class _Run:
 class Desk:
     """The actor behind gates; see Gate for what its methods are for."""
 
-    def __init__(self) -> None:
+    def __init__(self, num_places: int) -> None:
         self._runs: dict[str, _Run] = {}
+        self._holders: set[str] = set()
+        self._num_places = num_places
+        self._changed = asyncio.Condition()
 
-    async def begin(self, name: str) -> str:
-        """A new watcher takes the run over; what waits for the last one ends. Returns the workers' group or ""."""
-        last = self._runs.get(name)
-        if last is not None:
-            self._answer(last, False)
+    async def enter(self, name: str) -> None:
+        """Wait until fewer than num_places runs are inside."""
+        async with self._changed:
+            await self._changed.wait_for(lambda: name in self._holders or len(self._holders) < self._num_places)
+            self._holders.add(name)
+
+    async def leave(self, name: str) -> None:
+        """Make room for another run; no harm if it was not inside."""
+        async with self._changed:
+            self._holders.discard(name)
+            self._changed.notify_all()
+
+    async def take_over(self, name: str) -> str:
+        """A new watcher: what the last one left ends. Returns the placement group of its workers, or ""."""
+        await self.leave(name)
+        last = self._runs.pop(name, None)
+        if last is None:
+            return ""
+        self._answer(last, False)
+        return last.group
+
+    async def begin(self, name: str) -> None:
+        """A run starts that shows its rows under this name."""
         self._runs[name] = _Run()
-        return last.group if last is not None else ""
 
     async def attach(self, name: str, group: str) -> None:
         """The workers of the run live in this placement group."""
@@ -75,10 +95,10 @@ class Desk:
             run.verdict.set_result(go_on)
 
 
-def open_desk() -> Any:
-    """An actor handle of a Desk that ends with this process."""
-    # Every run may wait in `ask` and its watcher in `take`.
-    return ray.remote(num_cpus=0, max_concurrency=10_000)(Desk).remote()
+def open_desk(num_places: int) -> Any:
+    """An actor handle of a Desk that lets so many runs in at a time, and ends with this process."""
+    # Every run may wait in `ask` and its watcher in `take` or `enter`.
+    return ray.remote(num_cpus=0, max_concurrency=10_000)(Desk).remote(num_places)
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,10 +108,14 @@ class Gate:
     desk: Any
     name: str
 
-    def begin(self) -> None:
-        """Watch the run. Workers of a watcher that died lose their place: Ray keeps it until the whole job ends."""
-        if group := ray.get(self.desk.begin.remote(self.name)):
+    def take_over(self) -> None:
+        """Watch from now on. Workers of a watcher that died lose their place: Ray keeps it until the whole job ends."""
+        if group := ray.get(self.desk.take_over.remote(self.name)):
             remove_placement_group(PlacementGroup(PlacementGroupID(bytes.fromhex(group))))
+
+    def begin(self) -> None:
+        """A run is about to start."""
+        ray.get(self.desk.begin.remote(self.name))
 
     def attach(self) -> None:
         """Called by a worker: remember the placement group that it runs in."""
@@ -102,6 +126,14 @@ class Gate:
     def go_on(self, row: Row) -> bool:
         """Called by a worker after an epoch, with the row of metrics.jsonl: whether to train another."""
         return bool(ray.get(self.desk.ask.remote(self.name, dict(row))))
+
+    def enter(self) -> None:
+        """Wait until the cluster has room for this run."""
+        ray.get(self.desk.enter.remote(self.name))
+
+    def leave(self) -> None:
+        """Make room for another run."""
+        ray.get(self.desk.leave.remote(self.name))
 
     def take(self) -> Row | None:
         """Wait for the next epoch's row; None when the run is over."""

@@ -32,7 +32,7 @@ from kinoray.run.runfolder import claim_run, read_metrics, run_digest
 from kinoray.storage import Storage, absolute, arrow_filesystem, join
 from kinoray.verbs import TrainConfig
 
-__all__ = ["train"]
+__all__ = ["check_training", "train"]
 
 
 def train(config: TrainConfig, gate: Gate | None = None) -> dict[str, Any]:
@@ -52,10 +52,8 @@ def train(config: TrainConfig, gate: Gate | None = None) -> dict[str, Any]:
     start_s = time.monotonic()
     config = replace(config, catalog=absolute(config.catalog), out=absolute(config.out))
     storage = Storage(config.storage)
-    require_known_model(config.model)
     catalog = load_catalog(storage, config.catalog)
-    num_train, num_val = _check_splits(config, catalog)
-    _check_model(config, catalog)
+    num_train, num_val = check_training(config, catalog)
     claim_run(storage, config, catalog)
     found = list_checkpoints(storage, config.out)
     if not found or found[-1][1].epoch < config.optim.epochs:
@@ -70,6 +68,19 @@ def train(config: TrainConfig, gate: Gate | None = None) -> dict[str, Any]:
     else:
         print(f"train: {config.out} is finished ({config.optim.epochs} epochs); nothing is left to do", flush=True)
     return _result(config, found, time.monotonic() - start_s)
+
+
+def check_training(config: TrainConfig, catalog: Catalog) -> tuple[int, int]:
+    """Check all that can be checked without a cluster; how many videos are to train on and to score.
+
+    Raises:
+        ConfigError: the network is unknown or refuses its options, or the clip.
+        CatalogError: the catalog lacks a split, or labels in it.
+    """
+    require_known_model(config.model)
+    sizes = _check_splits(config, catalog)
+    _check_model(config, catalog)
+    return sizes
 
 
 def _check_splits(config: TrainConfig, catalog: Catalog) -> tuple[int, int]:
