@@ -2,7 +2,7 @@
 
 Two cards with different things on them lie over a background that pans. The background carries one card along; the
 other moves left or right relative to it. The label is (thing of the mover) x (direction). Ceilings by construction:
-pictures alone show both things and no motion, 1 of 4; flow alone shows a direction and no thing, 1 of 4; adding
+a single picture shows both things and no motion, 1 of 4; flow alone shows a direction and no thing, 1 of 4; adding
 the two answers without binding them, 1 of 2; all are needed for more. What keeps the ceilings true: each card is
 equally likely to be anywhere in any one frame, whatever moves (they wrap around the edges); both have one outline;
 things are drawn in red and blue only, and flow is estimated on green, so its errors do not depend on the thing either.
