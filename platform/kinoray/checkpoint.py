@@ -59,6 +59,8 @@ class CheckpointMeta:
     """Whole epochs trained."""
     step: int
     """Optimizer steps taken."""
+    epoch_steps: int = 0
+    """Those of them that belong to the epoch after `epoch`; above 0 the checkpoint is one inside that epoch."""
     samples: int
     """Videos trained on, counted over all epochs; unreadable ones not counted."""
     metrics: dict[str, float] = dataclasses.field(default_factory=dict)
@@ -258,8 +260,16 @@ def list_checkpoints(storage: Storage, run: str) -> list[tuple[str, CheckpointMe
 
 
 def best_of(checkpoints: list[tuple[str, CheckpointMeta]]) -> tuple[str, CheckpointMeta]:
-    """The one with the highest val_top1; the newest of equals, and of all if none was scored. The list is not empty."""
-    return max(checkpoints, key=lambda item: (item[1].metrics.get("val_top1", -math.inf), item[1].epoch, item[1].step))
+    """The one with the highest val_top1; the newest of equals, and of all if none was scored. The list is not empty.
+
+    A checkpoint inside an epoch comes after all others: it was not scored, and is there to go on from.
+    """
+
+    def rank(item: tuple[str, CheckpointMeta]) -> tuple[bool, float, int, int]:
+        meta = item[1]
+        return meta.epoch_steps == 0, meta.metrics.get("val_top1", -math.inf), meta.epoch, meta.step
+
+    return max(checkpoints, key=rank)
 
 
 def find_checkpoint(storage: Storage, uri: str) -> str:

@@ -126,7 +126,9 @@ class TrainConfig:
     val_split: str = "val"
     """Split that is scored after each epoch; empty for none."""
     keep_checkpoints: int = 2
-    """Newest checkpoints that are kept, besides the best one."""
+    """Newest checkpoints that are kept, of those after epochs, besides the best one."""
+    checkpoint_every_steps: int = 200
+    """Steps between checkpoints inside an epoch (the newest is kept), written while training goes on; 0 for none."""
     max_failures: int = 3
     """How often a dead worker group is started again from the newest checkpoint."""
     max_bad_fraction: float = 0.2
@@ -144,6 +146,8 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         require(self.keep_checkpoints >= 1, "keep_checkpoints", "at least 1", self.keep_checkpoints)
+        every = self.checkpoint_every_steps
+        require(every >= 0, "checkpoint_every_steps", "at least 0", every)
         require(self.max_failures >= 0, "max_failures", "at least 0", self.max_failures)
         _check_fraction("max_bad_fraction", self.max_bad_fraction)
         workers, batch = self.resources.num_workers, self.optim.batch_size

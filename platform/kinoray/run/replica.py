@@ -73,6 +73,8 @@ class Replica:
         # Per step: videos, unreadable, loss, top-1 and top-5 hits; pending ones are this rank's, not yet added up.
         self._pending = torch.zeros(5, dtype=torch.float64, device=device)
         self._totals = torch.zeros(5, dtype=torch.float64, device=device)
+        self._history: list[Tensor] = []  # of training steps, over all ranks
+        self._stepped = False  # whether what is pending is a training step's
 
     def train_step(self, clips: VideoBatch | None, labels: Tensor, unreadable: int, lr: float) -> None:
         """One optimizer step at rate lr on this rank's part of a global batch.
@@ -95,6 +97,7 @@ class Replica:
             nn.utils.clip_grad_norm_(self.module.parameters(), self._optim.clip_norm)
         self.optimizer.step()
         self._pending[1] += unreadable
+        self._stepped = True
 
     @torch.no_grad()
     def score(self, clips: VideoBatch, labels: Tensor, unreadable: int) -> None:
@@ -113,10 +116,26 @@ class Replica:
         self._exchange(torch.zeros((), dtype=torch.float64, device=self.device))
         return self.totals()
 
+    def history(self) -> Tensor:
+        """What each training step since `reset` counted over all ranks, without the last (see `finish`).
+
+        float64 [steps, 5] on the CPU: videos, unreadable, sum of cross entropies, top-1 hits, top-5 hits.
+        """
+        return torch.stack(self._history).cpu() if self._history else torch.zeros(0, 5, dtype=torch.float64)
+
+    def restore(self, history: Tensor) -> None:
+        """Count on from where `history` was taken."""
+        self.reset()
+        for numbers in history.to(self.device, torch.float64):
+            self._totals += numbers  # one by one, as they were added then: sums in another order differ in last bits
+            self._history.append(numbers)
+
     def reset(self) -> None:
         """Start to count anew."""
         self._pending.zero_()
         self._totals.zero_()
+        self._history.clear()
+        self._stepped = False
 
     def share_buffers(self) -> None:
         """Give all ranks the buffers (BatchNorm's statistics) of rank 0, whose they are in a checkpoint."""
@@ -129,6 +148,9 @@ class Replica:
         numbers = torch.cat([videos_now.reshape(1), self._pending])
         dist.all_reduce(numbers)
         self._totals += numbers[1:]
+        if self._stepped:
+            self._history.append(numbers[1:])
+            self._stepped = False
         self._pending.zero_()
         return numbers[0]
 

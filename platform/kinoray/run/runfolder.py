@@ -5,13 +5,18 @@ trained again after a failure replace what the first try wrote.
 
     run.json           the settings that decide the result, and the catalog's digest; a run resumes only with the same
     config.yaml        all settings, as --config reads them
+    environment.json   for each start of the workers: versions, commit, hosts
+    status.json        what the driver last said about the run; see kinoray.runs
     metrics.jsonl      one JSON object an epoch
+    losses/            one file of JSON lines an epoch, one object a step
     tensorboard/       one event file an epoch
+    learning_curves.svg
     quarantine.parquet videos that could not be read
     checkpoints/       see kinoray.checkpoint
 """
 
 import json
+import re
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -34,13 +39,16 @@ __all__ = [
     "checkpoint_uri",
     "claim_run",
     "prune_checkpoints",
+    "read_losses",
     "read_metrics",
     "run_digest",
     "run_settings",
+    "write_losses",
     "write_metrics",
 ]
 
 _TRAIN = ("loss", "top1", "top5", "lr")
+_OURS = re.compile(r"epoch-\d+-step-\d+")
 
 
 def run_settings(config: TrainConfig, catalog: Catalog) -> dict[str, Any]:
@@ -119,8 +127,23 @@ def read_metrics(storage: Storage, out: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in text.splitlines() if line]
 
 
-def write_metrics(storage: Storage, out: str, row: Mapping[str, Any]) -> None:
-    """Append the row of an epoch to metrics.jsonl and its event file to tensorboard/.
+def read_losses(storage: Storage, out: str) -> list[dict[str, Any]]:
+    """The training steps of the run, in order: epoch, step (from 1), videos, unreadable, lr, loss (mean of the batch).
+
+    Equal losses are equal bits: JSON keeps all of a float64.
+    """
+    uris = sorted(info.uri for info in storage.list(join(out, "losses") + "/"))
+    return [json.loads(line) for uri in uris for line in storage.read(uri).decode().splitlines()]
+
+
+def write_losses(storage: Storage, out: str, epoch: int, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write the steps of an epoch so far; they replace those of a try that failed."""
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    storage.put(join(out, "losses", f"epoch-{epoch:06d}.jsonl"), text.encode())
+
+
+def write_metrics(storage: Storage, out: str, row: Mapping[str, Any], losses: Sequence[Mapping[str, Any]] = ()) -> None:
+    """Append the row of an epoch to metrics.jsonl; its event file in tensorboard/ has the losses of its steps, too.
 
     Rows of this and later epochs, from a try that failed after them, are dropped.
     """
@@ -130,11 +153,14 @@ def write_metrics(storage: Storage, out: str, row: Mapping[str, Any]) -> None:
     # One file an epoch, named by it: TensorBoard reads the files of a folder in order of their names, and the same
     # epoch trained again overwrites its own.
     name = f"events.out.tfevents.{row['epoch']:010d}.kinoray"
-    storage.put(join(out, "tensorboard", name), _event_file(row))
+    storage.put(join(out, "tensorboard", name), _event_file(row, losses))
 
 
-def _event_file(row: Mapping[str, Any]) -> bytes:
-    """The numbers of a row as TensorBoard scalars: val_* in val/, loss and accuracy in train/, others in run/."""
+def _event_file(row: Mapping[str, Any], losses: Sequence[Mapping[str, Any]]) -> bytes:
+    """The numbers of a row as TensorBoard scalars: val_* in val/, loss and accuracy in train/, others in run/.
+
+    Those are by epoch; loss and rate of the steps are by step, in step/.
+    """
     with tempfile.TemporaryDirectory(prefix="kinoray-") as folder:
         with SummaryWriter(folder) as writer:
             for name, number in row.items():
@@ -144,6 +170,9 @@ def _event_file(row: Mapping[str, Any]) -> bytes:
                     ("val", name[4:]) if name.startswith("val_") else ("train" if name in _TRAIN else "run", name)
                 )
                 writer.add_scalar(f"{group}/{tag}", number, global_step=row["epoch"], walltime=row["time_s"])
+            for step in losses:
+                for name in step.keys() & {"loss", "lr"}:
+                    writer.add_scalar(f"step/{name}", step[name], global_step=step["step"], walltime=row["time_s"])
         (written,) = Path(folder).iterdir()
         return written.read_bytes()
 
@@ -161,11 +190,17 @@ def add_refusals(storage: Storage, out: str, refusals: Sequence[Refusal]) -> Non
 
 
 def prune_checkpoints(storage: Storage, out: str, keep: int) -> None:
-    """Delete all whole checkpoints but the newest `keep` and the best one."""
+    """Delete all checkpoints but the newest, the newest `keep` of those after epochs, and the best one.
+
+    With them goes what writers that were killed have left: files in a folder of ours without checkpoint.json. So this
+    must not run while a checkpoint is being written.
+    """
     found = list_checkpoints(storage, out)
     if not found:
         return
-    kept = {uri for uri, _ in found[-keep:]} | {best_of(found)[0]}
-    for uri, _ in found:
-        if uri not in kept:
-            delete_checkpoint(storage, uri)
+    after_epochs = [item for item in found if not item[1].epoch_steps]
+    kept = {found[-1][0], best_of(found)[0]} | {uri for uri, _ in after_epochs[-keep:]}
+    folders = {info.uri.rpartition("/")[0] for info in storage.list(join(out, "checkpoints") + "/")}
+    broken = {uri for uri in folders if _OURS.fullmatch(uri.rpartition("/")[2])} - {uri for uri, _ in found}
+    for uri in sorted(broken | {uri for uri, _ in found if uri not in kept}):
+        delete_checkpoint(storage, uri)
