@@ -57,6 +57,11 @@ class Sandbox:
                 self.num_children += more
                 self._room.release(more)
 
+    def pids(self) -> list[int]:
+        """Ids of all processes that run now."""
+        with self._lock:
+            return sorted(process.pid for process in [*self._idle, *self._busy])
+
     def busy_pids(self) -> list[int]:
         """Ids of the processes that are reading a video now."""
         with self._lock:
