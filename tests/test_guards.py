@@ -16,6 +16,7 @@ KINORAY = ROOT / "platform" / "kinoray"
 LAYERS: list[set[str]] = [
     {"errors", "progress"},
     {"config"},
+    {"protocol"},
     {"verbs", "configfile"},
     {"storage"},
     {"sample", "transform", "flow"},

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kinoray.config import SampleConfig
-from kinoray.sample import clip_rng, segment_indices
+from kinoray.sample import clip_rng, segment_indices, view_indices
 
 SHAPES = st.builds(
     lambda s, t: SampleConfig(num_segments=s, frames_per_segment=t), st.integers(1, 16), st.integers(1, 6)
@@ -61,6 +61,33 @@ def test_random_frames_are_drawn_equally_often(num_frames: int) -> None:
         np.add.at(counts, segment_indices(num_frames, config, rng).reshape(-1), 1)
     expected = rounds * 8 / num_frames
     assert np.abs(counts - expected).max() < 5 * np.sqrt(expected)  # five standard deviations, fixed seed
+
+
+@given(num_frames=st.integers(1, 10**8), config=SHAPES, num_views=st.integers(1, 12))
+@settings(max_examples=200, deadline=None)
+def test_temporal_views_take_the_middles_of_the_parts_of_each_slot(
+    num_frames: int, config: SampleConfig, num_views: int
+) -> None:
+    slots = config.num_segments * config.frames_per_segment
+    views = view_indices(num_frames, config, num_views)
+    assert views.shape == (num_views, config.num_segments, config.frames_per_segment)
+    for v, view in enumerate(views):
+        expected = [floor(Fraction(num_frames, slots) * (i + Fraction(2 * v + 1, 2 * num_views))) for i in range(slots)]
+        assert view.reshape(-1).tolist() == expected
+
+
+def test_temporal_views_by_hand() -> None:
+    """Two slots of 6 frames, three views: parts of 2 frames, whose middles are 1, 3, 5 and 7, 9, 11."""
+    config = SampleConfig(num_segments=2, frames_per_segment=1)
+    assert view_indices(12, config, 3).tolist() == [[[1], [7]], [[3], [9]], [[5], [11]]]
+    assert view_indices(12, config, 1)[0].tolist() == segment_indices(12, config).tolist() == [[3], [9]]
+    assert view_indices(1, config, 2).tolist() == [[[0], [0]], [[0], [0]]]
+
+
+@pytest.mark.parametrize(("num_frames", "num_views"), [(0, 1), (5, 0)])
+def test_no_frames_or_no_views_are_an_error(num_frames: int, num_views: int) -> None:
+    with pytest.raises(ValueError, match=f"must be at least 1, got {num_frames} and {num_views}"):
+        view_indices(num_frames, SampleConfig(), num_views)
 
 
 def test_no_frames_is_an_error() -> None:

@@ -6,7 +6,7 @@ import pytest
 
 from kinoray import transform
 from kinoray.config import ViewConfig
-from kinoray.transform import View, train_view
+from kinoray.transform import View, crop_views, train_view
 
 STRETCH = ViewConfig()
 SHORT = ViewConfig(resize="short_side")
@@ -25,6 +25,35 @@ SHORT = ViewConfig(resize="short_side")
 )
 def test_testing_takes_the_centre(config: ViewConfig, width: int, height: int, expected: View) -> None:
     assert transform.test_view(config, width, height) == expected
+
+
+@pytest.mark.parametrize(
+    ("config", "width", "height", "places"),
+    [
+        pytest.param(SHORT, 340, 256, [(16, 0), (16, 58), (16, 116)], id="landscape: left, centre, right"),
+        pytest.param(SHORT, 256, 340, [(0, 16), (58, 16), (116, 16)], id="portrait: top, centre, bottom"),
+        pytest.param(SHORT, 64, 64, [(16, 0), (16, 16), (16, 32)], id="square: left, centre, right"),
+        pytest.param(STRETCH, 340, 256, [(16, 0), (16, 16), (16, 32)], id="stretched, landscape"),
+        pytest.param(STRETCH, 256, 340, [(0, 16), (16, 16), (32, 16)], id="stretched, portrait"),
+    ],
+)
+def test_three_crops_lie_along_the_longer_side(
+    config: ViewConfig, width: int, height: int, places: list[tuple[int, int]]
+) -> None:
+    views = crop_views(config, width, height, "three")
+    assert [(view.top, view.left) for view in views] == places
+    assert views[1] == transform.test_view(config, width, height)
+    assert {(view.height, view.width, view.size, view.flip) for view in views} == {
+        (views[1].height, views[1].width, 224, False)
+    }
+
+
+def test_ten_crops_are_corners_and_centre_and_their_mirror_images() -> None:
+    views = crop_views(SHORT, 340, 256, "ten")
+    assert [(view.top, view.left) for view in views] == 2 * [(0, 0), (0, 116), (32, 0), (32, 116), (16, 58)]
+    assert [view.flip for view in views] == 5 * [False] + 5 * [True]
+    assert {(view.height, view.width, view.size) for view in views} == {(256, 340, 224)}
+    assert crop_views(SHORT, 340, 256, "center") == [transform.test_view(SHORT, 340, 256)] == [views[4]]
 
 
 @pytest.mark.parametrize(("width", "height"), [(320, 200), (200, 320), (256, 256)])

@@ -10,7 +10,7 @@ import numpy as np
 
 from kinoray.config import SampleConfig
 
-__all__ = ["clip_rng", "segment_indices"]
+__all__ = ["clip_rng", "segment_indices", "view_indices"]
 
 
 def segment_indices(num_frames: int, config: SampleConfig, rng: np.random.Generator | None = None) -> np.ndarray:
@@ -25,12 +25,36 @@ def segment_indices(num_frames: int, config: SampleConfig, rng: np.random.Genera
     if num_frames < 1:
         raise ValueError(f"num_frames must be at least 1, got {num_frames}")
     num_slots = config.num_segments * config.frames_per_segment
-    slots = np.arange(num_slots, dtype=np.int64)
     if rng is None:
-        frames = (2 * slots + 1) * num_frames // (2 * num_slots)
-    else:  # positions in units of 1 / num_slots frame, so that slots need not be whole frames
-        frames = rng.integers(slots * num_frames, (slots + 1) * num_frames, dtype=np.int64) // num_slots
+        return _middles(num_frames, num_slots).reshape(config.num_segments, config.frames_per_segment)
+    slots = np.arange(num_slots, dtype=np.int64)
+    # positions in units of 1 / num_slots frame, so that slots need not be whole frames
+    frames = rng.integers(slots * num_frames, (slots + 1) * num_frames, dtype=np.int64) // num_slots
     return frames.reshape(config.num_segments, config.frames_per_segment)
+
+
+def view_indices(num_frames: int, config: SampleConfig, num_views: int) -> np.ndarray:
+    """Frame numbers of `num_views` temporal views, int64 [V, S, T], each in 0 .. num_frames - 1.
+
+    Each slot is cut into V equal parts; view v takes the middle of part v of every slot:
+    `(2 * (i * V + v) + 1) * F // (2 * V * S * T)` in slot i. Every view spans the whole video, as a training clip does;
+    one view is `segment_indices`. A clip that spans F - w of F frames, w being the slot, can start at w positions: that
+    is SlowFast's spacing of clips (equal steps over what the clip leaves free) for clips as long as the video, and
+    TSN's and TSM's "twice sample" for V = 2.
+
+    Raises:
+        ValueError: num_frames or num_views is less than 1.
+    """
+    if num_frames < 1 or num_views < 1:
+        raise ValueError(f"num_frames and num_views must be at least 1, got {num_frames} and {num_views}")
+    shape = (config.num_segments, config.frames_per_segment, num_views)
+    middles = _middles(num_frames, int(np.prod(shape)))
+    return np.ascontiguousarray(middles.reshape(shape).transpose(2, 0, 1))
+
+
+def _middles(num_frames: int, num_slots: int) -> np.ndarray:
+    """The frames in the middle of equal slots, int64 [num_slots]."""
+    return (2 * np.arange(num_slots, dtype=np.int64) + 1) * num_frames // (2 * num_slots)
 
 
 def clip_rng(seed: int, epoch: int, video_id: str) -> np.random.Generator:

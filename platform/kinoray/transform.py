@@ -4,13 +4,14 @@ A crop of a smaller region "resized to crop_px" is written as a larger scaling f
 the decoder scales once, straight from YUV, and no second resize follows.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from kinoray.config import ViewConfig
+from kinoray.protocol import Crops
 
-__all__ = ["View", "test_view", "train_view"]
+__all__ = ["View", "crop_views", "test_view", "train_view"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +52,24 @@ def test_view(config: ViewConfig, width: int, height: int) -> View:
 
 
 test_view.__test__ = False  # type: ignore[attr-defined]  # pytest must not collect it where a test imports it
+
+
+def crop_views(config: ViewConfig, width: int, height: int, crops: Crops) -> list[View]:
+    """Resize, then one or more cuts: the views of a protocol. width x height is the frame as displayed.
+
+    center: `test_view`. three: left, centre, right; top, centre, bottom where the frame is taller than wide
+    (SlowFast). ten: top left, top right, bottom left, bottom right, centre, then the same five mirrored (TSN).
+    """
+    centre = test_view(config, width, height)
+    bottom, right = centre.height - centre.size, centre.width - centre.size
+    if crops == "center":
+        return [centre]
+    if crops == "three":
+        along, end = ("top", bottom) if height > width else ("left", right)
+        return [replace(centre, **{along: 0}), centre, replace(centre, **{along: end})]
+    corners = [replace(centre, top=top, left=left) for top in (0, bottom) for left in (0, right)]
+    five = [*corners, centre]
+    return [*five, *(replace(view, flip=True) for view in five)]
 
 
 def train_view(config: ViewConfig, width: int, height: int, rng: np.random.Generator) -> View:
