@@ -111,8 +111,8 @@ class SampleConfig:
 class DecodeConfig:
     """How bytes become frames. Back ends differ by 1-2 grey levels, so the choice is part of the digest."""
 
-    backend: Literal["pyav", "decord"] = "pyav"
-    """`pyav` decodes only what the wanted frames need; `decord` is there for comparison."""
+    backend: Literal["pyav", "decord", "torchcodec"] = "pyav"
+    """`pyav` decodes only what the wanted frames need; the others are there for comparison (docs/decoders.md)."""
     max_pixels: int = 2**25
     """Largest frame, in pixels; larger videos are quarantined after the probe."""
     max_duration_s: float = 4 * 3600.0

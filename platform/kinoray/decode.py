@@ -13,6 +13,7 @@ from kinoray.config import ClipConfig, DecodeConfig, SampleConfig
 from kinoray.decode_decord import read_with_decord
 from kinoray.decode_plan import FrameSink, Reading
 from kinoray.decode_pyav import PyavVideo
+from kinoray.decode_torchcodec import read_with_torchcodec
 from kinoray.flow import dis_flow, quantise
 from kinoray.sample import segment_indices
 from kinoray.transform import View, test_view, train_view
@@ -112,6 +113,8 @@ def _reach(sample: SampleConfig) -> float:
 def _read(data: bytes, video: PyavVideo, wanted: np.ndarray, sink: FrameSink, config: DecodeConfig) -> Reading:
     if config.backend == "decord":
         return read_with_decord(data, video, wanted, sink)
+    if config.backend == "torchcodec":
+        return read_with_torchcodec(data, video, wanted, sink)
     return video.read(wanted, sink)
 
 

@@ -3,6 +3,7 @@
 What decord does differently, and why it is not the default:
 - It seeks by what the container promises. In MPEG-TS it gives frames up to dozens too late, without an error.
 - It refuses files that are cut short or damaged, of which PyAV reads what is there, and knows no AV1.
+- It fails on frames that libswscale pads, such as those of 48 pixels' width.
 - It applies rotation by itself, and scales with its own, older libswscale.
 - On damaged files it has aborted its process (6 of 4,000 mutated files) or kept decoding without end (its issue 373).
 - Its shared libraries are loaded for the whole process: imported before PyAV, they stand in front of PyAV's libvpx.

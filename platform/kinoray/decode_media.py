@@ -239,6 +239,11 @@ class Media:
             )
 
     @property
+    def stream_index(self) -> int:
+        """Number of the chosen stream in the container."""
+        return int(self._stream.index)
+
+    @property
     def context(self) -> Any:
         """libav's decoder for the stream."""
         return self._stream.codec_context
