@@ -1,7 +1,11 @@
-"""Which frames of a video are looked at: pure integer arithmetic on frame numbers, the same on every machine.
+"""Which frames of a video are looked at: arithmetic on frame numbers, the same on every machine.
 
 A video of F frames is cut into S * T equal slots of F / (S * T) frames. The slots are real intervals: where they are
 shorter than a frame, neighbouring slots share it, so short videos repeat frames instead of failing.
+
+Random draws nest: from one generator state, the frames that few slots draw are (but for frames on a slot's border)
+among those that a multiple of the slots draws, and the generator is left alike. Trials with other segment counts then
+need almost the same frames, decoded once (see kinoray.framecache). Easy to break: draw nothing that depends on S or T.
 """
 
 import hashlib
@@ -17,7 +21,7 @@ def segment_indices(num_frames: int, config: SampleConfig, rng: np.random.Genera
     """Frame numbers, int64 [S, T], never falling, each in 0 .. num_frames - 1.
 
     Without rng: the middle of each slot, `(2i + 1) * F // (2 * S * T)`. With rng: a frame drawn from each slot, such
-    that over all slots every frame of the video is drawn equally often.
+    that over all slots every frame of the video is drawn equally often; F numbers are taken from rng.
 
     Raises:
         ValueError: num_frames is less than 1.
@@ -27,10 +31,25 @@ def segment_indices(num_frames: int, config: SampleConfig, rng: np.random.Genera
     num_slots = config.num_segments * config.frames_per_segment
     if rng is None:
         return _middles(num_frames, num_slots).reshape(config.num_segments, config.frames_per_segment)
-    slots = np.arange(num_slots, dtype=np.int64)
-    # positions in units of 1 / num_slots frame, so that slots need not be whole frames
-    frames = rng.integers(slots * num_frames, (slots + 1) * num_frames, dtype=np.int64) // num_slots
-    return frames.reshape(config.num_segments, config.frames_per_segment)
+    return _drawn(num_frames, num_slots, rng).reshape(config.num_segments, config.frames_per_segment)
+
+
+def _drawn(num_frames: int, num_slots: int, rng: np.random.Generator) -> np.ndarray:
+    """A frame of each slot, int64 [num_slots], drawn with the share of the slot that it fills.
+
+    Each frame waits for an exponential time, and in a slot the first one wins: of frames with rates w it is frame f
+    with probability w_f / sum(w), and the first of two slots together is the first of one of them.
+    """
+    waits = rng.exponential(size=num_frames)
+    frames = np.empty(num_slots, np.int64)
+    for slot in range(num_slots):  # from begin to end in units of 1 / num_slots frame
+        begin, end = slot * num_frames, (slot + 1) * num_frames
+        first, last = begin // num_slots, (end - 1) // num_slots
+        rates = np.full(last - first + 1, num_slots, np.int64)
+        rates[0] -= begin - first * num_slots
+        rates[-1] -= (last + 1) * num_slots - end
+        frames[slot] = first + int(np.argmin(waits[first : last + 1] / rates))
+    return frames
 
 
 def view_indices(num_frames: int, config: SampleConfig, num_views: int) -> np.ndarray:
