@@ -111,12 +111,11 @@ def demo_clips(folder: Path, videos_per_class: int, seed: int) -> ClipSet:
 def test_transfer_beats_training_from_scratch(weights: str, tmp_path: Path) -> None:
     """The same network, recipe and videos of the demo; only the start differs."""
     train, test = demo_clips(tmp_path / "train", 10, seed=1), demo_clips(tmp_path / "test", 10, seed=2)
-    optim = OptimConfig(epochs=6, batch_size=12, lr=1e-3)
+    optim = OptimConfig(epochs=10, batch_size=6, lr=1e-3)
     options = {"backbone": BACKBONE, "scale": "dim"}
     top1 = {}
     for start, extra in (("scratch", {}), ("transfer", {"backbone_weights": weights})):
         model = ModelConfig(factory="vcm_sdd", options=options | extra)
         fitted = fit(model, train, test, optim, num_classes=len(class_names()), one_sequence=False)
         top1[start] = float((fitted.predicted == test.labels).mean())
-    print(top1)
-    assert top1["transfer"] > top1["scratch"] + 0.2, top1
+    assert top1["transfer"] > top1["scratch"] + 0.25, top1
