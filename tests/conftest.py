@@ -62,7 +62,7 @@ def moto_server(_environment: None) -> Iterator[str]:
     command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
-        wait_until(lambda: _answers(url, process), 60, "the S3 server answers")
+        wait_until(lambda: _answers(url, process), 200, "the S3 server answers")
         yield url
     finally:
         process.kill()

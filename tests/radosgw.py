@@ -72,7 +72,7 @@ def radosgw(folder: Path) -> Iterator[str]:
     environment = os.environ | {"CEPH_CONF": str(conf)}
 
     def call(*command: str) -> None:
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
         if done.returncode:
             raise RuntimeError(f"{' '.join(command)} ended with {done.returncode}: {done.stderr[-500:]}")
 
@@ -105,7 +105,7 @@ def radosgw(folder: Path) -> Iterator[str]:
         user = ("--uid=test", "--display-name=test", f"--access-key={ACCESS_KEY}", f"--secret-key={SECRET_KEY}")
         call("radosgw-admin", "user", "create", *user)
         call("radosgw", "-n", "client.rgw")
-        wait_until(answers, 60, "radosgw answers")
+        wait_until(answers, 200, "radosgw answers")
         yield url
     finally:
         _end(sorted((folder / "run").glob("*.pid")))
