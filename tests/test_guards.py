@@ -24,7 +24,7 @@ LAYERS: list[set[str]] = [
     {"archive", "transcode"},
     {"sandbox"},
     {"shards", "batch", "cost", "metrics", "checkpoint", "predictions", "synthetic"},
-    {"report", "describe", "kinetics"},
+    {"report", "describe", "runs", "kinetics"},
     {"tune"},
     {"run"},
     {"cli"},

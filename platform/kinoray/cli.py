@@ -39,6 +39,7 @@ VERBS: Mapping[str, Verb] = {
         verbs.EvaluateConfig, "kinoray.run.evaluate:evaluate", "checkpoint + labelled catalog -> exact accuracy"
     ),
     "label": Verb(verbs.LabelConfig, "kinoray.run.label:label", "any videos -> one result row each, exactly once"),
+    "runs": Verb(verbs.RunsConfig, "kinoray.runs:runs", "trainings in storage: how they stand, and their best"),
     "report": Verb(verbs.ReportConfig, "kinoray.report:report", "results -> one HTML page to look at"),
     "model": Verb(verbs.ModelVerbConfig, "kinoray.describe:describe_model", "a network's parameters and operations"),
     "demo": Verb(verbs.DemoConfig, "kinoray.run.demo:demo", "all of the above on a small generated set"),

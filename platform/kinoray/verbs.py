@@ -25,6 +25,7 @@ __all__ = [
     "ModelVerbConfig",
     "PackConfig",
     "ReportConfig",
+    "RunsConfig",
     "TrainConfig",
 ]
 
@@ -130,7 +131,7 @@ class TrainConfig:
     checkpoint_every_steps: int = 200
     """Steps between checkpoints inside an epoch (the newest is kept), written while training goes on; 0 for none."""
     max_failures: int = 3
-    """How often a dead worker group is started again from the newest checkpoint."""
+    """How often dead workers are started again from the newest checkpoint, and Ray Train's controller likewise."""
     max_bad_fraction: float = 0.2
     """More unreadable training videos than this share end the run."""
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -260,6 +261,32 @@ class ReportConfig:
     def __post_init__(self) -> None:
         require(self.max_videos >= 0, "max_videos", "at least 0", self.max_videos)
         require(0 <= self.frames_per_video <= 16, "frames_per_video", "in 0 .. 16", self.frames_per_video)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunsConfig:
+    """List the training runs below a folder or s3:// prefix: how they stand, epochs, best metric, network.
+
+    Example: kinoray runs s3://bucket/runs
+
+    It reads what the runs have written, and needs no cluster. STATUS is one of
+
+      running   its driver gave a sign of life within the last two minutes
+      finished  all epochs are done
+      stopped   it was interrupted, or its driver was killed; the command that started it goes on with it
+      failed    it ended with an error, which is shown below the table
+      damaged   its files cannot be read
+
+    BEST is the highest top-1 on the validation split, or the lowest loss where none is scored. All of a run's metrics
+    are in its metrics.jsonl, its curves in learning_curves.svg.
+    """
+
+    prefix: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="PREFIX")]
+    """A run folder, or a folder or s3:// prefix with runs at any depth."""
+    json: bool = False
+    """One JSON object a run instead of the table, with times in seconds."""
+    storage: StorageConfig = field(default_factory=StorageConfig)
+    """Object storage."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

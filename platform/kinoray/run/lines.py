@@ -1,11 +1,16 @@
-"""Lines that workers have to say, printed by the driver: in order, whole, and without Ray's prefixes."""
+"""What workers tell the driver: lines that it prints, in order, whole and without prefixes; and where they live.
+
+Ray keeps the place of workers whose controller was killed until the whole job ends: `free_place` gives it back.
+"""
 
 import threading
 from types import TracebackType
 from typing import Any
 
 import ray
+from ray._raylet import PlacementGroupID
 from ray.exceptions import RayError
+from ray.util.placement_group import PlacementGroup, remove_placement_group
 
 __all__ = ["Lines"]
 
@@ -15,6 +20,13 @@ _POLL_S = 0.5
 class _Box:
     def __init__(self) -> None:
         self._lines: list[str] = []
+        self._place = ""
+
+    def settle(self, place: str) -> None:
+        self._place = place
+
+    def place(self) -> str:
+        return self._place
 
     def post(self, line: str) -> None:
         self._lines.append(line)
@@ -25,12 +37,20 @@ class _Box:
 
 
 class Lines:
-    """A context in which the driver prints what workers post: hand `box` to them and call `box.post.remote(line)`."""
+    """A context in which the driver prints what workers post: hand `box` to them and call `box.post.remote(line)`.
+
+    Workers call `box.settle.remote(id)` with their placement group's id in hex.
+    """
 
     def __init__(self) -> None:
         self.box: Any = ray.remote(num_cpus=0)(_Box).remote()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._pump, name="lines", daemon=True)
+
+    def free_place(self) -> None:
+        """Remove the placement group of the workers, and what is left of them."""
+        if place := ray.get(self.box.place.remote()):
+            remove_placement_group(PlacementGroup(PlacementGroupID(bytes.fromhex(place))))
 
     def __enter__(self) -> "Lines":
         self._thread.start()

@@ -12,10 +12,12 @@ from functools import partial
 from typing import Any
 
 import numpy as np
+import ray
 import ray.train
 import ray.train.torch
 import torch
 import torch.distributed as dist
+from ray.util.placement_group import get_current_placement_group
 from torch import Tensor
 
 from kinoray.catalog import Catalog, load_catalog
@@ -33,6 +35,7 @@ from kinoray.model import VideoModel, build_model, without_start_weights
 from kinoray.quarantine import Refusal
 from kinoray.run.cluster import quiet_ray
 from kinoray.run.decoding import DecodeTask
+from kinoray.run.environment import host, software
 from kinoray.run.gate import Gate
 from kinoray.run.ingest import Rows, Samples, Unreadable, epoch_order, rank_part, rank_steps, run_length, stream
 from kinoray.run.pace import Pace, epoch_line
@@ -40,7 +43,7 @@ from kinoray.run.ranks import agreed, from_first
 from kinoray.run.recipe import learning_rate
 from kinoray.run.recorder import Recorder
 from kinoray.run.replica import Replica, Totals
-from kinoray.run.runfolder import run_digest
+from kinoray.run.runfolder import add_start, run_digest
 from kinoray.run.snapshot import load_snapshot, seed_step, take_snapshot
 from kinoray.run.upload import Uploader
 from kinoray.storage import Storage, join
@@ -53,13 +56,14 @@ _FINAL = (ConfigError, CatalogError, CheckpointError, ModelError, TooManyBad, Tr
 
 
 def worker_loop(job: Mapping[str, Any]) -> dict[str, str]:
-    """Train to the end, from the newest whole checkpoint on; `job` holds config, catalog_digest, box and gate.
+    """Train to the end, from the newest whole checkpoint on; `job` holds config, catalog_digest, commits, box, gate.
 
     Returns `{}`, `stopped` if the gate ended the run, or error_class and error_text of an error that all ranks have and
     that another try would meet again: Ray Train would start the workers max_failures times over for it.
     """
     try:
         worker = _Worker(job["config"], job["catalog_digest"], job["box"], job["gate"])
+        worker.note_start(job["commits"])
         if not worker.run():
             return {"stopped": "by the gate"}
     except _FINAL as error:
@@ -95,6 +99,8 @@ class _Worker:
         self.config, self.optim, self._box, self._gate = config, config.optim, box, gate
         self.storage = Storage(config.storage)
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        if self.rank == 0 and (place := get_current_placement_group()) is not None:
+            ray.get(box.settle.remote(place.id.hex()))
         if gate is not None and self.rank == 0:
             gate.attach()
         catalog = agreed(lambda: self._catalog(catalog_digest))
@@ -113,7 +119,7 @@ class _Worker:
         if newest is not None:
             agreed(lambda: self._resume(*newest))
         self._pace = Pace(self.optim, self.num_steps, self.epoch * self.num_steps + self.epoch_steps)
-        self._say(self._start_line(newest[0] if newest else ""))
+        self._source = newest[0] if newest else ""
 
     def _catalog(self, catalog_digest: str) -> Catalog:
         if not self.storage.exists(join(self.config.out, "run.json")):
@@ -144,12 +150,18 @@ class _Worker:
         self.epoch, self.epoch_steps = meta.epoch, meta.epoch_steps
         self.samples = meta.samples - self.replica.totals().videos
 
-    def _start_line(self, source: str) -> str:
-        workers = f"{self.world_size} worker{'s' if self.world_size > 1 else ''}"
-        line = f"train: {workers} start on {self.replica.device.type}"
-        where = [f"after epoch {self.epoch}"] if self.epoch else []
-        where += [f"after step {self.epoch_steps} of epoch {self.epoch + 1}"] if self.epoch_steps else []
-        return line + (f" {where[-1]}, from {source}" if source else "")
+    def note_start(self, commits: Mapping[str, str]) -> None:
+        """Say, and write to environment.json, where the run starts from, on what, with which versions."""
+        after = f"epoch {self.epoch}" if self.epoch else ""
+        after = f"step {self.epoch_steps} of epoch {self.epoch + 1}" if self.epoch_steps else after
+        where = f" after {after}, from {self._source}" if after else ""
+        self._say(f"train: {self.world_size} workers start on {self.replica.device.type}{where}")
+        ranks: list[Any] = [None] * self.world_size
+        dist.all_gather_object(ranks, (host(self.rank), software()))
+        first = ranks[0][1]
+        hosts = [about if versions == first else about | {"software": versions} for about, versions in ranks]
+        start = {"time_s": time.time(), "after": after, **commits, "software": first, "hosts": hosts}
+        self._write(lambda: add_start(self.storage, self.config.out, start))
 
     def _say(self, line: str) -> None:
         if self.rank == 0 and line:

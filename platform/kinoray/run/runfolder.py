@@ -36,6 +36,7 @@ from kinoray.verbs import TrainConfig
 
 __all__ = [
     "add_refusals",
+    "add_start",
     "checkpoint_uri",
     "claim_run",
     "prune_checkpoints",
@@ -125,6 +126,18 @@ def read_metrics(storage: Storage, out: str) -> list[dict[str, Any]]:
     except ObjectNotFound:
         return []
     return [json.loads(line) for line in text.splitlines() if line]
+
+
+def add_start(storage: Storage, out: str, start: Mapping[str, Any]) -> None:
+    """Append a start of the workers to environment.json."""
+    uri = join(out, "environment.json")
+    try:
+        starts = json.loads(storage.read(uri))["starts"]
+    except ObjectNotFound:
+        starts = []
+    except (ValueError, KeyError, TypeError) as error:
+        raise StorageError(f"{uri} is damaged ({error}); delete it, and the same command goes on") from error
+    storage.put(uri, (json.dumps({"starts": [*starts, start]}, indent=1) + "\n").encode())
 
 
 def read_losses(storage: Storage, out: str) -> list[dict[str, Any]]:

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
-from ray.exceptions import RayError
+from ray.exceptions import ActorDiedError, RayError
 from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig, TrainingFailedError, WorkerGroupError
 from ray.train.torch import TorchConfig, TorchTrainer
 
@@ -25,7 +25,10 @@ from kinoray.errors import CatalogError, ClusterError, ConfigError, JobError, Ki
 from kinoray.model import build_model, check_clip, require_known_model
 from kinoray.progress import format_duration
 from kinoray.run.cluster import connect, require_fit
+from kinoray.run.curves import draw_curves
+from kinoray.run.environment import commits
 from kinoray.run.gate import Gate
+from kinoray.run.heartbeat import Heartbeat
 from kinoray.run.lines import Lines
 from kinoray.run.loop import worker_loop
 from kinoray.run.runfolder import claim_run, read_metrics, run_digest
@@ -59,15 +62,25 @@ def train(config: TrainConfig, gate: Gate | None = None) -> dict[str, Any]:
     if not found or found[-1][1].epoch < config.optim.epochs:
         sizes = f"{num_train} videos, {num_val} to score, {len(catalog.labels)} classes"
         print(f"train: {sizes}, {config.optim.epochs} epochs, to {config.out}", flush=True)
-        stopped = _run_workers(config, catalog, gate)
-        found = list_checkpoints(storage, config.out)
-        is_short = not found or found[-1][1].epoch < config.optim.epochs
-        if is_short and not stopped:  # Ray Train ends a run on Ctrl-C without an error
-            done = f"{found[-1][1].epoch if found else 0} of {config.optim.epochs} epochs"
-            raise JobError(f"training was stopped after {done}; the same command goes on")
+        found = _train_on(storage, config, catalog, gate)
     else:
         print(f"train: {config.out} is finished ({config.optim.epochs} epochs); nothing is left to do", flush=True)
     return _result(config, found, time.monotonic() - start_s)
+
+
+def _train_on(
+    storage: Storage, config: TrainConfig, catalog: Catalog, gate: Gate | None
+) -> list[tuple[str, CheckpointMeta]]:
+    """Run the workers, keep status.json true meanwhile, draw the curves; the checkpoints that are there then."""
+    with Heartbeat(storage, config.out) as heart:
+        stopped = _run_workers(config, catalog, gate)
+        found = list_checkpoints(storage, config.out)
+        heart.stopped = not found or found[-1][1].epoch < config.optim.epochs
+        draw_curves(storage, config.out)
+        if heart.stopped and not stopped:  # Ray Train ends a run on Ctrl-C without an error
+            done = f"{found[-1][1].epoch if found else 0} of {config.optim.epochs} epochs"
+            raise JobError(f"training was stopped after {done}; the same command goes on")
+    return found
 
 
 def check_training(config: TrainConfig, catalog: Catalog) -> tuple[int, int]:
@@ -115,11 +128,28 @@ def _check_model(config: TrainConfig, catalog: Catalog) -> None:
         )
 
 
+class _ControllerDied(Exception):
+    """Ray Train's controller was killed; Ray does not start it again."""
+
+
 def _run_workers(config: TrainConfig, catalog: Catalog, gate: Gate | None) -> bool:
-    """Run the workers to the end of the run; whether the gate ended it."""
+    """Run the workers to the end of the run, under as many controllers as it takes; whether the gate ended it."""
+    connect(config.resources)
+    require_fit(config.resources, decode_cpus=config.resources.decode_tasks)
+    for failures_left in range(config.max_failures, -1, -1):
+        try:
+            return _run_controller(config, catalog, gate)
+        except _ControllerDied as error:
+            what = f"the training controller died {config.max_failures - failures_left + 1} times, last with: {error}"
+            if not failures_left:
+                raise ClusterError(f"{what}; the same command goes on") from error
+            print(f"train: {what}; it is started again", flush=True)
+    raise AssertionError("max_failures is at least 0")
+
+
+def _run_controller(config: TrainConfig, catalog: Catalog, gate: Gate | None) -> bool:
     resources = config.resources
-    connect(resources)
-    require_fit(resources, decode_cpus=resources.decode_tasks)
+    job = {"config": config, "catalog_digest": catalog.digest, "commits": commits(), "gate": gate}
     filesystem, path = arrow_filesystem(config.storage, join(config.out, "ray"))
     per_worker = {"CPU": resources.cpus_per_worker}
     if resources.gpus_per_worker:
@@ -127,7 +157,7 @@ def _run_workers(config: TrainConfig, catalog: Catalog, gate: Gate | None) -> bo
     with Lines() as lines, _own_interrupts():
         trainer = TorchTrainer(
             worker_loop,
-            train_loop_config={"config": config, "catalog_digest": catalog.digest, "box": lines.box, "gate": gate},
+            train_loop_config=job | {"box": lines.box},
             torch_config=TorchConfig(backend="nccl" if resources.gpus_per_worker else "gloo"),
             scaling_config=ScalingConfig(
                 num_workers=resources.num_workers,
@@ -149,9 +179,11 @@ def _run_workers(config: TrainConfig, catalog: Catalog, gate: Gate | None) -> bo
             raise KeyboardInterrupt from stop
         except TrainingFailedError as error:
             raise _as_ours(error, config) from error
+        except ActorDiedError as error:
+            lines.free_place()
+            raise _ControllerDied(_first_line(error)) from error
         except RayError as error:
-            reason = _first_line(error)
-            raise ClusterError(f"the training controller died: {reason}; the same command goes on") from error
+            raise ClusterError(f"training ended: {_first_line(error)}; the same command goes on") from error
     if "error_class" in outcome:
         raise getattr(errors, outcome["error_class"])(outcome["error_text"])
     return "stopped" in outcome
