@@ -22,7 +22,7 @@ LAYERS: list[set[str]] = [
     {"sample", "transform", "flow"},
     {"catalog", "decode", "model", "quarantine"},
     {"archive", "transcode"},
-    {"sandbox"},
+    {"sandbox", "framecache"},
     {"shards", "batch", "cost", "metrics", "checkpoint", "predictions", "synthetic"},
     {"report", "describe", "runs", "kinetics"},
     {"tune"},

@@ -5,6 +5,7 @@ Everything that changes a number in a result is in ClipConfig and ModelConfig, a
 
 import hashlib
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Annotated, Any, Literal
@@ -16,6 +17,7 @@ from tyro.constructors import PrimitiveConstructorSpec
 from kinoray.errors import ConfigError
 
 __all__ = [
+    "CacheConfig",
     "ClipConfig",
     "DecodeConfig",
     "FlowConfig",
@@ -178,6 +180,28 @@ class ClipConfig:
     """Which part of them."""
     flow: FlowConfig = field(default_factory=FlowConfig)
     """Optical flow between them."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CacheConfig:
+    """Decoded frames on the disk of each node, for runs that see the same frames (the trials of a sweep).
+
+    What is kept is what the network is fed, so a run gives the same numbers with and without it. Every epoch draws
+    other frames and crops, so one run alone gains only where videos are scored, which it sees alike in every epoch.
+    """
+
+    gb: float = 0.0
+    """Size on each node, in GB; 0 for no cache. What does not fit is decoded."""
+    folder: str = ""
+    """Where. Default: a folder of this user's in the node's temporary folder."""
+    grids: tuple[str, ...] = ()
+    """SEGMENTSxFRAMES of all runs that share it, such as 8x6 16x6: one reading then serves them all. Default: this
+    run's alone. `kinoray tune` fills it in."""
+
+    def __post_init__(self) -> None:
+        require(self.gb >= 0, "cache.gb", "at least 0", self.gb)
+        is_grid = all(re.fullmatch(r"[1-9][0-9]{0,3}x[1-9][0-9]{0,3}", grid) for grid in self.grids)
+        require(is_grid, "cache.grids", "like 8x6 (segments x frames of each)", self.grids)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

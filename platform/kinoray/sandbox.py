@@ -8,7 +8,7 @@ process holds one video at a time, so that a death has exactly one cause.
 import os
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
 from types import TracebackType
@@ -16,8 +16,9 @@ from typing import Any, Self
 
 import numpy as np
 
-from kinoray.config import ClipConfig, DecodeConfig
+from kinoray.config import ClipConfig, DecodeConfig, SampleConfig
 from kinoray.decode import Clip, VideoInfo
+from kinoray.decode_bank import FrameBank
 from kinoray.decode_media import check_size_bytes
 from kinoray.sandbox_process import Answer, DecoderLost, DecoderProcess, start_decoder
 from kinoray.transcode import Transcoded
@@ -36,6 +37,8 @@ class Sandbox:
 
     def __init__(self, num_children: int) -> None:
         self.num_children = 0
+        self.cpu_s = 0.0
+        """CPU seconds that its processes spent on videos for which they answered."""
         self._room = threading.Semaphore(0)
         self._lock = threading.Lock()
         self._idle: list[DecoderProcess] = []
@@ -97,6 +100,22 @@ class Sandbox:
             info=_video_info(answer),
         )
 
+    def decode_bank(
+        self,
+        data: bytes,
+        config: ClipConfig,
+        samples: Sequence[SampleConfig],
+        *,
+        with_flow: bool,
+        rng: np.random.Generator | None = None,
+    ) -> FrameBank:
+        """kinoray.decode_bank.decode_bank in a decoder process; the generator is used up. Raises as decode_clip."""
+        arguments = {"config": config, "samples": list(samples), "with_flow": with_flow, "rng": rng}
+        answer = self._ask("decode_bank", data, config.decode, arguments)
+        ends = np.cumsum([sample.num_segments * sample.frames_per_segment for sample in samples])[:-1]
+        places = np.split(answer.arrays["places"], ends)
+        return FrameBank(answer.arrays["frames"], answer.arrays.get("flow"), places, answer.fields["exact"])
+
     def probe(self, data: bytes, config: DecodeConfig) -> VideoInfo:
         """kinoray.decode.probe in a decoder process. Raises what decode_clip raises."""
         return _video_info(self._ask("probe", data, config, {"config": config}))
@@ -120,7 +139,10 @@ class Sandbox:
         for left in reversed(range(_TRIES)):
             with self._process(new=left == 0) as process:
                 try:
-                    return process.ask(operation, data, config, arguments, patience=patience)
+                    answer = process.ask(operation, data, config, arguments, patience=patience)
+                    with self._lock:
+                        self.cpu_s += float(answer.fields["cpu_s"])
+                    return answer
                 except DecoderLost as lost:
                     if not left:
                         raise type(lost.error)(f"{lost.error} (tried {_TRIES} times)") from lost

@@ -17,6 +17,7 @@ import resource
 import signal
 import socket
 import sys
+import time
 import traceback
 from collections.abc import Callable
 from dataclasses import asdict
@@ -25,6 +26,7 @@ from typing import Any
 import numpy as np
 
 from kinoray.decode import decode_clip, probe, thumbnails
+from kinoray.decode_bank import decode_bank
 from kinoray.errors import KinorayError
 from kinoray.transcode import transcode
 
@@ -105,6 +107,15 @@ def _decode_clip(space: OutputSpace, data: bytes, arguments: dict[str, Any]) -> 
     }
 
 
+def _decode_bank(space: OutputSpace, data: bytes, arguments: dict[str, Any]) -> dict[str, Any]:
+    bank = decode_bank(data, **arguments, empty=space.empty)
+    arrays = {"frames": bank.frames, "flow": bank.flow, "places": np.concatenate(bank.places)}
+    return {
+        "arrays": {name: space.place(name, array) for name, array in arrays.items() if array is not None},
+        "exact": bank.exact,
+    }
+
+
 def _probe(_: OutputSpace, data: bytes, arguments: dict[str, Any]) -> dict[str, Any]:
     return {"arrays": {}, "info": asdict(probe(data, **arguments))}
 
@@ -121,6 +132,7 @@ def _transcode(space: OutputSpace, data: bytes, arguments: dict[str, Any]) -> di
 
 
 _OPERATIONS: dict[str, Callable[[OutputSpace, bytes, dict[str, Any]], dict[str, Any]]] = {
+    "decode_bank": _decode_bank,
     "decode_clip": _decode_clip,
     "probe": _probe,
     "thumbnails": _thumbnails,
@@ -214,7 +226,9 @@ def main() -> None:
     with socket.socket(fileno=socket_fd) as connection:
         connection.send(json.dumps({"ready": os.getpid()}).encode())
         while message := connection.recv(MESSAGE_BYTES):
+            begin_s = time.process_time()
             answer = decoder.answer(pickle.loads(message))
+            answer["cpu_s"] = time.process_time() - begin_s
             connection.send(json.dumps(answer, default=np.ndarray.tolist).encode())
 
 

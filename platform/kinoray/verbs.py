@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 import tyro
 
 from kinoray.config import (
+    CacheConfig,
     ClipConfig,
     DecodeConfig,
     InferenceConfig,
@@ -140,6 +141,8 @@ class TrainConfig:
     """What it is fed."""
     optim: OptimConfig = field(default_factory=OptimConfig)
     """The recipe."""
+    cache: CacheConfig = field(default_factory=CacheConfig)
+    """Decoded frames on disk; off by default."""
     storage: StorageConfig = field(default_factory=StorageConfig)
     """Object storage."""
     resources: ResourcesConfig = field(default_factory=ResourcesConfig)

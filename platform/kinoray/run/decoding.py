@@ -1,15 +1,19 @@
 """What a decode task of the training stream does; its workers import this module, so it must not import torch."""
 
-from dataclasses import dataclass
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
 from kinoray.catalog import read_videos, references
-from kinoray.config import ClipConfig
+from kinoray.config import CacheConfig, ClipConfig
 from kinoray.errors import KinorayError, MediaError, StorageError
+from kinoray.framecache import FrameCache, grid_name
 from kinoray.sample import clip_rng
-from kinoray.sandbox import shared_sandbox
+from kinoray.sandbox import Sandbox, shared_sandbox
 from kinoray.storage import Storage
 
 __all__ = ["DecodeTask"]
@@ -27,6 +31,8 @@ class DecodeTask:
     seed: int = 0
     epoch: int | None = None
     """Epoch whose random frames and crops are drawn; None for the middle frames and the centre crop."""
+    cache: CacheConfig = field(default_factory=CacheConfig)
+    """Decoded frames on this node's disk."""
 
     @property
     def frame_shape(self) -> tuple[int, int, int, int]:
@@ -47,22 +53,30 @@ class DecodeTask:
         flow = np.zeros((count, segments, frames, FLOW_CHANNELS, height, width), np.int8) if self.with_flow else None
         errors: list[KinorayError | None] = [None] * count
         sandbox = shared_sandbox(1)  # a worker runs one task at a time, and keeps its decoder for the next
-        found = read_videos(self.storage, references(block))
-        for index, (video_id, data) in enumerate(zip(block.column("video_id").to_pylist(), found, strict=True)):
-            rng = None if self.epoch is None else clip_rng(self.seed, self.epoch, video_id)
+        begin_s = time.process_time() + sandbox.cpu_s
+        cache = FrameCache(self.cache, self.clip, self.with_flow) if self.cache.gb else None
+        videos = block.to_pylist()
+        places = [(rgb[index], None if flow is None else flow[index]) for index in range(count)]
+        cached = [cache is not None and cache.load(self._key(cache, videos[i]), *places[i]) for i in range(count)]
+        missing = [index for index in range(count) if not cached[index]]
+        found = read_videos(self.storage, references(block.take(missing))) if missing else iter(())
+        for index, data in zip(missing, found, strict=True):
             try:
                 if isinstance(data, KinorayError):
                     raise data
-                clip = sandbox.decode_clip(data, self.clip, with_flow=self.with_flow, rng=rng)
+                cached[index] = self._decode(sandbox, cache, data, videos[index], *places[index])
             except (MediaError, StorageError) as error:
                 errors[index] = error
-                continue
-            rgb[index] = clip.frames
-            if flow is not None:
-                flow[index] = clip.flow
+                for array in places[index]:
+                    if array is not None:
+                        array.fill(0)
+        cpu_s = np.zeros(count)
+        cpu_s[:1] = time.process_time() + sandbox.cpu_s - begin_s
         columns = {
             "row": block.column("row").to_numpy(),
             "ok": np.array([error is None for error in errors]),
+            "cached": np.array(cached, bool),
+            "cpu_s": cpu_s,
             "rgb": rgb,
         }
         if flow is not None:
@@ -70,3 +84,40 @@ class DecodeTask:
         columns["error_class"] = np.array([type(error).__name__ if error else "" for error in errors])
         columns["error_text"] = np.array([str(error) if error else "" for error in errors])
         return columns
+
+    def _key(self, cache: FrameCache, video: Mapping[str, Any]) -> str:
+        return cache.key(video, self.seed, self.epoch)
+
+    def _rng(self, video: Mapping[str, Any]) -> np.random.Generator | None:
+        return None if self.epoch is None else clip_rng(self.seed, self.epoch, video["video_id"])
+
+    def _decode(
+        self,
+        sandbox: Sandbox,
+        cache: FrameCache | None,
+        data: bytes,
+        video: Mapping[str, Any],
+        rgb: np.ndarray,
+        flow: np.ndarray | None,
+    ) -> bool:
+        """Fill rgb and flow; whether they came from the cache after all."""
+        if cache is not None and cache.has_room():
+            key = self._key(cache, video)
+            with cache.lock(key):
+                if cache.load(key, rgb, flow):  # another task decoded it while this one waited
+                    return True
+                bank = sandbox.decode_bank(
+                    data, self.clip, cache.samples, with_flow=self.with_flow, rng=self._rng(video)
+                )
+                if bank.exact:
+                    cache.add(key, bank)
+                    own = [grid_name(sample) for sample in cache.samples].index(grid_name(self.clip.sample))
+                    rgb.reshape(-1, *rgb.shape[2:])[:] = bank.frames[bank.places[own]]
+                    if flow is not None and bank.flow is not None:
+                        flow.reshape(-1, *flow.shape[2:])[:] = bank.flow[bank.places[own]]
+                    return False
+        clip = sandbox.decode_clip(data, self.clip, with_flow=self.with_flow, rng=self._rng(video))
+        rgb[:] = clip.frames
+        if flow is not None:
+            flow[:] = clip.flow
+        return False

@@ -108,6 +108,10 @@ class Samples:
     """The clips; B may be 0."""
     unreadable: tuple[Unreadable, ...]
     """What is not among them; never replaced by another video."""
+    decode_cpu_s: float
+    """CPU seconds that decode tasks spent on what arrived with this batch, reading included."""
+    cached: int
+    """Videos that came from the cache of decoded frames."""
 
 
 class _Collate(NumpyBatchCollateFn):  # type: ignore[misc]  # ray has no types
@@ -124,8 +128,9 @@ class _Collate(NumpyBatchCollateFn):  # type: ignore[misc]  # ray has no types
                 tensors[name] = torch.from_numpy(array if array.flags.writeable else array.copy())
         reasons = zip(batch["row"], batch["error_class"], batch["error_text"], ok, strict=True)
         unreadable = tuple(Unreadable(int(row), str(kind), str(text)) for row, kind, text, good in reasons if not good)
-        rows = batch["row"].astype(np.int64)
-        return rows, Samples(rows[keep], VideoBatch(rgb=tensors["rgb"], flow=tensors.get("flow")), unreadable)
+        rows, clips = batch["row"].astype(np.int64), VideoBatch(rgb=tensors["rgb"], flow=tensors.get("flow"))
+        decode_cpu_s, cached = float(batch["cpu_s"].sum()), int(batch["cached"].sum())
+        return rows, Samples(rows[keep], clips, unreadable, decode_cpu_s, cached)
 
 
 def stream(

@@ -98,6 +98,7 @@ class _Worker:
         torch.set_num_threads(max(1, int(config.resources.cpus_per_worker)))
         self.config, self.optim, self._box, self._gate = config, config.optim, box, gate
         self.storage = Storage(config.storage)
+        self._decoding = torch.zeros(2, dtype=torch.float64)  # CPU seconds, videos from the cache
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         if self.rank == 0 and (place := get_current_placement_group()) is not None:
             ray.get(box.settle.remote(place.id.hex()))
@@ -188,6 +189,7 @@ class _Worker:
                 row |= {"val_loss": scored.loss, "val_top1": scored.top1, "val_top5": scored.top5}
                 row |= {"val_videos": scored.videos, "val_unreadable": scored.unreadable}
             row |= {"videos_per_s": max(0, num_videos) / train_s, "decode_wait": wait_s / train_s}
+            row |= self._decoding_row()
             row |= {"epoch_s": time.monotonic() - start_s, "time_s": time.time()}
             # What was not measured (no readable video) is left out: NaN is no JSON.
             row = {name: value for name, value in row.items() if not math.isnan(value)}
@@ -209,11 +211,27 @@ class _Worker:
 
     def _stream(self, part: _Part, steps: Sequence[Rows], epoch: int | None) -> Iterator[Samples]:
         task = DecodeTask(
-            storage=self.storage, clip=self.config.clip, with_flow=self.with_flow, seed=self.optim.seed, epoch=epoch
+            storage=self.storage,
+            clip=self.config.clip,
+            with_flow=self.with_flow,
+            seed=self.optim.seed,
+            epoch=epoch,
+            cache=self.config.cache,
         )
         share = rank_part(self.config.resources.decode_tasks, self.rank, self.world_size)
         decode_tasks = max(1, share.stop - share.start)
-        return stream(part.catalog, steps, task, decode_tasks=decode_tasks, world_size=self.world_size)
+        batches = stream(part.catalog, steps, task, decode_tasks=decode_tasks, world_size=self.world_size)
+        for samples in batches:
+            self._decoding += torch.tensor([samples.decode_cpu_s, samples.cached], dtype=torch.float64)
+            yield samples
+
+    def _decoding_row(self) -> dict[str, float | int]:
+        """What decoding took since the last call, on all ranks; `cached` videos came from the cache of frames."""
+        numbers = self._decoding.to(self.replica.device)
+        dist.all_reduce(numbers)
+        self._decoding.zero_()
+        row: dict[str, float | int] = {"decode_cpu_s": round(float(numbers[0]), 3)}
+        return row | ({"cached": int(numbers[1])} if self.config.cache.gb else {})
 
     def _train_epoch(self, epoch: int) -> tuple[Totals, float]:
         """Train what is left of an epoch; its totals over all ranks, and the seconds that this rank waited for it."""
