@@ -103,7 +103,8 @@ class FaultyS3:
                     fault = self.faults.pop(0)
                 elif self.rng.random() < self.rate:
                     fault = self.rng.choice(self.kinds if request.method == "GET" else self.write_kinds)
-            self.met[fault] += fault != "ok"
+            if fault != "ok":
+                self.met[fault] += 1
         return fault
 
 
