@@ -12,7 +12,7 @@ from kinoray.checkpoint import CheckpointMeta, save_checkpoint
 from kinoray.config import ClipConfig, ModelConfig
 from kinoray.model import build_model
 from kinoray.storage import Storage
-from tiny_models import Spec
+from tiny_models import MeanColour, Spec
 
 
 class Mixing(nn.Module):
@@ -66,7 +66,7 @@ def save_untrained(
 
 
 class Wrong(nn.Module):
-    """Gives NaN for one video of each batch, or one class too many."""
+    """Gives NaN or infinity for one video of each batch, or one class too many."""
 
     def __init__(self, num_classes: int, how: str) -> None:
         super().__init__()
@@ -79,10 +79,17 @@ class Wrong(nn.Module):
         if self.how == "raises":
             raise RuntimeError("out of memory")
         logits = torch.zeros(len(rgb), self.num_classes + (self.how == "wide"))
-        if self.how == "nan":
-            logits[-1, 0] = float("nan")
+        if self.how in ("nan", "inf", "-inf"):
+            logits[-1, 0] = float(self.how)
         return logits
 
 
 def wrong(num_classes: int, how: str) -> Wrong:
     return Wrong(num_classes, how)
+
+
+def two_segments(num_classes: int) -> MeanColour:
+    """A network that is built for two segments and no other number."""
+    model = MeanColour(num_classes, 0, 0.0)
+    model.input_spec = Spec(num_segments=2)
+    return model

@@ -10,12 +10,12 @@ import pyarrow as pa
 import pytest
 
 from kinoray.catalog import Catalog, catalog_of_source, save_catalog
-from kinoray.checkpoint import CheckpointMeta
-from kinoray.config import ClipConfig, ModelConfig, ResourcesConfig, SampleConfig, StorageConfig, ViewConfig
+from kinoray.config import ClipConfig, ResourcesConfig, SampleConfig, StorageConfig, ViewConfig
 from kinoray.errors import CatalogError, CheckpointMismatch, TooManyBad
+from kinoray.evaluation import confused_classes, evaluation_record, join_answers, true_classes
 from kinoray.metrics import wilson_interval
 from kinoray.predictions import read_predictions
-from kinoray.run.evaluate import confused_classes, evaluate, score_predictions, true_classes
+from kinoray.run.evaluate import evaluate
 from kinoray.storage import Storage
 from kinoray.synthetic import class_names, make_broken, make_demo_set
 from kinoray.verbs import EvaluateConfig
@@ -33,14 +33,10 @@ def catalog_with(folder: Path, rows: list[tuple[str, str, str]]) -> Catalog:
     return catalog_of_source(LOCAL, str(folder / "list.csv"))
 
 
-def meta_of(labels: tuple[str, ...]) -> CheckpointMeta:
-    return CheckpointMeta(model=ModelConfig(), clip=CLIP, labels=labels, epoch=1, step=1, samples=1)
-
-
 def test_classes_are_matched_by_name(tmp_path: Path) -> None:
     catalog = catalog_with(tmp_path, [("a.mp4", "dog", ""), ("b.mp4", "ant", ""), ("c.mp4", "dog", "")])
     assert catalog.labels == ("ant", "dog")
-    assert true_classes(catalog, meta_of(("cat", "dog", "ant"))).tolist() == [1, 2, 1]
+    assert true_classes(catalog, ("cat", "dog", "ant")).tolist() == [1, 2, 1]
 
 
 def test_a_class_that_the_checkpoint_does_not_know_is_named(tmp_path: Path) -> None:
@@ -48,13 +44,13 @@ def test_a_class_that_the_checkpoint_does_not_know_is_named(tmp_path: Path) -> N
     with pytest.raises(
         CheckpointMismatch, match=r"has 2 classes, the catalog 3; the checkpoint does not know ant, yak;"
     ):
-        true_classes(catalog, meta_of(("cat", "dog")))
+        true_classes(catalog, ("cat", "dog"))
 
 
 def test_a_video_without_a_label_is_named(tmp_path: Path) -> None:
     catalog = catalog_with(tmp_path, [("a.mp4", "dog", ""), ("b.mp4", "", ""), ("c.mp4", "", "")])
     with pytest.raises(CatalogError, match=r"2 of 3 videos have no label, 'b' is the first; .* kinoray label"):
-        true_classes(catalog, meta_of(("dog",)))
+        true_classes(catalog, ("dog",))
 
 
 def test_scores_agree_with_a_plain_count(tmp_path: Path) -> None:
@@ -62,7 +58,7 @@ def test_scores_agree_with_a_plain_count(tmp_path: Path) -> None:
     rng = np.random.default_rng(1)
     labels = tuple("ABCDEFG")
     catalog = catalog_with(tmp_path, [(f"{n:03d}.mp4", labels[rng.integers(7)], "") for n in range(200)])
-    truth = true_classes(catalog, meta_of(labels))
+    truth = true_classes(catalog, labels)
     rows = []
     for video_id in catalog.table.column("video_id").to_pylist():
         fate = rng.random()
@@ -71,8 +67,10 @@ def test_scores_agree_with_a_plain_count(tmp_path: Path) -> None:
             readable = fate > 0.2
             rows.append({"video_id": video_id, "status": "labelled" if readable else "quarantined"})
             rows[-1]["id_topk"] = ids if readable else None
+            rows[-1]["score_topk"] = sorted(rng.random(5).tolist(), reverse=True) if readable else None
     rng.shuffle(rows)  # type: ignore[arg-type]
-    scores = score_predictions(catalog, truth, pa.Table.from_pylist(rows), 7)
+    answers = join_answers(catalog, truth, pa.Table.from_pylist(rows), 7)
+    scores = answers.scores
 
     by_id = {row["video_id"]: row for row in rows}
     pairs = Counter()
@@ -94,16 +92,31 @@ def test_scores_agree_with_a_plain_count(tmp_path: Path) -> None:
     assert scores.top5 == top5 / evaluated
     assert scores.top1_of_all == right / 200
     assert scores.coverage == evaluated / 200
+    for row in range(7):
+        of_class = [video for video in range(200) if truth[video] == row and answers.answered[video]]
+        record = evaluation_record(answers, labels, {"split": "x"})["classes"][row]
+        hits = pairs[(row, row)]
+        assert record["videos"] == len(of_class)
+        assert record["top1"] == hits / len(of_class)
+        assert record["top1_interval"] == list(wilson_interval(hits, len(of_class)))
+        found = [row in by_id[answers.video_ids[video]]["id_topk"] for video in of_class]
+        assert record["top5"] == sum(found) / len(of_class)
+    firsts = [np.float32(row["score_topk"][0]) for row in rows if row["score_topk"]]
+    assert answers.calibration.mean_score == pytest.approx(np.mean(firsts, dtype=np.float64), abs=1e-9)
     wrong = sorted(((-count, *pair) for pair, count in pairs.items() if pair[0] != pair[1]))
     assert confused_classes(scores, 8) == [(true, said, -count) for count, true, said in wrong[:8]]
 
 
 def test_scores_of_nothing_readable_are_empty_and_not_an_error(tmp_path: Path) -> None:
     catalog = catalog_with(tmp_path, [("a.mp4", "x", "")])
-    rows = pa.table({"video_id": ["a"], "status": ["quarantined"], "id_topk": pa.array([None], pa.list_(pa.int32()))})
-    scores = score_predictions(catalog, np.zeros(1, np.int64), rows, 6)
+    nothing = [pa.array([None], pa.list_(kind)) for kind in (pa.int32(), pa.float32())]
+    rows = pa.table({"video_id": ["a"], "status": ["quarantined"], "id_topk": nothing[0], "score_topk": nothing[1]})
+    answers = join_answers(catalog, np.zeros(1, np.int64), rows, 6)
+    scores = answers.scores
     assert (scores.evaluated, scores.unreadable, scores.top1_of_all) == (0, 1, 0.0)
     assert confused_classes(scores) == []
+    record = json.loads(json.dumps(evaluation_record(answers, list("abcdef"), {}), allow_nan=False))
+    assert (record["top1"], record["calibration"]["ece"], record["classes"][0]["top1"]) == (None, None, None)
 
 
 @pytest.mark.ray

@@ -24,8 +24,9 @@ LAYERS: list[set[str]] = [
     {"archive", "transcode"},
     {"sandbox", "framecache"},
     {"shards", "batch", "cost", "metrics", "checkpoint", "predictions", "synthetic"},
+    {"evaluation", "page"},
     {"report", "describe", "runs", "kinetics"},
-    {"tune"},
+    {"tune", "compare", "ensemble"},
     {"run"},
     {"cli"},
 ]

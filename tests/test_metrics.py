@@ -2,11 +2,17 @@
 
 import json
 import math
+from fractions import Fraction
+from itertools import product
 
 import numpy as np
 import pytest
+import torch
+from torchmetrics.functional.classification import multiclass_calibration_error
 
 from kinoray.metrics import Scores, score, wilson_interval
+from kinoray.metrics_calibration import Calibration, calibrate
+from kinoray.metrics_paired import Paired, mcnemar_p, pair
 
 
 def random_predictions(num_videos: int, num_classes: int, k: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -111,3 +117,134 @@ def test_scores_of_different_class_counts_do_not_add() -> None:
     a, b = (Scores(np.zeros((n, n), np.int64), np.zeros(n, np.int64)) for n in (2, 3))
     with pytest.raises(ValueError, match="scores of 2 and 3 classes"):
         a + b
+
+
+# Calibration
+
+
+def overconfident(num: int, num_classes: int = 7, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """float32 [N, C] probabilities and int64 [N] true classes of a model that is too sure of itself."""
+    rng = np.random.default_rng(seed)
+    logits = rng.normal(size=(num, num_classes)) * 2
+    p = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+    truth = np.array([rng.choice(num_classes, p=row) for row in p])
+    sharp = np.exp(1.7 * logits) / np.exp(1.7 * logits).sum(1, keepdims=True)
+    return sharp.astype(np.float32), truth
+
+
+def test_calibration_error_equals_a_loop_in_float64_and_torchmetrics() -> None:
+    p, truth = overconfident(3000)
+    first, right = p.max(1), p.argmax(1) == truth
+    bins: list[list[tuple[float, bool]]] = [[] for _ in range(15)]
+    for confidence, hit in zip(first.tolist(), right.tolist(), strict=True):
+        (index,) = [m for m in range(15) if m / 15 < confidence <= (m + 1) / 15]
+        bins[index].append((confidence, hit))
+    gaps = [abs(sum(hit for _, hit in inside) - sum(c for c, _ in inside)) for inside in bins]
+    found = calibrate(first, right)
+    assert 0.05 < found.error == pytest.approx(sum(gaps) / 3000, abs=1e-12)
+    assert found.mean_score == pytest.approx(first.astype(np.float64).mean(), abs=1e-12)
+    table = found.summary()["bins"]
+    assert [row["videos"] for row in table] == [len(inside) for inside in bins]
+    for row, inside in zip(table, bins, strict=True):
+        if inside:
+            assert row["accuracy"] == sum(hit for _, hit in inside) / len(inside)
+            assert row["mean_score"] == pytest.approx(sum(c for c, _ in inside) / len(inside), abs=1e-12)
+        else:
+            assert row["accuracy"] is row["mean_score"] is None
+    theirs = multiclass_calibration_error(torch.from_numpy(p), torch.from_numpy(truth), 7, n_bins=15, norm="l1")
+    assert found.error == pytest.approx(float(theirs), abs=1e-6)  # theirs adds up in float32
+
+
+def test_calibration_of_parts_adds_up_to_the_whole_in_any_order() -> None:
+    p, truth = overconfident(500, seed=2)
+    first, right = p.max(1), p.argmax(1) == truth
+    whole = calibrate(first, right).summary()
+    for seed in range(5):
+        order = np.random.default_rng(seed).permutation(500)
+        parts = [calibrate(first[part], right[part]) for part in np.array_split(order, 4)]
+        assert sum(parts[1:], start=parts[0]).summary() == whole  # exactly
+
+
+def test_bins_are_open_below_and_closed_above() -> None:
+    found = calibrate(np.array([0.0, 2.0**-30, 0.5, 1.0]), np.array([False, False, True, True]))
+    assert found.videos.tolist() == [2, 0, 0, 0, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 1]
+    assert found.error == pytest.approx((2.0**-30 + 0.5 + 0) / 4, abs=1e-12)
+    edges = np.array([m / 15 for m in range(1, 16)])  # as doubles: some are above the fraction, by less than a unit
+    assert (calibrate(edges, np.ones(15, bool)).videos.sum(), len(edges)) == (15, 15)
+
+
+def test_calibration_of_nothing_is_nan_not_zero() -> None:
+    found = calibrate(np.zeros(0, np.float32), np.zeros(0, bool))
+    assert math.isnan(found.error)
+    assert json.loads(json.dumps(found.summary(), allow_nan=False))["ece"] is None
+    assert isinstance(found + found, Calibration)
+
+
+@pytest.mark.parametrize(
+    ("scores", "right", "message"),
+    [([0.5, 0.5], [True], "must be"), ([1.5], [True], r"in 0 \.\. 1"), ([math.nan], [True], "in 0")],
+)
+def test_scores_that_are_none_are_refused(scores: list[float], right: list[bool], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        calibrate(np.array(scores), np.array(right))
+
+
+# Two models
+
+
+def naive_mcnemar(only_a: int, only_b: int) -> Fraction:
+    """All 2^n ways in which the disagreements can fall, one by one: how many are as uneven as this one."""
+    n = only_a + only_b
+    uneven = sum(abs(2 * sum(way) - n) >= abs(only_a - only_b) for way in product((0, 1), repeat=n))
+    return Fraction(uneven, 2**n)
+
+
+@pytest.mark.parametrize(("only_a", "only_b"), [(0, 0), (1, 0), (0, 5), (3, 3), (2, 9), (9, 2), (4, 6), (0, 12)])
+def test_mcnemar_counts_all_ways_to_disagree(only_a: int, only_b: int) -> None:
+    assert mcnemar_p(only_a, only_b) == float(naive_mcnemar(only_a, only_b))
+
+
+def test_mcnemar_of_many_videos() -> None:
+    """Binomial probabilities through logarithms of factorials, a way of its own, for numbers like Kinetics'."""
+    n, least = 4000, 1900
+    logs = [math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1) - n * math.log(2) for k in range(n + 1)]
+    tail = math.fsum(math.exp(x) for x in logs[: least + 1])
+    assert mcnemar_p(least, n - least) == pytest.approx(2 * tail, rel=1e-9)
+    assert mcnemar_p(0, 20000) == 0.0  # 2^-19999 is no double
+
+
+@pytest.mark.parametrize(
+    ("both", "only_a", "only_b", "neither", "low", "high"),
+    [
+        (36, 2, 12, 0, 0.0569, 0.3404),  # Newcombe 1998, table II, method 10
+        (20, 2, 12, 16, 0.0562, 0.3292),
+        (2, 2, 12, 34, 0.0537, 0.3421),
+        (1, 7, 1, 12, -0.507, -0.026),  # Fagerland, Lydersen, Laake 2014, airway reactivity
+    ],
+)
+def test_intervals_of_paired_differences_are_the_published_ones(
+    both: int, only_a: int, only_b: int, neither: int, low: float, high: float
+) -> None:
+    paired = Paired(both, only_a, only_b, neither)
+    assert paired.interval == pytest.approx((low, high), abs=5e-4)
+    swapped = Paired(both, only_b, only_a, neither)
+    assert swapped.interval == pytest.approx((-paired.interval[1], -paired.interval[0]), abs=1e-15)
+
+
+@pytest.mark.parametrize("counts", [(0, 0, 0, 0), (5, 0, 0, 0), (0, 0, 0, 5), (0, 5, 0, 0), (0, 0, 7, 0), (1, 0, 0, 1)])
+def test_intervals_stay_within_one_and_hold_the_difference(counts: tuple[int, int, int, int]) -> None:
+    paired = Paired(*counts)
+    low, high = paired.interval
+    assert -1 <= low < high <= 1
+    assert math.isnan(paired.difference) if not paired.total else low <= paired.difference <= high
+
+
+def test_pairs_are_counted_by_who_was_right() -> None:
+    rng = np.random.default_rng(0)
+    a, b = rng.random(200) < 0.6, rng.random(200) < 0.5
+    counts = {(x, y): sum((i, j) == (x, y) for i, j in zip(a, b, strict=True)) for x in (0, 1) for y in (0, 1)}
+    found = pair(a, b)
+    assert found == Paired(counts[1, 1], counts[1, 0], counts[0, 1], counts[0, 0])
+    assert found.difference == pytest.approx(b.mean() - a.mean(), abs=1e-15)
+    with pytest.raises(ValueError, match=r"\[200\] and \[199\]"):
+        pair(a, b[1:])

@@ -19,6 +19,7 @@ import tyro
 from kinoray import __version__, verbs
 from kinoray.configfile import load_config, to_yaml
 from kinoray.errors import ConfigError, KinorayError
+from kinoray.verbs_evaluation import CompareConfig, EnsembleConfig
 
 __all__ = ["VERBS", "Verb", "main"]
 
@@ -38,6 +39,8 @@ VERBS: Mapping[str, Verb] = {
     "evaluate": Verb(
         verbs.EvaluateConfig, "kinoray.run.evaluate:evaluate", "checkpoint + labelled catalog -> exact accuracy"
     ),
+    "ensemble": Verb(EnsembleConfig, "kinoray.ensemble:ensemble", "several evaluations -> their averaged scores"),
+    "compare": Verb(CompareConfig, "kinoray.compare:compare", "two evaluations -> what changed, as one HTML page"),
     "label": Verb(verbs.LabelConfig, "kinoray.run.label:label", "any videos -> one result row each, exactly once"),
     "runs": Verb(verbs.RunsConfig, "kinoray.runs:runs", "trainings in storage: how they stand, and their best"),
     "report": Verb(verbs.ReportConfig, "kinoray.report:report", "results -> one HTML page to look at"),

@@ -175,17 +175,17 @@ def _folds(model: nn.Module, clip: ClipConfig, tools: Any) -> bool:
     return folds
 
 
-def compile_advice(spec: InputSpec, clip: ClipConfig, inference: InferenceConfig, videos_per_worker: int) -> str:
+def compile_advice(spec: InputSpec, clip: ClipConfig, inference: InferenceConfig, clips_per_worker: int) -> str:
     """One sentence if inference.compile is set where it costs more than it saves, or not set where it pays; else ""."""
     streams = int(spec.rgb) + int(spec.flow_channels > 0)
-    frames_per_video = streams * clip.sample.num_segments * clip.sample.frames_per_segment
+    frames_per_clip = streams * clip.sample.num_segments * clip.sample.frames_per_segment
     tools = importlib.import_module(_PREPARE)
-    pays = tools.compile_pays(videos_per_worker * frames_per_video)
+    pays = tools.compile_pays(clips_per_worker * frames_per_clip)
     if pays == inference.compile:
         return ""
     if pays:
-        return f"with {videos_per_worker} videos a worker --inference.compile would save more time than it takes"
-    return f"with {videos_per_worker} videos a worker inference.compile takes longer than it saves"
+        return f"with {clips_per_worker} clips a worker --inference.compile would save more time than it takes"
+    return f"with {clips_per_worker} clips a worker inference.compile takes longer than it saves"
 
 
 def _noise(spec: InputSpec, clip: ClipConfig, device: torch.device) -> dict[str, Tensor | None]:

@@ -47,6 +47,7 @@ PREDICTION_SCHEMA = pa.schema(
         pa.field("label_topk", pa.list_(pa.string())),  # likeliest first; null unless labelled, as all below
         pa.field("id_topk", pa.list_(pa.int32())),
         pa.field("score_topk", pa.list_(pa.float32())),  # probabilities
+        pa.field("scores", pa.list_(pa.float32())),  # of all classes in the model's order; null unless asked for
         pa.field("margin", pa.float32()),  # first score less the second
         pa.field("entropy", pa.float32()),  # of all classes, in nats
         pa.field("abstained", pa.bool_(), nullable=False),

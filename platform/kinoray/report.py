@@ -1,27 +1,20 @@
 """One self-contained HTML page from predictions: numbers, frames, filters, confusion, quarantine.
 
-Names of videos and classes come from strangers: they reach the page only as escaped text or attribute values, control
-and direction marks are spelled out, and the page's Content-Security-Policy allows its own script and style by hash and
-nothing else.
+What is easy to break: the numbers cover all rows, whatever the page shows of them.
 """
 
-import base64
-import hashlib
-import unicodedata
 from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
-from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
 
-from kinoray import __version__
 from kinoray.catalog import Reference, load_catalog
 from kinoray.errors import CatalogError
+from kinoray.page import render_page, visible
 from kinoray.predictions import read_predictions
 from kinoray.progress import Progress
-from kinoray.report_figures import confused_pairs, confusion_picture, histogram_bars, shade
+from kinoray.report_figures import confused_pairs, confusion_picture, histogram_bars, reliability_marks, shade
 from kinoray.report_numbers import Numbers, count, join_truth
 from kinoray.report_strips import Strip, contact_strips
 from kinoray.storage import Storage, absolute
@@ -108,14 +101,6 @@ def _strips(storage: Storage, shown: pa.Table, num_frames: int) -> dict[int, Str
     return strips
 
 
-def visible(text: object) -> str:
-    """Text with characters that hide or reorder it (control, format and direction marks) spelled out as `\\u202e`."""
-    return "".join(
-        char if unicodedata.category(char) not in ("Cc", "Cf", "Cs", "Zl", "Zp") else f"\\u{ord(char):04x}"
-        for char in str(text)
-    )
-
-
 @dataclass(frozen=True, slots=True)
 class _Answer:
     label: str
@@ -197,53 +182,23 @@ def _refused(rows: pa.Table) -> list[_Refused]:
 
 
 def _render(config: ReportConfig, rows: pa.Table, numbers: Numbers, shown: pa.Table, strips: dict[int, Strip]) -> str:
-    environment = Environment(
-        loader=PackageLoader("kinoray", "templates"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters.update(visible=visible, percent=_percent, number=_number)
-    style, script = (_source(environment, name) for name in ("report.css", "report.js"))
     confusion = numbers.confusion
-    return environment.get_template("report.html.j2").render(
-        config=config,
-        version=__version__,
-        policy=f"default-src 'none'; img-src data:; style-src '{_sha256(style)}'; script-src '{_sha256(script)}'; "
-        "base-uri 'none'; form-action 'none'",
-        style=Markup(style),  # our own files
-        script=Markup(script),
-        numbers=numbers,
-        bars=histogram_bars(numbers.histogram),
-        classes=sorted(numbers.classes, key=lambda row: -row.num_predicted),
-        confusion=confusion,
-        shades=shade(confusion) if confusion and len(confusion.names) <= MAX_TABLE_CLASSES else None,
-        picture=confusion_picture(confusion) if confusion and len(confusion.names) > MAX_TABLE_CLASSES else "",
-        mistakes=confused_pairs(confusion, MAX_MISTAKES) if confusion else [],
-        cards=_cards(shown, strips),
-        refused=_refused(rows),
-        origin={name: _values(rows, name) for name in ("model_digest", "config_digest", "run_id")},
-    )
-
-
-def _source(environment: Environment, name: str) -> str:
-    assert environment.loader is not None
-    return environment.loader.get_source(environment, name)[0]
-
-
-def _sha256(text: str) -> str:
-    """The source expression that allows exactly this inline script or style."""
-    return f"sha256-{base64.b64encode(hashlib.sha256(text.encode('utf-8')).digest()).decode('ascii')}"
+    values: dict[str, object] = {
+        "config": config,
+        "numbers": numbers,
+        "bars": histogram_bars(numbers.histogram),
+        "classes": sorted(numbers.classes, key=lambda row: -row.num_predicted),
+        "confusion": confusion,
+        "shades": shade(confusion) if confusion and len(confusion.names) <= MAX_TABLE_CLASSES else None,
+        "picture": confusion_picture(confusion) if confusion and len(confusion.names) > MAX_TABLE_CLASSES else "",
+        "mistakes": confused_pairs(confusion, MAX_MISTAKES) if confusion else [],
+        "reliability": reliability_marks(numbers.calibration) if numbers.calibration else [],
+        "cards": _cards(shown, strips),
+        "refused": _refused(rows),
+        "origin": {name: _values(rows, name) for name in ("model_digest", "config_digest", "run_id")},
+    }
+    return render_page("report.html.j2", values, styles=("report.css",), script="report.js")
 
 
 def _values(rows: pa.Table, name: str) -> list[str]:
     return sorted(value for value in pc.unique(rows[name]).to_pylist() if value)
-
-
-def _percent(share: float, digits: int = 1) -> str:
-    return f"{100 * share:.{digits}f}%"
-
-
-def _number(value: float | None, digits: int = 2) -> str:
-    return "" if value is None else f"{value:.{digits}f}"

@@ -8,9 +8,19 @@ from dataclasses import dataclass
 import cv2
 import numpy as np
 
+from kinoray.metrics_calibration import Calibration
 from kinoray.report_numbers import Confusion
 
-__all__ = ["Bar", "Confused", "confused_pairs", "confusion_picture", "histogram_bars", "shade"]
+__all__ = [
+    "Bar",
+    "Confused",
+    "Mark",
+    "confused_pairs",
+    "confusion_picture",
+    "histogram_bars",
+    "reliability_marks",
+    "shade",
+]
 
 HISTOGRAM_WIDTH, HISTOGRAM_HEIGHT = 400.0, 120.0
 NUM_SHADES = 10
@@ -55,6 +65,35 @@ def histogram_bars(histogram: np.ndarray) -> list[Bar]:
                 hint_here = f"{hint} ({counted})" if counted else hint
                 bars.append(Bar(index * width + 1, round(floor, 2), width - 2, round(height, 2), kind, hint_here))
     return bars
+
+
+RELIABILITY_SIDE = 200.0
+
+
+@dataclass(frozen=True, slots=True)
+class Mark:
+    """One bin of the reliability plot in drawing units, y downwards: a dot whose area is the bin's share of videos."""
+
+    x: float
+    y: float
+    radius: float
+    hint: str
+
+
+def reliability_marks(calibration: Calibration) -> list[Mark]:
+    """A dot for each bin that has videos, at (mean score, accuracy); well calibrated scores lie on the diagonal."""
+    side, total = RELIABILITY_SIDE, max(1, int(calibration.videos.sum()))
+    marks = []
+    for item in calibration.summary()["bins"]:
+        if item["videos"]:
+            hint = (
+                f"score {item['low']:.2f} to {item['high']:.2f}: {item['videos']} videos, mean score "
+                f"{item['mean_score']:.3f}, {item['accuracy']:.1%} right"
+            )
+            radius = 2 + 10 * (item["videos"] / total) ** 0.5
+            x, y = side * item["mean_score"], side * (1 - item["accuracy"])
+            marks.append(Mark(round(x, 2), round(y, 2), round(radius, 2), hint))
+    return marks
 
 
 def shade(confusion: Confusion) -> list[list[int]]:

@@ -14,6 +14,7 @@ import pyarrow.compute as pc
 from kinoray.catalog import Catalog
 from kinoray.errors import CatalogError
 from kinoray.metrics import wilson_interval
+from kinoray.metrics_calibration import Calibration, calibrate
 
 __all__ = ["Accuracy", "ClassRow", "Confusion", "Numbers", "count", "join_truth"]
 
@@ -76,6 +77,8 @@ class Numbers:
     accuracy: Accuracy | None
     splits: tuple[Accuracy, ...]
     confusion: Confusion | None
+    calibration: Calibration | None
+    """Over the videos that the accuracy counts."""
 
 
 def join_truth(table: pa.Table, catalog: Catalog | None) -> pa.Table:
@@ -131,7 +134,12 @@ def count(rows: pa.Table, labels: Sequence[str]) -> Numbers:
         accuracy=accuracy,
         splits=splits,
         confusion=confusion,
+        calibration=_calibration(counted) if accuracy else None,
     )
+
+
+def _calibration(counted: pa.Table) -> Calibration:
+    return calibrate(counted["score"].to_numpy(), counted["right"].to_numpy().astype(bool))
 
 
 def _accuracies(rows: pa.Table) -> tuple[pa.Table, Accuracy | None, tuple[Accuracy, ...]]:

@@ -20,6 +20,8 @@ from kinoray.config import ClipConfig, DecodeConfig, SampleConfig
 from kinoray.decode import Clip, VideoInfo
 from kinoray.decode_bank import FrameBank
 from kinoray.decode_media import check_size_bytes
+from kinoray.decode_views import ViewClips
+from kinoray.protocol import ViewsConfig
 from kinoray.sandbox_process import Answer, DecoderLost, DecoderProcess, start_decoder
 from kinoray.transcode import Transcoded
 
@@ -94,6 +96,22 @@ class Sandbox:
             frames=answer.arrays["frames"],
             flow=answer.arrays.get("flow"),
             indices=answer.arrays["indices"],
+            num_frames=num_frames,
+            frames_decoded=frames_decoded,
+            frames_corrupt=frames_corrupt,
+            info=_video_info(answer),
+        )
+
+    def decode_views(self, data: bytes, config: ClipConfig, views: ViewsConfig, *, with_flow: bool) -> ViewClips:
+        """kinoray.decode_views.decode_views in a decoder process. Raises what decode_clip raises."""
+        arguments = {"config": config, "views": views, "with_flow": with_flow}
+        answer = self._ask("decode_views", data, config.decode, arguments)
+        num_frames, frames_decoded, frames_corrupt = answer.fields["counts"]
+        return ViewClips(
+            frames=answer.arrays["frames"],
+            flow=answer.arrays.get("flow"),
+            indices=answer.arrays["indices"],
+            mirrored=answer.fields["mirrored"],
             num_frames=num_frames,
             frames_decoded=frames_decoded,
             frames_corrupt=frames_corrupt,

@@ -27,6 +27,7 @@ import numpy as np
 
 from kinoray.decode import decode_clip, probe, thumbnails
 from kinoray.decode_bank import decode_bank
+from kinoray.decode_views import decode_views
 from kinoray.errors import KinorayError
 from kinoray.transcode import transcode
 
@@ -107,6 +108,17 @@ def _decode_clip(space: OutputSpace, data: bytes, arguments: dict[str, Any]) -> 
     }
 
 
+def _decode_views(space: OutputSpace, data: bytes, arguments: dict[str, Any]) -> dict[str, Any]:
+    views = decode_views(data, **arguments, empty=space.empty)
+    arrays = {"frames": views.frames, "flow": views.flow, "indices": views.indices}
+    return {
+        "arrays": {name: space.place(name, array) for name, array in arrays.items() if array is not None},
+        "counts": [views.num_frames, views.frames_decoded, views.frames_corrupt],
+        "info": asdict(views.info),
+        "mirrored": views.mirrored,
+    }
+
+
 def _decode_bank(space: OutputSpace, data: bytes, arguments: dict[str, Any]) -> dict[str, Any]:
     bank = decode_bank(data, **arguments, empty=space.empty)
     arrays = {"frames": bank.frames, "flow": bank.flow, "places": np.concatenate(bank.places)}
@@ -134,6 +146,7 @@ def _transcode(space: OutputSpace, data: bytes, arguments: dict[str, Any]) -> di
 _OPERATIONS: dict[str, Callable[[OutputSpace, bytes, dict[str, Any]], dict[str, Any]]] = {
     "decode_bank": _decode_bank,
     "decode_clip": _decode_clip,
+    "decode_views": _decode_views,
     "probe": _probe,
     "thumbnails": _thumbnails,
     "transcode": _transcode,

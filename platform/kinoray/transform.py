@@ -65,8 +65,9 @@ def crop_views(config: ViewConfig, width: int, height: int, crops: Crops) -> lis
     if crops == "center":
         return [centre]
     if crops == "three":
-        along, end = ("top", bottom) if height > width else ("left", right)
-        return [replace(centre, **{along: 0}), centre, replace(centre, **{along: end})]
+        if height > width:
+            return [replace(centre, top=top) for top in (0, centre.top, bottom)]
+        return [replace(centre, left=left) for left in (0, centre.left, right)]
     corners = [replace(centre, top=top, left=left) for top in (0, bottom) for left in (0, right)]
     five = [*corners, centre]
     return [*five, *(replace(view, flip=True) for view in five)]

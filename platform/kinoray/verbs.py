@@ -17,6 +17,7 @@ from kinoray.config import (
     StorageConfig,
     require,
 )
+from kinoray.protocol import PROTOCOLS, ProtocolName, ViewAverage
 
 __all__ = [
     "AblateConfig",
@@ -29,6 +30,12 @@ __all__ = [
     "RunsConfig",
     "TrainConfig",
 ]
+
+
+def _check_segments(protocol: ProtocolName, num_segments: int | None) -> None:
+    require(num_segments is None or num_segments >= 1, "num_segments", "at least 1", num_segments)
+    if num_segments is not None and PROTOCOLS[protocol].num_segments is not None:
+        require(False, "num_segments", f"left out with protocol {protocol}, which names it", num_segments)
 
 
 def _check_fraction(name: str, value: float) -> None:
@@ -176,12 +183,20 @@ class LabelConfig:
     """Folder or s3:// prefix for the result table."""
     split: str = ""
     """Only this split of the catalog; empty for all of it."""
+    protocol: ProtocolName = "center"
+    """Views of each video. center: one, the middle frames and centre crop, segments and frames as in training. 8x6,
+    16x6: the same with 8 or 16 segments x 6 frames. 10x3, 5x3: 10 or 5 interleaved temporal views x 3 crops along the
+    longer side (left, centre, right). 25x10: 25 segments x 10 crops (corners and centre, and their mirror images)."""
+    view_average: ViewAverage = "probs"
+    """What is averaged over the views: probabilities, or logits."""
     num_segments: int | None = None
-    """Segments a video. Default: as in training."""
+    """Segments of each view. Default: as in training, or what the protocol names."""
     top_k: int = 5
     """Classes named for each video."""
+    all_scores: bool = False
+    """Store the score of every class, too (column `scores`, in the order of the model's classes)."""
     batch_size: int = 8
-    """Videos a forward pass."""
+    """Clips a forward pass; a video is one clip for each view."""
     unit_size: int = 64
     """Videos a unit of work: what is committed at once, and what at most is done again after a kill."""
     max_bad_fraction: float = 0.2
@@ -196,7 +211,7 @@ class LabelConfig:
     def __post_init__(self) -> None:
         for name in ("top_k", "batch_size", "unit_size"):
             require(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
-        require(self.num_segments is None or self.num_segments >= 1, "num_segments", "at least 1", self.num_segments)
+        _check_segments(self.protocol, self.num_segments)
         _check_fraction("max_bad_fraction", self.max_bad_fraction)
 
 
@@ -217,10 +232,16 @@ class EvaluateConfig:
     """Folder or s3:// prefix for the predictions and evaluation.json."""
     split: str = "val"
     """Split to score; empty for all of the catalog."""
+    protocol: ProtocolName = "center"
+    """Views of each video. center: one, the middle frames and centre crop, segments and frames as in training. 8x6,
+    16x6: the same with 8 or 16 segments x 6 frames. 10x3, 5x3: 10 or 5 interleaved temporal views x 3 crops along the
+    longer side (left, centre, right). 25x10: 25 segments x 10 crops (corners and centre, and their mirror images)."""
+    view_average: ViewAverage = "probs"
+    """What is averaged over the views: probabilities, or logits."""
     num_segments: int | None = None
-    """Segments a video. Default: as in training."""
+    """Segments of each view. Default: as in training, or what the protocol names."""
     batch_size: int = 8
-    """Videos a forward pass."""
+    """Clips a forward pass; a video is one clip for each view."""
     unit_size: int = 64
     """Videos a unit of work."""
     max_bad_fraction: float = 0.2
@@ -235,7 +256,7 @@ class EvaluateConfig:
     def __post_init__(self) -> None:
         for name in ("batch_size", "unit_size"):
             require(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
-        require(self.num_segments is None or self.num_segments >= 1, "num_segments", "at least 1", self.num_segments)
+        _check_segments(self.protocol, self.num_segments)
         _check_fraction("max_bad_fraction", self.max_bad_fraction)
 
 

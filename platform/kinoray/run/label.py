@@ -19,10 +19,11 @@ from kinoray import errors
 from kinoray.catalog import Catalog, catalog_of_source
 from kinoray.checkpoint import CheckpointMeta, find_checkpoint, load_model
 from kinoray.config import ClipConfig, ResourcesConfig, digest
-from kinoray.errors import ClusterError, KinorayError, ObjectNotFound, TooManyBad
-from kinoray.model import check_clip, compile_advice
+from kinoray.errors import ClusterError, ConfigError, KinorayError, ObjectNotFound, TooManyBad
+from kinoray.model import InputSpec, check_clip, compile_advice
 from kinoray.predictions import Ledger, Plan, Totals, Unit, find_labellings, labelling_id, row_keys
 from kinoray.progress import Progress, format_duration
+from kinoray.protocol import PROTOCOLS
 from kinoray.run.cluster import connect, quiet_ray, require_fit
 from kinoray.run.label_stage import LabelJob, LabelUnits, pack_unit
 from kinoray.storage import Storage, absolute, join
@@ -87,11 +88,13 @@ def open_labelling(
     storage = Storage(config.storage)
     checkpoint = find_checkpoint(storage, absolute(config.checkpoint))
     model, meta = load_model(storage, checkpoint)  # here first: what is wrong with it is said before workers start
-    clip = _clip(meta.clip, config.num_segments)
-    check_clip(model.input_spec, clip)
+    clip = _clip(config, meta.clip, model.input_spec)
+    views = PROTOCOLS[config.protocol].views(config.view_average)
     top_k = min(config.top_k, len(meta.labels))
     settings = {
         "clip": asdict(clip),
+        "views": asdict(views),
+        "all_scores": config.all_scores,
         "top_k": top_k,
         "batch_size": config.batch_size,
         "inference": asdict(config.inference),
@@ -116,7 +119,9 @@ def open_labelling(
         config_digest=digest(settings),
         run_id=uuid.uuid4().hex[:16],
         clip=clip,
+        views=views,
         top_k=top_k,
+        all_scores=config.all_scores,
         batch_size=config.batch_size,
         inference=config.inference,
         decode_tasks=config.resources.decode_tasks,
@@ -124,8 +129,10 @@ def open_labelling(
         device="cuda" if config.resources.gpus_per_worker > 0 else "cpu",
     )
     print(f"{task}: {len(catalog)} videos, {len(meta.labels)} classes, checkpoint {checkpoint}", flush=True)
-    videos_per_worker = -(-len(catalog) // config.resources.num_workers)
-    if job.device == "cpu" and (advice := compile_advice(model.input_spec, clip, config.inference, videos_per_worker)):
+    if views.num_views > 1:
+        print(f"{task}: protocol {config.protocol}, {views.num_views} views of each video", flush=True)
+    clips = -(-len(catalog) // config.resources.num_workers) * views.num_views
+    if job.device == "cpu" and (advice := compile_advice(model.input_spec, clip, config.inference, clips)):
         print(f"{task}: {advice}", flush=True)
     return Labelling(catalog=catalog, keys=keys, meta=meta, job=job, ledger=ledger, plan=plan)
 
@@ -165,8 +172,20 @@ def refuse_too_many_bad(totals: Totals, max_bad_fraction: float, root: str) -> N
         )
 
 
-def _clip(clip: ClipConfig, num_segments: int | None) -> ClipConfig:
-    return clip if num_segments is None else replace(clip, sample=replace(clip.sample, num_segments=num_segments))
+def _clip(config: LabelConfig, trained: ClipConfig, spec: InputSpec) -> ClipConfig:
+    """What each view holds.
+
+    Raises:
+        ConfigError: the model cannot be fed with that.
+    """
+    clip = PROTOCOLS[config.protocol].clip(trained)
+    if config.num_segments is not None:
+        clip = replace(clip, sample=replace(clip.sample, num_segments=config.num_segments))
+    try:
+        check_clip(spec, clip)
+    except ConfigError as error:
+        raise ConfigError(f"protocol {config.protocol}: {error}") from None
+    return clip
 
 
 def _say_others(storage: Storage, out: str, root: str, task: str) -> None:

@@ -1,8 +1,8 @@
 """What a labelling worker does: read, decode, run the model and commit, one unit of work after the other.
 
 Decoders are the worker's own processes, so decoded frames never leave its machine. What is easy to break: batches are
-formed across the videos of a unit in its order, so that a unit gives the same digits on any number of workers and after
-any kill.
+formed across the views and videos of a unit in its order, so that a unit gives the same digits on any number of workers
+and after any kill.
 """
 
 from collections import deque
@@ -21,6 +21,7 @@ from kinoray.catalog import read_videos, references
 from kinoray.checkpoint import load_model
 from kinoray.config import ClipConfig, InferenceConfig
 from kinoray.decode import Clip
+from kinoray.decode_views import ViewClips
 from kinoray.errors import (
     AccessDenied,
     CheckpointMismatch,
@@ -31,10 +32,11 @@ from kinoray.errors import (
 )
 from kinoray.model import VideoModel, prepare_model
 from kinoray.predictions import PREDICTION_SCHEMA, Ledger, Unit
+from kinoray.protocol import ViewAverage, ViewsConfig
 from kinoray.sandbox import shared_sandbox
 from kinoray.storage import Storage
 
-__all__ = ["UNIT_COLUMNS", "LabelJob", "LabelUnits", "pack_unit", "top_predictions"]
+__all__ = ["UNIT_COLUMNS", "LabelJob", "LabelUnits", "average_views", "pack_unit", "top_predictions"]
 
 UNIT_COLUMNS = ("video_id", "uri", "offset", "length", "sha256")
 """Columns of a catalog that a worker needs."""
@@ -58,14 +60,17 @@ class LabelJob:
     decode_tasks: int
     """Decoder processes of each worker."""
     torch_threads: int
+    views: ViewsConfig = field(default_factory=ViewsConfig)
+    all_scores: bool = False
     device: str = "cpu"
 
 
 @dataclass(slots=True)
 class _Outcome:
-    """What became of one video: an error, or a clip that becomes a score."""
+    """What became of one video: an error, or views whose logits become a score."""
 
     error: KinorayError | None = None
+    logits: list[np.ndarray] = field(default_factory=list)
     score: dict[str, Any] = field(default_factory=dict)
     frames_decoded: int = 0
     frames_corrupt: int = 0
@@ -85,23 +90,18 @@ def pack_unit(unit: Unit, rows: pa.Table) -> dict[str, Any]:
     return {"unit_id": unit.unit_id, "keys": list(unit.keys), "rows": sink.getvalue().to_pybytes()}
 
 
-def top_predictions(logits: np.ndarray, labels: Sequence[str], top_k: int) -> list[dict[str, Any]]:
+def top_predictions(
+    logits: np.ndarray, labels: Sequence[str], top_k: int, *, all_scores: bool = False
+) -> list[dict[str, Any]]:
     """The prediction columns of each video: the likeliest classes, margin and entropy.
 
     Args:
-        logits: float [B, C].
+        logits: float [B, C], all finite.
         labels: C class names.
         top_k: classes named; all of them if there are fewer. Of equal scores the lower id comes first.
-
-    Raises:
-        ModelError: a logit is not a finite number.
+        all_scores: the column `scores`, too.
     """
-    if not np.isfinite(logits).all():
-        bad = int((~np.isfinite(logits)).any(axis=1).sum())
-        raise ModelError(f"the model gave NaN or infinite logits for {bad} of {len(logits)} videos of a batch")
-    shifted = logits.astype(np.float64) - logits.max(axis=1, keepdims=True)
-    log_sum = np.log(np.exp(shifted).sum(axis=1, keepdims=True))
-    log_p = shifted - log_sum
+    log_p = _log_softmax(logits)
     p = np.exp(log_p)
     order = np.argsort(-p, axis=1, kind="stable")
     results = []
@@ -116,8 +116,29 @@ def top_predictions(logits: np.ndarray, labels: Sequence[str], top_k: int) -> li
                 "margin": float(p[row, ids[0]] - second),
                 "entropy": float(-(p[row] * log_p[row]).sum()),
             }
+            | ({"scores": p[row]} if all_scores else {})
         )
     return results
+
+
+def average_views(logits: np.ndarray, average: ViewAverage) -> np.ndarray:
+    """Logits of a video from those of its views, float64 [V, C] -> [C]; a single view keeps its own.
+
+    logits: their mean. probs: the logarithm of the mean of the views' probabilities (softmax gives that mean back).
+    """
+    if len(logits) == 1:
+        return np.asarray(logits[0])
+    if average == "logits":
+        return np.asarray(logits.mean(axis=0))
+    log_p = _log_softmax(logits)
+    highest = log_p.max(axis=0)
+    return np.asarray(highest + np.log(np.exp(log_p - highest).mean(axis=0)))
+
+
+def _log_softmax(logits: np.ndarray) -> np.ndarray:
+    """float64 [B, C]"""
+    shifted = logits.astype(np.float64) - logits.max(axis=1, keepdims=True)
+    return np.asarray(shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True)))
 
 
 class LabelUnits:
@@ -179,30 +200,32 @@ class LabelUnits:
         """One outcome for each row, in order."""
         outcomes = [_Outcome() for _ in range(rows.num_rows)]
         waiting: list[tuple[_Outcome, Clip]] = []
-        for outcome, clip in zip(
-            outcomes, self._clips(rows, with_flow=bool(model.input_spec.flow_channels)), strict=True
+        for outcome, views in zip(
+            outcomes, self._views(rows, with_flow=bool(model.input_spec.flow_channels)), strict=True
         ):
-            if isinstance(clip, KinorayError):
-                outcome.error = clip
+            if isinstance(views, KinorayError):
+                outcome.error = views
                 continue
-            outcome.frames_decoded, outcome.frames_corrupt = clip.frames_decoded, clip.frames_corrupt
-            outcome.frames_missing = clip.info.frames_missing
-            waiting.append((outcome, clip))
-            if len(waiting) == self.job.batch_size:
-                self._score(model, waiting)
-                waiting = []
+            outcome.frames_decoded, outcome.frames_corrupt = views.frames_decoded, views.frames_corrupt
+            outcome.frames_missing = views.info.frames_missing
+            for clip in views.clips():
+                waiting.append((outcome, clip))
+                if len(waiting) == self.job.batch_size:
+                    self._run(model, waiting)
+                    waiting = []
         if waiting:
-            self._score(model, waiting)
+            self._run(model, waiting)
+        self._score([outcome for outcome in outcomes if outcome.error is None])
         return outcomes
 
-    def _clips(self, rows: pa.Table, *, with_flow: bool) -> Iterator[Clip | KinorayError]:
-        """Read and decode in order, some clips ahead of the consumer.
+    def _views(self, rows: pa.Table, *, with_flow: bool) -> Iterator[ViewClips | KinorayError]:
+        """Read and decode in order, some videos ahead of the consumer: as many as fill a batch, and the decoders.
 
         Raises:
             StorageUnavailable, DecoderStartFailed: the store is down, or this machine; that is no fault of a video.
         """
-        ahead = self.job.batch_size + self.job.decode_tasks
-        pending: deque[Future[Clip | MediaError] | KinorayError] = deque()
+        ahead = -(-self.job.batch_size // self.job.views.num_views) + self.job.decode_tasks
+        pending: deque[Future[ViewClips | MediaError] | KinorayError] = deque()
         try:
             for data in read_videos(self.job.storage, references(rows)):
                 if isinstance(data, StorageUnavailable):
@@ -219,14 +242,14 @@ class LabelUnits:
                 if isinstance(entry, Future):
                     entry.cancel()
 
-    def _decode(self, data: bytes, with_flow: bool) -> Clip | MediaError:
+    def _decode(self, data: bytes, with_flow: bool) -> ViewClips | MediaError:
         try:
-            return self.sandbox.decode_clip(data, self.job.clip, with_flow=with_flow)
+            return self.sandbox.decode_views(data, self.job.clip, self.job.views, with_flow=with_flow)
         except MediaError as error:  # whatever a video does is one of these; what else goes wrong is not its fault
             return error
 
-    def _score(self, model: VideoModel, waiting: list[tuple[_Outcome, Clip]]) -> None:
-        """Run the model on a batch and give each outcome its score."""
+    def _run(self, model: VideoModel, waiting: list[tuple[_Outcome, Clip]]) -> None:
+        """Run the model on a batch of views and give each outcome its logits."""
         inputs = model_inputs(collate([clip for _, clip in waiting]), model.input_spec, self.job.device)
         try:
             with torch.inference_mode():
@@ -237,7 +260,21 @@ class LabelUnits:
         if logits.shape != (len(waiting), len(self.labels)):
             expected = [len(waiting), len(self.labels)]
             raise ModelError(f"the model gave logits {list(logits.shape)}, expected {expected} for its labels")
-        for (outcome, _), score in zip(waiting, top_predictions(logits, self.labels, self.job.top_k), strict=True):
+        if not np.isfinite(logits).all():
+            bad = int((~np.isfinite(logits)).any(axis=1).sum())
+            raise ModelError(f"the model gave NaN or infinite logits for {bad} of {len(logits)} clips of a batch")
+        for (outcome, _), row in zip(waiting, logits.astype(np.float64), strict=True):
+            outcome.logits.append(row)
+
+    def _score(self, outcomes: list[_Outcome]) -> None:
+        """Make one answer of the views of each video."""
+        if not outcomes:
+            return
+        job = self.job
+        logits = np.stack([average_views(np.stack(outcome.logits), job.views.average) for outcome in outcomes])
+        for outcome, score in zip(
+            outcomes, top_predictions(logits, self.labels, job.top_k, all_scores=job.all_scores), strict=True
+        ):
             outcome.score = score
 
     def _table(self, unit: Unit, rows: pa.Table, outcomes: Sequence[_Outcome]) -> pa.Table:
@@ -255,7 +292,7 @@ class LabelUnits:
                 | {"row_key": key, "status": "labelled" if bad is None else "quarantined"}
                 | {"error_class": None if bad is None else type(bad).__name__}
                 | {"error_text": None if bad is None else " ".join(str(bad).split())}
-                | {"views": int(bad is None)}
+                | {"views": len(outcome.logits)}
                 | {name: getattr(outcome, name) for name in ("frames_decoded", "frames_corrupt", "frames_missing")}
                 | outcome.score
                 | shared
@@ -263,7 +300,7 @@ class LabelUnits:
         return pa.Table.from_pylist(records, schema=PREDICTION_SCHEMA)
 
 
-def _result(entry: Future[Clip | MediaError] | KinorayError) -> Clip | KinorayError:
+def _result(entry: Future[ViewClips | MediaError] | KinorayError) -> ViewClips | KinorayError:
     return entry.result() if isinstance(entry, Future) else entry
 
 

@@ -1,0 +1,160 @@
+"""All views of a video from one reading: every wanted frame decoded and scaled once, then cut several times.
+
+Each view is what `decode_clip` gives for its frames and its cut, flow included, which is estimated on the cut. What is
+easy to break: frames that views share are held once, so memory grows with the video's frames and not with the views.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from kinoray.config import ClipConfig
+from kinoray.decode import Clip, Empty, VideoInfo, _ClipSink, _info, _mirror, _new_array, _reach, _read
+from kinoray.decode_pyav import PyavVideo
+from kinoray.protocol import NUM_CROPS, ViewsConfig
+from kinoray.sample import view_indices
+from kinoray.transform import View, crop_views
+
+__all__ = ["ViewClips", "decode_views"]
+
+
+@dataclass(frozen=True, slots=True)
+class ViewClips:
+    """The views of one video: V temporal ones, each cut in C places, and each cut mirrored too if `mirrored`."""
+
+    frames: np.ndarray
+    """uint8 [C, U, 3, H, W]: the U distinct frames of all temporal views, in order, in each cut."""
+    flow: np.ndarray | None
+    """int8 [C, U, 2, H, W] to the next frame of the video; None if it was not asked for."""
+    indices: np.ndarray
+    """int64 [V, S, T]: the frames' numbers in the video."""
+    mirrored: bool
+    """Whether the cuts are seen mirrored as well, after all others (the x component of their flow is negated)."""
+    num_frames: int
+    """Frames of the video."""
+    frames_decoded: int
+    """As in Clip, for all views together."""
+    frames_corrupt: int
+    """As in Clip, for all views together."""
+    info: VideoInfo
+
+    def __len__(self) -> int:
+        """Number of views."""
+        return len(self.indices) * len(self.frames) * (1 + self.mirrored)
+
+    def clips(self) -> Iterator[Clip]:
+        """The views one after the other: for each temporal view all cuts, then all cuts mirrored."""
+        unique = np.unique(self.indices)
+        for indices in self.indices:
+            places = np.searchsorted(unique, indices.reshape(-1))
+            for mirror in range(1 + self.mirrored):
+                for cut in range(len(self.frames)):
+                    yield self._clip(indices, places, cut, bool(mirror))
+
+    def _clip(self, indices: np.ndarray, places: np.ndarray, cut: int, mirror: bool) -> Clip:
+        frames = _chosen(self.frames[cut], places, copy=mirror)
+        flow = None if self.flow is None else _chosen(self.flow[cut], places, copy=mirror)
+        if mirror:
+            _mirror(frames)
+            if flow is not None:
+                _mirror(flow)
+                flow[:, 0] *= -1
+        return Clip(
+            frames=frames.reshape(*indices.shape, *frames.shape[1:]),
+            flow=None if flow is None else flow.reshape(*indices.shape, *flow.shape[1:]),
+            indices=indices,
+            num_frames=self.num_frames,
+            frames_decoded=self.frames_decoded,
+            frames_corrupt=self.frames_corrupt,
+            info=self.info,
+        )
+
+
+def _chosen(rows: np.ndarray, places: np.ndarray, *, copy: bool) -> np.ndarray:
+    """rows[places], without a copy where they are all the rows in order and none is asked for."""
+    if not copy and len(places) == len(rows):
+        return rows  # places never fall and reach every row
+    chosen: np.ndarray = rows[places]
+    return chosen
+
+
+class _CutsSink:
+    """Hands each scaled frame to one sink for each cut."""
+
+    def __init__(
+        self, unique: np.ndarray, num_frames: int, config: ClipConfig, views: ViewsConfig, empty: Empty
+    ) -> None:
+        self._config, self._views, self._empty = config, views, empty
+        self.mirrored = views.crops == "ten"
+        self._num_cuts = NUM_CROPS[views.crops] // (1 + self.mirrored)
+        self._arrays: dict[str, np.ndarray] = {}
+        self._sinks = [
+            _ClipSink(unique, num_frames, config, None, lambda *array, cut=cut: self._part(cut, *array))
+            for cut in range(self._num_cuts)
+        ]
+        self._cuts: list[View] = []
+
+    def _part(self, cut: int, name: str, shape: tuple[int, ...], dtype: type[np.generic]) -> np.ndarray:
+        """A cut's part of the array of that name, which is made for all cuts at once: space is asked for once."""
+        if name not in self._arrays:
+            self._arrays[name] = self._empty(name, (self._num_cuts, *shape), dtype)
+        part: np.ndarray = self._arrays[name][cut]
+        return part
+
+    def wanted(self, *, with_flow: bool) -> np.ndarray:
+        """Numbers of the frames to decode, sorted, each once."""
+        return self._sinks[0].wanted(with_flow=with_flow)
+
+    def scaled_size(self, width: int, height: int) -> tuple[int, int]:
+        if not self._cuts:
+            self._cuts = crop_views(self._config.view, width, height, self._views.crops)[: self._num_cuts]
+            for sink, cut in zip(self._sinks, self._cuts, strict=True):
+                sink.view = cut
+        return self._cuts[0].height, self._cuts[0].width
+
+    def put(self, index: int, rgb: tuple[np.ndarray, np.ndarray, np.ndarray]) -> None:
+        for sink in self._sinks:
+            sink.put(index, rgb)
+
+    def finish(self, *, with_flow: bool) -> tuple[np.ndarray, np.ndarray | None]:
+        """Frames and flow of all cuts."""
+        for sink in self._sinks:
+            sink.finish()
+            if with_flow:
+                sink.flow()
+        return self._arrays["frames"], self._arrays.get("flow")
+
+
+def decode_views(
+    data: bytes, config: ClipConfig, views: ViewsConfig, *, with_flow: bool, empty: Empty = _new_array
+) -> ViewClips:
+    """Decode the frames that any view of a video needs, in one reading.
+
+    Args:
+        empty: as for `decode_clip`.
+
+    Raises:
+        MediaError: one of its subclasses; any bytes give views or that.
+    """
+    sample = config.sample
+    reach = _reach(replace(sample, num_segments=sample.num_segments * views.temporal))
+    with PyavVideo(data, config.decode, reach) as video:
+        while True:
+            num_frames = video.num_frames
+            indices = view_indices(num_frames, sample, views.temporal)
+            sink = _CutsSink(np.unique(indices), num_frames, config, views, empty)
+            reading = _read(data, video, sink.wanted(with_flow=with_flow), sink, config.decode)
+            if video.num_frames == num_frames:
+                break
+        frames, flow = sink.finish(with_flow=with_flow)
+        return ViewClips(
+            frames=frames,
+            flow=flow,
+            indices=indices,
+            mirrored=sink.mirrored,
+            num_frames=num_frames,
+            frames_decoded=reading.frames_decoded,
+            frames_corrupt=reading.frames_corrupt,
+            info=_info(video),
+        )

@@ -1,0 +1,384 @@
+"""Ensembles and comparisons of evaluations, against plain loops; what does not fit together is refused by name."""
+
+import json
+import re
+from dataclasses import dataclass, replace
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from conftest import bucket_at, config_at
+from decode_reference import moving
+from kinoray.catalog import Catalog, catalog_of_source, save_catalog
+from kinoray.cli import main
+from kinoray.compare import compare
+from kinoray.config import StorageConfig, digest
+from kinoray.ensemble import ensemble
+from kinoray.errors import CatalogError, CheckpointMismatch, ConfigError, ObjectNotFound
+from kinoray.evaluation import ANSWER_COLUMNS, evaluation_record, join_answers, true_classes, write_evaluation
+from kinoray.metrics_paired import Paired
+from kinoray.predictions import PREDICTION_SCHEMA, Ledger, labelling_id, read_predictions, row_keys
+from kinoray.report import report
+from kinoray.storage import Storage, join
+from kinoray.synthetic import make_video
+from kinoray.verbs import ReportConfig
+from kinoray.verbs_evaluation import CompareConfig, EnsembleConfig
+
+LOCAL = Storage(StorageConfig())
+LABELS = ("ant", "bee", "cat", "dog", "<i>eel</i>", "fly")
+
+
+@dataclass
+class Made:
+    """An evaluation written for a test, and what it was made of."""
+
+    uri: str
+    labels: tuple[str, ...]
+    truth: dict[str, str]
+    scores: dict[str, np.ndarray]
+    """float32 [C] of each video that was scored."""
+
+    def best(self, video_id: str) -> str:
+        return self.labels[int(np.argmax(self.scores[video_id]))]
+
+    def right(self, video_id: str) -> bool:
+        return self.best(video_id) == self.truth[video_id]
+
+
+def catalog_at(
+    folder: str, num: int, *, storage: Storage = LOCAL, first: int = 0, labels: tuple[str, ...] = LABELS
+) -> str:
+    """A catalog of num videos v000, v001, ... that need not be there; returns where."""
+    rows = [f"v{n:03d}.mp4,{labels[(5 * n + n // 4) % len(labels)]},val" for n in range(first, first + num)]
+    storage.put(join(folder, "list.csv"), "\n".join(["path,label,split", *rows]).encode())
+    catalog = catalog_of_source(storage, join(folder, "list.csv"))
+    save_catalog(storage, join(folder, "catalog.parquet"), catalog)
+    return folder
+
+
+def evaluated(
+    out: str,
+    source: str,
+    seed: int,
+    *,
+    labels: tuple[str, ...] = LABELS,
+    skill: float = 1.0,
+    unreadable: tuple[str, ...] = (),
+    all_scores: bool = True,
+    storage: Storage = LOCAL,
+) -> Made:
+    """What `evaluate` leaves behind for a model of this skill whose scores are drawn from the seed."""
+    catalog: Catalog = catalog_of_source(storage, source).select("val")
+    rng = np.random.default_rng(seed)
+    about = {"model_digest": digest(f"model {seed}"), "config_digest": digest(f"config {all_scores}")}
+    root = join(out, labelling_id(about["model_digest"], about["config_digest"]))
+    ledger = Ledger(storage, root)
+    ledger.pin_job({**about, "labels": list(labels), "checkpoint": f"run-{seed}"})
+    plan = ledger.plan(catalog.digest, row_keys(catalog.table), 16)
+    truth = dict(zip(catalog.table["video_id"].to_pylist(), catalog.table["label"].to_pylist(), strict=True))
+    scores: dict[str, np.ndarray] = {}
+    records = []
+    for key, row in zip(row_keys(catalog.table), catalog.table.to_pylist(), strict=True):
+        logits = rng.normal(size=len(labels))
+        logits[labels.index(row["label"])] += skill
+        p = (np.exp(logits) / np.exp(logits).sum()).astype(np.float32)
+        record = {name: row[name] for name in ("video_id", "uri", "offset", "length")}
+        record |= {"row_key": key, "abstained": False, "run_id": "r", "views": 1, "frames_decoded": 8, **about}
+        record |= {"frames_corrupt": 0, "frames_missing": 0, "status": "labelled"}
+        if row["video_id"] in unreadable:
+            record |= {"status": "quarantined", "error_class": "EmptyMedia", "error_text": "no bytes"}
+        else:
+            order = np.argsort(-p, kind="stable")[:5].tolist()
+            record |= {"id_topk": order, "label_topk": [labels[n] for n in order], "score_topk": p[order]}
+            record |= {"scores": p if all_scores else None, "margin": 0.0, "entropy": 0.0}
+            scores[row["video_id"]] = p
+        records.append(record)
+    for place, unit in enumerate(plan.units):
+        ledger.commit(unit, pa.Table.from_pylist(records[16 * place : 16 * place + 16], PREDICTION_SCHEMA), "r")
+    ledger.finish(plan, ledger.check(plan, row_keys(catalog.table)))
+    predictions = pa.concat_tables(ledger.read_units(plan.units, list(ANSWER_COLUMNS)))
+    answers = join_answers(catalog, true_classes(catalog, labels), predictions, len(labels))
+    about |= {"catalog": source, "split": "val", "catalog_digest": catalog.digest, "predictions": root}
+    write_evaluation(storage, out, root, evaluation_record(answers, labels, {**about, "checkpoint": f"run-{seed}"}))
+    return Made(uri=out, labels=labels, truth=truth, scores=scores)
+
+
+# Ensembles
+
+
+def test_an_ensemble_is_the_weighted_mean_of_the_scores(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The second member numbers the classes otherwise, and could not read what the first could."""
+    source = catalog_at(str(tmp_path / "set"), 40)
+    one = evaluated(str(tmp_path / "one"), source, 1, unreadable=("v003",))
+    two = evaluated(str(tmp_path / "two"), source, 2, labels=LABELS[::-1], unreadable=("v005", "v003"))
+    config = EnsembleConfig(evaluations=(one.uri, two.uri), weights=(1.0, 3.0), out=str(tmp_path / "both"))
+    record = ensemble(config)
+
+    readable = sorted(one.scores.keys() & two.scores.keys())
+    assert len(readable) == 38
+    expected = {
+        name: (one.scores[name].astype(float) + 3 * two.scores[name][::-1].astype(float)) / 4 for name in readable
+    }
+    rows = {row["video_id"]: row for row in read_predictions(LOCAL, config.out).to_pylist()}
+    assert len(rows) == 40
+    for name in readable:
+        row, ranking = rows[name], np.argsort(-expected[name])
+        np.testing.assert_allclose(row["scores"], expected[name], rtol=1e-6)
+        assert row["id_topk"] == ranking[:5].tolist()
+        assert row["label_topk"] == [LABELS[index] for index in ranking[:5]]
+        assert row["score_topk"] == [row["scores"][index] for index in ranking[:5]]
+        assert row["margin"] == pytest.approx(expected[name][ranking[0]] - expected[name][ranking[1]], abs=1e-6)
+        assert row["entropy"] == pytest.approx(-(expected[name] * np.log(expected[name])).sum(), abs=1e-6)
+        assert row["views"] == 2
+    assert (rows["v005"]["status"], rows["v005"]["error_class"], rows["v005"]["views"]) == (
+        "quarantined",
+        "EmptyMedia",
+        0,
+    )
+    assert rows["v005"]["error_text"] == f"in {two.uri}: no bytes"
+    right = sum(LABELS[int(np.argmax(expected[name]))] == one.truth[name] for name in readable)
+    assert (record["top1"], record["evaluated"], record["unreadable"]) == (right / 38, 38, 2)
+    assert (record["top1_of_all"], record["coverage"]) == (right / 40, 38 / 40)
+    assert record["members"] == [one.uri, two.uri]
+    said = capsys.readouterr().out
+    assert "40 videos = 38 evaluated + 2 unreadable + 0 missing (coverage 95.0%)" in said
+
+    assert ensemble(config) == record  # again: nothing is written twice
+    assert len(list(tmp_path.glob("both/*/parts/*"))) == 1
+    assert json.loads((tmp_path / "both" / "evaluation.json").read_text()) == record
+    nested = ensemble(EnsembleConfig(evaluations=(config.out, one.uri), out=str(tmp_path / "nested")))
+    assert (nested["evaluated"], nested["views"]) == (38, 3)
+    totals = report(
+        ReportConfig(predictions=config.out, catalog=source, out=str(tmp_path / "r.html"), frames_per_video=0)
+    )
+    assert totals["top1"] == record["top1"]
+    page = (tmp_path / "r.html").read_text()
+    assert f"Calibration error (ECE) {record['calibration']['ece']:.1%}" in page
+    assert page.count('<circle class="right"') == sum(row["videos"] > 0 for row in record["calibration"]["bins"])
+
+
+def test_members_that_do_not_fit_are_named(tmp_path: Path) -> None:
+    source = catalog_at(str(tmp_path / "set"), 20)
+    one = evaluated(str(tmp_path / "one"), source, 1)
+
+    def refusal(other: Made, error: type[Exception], message: str) -> None:
+        with pytest.raises(error, match=message):
+            ensemble(EnsembleConfig(evaluations=(one.uri, other.uri), out=str(tmp_path / "both")))
+        assert not (tmp_path / "both").exists()
+
+    classes = evaluated(str(tmp_path / "classes"), source, 2, labels=(*LABELS[:-1], "yak", "fly", "zebu"))
+    refusal(classes, CheckpointMismatch, r"their classes differ: only the second has yak, zebu;")
+    more = catalog_at(str(tmp_path / "more"), 28, first=2)
+    message = r"their videos differ: only the first has v000, v001 and only the second has v020, .*, v024 and 5 more;"
+    refusal(evaluated(str(tmp_path / "videos"), more, 2), CatalogError, message)
+    few = evaluated(str(tmp_path / "few"), source, 3, all_scores=False)
+    refusal(few, ConfigError, r"few does not hold the scores of all 6 classes, .* evaluate it again")
+    turned = catalog_at(str(tmp_path / "turned"), 20, labels=LABELS[::-1])
+    refusal(evaluated(str(tmp_path / "truth"), turned, 4), CatalogError, r"have another true label in each: v000")
+    with pytest.raises(ConfigError, match=r"weights must be 2 numbers, one for each evaluation, got \(1.0,\)"):
+        EnsembleConfig(evaluations=("a", "b"), weights=(1.0,), out="c")
+    with pytest.raises(ConfigError, match="evaluations must be two or more"):
+        EnsembleConfig(evaluations=("a",), out="c")
+
+
+def test_an_evaluation_that_is_gone_changed_or_moved_is_told(tmp_path: Path) -> None:
+    source = catalog_at(str(tmp_path / "set"), 20)
+    one, two = evaluated(str(tmp_path / "one"), source, 1), evaluated(str(tmp_path / "two"), source, 2)
+    config = EnsembleConfig(evaluations=(one.uri, two.uri), out=str(tmp_path / "both"))
+    with pytest.raises(ObjectNotFound, match=r"nothing/evaluation.json; expected the --out of `kinoray evaluate`"):
+        ensemble(replace(config, evaluations=(one.uri, str(tmp_path / "nothing"))))
+    (tmp_path / "set").rename(tmp_path / "new")
+    with pytest.raises(ObjectNotFound, match=r"its catalog is gone .* --catalog"):
+        ensemble(config)
+    (tmp_path / "two").rename(tmp_path / "moved")
+    moved = replace(config, evaluations=(one.uri, str(tmp_path / "moved")), catalog=str(tmp_path / "new"))
+    assert ensemble(moved)["evaluated"] == 20
+    catalog_at(str(tmp_path / "new"), 19)
+    with pytest.raises(CatalogError, match=r"one was made with another catalog \(.*\) than .*new holds now"):
+        ensemble(moved)
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "evaluation.json").write_text('{"top1": 0.5}')
+    with pytest.raises(ConfigError, match=r"lacks calibration, catalog, .*evaluate again"):
+        ensemble(replace(config, evaluations=(str(tmp_path / "old"), one.uri)))
+
+
+# Comparisons
+
+
+class Page(HTMLParser):
+    """Tags, attributes and text of a page."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.images: list[str] = []
+        self.text: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.images += [value or "" for name, value in attrs if name in ("src", "href")]
+
+    def handle_data(self, data: str) -> None:
+        self.text.append(data)
+
+
+def test_a_comparison_is_what_plain_loops_count(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Overlapping sets of videos, classes numbered otherwise, and videos that only one could read."""
+    first = catalog_at(str(tmp_path / "set"), 120)
+    second = catalog_at(str(tmp_path / "other"), 115, first=10)
+    a = evaluated(str(tmp_path / "a"), first, 1, unreadable=("v020", "v021"))
+    b = evaluated(str(tmp_path / "b"), second, 2, labels=LABELS[::-1], skill=2.0, unreadable=("v021", "v022", "v023"))
+    out = tmp_path / "page.html"
+    config = CompareConfig(a=a.uri, b=b.uri, out=str(out), frames_per_video=0, max_videos=5)
+    record = compare(config)
+
+    both = sorted(a.scores.keys() & b.scores.keys())
+    counts = {
+        (x, y): sum((a.right(name), b.right(name)) == (x, y) for name in both)
+        for x in (True, False)
+        for y in (True, False)
+    }
+    expected = Paired(counts[True, True], counts[True, False], counts[False, True], counts[False, False])
+    assert min(counts.values()) > 0
+    assert [record[name] for name in ("both_right", "only_a_right", "only_b_right", "both_wrong")] == list(
+        counts.values()
+    )
+    assert record["videos"] == len(both) == 106
+    assert (record["num_common"], record["num_only_in_a"], record["num_only_in_b"]) == (110, 10, 5)
+    assert (record["num_scored_by_a"], record["num_scored_by_b"]) == (2, 1)
+    assert record["agreement"] == sum(a.best(name) == b.best(name) for name in both) / 106
+    assert record["difference"] == pytest.approx(sum(b.right(n) - a.right(n) for n in both) / 106, abs=1e-15)
+    assert (record["mcnemar_p"], tuple(record["difference_interval"])) == (expected.p, expected.interval)
+    for move in record["classes"]:
+        of_class = [name for name in both if a.truth[name] == move["label"]]
+        assert move["videos"] == len(of_class)
+        assert move["top1_a"] == pytest.approx(sum(map(a.right, of_class)) / len(of_class))
+        assert move["top1_b"] == pytest.approx(sum(map(b.right, of_class)) / len(of_class))
+        assert move["only_b_right"] == sum(b.right(name) and not a.right(name) for name in of_class)
+    sizes = [abs(move["difference"]) for move in record["classes"]]
+    assert sizes == sorted(sizes, reverse=True)
+    gained = [name for name in both if b.right(name) and not a.right(name)]
+    assert {flip["video_id"] for flip in record["gained"]} == set(gained)
+    assert {flip["video_id"] for flip in record["lost"]} == {n for n in both if a.right(n) and not b.right(n)}
+    for flip in record["gained"] + record["lost"]:
+        name = flip["video_id"]
+        assert (flip["true"], flip["said_a"], flip["said_b"]) == (a.truth[name], a.best(name), b.best(name))
+        assert (flip["score_a"], flip["score_b"]) == (float(a.scores[name].max()), float(b.scores[name].max()))
+    surest = sorted(gained, key=lambda name: -b.scores[name].max())
+    assert [flip["video_id"] for flip in record["gained"]] == surest
+
+    assert json.loads((tmp_path / "page.json").read_text()) == record
+    said = capsys.readouterr().out
+    assert f"B less A {100 * expected.difference:+.1f} points" in said
+    assert f"{counts[False, True]} videos became right, {counts[True, False]} wrong" in said
+    assert (
+        "left out: 10 videos only in A, 5 videos only in B, 2 videos scored by A only, 1 videos scored by B only"
+        in said
+    )
+    page = out.read_text()
+    text = " ".join(" ".join(Page(page).text).split())
+    assert f"Became right: {counts[False, True]}" in text
+    assert f"The first 5 of {counts[False, True]}." in text
+    assert [name for name in re.findall(r"v\d{3}", text) if name in gained] == surest[:5]
+    assert (
+        main(
+            [
+                "compare",
+                a.uri,
+                b.uri,
+                "--out",
+                str(tmp_path / "again.html"),
+                "--frames-per-video",
+                "0",
+                "--max-videos",
+                "5",
+            ]
+        )
+        == 0
+    )
+    assert (tmp_path / "again.html").read_text() == page
+
+
+HOSTILE = (
+    "<script>alert(1)</script>",
+    '"><img src=x onerror=alert(1)>',
+    "a\u202eb",
+    "{{ 7 * 7 }}",
+    "javascript:x",
+    "<!--",
+)
+
+
+def test_nothing_in_a_page_comes_from_a_name(tmp_path: Path) -> None:
+    source = str(tmp_path / "set")
+    catalog_at(source, 30, labels=LABELS)
+    catalog = catalog_of_source(LOCAL, source)
+    names = dict(zip(sorted(set(catalog.labels)), HOSTILE, strict=True))
+    table = catalog.table.set_column(
+        catalog.table.schema.get_field_index("label"),
+        "label",
+        pa.array([names[x] for x in catalog.table["label"].to_pylist()]),
+    )
+    ids = [f"{HOSTILE[n % 6]}{n}" for n in range(30)]
+    table = table.set_column(0, catalog.table.schema.field(0), pa.array(ids))
+    assert table.schema.names[0] == "video_id"
+    hostile = Catalog(table.cast(catalog.table.schema), tuple(names[x] for x in catalog.labels))
+    save_catalog(LOCAL, join(source, "catalog.parquet"), hostile)
+    a, b = (evaluated(str(tmp_path / f"{seed}"), source, seed, labels=HOSTILE) for seed in (1, 2))
+    compare(CompareConfig(a=a.uri, b=b.uri, out=str(tmp_path / "p.html"), frames_per_video=0, title=HOSTILE[0]))
+    text = (tmp_path / "p.html").read_text()
+    page = Page(text)
+    assert "script" not in page.tags
+    assert page.images == []
+    assert "\u202e" not in text
+    assert not re.search(r"https?://|url\(|@import", text)
+    assert "default-src &#39;none&#39;" in text or "default-src 'none'" in text
+    shown = "".join(page.text)
+    for name in ("<script>alert(1)</script>", '"><img src=x onerror=alert(1)>', "a\\u202eb", "{{ 7 * 7 }}", "<!--"):
+        assert name in shown
+
+
+def test_flipped_videos_are_shown_and_a_file_that_is_gone_says_so(tmp_path: Path) -> None:
+    source = catalog_at(str(tmp_path / "set"), 12)
+    a, b = evaluated(str(tmp_path / "a"), source, 1), evaluated(str(tmp_path / "b"), source, 2)
+    flipped = [name for name in a.scores if a.right(name) != b.right(name)]
+    assert len(flipped) >= 3
+    for name in flipped[1:]:
+        (tmp_path / "set" / f"{name}.mp4").write_bytes(make_video(moving(6, 40, 64)))
+    compare(CompareConfig(a=a.uri, b=b.uri, out=str(tmp_path / "p.html"), frames_per_video=2))
+    page = Page((tmp_path / "p.html").read_text())
+    assert len(page.images) == 2 * (len(flipped) - 1)
+    assert all(image.startswith("data:image/jpeg;base64,") for image in page.images)
+    (reason,) = [text for text in page.text if "ObjectNotFound" in text]
+    assert f"{flipped[0]}.mp4" in reason
+
+
+def test_evaluations_without_a_common_truth_are_refused(tmp_path: Path) -> None:
+    source = catalog_at(str(tmp_path / "set"), 12)
+    a = evaluated(str(tmp_path / "a"), source, 1)
+    apart = evaluated(str(tmp_path / "b"), catalog_at(str(tmp_path / "apart"), 5, first=50), 2)
+    with pytest.raises(CatalogError, match=r"no scored video in common \(0 of 12 and 5 are in both\)"):
+        compare(CompareConfig(a=a.uri, b=apart.uri, out=str(tmp_path / "p.html")))
+    turned = evaluated(str(tmp_path / "c"), catalog_at(str(tmp_path / "turned"), 12, labels=LABELS[::-1]), 2)
+    with pytest.raises(CatalogError, match=r"of 12 videos have another true label in .*: v000 \(ant and fly\)"):
+        compare(CompareConfig(a=a.uri, b=turned.uri, out=str(tmp_path / "p.html")))
+    assert not (tmp_path / "p.html").exists()
+
+
+def test_ensemble_and_compare_on_s3(moto_server: str) -> None:
+    storage_config, bucket = config_at(moto_server), bucket_at(moto_server)
+    storage = Storage(storage_config)
+    source = catalog_at(join(bucket, "set"), 20, storage=storage)
+    one, two = (evaluated(join(bucket, f"eval{seed}"), source, seed, storage=storage) for seed in (1, 2))
+    out = join(bucket, "both")
+    record = ensemble(EnsembleConfig(evaluations=(one.uri, two.uri), out=out, storage=storage_config))
+    assert json.loads(storage.read(join(out, "evaluation.json"))) == record
+    page = join(bucket, "pages/compare.html")
+    found = compare(CompareConfig(a=one.uri, b=out, out=page, frames_per_video=0, storage=storage_config))
+    assert found["videos"] == 20
+    assert json.loads(storage.read(join(bucket, "pages/compare.json"))) == found
+    assert storage.read(page).startswith(b"<!DOCTYPE html>")
