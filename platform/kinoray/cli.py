@@ -19,6 +19,7 @@ import tyro
 from kinoray import __version__, verbs
 from kinoray.configfile import load_config, to_yaml
 from kinoray.errors import ConfigError, KinorayError
+from kinoray.tune_config import TuneConfig
 from kinoray.verbs_evaluation import CompareConfig, EnsembleConfig
 
 __all__ = ["VERBS", "Verb", "main"]
@@ -36,6 +37,7 @@ class Verb:
 VERBS: Mapping[str, Verb] = {
     "pack": Verb(verbs.PackConfig, "kinoray.run.pack:pack", "videos -> tar shards and a catalog in object storage"),
     "train": Verb(verbs.TrainConfig, "kinoray.run.train:train", "catalog -> checkpoints, with Ray Data and Ray Train"),
+    "tune": Verb(TuneConfig, "kinoray.run.tune:tune", "many trainings with other settings -> the best of them"),
     "evaluate": Verb(
         verbs.EvaluateConfig, "kinoray.run.evaluate:evaluate", "checkpoint + labelled catalog -> exact accuracy"
     ),

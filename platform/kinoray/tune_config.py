@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from tyro.constructors import PrimitiveConstructorSpec
 
-from kinoray.config import require
+from kinoray.config import CacheConfig, require
 from kinoray.errors import ConfigError
 from kinoray.tune_space import parse_space
 from kinoray.verbs import TrainConfig
@@ -64,8 +64,13 @@ class TuneConfig(TrainConfig):
     The same command again goes on after whatever stopped it: finished trials are not run again, the others go on from
     their newest checkpoints. Never more trials run at a time than the cluster can hold.
 
-    All trials share one decode (--tune-cache-gb): see kinoray.cache. It changes no number of any trial.
+    All trials share one decode, kept on the nodes' disks while the sweep runs (--cache.gb): trials with the same seed
+    draw the same crops and frames that nest, so one reading of a video serves all segment counts, and no number of any
+    trial depends on it. Each epoch of each video has its own file; epochs that do not fit are decoded by each trial.
     """
+
+    cache: CacheConfig = field(default_factory=lambda: CacheConfig(gb=20.0))
+    """Decoded frames on disk; --cache.gb 0 decodes for each trial anew."""
 
     space: SpaceEntries = field(default_factory=default_space)
     """What differs between trials."""

@@ -30,7 +30,10 @@ __all__ = ["Axis", "Settings", "apply", "draw_trials", "grid_trials", "parse_spa
 Settings = dict[str, Any]
 """Values by setting path, such as {"optim.lr": 0.002}."""
 
-_FIXED = ("catalog", "out", "storage", "resources", "cache", "keep_checkpoints", "max_failures")
+_FIXED = {
+    *("catalog", "out", "storage", "resources", "cache"),
+    *("keep_checkpoints", "max_failures", "max_bad_fraction", "eval_every", "patience"),
+}
 _MAX_GRID = 10_000
 
 
@@ -86,7 +89,8 @@ def _axis(path: str, spec: Any) -> Axis:
     if isinstance(spec, str) and not spec.lstrip().startswith("["):
         values = [_scalar(part.strip(), entry) for part in spec.split(",")]
     else:
-        values = _yaml(spec, entry) if isinstance(spec, str) else spec if isinstance(spec, list | tuple) else [spec]
+        listed = _yaml(spec, entry) if isinstance(spec, str) else spec
+        values = list(listed) if isinstance(listed, list | tuple) else [listed]
     distinct = {repr(value) for value in values}
     if not values or len(distinct) < len(values):
         raise ConfigError(f"{entry}: expected one or more different values")

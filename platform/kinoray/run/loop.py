@@ -227,7 +227,7 @@ class _Worker:
 
     def _decoding_row(self) -> dict[str, float | int]:
         """What decoding took since the last call, on all ranks; `cached` videos came from the cache of frames."""
-        numbers = self._decoding.to(self.replica.device)
+        numbers = self._decoding.to(self.replica.device, copy=True)
         dist.all_reduce(numbers)
         self._decoding.zero_()
         row: dict[str, float | int] = {"decode_cpu_s": round(float(numbers[0]), 3)}

@@ -1,0 +1,12 @@
+"""Run a sweep on a cluster: the same flags and config file as `kinoray tune`.
+
+ray job submit --working-dir . --runtime-env-json '{"env_vars": {"PYTHONPATH": "platform:models"}}' \\
+    -- python jobs/tune.py s3://bucket/set --out s3://bucket/sweeps/first
+"""
+
+import sys
+
+from kinoray.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main(["tune", *sys.argv[1:]]))
