@@ -1,5 +1,6 @@
 """The command line: one tree as flags and file, wrong settings refused in one line before anything starts."""
 
+import dataclasses
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,8 @@ from kinoray.cli import VERBS, main
 from kinoray.config import ResourcesConfig, digest, parse_options
 from kinoray.configfile import config_from_mapping, load_config, to_yaml
 from kinoray.errors import ConfigError
+from kinoray.model import require_known_model
+from kinoray.presets import PRESETS
 from kinoray.verbs import TrainConfig
 
 TRAIN = ["train", "set", "--out", "run"]
@@ -39,6 +42,12 @@ def one_line(capsys: pytest.CaptureFixture[str]) -> str:
         (["report", "x", "--frames-per-video", "99"], "frames_per_video must be in 0 .. 16, got 99"),
         (["train", "--config", "absent.yaml"], "absent.yaml"),
         (["train", "--config"], "--config needs"),
+        ([*TRAIN, "--preset", "k300"], "--preset must be one of k400_paper, k600_paper, small, demo, got 'k300'"),
+        ([*TRAIN, "--preset"], "--preset needs one of k400_paper"),
+        ([*TRAIN, "--preset", "demo", "--config", "x.yaml"], "--preset and --config exclude each other"),
+        (["report", "x", "--preset", "demo"], "--preset is for train and tune, not for report"),
+        ([*TRAIN, "--augment.mixup-alpha", "-1"], "augment.mixup_alpha must be at least 0, got -1.0"),
+        ([*TRAIN, "--parallel", "fsdp", "--optim.compile"], "optim.compile must be off with parallel fsdp"),
     ],
 )
 def test_a_wrong_setting_is_one_line_that_names_it(
@@ -54,7 +63,7 @@ def test_a_wrong_setting_is_one_line_that_names_it(
         ("optim: {lrr: 1}", "optim.lrr is not a setting; there are"),
         ("optim: {lr: fast}", "optim.lr must be a number, got 'fast'"),
         ("optim: {epochs: 1.5}", "optim.epochs must be a whole number, got 1.5"),
-        ("clip: {decode: {backend: cv2}}", "clip.decode.backend must be 'pyav' or 'decord', got 'cv2'"),
+        ("clip: {decode: {backend: cv2}}", "clip.decode.backend must be 'pyav' or 'decord' or 'torchcodec', got 'cv2'"),
         ("clip: 3", "clip must be a mapping, got 3"),
         ("clip: {view: {train_scales: [1, x]}}", "clip.view.train_scales[1] must be a number, got 'x'"),
         ("resources: {num_workers: true}", "resources.num_workers must be a whole number, got True"),
@@ -123,3 +132,29 @@ def test_a_wrong_setting_fails_before_ray_or_torch_are_even_imported() -> None:
     imported = {line.rsplit("|", 1)[-1].strip() for line in done.stderr.splitlines() if line.startswith("import time")}
     assert "tyro" in imported
     assert not imported & {"ray", "torch"}
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_is_a_file_with_flags_on_top(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = [*TRAIN, "--optim.epochs", "3", "--print-config"]
+    assert main([*arguments, f"--preset={name}"]) == 0
+    shown = capsys.readouterr().out
+    recipe = PRESETS[name]()
+    expected = dataclasses.replace(recipe, catalog="set", out="run", optim=dataclasses.replace(recipe.optim, epochs=3))
+    assert config_from_mapping(TrainConfig, yaml.safe_load(shown)) == expected
+    path = tmp_path / "preset.yaml"
+    path.write_text(to_yaml(recipe), "utf-8")
+    assert main([*arguments, "--config", str(path)]) == 0
+    assert capsys.readouterr().out == shown
+
+
+def test_the_papers_recipes_are_the_papers() -> None:
+    for name, rate in (("k400_paper", 0.008), ("k600_paper", 0.012)):
+        recipe = PRESETS[name]()
+        optim, sample, view = recipe.optim, recipe.clip.sample, recipe.clip.view
+        assert (optim.lr, optim.epochs, optim.batch_size) == (rate, 100, 128)
+        assert (sample.num_segments, sample.frames_per_segment) == (16, 6)
+        assert (view.resize, view.resize_px, view.crop_px, view.train_flip) == ("stretch", 256, 224, True)
+        assert len(view.train_scales) > 1
+        assert recipe.model.factory == "vcm_sdd_r101"
+        require_known_model(recipe.model)

@@ -10,13 +10,14 @@ from urllib.parse import urlsplit
 
 import pytest
 
+from kinoray import presets
 from kinoray.cli import VERBS, main
 from kinoray.config import StorageConfig
 from kinoray.configfile import to_yaml
 from kinoray.decode import probe
 from kinoray.errors import ConfigError, MediaError
 from kinoray.run.demo import demo
-from kinoray.run.demo_recipe import CLIP, Recipe, command_line, make_recipe, make_videos
+from kinoray.run.demo_recipe import Recipe, command_line, make_recipe, make_videos
 from kinoray.run.demo_server import s3_server
 from kinoray.storage import Storage
 from kinoray.verbs import DemoConfig
@@ -63,9 +64,9 @@ def test_the_set_is_whole_or_absent_and_made_once(tmp_path: Path) -> None:
     for path in folder.glob("*/*.mp4"):
         if path.stem.removeprefix("broken-") in UNREADABLE:
             with pytest.raises(MediaError):
-                probe(path.read_bytes(), CLIP.decode)
+                probe(path.read_bytes(), presets.demo().clip.decode)
         else:
-            probe(path.read_bytes(), CLIP.decode)
+            probe(path.read_bytes(), presets.demo().clip.decode)
     before = {path: path.stat().st_mtime_ns for path in folder.glob("*/*.mp4")}
     assert make_videos(folder, videos_per_class=4, seed=3) == 30
     assert {path: path.stat().st_mtime_ns for path in folder.glob("*/*.mp4")} == before

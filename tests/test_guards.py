@@ -18,6 +18,7 @@ LAYERS: list[set[str]] = [
     {"config"},
     {"protocol"},
     {"verbs", "configfile"},
+    {"presets"},
     {"storage"},
     {"sample", "transform", "flow"},
     {"catalog", "decode", "model", "quarantine"},

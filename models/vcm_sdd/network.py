@@ -109,6 +109,9 @@ class VCMSDD(nn.Module):
     reads_bf16_features = True
     """The head takes features of any dtype: inference need not cast them back (vcm_sdd.inference)."""
 
+    backbone_parts = ("rgb_backbone", "flow_backbone")
+    """The submodules that training may give a rate of their own, recompute block by block, and shard one by one."""
+
     cost_parts: ClassVar[Mapping[str, tuple[str, ...]]] = {
         "rgb backbone": ("rgb_backbone",),
         "flow backbone": ("flow_backbone",),

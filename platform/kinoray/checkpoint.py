@@ -4,7 +4,7 @@ A checkpoint is a folder. `checkpoint.json` is written last and names every othe
 checkpoint is whole or absent: never write it before the files it names, never delete it after them.
 
     model.safetensors        weights
-    train_state.safetensors  what training needs to go on (optimizer moments), if it was given
+    train_state.safetensors  what training needs to go on (optimizer moments and more), if it was given
     checkpoint.json          CheckpointMeta, and the digests
 """
 
@@ -38,6 +38,7 @@ __all__ = [
     "load_model_state",
     "load_train_state",
     "load_weights",
+    "require_weights",
     "save_checkpoint",
 ]
 
@@ -197,7 +198,13 @@ def _some(names: list[str]) -> str:
 
 
 def load_weights(module: nn.Module, state: Mapping[str, Tensor], what: str) -> None:
-    """Copy the weights into the module, all of them or none.
+    """Copy the weights into the module, all of them or none. Raises as require_weights."""
+    require_weights(module, state, what)
+    module.load_state_dict(dict(state))
+
+
+def require_weights(module: nn.Module, state: Mapping[str, Tensor], what: str) -> None:
+    """Check that the weights are the module's, by name and shape.
 
     Raises:
         CheckpointMismatch: naming the weights that are missing, not wanted, or of another shape.
@@ -217,7 +224,6 @@ def load_weights(module: nn.Module, state: Mapping[str, Tensor], what: str) -> N
         problems.append(_some(shapes))
     if problems:
         raise CheckpointMismatch(f"{what} does not fit the model: {'; '.join(problems)}")
-    module.load_state_dict(dict(state))
 
 
 def load_model(storage: Storage, uri: str) -> tuple[VideoModel, CheckpointMeta]:

@@ -19,6 +19,7 @@ import tyro
 from kinoray import __version__, verbs
 from kinoray.configfile import load_config, to_yaml
 from kinoray.errors import ConfigError, KinorayError
+from kinoray.presets import PRESETS
 from kinoray.tune_config import TuneConfig
 from kinoray.verbs_evaluation import CompareConfig, EnsembleConfig
 
@@ -110,9 +111,12 @@ def _parse(name: str, arguments: list[str]) -> tuple[Any, bool]:
     """The verb's config from `--config FILE` and flags (flags win), and whether to print it only."""
     print_only = "--print-config" in arguments
     arguments = [argument for argument in arguments if argument != "--print-config"]
-    arguments, path = _take_config_path(arguments)
+    arguments, path = _take(arguments, "--config", "the name of a YAML file")
+    arguments, preset = _take(arguments, "--preset", f"one of {', '.join(PRESETS)}")
     cls = VERBS[name].config
-    default = load_config(cls, path) if path else None
+    if preset and path:
+        raise ConfigError("--preset and --config exclude each other; --preset NAME --print-config makes a file")
+    default = load_config(cls, path) if path else _preset(name, preset) if preset else None
     try:
         return _parse_flags(name, arguments, default), print_only
     except ConfigError as error:
@@ -124,7 +128,8 @@ def _parse(name: str, arguments: list[str]) -> tuple[Any, bool]:
 
 def _parse_flags(name: str, arguments: list[str], default: Any) -> Any:
     cls = VERBS[name].config
-    help_text = f"{inspect.getdoc(cls)}\n\nAlso: --config FILE.yaml (settings; flags win), --print-config."
+    presets = f", --preset NAME ({', '.join(PRESETS)}; likewise)" if issubclass(cls, verbs.TrainConfig) else ""
+    help_text = f"{inspect.getdoc(cls)}\n\nAlso: --config FILE.yaml (settings; flags win){presets}, --print-config."
     messages = io.StringIO()
     try:
         with contextlib.redirect_stderr(messages):
@@ -147,20 +152,32 @@ def _source_first(arguments: list[str]) -> list[str]:
     return [arguments[end - 1], *arguments[: end - 1], *arguments[end:]]
 
 
-def _take_config_path(arguments: list[str]) -> tuple[list[str], str]:
+def _preset(name: str, preset: str) -> Any:
+    """The verb's config with a preset's recipe in it."""
+    cls = VERBS[name].config
+    if not issubclass(cls, verbs.TrainConfig):
+        raise ConfigError(f"--preset is for train and tune, not for {name}")
+    if preset not in PRESETS:
+        raise ConfigError(f"--preset must be one of {', '.join(PRESETS)}, got {preset!r}")
+    recipe = PRESETS[preset]()
+    return cls(**{field.name: getattr(recipe, field.name) for field in dataclasses.fields(verbs.TrainConfig)})
+
+
+def _take(arguments: list[str], flag: str, what: str) -> tuple[list[str], str]:
+    """The arguments without `flag VALUE` or `flag=VALUE`, and the value; "" where it is not given."""
     rest: list[str] = []
-    path = ""
+    value = ""
     items = iter(arguments)
     for item in items:
-        if item == "--config":
-            path = next(items, "")
-            if not path:
-                raise ConfigError("--config needs the name of a YAML file")
-        elif item.startswith("--config="):
-            path = item.removeprefix("--config=")
+        if item == flag:
+            value = next(items, "")
+            if not value:
+                raise ConfigError(f"{flag} needs {what}")
+        elif item.startswith(f"{flag}="):
+            value = item.removeprefix(f"{flag}=")
         else:
             rest.append(item)
-    return rest, path
+    return rest, value
 
 
 _FRAME = "\u2502\u256d\u256e\u2570\u256f"  # what tyro draws its boxes with, where the output can show it

@@ -18,6 +18,7 @@ from kinoray.errors import ConfigError
 
 __all__ = [
     "CacheConfig",
+    "AugmentConfig",
     "ClipConfig",
     "DecodeConfig",
     "FlowConfig",
@@ -215,8 +216,58 @@ class ModelConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class AugmentConfig:
+    """What training does to decoded clips, on the model's device; crops and flips are clip.view's, before the flow.
+
+    Every draw holds for all frames of a clip. Colours change RGB only, never its geometry, so RGB and flow stay in
+    register; mixing treats both alike.
+    """
+
+    colour_jitter: float = 0.0
+    """Brightness, contrast and saturation are scaled by numbers in 1 - x .. 1 + x, in random order (usual: 0.4)."""
+    hue_jitter: float = 0.0
+    """Hue is turned by a share of the circle in -x .. x (0.1 is usual)."""
+    randaugment_ops: int = 0
+    """RandAugment: so many operations a clip, drawn from its photometric ones: identity, brightness, colour, contrast,
+    sharpness, posterize, solarize, autocontrast, equalize. The geometric ones are left out for every network: they
+    would move RGB against the flow."""
+    randaugment_magnitude: int = 9
+    """RandAugment: strength of each, in 0 .. 30."""
+    mixup_alpha: float = 0.0
+    """Mixup: each clip becomes a weighted mean with another, weights from Beta(alpha, alpha), and so does its label
+    (0.2 to 0.8 is usual)."""
+    cutmix_alpha: float = 0.0
+    """CutMix: a box of each frame comes from another clip, its area from Beta(alpha, alpha), the label in proportion
+    (1.0 is usual). With both, each step draws one of the two."""
+    mix_probability: float = 1.0
+    """Share of the steps that mix, where mixup_alpha or cutmix_alpha is set."""
+
+    def __post_init__(self) -> None:
+        require(0 <= self.colour_jitter <= 1, "augment.colour_jitter", "in 0 .. 1", self.colour_jitter)
+        require(0 <= self.hue_jitter <= 0.5, "augment.hue_jitter", "in 0 .. 0.5", self.hue_jitter)
+        require(self.randaugment_ops >= 0, "augment.randaugment_ops", "at least 0", self.randaugment_ops)
+        magnitude = self.randaugment_magnitude
+        require(0 <= magnitude <= 30, "augment.randaugment_magnitude", "in 0 .. 30", magnitude)
+        require(self.mixup_alpha >= 0, "augment.mixup_alpha", "at least 0", self.mixup_alpha)
+        require(self.cutmix_alpha >= 0, "augment.cutmix_alpha", "at least 0", self.cutmix_alpha)
+        require(0 < self.mix_probability <= 1, "augment.mix_probability", "in 0 .. 1, above 0", self.mix_probability)
+        mixes = self.mixup_alpha > 0 or self.cutmix_alpha > 0
+        require(
+            mixes or self.mix_probability == 1,
+            "augment.mix_probability",
+            "1 without augment.mixup_alpha and augment.cutmix_alpha",
+            self.mix_probability,
+        )
+
+    @property
+    def changes_colours(self) -> bool:
+        """Whether RGB is changed at all."""
+        return self.colour_jitter > 0 or self.hue_jitter > 0 or self.randaugment_ops > 0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class OptimConfig:
-    """The training recipe."""
+    """The training recipe: AdamW, its schedule, the loss, and how a step is computed."""
 
     epochs: int = 20
     """Passes over the training split (paper: 100)."""
@@ -226,12 +277,39 @@ class OptimConfig:
     """Peak learning rate of AdamW (paper: 0.008 on K400, 0.012 on K600)."""
     weight_decay: float = 0.02
     """AdamW's weight decay."""
+    schedule: Literal["cosine", "step"] = "cosine"
+    """After the warm-up: fall along a cosine to zero, or drop at step_epochs."""
+    step_epochs: tuple[int, ...] = ()
+    """schedule=step: after so many epochs each the rate is multiplied by step_factor, such as 20 40 of 50 (TSN)."""
+    step_factor: float = 0.1
+    """schedule=step: what the rate is multiplied by."""
     warmup_fraction: float = 0.1
-    """Share of all steps over which the rate rises linearly; then it falls along a cosine to zero."""
+    """Share of all steps over which the rate rises linearly."""
+    backbone_lr_factor: float = 1.0
+    """The backbones' rate as a multiple of lr; less than 1 spares pretrained weights, 0 freezes them. A network says
+    what its backbones are; of others it is all but the classifier."""
+    freeze_bn: bool = False
+    """Batch norms keep their statistics, scales and offsets: for small batches and pretrained backbones (TSN)."""
     clip_norm: float = 5.0
     """Gradients are scaled down to this norm; 0 turns it off."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """`bf16` runs forward and loss under autocast."""
+    label_smoothing: float = 0.0
+    """Share of each label that is spread over all classes (0.1 is usual)."""
+    class_balance: float = 0.0
+    """Weigh the loss of a video by (videos of its class) ** -x, mean weight 1: 0 none, 1 as if all classes had equally
+    many, 0.5 between. Videos are never drawn more or less often: each comes once an epoch."""
+    ema_decay: float = 0.0
+    """Keep a moving average of the weights with this decay (0.999 is usual); it is what is scored, saved and labelled
+    with. The decay rises from 0.1 in the first steps. 0 turns it off."""
+    accumulate: int = 1
+    """Parts into which each worker cuts its share of a batch: the gradient stays that of the whole batch (but for batch
+    norms, which see the parts), the memory falls to that of one part."""
+    recompute: Literal["none", "head", "all"] = "none"
+    """Activation checkpointing: keep no activations inside the head, or inside the blocks of the backbones, either, and
+    compute them again for the gradient. The same numbers, less memory, up to a third more work."""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """`bf16` and `fp16` run the forward pass under autocast; fp16 scales the loss, and needs GPUs."""
+    compile: bool = False
+    """Compile the network with torch.compile: minutes at the start of each worker, then faster steps."""
     seed: int = 0
     """Seeds weights, order and augmentation."""
 
@@ -240,8 +318,21 @@ class OptimConfig:
         require(self.batch_size >= 1, "optim.batch_size", "at least 1", self.batch_size)
         require(self.lr > 0, "optim.lr", "greater than 0", self.lr)
         require(self.weight_decay >= 0, "optim.weight_decay", "at least 0", self.weight_decay)
+        rising = self.step_epochs == tuple(sorted(set(self.step_epochs))) and all(x >= 1 for x in self.step_epochs)
+        require(rising, "optim.step_epochs", "rising whole numbers of at least 1", self.step_epochs)
+        is_step = self.schedule == "step"
+        expected = "one or more with schedule step, none with cosine"
+        require(is_step == bool(self.step_epochs), "optim.step_epochs", expected, self.step_epochs)
+        require(0 < self.step_factor < 1, "optim.step_factor", "between 0 and 1", self.step_factor)
         require(0 <= self.warmup_fraction < 1, "optim.warmup_fraction", "in 0 .. 1", self.warmup_fraction)
+        require(self.backbone_lr_factor >= 0, "optim.backbone_lr_factor", "at least 0", self.backbone_lr_factor)
         require(self.clip_norm >= 0, "optim.clip_norm", "at least 0", self.clip_norm)
+        require(0 <= self.label_smoothing < 1, "optim.label_smoothing", "in 0 .. 1", self.label_smoothing)
+        require(0 <= self.class_balance <= 1, "optim.class_balance", "in 0 .. 1", self.class_balance)
+        require(0 <= self.ema_decay < 1, "optim.ema_decay", "in 0 .. 1", self.ema_decay)
+        require(self.accumulate >= 1, "optim.accumulate", "at least 1", self.accumulate)
+        both = self.compile and self.recompute != "none"
+        require(not both, "optim.recompute", "none with optim.compile, which decides for itself", self.recompute)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -101,6 +101,8 @@ class TuneConfig(TrainConfig):
         TrainConfig.__post_init__(self)  # super() without arguments fails in a dataclass with slots
         axes = parse_space(self.space)
         require(bool(self.val_split), "val_split", "a split to compare trials on", self.val_split)
+        require(self.eval_every == 1, "eval_every", "1: trials are compared after each epoch", self.eval_every)
+        require(self.patience == 0, "patience", "0: scheduler says which trials stop", self.patience)
         require(self.num_trials >= 1, "num_trials", "at least 1", self.num_trials)
         require(self.grace_epochs is None or self.grace_epochs >= 1, "grace_epochs", "at least 1", self.grace_epochs)
         require(self.reduction_factor > 1, "reduction_factor", "greater than 1", self.reduction_factor)

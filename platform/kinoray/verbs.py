@@ -7,6 +7,7 @@ import tyro
 
 from kinoray.config import (
     CacheConfig,
+    AugmentConfig,
     ClipConfig,
     DecodeConfig,
     InferenceConfig,
@@ -36,6 +37,19 @@ def _check_segments(protocol: ProtocolName, num_segments: int | None) -> None:
     require(num_segments is None or num_segments >= 1, "num_segments", "at least 1", num_segments)
     if num_segments is not None and PROTOCOLS[protocol].num_segments is not None:
         require(False, "num_segments", f"left out with protocol {protocol}, which names it", num_segments)
+
+
+_NOT_IN_STUDY = (
+    "accumulate",
+    "backbone_lr_factor",
+    "class_balance",
+    "compile",
+    "ema_decay",
+    "freeze_bn",
+    "label_smoothing",
+    "precision",
+    "recompute",
+)  # settings of optim that `ablate` does not take: all its networks are trained alike, on one thread
 
 
 def _check_fraction(name: str, value: float) -> None:
@@ -133,9 +147,19 @@ class TrainConfig:
     split: str = "train"
     """Split to train on."""
     val_split: str = "val"
-    """Split that is scored after each epoch; empty for none."""
+    """Split that is scored after epochs; empty for none."""
+    eval_every: int = 1
+    """Epochs between two scorings; the last epoch is always scored."""
+    patience: int = 0
+    """Stop after so many scorings without a higher val_top1; 0 never stops early. A larger number lets a run that was
+    stopped go on."""
+    init_from: str = ""
+    """Fine-tune: a checkpoint, or a run folder (its best), whose weights the first step starts from. All must fit but
+    the classifier's, which start anew unless the classes are the same; what was left out is listed."""
     keep_checkpoints: int = 2
-    """Newest checkpoints that are kept, of those after epochs, besides the best one."""
+    """Newest checkpoints that are kept, of those after epochs."""
+    keep_best: int = 1
+    """Best checkpoints (by val_top1) that are kept besides."""
     checkpoint_every_steps: int = 200
     """Steps between checkpoints inside an epoch (the newest is kept), written while training goes on; 0 for none."""
     max_failures: int = 3
@@ -146,23 +170,36 @@ class TrainConfig:
     """The network."""
     clip: ClipConfig = field(default_factory=ClipConfig)
     """What it is fed."""
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    """What training does to the clips beyond crops and flips."""
     optim: OptimConfig = field(default_factory=OptimConfig)
     """The recipe."""
     cache: CacheConfig = field(default_factory=CacheConfig)
     """Decoded frames on disk; off by default."""
+    parallel: Literal["ddp", "fsdp"] = "ddp"
+    """How several workers share the network: a copy each, or weights, gradients and moments in shards (FSDP2: less
+    memory, more traffic). Checkpoints are the same, so a run may go on with the other one."""
     storage: StorageConfig = field(default_factory=StorageConfig)
     """Object storage."""
     resources: ResourcesConfig = field(default_factory=ResourcesConfig)
     """Workers and decoders."""
 
     def __post_init__(self) -> None:
-        require(self.keep_checkpoints >= 1, "keep_checkpoints", "at least 1", self.keep_checkpoints)
+        for name in ("keep_checkpoints", "keep_best", "eval_every"):
+            require(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
+        require(self.patience >= 0, "patience", "at least 0", self.patience)
+        require(not self.patience or bool(self.val_split), "patience", "0 without val_split", self.patience)
         every = self.checkpoint_every_steps
         require(every >= 0, "checkpoint_every_steps", "at least 0", every)
         require(self.max_failures >= 0, "max_failures", "at least 0", self.max_failures)
         _check_fraction("max_bad_fraction", self.max_bad_fraction)
         workers, batch = self.resources.num_workers, self.optim.batch_size
         require(batch >= workers, "optim.batch_size", f"at least resources.num_workers ({workers})", batch)
+        precision, on_gpu = self.optim.precision, self.resources.gpus_per_worker > 0
+        require(on_gpu or precision != "fp16", "optim.precision", "fp32 or bf16 on CPUs (fp16 needs GPUs)", precision)
+        if self.parallel == "fsdp":
+            require(precision != "fp16", "optim.precision", "fp32 or bf16 with parallel fsdp", precision)
+            require(not self.optim.compile, "optim.compile", "off with parallel fsdp", self.optim.compile)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -373,7 +410,9 @@ class AblateConfig:
             require(value >= 8 and value % 8 == 0, name, "a multiple of 8, at least 8", value)
         distinct = bool(self.seeds) and len(set(self.seeds)) == len(self.seeds)
         require(distinct and min(self.seeds) >= 0, "seeds", "different whole numbers of at least 0", self.seeds)
-        require(self.optim.precision == "fp32", "optim.precision", "fp32 in this study", self.optim.precision)
+        for name in _NOT_IN_STUDY:
+            expected, found = getattr(OptimConfig(), name), getattr(self.optim, name)
+            require(found == expected, f"optim.{name}", f"{expected} in this study", found)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

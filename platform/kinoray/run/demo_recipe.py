@@ -11,22 +11,15 @@ from typing import Any
 
 import tyro
 
-from kinoray.config import ClipConfig, FlowConfig, ModelConfig, OptimConfig, SampleConfig, StorageConfig, ViewConfig
+from kinoray import presets
+from kinoray.config import StorageConfig
 from kinoray.storage import join
 from kinoray.synthetic import BROKEN_KINDS, class_names, make_broken, make_demo_set
 from kinoray.verbs import DemoConfig, EvaluateConfig, LabelConfig, PackConfig, ReportConfig, TrainConfig
 
 __all__ = ["Recipe", "command_line", "make_recipe", "make_videos"]
 
-CLIP = ClipConfig(
-    sample=SampleConfig(num_segments=2, frames_per_segment=2),
-    view=ViewConfig(resize_px=88, crop_px=80, train_scales=(1.0, 0.875)),
-    flow=FlowConfig(bound_px=4.0),
-)
-"""Four small frames a video. Flips are safe here: no class of the set becomes another one in the mirror."""
-MODEL = ModelConfig(options={"backbone": "tiny", "heads": 4, "scale": "dim"})
 VAL_FRACTION = 0.25
-BATCH_SIZE = 16
 SHARD_MB = 1
 
 
@@ -44,10 +37,11 @@ class Recipe:
 def make_recipe(config: DemoConfig, source: str, base: str, storage: StorageConfig) -> Recipe:
     """The steps over the videos in `source`; all they make goes below `base`, but the page to `config.out`."""
     packed, run, labels = join(base, "set"), join(base, "run"), join(base, "labels")
-    optim = OptimConfig(epochs=config.epochs, batch_size=BATCH_SIZE, seed=config.seed)
+    preset = presets.demo()
+    optim = dataclasses.replace(preset.optim, epochs=config.epochs, seed=config.seed)
     return Recipe(
         pack=PackConfig(source=source, out=packed, shard_mb=SHARD_MB, val_fraction=VAL_FRACTION, storage=storage),
-        train=TrainConfig(catalog=packed, out=run, model=MODEL, clip=CLIP, optim=optim, storage=storage),
+        train=dataclasses.replace(preset, catalog=packed, out=run, optim=optim, storage=storage),
         evaluate=EvaluateConfig(catalog=packed, checkpoint=run, out=join(run, "eval"), storage=storage),
         label=LabelConfig(source=source, checkpoint=run, out=labels, storage=storage),
         report=ReportConfig(

@@ -32,18 +32,21 @@ from kinoray.errors import (
     TrainingDiverged,
 )
 from kinoray.model import VideoModel, build_model, without_start_weights
+from kinoray.model_parts import backbone_names
 from kinoray.quarantine import Refusal
+from kinoray.run.augment import Augmenter
 from kinoray.run.cluster import quiet_ray
 from kinoray.run.decoding import DecodeTask
 from kinoray.run.environment import host, software
+from kinoray.run.finetune import start_from
 from kinoray.run.gate import Gate
 from kinoray.run.ingest import Rows, Samples, Unreadable, epoch_order, rank_part, rank_steps, run_length, stream
 from kinoray.run.pace import Pace, epoch_line
 from kinoray.run.ranks import agreed, from_first
-from kinoray.run.recipe import learning_rate
+from kinoray.run.recipe import class_weights, learning_rate
 from kinoray.run.recorder import Recorder
 from kinoray.run.replica import Replica, Totals
-from kinoray.run.runfolder import add_start, run_digest
+from kinoray.run.runfolder import add_start, read_metrics, run_digest, stopped_early
 from kinoray.run.snapshot import load_snapshot, seed_step, take_snapshot
 from kinoray.run.upload import Uploader
 from kinoray.storage import Storage, join
@@ -115,7 +118,8 @@ class _Worker:
         newest = from_first(self._newest)
         model = agreed(lambda: self._model(fresh=newest is None))
         self.with_flow = model.input_spec.flow_channels > 0
-        self.replica = Replica(model, len(self.labels), config.clip, self.optim, ray.train.torch.get_device())
+        self.replica = agreed(lambda: self._replica(model, ray.train.torch.get_device()))
+        self.augmenter = Augmenter(config.augment, self.optim.seed, self.replica.device)
         self.epoch, self.epoch_steps, self.samples = 0, 0, 0  # whole epochs, steps and videos in them
         if newest is not None:
             agreed(lambda: self._resume(*newest))
@@ -140,8 +144,18 @@ class _Worker:
 
     def _model(self, *, fresh: bool) -> VideoModel:
         torch.manual_seed(self.optim.seed)  # the same weights on all ranks
-        config = self.config.model if fresh else without_start_weights(self.config.model)
-        return build_model(config, len(self.labels))
+        init_from, known = self.config.init_from, without_start_weights(self.config.model)
+        model = build_model(self.config.model if fresh and not init_from else known, len(self.labels))
+        if fresh and init_from:
+            self._say(start_from(self.storage, init_from, model, known, self.labels))
+        return model
+
+    def _replica(self, model: VideoModel, device: torch.device) -> Replica:
+        optim, num_classes = self.optim, len(self.labels)
+        own_rate = optim.backbone_lr_factor != 1
+        backbone = backbone_names(model, self.config.model, num_classes) if own_rate else frozenset[str]()
+        weights = class_weights(self.train.labels, num_classes, optim.class_balance) if optim.class_balance else None
+        return Replica(model, num_classes, self.config, device, backbone=backbone, class_weights=weights)
 
     def _resume(self, uri: str, meta: CheckpointMeta) -> None:
         if meta.run_digest != self.run_digest:
@@ -184,7 +198,7 @@ class _Worker:
             row |= {"loss": trained.loss, "top1": trained.top1, "top5": trained.top5, "unreadable": trained.unreadable}
             row |= {"lr": learning_rate(self.optim, epoch * num_steps - 1, self.optim.epochs * num_steps)}
             self.replica.share_buffers()
-            if self.val is not None:
+            if self.val is not None and (epoch % self.config.eval_every == 0 or epoch == self.optim.epochs):
                 scored = self._evaluate(self.val)
                 row |= {"val_loss": scored.loss, "val_top1": scored.top1, "val_top5": scored.top5}
                 row |= {"val_videos": scored.videos, "val_unreadable": scored.unreadable}
@@ -199,6 +213,8 @@ class _Worker:
             ray.train.report(row)
             if not self._goes_on(row):
                 return False
+            if from_first(lambda: stopped_early(read_metrics(self.storage, self.config.out), self.config)):
+                break
         return True
 
     def _goes_on(self, row: Mapping[str, float | int]) -> bool:
@@ -243,7 +259,7 @@ class _Worker:
         batches = self._stream(self.train, steps, epoch)
         if not first:
             self.replica.reset()
-        self.replica.module.train()
+        self.replica.train()
         wait_s = 0.0
         for index, rows in enumerate(steps, start=first):
             asked_s = time.monotonic()
@@ -270,7 +286,10 @@ class _Worker:
         else:
             self.train.refuse(samples.unreadable)
             labels = self.train.labels[samples.rows]
-            self.replica.train_step(samples.clips, labels, len(samples.unreadable), rate)
+            video_ids = self.train.catalog.table["video_id"].take(samples.rows).to_pylist()
+            clips = self.augmenter.colour(samples.clips, video_ids, epoch)
+            mix = self.augmenter.mix(len(labels), self.config.clip.view.crop_px, epoch, index)
+            self.replica.train_step(clips, labels, len(samples.unreadable), rate, mix)
 
     def _evaluate(self, part: _Part) -> Totals:
         """Score the model on every video of the part, each on one rank; totals over all ranks."""
@@ -278,7 +297,7 @@ class _Worker:
         size = self.optim.batch_size
         steps = rank_steps(order, batch_size=size, rank=self.rank, world_size=self.world_size)
         self.replica.reset()
-        self.replica.module.eval()
+        self.replica.eval()
         for samples in self._stream(part, steps, None):
             part.refuse(samples.unreadable)
             self.replica.score(samples.clips, part.labels[samples.rows], len(samples.unreadable))
@@ -319,8 +338,9 @@ class _Worker:
             self._say(f"train: no checkpoint at step {step}: the one before is still being written")
             return
         refusals = self._refusals()
+        state = take_snapshot(self.replica, in_epoch=True, keep=self.rank == 0)
         if self.rank == 0:
-            state, history = take_snapshot(self.replica, in_epoch=True), self.replica.history()
+            history = self.replica.history()
             samples = self.samples + totals.videos
             keep = partial(self.recorder.keep_step, epoch=epoch, samples=samples, refusals=refusals)
             self.uploader.submit(partial(keep, state, history))
@@ -328,9 +348,8 @@ class _Worker:
     def _save_epoch(self, row: Mapping[str, float | int], history: Tensor) -> None:
         """Write the epoch and its checkpoint, and wait until it is there."""
         refusals = self._refusals()
-        self._write(
-            lambda: self.recorder.keep_epoch(take_snapshot(self.replica, in_epoch=False), history, row, refusals)
-        )
+        state = take_snapshot(self.replica, in_epoch=False, keep=self.rank == 0)
+        self._write(lambda: self.recorder.keep_epoch(state, history, row, refusals))
 
     def _write(self, job: Callable[[], object]) -> None:
         """Do the job on rank 0 after what is under way there; all ranks wait for it."""

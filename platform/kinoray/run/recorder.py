@@ -82,7 +82,9 @@ class Recorder:
         meta = replace(self._meta, **changes)  # type: ignore[arg-type]
         uri = checkpoint_uri(self._config.out, meta.epoch, meta.step)
         save_checkpoint(self._storage, uri, model_state=state.weights, meta=meta, train_state=state.train)
-        prune_checkpoints(self._storage, self._config.out, self._config.keep_checkpoints)
+        prune_checkpoints(
+            self._storage, self._config.out, self._config.keep_checkpoints, keep_best=self._config.keep_best
+        )
 
     def _loss_rows(self, epoch: int, history: Tensor) -> list[dict[str, float | int]]:
         """A row a step: what it was trained on and what came out; no loss where no video could be read."""

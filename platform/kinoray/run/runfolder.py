@@ -44,6 +44,7 @@ __all__ = [
     "read_metrics",
     "run_digest",
     "run_settings",
+    "stopped_early",
     "write_losses",
     "write_metrics",
 ]
@@ -59,8 +60,8 @@ def run_settings(config: TrainConfig, catalog: Catalog) -> dict[str, Any]:
     on it, so more epochs are another training and need another run folder.
     """
     tree = asdict(config)
-    flat = {name: tree[name] for name in ("split", "val_split")}
-    for name in ("model", "clip", "optim"):
+    flat = {name: tree[name] for name in ("split", "val_split", "init_from")}
+    for name in ("model", "clip", "augment", "optim"):
         flat |= _flatten(tree[name], f"{name}.")
     flat["catalog.digest"] = catalog.digest
     settings: dict[str, Any] = json.loads(json.dumps(flat))  # tuples become lists, as they come back from run.json
@@ -202,8 +203,14 @@ def add_refusals(storage: Storage, out: str, refusals: Sequence[Refusal]) -> Non
         save_quarantine(storage, uri, [*known, *(first[video_id] for video_id in sorted(first))])
 
 
-def prune_checkpoints(storage: Storage, out: str, keep: int) -> None:
-    """Delete all checkpoints but the newest, the newest `keep` of those after epochs, and the best one.
+def stopped_early(metrics: Sequence[Mapping[str, Any]], config: TrainConfig) -> bool:
+    """Whether the last config.patience scorings in these rows of metrics.jsonl brought no higher val_top1."""
+    scores = [row["val_top1"] for row in metrics if "val_top1" in row]
+    return bool(config.patience and scores) and len(scores) - 1 - scores.index(max(scores)) >= config.patience
+
+
+def prune_checkpoints(storage: Storage, out: str, keep: int, keep_best: int = 1) -> None:
+    """Delete all checkpoints but the newest, the newest `keep` of those after epochs, and the `keep_best` best ones.
 
     With them goes what writers that were killed have left: files in a folder of ours without checkpoint.json. So this
     must not run while a checkpoint is being written.
@@ -213,6 +220,10 @@ def prune_checkpoints(storage: Storage, out: str, keep: int) -> None:
         return
     after_epochs = [item for item in found if not item[1].epoch_steps]
     kept = {found[-1][0], best_of(found)[0]} | {uri for uri, _ in after_epochs[-keep:]}
+    scored = [item for item in after_epochs if "val_top1" in item[1].metrics]
+    for _ in range(min(keep_best, len(scored))):
+        kept.add(best_of(scored)[0])
+        scored.remove(best_of(scored))
     folders = {info.uri.rpartition("/")[0] for info in storage.list(join(out, "checkpoints") + "/")}
     broken = {uri for uri in folders if _OURS.fullmatch(uri.rpartition("/")[2])} - {uri for uri, _ in found}
     for uri in sorted(broken | {uri for uri, _ in found if uri not in kept}):

@@ -21,17 +21,19 @@ from kinoray import errors
 from kinoray.batch import FLOW_CHANNELS
 from kinoray.catalog import Catalog, load_catalog
 from kinoray.checkpoint import CheckpointMeta, best_of, list_checkpoints
+from kinoray.config import require
 from kinoray.errors import CatalogError, ClusterError, ConfigError, JobError, KinorayError
-from kinoray.model import build_model, check_clip, require_known_model
+from kinoray.model import build_model, check_clip, require_known_model, without_start_weights
 from kinoray.progress import format_duration
 from kinoray.run.cluster import connect, require_fit
 from kinoray.run.curves import draw_curves
 from kinoray.run.environment import commits
+from kinoray.run.finetune import start_from
 from kinoray.run.gate import Gate
 from kinoray.run.heartbeat import Heartbeat
 from kinoray.run.lines import Lines
 from kinoray.run.loop import worker_loop
-from kinoray.run.runfolder import claim_run, read_metrics, run_digest
+from kinoray.run.runfolder import claim_run, read_metrics, run_digest, stopped_early
 from kinoray.storage import Storage, absolute, arrow_filesystem, join
 from kinoray.verbs import TrainConfig
 
@@ -53,18 +55,21 @@ def train(config: TrainConfig, gate: Gate | None = None) -> dict[str, Any]:
         StorageError, CheckpointError: as named.
     """
     start_s = time.monotonic()
-    config = replace(config, catalog=absolute(config.catalog), out=absolute(config.out))
+    init_from = absolute(config.init_from) if config.init_from else ""
+    config = replace(config, catalog=absolute(config.catalog), out=absolute(config.out), init_from=init_from)
     storage = Storage(config.storage)
     catalog = load_catalog(storage, config.catalog)
     num_train, num_val = check_training(config, catalog)
-    claim_run(storage, config, catalog)
     found = list_checkpoints(storage, config.out)
-    if not found or found[-1][1].epoch < config.optim.epochs:
+    if init_from and not found:
+        _check_start(storage, config, catalog)
+    claim_run(storage, config, catalog)
+    if not _is_finished(storage, config, found):
         sizes = f"{num_train} videos, {num_val} to score, {len(catalog.labels)} classes"
         print(f"train: {sizes}, {config.optim.epochs} epochs, to {config.out}", flush=True)
         found = _train_on(storage, config, catalog, gate)
     else:
-        print(f"train: {config.out} is finished ({config.optim.epochs} epochs); nothing is left to do", flush=True)
+        print(f"train: {config.out} is finished ({found[-1][1].epoch} epochs); nothing is left to do", flush=True)
     return _result(config, found, time.monotonic() - start_s)
 
 
@@ -75,12 +80,27 @@ def _train_on(
     with Heartbeat(storage, config.out) as heart:
         stopped = _run_workers(config, catalog, gate)
         found = list_checkpoints(storage, config.out)
-        heart.stopped = not found or found[-1][1].epoch < config.optim.epochs
+        heart.stopped = not _is_finished(storage, config, found)
         draw_curves(storage, config.out)
         if heart.stopped and not stopped:  # Ray Train ends a run on Ctrl-C without an error
             done = f"{found[-1][1].epoch if found else 0} of {config.optim.epochs} epochs"
             raise JobError(f"training was stopped after {done}; the same command goes on")
     return found
+
+
+def _is_finished(storage: Storage, config: TrainConfig, found: list[tuple[str, CheckpointMeta]]) -> bool:
+    """Whether the last epoch is done, or the one after which patience was out."""
+    if not found or found[-1][1].epoch >= config.optim.epochs:
+        return bool(found)
+    epoch = found[-1][1].epoch
+    return stopped_early([row for row in read_metrics(storage, config.out) if row["epoch"] <= epoch], config)
+
+
+def _check_start(storage: Storage, config: TrainConfig, catalog: Catalog) -> None:
+    """Try init_from here, where what does not fit is one clear line and not a dead worker group."""
+    known = without_start_weights(config.model)
+    model = build_model(known, len(catalog.labels))
+    start_from(storage, config.init_from, model, known, catalog.labels)
 
 
 def check_training(config: TrainConfig, catalog: Catalog) -> tuple[int, int]:
@@ -122,6 +142,8 @@ def _check_model(config: TrainConfig, catalog: Catalog) -> None:
     """Build the network once, here, where a wrong option is one clear line and not a dead worker group."""
     spec = build_model(config.model, len(catalog.labels)).input_spec
     check_clip(spec, config.clip)
+    changes_colours = config.augment.changes_colours
+    require(spec.rgb or not changes_colours, "augment", "without colours for a network that sees flow only", "some")
     if spec.flow_channels not in (0, FLOW_CHANNELS):
         raise ConfigError(
             f"model.options: the network wants {spec.flow_channels} flow channels, but decoding gives {FLOW_CHANNELS}"
