@@ -83,12 +83,32 @@ def test_bf16_runs_in_bf16_and_answers_in_float32(body: nn.Module) -> None:
     torch.testing.assert_close(found, expected, rtol=0, atol=5e-2 * float(expected.abs().max()))
 
 
-def test_a_network_that_folding_would_change_runs_as_it_is(caplog: pytest.LogCaptureFixture) -> None:
-    network = Small(Moody())
-    with caplog.at_level(logging.WARNING):
-        assert prepare_model(network, CLIP, InferenceConfig()) is network
-    assert "runs as it is: folding its batch norms changes a logit by" in caplog.text
+class Reaching(Small):
+    """Calls the insides of a part by their names, so the part cannot be replaced."""
+
+    def forward(self, *, rgb: Tensor | None, flow: Tensor | None) -> Tensor:
+        assert isinstance(self.body, nn.Sequential)
+        assert rgb is not None
+        features = self.body[2](self.body[1](self.body[0](rgb.flatten(0, 2))))
+        logits: Tensor = self.classify(features.mean(dim=(2, 3)).unflatten(0, rgb.shape[:3]).mean(dim=(1, 2)))
+        return logits
+
+
+@pytest.mark.parametrize("network", [Small(Moody()), Reaching(trunk())], ids=["moody", "reaching"])
+def test_a_network_that_cannot_be_folded_keeps_its_batch_norms(
+    network: Small, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO):
+        prepared = prepare_model(network, CLIP, InferenceConfig())
+        rounded = prepare_model(network, CLIP, InferenceConfig(precision="bf16"))
+    assert "batch norms stay: " in caplog.text
     assert not network.training
+    with torch.inference_mode():
+        expected = network(**clips())
+        assert torch.equal(prepared(**clips()), expected)
+        found = rounded(**clips())
+    assert not torch.equal(found, expected)
+    torch.testing.assert_close(found, expected, rtol=0, atol=5e-2 * float(expected.abs().max()))
 
 
 def test_a_network_that_cannot_be_run_is_named_with_its_input() -> None:

@@ -42,7 +42,7 @@ def compile_pays(num_frames: int) -> bool:
 
 
 def prepare_for_inference(
-    model: nn.Module, *, precision: Literal["fp32", "bf16"] = "fp32", compile: bool = False
+    model: nn.Module, *, precision: Literal["fp32", "bf16"] = "fp32", compile: bool = False, fold: bool = True
 ) -> nn.Module:
     """Return a faster copy of a model in eval mode: same inputs, same `input_spec`, float32 logits.
 
@@ -50,7 +50,8 @@ def prepare_for_inference(
     part of the model can be traced; `bf16` rounds those parts to bfloat16 (fast on CPUs with AVX512-BF16 or AMX and
     on GPUs). `compile` also compiles them, on the first call: minutes on a busy machine, see compile_pays; where
     there is no compiler the model runs uncompiled and says so in the log. A network without such parts (a transformer)
-    runs whole under autocast, and is compiled whole.
+    runs whole under autocast, and is compiled whole; so does any with fold=False, which is for networks whose modules
+    reach into one another: a folded part has other insides.
 
     Logits change by at most FP32_TOLERANCE or BF16_TOLERANCE of the largest. Raises ValueError for another precision.
     """
@@ -60,7 +61,8 @@ def prepare_for_inference(
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     # Unless a model says so, we do not know that what follows its backbones reads bfloat16.
     keep_dtype = bool(getattr(model, "reads_bf16_features", False))
-    _replace_trunks(prepared, lambda trunk: _Trunk(trunk, dtype=dtype, keep_dtype=keep_dtype, compile=compile))
+    if fold:
+        _replace_trunks(prepared, lambda trunk: _Trunk(trunk, dtype=dtype, keep_dtype=keep_dtype, compile=compile))
     if any(isinstance(part, _Trunk) for part in prepared.modules()) or (dtype == torch.float32 and not compile):
         return prepared
     return _Whole(prepared, dtype=dtype, compile=compile)
