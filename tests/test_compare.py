@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
+import yaml
 
 from conftest import bucket_at, config_at
 from decode_reference import moving
@@ -203,6 +204,19 @@ def test_an_evaluation_that_is_gone_changed_or_moved_is_told(tmp_path: Path) -> 
     (tmp_path / "old" / "evaluation.json").write_text('{"top1": 0.5}')
     with pytest.raises(ConfigError, match=r"lacks calibration, catalog, .*evaluate again"):
         ensemble(replace(config, evaluations=(str(tmp_path / "old"), one.uri)))
+
+
+def test_the_command_line_takes_many_evaluations(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["ensemble", "s3://b/one", "two", "three", "--weights", "1", "1.5", "2", "--out", "x", "--print-config"]
+    assert main(command) == 0
+    printed = capsys.readouterr().out
+    tree = yaml.safe_load(printed)
+    assert (tree["evaluations"], tree["weights"]) == (["s3://b/one", "two", "three"], [1.0, 1.5, 2.0])
+    (tmp_path / "c.yaml").write_text(printed)
+    assert main(["ensemble", "--config", str(tmp_path / "c.yaml"), "--print-config"]) == 0
+    assert capsys.readouterr().out == printed
+    assert main(["ensemble", "one", "--out", "x"]) == 2
+    assert "evaluations must be two or more" in capsys.readouterr().err
 
 
 # Comparisons

@@ -57,9 +57,8 @@ def view_indices(num_frames: int, config: SampleConfig, num_views: int) -> np.nd
 
     Each slot is cut into V equal parts; view v takes the middle of part v of every slot:
     `(2 * (i * V + v) + 1) * F // (2 * V * S * T)` in slot i. Every view spans the whole video, as a training clip does;
-    one view is `segment_indices`. A clip that spans F - w of F frames, w being the slot, can start at w positions: that
-    is SlowFast's spacing of clips (equal steps over what the clip leaves free) for clips as long as the video, and
-    TSN's and TSM's "twice sample" for V = 2.
+    one view is `segment_indices`. As in SlowFast, views lie in equal steps over what a clip leaves free, which is one
+    slot here; MMAction2's `twice_sample` is V = 2 at the phases 0 and 1/2 of a slot, ours are 1/4 and 3/4.
 
     Raises:
         ValueError: num_frames or num_views is less than 1.
