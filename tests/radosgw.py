@@ -4,6 +4,7 @@ Needs Debian's packages: apt-get install --no-install-recommends radosgw ceph-mo
 """
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -21,6 +22,9 @@ __all__ = ["ACCESS_KEY", "SECRET_KEY", "missing_programs", "radosgw"]
 ACCESS_KEY, SECRET_KEY = "testing", "testing"  # what the fixtures put into AWS_ACCESS_KEY_ID and its secret
 
 _PROGRAMS = ("radosgw", "radosgw-admin", "ceph", "ceph-mon", "ceph-osd", "ceph-mgr", "monmaptool")
+
+_TRIES = 5
+"""A client of Ceph may send its first command before it knows the cluster's id: EPERM. The next try works."""
 
 _CONF = """
 [global]
@@ -72,9 +76,13 @@ def radosgw(folder: Path) -> Iterator[str]:
     environment = os.environ | {"CEPH_CONF": str(conf)}
 
     def call(*command: str) -> None:
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
-        if done.returncode:
-            raise RuntimeError(f"{' '.join(command)} ended with {done.returncode}: {done.stderr[-500:]}")
+        for left in reversed(range(_TRIES)):
+            done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+            if not done.returncode:
+                return
+            if not left or not re.search("EPERM|not permitted", done.stderr):
+                raise RuntimeError(f"{' '.join(command)} ended with {done.returncode}: {done.stderr[-500:]}")
+            time.sleep(1)
 
     def answers() -> bool:
         with urllib.request.urlopen(url, timeout=1):
@@ -83,21 +91,12 @@ def radosgw(folder: Path) -> Iterator[str]:
     url = f"http://127.0.0.1:{port}"
     try:
         mon_address = conf.read_text(encoding="ascii").split("v1:")[1].split("]")[0]
-        call(
-            "monmaptool",
-            "--create",
-            "--clobber",
-            "--addv",
-            "a",
-            f"v1:{mon_address}",
-            "--fsid",
-            fsid,
-            f"{folder}/monmap",
-        )
+        monitor = ("--addv", "a", f"v1:{mon_address}")
+        call("monmaptool", "--create", "--clobber", *monitor, "--fsid", fsid, f"{folder}/monmap")
         call("ceph-mon", "-i", "a", "--mkfs", "--monmap", f"{folder}/monmap")
         call("ceph-mon", "-i", "a")
-        call("ceph-osd", "-i", "0", "--mkfs")
-        osd_fsid = (folder / "osd" / "fsid").read_text(encoding="ascii").strip()
+        osd_fsid = str(uuid.uuid4())
+        call("ceph-osd", "-i", "0", "--mkfs", "--osd-uuid", osd_fsid)
         call("ceph", "--connect-timeout", "20", "osd", "create", osd_fsid)
         call("ceph-osd", "-i", "0")
         call("ceph", "osd", "crush", "add", "osd.0", "1.0", "host=h", "root=default")
