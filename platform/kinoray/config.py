@@ -17,8 +17,8 @@ from tyro.constructors import PrimitiveConstructorSpec
 from kinoray.errors import ConfigError
 
 __all__ = [
-    "CacheConfig",
     "AugmentConfig",
+    "CacheConfig",
     "ClipConfig",
     "DecodeConfig",
     "FlowConfig",

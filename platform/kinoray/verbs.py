@@ -6,8 +6,8 @@ from typing import Annotated, Literal
 import tyro
 
 from kinoray.config import (
-    CacheConfig,
     AugmentConfig,
+    CacheConfig,
     ClipConfig,
     DecodeConfig,
     InferenceConfig,
