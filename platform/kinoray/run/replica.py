@@ -302,7 +302,10 @@ class Replica:
         zero = self._logits(self._parallel, inputs, 2).sum() * 0.0
         with torch.no_grad():
             for buffer, value in zip(self.module.buffers(), before, strict=True):
-                buffer.copy_(value)
+                if not torch.equal(
+                    buffer, value
+                ):  # those of frozen norms are still needed for the gradient as they are
+                    buffer.copy_(value)
         return zero
 
 
