@@ -58,6 +58,7 @@ def train(config: TrainConfig, gate: Gate | None = None) -> dict[str, Any]:
     init_from = absolute(config.init_from) if config.init_from else ""
     config = replace(config, catalog=absolute(config.catalog), out=absolute(config.out), init_from=init_from)
     storage = Storage(config.storage)
+    require_known_model(config.model)  # before anything is read: a wrong name is the first thing to say
     catalog = load_catalog(storage, config.catalog)
     num_train, num_val = check_training(config, catalog)
     found = list_checkpoints(storage, config.out)
