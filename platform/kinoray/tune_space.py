@@ -31,8 +31,8 @@ Settings = dict[str, Any]
 """Values by setting path, such as {"optim.lr": 0.002}."""
 
 _FIXED = {
-    *("catalog", "out", "storage", "resources", "cache"),
-    *("keep_checkpoints", "max_failures", "max_bad_fraction", "eval_every", "patience"),
+    *("catalog", "out", "storage", "resources", "cache", "parallel", "eval_every", "patience"),
+    *("checkpoint_every_steps", "keep_best", "keep_checkpoints", "max_failures", "max_bad_fraction"),
 }
 _MAX_GRID = 10_000
 

@@ -141,14 +141,15 @@ class TrialRun(tune.Trainable):  # type: ignore[misc]  # ray has no types
         self._epoch = int(row["epoch"])
         value = float(row.get(METRIC, 0.0))  # absent where no video of val_split could be read
         self._best = max(self._best, value)
-        return {"epoch": self._epoch, METRIC: value, "done": self._epoch >= self._config.optim.epochs}
+        is_last = self._epoch >= self._config.optim.epochs
+        return {"epoch": self._epoch, METRIC: value, "best": self._best, "done": is_last}
 
     def _after_end(self) -> dict[str, Any]:
         """The run ended without a new epoch: it failed, or there was nothing left to train."""
         self._end_training()
         if self._error is not None and not isinstance(self._error, KinorayError):
             raise self._error
-        result: dict[str, Any] = {"epoch": self._epoch, METRIC: self._best, "done": True}
+        result: dict[str, Any] = {"epoch": self._epoch, METRIC: self._best, "best": self._best, "done": True}
         if self._error is not None:
             text = " ".join(str(self._error).split())
             result |= {"error_class": type(self._error).__name__, "error_text": text}
