@@ -1,6 +1,7 @@
 """Evaluation: classes matched by name, every video counted once, all numbers checked by plain loops."""
 
 import json
+import shutil
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -10,15 +11,20 @@ import pyarrow as pa
 import pytest
 
 from kinoray.catalog import Catalog, catalog_of_source, save_catalog
+from kinoray.compare import compare
 from kinoray.config import ClipConfig, ResourcesConfig, SampleConfig, StorageConfig, ViewConfig
+from kinoray.ensemble import ensemble
 from kinoray.errors import CatalogError, CheckpointMismatch, TooManyBad
 from kinoray.evaluation import confused_classes, evaluation_record, join_answers, true_classes
 from kinoray.metrics import wilson_interval
 from kinoray.predictions import read_predictions
 from kinoray.run.evaluate import evaluate
+from kinoray.run.label import open_labelling
+from kinoray.run.label_stage import LabelUnits, pack_unit
 from kinoray.storage import Storage
 from kinoray.synthetic import class_names, make_broken, make_demo_set
-from kinoray.verbs import EvaluateConfig
+from kinoray.verbs import EvaluateConfig, LabelConfig
+from kinoray.verbs_evaluation import CompareConfig, EnsembleConfig
 from label_models import save_untrained
 
 LABELS = tuple(class_names())
@@ -173,3 +179,89 @@ def test_evaluate_scores_the_split_and_writes_all_numbers(
     with pytest.raises(CheckpointMismatch, match="has 5 classes, the catalog 6"):
         evaluate(replace(config, checkpoint=other, out=str(tmp_path / "refused")))
     assert not (tmp_path / "refused").exists()
+
+
+def small_evaluation(folder: Path) -> EvaluateConfig:
+    """Of 12 real videos by a network that is sensitive to everything, in six units."""
+    videos = folder / "videos"
+    make_demo_set(videos, videos_per_class=2, seed=3)
+    rows = [(str(path), path.parent.name, "val") for path in sorted(videos.rglob("*.mp4"))]
+    save_catalog(LOCAL, str(folder / "set" / "catalog.parquet"), catalog_with(folder, rows))
+    return EvaluateConfig(
+        catalog=str(folder / "set"),
+        checkpoint=save_untrained(LOCAL, str(folder / "run"), LABELS, CLIP, "label_models:mixing"),
+        out=str(folder / "1"),
+        protocol="5x3",
+        unit_size=2,
+    )
+
+
+def label_here(config: EvaluateConfig) -> None:
+    """Commit all units of an evaluation by a worker of this process, so that `evaluate` needs no Ray."""
+    labelling = open_labelling(
+        LabelConfig(
+            source=config.catalog,
+            checkpoint=config.checkpoint,
+            out=config.out,
+            split=config.split,
+            protocol=config.protocol,
+            all_scores=True,
+            unit_size=config.unit_size,
+        ),
+        "label",
+    )
+    worker, table = LabelUnits(labelling.job), labelling.catalog.table
+    for unit in labelling.plan.units:
+        rows = table.take([labelling.keys.index(key) for key in unit.keys])
+        (result,) = worker(pa.Table.from_pylist([pack_unit(unit, rows)])).to_pylist()
+        assert result["error_text"] == ""
+
+
+def test_evaluations_with_other_protocols_make_an_ensemble_and_a_comparison(tmp_path: Path) -> None:
+    config = replace(small_evaluation(tmp_path), protocol="center")
+    many = replace(config, out=str(tmp_path / "many"), protocol="10x3")
+    for one in (config, many):
+        label_here(one)
+    single, record = evaluate(config), evaluate(many)
+    assert (single["views"], record["views"], record["protocol"]) == (1, 30, "10x3")
+    assert single["config_digest"] != record["config_digest"]
+    members = (config.out, many.out)
+    both = ensemble(EnsembleConfig(evaluations=members, out=str(tmp_path / "both")))
+    assert (both["evaluated"], both["views"]) == (12, 31)
+    tables = [{row["video_id"]: row for row in read_predictions(LOCAL, out).to_pylist()} for out in members]
+    for row in read_predictions(LOCAL, str(tmp_path / "both")).to_pylist():
+        mean = sum(np.array(table[row["video_id"]]["scores"]) for table in tables) / 2
+        np.testing.assert_allclose(row["scores"], mean, rtol=1e-6)
+    found = compare(CompareConfig(a=members[0], b=members[1], out=str(tmp_path / "c.html"), frames_per_video=2))
+    assert found["videos"] == 12
+    first, second = ([row["id_topk"][0] for row in table.values()] for table in tables)
+    assert found["agreement"] == np.mean([a == b for a, b in zip(first, second, strict=True)])
+    flips = len(found["gained"]) + len(found["lost"])
+    assert (tmp_path / "c.html").read_text().count("data:image/jpeg") == 2 * flips
+
+
+@pytest.mark.ray
+@pytest.mark.timeout(1200)  # seven workers are started
+def test_a_protocol_gives_the_same_digits_on_any_number_of_workers_and_after_a_kill(
+    ray_local: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = small_evaluation(tmp_path)
+
+    def digits(workers: int) -> tuple[list[dict[str, object]], dict[str, object]]:
+        out = str(tmp_path / str(workers))
+        record = evaluate(replace(config, out=out, resources=ResourcesConfig(num_workers=workers)))
+        table = read_predictions(LOCAL, out).drop_columns(["run_id"]).to_pylist()
+        return table, {name: value for name, value in record.items() if name != "predictions"}
+
+    table, record = digits(1)
+    assert (record["protocol"], record["views"], record["evaluated"]) == ("5x3", 15, 12)
+    assert {row["views"] for row in table} == {15}
+    assert digits(2) == (table, record)
+    shutil.copytree(tmp_path / "2", tmp_path / "4")
+    commits = sorted(tmp_path.glob("4/*/commits/*.json"))
+    assert len(commits) == 6
+    for path in commits[:4]:  # as a kill leaves it: parts that no commit names
+        path.unlink()
+    capsys.readouterr()
+    assert digits(4) == (table, record)
+    assert "4 of 12 videos are labelled already, 8 to do" in capsys.readouterr().out
