@@ -1,11 +1,13 @@
 """Sweeps: the search space, what fits a cluster, the page; and whole sweeps under Ray Tune, killed and gone on."""
 
+import contextlib
 import dataclasses
 import json
 import os
 import signal
 import subprocess
 import sys
+import threading
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -45,7 +47,6 @@ from ports import wait_until
 from small_sets import colour_set, set_in
 from test_checkpoint import META, tiny_state
 
-ROOT = Path(__file__).resolve().parents[1]
 CLIP = ClipConfig(sample=SampleConfig(num_segments=1, frames_per_segment=2), view=ViewConfig(resize_px=32, crop_px=24))
 SPACE = {"optim.lr": "0.001,0.05", "clip.sample.num_segments": "1,2"}
 
@@ -555,17 +556,15 @@ def test_pbt_goes_on_from_the_good_trials_checkpoint(small_set: str, tmp_path: P
 
 
 @pytest.mark.slow
-def test_a_sweep_on_s3_survives_a_trial_that_fails_and_one_whose_process_dies(
-    s3_config: StorageConfig, bucket: str, tmp_path: Path, ray_local: None
-) -> None:
+def test_a_sweep_on_s3_survives_a_trial_that_fails(s3_config: StorageConfig, bucket: str, ray_local: None) -> None:
     storage = Storage(s3_config)
     colour_set(storage, join(bucket, "set"), train=12, val=6)
     config = make_config(
         join(bucket, "set"),
         join(bucket, "sweep"),
         storage=s3_config,
-        space={"optim.lr": [0.05, 1e36], "optim.clip_norm": [0.0]},
-        max_concurrent=1,
+        optim=OptimConfig(epochs=2, batch_size=8, clip_norm=0.0),
+        space={"optim.lr": [0.05, 1e36]},
     )
     summary = tune(config)
     assert summary["status"] == {"finished": 1, "failed": 1}
@@ -575,3 +574,50 @@ def test_a_sweep_on_s3_survives_a_trial_that_fails_and_one_whose_process_dies(
     assert rows[0]["settings"]["optim.lr"] == 0.05
     assert rows[1]["error"].startswith("TrainingDiverged: the loss is")
     assert summary["best"]["run"] == trial_run(config.out, rows[0]["trial"])
+
+
+def descendants(pid: int) -> dict[int, str]:
+    """Command lines of all processes below this one."""
+    below: dict[int, list[int]] = {}
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            parent = int(path.read_text().rpartition(")")[2].split()[1])
+            below.setdefault(parent, []).append(int(path.parent.name))
+    found, left = {}, [pid]
+    while left:
+        for child in below.get(left.pop(), []):
+            left.append(child)
+            with contextlib.suppress(OSError):
+                found[child] = Path(f"/proc/{child}/cmdline").read_text().replace("\0", " ")
+    return found
+
+
+@pytest.mark.slow
+def test_a_trial_whose_process_dies_goes_on_and_what_it_held_is_free_again(
+    small_set: str, tmp_path: Path, ray_local: None
+) -> None:
+    """Its worker holds three of four CPUs: the trial could not go on if they stayed taken."""
+    config = make_config(
+        small_set,
+        str(tmp_path / "sweep"),
+        optim=OptimConfig(epochs=40, batch_size=8),
+        space={"optim.lr": "0.05"},
+        resources=ResourcesConfig(num_workers=1, cpus_per_worker=3, decode_tasks=1, local_cpus=4),
+    )
+    killed: list[int] = []
+
+    def kill_the_driver() -> None:
+        trials = tmp_path / "sweep" / "trials"
+        wait_until(lambda: len(list(trials.glob("*/metrics.jsonl"))) == 1, 600, "the trial has an epoch")
+        killed.extend(pid for pid, command in descendants(os.getpid()).items() if "ResourceTrainable" in command)
+        for pid in killed:
+            os.kill(pid, signal.SIGKILL)
+
+    thread = threading.Thread(target=kill_the_driver)
+    thread.start()
+    summary = tune(config)
+    thread.join()
+    assert len(killed) == 1
+    assert summary["status"] == {"finished": 1}
+    (row,) = [json.loads(line) for line in (tmp_path / "sweep" / "trials.jsonl").read_text().splitlines()]
+    assert [epoch for epoch, _ in row["curve"]] == list(range(1, 41))
