@@ -212,8 +212,11 @@ class PyavVideo(Media):
         """Decode run after run. Where `leave_out` (bool [P]) is true, a frame that nobody refers to is left out."""
         for run in runs:
             self.context.flush_buffers()
+            self.context.skip_frame, leaves_out = "DEFAULT", False
             for place, packet in self.packets(run.begin, run.end):
-                self.context.skip_frame = "NONREF" if leave_out is not None and leave_out[place] else "DEFAULT"
+                if leave_out is not None and leave_out[place] != leaves_out:  # libav takes 3 us to be told
+                    leaves_out = not leaves_out
+                    self.context.skip_frame = "NONREF" if leaves_out else "DEFAULT"
                 yield from self._decode(packet, place, tally)
             yield from self._decode(None, -1, tally)  # what the decoder still holds back
 
@@ -249,13 +252,17 @@ class PyavVideo(Media):
                 interpolation=Interpolation.BILINEAR,
                 threads=1,
             )
-        green, blue, red = (np.rot90(_pixels(plane), turns) for plane in scaled.planes)
+        green, blue, red = (_turned(_pixels(plane), turns) for plane in scaled.planes)
         sink.put(index, (red, green, blue))
 
 
 def _quarter_turns(frame: Any) -> int:
     """Quarter turns counterclockwise from the stored to the displayed picture. Mirroring in the matrix is ignored."""
     return int(round(frame.rotation / 90) % 4)
+
+
+def _turned(pixels: np.ndarray, turns: int) -> np.ndarray:
+    return np.rot90(pixels, turns) if turns else pixels
 
 
 def _pixels(plane: Any) -> np.ndarray:

@@ -53,5 +53,5 @@ def dis_flow(prev: np.ndarray, next: np.ndarray, preset: str) -> np.ndarray:
 
 def quantise(flow: np.ndarray, bound_px: float) -> np.ndarray:
     """Flow in pixels, float [H, W, 2], to int8 [2, H, W]: clipped to +- bound_px, which becomes +- 127; 0 stays 0."""
-    scaled = np.clip(flow, -bound_px, bound_px) * (127.0 / bound_px)
-    return np.ascontiguousarray(np.rint(scaled).astype(np.int8).transpose(2, 0, 1))
+    scaled = cv2.addWeighted(flow, 127.0 / bound_px, flow, 0.0, 0.0, dtype=cv2.CV_8S)  # rounds half to even, saturates
+    return np.stack(cv2.split(np.maximum(scaled, -127)))
