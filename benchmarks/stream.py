@@ -32,8 +32,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -57,6 +55,7 @@ from kinoray.storage import Storage
 from kinoray.verbs import PackConfig
 from sandbox import film
 
+ROOT = Path(__file__).resolve().parents[1]
 BARS = {"read path": 1.08, "decoders": 1.8, "ray": 0.90, "decoder memory": 1.05, "object store": 1.1}
 DENSE = ClipConfig(sample=SampleConfig(num_segments=16, frames_per_segment=6))
 SPARSE = ClipConfig(sample=SampleConfig(num_segments=8, frames_per_segment=1))
