@@ -40,6 +40,10 @@ class VideoInfo:
 
     More than num_frames: the file was cut. Less: something was added, or its index is damaged.
     """
+    num_keyframes: int = 0
+    """Frames from which decoding can begin, by the packets."""
+    container: str = ""
+    """The kind of file, as libav calls it: `mov/mp4`, `matroska/webm`, `mpegts`, ..."""
 
     @property
     def miscounted(self) -> bool:
@@ -92,6 +96,8 @@ def _info(video: PyavVideo) -> VideoInfo:
         codec=video.codec,
         rotation=video.rotation,
         claimed_frames=video.claimed_frames,
+        num_keyframes=video.table.num_keyframes,
+        container=video.container,
     )
 
 

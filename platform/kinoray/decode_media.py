@@ -254,6 +254,11 @@ class Media:
         return str(self.context.codec.canonical_name)
 
     @property
+    def container(self) -> str:
+        """The kind of file, as libav calls it: mov/mp4, matroska/webm, mpegts, ..."""
+        return "/".join(str(self._container.format.name).split(",")[:2])
+
+    @property
     def duration_s(self) -> float:
         """From the first frame's start to the last frame's end by the packets; by the frame rate where they lie."""
         if self.table.timed:

@@ -83,6 +83,11 @@ class PacketTable:
         """Packets, with those that show nothing."""
         return len(self.frame_of)
 
+    @property
+    def num_keyframes(self) -> int:
+        """Packets at which decoding can begin; 1 where none is marked."""
+        return len(self._keys)
+
     def index_of_time(self) -> dict[int, int]:
         """From a frame's time (pts) to its number; -1 for the times of frames that are not shown."""
         numbers = dict(zip(self._times.tolist(), self.frame_of.tolist(), strict=True))
