@@ -57,12 +57,12 @@ def test_what_is_not_there_is_named(
     assert error.startswith(f"kinoray {arguments[0]}: ")
 
 
-@pytest.mark.parametrize("verb", ["pack", "train", "label", "evaluate", "report"])
+@pytest.mark.parametrize("verb", ["pack", "train", "label", "evaluate", "report", "doctor"])
 def test_a_wrong_bucket_is_named(
     verb: str, s3_server: str, s3_config: StorageConfig, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = [verb, "s3://no-such-bucket-here/x", "--storage.endpoint-url", s3_server]
-    arguments += {"report": [], "pack": ["--out", "o"], "train": ["--out", "o"]}.get(verb, CHECKPOINT)
+    arguments += {"report": [], "doctor": [], "pack": ["--out", "o"], "train": ["--out", "o"]}.get(verb, CHECKPOINT)
     code = main(arguments)
     error = capsys.readouterr().err
     assert code == 1

@@ -27,7 +27,7 @@ LAYERS: list[set[str]] = [
     {"shards", "batch", "cost", "metrics", "checkpoint", "predictions", "synthetic"},
     {"evaluation", "page"},
     {"report", "describe", "runs", "kinetics"},
-    {"tune", "compare", "ensemble"},
+    {"tune", "compare", "ensemble", "doctor"},
     {"run"},
     {"cli"},
 ]

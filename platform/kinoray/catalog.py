@@ -24,7 +24,10 @@ __all__ = [
     "VIDEO_EXTENSIONS",
     "Catalog",
     "Reference",
+    "catalog_of_files",
     "catalog_of_source",
+    "extension",
+    "is_catalog",
     "load_catalog",
     "read_video",
     "read_videos",
@@ -185,29 +188,43 @@ def catalog_of_source(storage: Storage, source: str) -> Catalog:
         CatalogError: nothing there is a video, or the list is malformed.
         StorageError: it cannot be read.
     """
-    if source.endswith(".parquet") or (
-        not source.lower().endswith(".csv") and storage.exists(join(source, "catalog.parquet"))
-    ):
+    if is_catalog(storage, source):
         return load_catalog(storage, source)
-    files = find_files(storage, source)
+    return catalog_of_files(source, find_files(storage, source))
+
+
+def is_catalog(storage: Storage, source: str) -> bool:
+    """Whether it is a .parquet or the folder of a pack, and not a .csv or a folder of videos."""
+    if source.endswith(".parquet"):
+        return True
+    return not source.lower().endswith(".csv") and storage.exists(join(source, "catalog.parquet"))
+
+
+def catalog_of_files(source: str, files: list[SourceFile]) -> Catalog:
+    """The catalog of what `find_files` found in a source that is no catalog itself.
+
+    Raises:
+        CatalogError: nothing there is a video.
+    """
     if not source.lower().endswith(".csv"):
         num_found = len(files)
-        files = [file for file in files if _extension(file.name) in VIDEO_EXTENSIONS]
+        files = [file for file in files if extension(file.name) in VIDEO_EXTENSIONS]
         if not files:
             there = f"{num_found} files, but none" if num_found else "nothing"
             known = " ".join(sorted(VIDEO_EXTENSIONS))
             raise CatalogError(f"{source}: found {there} that is a catalog or a video ({known})")
     if not files:
         raise CatalogError(f"{source} lists no video")
-    return _catalog_of_files(files)
+    return _listed(files)
 
 
-def _extension(name: str) -> str:
-    stem, dot, extension = name.rpartition("/")[2].rpartition(".")
-    return f".{extension.lower()}" if stem and dot else ""
+def extension(name: str) -> str:
+    """`bus/a.MP4` -> `.mp4`; empty for a name without one."""
+    stem, dot, last = name.rpartition("/")[2].rpartition(".")
+    return f".{last.lower()}" if stem and dot else ""
 
 
-def _catalog_of_files(files: list[SourceFile]) -> Catalog:
+def _listed(files: list[SourceFile]) -> Catalog:
     labels = tuple(sorted({file.label for file in files if file.label is not None}))
     label_ids = {label: index for index, label in enumerate(labels)}
     columns = {

@@ -21,6 +21,7 @@ from kinoray.configfile import load_config, to_yaml
 from kinoray.errors import ConfigError, KinorayError
 from kinoray.presets import PRESETS
 from kinoray.tune_config import TuneConfig
+from kinoray.verbs_doctor import DoctorConfig
 from kinoray.verbs_evaluation import CompareConfig, EnsembleConfig
 
 __all__ = ["VERBS", "Verb", "main"]
@@ -36,6 +37,9 @@ class Verb:
 
 
 VERBS: Mapping[str, Verb] = {
+    "doctor": Verb(
+        DoctorConfig, "kinoray.doctor:doctor", "what is wrong with a set of videos, and what decoding costs"
+    ),
     "pack": Verb(verbs.PackConfig, "kinoray.run.pack:pack", "videos -> tar shards and a catalog in object storage"),
     "train": Verb(verbs.TrainConfig, "kinoray.run.train:train", "catalog -> checkpoints, with Ray Data and Ray Train"),
     "tune": Verb(TuneConfig, "kinoray.run.tune:tune", "many trainings with other settings -> the best of them"),

@@ -15,7 +15,16 @@ from kinoray.config import digest
 from kinoray.errors import CatalogError
 from kinoray.quarantine import Refusal
 
-__all__ = ["PackPlan", "PlannedVideo", "ShardPlan", "cut_evenly", "make_plan", "share", "split_name"]
+__all__ = [
+    "PackPlan",
+    "PlannedVideo",
+    "ShardPlan",
+    "cut_evenly",
+    "make_plan",
+    "places_in_folders",
+    "share",
+    "split_name",
+]
 
 T = TypeVar("T")
 
@@ -86,7 +95,7 @@ def make_plan(source: str, files: Sequence[SourceFile], *, shard_bytes: int, val
     names = [file.name for file in files]
     ids = dict(zip(names, unique_ids(names), strict=True))
     is_csv = source.lower().endswith(".csv")
-    places = _places_from_rows(source, files) if is_csv else _places_from_folders(names)
+    places = _places_from_rows(source, files) if is_csv else places_in_folders(names)
     kept: list[tuple[SourceFile, str, str]] = []
     refused: list[Refusal] = []
     for file, place in zip(files, places, strict=True):
@@ -132,8 +141,8 @@ def _places_from_rows(source: str, files: Sequence[SourceFile]) -> list[tuple[st
     return places
 
 
-def _places_from_folders(names: Sequence[str]) -> list[tuple[str, str | None] | str]:
-    """(class, split or None) of each file, or the error_class of its refusal."""
+def places_in_folders(names: Sequence[str]) -> list[tuple[str, str | None] | str]:
+    """(class, split or None) of each path below a source, or the error_class of its refusal."""
     paths = [name.split("/") for name in names]
     seen = [path for path in paths if not _is_hidden(path) and len(path) > 1]
     has_splits = all(path[0].lower() in _SPLIT_FOLDERS for path in seen) and any(len(path) > 2 for path in seen)

@@ -1,0 +1,48 @@
+"""Config tree of the verb `doctor`."""
+
+from dataclasses import dataclass, field
+from typing import Annotated
+
+import tyro
+
+from kinoray.config import ClipConfig, StorageConfig, require
+
+__all__ = ["DoctorConfig"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DoctorConfig:
+    """Say what is wrong with a set of videos, and what decoding all of it costs, before money is spent.
+
+    Example: kinoray doctor s3://bucket/library/ --out s3://bucket/checkup
+
+    Everything is listed; a sample (by a hash of the names, so the same each time) is read and probed, and some of that
+    is decoded, on this machine and without Ray. Exits with 1 if more than max_bad_fraction of the sample is bad.
+    """
+
+    source: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")]
+    """A folder or s3:// prefix of videos, a CSV, a pack's folder or a catalog (.parquet)."""
+    out: str = ""
+    """Folder or s3:// prefix for doctor.json (everything, and more than is printed) and bad.parquet. Default: none."""
+    sample: int = 500
+    """Videos that are read whole and probed; 0 for all."""
+    decode_sample: int = 20
+    """Probed videos that are decoded for the estimate of the cost, spread over codecs and sizes; 0 for none."""
+    transcode_sample: int = 3
+    """Decoded videos on which it is measured what `pack --transcode` would save, where it could save; 0 for none."""
+    flow: bool = False
+    """Decode with optical flow, too, as networks with a flow stream need it."""
+    max_bad_fraction: float = 0.2
+    """More bad videos than this share of the sample make the exit code 1."""
+    decoders: int = 2
+    """Videos that are decoded at the same time, in a process each."""
+    clip: ClipConfig = field(default_factory=ClipConfig)
+    """What would be decoded: frames, sizes, limits."""
+    storage: StorageConfig = field(default_factory=StorageConfig)
+    """Object storage."""
+
+    def __post_init__(self) -> None:
+        for name in ("sample", "decode_sample", "transcode_sample"):
+            require(getattr(self, name) >= 0, name, "at least 0", getattr(self, name))
+        require(self.decoders >= 1, "decoders", "at least 1", self.decoders)
+        require(0 <= self.max_bad_fraction <= 1, "max_bad_fraction", "in 0 .. 1", self.max_bad_fraction)
