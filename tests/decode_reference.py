@@ -84,5 +84,5 @@ class Collect:
     def scaled_size(self, width: int, height: int) -> tuple[int, int]:
         return HEIGHT, WIDTH
 
-    def put(self, index: int, rgb: tuple[np.ndarray, np.ndarray, np.ndarray]) -> None:
-        self.frames[index] = np.stack(rgb)
+    def put(self, index: int, planes: tuple[np.ndarray, np.ndarray, np.ndarray]) -> None:
+        self.frames[index] = np.stack(planes)

@@ -4,21 +4,17 @@ Frame numbers and their count come from the packets that are really there, never
 here imports torch or ray: decode workers stay small.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from kinoray.config import ClipConfig, DecodeConfig, SampleConfig
-from kinoray.decode_decord import read_with_decord
-from kinoray.decode_plan import FrameSink, Reading
+from kinoray.decode_backend import reach, read_frames
 from kinoray.decode_pyav import PyavVideo
-from kinoray.decode_torchcodec import read_with_torchcodec
-from kinoray.flow import dis_flow, quantise
+from kinoray.decode_sink import ClipSink, Empty, new_array
 from kinoray.sample import segment_indices
-from kinoray.transform import View, test_view, train_view
 
-__all__ = ["Clip", "VideoInfo", "decode_clip", "probe", "thumbnails"]
+__all__ = ["Clip", "VideoInfo", "decode_clip", "probe", "thumbnails", "video_info"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +58,7 @@ class Clip:
     """The part of a video that a model is fed, S segments x T frames, and how it came to be."""
 
     frames: np.ndarray
-    """uint8 [S, T, 3, H, W], RGB, H = W = view.crop_px."""
+    """uint8 [S, T, 3, H, W], RGB, H = W = view.crop_px; with decode.frames=yuv420 [S, T, H * 3 / 2, W], I420."""
     flow: np.ndarray | None
     """int8 [S, T, 2, H, W], (x, y) to the next frame, 127 = flow.bound_px; None if it was not asked for."""
     indices: np.ndarray
@@ -76,15 +72,12 @@ class Clip:
     info: VideoInfo
 
 
-Empty = Callable[[str, tuple[int, ...], type[np.generic]], np.ndarray]
-"""Makes an array by name, shape and dtype, with anything in it."""
+def video_info(video: PyavVideo) -> VideoInfo:
+    """What an opened video is.
 
-
-def _new_array(_: str, shape: tuple[int, ...], dtype: type[np.generic]) -> np.ndarray:
-    return np.empty(shape, dtype)
-
-
-def _info(video: PyavVideo) -> VideoInfo:
+    Raises:
+        UndecodableVideo: no frame can be decoded.
+    """
     width, height = video.size
     duration_s, num_frames = video.duration_s, video.num_frames
     return VideoInfo(
@@ -108,98 +101,7 @@ def probe(data: bytes, config: DecodeConfig) -> VideoInfo:
         MediaError: one of its subclasses, with the reason; MediaOverBudget for what decode.max_* does not allow.
     """
     with PyavVideo(data, config) as video:
-        return _info(video)
-
-
-def _reach(sample: SampleConfig) -> float:
-    """Share of the frames before the last slot: its frame is wanted, whichever it is."""
-    return 1 - 1 / (sample.num_segments * sample.frames_per_segment)
-
-
-def _read(data: bytes, video: PyavVideo, wanted: np.ndarray, sink: FrameSink, config: DecodeConfig) -> Reading:
-    if config.backend == "decord":
-        return read_with_decord(data, video, wanted, sink)
-    if config.backend == "torchcodec":
-        return read_with_torchcodec(data, video, wanted, sink)
-    return video.read(wanted, sink)
-
-
-class _ClipSink:
-    """Cuts scaled frames and keeps them where they belong: sampled ones in RGB, their successors in green only."""
-
-    def __init__(
-        self, indices: np.ndarray, num_frames: int, config: ClipConfig, rng: np.random.Generator | None, empty: Empty
-    ) -> None:
-        self._indices = indices.reshape(-1)
-        self._config, self._rng, self._empty = config, rng, empty
-        size = config.view.crop_px
-        self.frames = empty("frames", (len(self._indices), 3, size, size), np.uint8)
-        self._filled: set[int] = set()
-        self.view: View | None = None
-        unique, first = np.unique(self._indices, return_index=True)
-        self._slot = dict(zip(unique.tolist(), first.tolist(), strict=True))
-        # Flow looks from t to t + 1; from t - 1 to t at the video's last frame.
-        self._partner = {t: t + 1 if t + 1 < num_frames else max(0, t - 1) for t in self._slot}
-        self._green: dict[int, np.ndarray] = {}
-
-    def wanted(self, *, with_flow: bool) -> np.ndarray:
-        """Numbers of the frames to decode, sorted, each once."""
-        frames = {*self._slot, *self._partner.values()} if with_flow else set(self._slot)
-        return np.array(sorted(frames), np.int64)
-
-    def scaled_size(self, width: int, height: int) -> tuple[int, int]:
-        if self.view is None:
-            view = self._config.view
-            self.view = (
-                test_view(view, width, height) if self._rng is None else train_view(view, width, height, self._rng)
-            )
-        return self.view.height, self.view.width
-
-    def put(self, index: int, rgb: tuple[np.ndarray, np.ndarray, np.ndarray]) -> None:
-        assert self.view is not None
-        rows = slice(self.view.top, self.view.top + self.view.size)
-        columns = slice(self.view.left, self.view.left + self.view.size)
-        slot = self._slot.get(index)
-        if slot is None:
-            self._green[index] = rgb[1][rows, columns].copy()
-            return
-        for channel, plane in enumerate(rgb):
-            self.frames[slot, channel] = plane[rows, columns]
-        self._filled.add(index)
-
-    def finish(self) -> None:
-        """Copy frames that several slots share to all of them."""
-        assert self._filled == self._slot.keys()  # the array began with anything in it
-        self._share(self.frames)
-
-    def _share(self, rows: np.ndarray) -> None:
-        for slot, index in enumerate(self._indices.tolist()):
-            if slot != self._slot[index]:
-                rows[slot] = rows[self._slot[index]]
-
-    def flow(self) -> np.ndarray:
-        """int8 [S * T, 2, H, W], before any mirror."""
-        size, flow_config = self._config.view.crop_px, self._config.flow
-        out = self._empty("flow", (len(self._indices), 2, size, size), np.int8)
-        for index, slot in self._slot.items():
-            partner = self._partner[index]
-            if partner == index:
-                out[slot] = 0
-            else:
-                pair = (self._green_of(min(index, partner)), self._green_of(max(index, partner)))
-                out[slot] = quantise(dis_flow(*pair, flow_config.preset), flow_config.bound_px)
-        self._share(out)
-        return out
-
-    def _green_of(self, index: int) -> np.ndarray:
-        slot = self._slot.get(index)
-        return self._green[index] if slot is None else self.frames[slot, 1]
-
-
-def _mirror(rows: np.ndarray) -> None:
-    """Left becomes right, in place: the arrays may be where the caller wants them."""
-    for row in rows:
-        row[...] = row[..., ::-1].copy()
+        return video_info(video)
 
 
 def decode_clip(
@@ -208,12 +110,13 @@ def decode_clip(
     *,
     with_flow: bool,
     rng: np.random.Generator | None = None,
-    empty: Empty = _new_array,
+    empty: Empty = new_array,
 ) -> Clip:
     """Decode the sampled frames of a video, scaled, cropped and, if asked for, with optical flow.
 
     Without rng: middle frames and the centre crop (testing). With rng: random frames, scale, place and flip.
-    Flow is estimated on the cropped frames (green plane) before the mirror; mirroring negates its x component.
+    Flow is estimated on the cropped frames (green plane; Y with yuv420) before the mirror; mirroring negates its x
+    component.
 
     Args:
         empty: makes the arrays for frames and flow, given "frames" or "flow", a shape and a dtype, with anything in
@@ -222,22 +125,18 @@ def decode_clip(
     Raises:
         MediaError: one of its subclasses; any bytes give a clip or that.
     """
-    with PyavVideo(data, config.decode, _reach(config.sample)) as video:
+    with PyavVideo(data, config.decode, reach(config.sample)) as video:
         while True:
             num_frames = video.num_frames
             indices = segment_indices(num_frames, config.sample, rng)
-            sink = _ClipSink(indices, num_frames, config, rng, empty)
-            reading = _read(data, video, sink.wanted(with_flow=with_flow), sink, config.decode)
+            sink = ClipSink(indices, num_frames, config, rng, empty)
+            reading = read_frames(data, video, sink.wanted(with_flow=with_flow), sink, config.decode)
             if video.num_frames == num_frames:
                 break
         sink.finish()
         flow = sink.flow() if with_flow else None
         frames = sink.frames
-        if sink.view is not None and sink.view.flip:
-            _mirror(frames)
-            if flow is not None:
-                _mirror(flow)
-                flow[:, 0] *= -1
+        sink.mirrored(flow)
         shape = indices.shape
         return Clip(
             frames=frames.reshape(*shape, *frames.shape[1:]),
@@ -246,7 +145,7 @@ def decode_clip(
             num_frames=num_frames,
             frames_decoded=reading.frames_decoded,
             frames_corrupt=reading.frames_corrupt,
-            info=_info(video),
+            info=video_info(video),
         )
 
 
@@ -260,8 +159,8 @@ class _ThumbnailSink:
     def scaled_size(self, width: int, height: int) -> tuple[int, int]:
         return self._height, max(1, round(width * self._height / height))
 
-    def put(self, index: int, rgb: tuple[np.ndarray, np.ndarray, np.ndarray]) -> None:
-        self.images[index] = np.stack(rgb, axis=-1)
+    def put(self, index: int, planes: tuple[np.ndarray, np.ndarray, np.ndarray]) -> None:
+        self.images[index] = np.stack(planes, axis=-1)
 
 
 def thumbnails(data: bytes, config: DecodeConfig, num_frames: int, height: int) -> list[np.ndarray]:
@@ -270,12 +169,12 @@ def thumbnails(data: bytes, config: DecodeConfig, num_frames: int, height: int) 
     Raises:
         MediaError: as for `decode_clip`.
     """
-    sample = SampleConfig(num_segments=num_frames, frames_per_segment=1)
-    with PyavVideo(data, config, _reach(sample)) as video:
+    sample, config = SampleConfig(num_segments=num_frames, frames_per_segment=1), replace(config, frames="rgb")
+    with PyavVideo(data, config, reach(sample)) as video:
         while True:
             total = video.num_frames
             indices = segment_indices(total, sample).reshape(-1)
             sink = _ThumbnailSink(height)
-            _read(data, video, np.unique(indices), sink, config)
+            read_frames(data, video, np.unique(indices), sink, config)
             if video.num_frames == total:
                 return [sink.images[index] for index in indices.tolist()]

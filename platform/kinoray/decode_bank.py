@@ -10,8 +10,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from kinoray.config import ClipConfig, SampleConfig
-from kinoray.decode import Empty, _ClipSink, _mirror, _new_array, _reach, _read
+from kinoray.decode_backend import reach, read_frames
 from kinoray.decode_pyav import PyavVideo
+from kinoray.decode_sink import ClipSink, Empty, new_array
 from kinoray.sample import segment_indices
 
 __all__ = ["FrameBank", "decode_bank"]
@@ -22,7 +23,7 @@ class FrameBank:
     """U distinct frames of a video, in one cut, and which of them each sampling takes."""
 
     frames: np.ndarray
-    """uint8 [U, 3, H, W]."""
+    """uint8 [U, 3, H, W], or I420 [U, H * 3 / 2, W]."""
     flow: np.ndarray | None
     """int8 [U, 2, H, W] to the next frame of the video; None if it was not asked for."""
     places: list[np.ndarray]
@@ -38,7 +39,7 @@ def decode_bank(
     *,
     with_flow: bool,
     rng: np.random.Generator | None = None,
-    empty: Empty = _new_array,
+    empty: Empty = new_array,
 ) -> FrameBank:
     """Decode what all samplings want, with the draws that each of them would make from `rng` (config.sample is unused).
 
@@ -49,7 +50,7 @@ def decode_bank(
         MediaError: one of its subclasses; any bytes give a bank or that.
     """
     state = rng.bit_generator.state if rng is not None else {}
-    with PyavVideo(data, config.decode, max(_reach(sample) for sample in samples)) as video:
+    with PyavVideo(data, config.decode, max(reach(sample) for sample in samples)) as video:
         promised = video.num_frames
         while True:
             num_frames = video.num_frames
@@ -59,17 +60,13 @@ def decode_bank(
                     rng.bit_generator.state = state
                 indices.append(segment_indices(num_frames, sample, rng).reshape(-1))
             unique = np.unique(np.concatenate(indices))
-            sink = _ClipSink(unique, num_frames, replace(config, sample=samples[0]), rng, empty)
-            reading = _read(data, video, sink.wanted(with_flow=with_flow), sink, config.decode)
+            sink = ClipSink(unique, num_frames, replace(config, sample=samples[0]), rng, empty)
+            reading = read_frames(data, video, sink.wanted(with_flow=with_flow), sink, config.decode)
             if video.num_frames == num_frames:
                 break
         sink.finish()
         flow = sink.flow() if with_flow else None
-        if sink.view is not None and sink.view.flip:
-            _mirror(sink.frames)
-            if flow is not None:
-                _mirror(flow)
-                flow[:, 0] *= -1
+        sink.mirrored(flow)
         return FrameBank(
             frames=sink.frames,
             flow=flow,

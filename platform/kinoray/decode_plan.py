@@ -23,8 +23,12 @@ class FrameSink(Protocol):
     def scaled_size(self, width: int, height: int) -> tuple[int, int]:
         """(height, width) to which a frame that is shown as width x height has to be scaled."""
 
-    def put(self, index: int, rgb: tuple[np.ndarray, np.ndarray, np.ndarray]) -> None:
-        """Take one scaled frame: red, green and blue, uint8 [height, width] each. May come twice; the last counts."""
+    def put(self, index: int, planes: tuple[np.ndarray, np.ndarray, np.ndarray]) -> None:
+        """Take one scaled frame, uint8. May come twice; the last counts.
+
+        decode.frames=rgb: red, green and blue, [height, width] each; yuv420: Y [height, width], U and V
+        [height / 2, width / 2] (see kinoray.decode_colour).
+        """
 
 
 @dataclass(frozen=True, slots=True)

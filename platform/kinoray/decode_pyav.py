@@ -1,4 +1,4 @@
-"""Reading wanted frames with PyAV: decode what the plan asks for, scale straight from YUV to planar RGB.
+"""Reading wanted frames with PyAV: decode what the plan asks for, scale straight from YUV to planar RGB or YUV 4:2:0.
 
 Frames come out bit for bit as from a plain decode of the whole file. That is checked as far as it can be: where a
 planned frame is missing or anything is flagged as damaged, the file is decoded again from its start, leaving nothing
@@ -11,12 +11,12 @@ from fractions import Fraction
 from typing import Any
 
 import numpy as np
-from av.video.reformatter import Interpolation, VideoReformatter
 
 from kinoray.config import DecodeConfig
 from kinoray.decode_budget import check_memory
-from kinoray.decode_media import LIBAV_ERRORS, Media, media_stage
+from kinoray.decode_media import LIBAV_ERRORS, Media
 from kinoray.decode_plan import FrameSink, Reading, Run
+from kinoray.decode_scale import FrameScaler
 from kinoray.errors import MediaOverBudget, UndecodableVideo
 
 __all__ = ["PyavVideo"]
@@ -43,7 +43,7 @@ class PyavVideo(Media):
 
     def __init__(self, data: bytes, config: DecodeConfig, reach: float = 0.0) -> None:
         super().__init__(data, config, reach)
-        self._scaler = VideoReformatter()  # one a video: used for two sizes or formats in turn, it is rebuilt each time
+        self._scaler = FrameScaler(config.frames, self.codec)
         self._first: tuple[int, int, int] | None = None  # quarter turns, width and height of the first frame
         self._timed = self.table.timed
         self.num_frames = self.table.num_frames
@@ -87,7 +87,7 @@ class PyavVideo(Media):
         sink may have gaps: choose frames again from that many.
 
         Raises:
-            UndecodableVideo: no frame at all comes out, or it cannot be converted to RGB.
+            UndecodableVideo: no frame at all comes out, or it cannot be converted.
             MediaOverBudget: more packets than decode.max_frames would have to be decoded, or a frame is too large.
         """
         if self._timed:
@@ -237,23 +237,15 @@ class PyavVideo(Media):
         return frames
 
     def _put(self, index: int, frame: Any, sink: FrameSink) -> None:
-        """Scale one frame in displayed orientation and hand it on as red, green, blue."""
+        """Scale one frame and hand it on in displayed orientation, as decode.frames wants it."""
         turns = _quarter_turns(frame)
         across = turns % 2 == 1
         shown = (frame.height, frame.width) if across else (frame.width, frame.height)
         height, width = sink.scaled_size(*shown)
         self.check_scaled_size(width, height)
-        with media_stage(UndecodableVideo, f"a {frame.width} x {frame.height} {frame.format.name} frame to RGB"):
-            scaled = self._scaler.reformat(
-                frame,
-                width=height if across else width,
-                height=width if across else height,
-                format="gbrp",
-                interpolation=Interpolation.BILINEAR,
-                threads=1,
-            )
-        green, blue, red = (_turned(_pixels(plane), turns) for plane in scaled.planes)
-        sink.put(index, (red, green, blue))
+        planes = self._scaler.planes(frame, *((width, height) if across else (height, width)))
+        first, second, third = (_turned(plane, turns) for plane in planes)
+        sink.put(index, (first, second, third))
 
 
 def _quarter_turns(frame: Any) -> int:
@@ -263,7 +255,3 @@ def _quarter_turns(frame: Any) -> int:
 
 def _turned(pixels: np.ndarray, turns: int) -> np.ndarray:
     return np.rot90(pixels, turns) if turns else pixels
-
-
-def _pixels(plane: Any) -> np.ndarray:
-    return np.frombuffer(plane, np.uint8).reshape(plane.height, plane.line_size)[:, : plane.width]

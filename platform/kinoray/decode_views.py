@@ -10,8 +10,10 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from kinoray.config import ClipConfig
-from kinoray.decode import Clip, Empty, VideoInfo, _ClipSink, _info, _mirror, _new_array, _reach, _read
+from kinoray.decode import Clip, VideoInfo, video_info
+from kinoray.decode_backend import reach, read_frames
 from kinoray.decode_pyav import PyavVideo
+from kinoray.decode_sink import ClipSink, Empty, mirror, new_array
 from kinoray.protocol import NUM_CROPS, ViewsConfig
 from kinoray.sample import view_indices
 from kinoray.transform import View, crop_views
@@ -24,7 +26,8 @@ class ViewClips:
     """The views of one video: V temporal ones, each cut in C places, and each cut mirrored too if `mirrored`."""
 
     frames: np.ndarray
-    """uint8 [C, U, 3, H, W]: the U distinct frames of all temporal views, in order, in each cut."""
+    """uint8 [C, U, 3, H, W], or I420 [C, U, H * 3 / 2, W]: the U distinct frames of all temporal views, in order, in
+    each cut."""
     flow: np.ndarray | None
     """int8 [C, U, 2, H, W] to the next frame of the video; None if it was not asked for."""
     indices: np.ndarray
@@ -48,17 +51,17 @@ class ViewClips:
         unique = np.unique(self.indices)
         for indices in self.indices:
             places = np.searchsorted(unique, indices.reshape(-1))
-            for mirror in range(1 + self.mirrored):
+            for flip in range(1 + self.mirrored):
                 for cut in range(len(self.frames)):
-                    yield self._clip(indices, places, cut, bool(mirror))
+                    yield self._clip(indices, places, cut, bool(flip))
 
-    def _clip(self, indices: np.ndarray, places: np.ndarray, cut: int, mirror: bool) -> Clip:
-        frames = _chosen(self.frames[cut], places, copy=mirror)
-        flow = None if self.flow is None else _chosen(self.flow[cut], places, copy=mirror)
-        if mirror:
-            _mirror(frames)
+    def _clip(self, indices: np.ndarray, places: np.ndarray, cut: int, flip: bool) -> Clip:
+        frames = _chosen(self.frames[cut], places, copy=flip)
+        flow = None if self.flow is None else _chosen(self.flow[cut], places, copy=flip)
+        if flip:
+            mirror(frames)
             if flow is not None:
-                _mirror(flow)
+                mirror(flow)
                 flow[:, 0] *= -1
         return Clip(
             frames=frames.reshape(*indices.shape, *frames.shape[1:]),
@@ -90,7 +93,7 @@ class _CutsSink:
         self._num_cuts = NUM_CROPS[views.crops] // (1 + self.mirrored)
         self._arrays: dict[str, np.ndarray] = {}
         self._sinks = [
-            _ClipSink(unique, num_frames, config, None, lambda *array, cut=cut: self._part(cut, *array))
+            ClipSink(unique, num_frames, config, None, lambda *array, cut=cut: self._part(cut, *array))
             for cut in range(self._num_cuts)
         ]
         self._cuts: list[View] = []
@@ -108,14 +111,15 @@ class _CutsSink:
 
     def scaled_size(self, width: int, height: int) -> tuple[int, int]:
         if not self._cuts:
-            self._cuts = crop_views(self._config.view, width, height, self._views.crops)[: self._num_cuts]
+            step = 2 if self._config.decode.frames == "yuv420" else 1
+            self._cuts = crop_views(self._config.view, width, height, self._views.crops, step)[: self._num_cuts]
             for sink, cut in zip(self._sinks, self._cuts, strict=True):
                 sink.view = cut
         return self._cuts[0].height, self._cuts[0].width
 
-    def put(self, index: int, rgb: tuple[np.ndarray, np.ndarray, np.ndarray]) -> None:
+    def put(self, index: int, planes: tuple[np.ndarray, np.ndarray, np.ndarray]) -> None:
         for sink in self._sinks:
-            sink.put(index, rgb)
+            sink.put(index, planes)
 
     def finish(self, *, with_flow: bool) -> tuple[np.ndarray, np.ndarray | None]:
         """Frames and flow of all cuts."""
@@ -127,7 +131,7 @@ class _CutsSink:
 
 
 def decode_views(
-    data: bytes, config: ClipConfig, views: ViewsConfig, *, with_flow: bool, empty: Empty = _new_array
+    data: bytes, config: ClipConfig, views: ViewsConfig, *, with_flow: bool, empty: Empty = new_array
 ) -> ViewClips:
     """Decode the frames that any view of a video needs, in one reading.
 
@@ -138,13 +142,13 @@ def decode_views(
         MediaError: one of its subclasses; any bytes give views or that.
     """
     sample = config.sample
-    reach = _reach(replace(sample, num_segments=sample.num_segments * views.temporal))
-    with PyavVideo(data, config.decode, reach) as video:
+    share = reach(replace(sample, num_segments=sample.num_segments * views.temporal))
+    with PyavVideo(data, config.decode, share) as video:
         while True:
             num_frames = video.num_frames
             indices = view_indices(num_frames, sample, views.temporal)
             sink = _CutsSink(np.unique(indices), num_frames, config, views, empty)
-            reading = _read(data, video, sink.wanted(with_flow=with_flow), sink, config.decode)
+            reading = read_frames(data, video, sink.wanted(with_flow=with_flow), sink, config.decode)
             if video.num_frames == num_frames:
                 break
         frames, flow = sink.finish(with_flow=with_flow)
@@ -156,5 +160,5 @@ def decode_views(
             num_frames=num_frames,
             frames_decoded=reading.frames_decoded,
             frames_corrupt=reading.frames_corrupt,
-            info=_info(video),
+            info=video_info(video),
         )

@@ -27,6 +27,7 @@ import numpy as np
 
 from kinoray.config import CacheConfig, ClipConfig, SampleConfig, digest
 from kinoray.decode_bank import FrameBank
+from kinoray.decode_sink import clip_frame_bytes
 from kinoray.errors import StorageError
 
 __all__ = ["FrameCache", "cache_folder", "grid_name"]
@@ -76,8 +77,8 @@ class FrameCache:
         parts = [reference, clip, self.with_flow, draw, grids]
         return digest(parts) + digest([*parts, "second half"])
 
-    def load(self, key: str, rgb: np.ndarray, flow: np.ndarray | None) -> bool:
-        """Read this run's frames into rgb, uint8 [S, T, 3, H, W], and flow, int8 [S, T, 2, H, W]; False: not there.
+    def load(self, key: str, frames: np.ndarray, flow: np.ndarray | None) -> bool:
+        """Read this run's clip into frames and flow, shaped as Clip has them; False: it is not there.
 
         A file that is not what was written is deleted; what the arrays hold is then undefined.
         """
@@ -87,14 +88,14 @@ class FrameCache:
         except OSError:
             return False
         try:
-            if self._read(descriptor, rgb, flow):
+            if self._read(descriptor, frames, flow):
                 return True
         finally:
             os.close(descriptor)
         self._remove(path)
         return False
 
-    def _read(self, descriptor: int, rgb: np.ndarray, flow: np.ndarray | None) -> bool:
+    def _read(self, descriptor: int, frames: np.ndarray, flow: np.ndarray | None) -> bool:
         head = os.pread(descriptor, _HEAD.size, 0)
         if len(head) < _HEAD.size:
             return False
@@ -103,7 +104,7 @@ class FrameCache:
         if magic != _MAGIC or len(text) != length or zlib.crc32(text) != checksum:
             return False
         about = json.loads(text)
-        rows = rgb.reshape(-1, *rgb.shape[2:])
+        rows = frames.reshape(-1, *frames.shape[2:])
         flows = None if flow is None else flow.reshape(-1, *flow.shape[2:])
         size = rows[0].nbytes + (0 if flows is None else flows[0].nbytes)
         if about["frame_bytes"] != size:
@@ -157,7 +158,7 @@ class FrameCache:
 
     def has_room(self) -> bool:
         """Whether one more video fits, as far as one can tell before it is decoded."""
-        size = self.clip.view.crop_px**2 * (5 if self.with_flow else 3)
+        size = clip_frame_bytes(self.clip, with_flow=self.with_flow)
         most = max(sample.num_segments * sample.frames_per_segment for sample in self.samples)
         return self._count(0, most * size)
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torchvision.transforms.v2 import functional as V
 
-from kinoray.batch import VideoBatch
+from kinoray.batch import VideoBatch, yuv420_to_rgb
 from kinoray.config import AugmentConfig
 from kinoray.sample import clip_rng
 
@@ -60,14 +60,16 @@ class Augmenter:
         self._config, self._seed, self._device = config, seed, device
 
     def colour(self, clips: VideoBatch, video_ids: Sequence[str], epoch: int) -> VideoBatch:
-        """The clips with other colours, on the device; the same object if colours are not to be changed."""
-        if clips.rgb is None or not self._config.changes_colours or not len(clips):
+        """The clips with other colours, RGB on the device; the same object if colours are not to be changed."""
+        frames = clips.rgb if clips.rgb is not None else clips.yuv
+        if frames is None or not self._config.changes_colours or not len(clips):
             return clips
         coloured = []
-        for clip, video_id in zip(clips.rgb, video_ids, strict=True):
+        for stored, video_id in zip(frames, video_ids, strict=True):
             # A stream of its own: a cache of decoded clips must not change what is drawn here.
             rng = clip_rng(self._seed, epoch, f"{video_id}\ncolour")
-            coloured.append(colour_clip(clip.to(self._device, non_blocking=True), self._config, rng))
+            clip = stored.to(self._device, non_blocking=True)
+            coloured.append(colour_clip(clip if clips.yuv is None else yuv420_to_rgb(clip), self._config, rng))
         return VideoBatch(rgb=torch.stack(coloured), flow=clips.flow)
 
     def mix(self, num_videos: int, size: int, epoch: int, step: int) -> Mix | None:

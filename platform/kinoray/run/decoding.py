@@ -10,6 +10,7 @@ import pyarrow as pa
 
 from kinoray.catalog import read_videos, references
 from kinoray.config import CacheConfig, ClipConfig
+from kinoray.decode_sink import clip_frame_bytes, frame_shape
 from kinoray.errors import KinorayError, MediaError, StorageError
 from kinoray.framecache import FrameCache, grid_name
 from kinoray.sample import clip_rng
@@ -35,28 +36,26 @@ class DecodeTask:
     """Decoded frames on this node's disk."""
 
     @property
-    def frame_shape(self) -> tuple[int, int, int, int]:
-        """(S, T, H, W) of every clip."""
-        sample, size = self.clip.sample, self.clip.view.crop_px
-        return sample.num_segments, sample.frames_per_segment, size, size
-
-    @property
     def clip_bytes(self) -> int:
         """Bytes of a decoded clip."""
-        return int(np.prod(self.frame_shape)) * (3 + (FLOW_CHANNELS if self.with_flow else 0))
+        sample = self.clip.sample
+        return sample.num_segments * sample.frames_per_segment * clip_frame_bytes(self.clip, with_flow=self.with_flow)
 
     def __call__(self, block: pa.Table) -> dict[str, np.ndarray]:
-        """Decode a block of references: one row in, one row out; an unreadable one is zeros, ok=False and a reason."""
-        count = block.num_rows
-        segments, frames, height, width = self.frame_shape
-        rgb = np.zeros((count, segments, frames, 3, height, width), np.uint8)
-        flow = np.zeros((count, segments, frames, FLOW_CHANNELS, height, width), np.int8) if self.with_flow else None
+        """Decode a block of references: one row in, one row out; an unreadable one is zeros, ok=False and a reason.
+
+        Frames are in the column `rgb`, or `yuv` with decode.frames=yuv420, in the shapes of VideoBatch.
+        """
+        count, size = block.num_rows, self.clip.view.crop_px
+        grid = (count, self.clip.sample.num_segments, self.clip.sample.frames_per_segment)
+        frames = np.zeros((*grid, *frame_shape(self.clip)), np.uint8)
+        flow = np.zeros((*grid, FLOW_CHANNELS, size, size), np.int8) if self.with_flow else None
         errors: list[KinorayError | None] = [None] * count
         sandbox = shared_sandbox(1)  # a worker runs one task at a time, and keeps its decoder for the next
         begin_s = time.process_time() + sandbox.cpu_s
         cache = FrameCache(self.cache, self.clip, self.with_flow) if self.cache.gb else None
         videos = block.to_pylist()
-        places = [(rgb[index], None if flow is None else flow[index]) for index in range(count)]
+        places = [(frames[index], None if flow is None else flow[index]) for index in range(count)]
         cached = [cache is not None and cache.load(self._key(cache, videos[i]), *places[i]) for i in range(count)]
         missing = [index for index in range(count) if not cached[index]]
         found = read_videos(self.storage, references(block.take(missing))) if missing else iter(())
@@ -77,7 +76,7 @@ class DecodeTask:
             "ok": np.array([error is None for error in errors]),
             "cached": np.array(cached, bool),
             "cpu_s": cpu_s,
-            "rgb": rgb,
+            "yuv" if self.clip.decode.frames == "yuv420" else "rgb": frames,
         }
         if flow is not None:
             columns["flow"] = flow
@@ -97,14 +96,14 @@ class DecodeTask:
         cache: FrameCache | None,
         data: bytes,
         video: Mapping[str, Any],
-        rgb: np.ndarray,
+        frames: np.ndarray,
         flow: np.ndarray | None,
     ) -> bool:
-        """Fill rgb and flow; whether they came from the cache after all."""
+        """Fill frames and flow; whether they came from the cache after all."""
         if cache is not None and cache.has_room():
             key = self._key(cache, video)
             with cache.lock(key):
-                if cache.load(key, rgb, flow):  # another task decoded it while this one waited
+                if cache.load(key, frames, flow):  # another task decoded it while this one waited
                     return True
                 bank = sandbox.decode_bank(
                     data, self.clip, cache.samples, with_flow=self.with_flow, rng=self._rng(video)
@@ -112,12 +111,12 @@ class DecodeTask:
                 if bank.exact:
                     cache.add(key, bank)
                     own = [grid_name(sample) for sample in cache.samples].index(grid_name(self.clip.sample))
-                    rgb.reshape(-1, *rgb.shape[2:])[:] = bank.frames[bank.places[own]]
+                    frames.reshape(-1, *frames.shape[2:])[:] = bank.frames[bank.places[own]]
                     if flow is not None and bank.flow is not None:
                         flow.reshape(-1, *flow.shape[2:])[:] = bank.flow[bank.places[own]]
                     return False
         clip = sandbox.decode_clip(data, self.clip, with_flow=self.with_flow, rng=self._rng(video))
-        rgb[:] = clip.frames
+        frames[:] = clip.frames
         if flow is not None:
             flow[:] = clip.flow
         return False

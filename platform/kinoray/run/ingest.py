@@ -121,14 +121,14 @@ class _Collate(NumpyBatchCollateFn):  # type: ignore[misc]  # ray has no types
         ok = batch["ok"].astype(bool)
         keep = slice(None) if ok.all() else ok  # a slice copies nothing
         tensors = {}
-        for name in ("rgb", "flow"):
+        for name in ("rgb", "yuv", "flow"):
             if name in batch:
                 array = batch[name][keep]
                 # Views into the object store are read-only, which torch does not know.
                 tensors[name] = torch.from_numpy(array if array.flags.writeable else array.copy())
         reasons = zip(batch["row"], batch["error_class"], batch["error_text"], ok, strict=True)
         unreadable = tuple(Unreadable(int(row), str(kind), str(text)) for row, kind, text, good in reasons if not good)
-        rows, clips = batch["row"].astype(np.int64), VideoBatch(rgb=tensors["rgb"], flow=tensors.get("flow"))
+        rows, clips = batch["row"].astype(np.int64), VideoBatch(**{"rgb": None, "flow": None} | tensors)
         decode_cpu_s, cached = float(batch["cpu_s"].sum()), int(batch["cached"].sum())
         return rows, Samples(rows[keep], clips, unreadable, decode_cpu_s, cached)
 

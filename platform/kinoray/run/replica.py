@@ -311,6 +311,4 @@ class Replica:
 
 def _select(clips: VideoBatch, videos: slice | Tensor) -> VideoBatch:
     """Some of the clips; all of them without a copy."""
-    index = videos if isinstance(videos, slice) else videos.to("cpu")
-    rgb, flow = (None if x is None else x[index] for x in (clips.rgb, clips.flow))
-    return VideoBatch(rgb=rgb, flow=flow)
+    return clips.select(videos if isinstance(videos, slice) else videos.to("cpu"))
