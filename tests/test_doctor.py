@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from kinoray import errors
 from kinoray.catalog import CATALOG_SCHEMA, Catalog, catalog_of_source, save_catalog
 from kinoray.catalog_source import find_files, unique_ids
 from kinoray.cli import main
@@ -25,6 +26,7 @@ from kinoray.doctor_cost import cost_class, estimate_total, spread_over_classes
 from kinoray.doctor_probe import Video, probe_all
 from kinoray.doctor_section import format_bytes, many
 from kinoray.doctor_source import choose_sample, open_source
+from kinoray.doctor_videos import _REMEDIES
 from kinoray.errors import AccessDenied, CatalogError, ConfigError, ObjectNotFound, StorageUnavailable, TooManyBad
 from kinoray.shards import Reference, pack_shard
 from kinoray.shards_plan import make_plan
@@ -243,6 +245,10 @@ def test_what_is_over_the_byte_limit_is_refused_unread(tmp_path: Path) -> None:
     assert record["probe"]["bytes_read"] == len(small(0))
     reason = f"{len(small(1)) + 100_000:,} bytes are more than decode.max_bytes = 50,000; it was not read"
     assert record["bad"]["examples"] == [f"b: MediaOverBudget: {reason}"]
+    assert {
+        "found": "1 bad video of class MediaOverBudget",
+        "remedy": "cut them, or raise the limit that the reason names (--clip.decode.max-...)",
+    } in record["warnings"]
 
 
 # The cost
@@ -419,6 +425,10 @@ def test_a_store_that_fails_is_not_blamed_on_the_videos(tmp_path: Path) -> None:
         probe("denied")
     with pytest.raises(StorageUnavailable, match="still failing"):
         probe("a", "down", "denied")
+
+
+def test_remedies_are_for_errors_that_there_are() -> None:
+    assert set(_REMEDIES) <= set(errors.__all__)
 
 
 def test_names_that_collide_are_counted(tmp_path: Path) -> None:

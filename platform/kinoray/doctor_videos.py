@@ -20,6 +20,19 @@ _EXAMPLES = 5
 _LONG_GOP = 4 * TRANSCODE.gop
 """Frames from one key frame to the next above which sparse sampling decodes much that it does not want."""
 
+_REMEDIES = {
+    "AccessDenied": "grant reading them to the credentials that the jobs will have",
+    "ChecksumMismatch": "upload the shard or file again: it is not what was packed",
+    "DecodeTimeout": "cut them, or raise --clip.decode.deadline-s",
+    "DecoderCrashed": "leave them out; each costs a decoder process, and no other video",
+    "MediaOverBudget": "cut them, or raise the limit that the reason names (--clip.decode.max-...)",
+    "NoVideoStream": "leave them out: they hold sound only",
+    "ObjectNotFound": "correct the list, or upload them",
+    "UndecodableVideo": "fetch them again, or convert them: their container opens, their pictures do not decode",
+    "UnreadableContainer": "fetch them again: cut downloads and error pages saved as videos look like this",
+}
+"""What to do about bad videos, by error class; EmptyMedia is known from the listing, which says it for all videos."""
+
 
 def probe_section(probed: Sequence[Probed], num_videos: int, clip: ClipConfig) -> Section:
     """Tables of the good videos among the probed ones."""
@@ -174,7 +187,12 @@ def bad_section(bad: Sequence[Refusal], num_probed: int, num_videos: int, max_ba
     if len(bad) > _EXAMPLES:
         rest = "bad.parquet has all" if out else "--out FOLDER writes all"
         lines.append(f"... and {len(bad) - _EXAMPLES:,} more; {rest}")
-    return Section(name="bad", values=values, lines=tuple(lines))
+    warnings = [
+        Warn(f"{many(count, 'bad video')} of class {name}", _REMEDIES[name])
+        for name, count in reasons.items()
+        if name in _REMEDIES
+    ]
+    return Section(name="bad", values=values, lines=tuple(lines), warnings=tuple(warnings))
 
 
 def _reasons(reasons: dict[str, int]) -> str:
