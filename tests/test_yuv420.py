@@ -29,7 +29,7 @@ from kinoray.config import (
 )
 from kinoray.decode import Clip, decode_clip, thumbnails
 from kinoray.decode_bank import decode_bank
-from kinoray.decode_colour import chroma_to_centre
+from kinoray.decode_colour import chroma_to_centre, to_bt601
 from kinoray.decode_sink import clip_frame_bytes, i420_planes, mirror
 from kinoray.decode_views import decode_views
 from kinoray.errors import ConfigError, ModelError
@@ -182,6 +182,36 @@ def test_a_quarter_to_the_right_is_what_the_weights_say() -> None:
     assert np.array_equal(chroma_to_centre(chroma), quarter_right(chroma))
     ramp = np.tile(np.arange(10, 250, 4, dtype=np.uint8), (3, 1))
     assert np.array_equal(chroma_to_centre(ramp)[:, 2:-2], ramp[:, 2:-2] + 1)  # 4 a sample, so 1 a quarter
+
+
+@pytest.mark.parametrize("full_range", [False, True])
+@pytest.mark.parametrize(("colorspace", "kr", "kb"), [(1, 0.2126, 0.0722), (9, 0.2627, 0.0593), (2, 0.299, 0.114)])
+def test_colours_of_another_standard_are_those_of_the_same_light(
+    colorspace: int, kr: float, kb: float, full_range: bool
+) -> None:
+    """Flat fields of any colour, from the standard's definition in float64, both ways, within half a level."""
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        stored = rng.integers((40, 90, 90), (200, 166, 166))
+        y, pb, pr = (stored - (0, 128, 128)) / 255 if full_range else (stored - (16, 128, 128)) / (219, 224, 224)
+        red, blue = y + 2 * (1 - kr) * pr, y + 2 * (1 - kb) * pb
+        green = (y - kr * red - kb * blue) / (1 - kr - kb)
+        luma = 0.299 * red + 0.587 * green + 0.114 * blue
+        expected = (16 + 219 * luma, 128 + 224 * (blue - luma) / 1.772, 128 + 224 * (red - luma) / 1.402)
+        planes = [
+            np.full(shape, value, np.uint8) for shape, value in zip(((8, 6), (4, 3), (4, 3)), stored, strict=True)
+        ]
+        found = to_bt601((planes[0], planes[1], planes[2]), colorspace, full_range=full_range)
+        for plane, like, value in zip(found, planes, expected, strict=True):
+            assert (plane.dtype, plane.shape) == (np.uint8, like.shape)
+            assert np.abs(plane - value).max() <= 0.5 + 1e-4
+
+
+def test_colours_are_converted_on_one_thread() -> None:
+    cv2.setNumThreads(2)
+    planes = np.zeros((8, 6), np.uint8), np.zeros((4, 3), np.uint8), np.zeros((4, 3), np.uint8)
+    to_bt601(planes, 1, full_range=False)
+    assert cv2.getNumThreads() == 1
 
 
 @pytest.mark.parametrize("config", [ViewConfig(resize="short_side"), ViewConfig(resize_px=36, crop_px=30)])

@@ -63,6 +63,8 @@ def to_bt601(
     if colorspace not in _KR_KB:
         return cv2.addWeighted(y, matrix[0, 0], y, 0, offset), chroma[0], chroma[1]
     cross = -128 * (matrix[0, 1] + matrix[0, 2])
+    if cv2.getNumThreads() != 1:  # as for flow: the cores are busy with other clips
+        cv2.setNumThreads(1)
     small = cv2.addWeighted(u, matrix[0, 1], v, matrix[0, 2], cross, dtype=cv2.CV_32F)
     more = cv2.resize(small, (y.shape[1], y.shape[0]), interpolation=cv2.INTER_LINEAR)
     return cv2.addWeighted(y, matrix[0, 0], more, 1, offset, dtype=cv2.CV_8U), chroma[0], chroma[1]
