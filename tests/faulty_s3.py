@@ -81,6 +81,8 @@ class FaultyS3:
     """Faults hurt listings, HEAD, POST and DELETE too."""
     outage: str = ""
     """A fault that every request meets, until it is set back to ""."""
+    outage_path: str = ""
+    """Only requests whose path holds this meet the outage."""
     before: Callable[[Request], None] | None = None
     """Called before a request is passed on."""
     etag: str = ""
@@ -97,8 +99,9 @@ class FaultyS3:
         """Which fault this request meets."""
         is_object = request.method in ("GET", "PUT") and "list-type" not in request.path
         with self.lock:
-            fault = self.outage or "ok"
-            if not self.outage and (is_object or self.everything):
+            outage = self.outage if self.outage_path in request.path else ""
+            fault = outage or "ok"
+            if not outage and (is_object or self.everything):
                 if self.faults:
                     fault = self.faults.pop(0)
                 elif self.rng.random() < self.rate:

@@ -219,6 +219,16 @@ def test_a_folder_is_not_an_object(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file"]
 
 
+def test_a_file_that_is_deleted_during_a_listing_is_left_out(tmp_path: Path) -> None:
+    storage, base = Storage(), str(tmp_path)
+    for name in "abc":
+        storage.put(join(base, name), b"")
+    listing = storage.list(base + "/")
+    assert next(listing).uri == join(base, "a")
+    storage.delete(join(base, "b"))
+    assert [info.uri for info in listing] == [join(base, "c")]
+
+
 def test_pipes_and_dangling_links_do_not_stop_a_listing(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "link").symlink_to(tmp_path / "absent")

@@ -8,6 +8,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from kinoray.config import StorageConfig
+from kinoray.storage import Storage, join
+from ports import wait_until
+
 
 @dataclass(frozen=True)
 class Spec:
@@ -85,15 +89,16 @@ class Mortal(MeanColour):
     """Kills a process with SIGKILL at chosen training steps: each file of the folder `deaths` is one death.
 
     A file holds "STEP WHO": the step, counted from when its rank was started, and whom it kills: "self",
-    "controller" (Ray Train's) or a process id. Files are taken in order of their names, one for each start of the
-    workers, and whichever rank removes the file kills.
+    "controller" (Ray Train's), "driver" (the job, where it started its own Ray) or a process id. Files are taken in
+    order of their names, one for each start of the workers, and whichever rank removes the file kills. "STEP WHO RUN
+    [ENDPOINT]" waits for a checkpoint inside the first epoch of that run folder, which is written meanwhile.
     """
 
-    def __init__(self, num_classes: int, deaths: str, dropout: float, batch_norm: bool) -> None:
-        super().__init__(num_classes, 0, dropout)
-        self.norm = nn.BatchNorm1d(num_classes) if batch_norm else nn.Identity()
+    def __init__(self, num_classes: int, deaths: str, dropout: float, batch_norm: bool, flow_channels: int) -> None:
+        super().__init__(num_classes, flow_channels, dropout)
+        self.norm = nn.BatchNorm1d(3) if batch_norm else nn.Identity()
         self.file = min(Path(deaths).iterdir(), default=None) if deaths else None
-        self.step_to_die, self.who = self.file.read_text().split() if self.file else ("0", "")
+        self.step_to_die, self.who, *self.run = self.file.read_text().split() if self.file else ("0", "")
         self.num_steps = 0
 
     def forward(self, *, rgb: Tensor | None, flow: Tensor | None) -> Tensor:
@@ -104,27 +109,47 @@ class Mortal(MeanColour):
             except FileNotFoundError:
                 pass  # the other rank was faster
             else:
+                if self.run:
+                    wait_until(lambda: _has_checkpoint(*self.run), 60, "there is a checkpoint to go on from")
                 os.kill(_process(self.who), signal.SIGKILL)
-        logits: Tensor = self.norm(super().forward(rgb=rgb, flow=flow))
-        return logits
+        assert rgb is not None
+        colours = rgb.transpose(1, 3)  # channels second
+        rgb = self.norm(colours.flatten(2)).unflatten(2, colours.shape[2:]).transpose(1, 3)
+        return super().forward(rgb=rgb, flow=flow)
 
 
-def mortal(num_classes: int, deaths: str = "", dropout: float = 0.0, batch_norm: bool = False) -> Mortal:
-    return Mortal(num_classes, deaths, dropout, batch_norm)
+def mortal(
+    num_classes: int, deaths: str = "", dropout: float = 0.0, batch_norm: bool = False, flow_channels: int = 0
+) -> Mortal:
+    return Mortal(num_classes, deaths, dropout, batch_norm, flow_channels)
 
 
 def _process(who: str) -> int:
-    """The id of "self", "controller", or of a process named by it. Workers and controller are the raylet's children."""
-    if who not in ("self", "controller"):
-        return int(who)
+    """The id of "self", "controller", "driver", or of a process named by it.
+
+    Workers and controller are children of the raylet, which is one of the driver.
+    """
     if who == "self":
         return os.getpid()
+    if who == "driver":
+        return _parent(os.getppid())
+    if who != "controller":
+        return int(who)
     for folder in Path("/proc").glob("[0-9]*"):
         try:
-            parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+            parent = _parent(int(folder.name))
             name = (folder / "cmdline").read_text()
         except (FileNotFoundError, ProcessLookupError):
             continue  # it ended while we looked
         if parent == os.getppid() and name.startswith("ray::TrainController"):
             return int(folder.name)
     raise RuntimeError("no training controller beside this worker")
+
+
+def _has_checkpoint(run: str, endpoint_url: str | None = None) -> bool:
+    storage = Storage(StorageConfig(endpoint_url=endpoint_url, region="us-east-1", addressing="path"))
+    return any(info.uri.endswith(".json") for info in storage.list(join(run, "checkpoints", "epoch-0000-step-")))
+
+
+def _parent(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
-from kinoray.errors import ChecksumMismatch, KinorayError
+from kinoray.errors import ChecksumMismatch, KinorayError, StorageUnavailable
 from kinoray.storage import Storage
 
 __all__ = ["Reference", "read_video", "read_videos"]
@@ -138,11 +138,16 @@ def _join_neighbours(references: Sequence[Reference], window: Sequence[int]) -> 
 
 
 def _read_span(storage: Storage, span: _Span, references: Sequence[Reference]) -> list[bytes | KinorayError]:
-    """What belongs to each member. Where the joint read fails, or a checksum does, members are read one by one."""
+    """What belongs to each member. Where the joint read fails, or a checksum does, members are read one by one.
+
+    But not where the store is down: each member would wait as long as the joint read did, to say the same.
+    """
     block = None
     if len(span.members) > 1 and span.offset is not None and span.length is not None:
         try:
             block = memoryview(storage.read_range(span.uri, span.offset, span.length))
+        except StorageUnavailable as error:
+            return [error] * len(span.members)
         except KinorayError:
             block = None  # a shard that was cut still has its first members
     found: list[bytes | KinorayError] = []

@@ -73,7 +73,10 @@ class FolderStore:
             paths = [path for path in _walk(folder, set()) if path.startswith(prefix)] if there else []
         for path in sorted(paths):
             with _translated(path):
-                info = os.stat(path) if os.path.exists(path) else os.lstat(path)  # a dangling link is listed as itself
+                try:
+                    info = os.stat(path) if os.path.exists(path) else os.lstat(path)  # a dangling link is itself
+                except FileNotFoundError:
+                    continue  # deleted since the folder was read
             yield path, info.st_size if stat.S_ISREG(info.st_mode) else 0, info.st_mtime, ""
 
     def stat(self, path: str) -> tuple[int, float, str]:

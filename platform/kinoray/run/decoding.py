@@ -11,7 +11,7 @@ import pyarrow as pa
 from kinoray.catalog import read_videos, references
 from kinoray.config import CacheConfig, ClipConfig
 from kinoray.decode_sink import clip_frame_bytes, frame_shape
-from kinoray.errors import KinorayError, MediaError, StorageError
+from kinoray.errors import KinorayError, MediaError, StorageError, StorageUnavailable
 from kinoray.framecache import FrameCache, grid_name
 from kinoray.sample import clip_rng
 from kinoray.sandbox import Sandbox, shared_sandbox
@@ -45,6 +45,7 @@ class DecodeTask:
         """Decode a block of references: one row in, one row out; an unreadable one is zeros, ok=False and a reason.
 
         Frames are in the column `rgb`, or `yuv` with decode.frames=yuv420, in the shapes of VideoBatch.
+        StorageUnavailable is no fault of a video: it ends the block, with that reason in what is left of its rows.
         """
         count, size = block.num_rows, self.clip.view.crop_px
         grid = (count, self.clip.sample.num_segments, self.clip.sample.frames_per_segment)
@@ -69,6 +70,9 @@ class DecodeTask:
                 for array in places[index]:
                     if array is not None:
                         array.fill(0)
+                if isinstance(error, StorageUnavailable):  # each of the others would wait as long as this one did
+                    errors = [error if i >= index and not cached[i] else errors[i] for i in range(count)]
+                    break
         cpu_s = np.zeros(count)
         cpu_s[:1] = time.process_time() + sandbox.cpu_s - begin_s
         columns = {

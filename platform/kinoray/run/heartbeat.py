@@ -6,13 +6,16 @@ The word of a driver that was killed stays "running": kinoray.runs looks at how 
 import json
 import threading
 import time
+from dataclasses import replace
 from types import TracebackType
 
-from kinoray.errors import ObjectNotFound, StorageError
+from kinoray.errors import ObjectNotFound, StorageError, StorageUnavailable
 from kinoray.runs import BEAT_S, STATUS_FILE, State
 from kinoray.storage import Storage, join
 
 __all__ = ["Heartbeat"]
+
+_HASTE_S = 5.0  # for a word that is said again soon, or that must not hold up the news that the store is down
 
 
 class Heartbeat:
@@ -20,6 +23,8 @@ class Heartbeat:
 
     def __init__(self, storage: Storage, out: str, every_s: float = BEAT_S) -> None:
         self._storage, self._uri, self._every_s = storage, join(out, STATUS_FILE), every_s
+        hasty = replace(storage.config, retry_s=min(_HASTE_S, storage.config.retry_s))
+        self._hasty_storage = replace(storage, config=hasty)
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
         self.stopped = False
@@ -27,7 +32,7 @@ class Heartbeat:
     def __enter__(self) -> "Heartbeat":
         """Raises StorageError: the run folder cannot be written."""
         self._started_s = self._first_start()
-        self._write("running")
+        self._write(self._storage, "running")
         self._thread.start()
         return self
 
@@ -35,11 +40,12 @@ class Heartbeat:
         self._end.set()
         self._thread.join()
         if error is None or self.stopped:
-            self._try("stopped" if self.stopped else "finished")
+            self._try(self._storage, "stopped" if self.stopped else "finished")
         elif isinstance(error, Exception):
-            self._try("failed", " ".join(f"{type(error).__name__}: {error}".split()))
+            storage = self._hasty_storage if isinstance(error, StorageUnavailable) else self._storage
+            self._try(storage, "failed", " ".join(f"{type(error).__name__}: {error}".split()))
         else:  # Ctrl-C and its like
-            self._try("stopped")
+            self._try(self._hasty_storage, "stopped")
 
     def _first_start(self) -> float:
         """When a run that is resumed was started first."""
@@ -53,15 +59,15 @@ class Heartbeat:
 
     def _beat(self) -> None:
         while not self._end.wait(self._every_s):
-            self._try("running")
+            self._try(self._hasty_storage, "running")
 
-    def _try(self, state: State, error: str = "") -> None:
+    def _try(self, storage: Storage, state: State, error: str = "") -> None:
         """Write; a store that refuses must not end a training, nor hide how it ended."""
         try:
-            self._write(state, error)
+            self._write(storage, state, error)
         except StorageError as problem:
             print(f"{self._uri} does not say that the run is {state}: {problem}", flush=True)
 
-    def _write(self, state: State, error: str = "") -> None:
+    def _write(self, storage: Storage, state: State, error: str = "") -> None:
         content = {"state": state, "error": error, "started_s": self._started_s}
-        self._storage.put(self._uri, (json.dumps(content) + "\n").encode())
+        storage.put(self._uri, (json.dumps(content) + "\n").encode())

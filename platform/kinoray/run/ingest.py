@@ -19,7 +19,7 @@ from ray.data.collate_fn import NumpyBatchCollateFn
 
 from kinoray.batch import VideoBatch
 from kinoray.catalog import Catalog
-from kinoray.errors import JobError
+from kinoray.errors import JobError, StorageUnavailable
 from kinoray.run.decoding import DecodeTask
 
 __all__ = ["Samples", "Unreadable", "epoch_order", "rank_part", "rank_steps", "run_length", "stream"]
@@ -143,6 +143,7 @@ def stream(
 
     Raises:
         JobError: Ray Data gave other rows than the plan asked for.
+        StorageUnavailable: the store of the videos is down.
     """
     wanted = [rows for rows in steps if len(rows)]
     if not wanted:
@@ -163,6 +164,9 @@ def stream(
         if found is None or not np.array_equal(found[0], planned):
             there = "no more rows" if found is None else f"rows {found[0].tolist()}"
             raise JobError(f"Ray Data broke the plan of the epoch: expected rows {planned.tolist()}, got {there}")
+        for item in found[1].unreadable:
+            if item.error_class == StorageUnavailable.__name__:
+                raise StorageUnavailable(item.error_text)
         yield found[1]
 
 

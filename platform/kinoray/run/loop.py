@@ -7,7 +7,7 @@ that stopped.
 import math
 import socket
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -28,6 +28,7 @@ from kinoray.errors import (
     CheckpointMismatch,
     ConfigError,
     ModelError,
+    StorageUnavailable,
     TooManyBad,
     TrainingDiverged,
 )
@@ -36,11 +37,11 @@ from kinoray.model_parts import backbone_names
 from kinoray.quarantine import Refusal
 from kinoray.run.augment import Augmenter
 from kinoray.run.cluster import quiet_ray
-from kinoray.run.decoding import DecodeTask
 from kinoray.run.environment import host, software
+from kinoray.run.feed import Feed, Part
 from kinoray.run.finetune import start_from
 from kinoray.run.gate import Gate
-from kinoray.run.ingest import Rows, Samples, Unreadable, epoch_order, rank_part, rank_steps, run_length, stream
+from kinoray.run.ingest import Samples, epoch_order, rank_steps, run_length
 from kinoray.run.pace import Pace, epoch_line
 from kinoray.run.ranks import agreed, from_first
 from kinoray.run.recipe import class_weights, learning_rate
@@ -54,8 +55,16 @@ from kinoray.verbs import TrainConfig
 
 __all__ = ["worker_loop"]
 
-_CHECK_STEPS = 32  # how often ranks look whether to go on: looking costs a GPU its lead over the CPU
-_FINAL = (ConfigError, CatalogError, CheckpointError, ModelError, TooManyBad, TrainingDiverged)
+_CHECK_STEPS = {"cpu": 1}  # how often ranks look whether to go on, else 32: it costs a GPU its lead over the CPU
+_FINAL = (
+    ConfigError,
+    CatalogError,
+    CheckpointError,
+    ModelError,
+    StorageUnavailable,  # every request was made again for storage.retry_s, so another start would wait as long again
+    TooManyBad,
+    TrainingDiverged,
+)
 
 
 def worker_loop(job: Mapping[str, Any]) -> dict[str, str]:
@@ -74,25 +83,6 @@ def worker_loop(job: Mapping[str, Any]) -> dict[str, str]:
     return {}
 
 
-class _Part:
-    """A split of the catalog, and what of it could not be read on this rank."""
-
-    def __init__(self, catalog: Catalog, name: str) -> None:
-        self.catalog, self.name = catalog.select(name), name
-        self.labels = torch.from_numpy(self.catalog.table.column("label_id").to_numpy().astype(np.int64))
-        self.refusals: list[Refusal] = []
-
-    def __len__(self) -> int:
-        return len(self.catalog)
-
-    def refuse(self, unreadable: Sequence[Unreadable]) -> None:
-        """Take down videos that could not be read."""
-        for item in unreadable:
-            row = self.catalog.table.select(["video_id", "uri", "offset", "length"]).slice(item.row, 1).to_pylist()[0]
-            stage = f"train on {self.name or 'all'}"
-            self.refusals.append(Refusal(**row, error_class=item.error_class, error_text=item.error_text, stage=stage))
-
-
 class _Worker:
     """One rank of the run."""
 
@@ -101,7 +91,6 @@ class _Worker:
         torch.set_num_threads(max(1, int(config.resources.cpus_per_worker)))
         self.config, self.optim, self._box, self._gate = config, config.optim, box, gate
         self.storage = Storage(config.storage)
-        self._decoding = torch.zeros(2, dtype=torch.float64)  # CPU seconds, videos from the cache
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         if self.rank == 0 and (place := get_current_placement_group()) is not None:
             ray.get(box.settle.remote(place.id.hex()))
@@ -110,14 +99,14 @@ class _Worker:
         catalog = agreed(lambda: self._catalog(catalog_digest))
         self.labels = catalog.labels
         self.run_digest = run_digest(config, catalog)
-        self.train = _Part(catalog, config.split)
-        self.val = _Part(catalog, config.val_split) if config.val_split else None
+        self.train = Part(catalog, config.split)
+        self.val = Part(catalog, config.val_split) if config.val_split else None
         self.num_steps = -(-len(self.train) // self.optim.batch_size)
         self.run_length = run_length(self.train.catalog, self.optim.batch_size)
         self.recorder, self.uploader = Recorder(self.storage, config, catalog, self.num_steps), Uploader()
         newest = from_first(self._newest)
         model = agreed(lambda: self._model(fresh=newest is None))
-        self.with_flow = model.input_spec.flow_channels > 0
+        self.feed = Feed(config, self.storage, with_flow=model.input_spec.flow_channels > 0)
         self.replica = agreed(lambda: self._replica(model, ray.train.torch.get_device()))
         self.augmenter = Augmenter(config.augment, self.optim.seed, self.replica.device)
         self.epoch, self.epoch_steps, self.samples = 0, 0, 0  # whole epochs, steps and videos in them
@@ -203,7 +192,7 @@ class _Worker:
                 row |= {"val_loss": scored.loss, "val_top1": scored.top1, "val_top5": scored.top5}
                 row |= {"val_videos": scored.videos, "val_unreadable": scored.unreadable}
             row |= {"videos_per_s": max(0, num_videos) / train_s, "decode_wait": wait_s / train_s}
-            row |= self._decoding_row()
+            row |= self.feed.spent(self.replica.device)
             row |= {"epoch_s": time.monotonic() - start_s, "time_s": time.time()}
             # What was not measured (no readable video) is left out: NaN is no JSON.
             row = {name: value for name, value in row.items() if not math.isnan(value)}
@@ -225,30 +214,6 @@ class _Worker:
         dist.broadcast_object_list(verdict, src=0)
         return bool(verdict[0]) or self.epoch == self.optim.epochs
 
-    def _stream(self, part: _Part, steps: Sequence[Rows], epoch: int | None) -> Iterator[Samples]:
-        task = DecodeTask(
-            storage=self.storage,
-            clip=self.config.clip,
-            with_flow=self.with_flow,
-            seed=self.optim.seed,
-            epoch=epoch,
-            cache=self.config.cache,
-        )
-        share = rank_part(self.config.resources.decode_tasks, self.rank, self.world_size)
-        decode_tasks = max(1, share.stop - share.start)
-        batches = stream(part.catalog, steps, task, decode_tasks=decode_tasks, world_size=self.world_size)
-        for samples in batches:
-            self._decoding += torch.tensor([samples.decode_cpu_s, samples.cached], dtype=torch.float64)
-            yield samples
-
-    def _decoding_row(self) -> dict[str, float | int]:
-        """What decoding took since the last call, on all ranks; `cached` videos came from the cache of frames."""
-        numbers = self._decoding.to(self.replica.device, copy=True)
-        dist.all_reduce(numbers)
-        self._decoding.zero_()
-        row: dict[str, float | int] = {"decode_cpu_s": round(float(numbers[0]), 3)}
-        return row | ({"cached": int(numbers[1])} if self.config.cache.gb else {})
-
     def _train_epoch(self, epoch: int) -> tuple[Totals, float]:
         """Train what is left of an epoch; its totals over all ranks, and the seconds that this rank waited for it."""
         optim, first, every = self.optim, self.epoch_steps, self.config.checkpoint_every_steps
@@ -256,21 +221,23 @@ class _Worker:
         steps = rank_steps(
             order, batch_size=optim.batch_size, rank=self.rank, world_size=self.world_size, first_step=first
         )
-        batches = self._stream(self.train, steps, epoch)
+        batches = self.feed.batches(self.train, steps, epoch)
         if not first:
             self.replica.reset()
         self.replica.train()
         wait_s = 0.0
         for index, rows in enumerate(steps, start=first):
             asked_s = time.monotonic()
-            samples = next(batches) if len(rows) else None
+            samples = next(batches, None) if len(rows) else None
+            if self.feed.outage is not None:
+                self.replica.halt()  # and on with a step without videos: the other ranks wait in its collectives
             wait_s += time.monotonic() - asked_s
             step = (epoch - 1) * self.num_steps + index
             self._train_step(epoch, index, samples)
             self._say(self._pace.line(self.replica, epoch, step + 1) if self.rank == 0 else "")
             if every and (step + 1) % every == 0:
                 self._save_in_epoch(epoch, step + 1)
-            elif (index + 1) % _CHECK_STEPS == 0:
+            elif (index + 1) % _CHECK_STEPS.get(self.replica.device.type, 32) == 0:
                 self._require_sound(self.replica.totals(), epoch)
         totals = self.replica.finish()
         self._require_sound(totals, epoch)
@@ -284,27 +251,35 @@ class _Worker:
         if samples is None:
             self.replica.train_step(None, self.train.labels[:0], 0, rate)
         else:
-            self.train.refuse(samples.unreadable)
             labels = self.train.labels[samples.rows]
             video_ids = self.train.catalog.table["video_id"].take(samples.rows).to_pylist()
             clips = self.augmenter.colour(samples.clips, video_ids, epoch)
             mix = self.augmenter.mix(len(labels), self.config.clip.view.crop_px, epoch, index)
             self.replica.train_step(clips, labels, len(samples.unreadable), rate, mix)
 
-    def _evaluate(self, part: _Part) -> Totals:
+    def _evaluate(self, part: Part) -> Totals:
         """Score the model on every video of the part, each on one rank; totals over all ranks."""
         order = np.arange(len(part), dtype=np.int64)
         size = self.optim.batch_size
         steps = rank_steps(order, batch_size=size, rank=self.rank, world_size=self.world_size)
         self.replica.reset()
         self.replica.eval()
-        for samples in self._stream(part, steps, None):
-            part.refuse(samples.unreadable)
+        for samples in self.feed.batches(part, steps, None):
             self.replica.score(samples.clips, part.labels[samples.rows], len(samples.unreadable))
-        return self.replica.finish()
+        if self.feed.outage is not None:
+            self.replica.halt()
+        totals = self.replica.finish()
+        self._require_stores()
+        return totals
+
+    def _require_stores(self) -> None:
+        """Raise, on all ranks alike, that the store is down for one of them. Nothing it missed has been saved."""
+        if self.replica.halted():
+            agreed(self.feed.check)
 
     def _require_sound(self, totals: Totals, epoch: int) -> None:
         """Raise, on all ranks alike, what makes it useless to go on."""
+        self._require_stores()
         limit, count = self.config.max_bad_fraction, len(self.train)
         if totals.unreadable > limit * count:
             refusals = self._refusals()

@@ -102,6 +102,8 @@ class Replica:
         self._totals = torch.zeros(5, dtype=torch.float64, device=device)
         self._history: list[Tensor] = []  # of training steps, over all ranks
         self._stepped = False  # whether what is pending is a training step's
+        self._halts = torch.zeros(1, dtype=torch.float64, device=device)  # of this rank, not yet told
+        self._halted = torch.zeros(1, dtype=torch.float64, device=device)  # over all ranks
         self._order_buckets()
 
     def _spread(self, config: TrainConfig) -> nn.Module:
@@ -191,6 +193,14 @@ class Replica:
             self._count(logits, labels, loss_sum(logits, labels))
         self._pending[1] += unreadable
 
+    def halt(self) -> None:
+        """Tell all ranks, with the next training step or `finish`, that this one cannot go on."""
+        self._halts.fill_(1.0)
+
+    def halted(self) -> bool:
+        """Whether a rank has told that it cannot go on. The same on all ranks."""
+        return bool(self._halted.item())
+
     def totals(self) -> Totals:
         """Totals over all ranks since `reset`, without the last training step (see `finish`). The same on all ranks."""
         videos, unreadable, loss, top1, top5 = self._totals.tolist()
@@ -237,13 +247,15 @@ class Replica:
 
     def _exchange(self, videos_now: Tensor) -> Tensor:
         """The sum of videos_now over the ranks; what is pending travels with it, to spare a second round."""
-        numbers = torch.cat([videos_now.reshape(1), self._pending])
+        numbers = torch.cat([videos_now.reshape(1), self._pending, self._halts])
         dist.all_reduce(numbers)
-        self._totals += numbers[1:]
+        counted = numbers[1:-1]
+        self._totals += counted
         if self._stepped:
-            self._history.append(numbers[1:])
+            self._history.append(counted)
             self._stepped = False
         self._pending.zero_()
+        self._halted += numbers[-1:]
         return numbers[0]
 
     def _train_part(self, clips: VideoBatch, labels: Tensor, videos: slice, mix: Mix | None) -> Tensor:
