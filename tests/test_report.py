@@ -19,8 +19,9 @@ from kinoray.catalog import CATALOG_SCHEMA, Catalog, save_catalog
 from kinoray.config import StorageConfig
 from kinoray.errors import CatalogError, ObjectNotFound
 from kinoray.metrics import wilson_interval
+from kinoray.page import visible
 from kinoray.predictions import PREDICTION_SCHEMA, Ledger
-from kinoray.report import report, visible
+from kinoray.report import report
 from kinoray.report_figures import HISTOGRAM_HEIGHT, histogram_bars
 from kinoray.report_numbers import count, join_truth
 from kinoray.report_strips import MAX_FRAME_BYTES, jpeg_uri

@@ -11,7 +11,7 @@ import pyarrow.compute as pc
 
 from kinoray.catalog import Reference, load_catalog
 from kinoray.errors import CatalogError
-from kinoray.page import render_page, visible
+from kinoray.page import render_page
 from kinoray.predictions import read_predictions
 from kinoray.progress import Progress
 from kinoray.report_figures import confused_pairs, confusion_picture, histogram_bars, reliability_marks, shade
@@ -20,7 +20,7 @@ from kinoray.report_strips import Strip, contact_strips
 from kinoray.storage import Storage, absolute
 from kinoray.verbs import ReportConfig
 
-__all__ = ["report", "visible"]
+__all__ = ["report"]
 
 MAX_TABLE_CLASSES = 30
 """Up to so many classes confusion is a table of numbers, above it a picture and the most frequent mistakes."""

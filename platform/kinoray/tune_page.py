@@ -4,7 +4,6 @@ Settings and errors hold other people's text: they reach the page only as escape
 """
 
 import base64
-import hashlib
 import io
 import itertools
 import json
@@ -14,13 +13,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from kinoray import __version__
-from kinoray.report import visible
+from kinoray.page import render_page, visible
 from kinoray.tune_space import Axis
 
 __all__ = ["TrialRow", "heat_map", "tune_page"]
@@ -147,26 +143,13 @@ def _curve_picture(trials: Sequence[TrialRow]) -> str:
 
 def tune_page(summary: dict[str, Any], axes: Sequence[Axis], trials: Sequence[TrialRow]) -> str:
     """The HTML page. `trials` are best first; `summary` is what tune.json holds."""
-    environment = Environment(
-        loader=PackageLoader("kinoray", "templates"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters["visible"] = visible
-    assert environment.loader is not None
-    style = environment.loader.get_source(environment, "tune.css")[0]
-    allowed = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode("ascii")
     is_scored = any(row.best_val_top1 is not None for row in trials)
-    return environment.get_template("tune.html.j2").render(
-        version=__version__,
-        policy=f"default-src 'none'; img-src data:; style-src 'sha256-{allowed}'; base-uri 'none'; form-action 'none'",
-        style=Markup(style),  # our own file
-        summary=summary,
-        paths=_order(axes),
-        trials=trials,
-        heat=_heat_picture(heat_map(axes, trials)) if is_scored else "",
-        curves=_curve_picture(trials) if is_scored else "",
-        is_binned=is_scored and any(" to " in label for label in heat_map(axes, trials).columns),
-    )
+    values = {
+        "summary": summary,
+        "paths": _order(axes),
+        "trials": trials,
+        "heat": _heat_picture(heat_map(axes, trials)) if is_scored else "",
+        "curves": _curve_picture(trials) if is_scored else "",
+        "is_binned": is_scored and any(" to " in label for label in heat_map(axes, trials).columns),
+    }
+    return render_page("tune.html.j2", values, styles=("tune.css",))

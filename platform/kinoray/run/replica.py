@@ -301,7 +301,14 @@ class Replica:
 
     def _forward_nothing(self) -> Tensor:
         """A zero that depends on all parameters, for a rank without a video; leaves BatchNorm's statistics alone."""
-        before = [buffer.clone() for buffer in self.module.buffers()]
+        # Not written back: the gradient needs the norms' statistics as they are in the forward pass, and
+        # DistributedDataParallel shares all buffers in it.
+        momenta = {norm: norm.momentum for norm in batch_norms(self.module)}
+        for norm in momenta:
+            norm.momentum = 0.0
+        statistics = {id(buffer) for norm in momenta for buffer in (norm.running_mean, norm.running_var)}
+        others = [buffer for buffer in self.module.buffers() if id(buffer) not in statistics]
+        before = [buffer.clone() for buffer in others]
         sample, size = self._clip.sample, self._clip.view.crop_px
         shape = (2, sample.num_segments, sample.frames_per_segment)  # BatchNorm refuses a single value a channel
         # Noise, since a norm has no gradient at zero, and 0 * NaN is NaN.
@@ -312,11 +319,11 @@ class Replica:
             flow = torch.randint(-127, 128, (*shape, FLOW_CHANNELS, size, size), generator=noise, dtype=torch.int8)
         inputs = model_inputs(VideoBatch(rgb=rgb, flow=flow), self._spec, self.device)
         zero = self._logits(self._parallel, inputs, 2).sum() * 0.0
+        for norm, momentum in momenta.items():
+            norm.momentum = momentum
         with torch.no_grad():
-            for buffer, value in zip(self.module.buffers(), before, strict=True):
-                if not torch.equal(
-                    buffer, value
-                ):  # those of frozen norms are still needed for the gradient as they are
+            for buffer, value in zip(others, before, strict=True):
+                if not torch.equal(buffer, value):
                     buffer.copy_(value)
         return zero
 
