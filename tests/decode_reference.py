@@ -6,7 +6,7 @@ from fractions import Fraction
 import av
 import cv2
 import numpy as np
-from av.video.reformatter import VideoReformatter
+from av.video.reformatter import Interpolation, VideoReformatter
 
 HEIGHT, WIDTH = 48, 80
 """Size to which `plain_decode` and `Collect` scale frames (not that of any tested file)."""
@@ -28,7 +28,8 @@ def moving(num_frames: int, height: int = 64, width: int = 96, seed: int = 0) ->
 
 def to_rgb(frame: av.VideoFrame, height: int, width: int) -> np.ndarray:
     """One decoded frame, scaled with a scaler of its own: uint8 [3, height, width]."""
-    scaled = VideoReformatter().reformat(frame, width, height, "gbrp", interpolation="BILINEAR", threads=1)
+    how = Interpolation.BILINEAR | Interpolation.ACCURATE_RND
+    scaled = VideoReformatter().reformat(frame, width, height, "gbrp", interpolation=how, threads=1)
     planes = [np.frombuffer(p, np.uint8).reshape(p.height, p.line_size)[:, : p.width] for p in scaled.planes]
     return np.stack([planes[2], planes[0], planes[1]])
 

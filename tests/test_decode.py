@@ -239,6 +239,30 @@ def test_conversion_is_close_to_a_float_reference(pictures: np.ndarray) -> None:
     assert np.abs(ours - rgb).mean() < 0.5
 
 
+@pytest.mark.parametrize("width", [340, 344, 352, 96])
+def test_a_frame_of_the_target_size_is_converted_as_any_other(width: int) -> None:
+    """4:2:0 at its own size against float64, chroma bilinear between its places (left-sited), up to the last column."""
+    data = make_video(moving(2, 64, width), options={"crf": "10"})
+    with av.open(io.BytesIO(data)) as container:
+        frame = next(container.decode(video=0))
+    luma, blue, red = (
+        np.frombuffer(plane, np.uint8).reshape(plane.height, plane.line_size)[:, : plane.width].astype(float)
+        for plane in frame.planes
+    )
+
+    def enlarged(chroma: np.ndarray) -> np.ndarray:
+        rows, columns = (np.arange(64) - 0.5) / 2, np.arange(width) / 2
+        by_row = np.stack([np.interp(rows, np.arange(32), column) for column in chroma.T], axis=1)
+        return np.stack([np.interp(columns, np.arange(width // 2), row) for row in by_row])
+
+    luma, blue, red = 255 / 219 * (luma - 16), *(255 / 224 * (enlarged(chroma) - 128) for chroma in (blue, red))
+    rgb = np.stack([luma + 1.402 * red, luma - 0.344136 * blue - 0.714136 * red, luma + 1.772 * blue], axis=-1)
+    ours = thumbnails(data, DecodeConfig(), 2, 64)[0]
+    error = np.abs(ours - np.clip(rgb, 0, 255))
+    assert error.mean() < 0.3
+    assert error.max() < 2
+
+
 @pytest.mark.parametrize(("height", "width"), [(63, 97), (17, 33), (2, 2)])
 def test_odd_sizes_work(height: int, width: int) -> None:
     data = make_video(moving(5, height, width), pix_fmt="yuv444p")
