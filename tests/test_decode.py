@@ -203,9 +203,10 @@ def test_rotation_is_applied(rotation: int, pictures: np.ndarray) -> None:
 def test_rotation_is_the_one_that_decord_applies(rotation: int, pictures: np.ndarray) -> None:
     data = make_video(pictures[:3], gop=12, rotation=rotation)
     theirs = decord.VideoReader(io.BytesIO(data), ctx=decord.cpu(0), num_threads=1).get_batch([1]).asnumpy()[0]
-    ours = thumbnails(data, DecodeConfig(), 3, 96)[1]
+    ours = thumbnails(data, DecodeConfig(), 3, 96)[1].astype(int)
     assert ours.shape == theirs.shape
-    assert np.abs(ours.astype(int) - theirs).mean() < 2
+    # decord repeats chroma where we interpolate it: 4 grey levels here. Turned the other way it is 30.
+    assert np.abs(ours - theirs).mean() < 5 < 20 < np.abs(ours[::-1, ::-1] - theirs).mean()
 
 
 @pytest.mark.parametrize(
