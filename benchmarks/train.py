@@ -205,7 +205,7 @@ def measure(form: str, catalog: str, out: str, epochs: int, decode_tasks: int) -
 def main() -> int:
     """Print the table and, last, the figures beside the bar as JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="2 rounds of 192 clips an epoch instead of 5 of 800")
+    parser.add_argument("--quick", action="store_true", help="2 rounds of 192 clips an epoch instead of 5 of 600")
     parser.add_argument("--decode-tasks", type=int, default=1, help="tasks or DataLoader workers (default 1)")
     parser.add_argument("--form", nargs=5, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -217,7 +217,7 @@ def main() -> int:
         print(json.dumps(plain(config) if form == "plain" else through_ray(config)))
         return 0
 
-    rounds, num_videos, repeats, epochs = (2, 8, 24, 2) if arguments.quick else (5, 20, 40, 3)
+    rounds, num_videos, repeats, epochs = (2, 8, 24, 2) if arguments.quick else (5, 20, 30, 2)
     results: dict[str, list[dict[str, object]]] = {"ray": [], "plain": []}
     with tempfile.TemporaryDirectory(prefix="kinoray-bench-") as folder:
         resources = ResourcesConfig(num_workers=1, decode_tasks=1)

@@ -312,6 +312,18 @@ def assert_equals_plain_training(result: dict[str, Any], config: TrainConfig) ->
     assert (meta.epoch, meta.step, meta.samples) == (3, 9, 48)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_one_worker_and_two_equal_a_plain_loop(
+    small_set: str, tmp_path: Path, ray_local: None, num_workers: int
+) -> None:
+    """The same global batches: both are within 1e-5 of it, which is what float32 sums in another order make."""
+    config = make_config(
+        small_set, str(tmp_path / "run"), resources=ResourcesConfig(num_workers=num_workers, decode_tasks=1)
+    )
+    assert_equals_plain_training(train(config), config)
+
+
 @pytest.mark.ray
 def test_a_run_whose_worker_is_killed_equals_a_plain_loop(
     small_set: str, tmp_path: Path, ray_local: None, capsys: pytest.CaptureFixture[str]

@@ -123,7 +123,7 @@ class TrialRun(tune.Trainable):  # type: ignore[misc]  # ray has no types
             self._error = None
             self._thread = threading.Thread(target=self._train, name="train", daemon=True)
             self._thread.start()
-        elif self._epoch:
+        else:
             self._gate.answer(True)
         while (row := self._gate.take()) is not None and int(row["epoch"]) <= self._epoch:
             self._gate.answer(True)  # trained again, after workers died
