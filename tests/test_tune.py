@@ -36,7 +36,7 @@ from kinoray.run.tune import tune
 from kinoray.run.tune_cache import shared_cache
 from kinoray.run.tune_fit import trials_at_once
 from kinoray.run.tune_search import optuna_searcher, planned_trials
-from kinoray.run.tune_table import best_row, read_trial, write_outcome
+from kinoray.run.tune_table import best_row, ranked, read_trial, write_outcome
 from kinoray.run.tune_trial import copy_checkpoint, generations, trial_run
 from kinoray.storage import Storage, join
 from kinoray.tune_config import TuneConfig, train_config
@@ -304,6 +304,12 @@ def test_the_table_is_what_the_run_folders_say(tmp_path: Path) -> None:
     assert (waiting.status, waiting.best_val_top1, waiting.epochs) == ("waiting", None, 0)
     with pytest.raises(JobError, match=r"no trial of .* has a score"):
         best_row([waiting], out)
+    failed = read_trial(storage, out, "abc", {})
+    poor = dataclasses.replace(failed, trial="poor", status="stopped", best_val_top1=0.1, error="")
+    assert [row.trial for row in ranked([waiting, failed, poor])] == ["poor", "new", "abc"]
+    assert best_row(ranked([failed, poor]), out) == poor
+    with pytest.raises(JobError, match="TrainingDiverged: nan"):
+        best_row([failed], out)
 
 
 def test_an_exchange_copies_the_whole_checkpoint(small_set: str, tmp_path: Path) -> None:

@@ -36,6 +36,7 @@ from kinoray.run.tune_table import (
     best_row,
     known_trials,
     print_table,
+    ranked,
     read_outcome,
     read_trial,
     write_outcome,
@@ -279,7 +280,7 @@ def _finish(
     storage: Storage, config: TuneConfig, axes: Sequence[Axis], rows: list[TrialRow], took_s: float
 ) -> dict[str, Any]:
     """Write the tables, the best settings and the page."""
-    rows.sort(key=lambda row: (-(row.best_val_top1 if row.best_val_top1 is not None else -1.0), row.trial))
+    rows = ranked(rows)
     write_table(storage, config.out, rows)
     best = best_row(rows, config.out)
     base = train_config(config)

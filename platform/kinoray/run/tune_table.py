@@ -17,6 +17,7 @@ __all__ = [
     "best_row",
     "known_trials",
     "print_table",
+    "ranked",
     "read_outcome",
     "read_trial",
     "write_outcome",
@@ -107,9 +108,18 @@ def _text(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
+def ranked(rows: Iterable[TrialRow]) -> list[TrialRow]:
+    """Best first; trials that failed come last, whatever they reached before: their settings do not work."""
+
+    def key(row: TrialRow) -> tuple[bool, float, str]:
+        return row.status == "failed", -(row.best_val_top1 if row.best_val_top1 is not None else -1.0), row.trial
+
+    return sorted(rows, key=key)
+
+
 def best_row(rows: Sequence[TrialRow], out: str) -> TrialRow:
-    """The best trial. Raises JobError if none has been scored."""
-    scored = [row for row in rows if row.best_val_top1 is not None]
+    """The best of ranked trials. Raises JobError if none has a score and has not failed."""
+    scored = [row for row in rows if row.best_val_top1 is not None and row.status != "failed"]
     if not scored:
         reasons = "; ".join(f"trial {row.trial}: {row.error}" for row in rows if row.error) or "none has ended an epoch"
         raise JobError(f"no trial of {out} has a score: {reasons}")
