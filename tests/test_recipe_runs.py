@@ -12,6 +12,7 @@ from kinoray.catalog import CATALOG_SCHEMA, Catalog, save_catalog
 from kinoray.checkpoint import list_checkpoints, load_model_state
 from kinoray.config import AugmentConfig, OptimConfig, ResourcesConfig
 from kinoray.presets import k400_paper
+from kinoray.run.runfolder import read_losses
 from kinoray.run.train import train
 from kinoray.storage import Storage, join
 from kinoray.synthetic import make_video
@@ -61,8 +62,10 @@ def test_the_papers_recipe_takes_steps(tmp_path: Path, ray_local: None) -> None:
     )
     result = train(config)
     assert (result["epochs"], result["steps"], result["samples"]) == (1, 2, 2)
+    first, second = (row["loss"] for row in read_losses(Storage(), config.out))
     # Of 400 classes that it knows nothing of, a network gives each about 1 / 400.
-    assert result["loss"] == pytest.approx(np.log(400), abs=1.5)
+    assert first == pytest.approx(np.log(400), abs=0.5)
+    assert np.isfinite(second)  # one video a batch at a rate for 128: it may be anything
 
 
 @pytest.mark.ray
