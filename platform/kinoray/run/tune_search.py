@@ -79,7 +79,7 @@ def _mutation(axis: Axis) -> Any:
 def require_optuna() -> None:
     """Raises ConfigError if search optuna was asked for and Optuna is not installed."""
     try:
-        import optuna  # type: ignore[import-not-found,unused-ignore]  # noqa: F401
+        import optuna  # noqa: F401
     except ImportError as error:
         raise ConfigError("search optuna needs Optuna: pip install 'kinoray[optuna]'; or search random") from error
 
@@ -124,7 +124,7 @@ def optuna_searcher(
     open_trials: Sequence[Settings],
 ) -> Searcher:
     """Optuna's TPE: told what ended trials reached, it takes up the open ones, then chooses; never the same twice."""
-    import optuna  # type: ignore[import-not-found,unused-ignore]
+    import optuna
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     sampler = optuna.samplers.TPESampler(seed=config.search_seed)
