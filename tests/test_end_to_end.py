@@ -127,7 +127,7 @@ def head(tmp_path: Path, s3_server: str) -> Iterator[dict[str, str]]:
         log.close()
 
 
-@pytest.mark.ray
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_the_jobs_run_as_submitted(videos: Path, bucket: str, head: dict[str, str], tmp_path: Path) -> None:
     """Plain `ray job submit` with the working directory, to a closed cluster; data only in the S3 server."""

@@ -134,7 +134,10 @@ def test_a_second_fresh_run_has_the_same_curve(small_set: str, tmp_path: Path, u
 @pytest.mark.ray
 @pytest.mark.parametrize(
     ("who", "said"),
-    [("self", "2 workers start on cpu after step "), ("controller", "the training controller died 1 times, last with")],
+    [
+        ("self", "2 workers start on cpu after step "),
+        pytest.param("controller", "the training controller died 1 times, last with", marks=pytest.mark.slow),
+    ],
 )
 def test_a_killed_process_leaves_the_curve_as_it_was(
     small_set: str, tmp_path: Path, undisturbed: Curve, capsys: pytest.CaptureFixture[str], who: str, said: str
@@ -145,7 +148,7 @@ def test_a_killed_process_leaves_the_curve_as_it_was(
     assert not list(deaths.iterdir())
     text = capsys.readouterr().out
     assert said in text
-    assert "workers start on cpu after step " in text
+    assert "workers start on cpu after " in text  # workers whose controller dies may train on to the epoch's end
     assert_bit_for_bit(curve_of(config), undisturbed)
 
 
@@ -195,7 +198,7 @@ def test_ten_kills_at_random_steps_leave_the_curve_as_it_was(
 # --- another number of workers
 
 
-@pytest.mark.ray
+@pytest.mark.slow
 def test_a_run_goes_on_with_another_number_of_workers(tmp_path: Path, ray_local: None) -> None:
     """One worker finishes what two began; both together equal a plain loop in one process, to 1e-5 of float32 sums."""
     catalog, out = set_in(tmp_path / "set", train=17, val=7, broken=(4, 20)), str(tmp_path / "run")
@@ -237,7 +240,7 @@ def video_reads(proxy: FaultyS3) -> Counter[int]:
     return Counter(int(path[-7:-4]) for path in paths if path.endswith(".mp4"))
 
 
-@pytest.mark.ray
+@pytest.mark.slow
 def test_what_was_trained_on_is_not_read_again(
     s3_config: StorageConfig, bucket: str, faulty: FaultyS3, tmp_path: Path, ray_local: None
 ) -> None:
@@ -285,7 +288,7 @@ def assert_an_outage_ends_the_run(config: TrainConfig, faulty: FaultyS3, said: p
     assert not storage.exists(join(config.out, "quarantine.parquet"))
 
 
-@pytest.mark.ray
+@pytest.mark.slow
 def test_a_store_that_fails_one_rank_ends_the_run_for_all(
     s3_config: StorageConfig,
     bucket: str,
