@@ -531,7 +531,7 @@ def test_pbt_goes_on_from_the_good_trials_checkpoint(small_set: str, tmp_path: P
     config = make_config(
         small_set,
         str(tmp_path / "sweep"),
-        optim=OptimConfig(epochs=6, batch_size=8),
+        optim=OptimConfig(epochs=4, batch_size=8),
         space={"optim.lr": "log:0.00001..0.2/4"},
         search="grid",
         scheduler="pbt",
