@@ -527,11 +527,12 @@ def test_a_killed_sweep_goes_on_and_asha_stops_nothing_before_the_grace_period(s
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_pbt_goes_on_from_the_good_trials_checkpoint(small_set: str, tmp_path: Path, ray_local: None) -> None:
     config = make_config(
         small_set,
         str(tmp_path / "sweep"),
-        optim=OptimConfig(epochs=4, batch_size=8),
+        optim=OptimConfig(epochs=6, batch_size=8),
         space={"optim.lr": "log:0.00001..0.2/4"},
         search="grid",
         scheduler="pbt",
