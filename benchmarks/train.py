@@ -49,31 +49,6 @@ BAR = 0.9
 LABELS = ("dark", "light")
 
 
-class Spec:
-    """What the platform asks of a network."""
-
-    rgb, flow_channels, num_segments, frames_per_segment, crop_px = True, 0, None, None, None
-    rgb_mean, rgb_std = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
-
-
-class MeanColour(nn.Module):
-    """A linear classifier of the mean colour."""
-
-    def __init__(self, num_classes: int) -> None:
-        super().__init__()
-        self.input_spec = Spec()
-        self.classify = nn.Linear(3, num_classes)
-
-    def forward(self, *, rgb: Tensor, flow: Tensor | None) -> Tensor:
-        logits: Tensor = self.classify(rgb.mean(dim=(1, 2, 4, 5)))
-        return logits
-
-
-def mean_colour(num_classes: int) -> MeanColour:
-    """The factory that the job names."""
-    return MeanColour(num_classes)
-
-
 def video(label: str, seed: int) -> bytes:
     """10 s of a texture that pans, with noise."""
     rng = np.random.default_rng(seed)
@@ -109,7 +84,7 @@ def settings(catalog: str, out: str, epochs: int, decode_tasks: int) -> TrainCon
         out=out,
         val_split="",
         clip=ClipConfig(sample=SampleConfig(num_segments=8, frames_per_segment=1)),
-        model=ModelConfig(factory="train:mean_colour"),
+        model=ModelConfig(factory="stream:mean_colour"),
         optim=OptimConfig(epochs=epochs, batch_size=16),
         resources=ResourcesConfig(num_workers=1, decode_tasks=decode_tasks, local_cpus=decode_tasks + 2),
         checkpoint_every_steps=0,

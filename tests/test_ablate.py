@@ -36,7 +36,7 @@ from kinoray.synthetic_binding import (
     drawing,
     picture,
 )
-from kinoray.verbs import AblateConfig
+from kinoray.verbs_study import AblateConfig
 from vcm_sdd import vcm_sdd
 
 

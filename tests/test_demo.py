@@ -20,7 +20,7 @@ from kinoray.run.demo import demo
 from kinoray.run.demo_recipe import Recipe, command_line, make_recipe, make_videos
 from kinoray.run.demo_server import s3_server
 from kinoray.storage import Storage
-from kinoray.verbs import DemoConfig
+from kinoray.verbs_study import DemoConfig
 
 UNREADABLE = {"empty", "random", "index_lost", "audio_only"}
 READABLE = {"cut_front_index", "one_frame"}

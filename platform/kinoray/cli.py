@@ -23,6 +23,7 @@ from kinoray.presets import PRESETS
 from kinoray.tune_config import TuneConfig
 from kinoray.verbs_doctor import DoctorConfig
 from kinoray.verbs_evaluation import CompareConfig, EnsembleConfig
+from kinoray.verbs_study import AblateConfig, DemoConfig, ModelVerbConfig
 
 __all__ = ["VERBS", "Verb", "main"]
 
@@ -51,11 +52,9 @@ VERBS: Mapping[str, Verb] = {
     "label": Verb(verbs.LabelConfig, "kinoray.run.label:label", "any videos -> one result row each, exactly once"),
     "runs": Verb(verbs.RunsConfig, "kinoray.runs:runs", "trainings in storage: how they stand, and their best"),
     "report": Verb(verbs.ReportConfig, "kinoray.report:report", "results -> one HTML page to look at"),
-    "model": Verb(verbs.ModelVerbConfig, "kinoray.describe:describe_model", "a network's parameters and operations"),
-    "demo": Verb(verbs.DemoConfig, "kinoray.run.demo:demo", "all of the above on a small generated set"),
-    "ablate": Verb(
-        verbs.AblateConfig, "kinoray.run.ablate:ablate", "table 2 of the paper, TSN and TSM, on a small set"
-    ),
+    "model": Verb(ModelVerbConfig, "kinoray.describe:describe_model", "a network's parameters and operations"),
+    "demo": Verb(DemoConfig, "kinoray.run.demo:demo", "all of the above on a small generated set"),
+    "ablate": Verb(AblateConfig, "kinoray.run.ablate:ablate", "table 2 of the paper, TSN and TSM, on a small set"),
 }
 
 

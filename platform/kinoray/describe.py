@@ -7,7 +7,7 @@ from kinoray.config import ModelConfig
 from kinoray.cost import ModelCost, describe
 from kinoray.errors import ConfigError
 from kinoray.model import SHORT_NAMES, build_model, without_start_weights
-from kinoray.verbs import ModelVerbConfig
+from kinoray.verbs_study import ModelVerbConfig
 
 __all__ = ["describe_model"]
 

@@ -25,7 +25,7 @@ from kinoray.run.ablate_set import CLIP, TASK_RETRIES, make_set, task_result
 from kinoray.run.cluster import connect, require_fit
 from kinoray.storage import Storage, absolute, join
 from kinoray.synthetic_binding import BINDING_DIRECTIONS, BINDING_VERSION, binding_classes
-from kinoray.verbs import AblateConfig
+from kinoray.verbs_study import AblateConfig
 
 __all__ = ["Run", "ablate", "planned_runs", "read_results"]
 

@@ -9,7 +9,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from kinoray.config import ClipConfig
 from kinoray.run.ablate_rows import ROWS, SCALES, Row, RunResult, Score, Study
-from kinoray.verbs import AblateConfig
+from kinoray.verbs_study import AblateConfig
 
 __all__ = ["doc_page", "table_page"]
 

@@ -26,7 +26,7 @@ from kinoray.run.pack import pack
 from kinoray.run.train import train
 from kinoray.storage import Storage, join
 from kinoray.synthetic import class_names
-from kinoray.verbs import DemoConfig
+from kinoray.verbs_study import DemoConfig
 
 __all__ = ["demo"]
 

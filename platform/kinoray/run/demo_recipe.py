@@ -15,7 +15,8 @@ from kinoray import presets
 from kinoray.config import StorageConfig
 from kinoray.storage import join
 from kinoray.synthetic import BROKEN_KINDS, class_names, make_broken, make_demo_set
-from kinoray.verbs import DemoConfig, EvaluateConfig, LabelConfig, PackConfig, ReportConfig, TrainConfig
+from kinoray.verbs import EvaluateConfig, LabelConfig, PackConfig, ReportConfig, TrainConfig
+from kinoray.verbs_study import DemoConfig
 
 __all__ = ["Recipe", "command_line", "make_recipe", "make_videos"]
 
