@@ -288,6 +288,16 @@ def assert_an_outage_ends_the_run(config: TrainConfig, faulty: FaultyS3, said: p
     assert not storage.exists(join(config.out, "quarantine.parquet"))
 
 
+def impatient_config(bucket: str, s3_config: StorageConfig, faulty: FaultyS3) -> TrainConfig:
+    """One epoch through the proxy, that gives a request up after 2 s."""
+    return make_config(
+        join(bucket, "set"),
+        join(bucket, "run"),
+        storage=dataclasses.replace(s3_config, endpoint_url=faulty.url, retry_s=2.0),
+        optim=OptimConfig(epochs=1, batch_size=4, lr=0.05),
+    )
+
+
 @pytest.mark.slow
 def test_a_store_that_fails_one_rank_ends_the_run_for_all(
     s3_config: StorageConfig,
@@ -300,12 +310,7 @@ def test_a_store_that_fails_one_rank_ends_the_run_for_all(
     catalog = files_set(Storage(s3_config), join(bucket, "set"), 17)
     order = epoch_order(catalog, seed=0, epoch=1, run=run_length(catalog, 4))
     faulty.outage, faulty.outage_path = "503", f"video-{order[10]:03d}"
-    config = make_config(
-        join(bucket, "set"),
-        join(bucket, "run"),
-        storage=dataclasses.replace(s3_config, endpoint_url=faulty.url, retry_s=2.0),
-        optim=OptimConfig(epochs=1, batch_size=4, lr=0.05),
-    )
+    config = impatient_config(bucket, s3_config, faulty)
     assert_an_outage_ends_the_run(config, faulty, capsys)
     rows, _ = curve_of(config)
     assert [row["videos"] for row in rows] == [4, 4, 4, 4, 1]
@@ -327,12 +332,7 @@ def test_an_outage_that_lasts_ends_the_run_and_the_curve_is_as_if_it_had_not_bee
             faulty.outage, faulty.outage_path = "down", "video-"
 
     faulty.before = pull_the_plug
-    config = make_config(
-        join(bucket, "set"),
-        join(bucket, "run"),
-        storage=dataclasses.replace(s3_config, endpoint_url=faulty.url, retry_s=2.0),
-        optim=OptimConfig(epochs=1, batch_size=4, lr=0.05),
-    )
+    config = impatient_config(bucket, s3_config, faulty)
     assert_an_outage_ends_the_run(config, faulty, capsys)
     twin = dataclasses.replace(config, out=join(bucket, "twin"))
     train(twin)
