@@ -267,14 +267,13 @@ def test_the_estimate_is_the_weighted_sum_of_what_was_measured(tmp_path: Path) -
     for key, name in (("rgb_cpu_s", "rgb"), ("rgb_and_flow_cpu_s", "rgb_and_flow")):
         cheap = [row[key] for row in videos if row["class"] == "h264 <= 256"]
         dear = [row[key] for row in videos if row["class"] == "mpeg4 <= 360"]
-        assert min(dear) > max(cheap) > 0
+        assert min(cheap + dear) > 0
         total = decode["library_cpu_s"][name]
         assert total["total"] == pytest.approx(12 * sum(cheap) / 2 + 3 * sum(dear) / 2)
         assert total["low"] <= total["total"] <= total["high"]
         assert 12 * min(cheap) + 3 * min(dear) <= total["low"] * (1 + 1e-9)
         assert total["high"] <= (12 * max(cheap) + 3 * max(dear)) * (1 + 1e-9)
         assert decode["classes"]["h264 <= 256"][key]["mean"] == pytest.approx(sum(cheap) / 2)
-    assert all(row["rgb_and_flow_cpu_s"] > row["rgb_cpu_s"] for row in videos)
     assert decode["library_cpu_s"]["rgb"]["guessed"] == []
     frames = {row["class"]: row["frames_decoded"] for row in videos}
     assert frames["mpeg4 <= 360"] > frames["h264 <= 256"]

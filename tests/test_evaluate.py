@@ -240,7 +240,7 @@ def test_evaluations_with_other_protocols_make_an_ensemble_and_a_comparison(tmp_
     assert (tmp_path / "c.html").read_text().count("data:image/jpeg") == 2 * flips
 
 
-@pytest.mark.ray
+@pytest.mark.slow
 @pytest.mark.timeout(1200)  # seven workers are started
 def test_a_protocol_gives_the_same_digits_on_any_number_of_workers_and_after_a_kill(
     ray_local: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]

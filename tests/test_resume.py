@@ -131,12 +131,12 @@ def test_a_second_fresh_run_has_the_same_curve(small_set: str, tmp_path: Path, u
     assert_bit_for_bit(curve_of(config), undisturbed)
 
 
-@pytest.mark.ray
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("who", "said"),
     [
         ("self", "2 workers start on cpu after step "),
-        pytest.param("controller", "the training controller died 1 times, last with", marks=pytest.mark.slow),
+        ("controller", "the training controller died 1 times, last with"),
     ],
 )
 def test_a_killed_process_leaves_the_curve_as_it_was(

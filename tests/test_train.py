@@ -360,7 +360,7 @@ def test_a_run_whose_worker_is_killed_equals_a_plain_loop(
         train(dataclasses.replace(config, optim=dataclasses.replace(config.optim, seed=1)))
 
 
-@pytest.mark.ray
+@pytest.mark.slow
 def test_vcm_sdd_trains_on_s3_and_the_checkpoint_scores_what_the_metrics_say(
     s3_config: StorageConfig, bucket: str, ray_local: None
 ) -> None:
