@@ -19,7 +19,7 @@ from kinoray.evaluation import confused_classes, evaluation_record, join_answers
 from kinoray.metrics import wilson_interval
 from kinoray.predictions import read_predictions
 from kinoray.run.evaluate import evaluate
-from kinoray.run.label import open_labelling
+from kinoray.run.label_open import open_labelling
 from kinoray.run.label_stage import LabelUnits, pack_unit
 from kinoray.storage import Storage
 from kinoray.synthetic import class_names, make_broken, make_demo_set

@@ -10,9 +10,10 @@ import pytest
 import torch
 
 from decode_reference import moving, plain_decode
+from kinoray.answers import AnswerRule, average_logits
 from kinoray.catalog import Catalog, catalog_of_source
 from kinoray.checkpoint import load_meta
-from kinoray.config import ClipConfig, InferenceConfig, ModelConfig, SampleConfig, StorageConfig, ViewConfig
+from kinoray.config import ClipConfig, ModelConfig, SampleConfig, StorageConfig, ViewConfig
 from kinoray.decode import Clip, decode_clip
 from kinoray.decode_views import ViewClips, decode_views
 from kinoray.errors import ConfigError
@@ -20,10 +21,11 @@ from kinoray.flow import dis_flow, quantise
 from kinoray.model import build_model
 from kinoray.predictions import Ledger, Unit, row_keys
 from kinoray.protocol import PROTOCOLS, ProtocolName, ViewAverage, ViewsConfig
-from kinoray.run.label import open_labelling
-from kinoray.run.label_stage import LabelJob, LabelUnits, average_views, pack_unit
+from kinoray.run.label_open import open_labelling
+from kinoray.run.label_stage import LabelJob, LabelUnits, pack_unit
 from kinoray.sample import view_indices
 from kinoray.sandbox import Sandbox
+from kinoray.scorer import ScorerConfig
 from kinoray.storage import Storage
 from kinoray.synthetic import make_broken, make_video
 from kinoray.transform import crop_views
@@ -155,10 +157,10 @@ def test_a_decoder_process_gives_the_same_views() -> None:
 def test_scores_are_averaged_as_a_plain_loop_does(num_views: int) -> None:
     logits = np.random.default_rng(num_views).normal(size=(num_views, 5)) * 6
     p = [np.exp(row) / np.exp(row).sum() for row in logits]
-    found = average_views(logits, "probs")
+    found = average_logits(logits, "probs")
     np.testing.assert_allclose(np.exp(found) / np.exp(found).sum(), sum(p) / num_views, rtol=1e-12)
-    np.testing.assert_allclose(average_views(logits, "logits"), sum(logits) / num_views, rtol=1e-12, atol=1e-12)
-    far = average_views(np.array([[1e4, 0.0], [1e4, -1e4]]), "probs")
+    np.testing.assert_allclose(average_logits(logits, "logits"), sum(logits) / num_views, rtol=1e-12, atol=1e-12)
+    far = average_logits(np.array([[1e4, 0.0], [1e4, -1e4]]), "probs")
     assert np.isfinite(far).all()
 
 
@@ -196,9 +198,8 @@ class Bench:
             config_digest="c" * 16,
             run_id="r" * 16,
             clip=CLIP,
-            top_k=3,
-            batch_size=4,
-            inference=InferenceConfig(),
+            answer=AnswerRule(top_k=3),
+            scorer=ScorerConfig(batch_size=4),
             decode_tasks=2,
             torch_threads=1,
         )
@@ -222,7 +223,14 @@ def test_a_worker_scores_the_mean_of_the_views(
 ) -> None:
     """Reference: every view decoded by hand, one forward pass for each, softmax and mean in float64."""
     views = ViewsConfig(temporal=2, crops="three", average=average)
-    bench = Bench(library, checkpoint, tmp_path / "out", views=views, batch_size=1, all_scores=True)
+    bench = Bench(
+        library,
+        checkpoint,
+        tmp_path / "out",
+        views=views,
+        scorer=ScorerConfig(batch_size=1),
+        answer=AnswerRule(top_k=3, all_scores=True),
+    )
     worker = LabelUnits(bench.job)
     for unit in bench.plan.units:
         bench.work(worker, unit)
@@ -292,7 +300,7 @@ def test_a_protocol_is_another_labelling_unless_it_means_the_same(
     assert len({*roots.values(), logits, scores}) == len(PROTOCOLS) + 1
     assert "label: protocol 10x3, 30 views of each video" in capsys.readouterr().out
     job = Ledger(LOCAL, roots["10x3"]).job()
-    assert job["views"] == {"temporal": 10, "crops": "three", "average": "probs"}
+    assert job["views"] == {"temporal": 10, "crops": "three", "average": "probs", "windows": None}
 
 
 def test_a_protocol_that_the_network_cannot_be_fed_with_is_refused(library: Path, tmp_path: Path) -> None:

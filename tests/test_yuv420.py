@@ -37,7 +37,7 @@ from kinoray.flow import dis_flow, quantise
 from kinoray.protocol import PROTOCOLS, ViewsConfig
 from kinoray.run.augment import Augmenter
 from kinoray.run.decoding import DecodeTask
-from kinoray.run.label import open_labelling
+from kinoray.run.label_open import open_labelling
 from kinoray.run.label_stage import LabelUnits, pack_unit
 from kinoray.run.runfolder import read_metrics
 from kinoray.run.train import train

@@ -138,6 +138,11 @@ class VCMSDD(nn.Module):
         flow_MND, _ = self.nodes(self.flow_backbone, flow)
         return cast(Tensor, self.head(rgb_MND, flow_MND, grid=grid, num_segments=rgb.shape[1]))
 
+    @property
+    def segment_consensus(self) -> Literal["logits", "probs"]:
+        """What the answer is the mean of, over segments that do not see each other: any part of them may be run."""
+        return self.head.options.consensus
+
     @staticmethod
     def nodes(backbone: Backbone, x_BSTCYX: Tensor) -> tuple[Tensor, Grid]:
         """Return a backbone's features as nodes [B*S, N, D] in the order t, y, x, and their grid (T, H, W)."""

@@ -67,6 +67,11 @@ class ClipClassifier(nn.Module):
         self.grouping = grouping
         self.flow_weight = flow_weight
 
+    @property
+    def segment_consensus(self) -> Literal["logits"] | None:
+        """ "logits" where the answer is their mean over segments that do not see each other; None for whole videos."""
+        return "logits" if self.grouping == "segment" else None
+
     def forward(self, *, rgb: Tensor | None, flow: Tensor | None) -> Tensor:
         """Return logits [B, K] for rgb [B, S, T, 3, Y, X] and flow [B, S, T, flow_channels, Y, X], both float.
 

@@ -22,7 +22,7 @@ from kinoray.errors import ConfigError, KinorayError
 from kinoray.presets import PRESETS
 from kinoray.tune_config import TuneConfig
 from kinoray.verbs_doctor import DoctorConfig
-from kinoray.verbs_evaluation import CompareConfig, EnsembleConfig
+from kinoray.verbs_evaluation import CalibrateConfig, CompareConfig, EnsembleConfig
 from kinoray.verbs_study import AblateConfig, DemoConfig, ModelVerbConfig
 
 __all__ = ["VERBS", "Verb", "main"]
@@ -46,6 +46,9 @@ VERBS: Mapping[str, Verb] = {
     "tune": Verb(TuneConfig, "kinoray.run.tune:tune", "many trainings with other settings -> the best of them"),
     "evaluate": Verb(
         verbs.EvaluateConfig, "kinoray.run.evaluate:evaluate", "checkpoint + labelled catalog -> exact accuracy"
+    ),
+    "calibrate": Verb(
+        CalibrateConfig, "kinoray.run.calibrate:calibrate", "labelled catalog -> temperature and early-exit margins"
     ),
     "ensemble": Verb(EnsembleConfig, "kinoray.ensemble:ensemble", "several evaluations -> their averaged scores"),
     "compare": Verb(CompareConfig, "kinoray.compare:compare", "two evaluations -> what changed, as one HTML page"),

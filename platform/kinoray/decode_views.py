@@ -1,7 +1,8 @@
 """All views of a video from one reading: every wanted frame decoded and scaled once, then cut several times.
 
 Each view is what `decode_clip` gives for its frames and its cut, flow included, which is estimated on the cut. What is
-easy to break: frames that views share are held once, so memory grows with the video's frames and not with the views.
+easy to break: frames that views share are held once, so memory grows with the video's frames and not with the views;
+and a long video in windows is read a few windows at a time, so that memory does not grow with its length either.
 """
 
 from collections.abc import Iterator
@@ -14,16 +15,22 @@ from kinoray.decode import Clip, VideoInfo, video_info
 from kinoray.decode_backend import reach, read_frames
 from kinoray.decode_pyav import PyavVideo
 from kinoray.decode_sink import ClipSink, Empty, mirror, new_array
+from kinoray.errors import UndecodableVideo
 from kinoray.protocol import NUM_CROPS, ViewsConfig
-from kinoray.sample import view_indices
 from kinoray.transform import View, crop_views
+from kinoray.windows import cut_windows, window_indices
 
 __all__ = ["ViewClips", "decode_views"]
+
+_WINDOWS_BYTES = 256 * 2**20
 
 
 @dataclass(frozen=True, slots=True)
 class ViewClips:
-    """The views of one video: V temporal ones, each cut in C places, and each cut mirrored too if `mirrored`."""
+    """The views of a video's windows: V temporal ones each, each cut in C places, and mirrored too if `mirrored`.
+
+    Of a video with many windows (kinoray.windows) these are some; a short one has one window.
+    """
 
     frames: np.ndarray
     """uint8 [C, U, 3, H, W], or I420 [C, U, H * 3 / 2, W]: the U distinct frames of all temporal views, in order, in
@@ -31,7 +38,13 @@ class ViewClips:
     flow: np.ndarray | None
     """int8 [C, U, 2, H, W] to the next frame of the video; None if it was not asked for."""
     indices: np.ndarray
-    """int64 [V, S, T]: the frames' numbers in the video."""
+    """int64 [W * V, S, T]: the frames' numbers in the video, window by window."""
+    windows: np.ndarray
+    """int64 [W, 2]: the windows that are here, first frame and the frame after the last."""
+    first_window: int
+    """Place of the first of them among all windows of the video."""
+    num_windows: int
+    """All windows of the video."""
     mirrored: bool
     """Whether the cuts are seen mirrored as well, after all others (the x component of their flow is negated)."""
     num_frames: int
@@ -47,7 +60,7 @@ class ViewClips:
         return len(self.indices) * len(self.frames) * (1 + self.mirrored)
 
     def clips(self) -> Iterator[Clip]:
-        """The views one after the other: for each temporal view all cuts, then all cuts mirrored."""
+        """The views one after the other: for each temporal view of each window all cuts, then all cuts mirrored."""
         unique = np.unique(self.indices)
         for indices in self.indices:
             places = np.searchsorted(unique, indices.reshape(-1))
@@ -131,22 +144,35 @@ class _CutsSink:
 
 
 def decode_views(
-    data: bytes, config: ClipConfig, views: ViewsConfig, *, with_flow: bool, empty: Empty = new_array
+    data: bytes,
+    config: ClipConfig,
+    views: ViewsConfig,
+    *,
+    with_flow: bool,
+    first_window: int = 0,
+    empty: Empty = new_array,
 ) -> ViewClips:
     """Decode the frames that any view of a video needs, in one reading.
 
     Args:
+        first_window: where to go on in a video of many windows: as many as fit into 256 MiB are decoded at a time.
         empty: as for `decode_clip`.
 
     Raises:
-        MediaError: one of its subclasses; any bytes give views or that.
+        MediaError: one of its subclasses; any bytes give views or that. UndecodableVideo if there is no such window.
     """
     sample = config.sample
     share = reach(replace(sample, num_segments=sample.num_segments * views.temporal))
-    with PyavVideo(data, config.decode, share) as video:
+    with PyavVideo(data, config.decode, share if views.windows is None else 0.0) as video:
         while True:
             num_frames = video.num_frames
-            indices = view_indices(num_frames, sample, views.temporal)
+            every = cut_windows(num_frames, num_frames / video.duration_s if video.duration_s > 0 else 0, views.windows)
+            if first_window >= len(every):
+                raise UndecodableVideo(
+                    f"window {first_window} is gone: {num_frames} frames, fewer than before, make {len(every)} windows"
+                )
+            windows = every[first_window : first_window + _windows_at_once(config, views, with_flow=with_flow)]
+            indices = window_indices(windows, sample, views.temporal)
             sink = _CutsSink(np.unique(indices), num_frames, config, views, empty)
             reading = read_frames(data, video, sink.wanted(with_flow=with_flow), sink, config.decode)
             if video.num_frames == num_frames:
@@ -156,9 +182,19 @@ def decode_views(
             frames=frames,
             flow=flow,
             indices=indices,
+            windows=windows,
+            first_window=first_window,
+            num_windows=len(every),
             mirrored=sink.mirrored,
             num_frames=num_frames,
             frames_decoded=reading.frames_decoded,
             frames_corrupt=reading.frames_corrupt,
             info=video_info(video),
         )
+
+
+def _windows_at_once(config: ClipConfig, views: ViewsConfig, *, with_flow: bool) -> int:
+    """How many windows' frames and flow fit into _WINDOWS_BYTES; at least one."""
+    sample, side = config.sample, config.view.crop_px
+    num_frames = sample.num_segments * sample.frames_per_segment * views.temporal * NUM_CROPS[views.crops]
+    return max(1, _WINDOWS_BYTES // (num_frames * side * side * (5 if with_flow else 3)))

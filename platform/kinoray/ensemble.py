@@ -25,7 +25,8 @@ __all__ = ["ensemble"]
 
 _TOP = 5
 _UNIT_SIZE = 1024  # rows: nothing is decoded, so units may be large
-_COLUMNS = ("uri", "error_class", "error_text", "scores", "views", "frames_decoded", "frames_corrupt", "frames_missing")
+_COUNTS = ("views", "windows", "segments_run", "frames_decoded", "frames_corrupt", "frames_missing")
+_COLUMNS = ("uri", "error_class", "error_text", "scores", *_COUNTS)
 _Row = dict[str, Any]
 
 
@@ -149,12 +150,12 @@ def _commit(
 
 def _averaged(said: list[_Row], members: list[Evaluation], weights: NDArray[np.float64]) -> _Row:
     """The columns of one video, from those of all members."""
-    counts = {name: sum(row[name] for row in said) for name in ("views", "frames_decoded")}
-    counts |= {name: max(row[name] for row in said) for name in ("frames_corrupt", "frames_missing")}
+    counts = {name: sum(row[name] for row in said) for name in ("views", "segments_run", "frames_decoded")}
+    counts |= {name: max(row[name] for row in said) for name in ("windows", "frames_corrupt", "frames_missing")}
     for row, member in zip(said, members, strict=True):
         if row["status"] != "labelled":
             reason = {"error_class": row["error_class"], "error_text": f"in {member.uri}: {row['error_text']}"}
-            return {"status": row["status"], **counts, "views": 0, **reason}
+            return {"status": row["status"], **counts, "views": 0, "windows": 0, "segments_run": 0, **reason}
     labels = members[0].labels
     p = np.zeros(len(labels))
     for row, member, weight in zip(said, members, weights, strict=True):

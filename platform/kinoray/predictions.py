@@ -5,8 +5,10 @@ Under OUT, one folder for each (model, settings), named `labelling_id`:
     job.json                      the model, the settings and the class names that all rows share
     plans/<catalog digest>.json   which rows of that catalog are in which unit (see predictions_plan)
     parts/<unit>-<attempt>.parquet   rows; any number of attempts may leave one
-    commits/<unit>.json           the one part that counts, with its checksum
+    windows/<same name>.parquet   rows of the windows of long videos, where the settings ask for them
+    commits/<unit>.json           the one part (and its windows) that counts, with its checksum
     done/<catalog digest>.json    totals, once every row of the catalog is there
+    jobs/<run id>.json            what each job did that came to its end: totals, rate, and what it waited for
 
 What is easy to break: a part exists for readers only when a commit names it, and only `put_if_absent` makes a commit.
 """
@@ -23,6 +25,7 @@ from kinoray.storage import Storage, join
 
 __all__ = [
     "PREDICTION_SCHEMA",
+    "WINDOW_SCHEMA",
     "Commit",
     "Ledger",
     "Plan",
@@ -30,7 +33,9 @@ __all__ = [
     "Unit",
     "find_labellings",
     "labelling_id",
+    "open_ledger",
     "read_predictions",
+    "read_windows",
     "row_keys",
 ]
 
@@ -51,7 +56,11 @@ PREDICTION_SCHEMA = pa.schema(
         pa.field("margin", pa.float32()),  # first score less the second
         pa.field("entropy", pa.float32()),  # of all classes, in nats
         pa.field("abstained", pa.bool_(), nullable=False),
-        pa.field("views", pa.int32(), nullable=False),
+        pa.field("embedding", pa.list_(pa.float16())),  # what goes into the classifiers; null unless asked for
+        pa.field("segment_logits", pa.list_(pa.float32())),  # [S, C] row by row; null unless asked for
+        pa.field("views", pa.int32(), nullable=False),  # of all windows together
+        pa.field("windows", pa.int32(), nullable=False),  # 1 unless the video was cut
+        pa.field("segments_run", pa.int32(), nullable=False),  # that the network looked at, of all views together
         pa.field("frames_decoded", pa.int32(), nullable=False),
         pa.field("frames_corrupt", pa.int32(), nullable=False),
         pa.field("frames_missing", pa.int32(), nullable=False),  # promised by the file's header, and not there
@@ -61,6 +70,21 @@ PREDICTION_SCHEMA = pa.schema(
     ]
 )
 """One row for every input."""
+
+WINDOW_SCHEMA = pa.schema(
+    [
+        pa.field("video_id", pa.string(), nullable=False),
+        pa.field("row_key", pa.string(), nullable=False),
+        pa.field("window", pa.int32(), nullable=False),  # 0, 1, ... in the order of time
+        pa.field("begin_s", pa.float64(), nullable=False),
+        pa.field("end_s", pa.float64(), nullable=False),
+        *(
+            PREDICTION_SCHEMA.field(name)
+            for name in ("label_topk", "id_topk", "score_topk", "scores", "margin", "entropy", "abstained")
+        ),
+    ]
+)
+"""One row for every window of a labelled video, where the settings cut long videos into windows."""
 
 _PLACE = ("video_id", "uri", "offset", "length")  # a file that was replaced is another input in the same place
 
@@ -101,12 +125,7 @@ def read_predictions(storage: Storage, out: str, *, catalog_digest: str | None =
         ObjectNotFound: nothing was labelled there.
         ConfigError: results of several models or settings are there, and none was named.
     """
-    roots = find_labellings(storage, out)
-    if len(roots) > 1:
-        models = (Ledger(storage, root).job()["checkpoint"] for root in roots)
-        choices = ", ".join(f"{root} (by {model})" for root, model in zip(roots, models, strict=True))
-        raise ConfigError(f"predictions must name one labelling; {out} holds {len(roots)}: {choices}")
-    ledger = Ledger(storage, roots[0])
+    ledger = open_ledger(storage, out)
     plans = [plan for plan in ledger.plans() if catalog_digest in (None, plan.catalog_digest)]
     committed = ledger.committed()
     tables = [PREDICTION_SCHEMA.empty_table()]
@@ -119,3 +138,35 @@ def read_predictions(storage: Storage, out: str, *, catalog_digest: str | None =
                 places.update(rows)  # a video_id is unique in its plan, so this leaves out rows of older plans only
             tables.append(table)
     return pa.concat_tables(tables)
+
+
+def read_windows(storage: Storage, out: str) -> pa.Table:
+    """The rows of the windows of all videos that are committed so far (WINDOW_SCHEMA), in the order of the newest plan.
+
+    Args:
+        out: as for `read_predictions`.
+
+    Raises:
+        ObjectNotFound: nothing was labelled there, or not in windows.
+        ConfigError: results of several models or settings are there, and none was named.
+    """
+    ledger = open_ledger(storage, out)
+    if not ledger.job()["views"]["windows"]:
+        raise ObjectNotFound(f"{ledger.root} was labelled without windows; label with --window-s")
+    committed, seen = ledger.committed(), set[str]()
+    tables = [WINDOW_SCHEMA.empty_table()]
+    for plan in reversed(ledger.plans()):
+        units = [unit for unit in plan.units if unit.unit_id in committed and unit.unit_id not in seen]
+        seen.update(unit.unit_id for unit in units)
+        tables.extend(ledger.read_windows(units))
+    return pa.concat_tables(tables)
+
+
+def open_ledger(storage: Storage, out: str) -> Ledger:
+    """The only labelling in a place that `label` wrote to. Raises as `read_predictions`."""
+    roots = find_labellings(storage, out)
+    if len(roots) > 1:
+        models = (Ledger(storage, root).job()["checkpoint"] for root in roots)
+        choices = ", ".join(f"{root} (by {model})" for root, model in zip(roots, models, strict=True))
+        raise ConfigError(f"predictions must name one labelling; {out} holds {len(roots)}: {choices}")
+    return Ledger(storage, roots[0])

@@ -45,6 +45,8 @@ class Commit:
     """Rows by status."""
     run_id: str
     """The job that wrote it."""
+    windows: dict[str, Any] | None = None
+    """rows, size_bytes and sha256 of the part of the same name under windows/; None where nothing is cut."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -86,17 +88,16 @@ class Ledger:
             return Plan.from_record(self._read_json(uri))
         except ObjectNotFound:
             pass  # the first job on this catalog
-        plan = make_plan(
-            self.labelling_id,
-            catalog_digest,
-            keys,
-            unit_size,
-            older=self.plans(),
-            committed=self.committed(),
-        )
+        plan = self.draft(catalog_digest, keys, unit_size)
         if self.storage.put_if_absent(uri, _to_json(plan.to_record())):
             return plan
         return Plan.from_record(self._read_json(uri))
+
+    def draft(self, catalog_digest: str, keys: Sequence[str], unit_size: int) -> Plan:
+        """The plan that `plan` would store now; nothing is written."""
+        return make_plan(
+            self.labelling_id, catalog_digest, keys, unit_size, older=self.plans(), committed=self.committed()
+        )
 
     def plans(self) -> list[Plan]:
         """All plans, oldest first."""
@@ -116,11 +117,12 @@ class Ledger:
         except ObjectNotFound:
             return None
 
-    def commit(self, unit: Unit, rows: pa.Table, run_id: str) -> Commit:
+    def commit(self, unit: Unit, rows: pa.Table, run_id: str, windows: pa.Table | None = None) -> Commit:
         """Write the rows of a unit and make them count, unless another writer was first: then ours are dropped.
 
         Args:
             rows: PREDICTION_SCHEMA, in the unit's order.
+            windows: WINDOW_SCHEMA, of the same videos.
 
         Returns:
             The commit that stands; its run_id tells whose it is.
@@ -130,26 +132,30 @@ class Ledger:
         """
         if rows.column("row_key").to_pylist() != list(unit.keys):
             raise IncompleteOutput(f"unit {unit.unit_id}: {rows.num_rows} rows are not its {len(unit.keys)} inputs")
-        sink = io.BytesIO()
-        pq.write_table(rows, sink, compression="zstd")
-        data = sink.getvalue()
+        name = f"{unit.unit_id}-{uuid.uuid4().hex[:12]}.parquet"
         commit = Commit(
             unit_id=unit.unit_id,
-            part=f"{unit.unit_id}-{uuid.uuid4().hex[:12]}.parquet",
-            rows=rows.num_rows,
-            size_bytes=len(data),
-            sha256=hashlib.sha256(data).hexdigest(),
+            part=name,
             counts=dict(Counter(rows.column("status").to_pylist())),
             run_id=run_id,
+            windows=None if windows is None else self._put_part("windows", name, windows),
+            **self._put_part("parts", name, rows),
         )
-        part_uri = self._uri("parts", commit.part)
-        self.storage.put(part_uri, data)
         if self.storage.put_if_absent(self._uri("commits", f"{unit.unit_id}.json"), _to_json(asdict(commit))):
             return commit
         winner = Commit(**self._read_json(self._uri("commits", f"{unit.unit_id}.json")))
         if winner.part != commit.part:  # equal: ours was stored, and only the store's answer got lost
-            self.storage.delete(part_uri)
+            for folder in ("parts", "windows") if commit.windows else ("parts",):
+                self.storage.delete(self._uri(folder, commit.part))
         return winner
+
+    def _put_part(self, folder: str, name: str, table: pa.Table) -> dict[str, Any]:
+        """Write a table; rows, size_bytes and sha256 of it."""
+        sink = io.BytesIO()
+        pq.write_table(table, sink, compression="zstd")
+        data = sink.getvalue()
+        self.storage.put(self._uri(folder, name), data)
+        return {"rows": table.num_rows, "size_bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
 
     def read_unit(self, unit: Unit, columns: list[str] | None = None) -> pa.Table:
         """The rows of a finished unit that are in the plan's catalog.
@@ -158,17 +164,36 @@ class Ledger:
             IncompleteOutput: the unit is unfinished, or its part is gone.
             ChecksumMismatch: the part is not what was committed.
         """
+        commit = self._commit_of(unit)
+        return self._read_part("parts", commit, unit, columns, commit.sha256)
+
+    def read_windows(self, units: Iterable[Unit]) -> Iterator[pa.Table]:
+        """The windows of the videos of finished units that are in the plan's catalog. Raises as `read_unit`."""
+
+        def read(unit: Unit) -> pa.Table:
+            commit = self._commit_of(unit)
+            if commit.windows is None:
+                raise IncompleteOutput(f"{self.root}: unit {unit.unit_id} was committed without windows")
+            return self._read_part("windows", commit, unit, None, commit.windows["sha256"])
+
+        return _in_threads(read, units)
+
+    def _commit_of(self, unit: Unit) -> Commit:
         commit = self.find_commit(unit.unit_id)
         if commit is None:
             raise IncompleteOutput(f"{self.root}: unit {unit.unit_id} is not finished; run the same command again")
-        uri = self._uri("parts", commit.part)
+        return commit
+
+    def _read_part(self, folder: str, commit: Commit, unit: Unit, columns: list[str] | None, sha256: str) -> pa.Table:
+        """A committed part, checked, without the rows of videos that have left the catalog."""
+        uri = self._uri(folder, commit.part)
         again = f"delete {self._uri('commits', unit.unit_id + '.json')} and run the label command again"
         try:
             data = self.storage.read(uri)
         except ObjectNotFound:
             raise IncompleteOutput(f"{uri} was committed but is gone; {again}") from None
-        if hashlib.sha256(data).hexdigest() != commit.sha256:
-            raise ChecksumMismatch(f"{uri} is not what was committed ({len(data)} bytes, {commit.size_bytes}); {again}")
+        if hashlib.sha256(data).hexdigest() != sha256:
+            raise ChecksumMismatch(f"{uri} is not what was committed ({len(data)} bytes are there); {again}")
         wanted = None if columns is None or unit.is_whole else list(dict.fromkeys([*columns, "row_key"]))
         table = pq.read_table(io.BytesIO(data), columns=wanted or columns)
         if unit.is_whole:
@@ -226,6 +251,12 @@ class Ledger:
         units = [unit.unit_id for unit in plan.units]
         record = {"catalog_digest": plan.catalog_digest, **asdict(totals), "units": units}
         self.storage.put(self._uri("done", f"{plan.catalog_digest}.json"), _to_json(record))
+
+    def summarize(self, run_id: str, record: dict[str, Any]) -> str:
+        """Write what one job did; returns where."""
+        uri = self._uri("jobs", f"{run_id}.json")
+        self.storage.put(uri, _to_json({"run_id": run_id, **record}))
+        return uri
 
     def _uri(self, *parts: str) -> str:
         return join(self.root, *parts)

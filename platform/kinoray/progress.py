@@ -32,6 +32,7 @@ class Progress:
         self._every_s, self._stream = every_s, stream or sys.stdout
         self._done = 0
         self._counts: Counter[str] = Counter()
+        self._note = ""
         self._start = time.monotonic()
         self._last_print = -1e9
 
@@ -41,6 +42,10 @@ class Progress:
         self._counts.update(counts)
         if time.monotonic() - self._last_print >= self._every_s:
             self._print()
+
+    def note(self, text: str) -> None:
+        """Words at the end of each line from now on."""
+        self._note = text
 
     def close(self) -> None:
         """Print the last line, with the time taken."""
@@ -57,4 +62,5 @@ class Progress:
         elif rate > 0:
             parts.append(f"{format_duration((self._total - self._already - self._done) / rate)} left")
         parts.extend(f"{name} {count}" for name, count in sorted(self._counts.items()) if count)
+        parts.extend([self._note] if self._note else [])
         print(", ".join(parts), file=self._stream, flush=True)

@@ -10,14 +10,40 @@ from typing import Literal
 
 from kinoray.config import ClipConfig, require
 
-__all__ = ["NUM_CROPS", "PROTOCOLS", "Crops", "Protocol", "ProtocolName", "ViewAverage", "ViewsConfig"]
+__all__ = [
+    "NUM_CROPS",
+    "PROTOCOLS",
+    "Crops",
+    "Protocol",
+    "ProtocolName",
+    "ScoreKind",
+    "ViewAverage",
+    "ViewsConfig",
+    "WindowsConfig",
+]
 
 ProtocolName = Literal["center", "8x6", "16x6", "10x3", "5x3", "25x10"]
 Crops = Literal["center", "three", "ten"]
+ScoreKind = Literal["softmax", "sigmoid"]
 ViewAverage = Literal["probs", "logits"]
 
 NUM_CROPS: Mapping[Crops, int] = {"center": 1, "three": 3, "ten": 10}
 """Cuts of one frame: the centre; three along the longer side; four corners and the centre, each also mirrored."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WindowsConfig:
+    """How long videos are cut; part of a result's digest."""
+
+    length_s: float
+    """Videos that are longer than this, in seconds, are cut into windows of this length."""
+    stride_s: float
+    """Seconds from the start of one window to the start of the next."""
+
+    def __post_init__(self) -> None:
+        require(self.length_s > 0, "window_s", "greater than 0", self.length_s)
+        fits = 0 < self.stride_s <= self.length_s
+        require(fits, "window_stride_s", f"greater than 0 and at most window_s ({self.length_s:g})", self.stride_s)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -30,13 +56,15 @@ class ViewsConfig:
     """Cuts of each frame (kinoray.transform.crop_views)."""
     average: ViewAverage = "probs"
     """What is averaged over the views: probabilities, or logits before the softmax."""
+    windows: WindowsConfig | None = None
+    """Long videos in windows, each with all of these views; None: a video is one window, however long."""
 
     def __post_init__(self) -> None:
         require(self.temporal >= 1, "views.temporal", "at least 1", self.temporal)
 
     @property
     def num_views(self) -> int:
-        """How often the network runs for one video."""
+        """How often the network runs for one video (for each window of it)."""
         return self.temporal * NUM_CROPS[self.crops]
 
 
@@ -62,9 +90,9 @@ class Protocol:
         )
         return replace(trained, sample=sample)
 
-    def views(self, average: ViewAverage) -> ViewsConfig:
+    def views(self, average: ViewAverage, windows: WindowsConfig | None = None) -> ViewsConfig:
         """Where the views lie, and how they are averaged."""
-        return ViewsConfig(temporal=self.temporal, crops=self.crops, average=average)
+        return ViewsConfig(temporal=self.temporal, crops=self.crops, average=average, windows=windows)
 
 
 PROTOCOLS: Mapping[ProtocolName, Protocol] = {

@@ -102,15 +102,20 @@ class Sandbox:
             info=_video_info(answer),
         )
 
-    def decode_views(self, data: bytes, config: ClipConfig, views: ViewsConfig, *, with_flow: bool) -> ViewClips:
+    def decode_views(
+        self, data: bytes, config: ClipConfig, views: ViewsConfig, *, with_flow: bool, first_window: int = 0
+    ) -> ViewClips:
         """kinoray.decode_views.decode_views in a decoder process. Raises what decode_clip raises."""
-        arguments = {"config": config, "views": views, "with_flow": with_flow}
+        arguments = {"config": config, "views": views, "with_flow": with_flow, "first_window": first_window}
         answer = self._ask("decode_views", data, config.decode, arguments)
         num_frames, frames_decoded, frames_corrupt = answer.fields["counts"]
         return ViewClips(
             frames=answer.arrays["frames"],
             flow=answer.arrays.get("flow"),
             indices=answer.arrays["indices"],
+            windows=answer.arrays["windows"],
+            first_window=first_window,
+            num_windows=answer.fields["num_windows"],
             mirrored=answer.fields["mirrored"],
             num_frames=num_frames,
             frames_decoded=frames_decoded,

@@ -110,11 +110,12 @@ def _decode_clip(space: OutputSpace, data: bytes, arguments: dict[str, Any]) -> 
 
 def _decode_views(space: OutputSpace, data: bytes, arguments: dict[str, Any]) -> dict[str, Any]:
     views = decode_views(data, **arguments, empty=space.empty)
-    arrays = {"frames": views.frames, "flow": views.flow, "indices": views.indices}
+    arrays = {"frames": views.frames, "flow": views.flow, "indices": views.indices, "windows": views.windows}
     return {
         "arrays": {name: space.place(name, array) for name, array in arrays.items() if array is not None},
         "counts": [views.num_frames, views.frames_decoded, views.frames_corrupt],
         "info": asdict(views.info),
+        "num_windows": views.num_windows,
         "mirrored": views.mirrored,
     }
 

@@ -17,7 +17,7 @@ from kinoray.config import (
     StorageConfig,
     require,
 )
-from kinoray.protocol import PROTOCOLS, ProtocolName, ViewAverage
+from kinoray.protocol import PROTOCOLS, ProtocolName, ScoreKind, ViewAverage, WindowsConfig
 
 __all__ = [
     "EvaluateConfig",
@@ -192,7 +192,7 @@ class LabelConfig:
     Example: kinoray label s3://bucket/library/ --checkpoint s3://bucket/runs/first --out s3://bucket/labels
 
     The result is one row for every input: labelled, or quarantined with a reason. The same command again, after a kill
-    or from another machine, does what is missing and nothing else.
+    or from another machine, does what is missing and nothing else; --plan says what that is.
     """
 
     source: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")]
@@ -213,8 +213,37 @@ class LabelConfig:
     """Segments of each view. Default: as in training, or what the protocol names."""
     top_k: int = 5
     """Classes named for each video."""
+    scores: ScoreKind = "softmax"
+    """`softmax`: one class a video. `sigmoid`: any number of classes, for a network that was trained so; those that
+    reach the threshold are named."""
+    calibration: str = ""
+    """calibration.json of `kinoray calibrate`, made with this checkpoint: its temperature, and the margins of
+    early_exit."""
+    temperature: float = 0.0
+    """Logits are divided by it before they become scores. Default: the calibration's, else 1."""
+    threshold: float = 0.0
+    """Rows whose first score is lower are marked `abstained`."""
+    min_margin: float = 0.0
+    """Rows whose first score is less than this above the second are, too."""
     all_scores: bool = False
     """Store the score of every class, too (column `scores`, in the order of the model's classes)."""
+    embeddings: bool = False
+    """Store what goes into the network's classifiers (column `embedding`, float16)."""
+    segment_scores: bool = False
+    """Store the logits of each segment (column `segment_logits`, segments x classes in one list)."""
+    window_s: float = 0.0
+    """Videos longer than this many seconds are cut into windows of this length. Each window is labelled (`kinoray
+    labels --windows`), and the video's row is the mean over its windows. Default: a video is one clip."""
+    window_stride_s: float = 0.0
+    """Seconds from one window's start to the next one's. Default: window_s, so that they touch."""
+    early_exit: Literal["off", "exact", "margin"] = "off"
+    """Look at a video's segments one after the other and stop early. exact: when the others cannot change its top-1
+    (networks with consensus=probs; scores are those of the segments seen). margin: when the lead reaches a margin
+    that the calibration found to change at most max_changed of the labels."""
+    max_changed: float = 0.001
+    """Share of videos that early_exit=margin may give another top-1."""
+    plan: bool = False
+    """Say how many videos are done, new and changed, and stop there."""
     batch_size: int = 8
     """Clips a forward pass; a video is one clip for each view."""
     unit_size: int = 64
@@ -231,8 +260,31 @@ class LabelConfig:
     def __post_init__(self) -> None:
         for name in ("top_k", "batch_size", "unit_size"):
             require(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
+        for name in ("temperature", "window_s", "window_stride_s"):
+            require(getattr(self, name) >= 0, name, "at least 0", getattr(self, name))
+        for name in ("threshold", "min_margin", "max_changed", "max_bad_fraction"):
+            _check_fraction(name, getattr(self, name))
         _check_segments(self.protocol, self.num_segments)
-        _check_fraction("max_bad_fraction", self.max_bad_fraction)
+        strided = self.window_stride_s
+        require(not strided or strided <= self.window_s, "window_stride_s", f"at most {self.window_s:g}", strided)
+        self._check_early_exit()
+
+    def _check_early_exit(self) -> None:
+        if self.early_exit == "margin":
+            require(bool(self.calibration), "calibration", "a calibration.json with early_exit margin", "none")
+        if self.early_exit != "off" or self.segment_scores:
+            name = "segment_scores" if self.early_exit == "off" else "early_exit"
+            one_view = PROTOCOLS[self.protocol].views(self.view_average).num_views == 1
+            require(one_view and not self.window_s, name, "off with windows or several views", "on")
+        both = self.early_exit != "off" and self.segment_scores
+        require(not both, "segment_scores", "off with early_exit, which does not run all segments", "on")
+
+    @property
+    def windows(self) -> WindowsConfig | None:
+        """How long videos are cut."""
+        if not self.window_s:
+            return None
+        return WindowsConfig(length_s=self.window_s, stride_s=self.window_stride_s or self.window_s)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -1,13 +1,48 @@
-"""Config trees of the verbs that read evaluations: `ensemble` and `compare`."""
+"""Config trees of the verbs around evaluation: `calibrate`, `ensemble` and `compare`."""
 
 from dataclasses import dataclass, field
 from typing import Annotated
 
 import tyro
 
-from kinoray.config import StorageConfig, require
+from kinoray.config import InferenceConfig, ResourcesConfig, StorageConfig, require
+from kinoray.protocol import ProtocolName
 
-__all__ = ["CompareConfig", "EnsembleConfig"]
+__all__ = ["CalibrateConfig", "CompareConfig", "EnsembleConfig"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CalibrateConfig:
+    """Fit on a labelled catalog what makes scores honest: a temperature, and margins at which labelling may stop early.
+
+    Example: kinoray calibrate s3://bucket/set --checkpoint s3://bucket/runs/first --out s3://bucket/calibration
+
+    Take videos that the checkpoint was not trained on, a thousand or more: 0.1% of changed labels cannot be told from
+    none on fewer. `kinoray label --calibration OUT/calibration.json` then uses it; both must look at the same segments.
+    """
+
+    catalog: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="CATALOG")]
+    """A pack's folder, or its catalog.parquet; its rows need labels."""
+    checkpoint: str
+    """A checkpoint, or a run folder (its best checkpoint)."""
+    out: str
+    """Folder or s3:// prefix for the predictions and calibration.json."""
+    split: str = "val"
+    """Split to fit on; empty for all of the catalog."""
+    protocol: ProtocolName = "center"
+    """As for `label`; of one view."""
+    num_segments: int | None = None
+    """Segments of each video. Default: as in training, or what the protocol names."""
+    batch_size: int = 8
+    """Clips a forward pass."""
+    max_bad_fraction: float = 0.2
+    """More quarantined videos than this share make the job exit non-zero."""
+    inference: InferenceConfig = field(default_factory=InferenceConfig)
+    """How the model runs."""
+    storage: StorageConfig = field(default_factory=StorageConfig)
+    """Object storage."""
+    resources: ResourcesConfig = field(default_factory=ResourcesConfig)
+    """Workers."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -13,7 +13,8 @@ from kinoray.evaluation import (
     true_classes,
     write_evaluation,
 )
-from kinoray.run.label import Labelling, open_labelling, refuse_too_many_bad, run_labelling
+from kinoray.run.label import refuse_too_many_bad, run_labelling
+from kinoray.run.label_open import Labelling, open_labelling
 from kinoray.storage import absolute
 from kinoray.verbs import EvaluateConfig, LabelConfig
 

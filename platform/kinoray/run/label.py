@@ -5,9 +5,10 @@ anything and running the same command again gives the same table.
 """
 
 import time
-import uuid
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict
+from datetime import UTC, datetime
 from typing import Any
 
 import pyarrow as pa
@@ -16,42 +17,28 @@ import ray.data
 from ray.exceptions import RayError, RayTaskError
 
 from kinoray import errors
-from kinoray.catalog import Catalog, catalog_of_source
-from kinoray.checkpoint import CheckpointMeta, find_checkpoint, load_model
-from kinoray.config import ClipConfig, ResourcesConfig, digest
-from kinoray.errors import ClusterError, ConfigError, KinorayError, ObjectNotFound, TooManyBad
-from kinoray.model import InputSpec, check_clip, compile_advice
-from kinoray.predictions import Ledger, Plan, Totals, Unit, find_labellings, labelling_id, row_keys
+from kinoray.config import ResourcesConfig
+from kinoray.errors import ClusterError, KinorayError, TooManyBad
+from kinoray.predictions import Totals, Unit
+from kinoray.predictions_preview import preview
 from kinoray.progress import Progress, format_duration
-from kinoray.protocol import PROTOCOLS
 from kinoray.run.cluster import connect, quiet_ray, require_fit
-from kinoray.run.label_stage import LabelJob, LabelUnits, pack_unit
-from kinoray.storage import Storage, absolute, join
+from kinoray.run.label_open import Labelling, open_labelling
+from kinoray.run.label_stage import LabelUnits, pack_unit
+from kinoray.run.label_times import STAGES, bound_stage
 from kinoray.verbs import LabelConfig
 
-__all__ = ["Labelling", "label", "open_labelling", "refuse_too_many_bad", "run_labelling"]
+__all__ = ["label", "refuse_too_many_bad", "run_labelling"]
 
 _MAX_BLOCKS = 20_000  # each is a Ray object and a task; more units than this share blocks
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Labelling:
-    """A catalog, a model and the ledger where they meet."""
-
-    catalog: Catalog
-    keys: list[str]
-    """`row_keys` of the catalog."""
-    meta: CheckpointMeta
-    job: LabelJob
-    ledger: Ledger
-    plan: Plan
 
 
 def label(config: LabelConfig) -> dict[str, Any]:
     """Label what is not labelled yet, check that every input has its row, and print the totals.
 
     Returns:
-        The totals, with `labelling_id`, `root` (where the table is), `catalog_digest` and `run_id`.
+        The totals, with `labelling_id`, `root` (where the table is), `catalog_digest` and `run_id`. With config.plan:
+        videos, done, new, changed, gone, size_bytes and units.
 
     Raises:
         TooManyBad: more than max_bad_fraction were quarantined; the table is complete all the same.
@@ -60,6 +47,8 @@ def label(config: LabelConfig) -> dict[str, Any]:
     """
     start = time.monotonic()
     labelling = open_labelling(config, "label")
+    if config.plan:
+        return _say_plan(labelling)
     totals = run_labelling(labelling, config.resources, "label")
     print(f"label: complete in {format_duration(time.monotonic() - start)}; the table is in {labelling.ledger.root}")
     print(f"label: look at it with: kinoray report {labelling.ledger.root}", flush=True)
@@ -73,70 +62,6 @@ def label(config: LabelConfig) -> dict[str, Any]:
     }
 
 
-def open_labelling(
-    config: LabelConfig, task: str, *, check: Callable[[Catalog, CheckpointMeta], object] | None = None
-) -> Labelling:
-    """Find and check everything that a labelling needs, and pin its plan; Ray is not started.
-
-    Args:
-        task: the verb, for the lines that are printed.
-        check: called before anything is written; raises what it finds wrong.
-
-    Raises:
-        KinorayError: as `label`.
-    """
-    storage = Storage(config.storage)
-    checkpoint = find_checkpoint(storage, absolute(config.checkpoint))
-    model, meta = load_model(storage, checkpoint)  # here first: what is wrong with it is said before workers start
-    clip = _clip(config, meta.clip, model.input_spec)
-    views = PROTOCOLS[config.protocol].views(config.view_average)
-    top_k = min(config.top_k, len(meta.labels))
-    settings = {
-        "clip": asdict(clip),
-        "views": asdict(views),
-        "all_scores": config.all_scores,
-        "top_k": top_k,
-        "batch_size": config.batch_size,
-        "inference": asdict(config.inference),
-        "labels": list(meta.labels),
-    }
-    catalog = catalog_of_source(storage, absolute(config.source)).select(config.split)
-    if check is not None:
-        check(catalog, meta)
-    keys = row_keys(catalog.table)
-    folder = labelling_id(meta.model_digest, digest(settings))
-    out = absolute(config.out).rstrip("/")
-    ledger = Ledger(storage, join(out, folder))
-    record = {"model_digest": meta.model_digest, "config_digest": digest(settings), "checkpoint": checkpoint}
-    if ledger.pin_job({**record, "model": asdict(meta.model), **settings}):
-        _say_others(storage, out, ledger.root, task)
-    plan = ledger.plan(catalog.digest, keys, config.unit_size)
-    job = LabelJob(
-        storage=storage,
-        root=ledger.root,
-        checkpoint=checkpoint,
-        model_digest=meta.model_digest,
-        config_digest=digest(settings),
-        run_id=uuid.uuid4().hex[:16],
-        clip=clip,
-        views=views,
-        top_k=top_k,
-        all_scores=config.all_scores,
-        batch_size=config.batch_size,
-        inference=config.inference,
-        decode_tasks=config.resources.decode_tasks,
-        torch_threads=max(1, int(config.resources.cpus_per_worker)),
-        device="cuda" if config.resources.gpus_per_worker > 0 else "cpu",
-    )
-    print(f"{task}: {len(catalog)} videos, {len(meta.labels)} classes, checkpoint {checkpoint}", flush=True)
-    if views.num_views > 1:
-        print(f"{task}: protocol {config.protocol}, {views.num_views} views of each video", flush=True)
-    clips = -(-len(catalog) // config.resources.num_workers) * views.num_views
-    if job.device == "cpu" and (advice := compile_advice(model.input_spec, clip, config.inference, clips)):
-        print(f"{task}: {advice}", flush=True)
-    return Labelling(catalog=catalog, keys=keys, meta=meta, job=job, ledger=ledger, plan=plan)
-
-
 def run_labelling(labelling: Labelling, resources: ResourcesConfig, task: str) -> Totals:
     """Label the units that are missing, check the whole table, declare it complete and print what it holds.
 
@@ -144,6 +69,7 @@ def run_labelling(labelling: Labelling, resources: ResourcesConfig, task: str) -
         KinorayError: as `label`, but for TooManyBad.
     """
     ledger, plan = labelling.ledger, labelling.plan
+    began, start, stages = datetime.now(UTC), time.monotonic(), Counter[str]()
     done = ledger.committed()
     missing = [unit for unit in plan.units if unit.unit_id not in done]
     already = plan.num_rows - sum(unit.num_rows for unit in missing)
@@ -154,12 +80,32 @@ def run_labelling(labelling: Labelling, resources: ResourcesConfig, task: str) -
         require_fit(resources)
         progress = Progress(plan.num_rows, task, "videos", already=already)
         for result in _run_units(labelling, _rotated(missing, labelling.job.run_id), resources):
+            stages.update({stage: result[f"{stage}_s"] for stage in STAGES})
+            progress.note(f"bound by {bound_stage(stages)}")
             progress.update(result["rows"], quarantined=result["quarantined"])
         progress.close()
     totals = ledger.check(plan, labelling.keys)
     ledger.finish(plan, totals)
     _print_totals(totals, task)
+    to_do, wall_s = plan.num_rows - already, time.monotonic() - start
+    record = {"began": began.isoformat(timespec="seconds"), "wall_s": wall_s, "already": already, "labelled_now": to_do}
+    record |= {"videos_per_s": to_do / wall_s, "waited_s": {stage: float(stages[stage]) for stage in STAGES}}
+    about = {"task": task, "catalog_digest": plan.catalog_digest, "checkpoint": labelling.job.checkpoint}
+    uri = ledger.summarize(labelling.job.run_id, {**about, **record, "totals": asdict(totals)})
+    print(f"{task}: summary in {uri}")
     return totals
+
+
+def _say_plan(labelling: Labelling) -> dict[str, Any]:
+    """What is done and what a labelling would do."""
+    found = preview(labelling.ledger, labelling.catalog, labelling.keys, labelling.plan)
+    size = "" if found.size_bytes is None else f", {found.size_bytes:,} bytes to read"
+    print(f"label: {found.videos} videos = {found.done} done + {found.new} new + {found.changed} changed")
+    print(f"label: {found.new + found.changed} to label in {found.units} units{size}")
+    if found.gone:
+        print(f"label: {found.gone} rows are of videos that are no longer in the source; they stay, and do not show")
+    print(f"label: nothing was written; the table is, or will be, in {labelling.ledger.root}", flush=True)
+    return asdict(found)
 
 
 def refuse_too_many_bad(totals: Totals, max_bad_fraction: float, root: str) -> None:
@@ -170,32 +116,6 @@ def refuse_too_many_bad(totals: Totals, max_bad_fraction: float, root: str) -> N
             f"{totals.quarantined} of {totals.inputs} videos ({share:.1%}) were quarantined, max_bad_fraction allows "
             f"{max_bad_fraction:.1%}: {_reasons(totals)}; the table in {root} is complete all the same and names them"
         )
-
-
-def _clip(config: LabelConfig, trained: ClipConfig, spec: InputSpec) -> ClipConfig:
-    """What each view holds.
-
-    Raises:
-        ConfigError: the model cannot be fed with that.
-    """
-    clip = PROTOCOLS[config.protocol].clip(trained)
-    if config.num_segments is not None:
-        clip = replace(clip, sample=replace(clip.sample, num_segments=config.num_segments))
-    try:
-        check_clip(spec, clip)
-    except ConfigError as error:
-        raise ConfigError(f"protocol {config.protocol}: {error}") from None
-    return clip
-
-
-def _say_others(storage: Storage, out: str, root: str, task: str) -> None:
-    """A new labelling beside others: never mixed with them, and never unnoticed."""
-    try:
-        others = [other for other in find_labellings(storage, out) if other != root]
-    except ObjectNotFound:
-        return
-    if others:
-        print(f"{task}: {out} holds results of another model or other settings ({', '.join(others)}); they stay apart")
 
 
 def _rotated(units: list[Unit], run_id: str) -> list[Unit]:

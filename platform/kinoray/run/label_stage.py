@@ -1,42 +1,30 @@
 """What a labelling worker does: read, decode, run the model and commit, one unit of work after the other.
 
-Decoders are the worker's own processes, so decoded frames never leave its machine. What is easy to break: batches are
-formed across the views and videos of a unit in its order, so that a unit gives the same digits on any number of workers
-and after any kill.
+What is easy to break: batches are formed across the views and videos of a unit in its order, so that a unit gives the
+same digits on any number of workers and after any kill.
 """
 
-from collections import deque
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import torch
-from torch import nn
 
-from kinoray.batch import collate, model_inputs
-from kinoray.catalog import read_videos, references
+from kinoray.answers import AnswerRule, average_logits, top_predictions
 from kinoray.checkpoint import load_model
-from kinoray.config import ClipConfig, InferenceConfig
-from kinoray.decode import Clip
+from kinoray.config import ClipConfig
 from kinoray.decode_views import ViewClips
-from kinoray.errors import (
-    AccessDenied,
-    CheckpointMismatch,
-    KinorayError,
-    MediaError,
-    ModelError,
-    StorageUnavailable,
-)
-from kinoray.model import VideoModel, prepare_model
-from kinoray.predictions import PREDICTION_SCHEMA, Ledger, Unit
-from kinoray.protocol import ViewAverage, ViewsConfig
-from kinoray.sandbox import shared_sandbox
+from kinoray.errors import AccessDenied, CheckpointMismatch, KinorayError, MediaError
+from kinoray.predictions import PREDICTION_SCHEMA, WINDOW_SCHEMA, Ledger, Unit
+from kinoray.protocol import ViewsConfig
+from kinoray.run.label_read import VideoReader
+from kinoray.run.label_times import STAGES, LabelMetrics, StageClock
+from kinoray.scorer import ClipAnswer, ClipScorer, ScorerConfig
 from kinoray.storage import Storage
 
-__all__ = ["UNIT_COLUMNS", "LabelJob", "LabelUnits", "average_views", "pack_unit", "top_predictions"]
+__all__ = ["UNIT_COLUMNS", "LabelJob", "LabelUnits", "pack_unit"]
 
 UNIT_COLUMNS = ("video_id", "uri", "offset", "length", "sha256")
 """Columns of a catalog that a worker needs."""
@@ -54,27 +42,54 @@ class LabelJob:
     config_digest: str
     run_id: str
     clip: ClipConfig
-    top_k: int
-    batch_size: int
-    inference: InferenceConfig
     decode_tasks: int
     """Decoder processes of each worker."""
     torch_threads: int
+    scorer: ScorerConfig = field(default_factory=ScorerConfig)
+    answer: AnswerRule = field(default_factory=AnswerRule)
     views: ViewsConfig = field(default_factory=ViewsConfig)
-    all_scores: bool = False
     device: str = "cpu"
 
 
 @dataclass(slots=True)
+class _Window:
+    """One window of a video: the answers for its views, in the end one."""
+
+    begin_s: float
+    end_s: float
+    views: list[ClipAnswer] = field(default_factory=list)
+
+
+@dataclass(slots=True)
 class _Outcome:
-    """What became of one video: an error, or views whose logits become a score."""
+    """What became of one video: an error, or windows with views whose logits become a score."""
 
     error: KinorayError | None = None
-    logits: list[np.ndarray] = field(default_factory=list)
-    score: dict[str, Any] = field(default_factory=dict)
+    windows: list[_Window] = field(default_factory=list)
+    answer: dict[str, Any] = field(default_factory=dict)
+    window_answers: list[dict[str, Any]] = field(default_factory=list)
     frames_decoded: int = 0
     frames_corrupt: int = 0
     frames_missing: int = 0
+
+    @property
+    def answers(self) -> list[ClipAnswer]:
+        return [view for window in self.windows for view in window.views]
+
+    def add(self, part: ViewClips) -> None:
+        """Make room for the windows of a part, and count its frames."""
+        self.frames_decoded += part.frames_decoded
+        self.frames_corrupt += part.frames_corrupt
+        self.frames_missing = part.info.frames_missing
+        rate = part.info.fps or 1.0
+        self.windows += [_Window(begin / rate, end / rate) for begin, end in part.windows.tolist()]
+
+
+class _Place(NamedTuple):
+    """Where a clip's answer belongs."""
+
+    outcome: _Outcome
+    window: int
 
 
 def pack_unit(unit: Unit, rows: pa.Table) -> dict[str, Any]:
@@ -90,57 +105,6 @@ def pack_unit(unit: Unit, rows: pa.Table) -> dict[str, Any]:
     return {"unit_id": unit.unit_id, "keys": list(unit.keys), "rows": sink.getvalue().to_pybytes()}
 
 
-def top_predictions(
-    logits: np.ndarray, labels: Sequence[str], top_k: int, *, all_scores: bool = False
-) -> list[dict[str, Any]]:
-    """The prediction columns of each video: the likeliest classes, margin and entropy.
-
-    Args:
-        logits: float [B, C], all finite.
-        labels: C class names.
-        top_k: classes named; all of them if there are fewer. Of equal scores the lower id comes first.
-        all_scores: the column `scores`, too.
-    """
-    log_p = _log_softmax(logits)
-    p = np.exp(log_p)
-    order = np.argsort(-p, axis=1, kind="stable")
-    results = []
-    for row, ids in enumerate(order):
-        best = ids[:top_k]
-        second = p[row, ids[1]] if len(ids) > 1 else 0.0
-        results.append(
-            {
-                "label_topk": [labels[index] for index in best],
-                "id_topk": best.tolist(),
-                "score_topk": p[row, best].tolist(),
-                "margin": float(p[row, ids[0]] - second),
-                "entropy": float(-(p[row] * log_p[row]).sum()),
-            }
-            | ({"scores": p[row]} if all_scores else {})
-        )
-    return results
-
-
-def average_views(logits: np.ndarray, average: ViewAverage) -> np.ndarray:
-    """Logits of a video from those of its views, float64 [V, C] -> [C]; a single view keeps its own.
-
-    logits: their mean. probs: the logarithm of the mean of the views' probabilities (softmax gives that mean back).
-    """
-    if len(logits) == 1:
-        return np.asarray(logits[0])
-    if average == "logits":
-        return np.asarray(logits.mean(axis=0))
-    log_p = _log_softmax(logits)
-    highest = log_p.max(axis=0)
-    return np.asarray(highest + np.log(np.exp(log_p - highest).mean(axis=0)))
-
-
-def _log_softmax(logits: np.ndarray) -> np.ndarray:
-    """float64 [B, C]"""
-    shifted = logits.astype(np.float64) - logits.max(axis=1, keepdims=True)
-    return np.asarray(shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True)))
-
-
 class LabelUnits:
     """Unit rows in (see `pack_unit`), one small row of counts out for each; the predictions go to the ledger.
 
@@ -151,23 +115,35 @@ class LabelUnits:
     def __init__(self, job: LabelJob) -> None:
         self.job = job
         self.ledger = Ledger(job.storage, job.root)
-        self.model: VideoModel | None = None
+        self.scorer: ClipScorer[_Place] | None = None
+        self.with_flow = False
         self.labels: tuple[str, ...] = ()
         torch.set_num_threads(job.torch_threads)
-        self.decoders = ThreadPoolExecutor(job.decode_tasks, thread_name_prefix="decode")
-        self.sandbox = shared_sandbox(job.decode_tasks)
+        self.clock, self.metrics = StageClock(), LabelMetrics(self.ledger.labelling_id)
+        self.reader = VideoReader(
+            job.storage,
+            job.clip,
+            job.views,
+            self.clock,
+            num_decoders=job.decode_tasks,
+            batch_size=job.scorer.batch_size,
+        )
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         results = []
         for row in batch.to_pylist():
             unit = Unit(row["unit_id"], tuple(row["keys"]), len(row["keys"]))
-            result = {"unit_id": unit.unit_id, "rows": 0, "quarantined": 0, "error_class": "", "error_text": ""}
+            counts, failure = {}, {"error_class": "", "error_text": ""}
             try:
                 counts = self.label_unit(unit, pa.ipc.open_stream(row["rows"]).read_all())
-                result |= {"rows": sum(counts.values()), "quarantined": counts.get("quarantined", 0)}
             except KinorayError as error:
-                result |= {"error_class": type(error).__name__, "error_text": str(error)}
-            results.append(result)
+                failure = {"error_class": type(error).__name__, "error_text": str(error)}
+            seconds = self.clock.take()
+            self.metrics.add(counts, seconds)
+            rows = {"rows": sum(counts.values()), "quarantined": counts.get("quarantined", 0)}
+            results.append(
+                {"unit_id": unit.unit_id, **rows, **failure, **{f"{name}_s": seconds[name] for name in STAGES}}
+            )
         return pa.Table.from_pylist(results)
 
     def label_unit(self, unit: Unit, rows: pa.Table) -> dict[str, int]:
@@ -178,104 +154,62 @@ class LabelUnits:
         """
         commit = self.ledger.find_commit(unit.unit_id)  # by another job, or by this one before its worker was killed
         if commit is None:
-            model = self._load()
-            outcomes = self._label(model, rows)
+            outcomes = self._label(self._load(), rows)
             _refuse_if_all_denied(outcomes)
-            commit = self.ledger.commit(unit, self._table(unit, rows, outcomes), self.job.run_id)
+            windows = self._windows_table(unit, rows, outcomes) if self.job.views.windows else None
+            with self.clock.timing("commit"):
+                commit = self.ledger.commit(unit, self._table(unit, rows, outcomes), self.job.run_id, windows)
         return commit.counts
 
-    def _load(self) -> VideoModel:
-        if self.model is None:
-            model, meta = load_model(self.job.storage, self.job.checkpoint)
-            if meta.model_digest != self.job.model_digest:
+    def _load(self) -> ClipScorer[_Place]:
+        if self.scorer is None:
+            job = self.job
+            model, meta = load_model(job.storage, job.checkpoint)
+            if meta.model_digest != job.model_digest:
                 raise CheckpointMismatch(
-                    f"{self.job.checkpoint} was replaced while the job ran: model {meta.model_digest}, "
-                    f"expected {self.job.model_digest}; run the command again"
+                    f"{job.checkpoint} was replaced while the job ran: model {meta.model_digest}, "
+                    f"expected {job.model_digest}; run the command again"
                 )
-            cast(nn.Module, model).to(self.job.device)
-            self.model, self.labels = prepare_model(model, self.job.clip, self.job.inference), meta.labels
-        return self.model
+            self.labels, self.with_flow = meta.labels, bool(model.input_spec.flow_channels)
+            self.scorer = ClipScorer(model, job.clip, job.scorer, num_classes=len(self.labels), device=job.device)
+        return self.scorer
 
-    def _label(self, model: VideoModel, rows: pa.Table) -> list[_Outcome]:
+    def _label(self, scorer: ClipScorer[_Place], rows: pa.Table) -> list[_Outcome]:
         """One outcome for each row, in order."""
         outcomes = [_Outcome() for _ in range(rows.num_rows)]
-        waiting: list[tuple[_Outcome, Clip]] = []
-        for outcome, views in zip(
-            outcomes, self._views(rows, with_flow=bool(model.input_spec.flow_channels)), strict=True
-        ):
-            if isinstance(views, KinorayError):
-                outcome.error = views
+        for outcome, video in zip(outcomes, self.reader.videos(rows, with_flow=self.with_flow), strict=True):
+            if isinstance(video, KinorayError):
+                outcome.error = video
                 continue
-            outcome.frames_decoded, outcome.frames_corrupt = views.frames_decoded, views.frames_corrupt
-            outcome.frames_missing = views.info.frames_missing
-            for clip in views.clips():
-                waiting.append((outcome, clip))
-                if len(waiting) == self.job.batch_size:
-                    self._run(model, waiting)
-                    waiting = []
-        if waiting:
-            self._run(model, waiting)
+            try:
+                for part in self.reader.parts(video, with_flow=self.with_flow):
+                    outcome.add(part)
+                    views_a_window = len(part) // len(part.windows)
+                    for view, clip in enumerate(part.clips()):
+                        place = _Place(outcome, part.first_window + view // views_a_window)
+                        with self.clock.timing("model"):
+                            _keep(scorer.put(place, clip))
+            except MediaError as error:  # of a later window; what waits of the earlier ones is dropped with the video
+                outcome.error = error
+        with self.clock.timing("model"):
+            _keep(scorer.flush())
         self._score([outcome for outcome in outcomes if outcome.error is None])
         return outcomes
 
-    def _views(self, rows: pa.Table, *, with_flow: bool) -> Iterator[ViewClips | KinorayError]:
-        """Read and decode in order, some videos ahead of the consumer: as many as fill a batch, and the decoders.
-
-        Raises:
-            StorageUnavailable, DecoderStartFailed: the store is down, or this machine; that is no fault of a video.
-        """
-        ahead = -(-self.job.batch_size // self.job.views.num_views) + self.job.decode_tasks
-        pending: deque[Future[ViewClips | MediaError] | KinorayError] = deque()
-        try:
-            for data in read_videos(self.job.storage, references(rows)):
-                if isinstance(data, StorageUnavailable):
-                    raise data
-                pending.append(
-                    data if isinstance(data, KinorayError) else self.decoders.submit(self._decode, data, with_flow)
-                )
-                if len(pending) > ahead:
-                    yield _result(pending.popleft())
-            while pending:
-                yield _result(pending.popleft())
-        finally:
-            for entry in pending:
-                if isinstance(entry, Future):
-                    entry.cancel()
-
-    def _decode(self, data: bytes, with_flow: bool) -> ViewClips | MediaError:
-        try:
-            return self.sandbox.decode_views(data, self.job.clip, self.job.views, with_flow=with_flow)
-        except MediaError as error:  # whatever a video does is one of these; what else goes wrong is not its fault
-            return error
-
-    def _run(self, model: VideoModel, waiting: list[tuple[_Outcome, Clip]]) -> None:
-        """Run the model on a batch of views and give each outcome its logits."""
-        inputs = model_inputs(collate([clip for _, clip in waiting]), model.input_spec, self.job.device)
-        try:
-            with torch.inference_mode():
-                logits = model(**inputs).float().cpu().numpy()
-        except (RuntimeError, TypeError, ValueError) as error:
-            shapes = {name: list(tensor.shape) for name, tensor in inputs.items() if tensor is not None}
-            raise ModelError(f"the model failed on a batch {shapes}: {error}") from error
-        if logits.shape != (len(waiting), len(self.labels)):
-            expected = [len(waiting), len(self.labels)]
-            raise ModelError(f"the model gave logits {list(logits.shape)}, expected {expected} for its labels")
-        if not np.isfinite(logits).all():
-            bad = int((~np.isfinite(logits)).any(axis=1).sum())
-            raise ModelError(f"the model gave NaN or infinite logits for {bad} of {len(logits)} clips of a batch")
-        for (outcome, _), row in zip(waiting, logits.astype(np.float64), strict=True):
-            outcome.logits.append(row)
-
     def _score(self, outcomes: list[_Outcome]) -> None:
-        """Make one answer of the views of each video."""
+        """Make one answer of the views of each window, and one of the windows of each video."""
         if not outcomes:
             return
-        job = self.job
-        logits = np.stack([average_views(np.stack(outcome.logits), job.views.average) for outcome in outcomes])
-        for outcome, score in zip(
-            outcomes, top_predictions(logits, self.labels, job.top_k, all_scores=job.all_scores), strict=True
-        ):
-            outcome.score = score
+        average, rule = self.job.views.average, self.job.answer
+        windows = [
+            [average_logits(_stack(window.views), average, rule.scores) for window in outcome.windows]
+            for outcome in outcomes
+        ]
+        videos = np.stack([average_logits(np.stack(logits), average, rule.scores) for logits in windows])
+        for outcome, logits, answer in zip(outcomes, windows, top_predictions(videos, self.labels, rule), strict=True):
+            outcome.answer = answer | _extras(outcome.answers)
+            if self.job.views.windows:
+                outcome.window_answers = top_predictions(np.stack(logits), self.labels, rule)
 
     def _table(self, unit: Unit, rows: pa.Table, outcomes: Sequence[_Outcome]) -> pa.Table:
         shared = {
@@ -287,21 +221,51 @@ class LabelUnits:
         records = []
         for key, row, outcome in zip(unit.keys, rows.to_pylist(), outcomes, strict=True):
             bad = outcome.error
+            answers = [] if bad else outcome.answers
             records.append(
                 {name: row[name] for name in ("video_id", "uri", "offset", "length")}
                 | {"row_key": key, "status": "labelled" if bad is None else "quarantined"}
                 | {"error_class": None if bad is None else type(bad).__name__}
                 | {"error_text": None if bad is None else " ".join(str(bad).split())}
-                | {"views": len(outcome.logits)}
+                | {"views": len(answers), "windows": 0 if bad else len(outcome.windows)}
+                | {"segments_run": sum(answer.segments_run for answer in answers)}
                 | {name: getattr(outcome, name) for name in ("frames_decoded", "frames_corrupt", "frames_missing")}
-                | outcome.score
                 | shared
+                | outcome.answer
             )
         return pa.Table.from_pylist(records, schema=PREDICTION_SCHEMA)
 
+    @staticmethod
+    def _windows_table(unit: Unit, rows: pa.Table, outcomes: Sequence[_Outcome]) -> pa.Table:
+        records = [
+            {"video_id": video_id, "row_key": key, "window": number, "begin_s": window.begin_s, "end_s": window.end_s}
+            | answer
+            for key, video_id, outcome in zip(unit.keys, rows.column("video_id").to_pylist(), outcomes, strict=True)
+            if outcome.error is None
+            for number, (window, answer) in enumerate(zip(outcome.windows, outcome.window_answers, strict=True))
+        ]
+        return pa.Table.from_pylist(records, schema=WINDOW_SCHEMA)
 
-def _result(entry: Future[ViewClips | MediaError] | KinorayError) -> ViewClips | KinorayError:
-    return entry.result() if isinstance(entry, Future) else entry
+
+def _keep(answers: Iterable[tuple[_Place, ClipAnswer]]) -> None:
+    """Put each answer where it belongs."""
+    for place, answer in answers:
+        place.outcome.windows[place.window].views.append(answer)
+
+
+def _stack(views: Sequence[ClipAnswer]) -> np.ndarray:
+    return np.stack([view.logits for view in views])
+
+
+def _extras(views: Sequence[ClipAnswer]) -> dict[str, Any]:
+    """Embedding (mean over the views) and segment logits (of the only view), where they were kept."""
+    kept: dict[str, Any] = {}
+    vectors = [view.embedding for view in views if view.embedding is not None]
+    if vectors:
+        kept["embedding"] = np.mean(vectors, axis=0, dtype=np.float64).astype(np.float16)
+    if views[0].segment_logits is not None:
+        kept["segment_logits"] = views[0].segment_logits.reshape(-1)
+    return kept
 
 
 def _refuse_if_all_denied(outcomes: Sequence[_Outcome]) -> None:

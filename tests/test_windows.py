@@ -1,0 +1,200 @@
+"""Long videos in windows: where they lie, their frames, and both tables."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kinoray import decode_views as decode_views_module
+from kinoray.answers import AnswerRule
+from kinoray.catalog import catalog_of_source
+from kinoray.checkpoint import load_meta
+from kinoray.config import ClipConfig, ModelConfig, SampleConfig, StorageConfig, ViewConfig
+from kinoray.decode import decode_clip
+from kinoray.decode_views import decode_views
+from kinoray.errors import ConfigError, ObjectNotFound, UndecodableVideo
+from kinoray.model import build_model
+from kinoray.predictions import Ledger, read_windows, row_keys
+from kinoray.protocol import ViewsConfig, WindowsConfig
+from kinoray.run.label_stage import LabelJob, LabelUnits, pack_unit
+from kinoray.sample import view_indices
+from kinoray.scorer import ScorerConfig
+from kinoray.storage import Storage
+from kinoray.synthetic import make_broken, make_video
+from kinoray.windows import cut_windows
+from label_models import save_untrained
+
+LOCAL = Storage(StorageConfig())
+LABELS = ("left", "right", "up")
+CLIP = ClipConfig(sample=SampleConfig(num_segments=2, frames_per_segment=2), view=ViewConfig(resize_px=36, crop_px=32))
+WINDOWS = WindowsConfig(length_s=1.0, stride_s=0.5)  # 30 frames every 15
+
+
+def moving(num_frames: int, seed: int = 0) -> np.ndarray:
+    picture = np.random.default_rng(seed).integers(0, 256, (48, 64, 3), np.uint8).repeat(1, axis=0)
+    return np.stack([np.roll(picture, 2 * frame, axis=1) for frame in range(num_frames)])
+
+
+# Where they lie
+
+
+@given(st.integers(1, 5000), st.floats(1, 120), st.floats(0.05, 100), st.floats(0.01, 1))
+def test_windows_are_equal_and_leave_no_frame_out(num_frames: int, fps: float, length_s: float, share: float) -> None:
+    windows = cut_windows(num_frames, fps, WindowsConfig(length_s=length_s, stride_s=length_s * share))
+    assert windows[0, 0] == 0
+    assert windows[-1, 1] == num_frames
+    assert len(set((windows[:, 1] - windows[:, 0]).tolist())) == 1
+    assert (np.diff(windows[:, 0]) > 0).all()
+    covered = np.zeros(num_frames, bool)
+    for begin, end in windows:
+        covered[begin:end] = True
+    assert covered.all()
+    if num_frames / fps > length_s + 1 / fps:
+        assert len(windows) > 1
+
+
+def test_windows_of_a_known_video() -> None:
+    assert cut_windows(70, 30.0, WINDOWS).tolist() == [[0, 30], [15, 45], [30, 60], [40, 70]]
+    assert cut_windows(30, 30.0, WINDOWS).tolist() == [[0, 30]]
+    assert cut_windows(70, 0.0, WINDOWS).tolist() == [[0, 70]]
+    assert cut_windows(70, 30.0, None).tolist() == [[0, 70]]
+
+
+def test_a_stride_that_leaves_gaps_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"^window_stride_s must be greater than 0 and at most window_s \(2\)"):
+        WindowsConfig(length_s=2, stride_s=3)
+
+
+# Their frames
+
+
+def all_frames(data: bytes, num_frames: int) -> Any:
+    sample = SampleConfig(num_segments=num_frames, frames_per_segment=1)
+    return decode_clip(data, ClipConfig(sample=sample, view=CLIP.view), with_flow=True)
+
+
+def test_each_window_gets_the_frames_that_lie_in_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Read at once, and two windows at a time; the reference takes every frame of the video in one clip."""
+    data = make_video(moving(70), fps=30, gop=12)
+    every = all_frames(data, 70)
+    views = ViewsConfig(temporal=2, crops="three", windows=WINDOWS)
+    (whole,) = parts_of(data, views)
+    assert whole.num_windows == 4
+    found = list(whole.clips())
+    assert len(found) == len(whole) == 4 * 2 * 3
+    for number, clip in enumerate(found):
+        begin, end = cut_windows(70, 30.0, WINDOWS)[number // 6]
+        wanted = begin + view_indices(int(end - begin), CLIP.sample, 2)[number % 6 // 3]
+        assert clip.indices.tolist() == wanted.tolist()
+        if number % 3 == 1:  # the cut in the middle
+            assert np.array_equal(clip.frames, every.frames[wanted.reshape(-1), 0].reshape(clip.frames.shape))
+            assert np.array_equal(clip.flow, every.flow[wanted.reshape(-1), 0].reshape(clip.flow.shape))
+    monkeypatch.setattr(decode_views_module, "_WINDOWS_BYTES", 2 * 24 * 32 * 32 * 5)
+    parts = parts_of(data, views)
+    assert [(part.first_window, len(part.windows), part.num_windows) for part in parts] == [(0, 2, 4), (2, 2, 4)]
+    for one, other in zip(found, (clip for part in parts for clip in part.clips()), strict=True):
+        assert np.array_equal(one.frames, other.frames)
+        assert np.array_equal(one.flow, other.flow)
+    with pytest.raises(UndecodableVideo, match="window 4 is gone: 70 frames"):
+        decode_views(data, CLIP, views, with_flow=False, first_window=4)
+
+
+def parts_of(data: bytes, views: ViewsConfig) -> list[Any]:
+    parts = [decode_views(data, CLIP, views, with_flow=True)]
+    while (end := parts[-1].first_window + len(parts[-1].windows)) < parts[-1].num_windows:
+        parts.append(decode_views(data, CLIP, views, with_flow=True, first_window=end))
+    return parts
+
+
+# Both tables
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Videos of 20, 70 and 100 frames, and one that cannot be read."""
+    folder = tmp_path_factory.mktemp("library")
+    for number, num_frames in enumerate((20, 70, 100)):
+        (folder / f"{number}.mp4").write_bytes(make_video(moving(num_frames, number), fps=30, gop=12))
+    (folder / "bad.mp4").write_bytes(make_broken("random", (folder / "0.mp4").read_bytes()))
+    return folder
+
+
+def labelled(library: Path, root: Path, clip: ClipConfig, views: ViewsConfig, **scorer: Any) -> Ledger:
+    """The library, labelled by one worker in this process."""
+    checkpoint = save_untrained(LOCAL, str(root / "run"), LABELS, clip, "label_models:mixing")
+    catalog = catalog_of_source(LOCAL, str(library))
+    ledger = Ledger(LOCAL, str(root / "out"))
+    ledger.pin_job({"checkpoint": checkpoint, "views": {"windows": views.windows is not None}})
+    plan = ledger.plan(catalog.digest, row_keys(catalog.table), 2)
+    job = LabelJob(
+        storage=LOCAL,
+        root=ledger.root,
+        checkpoint=checkpoint,
+        model_digest=load_meta(LOCAL, checkpoint).model_digest,
+        config_digest="c" * 16,
+        run_id="r" * 16,
+        clip=clip,
+        views=views,
+        answer=AnswerRule(top_k=3, all_scores=True),
+        scorer=ScorerConfig(**scorer),
+        decode_tasks=2,
+        torch_threads=1,
+    )
+    worker, start = LabelUnits(job), 0
+    for unit in plan.units:
+        rows = catalog.table.slice(start, len(unit.keys))
+        start += len(unit.keys)
+        (result,) = worker(pa.Table.from_pylist([pack_unit(unit, rows)])).to_pylist()
+        assert result["error_text"] == ""
+    return ledger
+
+
+def test_a_window_is_labelled_as_a_video_and_the_video_is_their_mean(library: Path, tmp_path: Path) -> None:
+    """Reference: each window decoded by hand, one forward pass, softmax and means in float64."""
+    ledger = labelled(library, tmp_path, CLIP, ViewsConfig(windows=WINDOWS), batch_size=1)
+    torch.manual_seed(7)
+    model = build_model(ModelConfig(factory="label_models:mixing"), len(LABELS))
+    (plan,) = ledger.plans()
+    rows = pa.concat_tables(ledger.read_units(plan.units)).to_pylist()
+    windows = read_windows(LOCAL, ledger.root).to_pylist()
+    assert [row["windows"] for row in rows] == [1, 4, 6, 0]
+    for row, num_frames in zip(rows[:3], (20, 70, 100), strict=True):
+        every = all_frames(Path(row["uri"]).read_bytes(), num_frames)
+        mine = [window for window in windows if window["row_key"] == row["row_key"]]
+        expected = []
+        for number, (begin, end) in enumerate(cut_windows(num_frames, 30.0, WINDOWS).tolist()):
+            place = begin + view_indices(end - begin, CLIP.sample, 1)[0].reshape(-1)
+            rgb = torch.from_numpy(every.frames[place, 0].reshape(1, 2, 2, 3, 32, 32)).float() / 255
+            flow = torch.from_numpy(every.flow[place, 0].reshape(1, 2, 2, 2, 32, 32)).float() / 127
+            with torch.no_grad():
+                expected.append(model(rgb=(rgb - 0.5) / 0.25, flow=flow)[0].double().softmax(dim=0).numpy())
+            np.testing.assert_allclose(mine[number]["scores"], expected[-1], rtol=1e-4)
+            assert mine[number]["window"] == number
+            assert (mine[number]["begin_s"], mine[number]["end_s"]) == pytest.approx((begin / 30, end / 30))
+        assert len(mine) == len(expected) == row["windows"] == row["views"]
+        np.testing.assert_allclose(row["scores"], np.mean(expected, axis=0), rtol=1e-4)
+    assert rows[3]["status"] == "quarantined"
+    assert {window["row_key"] for window in windows} == {row["row_key"] for row in rows[:3]}
+
+
+def test_windows_that_are_read_in_parts_are_all_there(library: Path, tmp_path: Path) -> None:
+    """96 frames of 224 x 224 with flow are 24 MB: ten windows at a time, and the longest video has 17."""
+    sample = SampleConfig(num_segments=32, frames_per_segment=3)
+    clip = ClipConfig(sample=sample, view=ViewConfig(resize_px=224, crop_px=224))
+    views = ViewsConfig(windows=WindowsConfig(length_s=0.3, stride_s=0.2))
+    ledger = labelled(library, tmp_path, clip, views, batch_size=2)
+    rows = pa.concat_tables(ledger.read_units(ledger.plans()[0].units)).to_pylist()
+    assert [row["windows"] for row in rows] == [3, 12, 17, 0]
+    counts = [window["window"] for window in read_windows(LOCAL, ledger.root).to_pylist()]
+    assert counts == [*range(3), *range(12), *range(17)]
+
+
+def test_a_table_without_windows_says_so(library: Path, tmp_path: Path) -> None:
+    ledger = labelled(library, tmp_path, CLIP, ViewsConfig())
+    with pytest.raises(ObjectNotFound, match="was labelled without windows; label with --window-s"):
+        read_windows(LOCAL, ledger.root)
