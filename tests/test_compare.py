@@ -25,8 +25,8 @@ from kinoray.predictions import PREDICTION_SCHEMA, Ledger, labelling_id, read_pr
 from kinoray.report import report
 from kinoray.storage import Storage, join
 from kinoray.synthetic import make_video
-from kinoray.verbs import ReportConfig
 from kinoray.verbs_evaluation import CompareConfig, EnsembleConfig
+from kinoray.verbs_report import ReportConfig
 
 LOCAL = Storage(StorageConfig())
 LABELS = ("ant", "bee", "cat", "dog", "<i>eel</i>", "fly")
@@ -87,7 +87,16 @@ def evaluated(
         logits[labels.index(row["label"])] += skill
         p = (np.exp(logits) / np.exp(logits).sum()).astype(np.float32)
         record = {name: row[name] for name in ("video_id", "uri", "offset", "length")}
-        record |= {"row_key": key, "abstained": False, "run_id": "r", "views": 1, "frames_decoded": 8, **about}
+        record |= {
+            "row_key": key,
+            "abstained": False,
+            "run_id": "r",
+            "views": 1,
+            "windows": 1,
+            "segments_run": 1,
+            "frames_decoded": 8,
+            **about,
+        }
         record |= {"frames_corrupt": 0, "frames_missing": 0, "status": "labelled"}
         if row["video_id"] in unreadable:
             record |= {"status": "quarantined", "error_class": "EmptyMedia", "error_text": "no bytes"}
@@ -153,10 +162,10 @@ def test_an_ensemble_is_the_weighted_mean_of_the_scores(tmp_path: Path, capsys: 
     nested = ensemble(EnsembleConfig(evaluations=(config.out, one.uri), out=str(tmp_path / "nested")))
     assert (nested["evaluated"], nested["views"]) == (38, 3)
     totals = report(
-        ReportConfig(predictions=config.out, catalog=source, out=str(tmp_path / "r.html"), frames_per_video=0)
+        ReportConfig(predictions=config.out, catalog=source, out=str(tmp_path / "page"), frames_per_video=0)
     )
     assert totals["top1"] == record["top1"]
-    page = (tmp_path / "r.html").read_text()
+    page = (tmp_path / "page" / "index.html").read_text()
     assert f"Calibration error (ECE) {record['calibration']['ece']:.1%}" in page
     assert page.count('<circle class="right"') == sum(row["videos"] > 0 for row in record["calibration"]["bins"])
 

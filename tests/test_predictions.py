@@ -49,6 +49,7 @@ def rows_of(table: pa.Table, unit: Unit, **changes: Any) -> pa.Table:
             | {"error_class": "EmptyMedia" if bad else None, "error_text": "no bytes" if bad else None}
             | {"label_topk": None if bad else ["cat"], "id_topk": None if bad else [0]}
             | {"score_topk": None if bad else [0.5], "abstained": False, "views": 1}
+            | {"windows": 1, "segments_run": 1}
             | {"frames_decoded": 4, "frames_corrupt": int(known[key]["video_id"] == "d"), "frames_missing": 0}
             | {"model_digest": "m", "config_digest": "c", "run_id": "r"}
             | changes

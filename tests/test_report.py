@@ -1,193 +1,59 @@
-"""The page: its numbers against plain loops, its frames against the videos, and names that try to break out of it."""
+"""The report's site: its numbers against plain loops, its frames against the videos, its files against the table."""
 
 import base64
-import hashlib
 import re
 from collections import Counter
-from dataclasses import dataclass, field
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
+from urllib.parse import parse_qs
 
 import av
 import cv2
 import numpy as np
-import pyarrow as pa
 import pytest
 
-from kinoray.catalog import CATALOG_SCHEMA, Catalog, save_catalog
 from kinoray.config import StorageConfig
-from kinoray.errors import CatalogError, ObjectNotFound
+from kinoray.errors import CatalogError, ConfigError, ObjectNotFound
 from kinoray.metrics import wilson_interval
 from kinoray.page import visible
-from kinoray.predictions import PREDICTION_SCHEMA, Ledger
+from kinoray.predictions import Ledger
 from kinoray.report import report
+from kinoray.report_columns import ROWS_PER_FILE, STRIPS_PER_FILE, id_ranks
 from kinoray.report_figures import HISTOGRAM_HEIGHT, histogram_bars
 from kinoray.report_numbers import count, join_truth
 from kinoray.report_strips import MAX_FRAME_BYTES, jpeg_uri
+from kinoray.report_table import choose
 from kinoray.storage import Storage
 from kinoray.synthetic import make_clip, make_video
-from kinoray.verbs import ReportConfig
-
-CLASSES = ("cat", "dog", "emu")
-LETTERS = "abcdefghijklmnopqrstuvwxyz"
-HOSTILE = (
-    "<script>alert(1)</script>",
-    "</script><script>alert(1)</script>",
-    '"><img src=x onerror=alert(1)>',
-    "' onmouseover='alert(1)",
-    '" autofocus onfocus="alert(1)',
-    "javascript:alert(1)",
-    "\u202egnp.exe",
-    "nul\x00byte",
-    "{{7*7}}{% raw %}",
-    "<!-- --><svg onload=alert(1)>",
-    "]]></style><style>*{display:none}</style>",
-    "&lt;b&gt; &amp; &#60;i&#62;",
-    "</option></select><iframe srcdoc=x>",
-    "line\nbreak\ttab\r",
-    "</title><base href=//evil.example/>",
-    "`${alert(1)}`\\",
+from kinoray.verbs_report import ReportConfig
+from report_sites import (
+    CLASSES,
+    HOSTILE,
+    Site,
+    Truth,
+    catalog_of,
+    hostile_site,
+    make_site,
+    predictions,
+    refused,
+    row,
+    write_predictions,
 )
 
 
-def row(video_id: str, **changes: Any) -> dict[str, Any]:
-    """A labelled row: dog 0.6, cat 0.3, emu 0.1."""
-    return {
-        "video_id": video_id,
-        "uri": f"/nowhere/{video_id}.mp4",
-        "status": "labelled",
-        "label_topk": ["dog", "cat", "emu"],
-        "id_topk": [1, 0, 2],
-        "score_topk": [0.6, 0.3, 0.1],
-        "margin": 0.3,
-        "entropy": 0.898,
-        "abstained": False,
-        "views": 1,
-        "frames_decoded": 4,
-        "frames_corrupt": 0,
-        "frames_missing": 0,
-        "model_digest": "m" * 16,
-        "config_digest": "c" * 16,
-        "run_id": "run-1",
-    } | changes
-
-
-def refused(video_id: str, error_class: str = "EmptyMedia", text: str = "no bytes") -> dict[str, Any]:
-    nothing = dict.fromkeys(("label_topk", "id_topk", "score_topk", "margin", "entropy"))
-    return row(video_id, status="quarantined", error_class=error_class, error_text=text, **nothing)
-
-
-def predictions(rows: list[dict[str, Any]]) -> pa.Table:
-    return pa.Table.from_pylist([item | {"row_key": str(n)} for n, item in enumerate(rows)], schema=PREDICTION_SCHEMA)
-
-
-def catalog_of(truth: list[tuple[str, str | None, str | None]], labels: tuple[str, ...] = CLASSES) -> Catalog:
-    ids = [labels.index(label) if label is not None else None for _, label, _ in truth]
-    rows = [
-        {"video_id": video_id, "uri": f"/nowhere/{video_id}.mp4", "label": label, "label_id": label_id, "split": split}
-        for (video_id, label, split), label_id in zip(truth, ids, strict=True)
-    ]
-    return Catalog(pa.Table.from_pylist(rows, schema=CATALOG_SCHEMA), labels)
-
-
-@dataclass
-class Page:
-    """What `report` wrote and returned."""
-
-    totals: dict[str, Any]
-    html: str
-    elements: list[tuple[str, dict[str, str | None]]] = field(default_factory=list)
-    words: list[tuple[str, str]] = field(default_factory=list)
-
-    def all(self, tag: str, **attributes: str) -> list[dict[str, str | None]]:
-        return [found for name, found in self.elements if name == tag and attributes.items() <= found.items()]
-
-    @property
-    def cards(self) -> list[dict[str, str | None]]:
-        return [found for name, found in self.elements if name == "li" and "data-id" in found]
-
-    def texts(self, tag: str) -> list[str]:
-        """The pieces of text that lie directly in elements of this name."""
-        return [data for name, data in self.words if name == tag]
-
-    @property
-    def text(self) -> str:
-        """All visible text, white space collapsed."""
-        return " ".join("".join(data for tag, data in self.words if tag not in ("script", "style")).split())
-
-
-class Reader(HTMLParser):
-    """Collects elements in order, and text by the element that holds it. Refuses what is not well nested."""
-
-    VOID = frozenset({"meta", "img", "input", "br"})
-
-    def __init__(self, page: Page) -> None:
-        super().__init__()
-        self.page, self.open = page, ["document"]
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        assert len(attrs) == len(dict(attrs)), (tag, attrs)
-        self.page.elements.append((tag, dict(attrs)))
-        if tag not in self.VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.page.elements.append((tag, dict(attrs)))
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        self.page.words.append((self.open[-1], data))
-
-    def handle_comment(self, data: str) -> None:
-        raise AssertionError(f"a comment in the page: {data!r}")
-
-
-def write_predictions(folder: Path, table: pa.Table, unit_size: int = 3) -> str:
-    """A finished labelling, as `label` leaves it."""
-    ledger = Ledger(Storage(StorageConfig()), str(folder / "0123456789abcdef"))
-    ledger.pin_job({"checkpoint": "run"})
-    plan = ledger.plan("catalog", table["row_key"].to_pylist(), unit_size)
-    for number, unit in enumerate(plan.units):
-        ledger.commit(unit, table.slice(number * unit_size, unit_size), "run-1")
-    return str(folder)
-
-
-def make_page(folder: Path, rows: list[dict[str, Any]], catalog: Catalog | None = None, **settings: Any) -> Page:
-    out = folder / "report.html"
-    config = ReportConfig(
-        predictions=write_predictions(folder / "labels", predictions(rows)),
-        out=str(out),
-        catalog=str(folder / "set") if catalog else "",
-        **settings,
-    )
-    if catalog:
-        save_catalog(Storage(StorageConfig()), str(folder / "set" / "catalog.parquet"), catalog)
-    totals = report(config)
-    page = Page(totals, out.read_text(encoding="utf-8"))
-    reader = Reader(page)
-    reader.feed(page.html)
-    reader.close()
-    assert reader.open == ["document"]
-    return page
-
-
-def frames_of(uri: str | None) -> np.ndarray:
-    """The picture in a data URI, RGB."""
-    assert uri is not None
-    head, _, data = uri.partition(",")
-    assert head == "data:image/jpeg;base64"
-    return cv2.imdecode(np.frombuffer(base64.b64decode(data), np.uint8), cv2.IMREAD_COLOR)[..., ::-1]
+def picture_of(data: str) -> np.ndarray:
+    """A JPEG or PNG in base64, RGB (and alpha)."""
+    pixels = cv2.imdecode(np.frombuffer(base64.b64decode(data), np.uint8), cv2.IMREAD_UNCHANGED)
+    return np.concatenate([pixels[..., 2::-1], pixels[..., 3:]], axis=2)
 
 
 # Numbers
 
 
-def random_rows(number: int, seed: int) -> tuple[list[dict[str, Any]], list[tuple[str, str | None, str | None]]]:
+def random_rows(number: int, seed: int) -> tuple[list[dict[str, Any]], Truth]:
     rng = np.random.default_rng(seed)
-    rows, truth = [], []
+    rows: list[dict[str, Any]] = []
+    truth: Truth = []
     for index in range(number):
         video_id = f"v{index:03d}"
         order = rng.permutation(3)
@@ -237,33 +103,43 @@ def test_numbers_equal_plain_loops() -> None:
     assert (numbers.accuracy.split, numbers.accuracy.num_labelled) == ("test + val", counted)
     assert numbers.accuracy.value == (right["val"] + right["test"]) / counted
     assert numbers.accuracy.interval == wilson_interval(right["val"] + right["test"], counted)
-    called = Counter(item["label_topk"][0] for item in labelled)
-    assert {item.name: item.num_predicted for item in numbers.classes} == called
-    assert {item.name: item.num_right for item in numbers.classes} == {name: pairs[name, name] for name in CLASSES}
+    for item in numbers.classes:
+        scores = [answer["score_topk"][0] for answer in labelled if answer["label_topk"][0] == item.name]
+        assert item.num_predicted == len(scores)
+        assert item.mean_score == pytest.approx(float(np.mean(scores)), rel=1e-6)
+        called = sum(pairs[true, item.name] for true in CLASSES)
+        true = sum(pairs[item.name, called] for called in CLASSES)
+        assert (item.precision, item.recall) == (
+            pairs[item.name, item.name] / called,
+            pairs[item.name, item.name] / true,
+        )
 
-    verdicts = Counter()
-    for item in labelled:
-        label = known[item["video_id"]][0]
-        place = 2 if label is None else (0 if item["label_topk"][0] == label else 1)
-        verdicts[place, min(19, int(np.float32(item["score_topk"][0]) * 20))] += 1
-    assert numbers.histogram.tolist() == [[verdicts[kind, place] for place in range(20)] for kind in range(3)]
+    for name, histogram in (("score", numbers.histogram), ("margin", numbers.margin_histogram)):
+        verdicts: Counter[tuple[int, int]] = Counter()
+        for answer in labelled:
+            label = known[answer["video_id"]][0]
+            place = 2 if label is None else (0 if answer["label_topk"][0] == label else 1)
+            value = answer["score_topk"][0] if name == "score" else answer["margin"]
+            verdicts[place, min(19, int(float(np.float32(value)) * 20))] += 1
+        assert histogram.tolist() == [[verdicts[kind, place] for place in range(20)] for kind in range(3)]
 
 
 def test_accuracy_counts_training_videos_only_where_there_are_no_others() -> None:
     rows = [row("a"), row("b")]
-    for truth, expected in [
+    cases: list[tuple[Truth, tuple[str | None, int, int]]] = [
         ([("a", "dog", "train"), ("b", "cat", "train")], ("train", 1, 2)),
         ([("a", "dog", "train"), ("b", "cat", "val")], ("val", 0, 1)),
         ([("a", "dog", None), ("b", "dog", None)], (None, 2, 2)),
         ([("a", "dog", "train"), ("b", None, "val")], ("train", 1, 1)),
-    ]:
+    ]
+    for truth, expected in cases:
         found = count(join_truth(predictions(rows), catalog_of(truth)), CLASSES).accuracy
         assert found is not None
         assert (found.split, found.num_right, found.num_labelled) == expected
 
 
 def test_a_class_that_only_the_model_knows_has_its_place_in_the_confusion() -> None:
-    truth = [("a", "dog", "val"), ("b", "cat", "val")]
+    truth: Truth = [("a", "dog", "val"), ("b", "cat", "val")]
     rows = [row("a"), row("b", label_topk=["yak", "dog"], score_topk=[0.9, 0.1], id_topk=[3, 1])]
     confusion = count(join_truth(predictions(rows), catalog_of(truth)), CLASSES).confusion
     assert confusion is not None
@@ -273,7 +149,7 @@ def test_a_class_that_only_the_model_knows_has_its_place_in_the_confusion() -> N
 
 def test_histogram_bars_stack_to_the_counts() -> None:
     histogram = np.array([[0, 3, 1], [2, 1, 0], [0, 4, 0]])
-    bars = histogram_bars(histogram)
+    bars = histogram_bars(histogram, "score")
     unit = HISTOGRAM_HEIGHT / 8
     heights = {(bar.kind, round(bar.x)): bar.height / unit for bar in bars}
     first, second, third = sorted({round(bar.x) for bar in bars})
@@ -286,141 +162,254 @@ def test_histogram_bars_stack_to_the_counts() -> None:
         assert below or bar.y + bar.height == pytest.approx(HISTOGRAM_HEIGHT)
 
 
-# The page
+# Which rows are listed
 
 
-def test_the_page_shows_the_frames_the_answers_and_the_verdict(tmp_path: Path) -> None:
+def test_the_least_certain_are_listed_and_every_reason_in_turn() -> None:
+    margins = dict(zip("abcdefgh", (0.5, 0.1, 0.3, 0.2, 0.6, 0.4, 0.05, 0.7), strict=True))
+    rows = [row(name, margin=margin) for name, margin in margins.items()]
+    rows += [refused(f"z{number}", "Frequent") for number in range(5)] + [refused("y", "Rare"), refused("x", None)]
+    table = join_truth(predictions(rows), None)
+
+    def listed(most: int) -> list[str]:
+        found: list[str] = choose(table, most)["video_id"].to_pylist()
+        return found
+
+    assert listed(8) == ["g", "b", "d", "c", "f", "a", "z0", "y"]
+    assert listed(12) == ["g", "b", "d", "c", "f", "a", "e", "h", "z0", "y", "x", "z1"]
+    assert listed(100) == [*listed(12), "z2", "z3", "z4"]
+    assert listed(0) == []
+    assert choose(join_truth(predictions(rows[:3]), None), 2)["video_id"].to_pylist() == ["b", "c"]
+    assert choose(join_truth(predictions(rows[8:]), None), 2)["video_id"].to_pylist() == ["z0", "y"]
+
+
+def test_ids_are_ranked_as_people_count() -> None:
+    ids = ["v10", "v9", "v2b", "v02a", "V2", "", "10", "9", "v1000000000000000000000000", "v999"]
+    ranks = id_ranks(ids)
+    assert [ids[ranks.index(place)] for place in range(len(ids))] == [
+        *("", "9", "10", "V2", "v02a", "v2b", "v9", "v10", "v999", "v1000000000000000000000000"),
+    ]
+
+
+# The site's files
+
+
+def test_the_files_hold_every_row_and_the_numbers_count_all(tmp_path: Path) -> None:
+    rows, truth = random_rows(240, seed=2)
+    rows[5] |= {"abstained": True, "offset": 512, "length": 1000}
+    rows[6] |= {"status": "skipped"}
+    catalog = catalog_of(truth)
+    site = make_site(tmp_path, rows, catalog, frames_per_video=0)
+    known = {video_id: (label, split) for video_id, label, split in truth}
+    table = {item["id"]: item for item in site.rows()}
+    assert len(site.rows()) == len(table) == 240
+    for number, item in enumerate(rows):
+        found = table[item["video_id"]]
+        assert found["key"] == f"key{number}"
+        assert (found["truth"], found["split"]) == known[item["video_id"]]
+        assert (found["uri"], found["status"], found["strip"]) == (item["uri"], item["status"], -1)
+        assert (found["offset"], found["length"]) == (item.get("offset"), item.get("length"))
+        assert (found["top"], found["abstained"]) == (item["label_topk"] or [], int(item["abstained"]))
+        assert found["scores"] == [round(float(np.float32(score)), 6) for score in item["score_topk"] or []]
+        assert found["reason"] == (None if item["status"] == "labelled" else item.get("error_class") or "skipped")
+    statuses = Counter(item["status"] for item in rows)
+    assert [site.totals[name] for name in statuses] == list(statuses.values())
+    sums = " + ".join(f"{statuses[name]} {name}" for name in ("labelled", "quarantined", "skipped"))
+    assert f"240 inputs = {sums}: complete." in site.text
+    numbers = count(join_truth(predictions(rows), catalog), CLASSES)
+    assert numbers.accuracy is not None
+    assert site.totals["top1"] == numbers.accuracy.value
+    low, high = numbers.accuracy.interval
+    assert f"{numbers.accuracy.value:.1%} 95% interval {100 * low:.1f} to {high:.1%}" in site.text
+    for record, item in zip(site.data("site")["classes"], numbers.classes, strict=True):
+        assert (record["predicted"], record["meanScore"]) == (item.num_predicted, item.mean_score)
+        assert (record["called"], record["true"], record["right"]) == (item.num_called, item.num_true, item.num_right)
+
+
+def test_contact_strips_are_packed_and_show_the_videos(tmp_path: Path) -> None:
     frames = make_clip("star", "up", np.random.default_rng(0))
     video = tmp_path / "star.mp4"
     video.write_bytes(make_video(frames))
-    truth: list[tuple[str, str | None, str | None]] = [("star", "dog", "val"), ("gone", "cat", "val")]
-    rows = [row("star", uri=str(video)), row("gone", margin=0.2), refused("empty", text="the file has no bytes")]
-    page = make_page(tmp_path, rows, catalog_of(truth), frames_per_video=3)
-    assert {name: page.totals[name] for name in ("videos", "labelled", "quarantined", "shown", "without_frames")} == {
-        "videos": 3,
-        "labelled": 2,
-        "quarantined": 1,
-        "shown": 3,
-        "without_frames": 1,
-    }
-    assert page.totals["top1"] == 0.5
-    assert page.totals["bytes"] == len(page.html.encode())
-    assert [(card["data-id"], card["data-verdict"], card["data-status"]) for card in page.cards] == [
-        ("gone", "wrong", "labelled"),
-        ("star", "right", "labelled"),
-        ("empty", "", "quarantined"),
-    ]
-    images = page.all("img")
-    assert [image["alt"] for image in images] == [f"frame {number} of 3" for number in (1, 2, 3)]
+    rows = [row(f"v{number:02d}", uri=str(video), margin=number / 100) for number in range(STRIPS_PER_FILE + 3)]
+    rows[2] |= {"uri": str(tmp_path / "gone.mp4")}
+    site = make_site(tmp_path, [*rows, refused("empty")], frames_per_video=3, max_strips=STRIPS_PER_FILE + 2)
+    strips = [item["strip"] for item in site.rows()]
+    assert strips == [*range(STRIPS_PER_FILE + 2), -1, -1]
+    assert sorted(path.name for path in (site.folder / "data").glob("strips*")) == ["strips-0.js", "strips-1.js"]
+    first, second = site.data("strips-0"), site.data("strips-1")
+    assert (len(first), len(second)) == (STRIPS_PER_FILE, 2)
+    assert first[2].startswith("ObjectNotFound: ")
+    assert site.totals["without_frames"] == 1
     with av.open(str(video)) as container:
         decoded = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
-    for image in images:
-        shown = frames_of(image["src"]).astype(int)
-        assert shown.shape == (96, 96, 3)
-        assert (image["width"], image["height"]) == ("96", "96")
-        assert min(float(np.abs(shown - frame).mean()) for frame in decoded) < 6
-    assert "No frames: ObjectNotFound" in page.text
-    assert "the file has no bytes" in page.text
-    assert "Top-1 accuracy" in page.text
-    assert "50.0%" in page.text
+    for strip in (first[0], second[1]):
+        assert len(strip) == 3
+        for width, height, data in strip:
+            shown = picture_of(data).astype(int)
+            assert shown.shape == (height, width, 3) == (96, 96, 3)
+            assert min(float(np.abs(shown - frame).mean()) for frame in decoded) < 6
 
 
-def test_cards_are_in_order_of_certainty_and_the_page_says_what_it_leaves_out(tmp_path: Path) -> None:
-    margins = dict(zip("abcdef", (0.5, 0.1, 0.3, 0.2, 0.6, 0.4), strict=True))
-    rows = [row(name, margin=margin) for name, margin in margins.items()] + [refused(name) for name in "zyx"]
-    page = make_page(tmp_path, rows, max_videos=2, frames_per_video=0)
-    assert [card["data-id"] for card in page.cards] == ["b", "d", "x", "y"]
-    assert "Showing the 2 least certain of 6 labelled videos and 2 of 3 without an answer." in page.text
-    assert page.totals["videos"] == 9
-    assert not page.all("img")
-    nothing = make_page(tmp_path / "none", rows, max_videos=0)
-    assert not nothing.cards
-    assert "Showing the 0 least certain of 6 labelled videos" in nothing.text
+def test_what_is_not_listed_is_counted_and_the_page_says_so(tmp_path: Path) -> None:
+    rows = [row(f"v{number}", margin=number / 10) for number in range(8)] + [refused("z")]
+    site = make_site(tmp_path, rows, max_videos=4, frames_per_video=0)
+    assert [item["id"] for item in site.rows()] == ["v0", "v1", "v2", "z"]
+    assert (site.totals["videos"], site.totals["shown"]) == (9, 4)
+    assert "This list has 4 of 9 videos, the least certain ones first" in site.text
+    nothing = make_site(tmp_path / "none", rows, max_videos=0)
+    assert nothing.rows() == []
+    assert "This list has 0 of 9 videos" in nothing.text
+
+
+def test_an_unfinished_labelling_says_what_is_to_come(tmp_path: Path) -> None:
+    rows = [row(f"v{number}") for number in range(10)]
+    labels = write_predictions(tmp_path / "labels", predictions(rows), 3, num_units=2)
+    config = ReportConfig(predictions=labels, out=str(tmp_path / "report"), frames_per_video=0)
+    totals = report(config)
+    assert (totals["inputs"], totals["videos"]) == (10, 6)
+    page = (tmp_path / "report" / "index.html").read_text()
+    assert "10 inputs = 6 labelled + 0 quarantined + 0 skipped + 4 to come" in page
+    record = (tmp_path / "report" / "data" / "site.js").read_text()
+    write_predictions(tmp_path / "labels", predictions(rows), 3)
+    assert report(config)["videos"] == 10
+    digests = [re.findall('"digest":"([0-9a-f]+)"', text) for text in (record, _text(tmp_path, "data/site.js"))]
+    assert digests[0] == digests[1] != []  # corrections of the first rows are there after the last ones came
+
+
+def _text(folder: Path, name: str) -> str:
+    return (folder / "report" / name).read_text(encoding="utf-8")
 
 
 def test_quarantine_is_grouped_by_its_reason_the_most_frequent_first(tmp_path: Path) -> None:
-    rows = [refused("a"), refused("b", "NoVideoStream", "sound only"), refused("c", "NoVideoStream", "sound only")]
-    page = make_page(tmp_path, [*rows, refused("d", "UndecodableVideo", "no frame")])
-    assert [text for text in page.texts("summary") if "video" in text] == [": 2 videos", ": 1 video", ": 1 video"]
-    order = [page.html.rindex(f"<summary><bdi>{name}") for name in ("NoVideoStream", "EmptyMedia", "UndecodableVideo")]
-    assert order == sorted(order)
-    assert page.totals["top1"] is None
+    rows = [refused("a"), *(refused(name, "NoVideoStream", "sound only") for name in "bcd")]
+    rows += [refused("e", "NoVideoStream", "other words"), refused("f", "Unlike", status="skipped")]
+    site = make_site(tmp_path, rows)
+    links = [parse_qs((link["href"] or "").lstrip("#")) for link in site.all("a") if "reason=" in (link["href"] or "")]
+    assert [(link["status"], link["reason"]) for link in links] == [
+        (["quarantined"], ["NoVideoStream"]),
+        (["quarantined"], ["EmptyMedia"]),
+        (["skipped"], ["Unlike"]),
+    ]
+    cells = [text for text in site.texts("td") if text.strip()]
+    assert cells == ["quarantined", "4", "66.67%", "quarantined", "1", "16.67%", "skipped", "1", "16.67%"]
+    words = site.texts("bdi")
+    assert words.index("sound only") + 1 == words.index("other words")
+    assert site.totals["top1"] is None
 
 
 def test_many_classes_are_a_picture_and_a_list_of_mistakes(tmp_path: Path) -> None:
     names = tuple(f"class {number}" for number in range(40))
     rows = [row(f"v{n}", label_topk=[names[n]], score_topk=[1.0], id_topk=[n], margin=None) for n in range(40)]
-    truth: list[tuple[str, str | None, str | None]] = [(f"v{n}", names[max(n, 1)], "val") for n in range(40)]
-    page = make_page(tmp_path, rows, catalog_of(truth, names), frames_per_video=0)
-    (image,) = page.all("img")
-    assert image["src"] is not None
-    picture = cv2.imdecode(
-        np.frombuffer(base64.b64decode(image["src"].partition(",")[2]), np.uint8), cv2.IMREAD_UNCHANGED
-    )
+    truth: Truth = [(f"v{n}", names[max(n, 1)], "val") for n in range(40)]
+    site = make_site(tmp_path, rows, catalog_of(truth, names), frames_per_video=0)
+    (image,) = site.all("img")
+    picture = picture_of((image["src"] or "").partition(",")[2])
     expected = np.zeros((40, 40), bool)
     expected[range(40), range(40)] = True
     expected[0, 0], expected[1, 0] = False, True
     assert ((picture[..., 3] > 0) == expected).all()
-    (mistake,) = [button for button in page.all("button") if "data-true" in button]
-    assert (mistake["data-true"], mistake["data-predicted"]) == ("class 1", "class 0")
+    (mistake,) = [link["href"] for link in site.all("a") if "true=" in (link["href"] or "")]
+    assert parse_qs((mistake or "").lstrip("#")) == {"true": ["class 1"], "label": ["class 0"]}
 
 
-def test_the_policy_allows_this_script_and_style_and_nothing_else(tmp_path: Path) -> None:
-    page = make_page(tmp_path, [row("a")], frames_per_video=0)
-    (meta,) = page.all("meta", **{"http-equiv": "Content-Security-Policy"})
+def test_a_second_report_replaces_the_first_and_leaves_other_files(tmp_path: Path) -> None:
+    rows = [row(f"v{number}") for number in range(ROWS_PER_FILE + 1)]
+    first = make_site(tmp_path / "first", rows, frames_per_video=0)
+    assert (first.folder / "data" / "rows-1.js").exists()
+    for name in ("data/notes.txt", "data/rows-1.js.bak", "mine.html"):
+        (first.folder / name).write_text("mine")
+    labels = write_predictions(tmp_path / "second", predictions(rows[:2]))
+    report(ReportConfig(predictions=labels, out=str(first.folder), frames_per_video=0))
+    left = sorted(str(path.relative_to(first.folder)) for path in first.folder.rglob("*") if path.is_file())
+    assert left == [
+        *("assets/report.css", "assets/report.js", "data/notes.txt", "data/rows-0.js", "data/rows-1.js.bak"),
+        *("data/site.js", "index.html", "mine.html"),
+    ]
+
+
+def test_the_same_table_gives_the_same_files(tmp_path: Path) -> None:
+    rows, truth = random_rows(50, seed=3)
+    one, two = (make_site(tmp_path / name, rows, catalog_of(truth), frames_per_video=0) for name in ("one", "two"))
+    for path in (path for path in one.folder.rglob("*.*") if path.name != "index.html"):
+        assert path.read_bytes() == (two.folder / path.relative_to(one.folder)).read_bytes()
+    assert one.html.replace("/one/", "/two/") == two.html
+
+
+@pytest.mark.ray
+def test_a_site_in_a_bucket_is_the_same_as_in_a_folder(tmp_path: Path, bucket: str, s3_config: StorageConfig) -> None:
+    rows, _ = random_rows(30, seed=4)
+    site = make_site(tmp_path, rows, frames_per_video=0)
+    storage = Storage(s3_config)
+    labels = str(tmp_path / "labels")
+    for path in Path(labels).rglob("*.*"):
+        storage.put(f"{bucket}/labels/{path.relative_to(labels)}", path.read_bytes())
+    totals = report(
+        ReportConfig(predictions=f"{bucket}/labels", out=f"{bucket}/site/", frames_per_video=0, storage=s3_config)
+    )
+    assert totals["out"] == f"{bucket}/site/index.html"
+    names = sorted(str(path.relative_to(site.folder)) for path in site.folder.rglob("*.*"))
+    assert [info.uri.partition("/site/")[2] for info in storage.list(f"{bucket}/site/")] == names
+    for name in names:
+        there = storage.read(f"{bucket}/site/{name}").decode()
+        assert there.replace(f"{bucket}/labels", labels) == (site.folder / name).read_text(encoding="utf-8")
+
+
+# Strangers' names
+
+
+def test_the_policy_allows_the_site_and_nothing_else(tmp_path: Path) -> None:
+    site = make_site(tmp_path, [row("a")], frames_per_video=0)
+    (meta,) = site.all("meta", **{"http-equiv": "Content-Security-Policy"})
     policy = dict(rule.strip().split(" ", 1) for rule in (meta["content"] or "").split(";"))
-    hashes = {}
-    for tag in ("script", "style"):
-        assert len(page.all(tag)) == 1
-        text = "".join(page.texts(tag))
-        hashes[tag] = f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
+    (script,), (style,) = site.all("script"), site.all("link", rel="stylesheet")
+    assert script["nonce"] == style["nonce"]
+    assert len(script["nonce"] or "") == 32
     assert policy == {
         "default-src": "'none'",
         "img-src": "data:",
-        "style-src": hashes["style"],
-        "script-src": hashes["script"],
+        "style-src": f"'nonce-{style['nonce']}'",
+        "script-src": f"'nonce-{script['nonce']}'",
         "base-uri": "'none'",
         "form-action": "'none'",
+        "require-trusted-types-for": "'script'",
+        "trusted-types": "kinoray",
     }
-    for tag, attributes in page.elements:  # what the policy would block must not be there in the first place
+    assert site.texts("script") == site.texts("style") == []
+    for tag, attributes in site.elements:  # what the policy would block must not be there in the first place
         assert "style" not in attributes
         assert not [name for name in attributes if name.startswith("on")]
-        assert tag not in ("link", "iframe", "object", "base")
-    assert not re.search(r"https?://", page.html)
+        assert tag not in ("iframe", "object", "base", "style")
+    for path in site.folder.rglob("*.*"):
+        assert not re.search(r"https?://", path.read_text(encoding="utf-8")), path
+    code = _text(tmp_path, "assets/report.js")
+    assert not re.search(r"innerHTML|outerHTML|insertAdjacent|document\.write|\beval\b|new Function", code)
 
 
-def hostile_page(folder: Path, names: tuple[str, ...], title: str) -> Page:
-    labels = tuple(sorted(names))
-    rows = []
-    for index, name in enumerate(names):
-        called = [names[index], names[(index + 1) % len(names)]]
-        answer = row(f"{index:02d}{name}", uri=f"/{name}", label_topk=called, score_topk=[0.6, 0.3], id_topk=[0, 1])
-        rows.append(answer | {"run_id": name, "model_digest": name})
-        rows.append(refused(f"q{index:02d}{name}", error_class=f"E{index:02d}{name}", text=name))
-    truth: list[tuple[str, str | None, str | None]] = [
-        (f"{index:02d}{name}", names[index - index % 2], name) for index, name in enumerate(names)
-    ]
-    return make_page(folder, rows, catalog_of(truth, labels), title=title)
+def test_hostile_names_add_no_element_no_attribute_and_no_code(tmp_path: Path) -> None:
+    plain_names = tuple(f"n{number}" for number in range(len(HOSTILE)))
+    plain = hostile_site(tmp_path / "plain", plain_names, "title")
+    hostile = hostile_site(tmp_path / "hostile", HOSTILE, HOSTILE[1] + HOSTILE[2])
+    assert len(HOSTILE) >= 40
 
-
-def test_hostile_names_add_no_element_and_no_attribute(tmp_path: Path) -> None:
-    plain = hostile_page(tmp_path / "plain", tuple(LETTERS[: len(HOSTILE)]), "title")
-    hostile = hostile_page(tmp_path / "hostile", HOSTILE, HOSTILE[1] + HOSTILE[2])
-    assert len(plain.cards) == 2 * len(HOSTILE)
-
-    def shape(page: Page) -> Counter[tuple[str, ...]]:
-        return Counter((tag, *sorted(attributes)) for tag, attributes in page.elements)
+    def shape(site: Site) -> Counter[tuple[str, ...]]:
+        return Counter((tag, *sorted(attributes)) for tag, attributes in site.elements)
 
     assert shape(hostile) == shape(plain)
     for tag, attributes in hostile.elements:
-        assert (attributes.get("href") or "#").startswith("#"), tag
-        assert (attributes.get("src") or "data:").startswith("data:"), tag
-    assert "".join(hostile.texts("script")) == "".join(plain.texts("script"))
+        assert re.match(r"#|data:,$|assets/report\.css\?v=[0-9a-f]+$", attributes.get("href") or "#"), tag
+        assert re.match(r"data:image/png;|assets/report\.js\?v=[0-9a-f]+$", attributes.get("src") or "data:image/png;")
     # They are shown as what they are, and none hides or reorders what is around it.
-    assert {card["data-true"] for card in hostile.cards} - {""} == {visible(name) for name in HOSTILE[::2]}
-    assert not set(hostile.html) & {"\x00", "\u202e", "\r"}
-    assert "{{7*7}}{% raw %}" in hostile.text
-    assert "49" not in "".join(hostile.texts("bdi"))
+    shown = set(hostile.texts("bdi"))
+    assert {visible(name) for name in HOSTILE} - {" leading and trailing "} <= shown
+    assert not set(hostile.html) & {"\x00", "\u202e", "\r", "\u2028", "\u2066"}
+    for path in hostile.folder.rglob("data/*.js"):  # names are ASCII strings in which no tag can start or end
+        assert not re.search(rb"[^\x20-\x7e\n]|[<>&]", path.read_bytes()), path
+        assert path.read_bytes().count(b"\n") == 1
+    listed = {item["id"]: item for item in hostile.rows()}
+    for index, name in enumerate(HOSTILE):  # and are the very same in the data
+        item, bad = listed[name], listed[f"q{index:02d}{name}"]
+        assert (item["top"][0], item["split"], item["truth"]) == (name, name, HOSTILE[index - index % 2])
+        assert (item["uri"], bad["reason"], bad["text"]) == (f"/{name}", name, name)
 
 
 def test_visible_spells_out_what_cannot_be_seen() -> None:
@@ -432,43 +421,66 @@ def test_visible_spells_out_what_cannot_be_seen() -> None:
 
 
 @pytest.mark.parametrize("width", [54, 96, 170, 400])
-def test_no_frame_is_larger_than_its_share_of_the_page(width: int) -> None:
+def test_no_frame_is_larger_than_its_share(width: int) -> None:
     noise = np.random.default_rng(0).integers(0, 256, (96, width, 3), dtype=np.uint8)
     thumbnail = jpeg_uri(noise)
-    assert frames_of(thumbnail.uri).shape == (96, min(width, 192), 3)
+    head, _, data = thumbnail.uri.partition(",")
+    assert head == "data:image/jpeg;base64"
+    assert picture_of(data).shape == (96, min(width, 192), 3)
     assert (thumbnail.width, thumbnail.height) == (min(width, 192), 96)
-    assert len(base64.b64decode(thumbnail.uri.partition(",")[2])) <= MAX_FRAME_BYTES
+    assert len(base64.b64decode(data)) <= MAX_FRAME_BYTES
 
 
-def test_500_videos_fit_in_15_mb(tmp_path: Path) -> None:
-    rows = [row(f"some/longer/path/to/a/video-{n:04d}") for n in range(50)]
-    page = make_page(tmp_path, rows, frames_per_video=0)
-    fixed = len(make_page(tmp_path / "one", rows[:1], frames_per_video=0).html)
-    card = (len(page.html) - fixed) / 49
-    assert fixed + 500 * (card + 4 * (MAX_FRAME_BYTES * 4 / 3 + 120)) < 15e6
+def test_a_listed_row_takes_less_than_400_bytes_and_the_page_does_not_grow(tmp_path: Path) -> None:
+    rows = [row(f"some/longer/path/to/a/video-{number:05d}", margin=number % 50 / 50) for number in range(5000)]
+    small, large = (make_site(tmp_path / str(len(part)), part, frames_per_video=0) for part in (rows[:50], rows))
+    assert large.data("site")["rows"] == 3
+    assert (large.totals["bytes"] - small.totals["bytes"]) / 4950 < 400
+    assert abs(len(large.html) - len(small.html)) < 500
 
 
 # Errors
 
 
 def test_nothing_labelled_yet_is_said_plainly(tmp_path: Path) -> None:
+    out = str(tmp_path / "report")
     with pytest.raises(ObjectNotFound, match="holds no predictions"):
-        report(ReportConfig(predictions=str(tmp_path / "nothing"), out=str(tmp_path / "report.html")))
-    Ledger(Storage(StorageConfig()), str(tmp_path / "labels" / "0123456789abcdef")).pin_job({"checkpoint": "run"})
+        report(ReportConfig(predictions=str(tmp_path / "nothing"), out=out))
+    Ledger(Storage(), str(tmp_path / "labels" / "0123456789abcdef")).pin_job({"checkpoint": "run"})
     with pytest.raises(CatalogError, match="holds no finished rows yet; run kinoray label"):
-        report(ReportConfig(predictions=str(tmp_path / "labels"), out=str(tmp_path / "report.html")))
-    assert not (tmp_path / "report.html").exists()
+        report(ReportConfig(predictions=str(tmp_path / "labels"), out=out))
+    assert not (tmp_path / "report").exists()
+
+
+@pytest.mark.parametrize("out", ["report.html", "s3://bucket/x.HTM/", ""])
+def test_a_page_as_out_is_refused_since_the_report_is_a_folder(out: str) -> None:
+    with pytest.raises(ConfigError, match=r"out must be a folder or s3:// prefix"):
+        ReportConfig(predictions="x", out=out)
+
+
+def test_a_file_in_the_place_of_the_folder_is_named(tmp_path: Path) -> None:
+    labels = write_predictions(tmp_path / "labels", predictions([row("a")]))
+    (tmp_path / "report").write_text("mine")
+    with pytest.raises(ConfigError, match=r"out must be a folder for the site, .*report is a file; name another"):
+        report(ReportConfig(predictions=labels, out=str(tmp_path / "report")))
+    assert (tmp_path / "report").read_text() == "mine"
 
 
 def test_a_catalog_that_does_not_fit_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CatalogError, match=r"none of the 1 videos .* ids look like a and other"):
-        make_page(tmp_path / "other", [row("a")], catalog_of([("other", "dog", None)]))
+        make_site(tmp_path / "other", [row("a")], catalog_of([("other", "dog", None)]))
     with pytest.raises(CatalogError, match="the catalog has no labels"):
-        make_page(tmp_path / "none", [row("a")], catalog_of([("a", None, None)]))
+        make_site(tmp_path / "none", [row("a")], catalog_of([("a", None, None)]))
 
 
-def test_a_page_of_nothing_but_quarantine_is_a_page(tmp_path: Path) -> None:
-    page = make_page(tmp_path, [refused("a"), refused("b")], catalog_of([("a", "dog", "val"), ("b", "cat", "val")]))
-    assert page.totals["labelled"] == 0
-    assert [card["data-id"] for card in page.cards] == ["a", "b"]
-    assert "Top-1 accuracy" not in page.text
+def test_a_table_of_nothing_but_quarantine_is_a_site(tmp_path: Path) -> None:
+    site = make_site(tmp_path, [refused("a"), refused("b")], catalog_of([("a", "dog", "val"), ("b", "cat", "val")]))
+    assert site.totals["labelled"] == 0
+    assert [item["id"] for item in site.rows()] == ["a", "b"]
+    assert "Top-1 accuracy" not in site.text
+
+
+def test_an_empty_error_text_and_no_reason_are_shown(tmp_path: Path) -> None:
+    site = make_site(tmp_path, [row("a"), refused("b", None) | {"error_text": None}], frames_per_video=0)
+    assert "no reason was recorded" in site.text
+    assert [item["reason"] for item in site.rows()] == [None, "quarantined"]

@@ -21,8 +21,11 @@ from kinoray.configfile import load_config, to_yaml
 from kinoray.errors import ConfigError, KinorayError
 from kinoray.presets import PRESETS
 from kinoray.tune_config import TuneConfig
+from kinoray.verbs_capacity import BenchConfig, PlanConfig
 from kinoray.verbs_doctor import DoctorConfig
 from kinoray.verbs_evaluation import CalibrateConfig, CompareConfig, EnsembleConfig
+from kinoray.verbs_library import CorrectConfig, ExportConfig, LabelsConfig, VacuumConfig
+from kinoray.verbs_report import ReportConfig
 from kinoray.verbs_study import AblateConfig, DemoConfig, ModelVerbConfig
 
 __all__ = ["VERBS", "Verb", "main"]
@@ -53,8 +56,16 @@ VERBS: Mapping[str, Verb] = {
     "ensemble": Verb(EnsembleConfig, "kinoray.ensemble:ensemble", "several evaluations -> their averaged scores"),
     "compare": Verb(CompareConfig, "kinoray.compare:compare", "two evaluations -> what changed, as one HTML page"),
     "label": Verb(verbs.LabelConfig, "kinoray.run.label:label", "any videos -> one result row each, exactly once"),
+    "labels": Verb(
+        LabelsConfig, "kinoray.labels:labels", "result tables: filter, join, sort; as table, CSV or Parquet"
+    ),
+    "vacuum": Verb(VacuumConfig, "kinoray.vacuum:vacuum", "remove what killed labelling jobs left behind"),
+    "export": Verb(ExportConfig, "kinoray.export:export", "results -> FiftyOne, Label Studio, Datumaro, JSONL, CSV"),
+    "correct": Verb(CorrectConfig, "kinoray.corrections:correct", "results + corrections -> a labelled catalog"),
+    "bench": Verb(BenchConfig, "kinoray.run.bench:bench", "how fast your own videos are labelled, and what binds"),
+    "plan": Verb(PlanConfig, "kinoray.capacity_plan:plan", "measured rates -> nodes, hours and cost for a library"),
     "runs": Verb(verbs.RunsConfig, "kinoray.runs:runs", "trainings in storage: how they stand, and their best"),
-    "report": Verb(verbs.ReportConfig, "kinoray.report:report", "results -> one HTML page to look at"),
+    "report": Verb(ReportConfig, "kinoray.report:report", "results -> a static site to look at, filter and correct"),
     "model": Verb(ModelVerbConfig, "kinoray.describe:describe_model", "a network's parameters and operations"),
     "demo": Verb(DemoConfig, "kinoray.run.demo:demo", "all of the above on a small generated set"),
     "ablate": Verb(AblateConfig, "kinoray.run.ablate:ablate", "table 2 of the paper, TSN and TSM, on a small set"),

@@ -17,6 +17,7 @@ from kinoray.config import digest
 from kinoray.errors import CatalogError, CheckpointMismatch, ConfigError
 from kinoray.evaluation import ANSWER_COLUMNS, evaluation_record, join_answers, print_evaluation, write_evaluation
 from kinoray.evaluation_read import Evaluation, read_evaluation
+from kinoray.labels_manifest import write_manifest
 from kinoray.predictions import PREDICTION_SCHEMA, Ledger, Plan, labelling_id, row_keys
 from kinoray.storage import Storage, absolute, join
 from kinoray.verbs_evaluation import EnsembleConfig
@@ -58,6 +59,7 @@ def ensemble(config: EnsembleConfig) -> dict[str, Any]:
     plan = ledger.plan(catalog.digest, keys, _UNIT_SIZE)
     _commit(ledger, plan, catalog, members, weights / weights.sum(), about)
     ledger.finish(plan, ledger.check(plan, keys))
+    write_manifest(ledger, plan)
 
     predictions = pa.concat_tables(ledger.read_units(plan.units, list(ANSWER_COLUMNS)))
     answers = join_answers(catalog, members[0].answers.truth, predictions, len(labels))

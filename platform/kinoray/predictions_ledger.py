@@ -7,9 +7,9 @@ import hashlib
 import io
 import json
 import uuid
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
 
@@ -24,6 +24,7 @@ from kinoray.storage import Storage, join
 __all__ = ["Commit", "Ledger", "Totals"]
 
 _READERS = 16  # threads that fetch parts and commits, which are small
+_AHEAD = 2 * _READERS  # results that wait for who takes them
 _NUM_EXAMPLES = 10
 _TOTAL_COLUMNS = ["video_id", "row_key", "status", "error_class", "error_text", "frames_corrupt", "frames_missing"]
 _Item = TypeVar("_Item")
@@ -142,12 +143,21 @@ class Ledger:
             **self._put_part("parts", name, rows),
         )
         if self.storage.put_if_absent(self._uri("commits", f"{unit.unit_id}.json"), _to_json(asdict(commit))):
+            self._put_missing(commit, rows, windows)
             return commit
         winner = Commit(**self._read_json(self._uri("commits", f"{unit.unit_id}.json")))
-        if winner.part != commit.part:  # equal: ours was stored, and only the store's answer got lost
+        if winner.part == commit.part:  # ours was stored, and only the store's answer got lost
+            self._put_missing(commit, rows, windows)
+        else:
             for folder in ("parts", "windows") if commit.windows else ("parts",):
                 self.storage.delete(self._uri(folder, commit.part))
         return winner
+
+    def _put_missing(self, commit: Commit, rows: pa.Table, windows: pa.Table | None) -> None:
+        """A vacuum may have taken our parts for leftovers before the commit was there: write them again."""
+        for folder, table in (("parts", rows), ("windows", windows)):
+            if table is not None and not self.storage.exists(self._uri(folder, commit.part)):
+                self._put_part(folder, commit.part, table)
 
     def _put_part(self, folder: str, name: str, table: pa.Table) -> dict[str, Any]:
         """Write a table; rows, size_bytes and sha256 of it."""
@@ -213,13 +223,13 @@ class Ledger:
         Raises:
             IncompleteOutput: with the counts.
         """
-        found: Counter[str] = Counter()
         status: Counter[str] = Counter()
         reasons: Counter[str] = Counter()
         examples: list[tuple[str, str]] = []
         damaged = 0
-        for table in self.read_units(plan.units, _TOTAL_COLUMNS):
-            found.update(table.column("row_key").to_pylist())
+        exact = plan.covers(keys)
+        for unit, table in zip(plan.units, self.read_units(plan.units, _TOTAL_COLUMNS), strict=True):
+            exact = exact and table.column("row_key").to_pylist() == list(unit.keys)
             status.update(table.column("status").to_pylist())
             bad = pc.add(table.column("frames_corrupt"), table.column("frames_missing"))
             damaged += pc.sum(pc.greater(bad, 0)).as_py() or 0
@@ -227,15 +237,8 @@ class Ledger:
                 reasons[row["error_class"]] += 1
                 if len(examples) < _NUM_EXAMPLES:
                     examples.append((row["video_id"], f"{row['error_class']}: {row['error_text']}"))
-        missing = len(set(keys) - set(found))
-        foreign = len(set(found) - set(keys))
-        repeated = sum(count - 1 for count in found.values())
-        if missing or foreign or repeated or len(keys) != found.total():
-            raise IncompleteOutput(
-                f"{self.root}: {len(keys)} inputs, {found.total()} rows: {missing} inputs have no row, {repeated} have "
-                f"more than one, {foreign} rows are of no input; run the same command again, with another --out if it "
-                "stays so"
-            )
+        if not exact:
+            raise self._incomplete(plan, keys)
         return Totals(
             inputs=len(keys),
             labelled=status["labelled"],
@@ -244,6 +247,20 @@ class Ledger:
             reasons=dict(sorted(reasons.items())),
             damaged=damaged,
             examples=tuple(examples),
+        )
+
+    def _incomplete(self, plan: Plan, keys: Sequence[str]) -> IncompleteOutput:
+        """What is wrong, in counts. All keys are in memory for this; while all is well, they never are."""
+        found: Counter[str] = Counter()
+        for table in self.read_units(plan.units, ["row_key"]):
+            found.update(table.column("row_key").to_pylist())
+        missing = len(set(keys) - set(found))
+        foreign = len(set(found) - set(keys))
+        repeated = sum(count - 1 for count in found.values())
+        return IncompleteOutput(
+            f"{self.root}: {len(keys)} inputs, {found.total()} rows: {missing} inputs have no row, {repeated} have "
+            f"more than one, {foreign} rows are of no input; run the same command again, with another --out if it "
+            "stays so"
         )
 
     def finish(self, plan: Plan, totals: Totals) -> None:
@@ -275,5 +292,16 @@ def _to_json(record: dict[str, Any]) -> bytes:
 
 
 def _in_threads(function: Callable[[_Item], _Result], items: Iterable[_Item]) -> Iterator[_Result]:
+    """The results in the order of the items, made a few ahead of who takes them: no more of them wait in memory."""
+    pending: deque[Future[_Result]] = deque()
     with ThreadPoolExecutor(_READERS) as pool:
-        yield from pool.map(function, items)
+        try:
+            for item in items:
+                pending.append(pool.submit(function, item))
+                if len(pending) > _AHEAD:
+                    yield pending.popleft().result()
+            while pending:
+                yield pending.popleft().result()
+        finally:
+            for future in pending:
+                future.cancel()

@@ -5,8 +5,10 @@ two jobs at once, share the units they have in common instead of labelling their
 """
 
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
+from operator import eq
 from typing import Any
 
 import pyarrow as pa
@@ -17,6 +19,7 @@ from kinoray.errors import CatalogError
 __all__ = ["Plan", "Unit", "make_plan", "row_keys"]
 
 _KEY_COLUMNS = ("video_id", "uri", "offset", "length", "size_bytes", "sha256")
+_SLICE_ROWS = 4096
 
 
 def row_keys(table: pa.Table) -> list[str]:
@@ -27,12 +30,15 @@ def row_keys(table: pa.Table) -> list[str]:
     Raises:
         CatalogError: two rows are the same input.
     """
-    columns = [table.column(name).to_pylist() for name in _KEY_COLUMNS]
-    keys = [digest(list(row)) for row in zip(*columns, strict=True)]
-    key, count = Counter(keys).most_common(1)[0] if keys else ("", 0)
-    if count > 1:
-        row = keys.index(key)
-        raise CatalogError(f"{columns[1][row]} (video {columns[0][row]}) is in the catalog {count} times; list it once")
+    keys: list[str] = []
+    for start in range(0, table.num_rows, _SLICE_ROWS):  # the columns as Python's objects are ten times the keys
+        part = table.slice(start, _SLICE_ROWS)
+        columns = [part.column(name).to_pylist() for name in _KEY_COLUMNS]
+        keys += [digest(list(row)) for row in zip(*columns, strict=True)]
+    if len(set(keys)) < len(keys):
+        key, count = Counter(keys).most_common(1)[0]
+        video_id, uri = (table.column(name)[keys.index(key)].as_py() for name in ("video_id", "uri"))
+        raise CatalogError(f"{uri} (video {video_id}) is in the catalog {count} times; list it once")
     return keys
 
 
@@ -70,6 +76,17 @@ class Plan:
     def num_rows(self) -> int:
         """Rows of the catalog."""
         return sum(len(unit.keys) for unit in self.units)
+
+    def covers(self, keys: Sequence[str]) -> bool:
+        """Whether each key is in exactly one unit, once, and nothing else is."""
+        if self.num_rows != len(keys):
+            return False
+        if all(map(eq, keys, self._keys())):  # in the order of the catalog, as in most plans: nothing is copied
+            return True
+        return sorted(keys) == sorted(self._keys())
+
+    def _keys(self) -> Iterator[str]:
+        return chain.from_iterable(unit.keys for unit in self.units)
 
     def to_record(self) -> dict[str, Any]:
         """As JSON values."""

@@ -1,6 +1,6 @@
-"""One self-contained HTML page from predictions: numbers, frames, filters, confusion, quarantine.
+"""`kinoray report`: a static site from predictions, with numbers, frames, filters, quarantine and corrections.
 
-What is easy to break: the numbers cover all rows, whatever the page shows of them.
+What is easy to break: the numbers cover all rows, whatever the site lists of them.
 """
 
 from dataclasses import dataclass
@@ -9,196 +9,134 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from kinoray.catalog import Reference, load_catalog
-from kinoray.errors import CatalogError
-from kinoray.page import render_page
-from kinoray.predictions import read_predictions
-from kinoray.progress import Progress
+from kinoray.catalog import load_catalog
+from kinoray.errors import ConfigError
+from kinoray.report_columns import collect_names, site_record
 from kinoray.report_figures import confused_pairs, confusion_picture, histogram_bars, reliability_marks, shade
 from kinoray.report_numbers import Numbers, count, join_truth
-from kinoray.report_strips import Strip, contact_strips
-from kinoray.storage import Storage, absolute
-from kinoray.verbs import ReportConfig
+from kinoray.report_site import Site, add_places
+from kinoray.report_table import ResultTable, choose, read_result
+from kinoray.storage import Storage, absolute, join
+from kinoray.verbs_report import ReportConfig
 
 __all__ = ["report"]
 
 MAX_TABLE_CLASSES = 30
 """Up to so many classes confusion is a table of numbers, above it a picture and the most frequent mistakes."""
 MAX_MISTAKES = 30
-MAX_REASONS = 200
-"""Rows listed for each kind of quarantine; the counts always cover all."""
+MAX_EXAMPLES = 3
 
 
 def report(config: ReportConfig) -> dict[str, Any]:
-    """Write the page and return its totals: out, videos, labelled, quarantined, shown, without_frames, bytes, top1.
+    """Write the site and return its totals.
 
     A video that cannot be read any more shows the reason instead of its frames.
 
+    Returns:
+        `out` (index.html), `bytes`, `videos`, `inputs`, `labelled`, `quarantined`, `skipped`, `shown` (videos that are
+        listed), `without_frames` (those that could not be read for their strip) and `top1` (None without a catalog).
+
     Raises:
-        StorageError: predictions or catalog cannot be read, or the page cannot be written.
+        ConfigError: `out` is a file, or predictions of several models are there.
+        StorageError: predictions or catalog cannot be read, or the site cannot be written.
         CatalogError: no rows yet, or the catalog does not fit the predictions.
     """
     storage = Storage(config.storage)
-    table = read_predictions(storage, config.predictions)
-    if not len(table):
-        raise CatalogError(
-            f"{config.predictions} holds no finished rows yet; run kinoray label, or wait for its first unit, then this"
-        )
+    out = absolute(config.out).rstrip("/")
+    if storage.exists(out):
+        raise ConfigError(f"out must be a folder for the site, {out} is a file; name another, or remove it")
+    result = read_result(storage, config.predictions)
     catalog = load_catalog(storage, config.catalog) if config.catalog else None
-    rows = join_truth(table, catalog)
-    numbers = count(rows, catalog.labels if catalog else ())
-    shown = _choose(rows, config.max_videos)
-    strips = _strips(storage, shown, config.frames_per_video)
-    page = _render(config, rows, numbers, shown, strips).encode("utf-8")
-    out = absolute(config.out)
-    storage.put(out, page)
-    without_frames = sum(1 for strip in strips.values() if not strip.frames)
-    _print_totals(out, len(page), numbers, without_frames)
+    rows = join_truth(result.rows, catalog)
+    labels = tuple(dict.fromkeys((*(catalog.labels if catalog else ()), *result.labels)))
+    numbers = count(rows, labels)
+    listed = add_places(choose(rows, config.max_videos), config.max_strips if config.frames_per_video else 0)
+    names = collect_names(listed, numbers)
+    site = Site(storage, out, listed, names, site_record(numbers, names, listed, config.title, result.digest))
+    without_frames = site.write(_values(config, result, rows, numbers, listed), config.frames_per_video)
+    _print_totals(out, site.num_bytes, result, numbers, len(listed), without_frames)
     return {
-        "out": out,
-        "bytes": len(page),
+        "out": join(out, "index.html"),
+        "bytes": site.num_bytes,
         "videos": numbers.num_videos,
+        "inputs": result.num_inputs,
         "labelled": numbers.num_labelled,
         "quarantined": numbers.num_quarantined,
-        "shown": len(shown),
+        "skipped": numbers.num_skipped,
+        "shown": len(listed),
         "without_frames": without_frames,
         "top1": numbers.accuracy.value if numbers.accuracy else None,
     }
 
 
-def _print_totals(out: str, size: int, numbers: Numbers, without_frames: int) -> None:
-    parts = [f"{numbers.num_labelled} labelled", f"{numbers.num_quarantined} quarantined"]
-    if numbers.num_skipped:
-        parts.append(f"{numbers.num_skipped} skipped")
+def _print_totals(
+    out: str, size: int, result: ResultTable, numbers: Numbers, num_listed: int, without_frames: int
+) -> None:
+    sums = f"{numbers.num_labelled} labelled + {numbers.num_quarantined} quarantined + {numbers.num_skipped} skipped"
+    pending = f" + {result.num_pending} to come" if result.num_pending else ""
+    print(f"report: {result.num_inputs} inputs = {sums}{pending}")
+    if num_listed < numbers.num_videos:
+        print(f"report: the site lists {num_listed} of them, least certain first (--max-videos); its numbers cover all")
     if without_frames:
-        parts.append(f"{without_frames} could not be read for their frames")
-    print(f"report: {out}, {size / 1e6:.1f} MB: {numbers.num_videos} videos, {', '.join(parts)}", flush=True)
-
-
-def _choose(rows: pa.Table, most: int) -> pa.Table:
-    """The videos to show: labelled ones, least certain first, then the others; at most `most` of each."""
-    labelled = rows.filter(pc.equal(rows["status"], "labelled"))
-    others = rows.filter(pc.not_equal(rows["status"], "labelled"))
-    labelled = labelled.sort_by([("margin", "ascending"), ("video_id", "ascending")])
-    others = others.sort_by([("status", "ascending"), ("error_class", "ascending"), ("video_id", "ascending")])
-    return pa.concat_tables([labelled.slice(0, most), others.slice(0, most)])
-
-
-def _strips(storage: Storage, shown: pa.Table, num_frames: int) -> dict[int, Strip]:
-    """Contact strips by row of `shown`, read in the order in which the videos lie in their shards."""
-    labelled = shown.append_column("row", pa.array(range(len(shown)))).filter(pc.equal(shown["status"], "labelled"))
-    if not num_frames or not len(labelled):
-        return {}
-    labelled = labelled.sort_by([("uri", "ascending"), ("offset", "ascending")])
-    columns = [labelled[name].to_pylist() for name in ("uri", "offset", "length")]
-    places = [Reference(*place) for place in zip(*columns, strict=True)]
-    progress = Progress(len(labelled), "report", "contact strips")
-    strips: dict[int, Strip] = {}
-    for row, strip in zip(labelled["row"].to_pylist(), contact_strips(storage, places, num_frames), strict=True):
-        strips[row] = strip
-        progress.update(1, unreadable=int(not strip.frames))
-    progress.close()
-    return strips
+        print(f"report: {without_frames} videos could not be read for their frames; the site says why")
+    print(f"report: {size / 1e6:.1f} MB; open {join(out, 'index.html')}", flush=True)
 
 
 @dataclass(frozen=True, slots=True)
-class _Answer:
-    label: str
-    score: float
+class _Group:
+    """One kind of quarantine: how many videos, their share, and examples of the reason as text."""
 
-
-@dataclass(frozen=True, slots=True)
-class _Card:
-    """One video as the template shows it."""
-
-    video_id: str
-    where: str
     status: str
-    abstained: bool
     reason: str
-    answers: tuple[_Answer, ...]
-    true_label: str | None
-    verdict: str
-    split: str
-    margin: float | None
-    entropy: float | None
-    strip: Strip | None
-
-
-def _cards(shown: pa.Table, strips: dict[int, Strip]) -> list[_Card]:
-    return [_card(row, strips.get(index)) for index, row in enumerate(shown.to_pylist())]
-
-
-def _card(row: dict[str, Any], strip: Strip | None) -> _Card:
-    labelled = row["status"] == "labelled"
-    names, scores = row["label_topk"] or (), row["score_topk"] or ()
-    return _Card(
-        video_id=row["video_id"],
-        where=_where(row),
-        status=row["status"],
-        abstained=bool(row["abstained"]),
-        reason="" if labelled else _reason(row),
-        answers=tuple(_Answer(*answer) for answer in zip(names, scores, strict=True)) if labelled else (),
-        true_label=row["true_label"],
-        verdict="" if row["right"] is None or not labelled else ("right" if row["right"] else "wrong"),
-        split=row["split"] or "",
-        margin=row["margin"],
-        entropy=row["entropy"],
-        strip=strip,
-    )
-
-
-def _where(row: dict[str, Any]) -> str:
-    """`uri`, and for a member of a shard its first and last byte."""
-    if row["offset"] is None or row["length"] is None:
-        return str(row["uri"])
-    return f"{row['uri']} bytes {row['offset']} to {row['offset'] + row['length'] - 1}"
-
-
-def _reason(row: dict[str, Any]) -> str:
-    return f"{row['error_class'] or row['status']}: {row['error_text'] or 'no reason was recorded'}"
-
-
-@dataclass(frozen=True, slots=True)
-class _Refused:
-    """One kind of quarantine: how many videos, and the first of them as (video_id, where, reason)."""
-
-    error_class: str
     num_videos: int
-    videos: list[tuple[str, str, str]]
+    texts: tuple[str, ...]
 
 
-def _refused(rows: pa.Table) -> list[_Refused]:
-    """Videos without an answer by error_class, the most frequent first."""
+def _groups(rows: pa.Table) -> list[_Group]:
+    """Videos without an answer by status and reason, the most frequent first."""
     others = rows.filter(pc.not_equal(rows["status"], "labelled"))
-    names = pc.coalesce(others["error_class"], others["status"])
-    counts = {item["values"]: item["counts"] for item in pc.value_counts(names).to_pylist()}
+    others = others.append_column("reason", pc.coalesce(others["error_class"], others["status"]))
+    counts = others.group_by(["status", "reason"]).aggregate([([], "count_all")]).to_pylist()
     groups = []
-    for name, number in sorted(counts.items(), key=lambda item: (-item[1], item[0])):
-        part = others.filter(pc.equal(names, name)).sort_by("video_id").slice(0, MAX_REASONS).to_pylist()
-        videos = [(row["video_id"], _where(row), row["error_text"] or "no reason was recorded") for row in part]
-        groups.append(_Refused(name, number, videos))
-    return groups
+    for item in counts:
+        same = pc.and_(pc.equal(others["status"], item["status"]), pc.equal(others["reason"], item["reason"]))
+        texts = pc.value_counts(others["error_text"].filter(same)).to_pylist()
+        texts = sorted(texts, key=lambda text: (-text["counts"], text["values"] or ""))[:MAX_EXAMPLES]
+        said = tuple(text["values"] or "no reason was recorded" for text in texts)
+        groups.append(_Group(item["status"], item["reason"], item["count_all"], said))
+    return sorted(groups, key=lambda group: (-group.num_videos, group.status, group.reason))
 
 
-def _render(config: ReportConfig, rows: pa.Table, numbers: Numbers, shown: pa.Table, strips: dict[int, Strip]) -> str:
+def _values(
+    config: ReportConfig, result: ResultTable, rows: pa.Table, numbers: Numbers, listed: pa.Table
+) -> dict[str, object]:
+    """What the template shows."""
     confusion = numbers.confusion
-    values: dict[str, object] = {
+    small = confusion is not None and len(confusion.names) <= MAX_TABLE_CLASSES
+    return {
         "config": config,
+        "result": result,
         "numbers": numbers,
-        "bars": histogram_bars(numbers.histogram),
+        "num_listed": len(listed),
+        "num_listed_labelled": pc.sum(pc.equal(listed["status"], "labelled")).as_py() or 0,
+        "num_strips": pc.sum(pc.greater_equal(listed["strip"], 0)).as_py() or 0,
+        "histograms": [
+            (title, name, histogram_bars(histogram, name), int(histogram.sum(axis=0).max()))
+            for title, name, histogram in (
+                ("Score of the first answer", "score", numbers.histogram),
+                ("Margin: first less second score", "margin", numbers.margin_histogram),
+            )
+        ],
         "classes": sorted(numbers.classes, key=lambda row: -row.num_predicted),
         "confusion": confusion,
-        "shades": shade(confusion) if confusion and len(confusion.names) <= MAX_TABLE_CLASSES else None,
-        "picture": confusion_picture(confusion) if confusion and len(confusion.names) > MAX_TABLE_CLASSES else "",
+        "shades": shade(confusion) if confusion and small else None,
+        "picture": confusion_picture(confusion) if confusion and not small else "",
         "mistakes": confused_pairs(confusion, MAX_MISTAKES) if confusion else [],
         "reliability": reliability_marks(numbers.calibration) if numbers.calibration else [],
-        "cards": _cards(shown, strips),
-        "refused": _refused(rows),
-        "origin": {name: _values(rows, name) for name in ("model_digest", "config_digest", "run_id")},
+        "groups": _groups(rows),
+        "origin": {name: _distinct(rows, name) for name in ("model_digest", "config_digest", "run_id")},
     }
-    return render_page("report.html.j2", values, styles=("report.css",), script="report.js")
 
 
-def _values(rows: pa.Table, name: str) -> list[str]:
+def _distinct(rows: pa.Table, name: str) -> list[str]:
     return sorted(value for value in pc.unique(rows[name]).to_pylist() if value)

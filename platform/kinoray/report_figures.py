@@ -37,6 +37,8 @@ class Bar:
     height: float
     kind: str
     hint: str
+    values: str
+    """The values that it counts, as the site's filters take them: `0.45..0.5`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,8 +50,12 @@ class Confused:
     count: int
 
 
-def histogram_bars(histogram: np.ndarray) -> list[Bar]:
-    """Stacked bars of int64 [3, bins] (right, wrong, unknown over scores 0 .. 1); the highest fills the height."""
+def histogram_bars(histogram: np.ndarray, what: str) -> list[Bar]:
+    """Stacked bars of int64 [3, bins] (right, wrong, unknown over values 0 .. 1); the highest fills the height.
+
+    Args:
+        what: name of the value, for the hints.
+    """
     num_bins = histogram.shape[1]
     unit = HISTOGRAM_HEIGHT / max(1, int(histogram.sum(axis=0).max()))
     width = HISTOGRAM_WIDTH / num_bins
@@ -57,13 +63,15 @@ def histogram_bars(histogram: np.ndarray) -> list[Bar]:
     for index, column in enumerate(histogram.T.tolist()):
         floor = HISTOGRAM_HEIGHT
         counted = ", ".join(f"{n} {kind}" for n, kind in zip(column, _KINDS, strict=True) if n and kind != "unknown")
-        hint = f"score {index / num_bins:.2f} to {(index + 1) / num_bins:.2f}: {sum(column)} videos"
+        low, high = index / num_bins, (index + 1) / num_bins
+        hint = f"{what} {low:.2f} to {high:.2f}: {sum(column)} videos"
         for number, kind in zip(column, _KINDS, strict=True):
             if number:
                 height = number * unit
                 floor -= height
                 hint_here = f"{hint} ({counted})" if counted else hint
-                bars.append(Bar(index * width + 1, round(floor, 2), width - 2, round(height, 2), kind, hint_here))
+                place = (index * width + 1, round(floor, 2), width - 2, round(height, 2))
+                bars.append(Bar(*place, kind, hint_here, f"{low:g}..{high:g}"))
     return bars
 
 

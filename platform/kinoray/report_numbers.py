@@ -1,6 +1,6 @@
 """What a report says in numbers: counts, certainty, accuracy with its interval, classes, confusion.
 
-Everything covers all rows of the predictions, not only the videos that the page shows. Accuracy is never counted over
+Everything covers all rows of the predictions, not only the videos that the site lists. Accuracy is never counted over
 videos that the model was trained on where the catalog names another split.
 """
 
@@ -43,14 +43,30 @@ class Accuracy:
         return self.num_right / (self.num_labelled + self.num_unreadable)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class ClassRow:
-    """One class: how often it was predicted, and of how many true ones it was right (0 of 0 without a catalog)."""
+    """One class: what the model called so, and how right it was (0 of 0 without a catalog)."""
 
     name: str
     num_predicted: int
+    """All videos that were called so."""
+    mean_score: float | None
+    """Their mean first score; None of none."""
+    num_called: int
+    """Those of them that the accuracy counts."""
     num_true: int
+    """Videos of this true class that the accuracy counts."""
     num_right: int
+
+    @property
+    def precision(self) -> float | None:
+        """Share of right answers among those that were called so; None of none."""
+        return self.num_right / self.num_called if self.num_called else None
+
+    @property
+    def recall(self) -> float | None:
+        """Share of right answers among those that are so; None of none."""
+        return self.num_right / self.num_true if self.num_true else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +79,7 @@ class Confusion:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Numbers:
-    """Everything that the page says in numbers."""
+    """Everything that the site says in numbers."""
 
     num_videos: int
     num_labelled: int
@@ -73,6 +89,8 @@ class Numbers:
     mean_margin: float | None
     histogram: np.ndarray
     """int64 [3, NUM_BINS]: top-1 scores in 0 .. 1 of right, wrong and unknown answers."""
+    margin_histogram: np.ndarray
+    """int64 [3, NUM_BINS]: the same of margins."""
     classes: tuple[ClassRow, ...]
     accuracy: Accuracy | None
     splits: tuple[Accuracy, ...]
@@ -118,10 +136,6 @@ def count(rows: pa.Table, labels: Sequence[str]) -> Numbers:
     counted, accuracy, splits = _accuracies(rows)
     names = _class_names(labelled, counted, labels)
     confusion = _confusion(counted, names) if accuracy else None
-    predicted = _tally(labelled["top1"], names)
-    true = confusion.counts.sum(axis=1) if confusion else np.zeros(len(names), np.int64)
-    right = confusion.counts.diagonal() if confusion else true
-    classes = zip(names, predicted.tolist(), true.tolist(), right.tolist(), strict=True)
     return Numbers(
         num_videos=len(rows),
         num_labelled=len(labelled),
@@ -129,8 +143,9 @@ def count(rows: pa.Table, labels: Sequence[str]) -> Numbers:
         num_skipped=pc.sum(pc.equal(status, "skipped")).as_py() or 0,
         num_abstained=pc.sum(labelled["abstained"]).as_py() or 0,
         mean_margin=pc.mean(labelled["margin"]).as_py(),
-        histogram=_histogram(labelled),
-        classes=tuple(ClassRow(*row) for row in classes),
+        histogram=_histogram(labelled, "score"),
+        margin_histogram=_histogram(labelled, "margin"),
+        classes=_class_rows(labelled, names, confusion),
         accuracy=accuracy,
         splits=splits,
         confusion=confusion,
@@ -174,9 +189,24 @@ def _class_names(labelled: pa.Table, counted: pa.Table, labels: Sequence[str]) -
     return (*labels, *sorted(name for name in seen - set(labels) if name is not None))
 
 
-def _tally(column: pa.ChunkedArray, names: Sequence[str]) -> np.ndarray:
-    places = pc.index_in(column, value_set=pa.array(names, pa.string())).drop_null().to_numpy()
-    return np.bincount(places, minlength=len(names)).astype(np.int64)
+def _class_rows(labelled: pa.Table, names: tuple[str, ...], confusion: Confusion | None) -> tuple[ClassRow, ...]:
+    answered = labelled.filter(pc.is_valid(labelled["top1"]))
+    places = pc.index_in(answered["top1"], value_set=pa.array(names, pa.string())).to_numpy()
+    predicted = np.bincount(places, minlength=len(names)).tolist()
+    totals = np.bincount(places, weights=answered["score"].to_numpy(), minlength=len(names)).tolist()
+    counts = confusion.counts if confusion else np.zeros((len(names), len(names)), np.int64)
+    called, true, right = (item.tolist() for item in (counts.sum(axis=0), counts.sum(axis=1), counts.diagonal()))
+    return tuple(
+        ClassRow(
+            name=name,
+            num_predicted=predicted[place],
+            mean_score=totals[place] / predicted[place] if predicted[place] else None,
+            num_called=called[place],
+            num_true=true[place],
+            num_right=right[place],
+        )
+        for place, name in enumerate(names)
+    )
 
 
 def _confusion(counted: pa.Table, names: tuple[str, ...]) -> Confusion:
@@ -187,8 +217,8 @@ def _confusion(counted: pa.Table, names: tuple[str, ...]) -> Confusion:
     return Confusion(names, counts)
 
 
-def _histogram(labelled: pa.Table) -> np.ndarray:
-    score = labelled["score"].to_numpy().astype(np.float64)
-    bins = np.clip((score * NUM_BINS).astype(np.int64), 0, NUM_BINS - 1)
-    right = pc.fill_null(pc.cast(labelled["right"], pa.int8()), -1).to_numpy()
+def _histogram(labelled: pa.Table, name: str) -> np.ndarray:
+    known = labelled.filter(pc.is_valid(labelled[name]))
+    bins = np.clip((known[name].to_numpy().astype(np.float64) * NUM_BINS).astype(np.int64), 0, NUM_BINS - 1)
+    right = pc.fill_null(pc.cast(known["right"], pa.int8()), -1).to_numpy()
     return np.stack([np.bincount(bins[right == value], minlength=NUM_BINS) for value in (1, 0, -1)]).astype(np.int64)

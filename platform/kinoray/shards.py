@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from kinoray.catalog_read import Reference, read_videos
+from kinoray.catalog_read import read_videos
 from kinoray.config import DecodeConfig
 from kinoray.errors import (
     AccessDenied,
@@ -93,7 +93,7 @@ def _examined(
 ) -> Iterator[tuple[PlannedVideo, Examined | Refusal]]:
     small = [video for video in shard.videos if video.size_bytes <= decode.max_bytes]
     sandbox = shared_sandbox(1)
-    blobs = read_videos(storage, [Reference(video.uri) for video in small])
+    blobs = read_videos(storage, [video.reference for video in small])
     for video in shard.videos:
         if video.size_bytes > decode.max_bytes:  # not even read
             text = f"{video.uri} has {video.size_bytes} bytes; decode.max_bytes allows {decode.max_bytes}"
@@ -112,7 +112,9 @@ def _examined(
 
 
 def _refuse(video: PlannedVideo, error: KinorayError, stage: str) -> Refusal:
-    return Refusal(video.video_id, video.uri, type(error).__name__, " ".join(str(error).split()), stage)
+    place = video.reference
+    reason = " ".join(str(error).split())
+    return Refusal(video.video_id, video.uri, type(error).__name__, reason, stage, place.offset, place.length)
 
 
 def _commit_uri(out: str, name: str) -> str:

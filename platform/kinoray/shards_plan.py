@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import TypeVar
 
+from kinoray.catalog import Catalog, extension
+from kinoray.catalog_read import Reference
 from kinoray.catalog_source import SourceFile, unique_ids
 from kinoray.config import digest
 from kinoray.errors import CatalogError
@@ -17,11 +19,13 @@ from kinoray.quarantine import Refusal
 
 __all__ = [
     "PackPlan",
+    "PlannedMember",
     "PlannedVideo",
     "ShardPlan",
     "cut_evenly",
     "make_plan",
     "places_in_folders",
+    "plan_of_catalog",
     "share",
     "split_name",
 ]
@@ -49,6 +53,25 @@ class PlannedVideo:
     """Index of the class."""
     split: str
     """`train`, `val`, `test` or what a CSV says."""
+
+    @property
+    def reference(self) -> Reference:
+        """Where its bytes are."""
+        return Reference(self.uri)
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedMember(PlannedVideo):
+    """A row of a catalog that is to be packed: perhaps a member of another shard."""
+
+    offset: int | None
+    length: int | None
+    sha256: str | None
+
+    @property
+    def reference(self) -> Reference:
+        """Where its bytes are, and what they must be."""
+        return Reference(self.uri, self.offset, self.length, self.sha256)
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,6 +146,37 @@ def make_plan(source: str, files: Sequence[SourceFile], *, shard_bytes: int, val
         for shard in _cut(split, [video for video in videos if video.split == split], shard_bytes)
     ]
     return PackPlan(labels, tuple(shards), tuple(refused))
+
+
+def plan_of_catalog(source: str, catalog: Catalog, *, shard_bytes: int, val_fraction: float) -> PackPlan:
+    """Sort the rows of a catalog into shards of about `shard_bytes`: its classes, their order and its splits stay.
+
+    Rows without a split go to train, or by a hash of the video_id to val.
+
+    Raises:
+        CatalogError: it has no row, or some rows of a split have a class and others none.
+    """
+    rows = catalog.table.to_pylist()
+    if not rows:
+        raise CatalogError(f"{source}: the catalog is empty, there is nothing to pack")
+    keys = unique_ids([f"{row['video_id']}.x" for row in rows])  # as they are, where they are such names already
+    videos = []
+    for row, key in zip(rows, keys, strict=True):
+        split = row["split"] or ("val" if share("val", row["video_id"]) < val_fraction else "train")
+        name = key if row["offset"] is not None else key + extension(row["uri"])
+        size_bytes = row["length"] if row["length"] is not None else row["size_bytes"] or 0
+        place = (row["offset"], row["length"], row["sha256"])
+        videos.append(PlannedMember(key, name, row["uri"], size_bytes, row["label"], row["label_id"], split, *place))
+    splits = {split: [video for video in videos if video.split == split] for split in sorted({v.split for v in videos})}
+    for split, members in splits.items():
+        missing = [video.video_id for video in members if video.label_id is None]
+        if 0 < len(missing) < len(members):
+            raise CatalogError(
+                f"{source}: {len(missing)} of the {len(members)} videos of split {split!r} have no class, {missing[0]} "
+                "is one; give all of them a class, or none"
+            )
+    shards = [shard for split, members in splits.items() for shard in _cut(split, members, shard_bytes)]
+    return PackPlan(catalog.labels, tuple(shards), ())
 
 
 _REASONS = {

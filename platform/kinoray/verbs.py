@@ -23,7 +23,6 @@ __all__ = [
     "EvaluateConfig",
     "LabelConfig",
     "PackConfig",
-    "ReportConfig",
     "RunsConfig",
     "TrainConfig",
 ]
@@ -64,7 +63,8 @@ class PackConfig:
     """
 
     source: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")]
-    """Folder or s3:// prefix of class folders (or of train/, val/ with class folders), or a CSV path,label[,split]."""
+    """Folder or s3:// prefix of class folders (or of train/, val/ with class folders), a CSV path,label[,split],
+    or a catalog (a pack's folder, or .parquet), whose videos are packed anew."""
     out: str
     """Folder or s3:// prefix for shards/, catalog.parquet, labels.json, quarantine.parquet (and verdicts.parquet)."""
     kinetics: Literal["k400", "k600", "k700"] | None = None
@@ -330,33 +330,6 @@ class EvaluateConfig:
             require(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
         _check_segments(self.protocol, self.num_segments)
         _check_fraction("max_bad_fraction", self.max_bad_fraction)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ReportConfig:
-    """Make one self-contained HTML page from predictions: frames, top-k, filters, quarantine, confusion.
-
-    Example: kinoray report s3://bucket/labels --out report.html
-    """
-
-    predictions: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="PREDICTIONS")]
-    """What `label` or `evaluate` wrote."""
-    out: str = "report.html"
-    """The page (a file or an s3:// object)."""
-    catalog: str = ""
-    """Labelled catalog to compare with; adds accuracy and the confusion plot."""
-    title: str = "kinoray report"
-    """Heading of the page."""
-    max_videos: int = 500
-    """Videos shown with frames, least certain first; the numbers always cover all."""
-    frames_per_video: int = 4
-    """Frames in each contact strip; 0 for none."""
-    storage: StorageConfig = field(default_factory=StorageConfig)
-    """Object storage."""
-
-    def __post_init__(self) -> None:
-        require(self.max_videos >= 0, "max_videos", "at least 0", self.max_videos)
-        require(0 <= self.frames_per_video <= 16, "frames_per_video", "in 0 .. 16", self.frames_per_video)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -174,7 +174,7 @@ def _run(recipe: Recipe, steps: _Steps) -> tuple[dict[str, Any], dict[str, Any],
     what = "an answer or a reason for every file, where it lies"
     labelled = run("label", label, recipe.label, what, _show_label)
     page_config = dataclasses.replace(recipe.report, predictions=labelled["root"])
-    page = run("report", report, page_config, "a page to look at", lambda totals: f"{totals['bytes'] / 1e6:.1f} MB")
+    page = run("report", report, page_config, "a site to look at", lambda totals: f"{totals['bytes'] / 1e6:.1f} MB")
     return scores, labelled, page
 
 

@@ -15,7 +15,8 @@ from kinoray import presets
 from kinoray.config import StorageConfig
 from kinoray.storage import join
 from kinoray.synthetic import BROKEN_KINDS, class_names, make_broken, make_demo_set
-from kinoray.verbs import EvaluateConfig, LabelConfig, PackConfig, ReportConfig, TrainConfig
+from kinoray.verbs import EvaluateConfig, LabelConfig, PackConfig, TrainConfig
+from kinoray.verbs_report import ReportConfig
 from kinoray.verbs_study import DemoConfig
 
 __all__ = ["Recipe", "command_line", "make_recipe", "make_videos"]
@@ -47,7 +48,7 @@ def make_recipe(config: DemoConfig, source: str, base: str, storage: StorageConf
         label=LabelConfig(source=source, checkpoint=run, out=labels, storage=storage),
         report=ReportConfig(
             predictions=labels,
-            out=str(Path(config.out) / "report.html"),
+            out=str(Path(config.out) / "report"),
             catalog=packed,
             title="kinoray demo",
             storage=storage,

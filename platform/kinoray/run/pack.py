@@ -13,24 +13,24 @@ from typing import Any
 
 import pyarrow as pa
 
-from kinoray.catalog import CATALOG_SCHEMA, Catalog, save_catalog
+from kinoray.catalog import CATALOG_SCHEMA, Catalog, is_catalog, load_catalog, save_catalog
 from kinoray.catalog_source import find_files
 from kinoray.config import DecodeConfig
-from kinoray.errors import IncompleteOutput, TooManyBad
+from kinoray.errors import IncompleteOutput, ObjectNotFound, TooManyBad
 from kinoray.progress import Progress
 from kinoray.quarantine import Refusal, count_reasons, save_quarantine
 from kinoray.run.cluster import connect, require_fit
 from kinoray.run.pack_kinetics import pack_kinetics, transcode_record
 from kinoray.run.pack_tasks import Job, committed, pin_plan, require_apart, require_tars, run_jobs
 from kinoray.shards import ShardCommit, pack_shard, read_commit
-from kinoray.shards_plan import PackPlan, ShardPlan, make_plan
+from kinoray.shards_plan import PackPlan, ShardPlan, make_plan, plan_of_catalog
 from kinoray.storage import Storage, absolute, join
 from kinoray.transcode import TRANSCODE
 from kinoray.verbs import PackConfig
 
 __all__ = ["pack"]
 
-_COMMIT_THREADS = 16
+_THREADS = 16
 
 
 def pack(config: PackConfig) -> dict[str, Any]:
@@ -48,12 +48,7 @@ def pack(config: PackConfig) -> dict[str, Any]:
     storage = Storage(config.storage)
     out = absolute(config.out).rstrip("/")
     require_apart(config.source, out)
-    plan = make_plan(
-        config.source,
-        find_files(storage, config.source),
-        shard_bytes=config.shard_mb * 2**20,
-        val_fraction=config.val_fraction,
-    )
+    plan = _plan(storage, config)
     pin_plan(storage, out, _pinned(config, plan))
     done = committed(storage, out)
     left = [shard for shard in plan.shards if shard.name not in done]
@@ -68,6 +63,36 @@ def pack(config: PackConfig) -> dict[str, Any]:
         require_fit(config.resources)
         _pack_shards(storage, out, config, plan, left)
     return _finish(storage, out, config, plan)
+
+
+def _plan(storage: Storage, config: PackConfig) -> PackPlan:
+    """The files of a folder or CSV; or the videos of a catalog, which may be members of other shards."""
+    shard_bytes, source = config.shard_mb * 2**20, config.source
+    if is_catalog(storage, source):
+        catalog = _with_sizes(storage, load_catalog(storage, source))
+        return plan_of_catalog(source, catalog, shard_bytes=shard_bytes, val_fraction=config.val_fraction)
+    files = find_files(storage, source)
+    return make_plan(source, files, shard_bytes=shard_bytes, val_fraction=config.val_fraction)
+
+
+def _with_sizes(storage: Storage, catalog: Catalog) -> Catalog:
+    """The catalog with the sizes of whole objects that it does not know; what is not there will be refused by name."""
+    table = catalog.table
+    columns = [table.column(name).to_pylist() for name in ("uri", "offset", "size_bytes")]
+
+    def size_of(row: tuple[str, int | None, int | None]) -> int | None:
+        uri, offset, size_bytes = row
+        if offset is not None or size_bytes is not None:
+            return size_bytes
+        try:
+            return storage.stat(uri).size_bytes
+        except ObjectNotFound:
+            return 0
+
+    with ThreadPoolExecutor(_THREADS) as pool:
+        sizes = pa.array(list(pool.map(size_of, zip(*columns, strict=True))), pa.int64())
+    place = table.schema.get_field_index("size_bytes")
+    return Catalog(table.set_column(place, table.schema.field(place), sizes), catalog.labels)
 
 
 def _pinned(config: PackConfig, plan: PackPlan) -> dict[str, Any]:
@@ -107,7 +132,7 @@ def _pack_shards(storage: Storage, out: str, config: PackConfig, plan: PackPlan,
 
 def _finish(storage: Storage, out: str, config: PackConfig, plan: PackPlan) -> dict[str, Any]:
     """Write catalog, labels, quarantine and totals from the commits; say what became of every file."""
-    with ThreadPoolExecutor(_COMMIT_THREADS) as pool:
+    with ThreadPoolExecutor(_THREADS) as pool:
         commits = list(pool.map(lambda shard: read_commit(storage, out, shard.name), plan.shards))
     _require_whole(storage, out, plan, commits)
     rows = [row for commit in commits for row in commit.rows]

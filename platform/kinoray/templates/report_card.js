@@ -1,0 +1,123 @@
+// One video as a card.
+(() => {
+  const { make, name, percent } = kinoray;
+
+  const bar = (share) => {
+    const inner = make("span");
+    inner.style.width = `${100 * Math.min(1, Math.max(0, share))}%`;
+    return make("span", { class: "meter", "aria-hidden": "true" }, inner);
+  };
+
+  const where = (table, row) => {
+    const [offset, length] = [table.offset[row], table.length[row]];
+    if (offset === null || length === null) return table.uri[row];
+    return `${table.uri[row]} bytes ${offset} to ${offset + length - 1}`;
+  };
+
+  const badges = (table, row) => {
+    const status = table.statuses[table.status[row]];
+    const made = [make("span", { class: `badge ${status === "labelled" ? "plain" : "bad"}` }, status)];
+    if (table.truth[row] >= 0 && table.label[row] >= 0) {
+      const verdict = table.truth[row] === table.label[row] ? "right" : "wrong";
+      made.push(make("span", { class: `badge ${verdict}` }, verdict));
+    }
+    if (table.abstained[row]) made.push(make("span", { class: "badge bad" }, "abstained"));
+    if (table.split[row] >= 0) made.push(make("span", { class: "badge plain" }, "split ", name(table.site.splits[table.split[row]])));
+    return make("p", { class: "badges" }, ...made);
+  };
+
+  const facts = (table, row) => {
+    const made = [];
+    const add = (title, ...value) => made.push(make("div", {}, make("dt", {}, title), make("dd", {}, ...value)));
+    if (table.truth[row] >= 0) add("True label", name(table.site.labels[table.truth[row]]));
+    if (!Number.isNaN(table.margin[row])) add("Margin", table.margin[row].toFixed(2));
+    if (!Number.isNaN(table.entropy[row])) add("Entropy", table.entropy[row].toFixed(2));
+    return make("dl", { class: "facts" }, ...made);
+  };
+
+  const answers = (table, row) => {
+    const items = table.top[row].map((label, index) => {
+      const button = make("button", { type: "button", class: "answer", "data-answer": String(index), "aria-pressed": "false" });
+      button.append(
+        make("kbd", { "aria-hidden": "true" }, index < 9 ? String(index + 1) : ""),
+        make("span", { class: "label" }, name(table.site.labels[label])),
+        bar(table.scores[row][index]),
+        make("span", { class: "number" }, percent(table.scores[row][index])),
+      );
+      return make("li", {}, button);
+    });
+    return make("ol", { class: "answers", "aria-label": "Answers; choose the right one" }, ...items);
+  };
+
+  const correction = () =>
+    make(
+      "div",
+      { class: "correction" },
+      make("input", { type: "text", list: "all-labels", placeholder: "another class", "aria-label": "Another class", autocomplete: "off", spellcheck: "false" }),
+      make("button", { type: "button", "data-bad": true, "aria-pressed": "false", title: "Leave it out of training (key: b)" }, "Bad video"),
+      make("p", { class: "said", hidden: true }, make("span"), " ", make("button", { type: "button", "data-undo": true, class: "plain" }, "Undo")),
+    );
+
+  const empty = (...text) => make("p", { class: "strip empty" }, ...text);
+
+  const strip = (table, row) => {
+    if (table.statuses[table.status[row]] !== "labelled") {
+      const reason = table.reason[row] < 0 ? "" : `${table.site.reasons[table.reason[row]]}: `;
+      return empty(name(reason + (table.text[row] ?? "no reason was recorded")));
+    }
+    if (table.strip[row] < 0) return null;
+    return make("div", { class: "strip waiting", "data-strip": String(table.strip[row]) });
+  };
+
+  // Fill a strip that waits: frames, or why there are none.
+  kinoray.fillStrip = async (site, element) => {
+    let frames;
+    try {
+      frames = await kinoray.strip(site, Number(element.dataset.strip));
+    } catch (error) {
+      frames = error.message;
+    }
+    element.classList.remove("waiting");
+    if (typeof frames === "string") {
+      element.classList.add("empty");
+      element.replaceChildren("No frames: ", name(frames));
+      return;
+    }
+    element.classList.toggle("landscape", frames[0][0] > 1.2 * frames[0][1]);
+    element.replaceChildren(
+      ...frames.map(([width, height, data], index) =>
+        make("img", { src: `data:image/jpeg;base64,${data}`, width, height, decoding: "async", alt: `frame ${index + 1} of ${frames.length}` }),
+      ),
+    );
+    // Those that still wait take as much place, so that nothing moves under the pointer.
+    document.body.style.setProperty("--strip-height", `${element.offsetHeight}px`);
+  };
+
+  kinoray.makeCard = (table, row) => {
+    const title = make("h3", { id: `video-${row}` }, name(table.id[row]));
+    const article = make("article", { tabindex: "-1", "aria-labelledby": title.id, "data-row": String(row) });
+    const parts = [strip(table, row), title, badges(table, row)];
+    if (table.top[row].length) parts.push(answers(table, row));
+    parts.push(facts(table, row), correction());
+    parts.push(make("details", {}, make("summary", {}, "Where"), make("code", {}, name(where(table, row)))));
+    article.append(...parts.filter((part) => part !== null));
+    return make("li", {}, article);
+  };
+
+  // Show on a card what was chosen for its video.
+  kinoray.showChoice = (table, article, corrections) => {
+    const row = Number(article.dataset.row);
+    const chosen = corrections.chosen(table.key[row]);
+    for (const button of article.querySelectorAll("[data-answer]")) {
+      const label = table.site.labels[table.top[row][Number(button.dataset.answer)]];
+      button.setAttribute("aria-pressed", String(chosen === label));
+    }
+    article.querySelector("[data-bad]").setAttribute("aria-pressed", String(chosen === kinoray.BAD));
+    article.classList.toggle("corrected", chosen !== null);
+    const said = article.querySelector(".said");
+    said.hidden = chosen === null;
+    if (chosen === null) return;
+    const confirms = table.label[row] >= 0 && chosen === table.site.labels[table.label[row]];
+    said.firstChild.replaceChildren(confirms ? "Confirmed: " : "You say: ", make("bdi", {}, kinoray.spoken(chosen)));
+  };
+})();

@@ -1,0 +1,349 @@
+"""`kinoray export`: nothing is lost on the way, and the tools themselves take in what is written.
+
+The tools are large and are no dependency of kinoray. The tests that are marked slow run their importers in an
+interpreter of its own: the one that KINORAY_EXPORT_PYTHON names, else this one; a tool that it cannot import is a skip
+with that reason. Such an interpreter: python -m venv tools && tools/bin/pip install fiftyone label-studio-sdk datumaro
+"""
+
+import csv
+import json
+import os
+import subprocess
+import sys
+import xml.etree.ElementTree as ET
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kinoray.config import StorageConfig
+from kinoray.corrections import correct
+from kinoray.errors import ConfigError
+from kinoray.export import export
+from kinoray.export_videos import copied_videos
+from kinoray.predictions import Ledger, read_predictions, row_keys
+from kinoray.storage import Storage, join
+from kinoray.verbs_library import CorrectConfig, ExportConfig
+from small_sets import LABELS, catalog_of
+from small_tables import label_library, ledger_in, library, rows_for
+
+CATALOG = library(20)
+GOOD = [f"v{index:04d}" for index in range(20) if index % 5 != 4]
+Row = dict[str, Any]
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> str:
+    """A finished table of 20 videos, of which 4 are quarantined."""
+    label_library(ledger_in(Storage(), tmp_path / "out"), CATALOG)
+    return str(tmp_path / "out")
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> str:
+    """The same, of videos in a shard and in files of their own; v0002 has been removed since it was labelled."""
+    videos = tmp_path / "videos"
+    videos.mkdir()
+    rows: list[dict[str, object]] = []
+    shard = b""
+    for index in range(10):
+        name = f"v{index:04d}"
+        data = b"\0\0\0\x20ftypisom" + name.encode()
+        if index % 2:
+            rows.append({"video_id": name, "uri": str(videos / "s.tar"), "offset": len(shard), "length": len(data)})
+            shard += data
+        else:
+            (videos / f"{name}.mkv").write_bytes(data)
+            rows.append({"video_id": name, "uri": str(videos / f"{name}.mkv")})
+    (videos / "s.tar").write_bytes(shard)
+    label_library(ledger_in(Storage(), tmp_path / "out"), catalog_of(rows))
+    (videos / "v0002.mkv").unlink()
+    return str(tmp_path / "out")
+
+
+def aside(folder: Path) -> list[Row]:
+    return [json.loads(line) for line in (folder / "quarantined.jsonl").read_text().splitlines()]
+
+
+def said(out: str) -> dict[str, Row]:
+    return {row["video_id"]: row for row in read_predictions(Storage(), out).to_pylist()}
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl", "label-studio", "fiftyone", "datumaro"])
+def test_entries_and_quarantined_rows_are_all_rows(
+    out: str, tmp_path: Path, kind: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "handover"
+    totals = export(ExportConfig(predictions=out, format=kind, to=str(folder)))
+    assert totals == {
+        "rows": 20,
+        "exported": 16,
+        "quarantined": 4,
+        "unreadable": 0,
+        "unfinished": 0,
+        "to": str(folder),
+    }
+    refused = aside(folder)
+    assert [row["video_id"] for row in refused] == ["v0004", "v0009", "v0014", "v0019"]
+    assert refused[0]["error_text"] == "no bytes in 4"
+    assert entries(folder, kind) == ([f"v{index:04d}" for index in range(20)] if kind in ("csv", "jsonl") else GOOD)
+    assert f"20 rows = 16 in {folder} for {kind} + 4 quarantined or skipped" in capsys.readouterr().out
+
+
+def entries(folder: Path, kind: str) -> list[str]:
+    """Ids of the videos that the files name."""
+    if kind == "csv":
+        with (folder / "labels.csv").open(newline="") as file:
+            return [row["video_id"] for row in csv.DictReader(file)]
+    if kind == "jsonl":
+        return [json.loads(line)["video_id"] for line in (folder / "labels.jsonl").read_text().splitlines()]
+    if kind == "label-studio":
+        return [task["data"]["video_id"] for task in json.loads((folder / "tasks.json").read_text())]
+    if kind == "fiftyone":
+        return [sample["video_id"] for sample in json.loads((folder / "samples.json").read_text())["samples"]]
+    items = json.loads((folder / "annotations" / "default.json").read_text())["items"]
+    return [item["id"] for item in items]
+
+
+def test_what_label_studio_gets(out: str, tmp_path: Path) -> None:
+    export(ExportConfig(predictions=out, format="label-studio", to=str(tmp_path / "handover")))
+    tasks = json.loads((tmp_path / "handover" / "tasks.json").read_text())
+    row = said(out)["v0001"]
+    task = tasks[1]
+    assert task["data"] == {
+        "video": "s3://library/v0001.mp4",
+        "video_id": "v0001",
+        "row_key": row["row_key"],
+        "uri": "s3://library/v0001.mp4",
+        "predicted": "green",
+    }
+    (prediction,) = task["predictions"]
+    assert (prediction["model_version"], prediction["score"]) == ("m", 0.87)
+    (result,) = prediction["result"]
+    config = ET.parse(tmp_path / "handover" / "labeling-config.xml").getroot()
+    choices = config.find("Choices")
+    assert choices is not None
+    assert (result["from_name"], result["to_name"]) == (choices.get("name"), choices.get("toName"))
+    assert [choice.get("value") for choice in choices] == [*LABELS, "__bad__"]
+    assert result["value"] == {"choices": ["green"]}
+
+
+def test_names_of_classes_stay_data(tmp_path: Path) -> None:
+    names = ('"/><x a="', "a\nb\u202e", "<!--", "&amp;")
+    ledger = Ledger(Storage(), str(tmp_path / "out"))
+    ledger.pin_job({"checkpoint": "run", "labels": [*names, *LABELS], "model_digest": "m"})
+    label_library(ledger, CATALOG)
+    for kind in ("label-studio", "fiftyone", "datumaro"):
+        export(ExportConfig(predictions=ledger.root, format=kind, to=str(tmp_path / kind)))
+    choices = ET.parse(tmp_path / "label-studio" / "labeling-config.xml").getroot().find("Choices")
+    assert choices is not None
+    assert [choice.get("value") for choice in choices][:4] == ['"/><x a="', "a\\u000ab\\u202e", "<!--", "&amp;"]
+    assert json.loads((tmp_path / "fiftyone" / "metadata.json").read_text())["default_classes"][:4] == list(names)
+
+
+def test_any_number_of_classes_is_handed_over(tmp_path: Path) -> None:
+    """Of a network with a yes or no for each class: two classes for some videos, none for the others."""
+    ledger = Ledger(Storage(), str(tmp_path / "out"))
+    record = {"checkpoint": "run", "labels": list(LABELS), "model_digest": "m", "answer": {"scores": "sigmoid"}}
+    ledger.pin_job(record)
+    catalog = library(4)
+    plan = ledger.plan(catalog.digest, row_keys(catalog.table), 2)
+    ledger.commit(plan.units[0], rows_for(catalog, plan.units[0].keys), "run")
+    none: Row = {"label_topk": [], "id_topk": [], "score_topk": [], "abstained": True}
+    ledger.commit(plan.units[1], rows_for(catalog, plan.units[1].keys, **none), "run")
+    for kind in ("label-studio", "fiftyone", "datumaro"):
+        totals = export(ExportConfig(predictions=ledger.root, format=kind, to=str(tmp_path / kind)))
+        assert (totals["exported"], totals["quarantined"]) == (4, 0)
+    tasks = json.loads((tmp_path / "label-studio" / "tasks.json").read_text())
+    assert tasks[0]["predictions"][0]["result"][0]["value"] == {"choices": ["blue", "green"]}
+    assert [len(task["predictions"]) for task in tasks] == [1, 1, 0, 0]
+    assert 'choice="multiple"' in (tmp_path / "label-studio" / "labeling-config.xml").read_text()
+    samples = json.loads((tmp_path / "fiftyone" / "samples.json").read_text())["samples"]
+    said = [[one["label"] for one in sample["prediction"]["classifications"]] for sample in samples]
+    assert said == [["blue", "green"], ["green", "red"], [], []]
+    items = json.loads((tmp_path / "datumaro" / "annotations" / "default.json").read_text())["items"]
+    assert [[one["label_id"] for one in item["annotations"]] for item in items] == [[0, 1], [1, 2], [], []]
+    totals = correct(CorrectConfig(predictions=ledger.root, accept_score=0.0, out=str(tmp_path / "set")))
+    assert (totals["accepted"], totals["unlabelled"]) == (2, 2)
+
+
+def test_what_label_studio_exports_comes_back_as_corrections(out: str, tmp_path: Path) -> None:
+    """Its CSV has a column for each field of the data and one for the choice."""
+    export(ExportConfig(predictions=out, format="label-studio", to=str(tmp_path / "handover")))
+    task = json.loads((tmp_path / "handover" / "tasks.json").read_text())[0]
+    columns = [*task["data"], "id", "label", "annotator", "annotation_id", "created_at", "updated_at", "lead_time"]
+    with (tmp_path / "export.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, columns)
+        writer.writeheader()
+        writer.writerow({**task["data"], "id": 1, "label": "red", "annotator": 1, "annotation_id": 1})
+    config = CorrectConfig(predictions=out, corrections=(str(tmp_path / "export.csv"),), out=str(tmp_path / "set"))
+    assert correct(config).items() >= {"videos": 1, "corrected": 1, "changed": 1}.items()
+
+
+# Videos
+
+
+def test_videos_are_copied_out_of_shards_and_one_that_is_gone_is_counted(files: str, tmp_path: Path) -> None:
+    folder = tmp_path / "handover"
+    config = ExportConfig(predictions=files, format="fiftyone", to=str(folder), copy_videos=True)
+    totals = export(config)
+    assert (totals["rows"], totals["exported"], totals["quarantined"], totals["unreadable"]) == (10, 7, 2, 1)
+    samples = json.loads((folder / "samples.json").read_text())["samples"]
+    for sample in samples:
+        path = folder / sample["filepath"]
+        assert path.read_bytes() == b"\0\0\0\x20ftypisom" + sample["video_id"].encode()
+        assert path.suffix == (".mp4" if int(sample["video_id"][1:]) % 2 else ".mkv")  # sniffed, or as it was
+    assert len(list((folder / "data").iterdir())) == 7
+    gone = [row for row in aside(folder) if row["status"] == "labelled"]
+    assert [(row["video_id"], row["error_class"]) for row in gone] == [("v0002", "ObjectNotFound")]
+    assert export(config) == totals
+
+
+def test_videos_in_shards_need_to_be_copied(files: str, tmp_path: Path) -> None:
+    for kind in ("fiftyone", "label-studio", "datumaro"):
+        with pytest.raises(ConfigError, match=r"copy_videos: v0001 lies inside .*s.tar .* give --copy-videos"):
+            export(ExportConfig(predictions=files, format=kind, to=str(tmp_path / kind)))
+    assert export(ExportConfig(predictions=files, format="csv", to=str(tmp_path / "csv")))["rows"] == 10
+
+
+def test_hostile_names_make_no_path(tmp_path: Path) -> None:
+    """The copy of a video lies in the folder, whatever the video is called, and no two are the same."""
+    names = ["../../v1", "/etc/v2", "a/../v3", "v4\0", ".v5", "v6" * 99, "v7\u202egpj", "v8 a", "v8.a", "", "-rf"]
+    (tmp_path / "video.mp4").write_bytes(b"x")
+    place = {"uri": str(tmp_path / "video.mp4"), "offset": None, "length": None}
+    rows = [{**place, "video_id": name, "row_key": f"{index:016x}"} for index, name in enumerate(names)]
+    paths = list(copied_videos(Storage(), rows, tmp_path / "copies"))
+    assert len(set(paths)) == len(names)
+    for path in paths:
+        assert isinstance(path, Path)
+        assert path.parent == tmp_path / "copies"
+        assert len(path.name) < 150
+        assert path.read_bytes() == b"x"
+    assert sorted(tmp_path.rglob("*.*")) == sorted([tmp_path / "video.mp4", *(Path(str(path)) for path in paths)])
+
+
+def test_an_unfinished_table_and_a_wrong_folder_are_said(
+    out: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ledger = ledger_in(Storage(), tmp_path / "out")
+    ledger.plan("more", row_keys(library(30).table), 8)
+    totals = export(ExportConfig(predictions=out, format="csv", to=str(tmp_path / "csv")))
+    assert totals["unfinished"] == 10
+    assert "10 videos are not labelled yet" in capsys.readouterr().out
+    with pytest.raises(ConfigError, match="to must be a folder on this machine, got s3://b/x"):
+        export(ExportConfig(predictions=out, format="csv", to="s3://b/x"))
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(ConfigError, match=r"to: .*file cannot be written: "):
+        export(ExportConfig(predictions=out, format="csv", to=str(tmp_path / "file")))
+
+
+def test_from_s3(bucket: str, s3_config: StorageConfig, tmp_path: Path) -> None:
+    storage = Storage(s3_config)
+    names = [f"v{index:04d}" for index in range(3)]
+    for name in names:
+        storage.put(join(bucket, f"{name}.mp4"), name.encode())
+    catalog = catalog_of([{"video_id": name, "uri": join(bucket, f"{name}.mp4")} for name in names])
+    label_library(ledger_in(storage, join(bucket, "out")), catalog)
+    config = ExportConfig(
+        predictions=join(bucket, "out"), format="label-studio", to=str(tmp_path / "to"), storage=s3_config
+    )
+    export(replace(config, copy_videos=True))
+    assert sorted(path.read_text() for path in (tmp_path / "to" / "videos").iterdir()) == names
+    export(config)
+    tasks = json.loads((tmp_path / "to" / "tasks.json").read_text())
+    assert [task["data"]["video"] for task in tasks] == [join(bucket, f"{name}.mp4") for name in names]
+
+
+# The tools themselves
+
+
+def by_tool(module: str, code: str, *arguments: str) -> Any:
+    """What the code prints last, as JSON, in an interpreter that has the tool."""
+    python = os.environ.get("KINORAY_EXPORT_PYTHON", sys.executable)
+    probe = subprocess.run([python, "-c", f"import {module}"], capture_output=True, text=True, check=False)
+    if probe.returncode:
+        last = (probe.stderr.strip().splitlines() or ["?"])[-1]
+        pytest.skip(f"{python} cannot import {module} ({last}); KINORAY_EXPORT_PYTHON names one that can")
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run(
+        [python, "-c", code, *arguments], capture_output=True, text=True, check=False, env=environment
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+FIFTYONE = """
+import json, sys
+import fiftyone as fo
+dataset = fo.Dataset.from_dir(sys.argv[1], dataset_type=fo.types.FiftyOneDataset, name="kinoray-test", overwrite=True)
+rows = [[s.video_id, s.filepath, s.prediction.label, s.prediction.confidence, s.row_key] for s in dataset]
+counts = dataset.count_values("prediction.label")
+about = [dataset.media_type, dataset.default_classes, type(dataset.first().prediction).__name__]
+dataset.delete()
+print(json.dumps([about, counts, rows]))
+"""
+
+
+@pytest.mark.slow
+def test_fiftyone_loads_the_dataset(files: str, tmp_path: Path) -> None:
+    folder = tmp_path / "handover"
+    export(ExportConfig(predictions=files, format="fiftyone", to=str(folder), copy_videos=True))
+    about, counts, rows = by_tool("fiftyone", FIFTYONE, str(folder))
+    assert about == ["video", list(LABELS), "Classification"]
+    truth = said(files)
+    assert len(rows) == 7 == sum(counts.values())
+    for video_id, filepath, label, confidence, row_key in rows:
+        assert Path(filepath).read_bytes().endswith(video_id.encode())
+        assert label == truth[video_id]["label_topk"][0]
+        assert confidence == pytest.approx(truth[video_id]["score_topk"][0], abs=1e-6)  # printed as a short decimal
+        assert row_key == truth[video_id]["row_key"]
+
+
+LABEL_STUDIO = """
+import json, sys
+from label_studio_sdk.label_interface import LabelInterface
+folder = sys.argv[1]
+interface = LabelInterface(open(folder + "/labeling-config.xml").read())
+interface.validate()
+tasks = json.load(open(folder + "/tasks.json"))
+errors = [error for task in tasks for p in task["predictions"] for error in interface.validate_prediction(p, True)]
+wrong = dict(tasks[0]["predictions"][0], result=[dict(tasks[0]["predictions"][0]["result"][0])])
+wrong["result"][0]["value"] = {"choices": ["no such class"]}
+control, thing = interface.get_control("label"), interface.get_object("video")
+print(json.dumps([len(tasks), errors, bool(interface.validate_prediction(wrong, True)), control.tag, thing.tag,
+                  list(control.labels), all("video" in task["data"] for task in tasks)]))
+"""
+
+
+@pytest.mark.slow
+def test_label_studios_own_schema_takes_the_tasks(out: str, tmp_path: Path) -> None:
+    export(ExportConfig(predictions=out, format="label-studio", to=str(tmp_path / "to")))
+    found = by_tool("label_studio_sdk", LABEL_STUDIO, str(tmp_path / "to"))
+    assert found == [16, [], True, "Choices", "Video", [*LABELS, "__bad__"], True]
+
+
+DATUMARO = """
+import json, sys
+from datumaro import Dataset
+from datumaro.components.media import Video
+dataset = Dataset.import_from(sys.argv[1], "datumaro")
+names = [label.name for label in dataset.categories()[list(dataset.categories())[0]].items]
+rows = [[item.id, item.media.path, names[item.annotations[0].label], item.annotations[0].attributes["score"]]
+        for item in dataset]
+print(json.dumps([dataset.media_type() is Video, names, rows]))
+"""
+
+
+@pytest.mark.slow
+def test_datumaro_imports_the_videos(files: str, tmp_path: Path) -> None:
+    export(ExportConfig(predictions=files, format="datumaro", to=str(tmp_path / "to"), copy_videos=True))
+    is_video, names, rows = by_tool("datumaro", DATUMARO, str(tmp_path / "to"))
+    assert is_video
+    assert names == list(LABELS)
+    truth = said(files)
+    assert len(rows) == 7
+    for video_id, path, label, score in rows:
+        assert Path(path).read_bytes().endswith(video_id.encode())
+        assert label == truth[video_id]["label_topk"][0]
+        assert score == pytest.approx(truth[video_id]["score_topk"][0], abs=1e-6)

@@ -1,0 +1,179 @@
+"""What a labelling says before, while and after it runs; and what it does where the disk is full."""
+
+import json
+import re
+import subprocess
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+import ray
+
+from kinoray.config import ClipConfig, ResourcesConfig, SampleConfig, StorageConfig, ViewConfig
+from kinoray.errors import StorageUnavailable
+from kinoray.predictions import Ledger, read_predictions
+from kinoray.run.label import label
+from kinoray.run.label_open import open_labelling
+from kinoray.run.label_stage import LabelUnits, pack_unit
+from kinoray.run.label_times import StageClock, bound_stage
+from kinoray.storage import Storage
+from kinoray.synthetic import class_names, make_demo_set
+from kinoray.verbs import LabelConfig
+from label_models import save_untrained
+from ports import wait_until
+
+CLIP = ClipConfig(sample=SampleConfig(num_segments=1, frames_per_segment=2), view=ViewConfig(resize_px=36, crop_px=32))
+LABELS = tuple(class_names())
+LOCAL = Storage(StorageConfig())
+
+
+@pytest.fixture
+def library(tmp_path: Path) -> Path:
+    """Twelve good videos in class folders, and a file that is none."""
+    folder = tmp_path / "library"
+    make_demo_set(folder, videos_per_class=2, seed=3)
+    (folder / "no-video.mp4").write_bytes(b"nothing")
+    return folder
+
+
+@pytest.fixture
+def config(library: Path, tmp_path: Path) -> LabelConfig:
+    checkpoint = save_untrained(LOCAL, str(tmp_path / "run"), LABELS, CLIP, "label_models:mixing")
+    one = ResourcesConfig(num_workers=1)
+    return LabelConfig(
+        source=str(library), checkpoint=checkpoint, out=str(tmp_path / "out"), unit_size=4, resources=one
+    )
+
+
+def label_here(config: LabelConfig) -> list[dict[str, Any]]:
+    """All units that are missing, by a worker in this process, as label would; what it says of them."""
+    labelling = open_labelling(config, "label")
+    worker, done, said = LabelUnits(labelling.job), labelling.ledger.committed(), []
+    for unit in labelling.plan.units:
+        if unit.unit_id not in done:
+            rows = labelling.catalog.table.take([labelling.keys.index(key) for key in unit.keys])
+            said += worker(pa.Table.from_pylist([pack_unit(unit, rows)])).to_pylist()
+    return said
+
+
+# Before
+
+
+def files_in(folder: str) -> set[Path]:
+    return {path for path in Path(folder).rglob("*") if path.is_file()}
+
+
+def test_a_plan_counts_what_is_done_new_and_changed_and_writes_nothing(
+    library: Path, config: LabelConfig, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ask = replace(config, plan=True)
+    found = label(ask)
+    assert (found["videos"], found["done"], found["new"], found["changed"], found["gone"]) == (13, 0, 13, 0, 0)
+    assert found["size_bytes"] == sum(path.stat().st_size for path in files_in(str(library)))
+    assert not files_in(config.out)
+    assert "label: 13 videos = 0 done + 13 new + 0 changed" in capsys.readouterr().out
+    label_here(config)
+    found = label(ask)
+    assert (found["done"], found["new"], found["units"], found["size_bytes"]) == (13, 0, 0, 0)
+
+    videos = sorted(library.rglob("*.mp4"))
+    videos[0].write_bytes(videos[0].read_bytes() + bytes(9))  # another file in its place
+    videos[1].rename(library / "under-another-name.mp4")
+    (library / "new.mp4").write_bytes(videos[3].read_bytes())
+    before = files_in(config.out)
+    found = label(ask)
+    assert (found["videos"], found["done"], found["new"], found["changed"], found["gone"]) == (14, 11, 2, 1, 1)
+    assert files_in(config.out) == before
+    label_here(config)
+    assert label(ask)["done"] == 14
+    other = label(replace(ask, top_k=2))  # other settings: another table
+    assert (other["done"], other["new"], other["gone"]) == (0, 14, 0)
+
+
+# While it runs
+
+
+def test_stages_are_timed_each_for_itself() -> None:
+    clock = StageClock()
+    with clock.timing("model"), clock.timing("decode"):
+        for _ in range(10_000):
+            pass
+    seconds = clock.take()
+    assert seconds["decode"] > seconds["model"] > 0
+    assert seconds["store"] == seconds["commit"] == 0
+    assert clock.take() == {"store": 0, "decode": 0, "model": 0, "commit": 0}
+    assert bound_stage({"store": 1, "decode": 3, "model": 0, "commit": 0}) == "decode 75%"
+    assert bound_stage({}) == ""
+
+
+@pytest.mark.ray
+def test_progress_metrics_summary_and_manifest_say_the_same(
+    config: LabelConfig, ray_local: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    totals = label(config)
+    said = capsys.readouterr().out
+    assert re.search(r"label: 13/13 videos, .*, quarantined 1, bound by (store|decode|model|commit) \d+%", said)
+    root = Path(totals["root"])
+    summary = json.loads((root / "jobs" / f"{totals['run_id']}.json").read_text())
+    assert (summary["labelled_now"], summary["already"], summary["totals"]["quarantined"]) == (13, 0, 1)
+    assert summary["videos_per_s"] == pytest.approx(13 / summary["wall_s"])
+    assert summary["waited_s"]["decode"] > 0
+    assert summary["waited_s"]["commit"] > 0
+    manifest = json.loads((root / "manifest.json").read_text())
+    assert (manifest["rows"], len(manifest["parts"])) == (13, 4)
+    assert {path.name for path in (root / "parts").iterdir()} == {Path(part).name for part in manifest["parts"]}
+    wait_until(lambda: counted(root.name) == {"labelled": 12, "quarantined": 1}, 60, "the metrics arrive")
+
+
+def counted(labelling_id: str) -> dict[str, float]:
+    """Videos by status of a labelling, as Prometheus would read them from this node."""
+    port = ray.nodes()[0]["MetricsExportPort"]
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as answer:
+        lines = answer.read().decode().splitlines()
+    mine = [line for line in lines if line.startswith("ray_kinoray_label_videos") and labelling_id in line]
+    found: dict[str, float] = {}
+    for line in mine:
+        status = re.search(r'status="(\w+)"', line)
+        if status and "_created" not in line.partition("{")[0]:
+            found[status[1]] = float(line.rpartition(" ")[2])
+    return found
+
+
+# Where the disk is full
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 600 kB."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=600k", "tmpfs", str(place)]
+    done = subprocess.run(command, check=False, capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip(f"mounting a tmpfs needs rights: {done.stderr.strip()}")
+    yield place
+    subprocess.run(["umount", str(place)], check=True)
+
+
+def test_a_full_disk_commits_nothing_wrong_and_the_rest_comes_later(config: LabelConfig, small_disk: Path) -> None:
+    config = replace(config, out=str(small_disk / "out"), unit_size=1)
+    open_labelling(config, "label")
+    ballast = small_disk / "ballast"
+    free = 100 * 1024  # room for some parts and commits, each at least one page
+    ballast.write_bytes(bytes(max(0, 600 * 1024 - sum(path.stat().st_size for path in files_in(config.out)) - free)))
+    said = label_here(config)
+    failed = [row for row in said if row["error_class"]]
+    assert failed
+    assert len(failed) < len(said)
+    assert {row["error_class"] for row in failed} == {StorageUnavailable.__name__}
+    assert "No space left on device" in failed[0]["error_text"]
+    table = read_predictions(LOCAL, config.out)
+    assert len(table) == len(said) - len(failed)
+    ballast.unlink()
+    label_here(config)
+    labelling = open_labelling(config, "label")
+    assert Ledger(LOCAL, labelling.ledger.root).check(labelling.plan, labelling.keys).inputs == 13

@@ -1,0 +1,444 @@
+"""`kinoray labels`: filters, joins, sorts and formats against plain Python over the whole table."""
+
+import csv
+import fnmatch
+import io
+import json
+import tracemalloc
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from kinoray.catalog import Catalog, save_catalog
+from kinoray.config import StorageConfig
+from kinoray.errors import CatalogError, ConfigError, IncompleteOutput
+from kinoray.labels import labels
+from kinoray.labels_manifest import write_manifest
+from kinoray.labels_read import LABEL_SCHEMA, Where, scan
+from kinoray.labels_write import defused, undefused
+from kinoray.predictions import WINDOW_SCHEMA, Ledger, labelling_id, read_predictions, row_keys
+from kinoray.storage import Storage, join
+from kinoray.verbs_library import LabelsConfig
+from small_sets import catalog_of
+from small_tables import answer, label_library, ledger_in, library, rows_for
+
+CATALOG = library(43)
+Row = dict[str, Any]
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A finished table of 43 videos in units of 8."""
+    folder = tmp_path_factory.mktemp("out")
+    label_library(ledger_in(Storage(), folder), CATALOG)
+    return str(folder)
+
+
+def plain_rows(out: str) -> list[Row]:
+    """All rows, with the first class and score worked out by hand."""
+    rows: list[Row] = read_predictions(Storage(), out).to_pylist()
+    for row in rows:
+        row["label"] = row["label_topk"][0] if row["label_topk"] else None
+        row["score"] = row["score_topk"][0] if row["score_topk"] else None
+    return rows
+
+
+def written(config: LabelsConfig, to: Path) -> list[Row]:
+    """What it writes as JSON lines."""
+    labels(replace(config, format="jsonl", to=str(to)))
+    return [json.loads(line) for line in to.read_text().splitlines()]
+
+
+def at_least(row: Row, name: str, value: float) -> bool:
+    return row[name] is not None and row[name] >= value
+
+
+@pytest.mark.parametrize(
+    ("changes", "wanted"),
+    [
+        ({}, lambda row: True),
+        ({"status": ("quarantined",)}, lambda row: row["status"] == "quarantined"),
+        ({"status": ("labelled", "skipped")}, lambda row: row["status"] == "labelled"),
+        ({"status": ("abstained",)}, lambda row: row["abstained"]),
+        ({"label": ("red",)}, lambda row: row["label"] == "red"),
+        ({"label": ("red", "blue")}, lambda row: row["label"] in ("red", "blue")),
+        ({"min_score": 0.75}, lambda row: at_least(row, "score", 0.75)),
+        ({"max_score": 0.7}, lambda row: row["score"] is not None and row["score"] <= 0.7),
+        ({"min_margin": 0.21, "max_margin": 0.59}, lambda row: at_least(row, "margin", 0.21) and row["margin"] < 0.59),
+        ({"video_id": "v00?[13]"}, lambda row: fnmatch.fnmatchcase(row["video_id"], "v00?[13]")),
+        (
+            {"video_id": "*1*", "label": ("green",), "min_score": 0.6},
+            lambda row: "1" in row["video_id"] and row["label"] == "green" and at_least(row, "score", 0.6),
+        ),
+    ],
+)
+def test_filters_keep_what_plain_python_keeps(
+    out: str, tmp_path: Path, changes: Row, wanted: Callable[[Row], bool]
+) -> None:
+    expected = [row["video_id"] for row in plain_rows(out) if wanted(row)]
+    found = written(LabelsConfig(predictions=out, **changes), tmp_path / "rows.jsonl")
+    assert [row["video_id"] for row in found] == expected
+    assert expected or changes == {"status": ("abstained",)}  # the others ask for something that is there
+
+
+def test_abstained_rows_are_found_and_are_labelled_ones_too(tmp_path: Path) -> None:
+    ledger = ledger_in(Storage(), tmp_path)
+    label_library(ledger, library(4), abstained=True)
+    for status in ("abstained", "labelled"):
+        found = written(LabelsConfig(predictions=str(tmp_path), status=(status,)), tmp_path / "rows.jsonl")
+        assert [row["video_id"] for row in found] == ["v0000", "v0001", "v0002", "v0003"]
+
+
+@pytest.mark.parametrize("name", ["score", "margin", "entropy", "video_id"])
+@pytest.mark.parametrize("descending", [False, True])
+@pytest.mark.parametrize("limit", [None, 7])
+def test_sorting_and_limits(out: str, tmp_path: Path, name: Any, descending: bool, limit: int | None) -> None:
+    rows = sorted(plain_rows(out), key=lambda row: row["video_id"])
+    known = [row for row in rows if row[name] is not None]
+    known.sort(key=lambda row: row[name], reverse=descending)
+    expected = (known + [row for row in rows if row[name] is None])[:limit]
+    config = LabelsConfig(predictions=out, sort=name, descending=descending, limit=limit, columns=("video_id",))
+    assert written(config, tmp_path / "rows.jsonl") == [{"video_id": row["video_id"]} for row in expected]
+
+
+def test_a_sort_with_a_limit_drops_what_cannot_come_first(
+    out: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kinoray.labels._SORT_BLOCK", 3)  # so that it drops rows many times
+    config = LabelsConfig(predictions=out, sort="score", limit=5, columns=("video_id",))
+    rows = [row for row in plain_rows(out) if row["score"] is not None]
+    expected = sorted(rows, key=lambda row: (row["score"], row["video_id"]))[:5]
+    assert [row["video_id"] for row in written(config, tmp_path / "rows")] == [row["video_id"] for row in expected]
+
+
+# Formats
+
+
+def test_parquet_has_every_row_and_column_exactly(out: str, tmp_path: Path) -> None:
+    totals = labels(LabelsConfig(predictions=out, format="parquet", to=str(tmp_path / "rows.parquet")))
+    assert (totals["rows"], totals["matched"]) == (43, 43)
+    table = pq.read_table(tmp_path / "rows.parquet")
+    assert table.column_names == LABEL_SCHEMA.names
+    assert table.drop_columns(["label", "score"]).equals(read_predictions(Storage(), out))
+    assert table["label"].to_pylist() == [row["label"] for row in plain_rows(out)]
+
+
+def test_csv_and_json_lines_say_the_same(out: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = LabelsConfig(predictions=out, columns=("video_id", "label", "score", "label_topk", "abstained"))
+    capsys.readouterr()
+    labels(replace(config, format="csv"))
+    rows = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
+    expected = written(config, tmp_path / "rows.jsonl")
+    assert len(rows) == 43
+    for row, other in zip(rows, expected, strict=True):
+        assert row["video_id"] == other["video_id"]
+        assert row["label"] == (other["label"] or "")
+        assert row["score"] == ("" if other["score"] is None else str(other["score"]))
+        assert (json.loads(row["label_topk"]) if row["label_topk"] else None) == other["label_topk"]
+        assert json.loads(row["abstained"]) == other["abstained"]
+    assert expected[0]["score"] == 0.5
+    assert expected[1]["score"] == 0.87  # not 0.8700000047683716
+
+
+HOSTILE = ("=1+1", "+1", "-1", "@SUM(A1)", "\t=1", "\r=1", "\n=1", "\uff1d1", "'=1", "a,b", 'a"b', "a\nb", "<b>")
+
+
+def test_a_csv_holds_no_formula_and_gives_every_name_back(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    catalog = catalog_of([{"video_id": name, "uri": f"{name}.mp4"} for name in HOSTILE])
+    ledger = ledger_in(Storage(), tmp_path)
+    keys = row_keys(catalog.table)
+    plan = ledger.plan(catalog.digest, keys, 64)
+    numbered = catalog_of([{"video_id": f"v{index:04d}", "uri": "u"} for index in range(len(keys))])
+    said = rows_for(numbered, row_keys(numbered.table))
+    for name, values in (("video_id", list(HOSTILE)), ("row_key", keys), ("uri", [f"{name}.mp4" for name in HOSTILE])):
+        said = said.set_column(said.column_names.index(name), said.schema.field(name), pa.array(values))
+    ledger.commit(plan.units[0], said, "run")
+    capsys.readouterr()
+    labels(LabelsConfig(predictions=str(tmp_path), columns=("video_id", "uri"), format="csv"))
+    rows = list(csv.reader(io.StringIO(capsys.readouterr().out, newline="")))[1:]
+    assert not [
+        cell for row in rows for cell in row if cell.startswith(("=", "+", "-", "@", "\t", "\r", "\n", "\uff1d"))
+    ]
+    ids = [undefused(cell) for cell, _ in rows]
+    assert [name for name in HOSTILE if name != "'=1"] == [name for name in ids if name != "=1"]
+    assert defused("a=1") == "a=1"
+
+    labels(LabelsConfig(predictions=str(tmp_path), columns=("video_id",)))
+    table = capsys.readouterr().out
+    assert "\r" not in table
+    assert "a\\u000ab" in table
+
+
+def test_the_table_is_aligned_shows_50_rows_and_counts_the_rest(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    label_library(ledger_in(Storage(), tmp_path), library(70))
+    capsys.readouterr()
+    totals = labels(LabelsConfig(predictions=str(tmp_path)))
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split() == ["VIDEO_ID", "STATUS", "LABEL", "SCORE", "MARGIN", "ERROR_CLASS"]
+    assert lines[1].split() == ["v0000", "labelled", "blue", "0.500", "0.000"]
+    assert lines[5].split() == ["v0004", "quarantined", "EmptyMedia"]
+    assert len({line.index("labelled") for line in lines[1:51] if "labelled" in line}) == 1
+    assert lines[51:] == ["labels: 50 of 70 rows; --limit N shows more"]
+    assert (totals["rows"], totals["matched"]) == (50, 70)
+    assert labels(LabelsConfig(predictions=str(tmp_path), limit=60, sort="margin"))["rows"] == 60
+    assert "labels: 60 of 70 rows" in capsys.readouterr().out
+
+
+def test_an_empty_result_is_a_header(out: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = LabelsConfig(predictions=out, video_id="nothing")
+    capsys.readouterr()
+    assert labels(config)["rows"] == 0
+    assert "labels: 0 of 0 rows" in capsys.readouterr().out
+    labels(replace(config, format="parquet", to=str(tmp_path / "none.parquet")))
+    assert pq.read_table(tmp_path / "none.parquet").column_names == LABEL_SCHEMA.names
+
+
+def test_s3_takes_what_is_written(bucket: str, s3_config: StorageConfig) -> None:
+    storage = Storage(s3_config)
+    label_library(ledger_in(storage, join(bucket, "out")), CATALOG)
+    to = join(bucket, "rows.jsonl")
+    labels(LabelsConfig(predictions=join(bucket, "out"), format="jsonl", to=to, storage=s3_config))
+    assert [json.loads(line)["video_id"] for line in storage.read(to).splitlines()] == [
+        f"v{index:04d}" for index in range(43)
+    ]
+
+
+# Joins
+
+
+def write_catalog(folder: Path, rows: list[Row]) -> str:
+    save_catalog(Storage(), str(folder / "known.parquet"), catalog_of(rows))
+    return str(folder / "known.parquet")
+
+
+def test_a_join_adds_columns_of_the_catalog_by_video_id(
+    out: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    known = write_catalog(
+        tmp_path,
+        [
+            {"video_id": f"v{index:04d}", "uri": "elsewhere", "split": f"s{index % 2}", "duration_s": index / 8}
+            for index in reversed(range(0, 43, 2))
+        ],
+    )
+    columns = ("catalog_duration_s", "video_id", "catalog_split")
+    config = LabelsConfig(predictions=out, join=known, columns=columns, min_score=0.6, sort="score")
+    rows = written(config, tmp_path / "rows.jsonl")
+    assert "rows have no video in" in capsys.readouterr().err
+    assert len(rows) > 10
+    for row in rows:
+        index = int(row["video_id"][1:])
+        expected = (index / 8, "s0") if index % 2 == 0 else (None, None)
+        assert (row["catalog_duration_s"], row["catalog_split"]) == expected
+    everything = written(LabelsConfig(predictions=out, join=known, limit=1), tmp_path / "rows.jsonl")[0]
+    assert {"catalog_label", "catalog_codec", "label_topk"} <= set(everything)
+    assert "catalog_uri" not in everything
+
+
+def test_a_wrong_catalog_is_refused(out: str, tmp_path: Path) -> None:
+    known = write_catalog(tmp_path, [{"video_id": "other", "uri": "u"}])
+    with pytest.raises(CatalogError, match=r"none of the 43 videos is in .*known.parquet, whose ids look like other"):
+        labels(LabelsConfig(predictions=out, join=known))
+
+
+# What is read
+
+
+class Counting(Storage):
+    """Notes what is read."""
+
+    seen: list[str] = []  # noqa: RUF012  (one test, one list)
+
+    def read(self, uri: str) -> bytes:
+        self.seen.append(uri)
+        return super().read(uri)
+
+
+def test_a_status_that_a_unit_has_not_is_never_fetched(tmp_path: Path) -> None:
+    ledger = ledger_in(Storage(), tmp_path)
+    catalog = library(40)
+    label_library(ledger, catalog, unit_size=4)  # every fifth is quarantined: 2 of 10 units have none
+    Counting.seen.clear()
+    watched = Ledger(Counting(), ledger.root)
+    tables = list(scan(watched, ["video_id"], Where(status=("quarantined",))))
+    assert sum(len(table) for table in tables) == 8
+    assert len([uri for uri in Counting.seen if "/parts/" in uri]) == 8
+
+
+def test_a_grown_library_reads_as_the_whole_table_does_and_hidden_rows_stay_hidden(tmp_path: Path) -> None:
+    ledger = ledger_in(Storage(), tmp_path)
+    label_library(ledger, library(10))
+    label_library(ledger, library(20, first=5))
+    label_library(ledger, replaced_catalog(), status="skipped")
+    expected = read_predictions(Storage(), ledger.root)
+    for where in (Where(), Where(status=("labelled",)), Where(status=("quarantined",))):
+        found = pa.concat_tables(scan(ledger, expected.column_names, where))
+        assert found.equals(expected.filter(pa.array(where.mask(with_first(expected)).to_pylist())))
+    assert "v0000" in expected["video_id"].to_pylist()
+
+
+def replaced_catalog() -> Catalog:
+    """v0001 in the same place with another size: its older row gives way."""
+    return catalog_of([{"video_id": "v0001", "uri": "s3://library/v0001.mp4", "size_bytes": 99}])
+
+
+def with_first(table: pa.Table) -> pa.Table:
+    labels_of = [row[0] if row else None for row in table["label_topk"].to_pylist()]
+    return table.append_column("label", pa.array(labels_of, pa.string()))
+
+
+def test_a_slow_reader_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Threads fetch ahead, but no more than a window: else a slow writer would hold the whole table."""
+    monkeypatch.setattr("kinoray.labels_read._WINDOW", 3)
+    ledger = ledger_in(Storage(), tmp_path)
+    label_library(ledger, library(40), unit_size=2)
+    Counting.seen.clear()
+    tables = scan(Ledger(Counting(), ledger.root), ["video_id"])
+    for number in range(1, 21):
+        assert next(tables)["video_id"].to_pylist() == [f"v{index:04d}" for index in (2 * number - 2, 2 * number - 1)]
+        assert len([uri for uri in Counting.seen if "/parts/" in uri]) <= -(-number // 3) * 3
+
+
+@pytest.mark.slow
+def test_a_large_table_is_not_held(tmp_path: Path) -> None:
+    """What grows with the table is its plan (a key of 16 digits a row), not the rows themselves."""
+
+    def peak(num_videos: int) -> int:
+        catalog = library(num_videos)
+        out = ledger_in(Storage(), tmp_path / str(num_videos))
+        label_library(out, catalog, unit_size=500)
+        del catalog
+        tracemalloc.start()
+        before = pa.total_allocated_bytes()
+        labels(LabelsConfig(predictions=out.root, format="csv", to=str(tmp_path / "rows.csv"), status=("labelled",)))
+        _, python_peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        return python_peak + pa.total_allocated_bytes() - before
+
+    assert (peak(10_000) - peak(2_500)) / 7_500 < 150  # bytes for each row
+
+
+# Errors
+
+
+def test_unknown_names_are_refused_with_those_that_there_are(out: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"label: the model knows no class 'pink'; it knows blue, green, red"):
+        labels(LabelsConfig(predictions=out, label=("pink",)))
+    with pytest.raises(ConfigError, match=r"columns: there is no 'x'; there are video_id, uri, .*label, score"):
+        labels(LabelsConfig(predictions=out, columns=("x",)))
+    with pytest.raises(ConfigError, match=r"columns: there is no 'catalog_split'; name the catalog with --join"):
+        labels(LabelsConfig(predictions=out, columns=("catalog_split",)))
+    other = Ledger(Storage(), join(out, labelling_id("another", "config")))
+    other.pin_job({"checkpoint": "runs/second"})
+    with pytest.raises(ConfigError, match=r"predictions must name one labelling; .* holds 2: .* \(by runs/second\)"):
+        labels(LabelsConfig(predictions=out))
+    Path(other.root, "job.json").unlink()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"min_score": 1.5}, "min_score must be in 0 .. 1, got 1.5"),
+        ({"limit": -1}, "limit must be at least 0, got -1"),
+        ({"descending": True}, "descending must be given with --sort only"),
+        ({"format": "parquet"}, "to must be a file with --format parquet"),
+    ],
+)
+def test_wrong_settings_are_named(changes: Row, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        LabelsConfig(predictions="x", **changes)
+
+
+# Windows of long videos
+
+
+def test_windows_are_rows_of_their_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """v0000 has one window, v0001 two, v0002 three; the class of window n is that of the video with that number."""
+    ledger = Ledger(Storage(), str(tmp_path / "out"))
+    ledger.pin_job({"checkpoint": "run", "labels": ["blue", "green", "red"], "views": {"windows": {"length_s": 2.0}}})
+    catalog = library(3)
+    keys = row_keys(catalog.table)
+    for unit in ledger.plan(catalog.digest, keys, 2).units:
+        rows = []
+        for key in unit.keys:
+            for window in range(keys.index(key) + 1):
+                said = {name: value for name, value in answer(window).items() if name in WINDOW_SCHEMA.names}
+                place = {"video_id": f"v{keys.index(key):04d}", "row_key": key, "window": window, "abstained": False}
+                rows.append(place | {"begin_s": 2.0 * window, "end_s": 2.0 * window + 2} | said)
+        ledger.commit(unit, rows_for(catalog, unit.keys), "run", pa.Table.from_pylist(rows, schema=WINDOW_SCHEMA))
+    config = LabelsConfig(predictions=ledger.root, windows=True, columns=("video_id", "window", "label", "begin_s"))
+    expected = [
+        {
+            "video_id": f"v{index:04d}",
+            "window": window,
+            "label": ("blue", "green", "red")[window],
+            "begin_s": 2.0 * window,
+        }
+        for index in range(3)
+        for window in range(index + 1)
+    ]
+    assert written(config, tmp_path / "rows") == expected
+    some = written(replace(config, label=("green",), status=("labelled",)), tmp_path / "rows")
+    assert some == [row for row in expected if row["label"] == "green"]
+    last = written(replace(config, sort="video_id", descending=True, limit=2), tmp_path / "rows")
+    assert [(row["video_id"], row["window"]) for row in last] == [("v0002", 0), ("v0002", 1)]
+    capsys.readouterr()
+    labels(LabelsConfig(predictions=ledger.root, windows=True))
+    assert capsys.readouterr().out.splitlines()[2].split() == ["v0001", "0", "0.000", "2.000", "blue", "0.500", "0.000"]
+    record = write_manifest(ledger, ledger.plans()[0])
+    assert [part.replace("windows/", "parts/") for part in record["windows"]] == record["parts"]
+
+
+def test_a_table_without_windows_says_so(out: str) -> None:
+    with pytest.raises(ConfigError, match=r"windows: .* was labelled without windows; label with --window-s"):
+        labels(LabelsConfig(predictions=out, windows=True))
+
+
+# The manifest, and DuckDB
+
+
+def test_the_manifest_names_exactly_the_committed_parts(tmp_path: Path) -> None:
+    ledger = ledger_in(Storage(), tmp_path)
+    plan = label_library(ledger, CATALOG)
+    ledger.storage.put(join(ledger.root, "parts", f"{plan.units[0].unit_id}-aaaa.parquet"), b"left by a loser")
+    labels(LabelsConfig(predictions=str(tmp_path), manifest=True))
+    record = json.loads(Path(ledger.root, "manifest.json").read_text())
+    assert (record["rows"], record["foreign_rows"], record["catalog_digest"]) == (43, 0, CATALOG.digest)
+    assert len(record["parts"]) == len(plan.units)
+    table = pa.concat_tables(pq.read_table(Path(ledger.root, part)) for part in record["parts"])
+    assert table.equals(read_predictions(Storage(), ledger.root))
+
+
+def test_a_manifest_counts_rows_that_have_left_the_catalog_and_needs_a_finished_table(tmp_path: Path) -> None:
+    ledger = ledger_in(Storage(), tmp_path)
+    label_library(ledger, library(16))
+    plan = label_library(ledger, library(14, first=2))
+    assert write_manifest(ledger, plan).items() >= {"rows": 14, "foreign_rows": 2}.items()
+    unfinished = ledger.plan("more", row_keys(library(30).table), 8)
+    with pytest.raises(IncompleteOutput, match="is not finished"):
+        write_manifest(ledger, unfinished)
+
+
+def test_duckdb_reads_what_the_manifest_names(tmp_path: Path) -> None:
+    """The query of docs/labels.md, by the real DuckDB."""
+    duckdb = pytest.importorskip("duckdb", reason="DuckDB is not installed (pip install duckdb)")
+    ledger = ledger_in(Storage(), tmp_path)
+    plan = label_library(ledger, CATALOG)
+    some = next(Path(ledger.root, "parts").iterdir())
+    ledger.storage.put(join(ledger.root, "parts", f"{plan.units[0].unit_id}-aaaa.parquet"), some.read_bytes())
+    labels(LabelsConfig(predictions=str(tmp_path), manifest=True))
+    text = (Path(__file__).resolve().parents[1] / "docs" / "labels.md").read_text(encoding="utf-8")
+    query = text.partition("```sql\n")[2].partition("```")[0].replace("labels/library/0123456789abcdef", ledger.root)
+    connection = duckdb.connect()
+    for statement in query.split(";"):
+        connection.execute(statement) if statement.strip() else None
+    first = Counter(row["label"] for row in plain_rows(str(tmp_path)) if row["label"])
+    assert {label: number for label, number, _ in connection.fetchall()} == first
