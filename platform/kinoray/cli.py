@@ -27,6 +27,7 @@ from kinoray.verbs_evaluation import CalibrateConfig, CompareConfig, EnsembleCon
 from kinoray.verbs_library import CorrectConfig, ExportConfig, LabelsConfig, VacuumConfig
 from kinoray.verbs_report import ReportConfig
 from kinoray.verbs_study import AblateConfig, DemoConfig, ModelVerbConfig
+from kinoray.verbs_submit import JobsConfig, LogsConfig, StopConfig, SubmitConfig
 
 __all__ = ["VERBS", "Verb", "main"]
 
@@ -38,6 +39,8 @@ class Verb:
     config: type[Any]
     function: str
     summary: str
+    gives_code: bool = False
+    """The function returns the exit code."""
 
 
 VERBS: Mapping[str, Verb] = {
@@ -67,6 +70,10 @@ VERBS: Mapping[str, Verb] = {
     "runs": Verb(verbs.RunsConfig, "kinoray.runs:runs", "trainings in storage: how they stand, and their best"),
     "report": Verb(ReportConfig, "kinoray.report:report", "results -> a static site to look at, filter and correct"),
     "model": Verb(ModelVerbConfig, "kinoray.describe:describe_model", "a network's parameters and operations"),
+    "submit": Verb(SubmitConfig, "kinoray.run.submit:submit", "run a verb as a job on a cluster, and follow it", True),
+    "jobs": Verb(JobsConfig, "kinoray.run.jobs:jobs", "submitted jobs: how they stand, and what came of them"),
+    "logs": Verb(LogsConfig, "kinoray.run.jobs:logs", "what a submitted job has printed"),
+    "stop": Verb(StopConfig, "kinoray.run.jobs:stop", "stop a submitted job, and wait for its end", True),
     "demo": Verb(DemoConfig, "kinoray.run.demo:demo", "all of the above on a small generated set"),
     "ablate": Verb(AblateConfig, "kinoray.run.ablate:ablate", "table 2 of the paper, TSN and TSM, on a small set"),
 }
@@ -103,8 +110,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         if print_only:
             print(to_yaml(config), end="")
             return 0
+        if isinstance(config, SubmitConfig):
+            config = _with_settings(config)
         module, _, function = VERBS[name].function.partition(":")
-        getattr(importlib.import_module(module), function)(config)
+        result = getattr(importlib.import_module(module), function)(config)
     except ConfigError as error:
         return _fail(name, error, 2)
     except KinorayError as error:
@@ -115,7 +124,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of our output went away (| head)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    return 0
+    return int(result) if VERBS[name].gives_code else 0
 
 
 def _fail(name: str, error: KinorayError, code: int) -> int:
@@ -126,6 +135,8 @@ def _fail(name: str, error: KinorayError, code: int) -> int:
 
 def _parse(name: str, arguments: list[str]) -> tuple[Any, bool]:
     """The verb's config from `--config FILE` and flags (flags win), and whether to print it only."""
+    end = arguments.index("--") if "--" in arguments else len(arguments)
+    arguments, submitted = arguments[:end], arguments[end:]  # what follows `--` are flags of the verb that is submitted
     print_only = "--print-config" in arguments
     arguments = [argument for argument in arguments if argument != "--print-config"]
     arguments, path = _take(arguments, "--config", "the name of a YAML file")
@@ -135,12 +146,18 @@ def _parse(name: str, arguments: list[str]) -> tuple[Any, bool]:
         raise ConfigError("--preset and --config exclude each other; --preset NAME --print-config makes a file")
     default = load_config(cls, path) if path else _preset(name, preset) if preset else None
     try:
-        return _parse_flags(name, arguments, default), print_only
+        return _parse_flags(name, [*arguments, *submitted], default), print_only
     except ConfigError as error:
         reordered = _source_first(arguments) if str(error).startswith("Missing") else arguments
         if reordered == arguments:
             raise
         return _parse_flags(name, reordered, default), print_only
+
+
+def _with_settings(config: SubmitConfig) -> SubmitConfig:
+    """`submit` with the whole config of the verb that it sends; a wrong setting is found before anything is sent."""
+    submitted, _ = _parse(config.verb, list(config.flags))
+    return dataclasses.replace(config, settings=to_yaml(submitted))
 
 
 def _parse_flags(name: str, arguments: list[str], default: Any) -> Any:

@@ -1,7 +1,7 @@
 """Where a labelling's time goes: each stage is timed by how long the worker waits for it, and the longest one binds.
 
-The same numbers go to Ray's Prometheus metrics, where Ray runs: `ray_kinoray_label_videos` by status and
-`ray_kinoray_label_stage_seconds` by stage, both by labelling.
+The same numbers go to Ray's Prometheus metrics, where Ray runs: `ray_kinoray_label_videos_total` by status and
+`ray_kinoray_label_stage_seconds_total` by stage, both by labelling.
 """
 
 import time
