@@ -101,7 +101,7 @@ def test_every_variable_that_is_used_is_there(board: dict[str, Any]) -> None:
     assert not re.findall(r'"uid": "(?!kinoray"|\$\{datasource\})', json.dumps(board))  # no data source of somebody's
 
 
-@pytest.mark.ray
+@pytest.mark.slow
 def test_prometheus_sees_the_names_and_tags_of_the_dashboard(ray_local: None) -> None:
     metrics = LabelMetrics("0123456789abcdef")
     metrics.add({"labelled": 3}, {"decode": 1.5})
