@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from kinoray import errors
-from kinoray.catalog import CATALOG_SCHEMA, Catalog, catalog_of_source, save_catalog
+from kinoray.catalog import CATALOG_SCHEMA, Catalog, Reference, catalog_of_source, save_catalog
 from kinoray.catalog_source import find_files, unique_ids
 from kinoray.cli import main
 from kinoray.config import ClipConfig, DecodeConfig, SampleConfig, StorageConfig, ViewConfig
@@ -28,7 +28,7 @@ from kinoray.doctor_section import format_bytes, many
 from kinoray.doctor_source import choose_sample, open_source
 from kinoray.doctor_videos import _REMEDIES
 from kinoray.errors import AccessDenied, CatalogError, ConfigError, ObjectNotFound, StorageUnavailable, TooManyBad
-from kinoray.shards import Reference, pack_shard
+from kinoray.shards import pack_shard
 from kinoray.shards_plan import make_plan
 from kinoray.storage import Storage, join
 from kinoray.synthetic import make_broken, make_video

@@ -495,3 +495,12 @@ def test_arrow_reads_what_we_write(place: Place) -> None:
     with filesystem.open_output_stream(f"{path}/y") as file:
         file.write(b"theirs")
     assert storage.read(join(base, "y")) == b"theirs"
+
+
+def test_a_page_in_a_bucket_says_what_it_is(s3_config: StorageConfig, bucket: str) -> None:
+    """A browser shows what is served as text/html, and saves what is not."""
+    storage = Storage(s3_config)
+    for name, kind in (("index.html", "text/html; charset=utf-8"), ("rows.js", "text/javascript; charset=utf-8")):
+        storage.put(f"{bucket}/{name}", b"<p>")
+        head = boto3.client("s3", endpoint_url=s3_config.endpoint_url).head_object
+        assert head(Bucket=bucket.removeprefix("s3://"), Key=name)["ContentType"] == kind

@@ -40,6 +40,11 @@ _CONFLICT_TRIES = 10  # of a conditional put, while others are under way
 _TOKEN_TRIES = 5  # with credentials that the server calls expired: fresh ones may be in the file or the role already
 _CONNECT_TIMEOUT_S = 5.0
 _PAGE_KEYS = 1000  # of one answer to a listing: the most that S3 gives
+_CONTENT_TYPES = {
+    ".html": "text/html; charset=utf-8",
+    ".js": "text/javascript; charset=utf-8",
+    ".css": "text/css; charset=utf-8",
+}
 _PART_BYTES = 16 * 2**20
 _PART_THREADS = 4
 
@@ -82,7 +87,9 @@ class S3Store:
 
     def put(self, name: str, data: bytes) -> None:
         """Replace or make the object; the server checks a checksum of the data."""
-        self._guard(name, lambda: self._call(name, "put_object", Body=data, **self._checksum(data)))
+        kind = _CONTENT_TYPES.get(Path(name).suffix)  # without it a browser saves a page instead of showing it
+        about = {"ContentType": kind} if kind else {}
+        self._guard(name, lambda: self._call(name, "put_object", Body=data, **about, **self._checksum(data)))
 
     def put_file(self, name: str, path: Path) -> None:
         """Replace or make the object from a local file, in parts that the server checks one by one."""
