@@ -205,7 +205,7 @@ class Ledger:
         if hashlib.sha256(data).hexdigest() != sha256:
             raise ChecksumMismatch(f"{uri} is not what was committed ({len(data)} bytes are there); {again}")
         wanted = None if columns is None or unit.is_whole else list(dict.fromkeys([*columns, "row_key"]))
-        table = pq.read_table(io.BytesIO(data), columns=wanted or columns)
+        table = pq.read_table(pa.BufferReader(data), columns=wanted or columns)
         if unit.is_whole:
             return table
         return table.filter(pc.is_in(table.column("row_key"), value_set=pa.array(unit.keys, pa.string())))
