@@ -299,6 +299,8 @@ def test_a_reader_that_polls_sees_whole_units_and_counts_that_only_grow(ledger: 
     assert all(count % 4 == 0 for count in counts)
     assert len(set(counts)) > 1
     assert ids(read_predictions(ledger.storage, ledger.root)) == names
+    few = read_predictions(ledger.storage, ledger.root, columns=["margin", "video_id"])
+    assert few.equals(read_predictions(ledger.storage, ledger.root).select(["margin", "video_id"]))
 
 
 # Check and totals

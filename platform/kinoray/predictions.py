@@ -13,6 +13,7 @@ Under OUT, one folder for each (model, settings), named `labelling_id`:
 What is easy to break: a part exists for readers only when a commit names it, and only `put_if_absent` makes a commit.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -111,7 +112,9 @@ def find_labellings(storage: Storage, out: str) -> list[str]:
     return roots
 
 
-def read_predictions(storage: Storage, out: str, *, catalog_digest: str | None = None) -> pa.Table:
+def read_predictions(
+    storage: Storage, out: str, *, catalog_digest: str | None = None, columns: Sequence[str] | None = None
+) -> pa.Table:
     """The rows that are committed so far (PREDICTION_SCHEMA), unit by unit in the order of the catalog.
 
     Where several catalogs were labelled into one place, the newest one's rows come first, then the others' rows of
@@ -120,6 +123,7 @@ def read_predictions(storage: Storage, out: str, *, catalog_digest: str | None =
     Args:
         out: the --out of `label` or `evaluate`, or the folder of one labelling in it.
         catalog_digest: only the rows of this catalog.
+        columns: of PREDICTION_SCHEMA; nothing else is held in memory. Default: all.
 
     Raises:
         ObjectNotFound: nothing was labelled there.
@@ -128,15 +132,17 @@ def read_predictions(storage: Storage, out: str, *, catalog_digest: str | None =
     ledger = open_ledger(storage, out)
     plans = [plan for plan in ledger.plans() if catalog_digest in (None, plan.catalog_digest)]
     committed = ledger.committed()
-    tables = [PREDICTION_SCHEMA.empty_table()]
+    names = list(columns or PREDICTION_SCHEMA.names)
+    stored = list(dict.fromkeys([*names, *(_PLACE if len(plans) > 1 else ())]))
+    tables = [PREDICTION_SCHEMA.empty_table().select(names)]
     places: set[tuple[Any, ...]] = set()
     for plan in reversed(plans):
-        for table in ledger.read_units(unit for unit in plan.units if unit.unit_id in committed):
+        for table in ledger.read_units((unit for unit in plan.units if unit.unit_id in committed), stored):
             if len(plans) > 1:
                 rows = list(zip(*(table.column(name).to_pylist() for name in _PLACE), strict=True))
                 table = table.filter(pa.array([row not in places for row in rows], pa.bool_()))
                 places.update(rows)  # a video_id is unique in its plan, so this leaves out rows of older plans only
-            tables.append(table)
+            tables.append(table.select(names))
     return pa.concat_tables(tables)
 
 

@@ -51,7 +51,7 @@ def read_result(storage: Storage, predictions: str) -> ResultTable:
     """
     ledger = open_ledger(storage, predictions)
     committed = ledger.committed()
-    rows = read_predictions(storage, predictions).select(_COLUMNS)
+    rows = read_predictions(storage, predictions, columns=_COLUMNS)
     if not len(rows):
         raise CatalogError(
             f"{predictions} holds no finished rows yet; run kinoray label, or wait for its first unit, then this"
