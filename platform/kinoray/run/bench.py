@@ -9,7 +9,7 @@ import os
 import statistics
 import tempfile
 import time
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +25,8 @@ from kinoray.run.bench_loops import DecodeLoop, ModelLoop, decode_loop, model_lo
 from kinoray.run.bench_page import bounds_of, print_bench
 from kinoray.run.cluster import connect, require_fit
 from kinoray.run.environment import host
-from kinoray.run.label_open import Labelling, open_labelling
+from kinoray.run.label_open import Labelling, label_config, open_labelling
 from kinoray.storage import Storage, absolute, join
-from kinoray.verbs import LabelConfig
 from kinoray.verbs_capacity import BenchConfig
 
 __all__ = ["bench"]
@@ -123,10 +122,8 @@ def _open(config: BenchConfig, folder: str, catalog: Catalog, name: str, unit_si
     source = join(folder, "catalog.parquet")
     if not Path(source).exists():
         save_catalog(Storage(), source, catalog)
-    known = {field.name for field in fields(LabelConfig)}
-    shared = {field.name: getattr(config, field.name) for field in fields(BenchConfig) if field.name in known}
-    shared |= {"source": source, "out": join(folder, name), "unit_size": unit_size, "split": ""}
-    return open_labelling(LabelConfig(**shared), "bench")
+    changes = {"source": source, "out": join(folder, name), "unit_size": unit_size, "split": ""}
+    return open_labelling(label_config(config, **changes), "bench")
 
 
 def _measure(config: BenchConfig, alone: Labelling, labelling: Labelling) -> _Round:

@@ -13,9 +13,8 @@ from kinoray.checkpoint import find_checkpoint, load_model
 from kinoray.errors import CatalogError
 from kinoray.evaluation import true_classes
 from kinoray.run.label import refuse_too_many_bad, run_labelling
-from kinoray.run.label_open import Labelling, open_labelling
+from kinoray.run.label_open import Labelling, label_config, open_labelling
 from kinoray.storage import Storage, absolute, join
-from kinoray.verbs import LabelConfig
 from kinoray.verbs_evaluation import CalibrateConfig
 
 __all__ = ["calibrate"]
@@ -38,7 +37,7 @@ def calibrate(config: CalibrateConfig) -> dict[str, Any]:
     model, _ = load_model(storage, find_checkpoint(storage, absolute(config.checkpoint)))
     consensus = cast("SegmentConsensus | None", getattr(model, "segment_consensus", None))
     labelling = open_labelling(
-        _label_config(config, segment_scores=consensus is not None),
+        label_config(config, source=config.catalog, all_scores=True, segment_scores=consensus is not None),
         "calibrate",
         check=lambda catalog, meta: true_classes(catalog, meta.labels),
     )
@@ -49,24 +48,6 @@ def calibrate(config: CalibrateConfig) -> dict[str, Any]:
     _print(calibrated, uri)
     refuse_too_many_bad(totals, config.max_bad_fraction, labelling.ledger.root)
     return asdict(calibrated) | {"uri": uri}
-
-
-def _label_config(config: CalibrateConfig, *, segment_scores: bool) -> LabelConfig:
-    return LabelConfig(
-        source=config.catalog,
-        checkpoint=config.checkpoint,
-        out=config.out,
-        split=config.split,
-        protocol=config.protocol,
-        num_segments=config.num_segments,
-        all_scores=True,
-        segment_scores=segment_scores,
-        batch_size=config.batch_size,
-        max_bad_fraction=config.max_bad_fraction,
-        inference=config.inference,
-        storage=config.storage,
-        resources=config.resources,
-    )
 
 
 def _fit(labelling: Labelling, consensus: SegmentConsensus | None) -> Calibrated:

@@ -14,9 +14,9 @@ from kinoray.evaluation import (
     write_evaluation,
 )
 from kinoray.run.label import refuse_too_many_bad, run_labelling
-from kinoray.run.label_open import Labelling, open_labelling
+from kinoray.run.label_open import Labelling, label_config, open_labelling
 from kinoray.storage import absolute
-from kinoray.verbs import EvaluateConfig, LabelConfig
+from kinoray.verbs import EvaluateConfig
 
 __all__ = ["evaluate"]
 
@@ -36,7 +36,9 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         KinorayError: as `label`.
     """
     labelling = open_labelling(
-        _label_config(config), "evaluate", check=lambda catalog, meta: true_classes(catalog, meta.labels)
+        label_config(config, source=config.catalog, top_k=_TOP, all_scores=True),
+        "evaluate",
+        check=lambda catalog, meta: true_classes(catalog, meta.labels),
     )
     totals = run_labelling(labelling, config.resources, "evaluate")
     ledger, labels = labelling.ledger, labelling.meta.labels
@@ -49,26 +51,6 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     print(f"evaluate: all numbers are in {uri}", flush=True)
     refuse_too_many_bad(totals, config.max_bad_fraction, ledger.root)
     return record
-
-
-def _label_config(config: EvaluateConfig) -> LabelConfig:
-    return LabelConfig(
-        source=config.catalog,
-        checkpoint=config.checkpoint,
-        out=config.out,
-        split=config.split,
-        protocol=config.protocol,
-        view_average=config.view_average,
-        num_segments=config.num_segments,
-        top_k=_TOP,
-        all_scores=True,
-        batch_size=config.batch_size,
-        unit_size=config.unit_size,
-        max_bad_fraction=config.max_bad_fraction,
-        inference=config.inference,
-        storage=config.storage,
-        resources=config.resources,
-    )
 
 
 def _about(config: EvaluateConfig, labelling: Labelling) -> dict[str, Any]:

@@ -5,7 +5,8 @@ What is easy to break: whatever can change a row is in `settings`, whose digest 
 
 import uuid
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any
 
 from kinoray.answers import AnswerRule
 from kinoray.anytime import EarlyExit
@@ -22,7 +23,7 @@ from kinoray.scorer import ScorerConfig, check_scorer
 from kinoray.storage import Storage, absolute, join
 from kinoray.verbs import LabelConfig
 
-__all__ = ["Labelling", "open_labelling"]
+__all__ = ["Labelling", "label_config", "open_labelling"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -36,6 +37,13 @@ class Labelling:
     job: LabelJob
     ledger: Ledger
     plan: Plan
+
+
+def label_config(config: Any, **changes: Any) -> LabelConfig:
+    """A labelling with the settings of another verb: its fields of the same names, and `changes`."""
+    names = {field.name for field in fields(LabelConfig)}
+    shared = {field.name: getattr(config, field.name) for field in fields(config) if field.name in names}
+    return LabelConfig(**shared | changes)
 
 
 def open_labelling(
