@@ -1,0 +1,105 @@
+"""`kinoray calibrate` from videos to the file, and `label` with it; units are committed here, so Ray is not needed."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from kinoray.calibration import fit_margins, fit_temperature
+from kinoray.catalog import catalog_of_source, save_catalog
+from kinoray.config import ClipConfig, SampleConfig, StorageConfig, ViewConfig
+from kinoray.errors import CheckpointMismatch, ConfigError
+from kinoray.predictions import read_predictions
+from kinoray.run.calibrate import calibrate
+from kinoray.run.label_open import label_config, open_labelling
+from kinoray.run.label_stage import LabelUnits, pack_unit
+from kinoray.storage import Storage
+from kinoray.synthetic import class_names, make_demo_set
+from kinoray.verbs import LabelConfig
+from kinoray.verbs_evaluation import CalibrateConfig
+from label_models import save_untrained
+
+S, T = 4, 2
+CLIP = ClipConfig(sample=SampleConfig(num_segments=S, frames_per_segment=T), view=ViewConfig(resize_px=36, crop_px=32))
+LABELS = tuple(class_names())
+LOCAL = Storage(StorageConfig())
+
+
+def commit_here(config: LabelConfig) -> None:
+    """All units, by a worker of this process."""
+    labelling = open_labelling(config, "label")
+    worker = LabelUnits(labelling.job)
+    for unit in labelling.plan.units:
+        rows = labelling.catalog.table.take([labelling.keys.index(key) for key in unit.keys])
+        (result,) = worker(pa.Table.from_pylist([pack_unit(unit, rows)])).to_pylist()
+        assert result["error_text"] == ""
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> CalibrateConfig:
+    make_demo_set(tmp_path / "videos", videos_per_class=3, seed=9)
+    paths = sorted((tmp_path / "videos").rglob("*.mp4"))
+    lines = ["path,label,split", *(f"{path},{path.parent.name},val" for path in paths)]
+    (tmp_path / "list.csv").write_text("\n".join(lines))
+    save_catalog(LOCAL, str(tmp_path / "set" / "catalog.parquet"), catalog_of_source(LOCAL, str(tmp_path / "list.csv")))
+    options = {"backbone": "tiny", "heads": 4, "consensus": "probs"}
+    run = save_untrained(LOCAL, str(tmp_path / "run"), LABELS, CLIP, "vcm_sdd", **options)
+    return CalibrateConfig(catalog=str(tmp_path / "set"), checkpoint=run, out=str(tmp_path / "calibration"))
+
+
+def test_the_file_holds_what_the_stored_segments_give_and_label_uses_it(
+    config: CalibrateConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    commit_here(label_config(config, source=config.catalog, all_scores=True, segment_scores=True))
+    found = calibrate(config)
+    uri = tmp_path / "calibration" / "calibration.json"
+    assert found["uri"] == str(uri)
+    record = json.loads(uri.read_text())
+    assert (record["num_videos"], record["num_segments"], record["frames_per_segment"]) == (18, S, T)
+    rows = read_predictions(LOCAL, config.out).to_pylist()
+    truth = np.array([LABELS.index(Path(row["uri"]).parent.name) for row in rows])
+    logits = np.log(np.array([row["scores"] for row in rows], np.float64))
+    assert record["temperature"] == pytest.approx(fit_temperature(logits, truth))
+    segments = np.array([row["segment_logits"] for row in rows], np.float32).reshape(18, S, len(LABELS))
+    mean = np.exp(segments.astype(np.float64)).mean(axis=1)
+    np.testing.assert_allclose(mean, np.exp(logits), rtol=1e-4)
+    points = fit_margins(segments, "probs")
+    assert [point["margin"] for point in record["margins"]] == [point.margin for point in points]
+    said = capsys.readouterr().out
+    assert f"temperature {record['temperature']:.3f} on 18 videos" in said
+    assert f"--calibration {uri}" in said
+
+    labels = LabelConfig(source=str(tmp_path / "videos"), checkpoint=config.checkpoint, out=str(tmp_path / "labels"))
+    early = replace(labels, calibration=str(uri), early_exit="margin", max_changed=0.01)
+    job = open_labelling(early, "label").job
+    assert job.answer.temperature == pytest.approx(record["temperature"])
+    assert job.scorer.early_exit is not None
+    assert job.scorer.early_exit.margin == next(point.margin for point in points if point.max_changed == 0.01)
+    commit_here(early)
+    kept = {row["video_id"].rpartition("__")[2]: row for row in read_predictions(LOCAL, early.out).to_pylist()}
+    point = next(point for point in points if point.max_changed == 0.01)
+    run = sum(row["segments_run"] for row in kept.values())
+    assert run == round((1 - point.segments_saved) * 18 * S)
+    with pytest.raises(ConfigError, match="calibration was made for 4 x 2 frames, this labelling has 8 x 6"):
+        open_labelling(replace(early, protocol="8x6"), "label")
+    other = save_untrained(LOCAL, str(tmp_path / "other"), LABELS, CLIP, "vcm_sdd", backbone="tiny", heads=2)
+    with pytest.raises(CheckpointMismatch, match="run kinoray calibrate with this checkpoint"):
+        open_labelling(replace(early, checkpoint=other), "label")
+    (tmp_path / "list.csv").write_text("{}")
+    with pytest.raises(ConfigError, match=r"is not the calibration\.json of kinoray calibrate"):
+        open_labelling(replace(early, calibration=str(tmp_path / "list.csv")), "label")
+
+
+def test_a_network_that_sees_its_segments_together_gets_a_temperature_only(
+    config: CalibrateConfig, tmp_path: Path
+) -> None:
+    run = save_untrained(LOCAL, str(tmp_path / "tsm"), LABELS, CLIP, "tsm", backbone="tiny")
+    config = replace(config, checkpoint=run)
+    commit_here(label_config(config, source=config.catalog, all_scores=True))
+    found = calibrate(config)
+    assert found["margins"] == ()
+    assert 0.05 <= found["temperature"] <= 20
+    assert found["nll"][1] <= found["nll"][0]
