@@ -92,6 +92,7 @@ def test_an_empty_folder_and_an_empty_prefix_are_refused(
     assert "nothing" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_an_endpoint_that_does_not_answer_is_named() -> None:
     code, error = run(["report", "s3://some-bucket/x", "--storage.endpoint-url", "http://127.0.0.1:9"])
     assert code == 1

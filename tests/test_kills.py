@@ -268,7 +268,7 @@ def test_two_commands_at_once_on_one_output_both_succeed(
     assert table_of(storage, config.out).equals(small.table)
 
 
-@pytest.mark.ray
+@pytest.mark.slow
 def test_a_resumed_job_fetches_what_is_unfinished_and_no_more(small: Calm, proxy: FaultyS3) -> None:
     """Every third unit is finished. Between two members that are fetched at once lies a tar header, fetched, too."""
     storage, library = Storage(small.config.storage), small.library

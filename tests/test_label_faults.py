@@ -26,7 +26,7 @@ def rows_of(storage: Storage, out: str) -> list[dict[str, Any]]:
     return read_predictions(storage, out).drop_columns(["run_id"]).sort_by("video_id").to_pylist()
 
 
-@pytest.mark.ray
+@pytest.mark.slow
 def test_a_faulty_store_changes_no_row(
     s3_server: str, s3_config: StorageConfig, bucket: str, ray_local: None, tmp_path: Path
 ) -> None:
