@@ -220,25 +220,27 @@ def test_five_kills_lose_and_repeat_nothing(cluster: Cluster, small: Calm, proxy
     kill_and_check(cluster, small, proxy, tmp_path / "logs", kinds, seed=0)
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(1500)
-def test_twenty_kills_lose_and_repeat_nothing(
-    cluster: Cluster, bucket: str, s3_config: StorageConfig, proxy: FaultyS3, ray_local: None, tmp_path: Path
+@pytest.mark.parametrize(
+    ("tens", "num_clips", "limit_s"),
+    [
+        pytest.param(2, 2000, 600, marks=[pytest.mark.slow, pytest.mark.timeout(1500)]),
+        pytest.param(20, 20_000, 3000, marks=[pytest.mark.kills, pytest.mark.timeout(14_000)], id="about two hours"),
+    ],
+)
+def test_many_kills_lose_and_repeat_nothing(
+    cluster: Cluster,
+    bucket: str,
+    s3_config: StorageConfig,
+    proxy: FaultyS3,
+    ray_local: None,
+    tmp_path: Path,
+    tens: int,
+    num_clips: int,
+    limit_s: float,
 ) -> None:
-    kinds = ["decoder"] * 4 + ["actor"] * 4 + ["raylet"] * 6 + ["driver"] * 6
-    calm = label_calmly(s3_config, bucket, 2000, 3)
-    kill_and_check(cluster, calm, proxy, tmp_path / "logs", kinds, seed=1, limit_s=600)
-
-
-@pytest.mark.kills
-@pytest.mark.timeout(14_000)
-def test_two_hundred_kills_lose_and_repeat_nothing(
-    cluster: Cluster, bucket: str, s3_config: StorageConfig, proxy: FaultyS3, ray_local: None, tmp_path: Path
-) -> None:
-    """About two hours."""
-    kinds = ["decoder"] * 40 + ["actor"] * 40 + ["raylet"] * 60 + ["driver"] * 60
-    calm = label_calmly(s3_config, bucket, 20_000, 3)
-    kill_and_check(cluster, calm, proxy, tmp_path / "logs", kinds, seed=2, limit_s=3000)
+    kinds = (["decoder"] * 2 + ["actor"] * 2 + ["raylet"] * 3 + ["driver"] * 3) * tens
+    calm = label_calmly(s3_config, bucket, num_clips, 3)
+    kill_and_check(cluster, calm, proxy, tmp_path / "logs", kinds, seed=tens // 2, limit_s=limit_s)
 
 
 @pytest.mark.slow

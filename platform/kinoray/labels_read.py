@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from kinoray.errors import ConfigError
-from kinoray.predictions import PREDICTION_SCHEMA, WINDOW_SCHEMA, Ledger, Unit
+from kinoray.predictions import PLACE, PREDICTION_SCHEMA, WINDOW_SCHEMA, Ledger, Unit, leave_out_seen
 
 __all__ = [
     "BAD_VIDEO",
@@ -32,7 +32,6 @@ BAD_VIDEO = "__bad__"
 """What a correction calls a video that should not be in a set at all."""
 
 _FIRST = {"label": "label_topk", "score": "score_topk"}
-_PLACE = ("video_id", "uri", "offset", "length")  # a file that was replaced is another input in the same place
 _WINDOW = 256  # units that are fetched ahead of the reader, so that a slow one holds no whole table
 _THREADS = 16
 
@@ -126,7 +125,7 @@ def scan(ledger: Ledger, columns: Sequence[str], where: Where | None = None) -> 
     where = where or Where()
     plans, done = ledger.plans(), ledger.committed()
     several = len(plans) > 1
-    wanted = dict.fromkeys([*columns, *where.columns, *(_PLACE if several else ())])
+    wanted = dict.fromkeys([*columns, *where.columns, *(PLACE if several else ())])
     stored = list(dict.fromkeys(_FIRST.get(name, name) for name in wanted)) or ["row_key"]
     places: set[tuple[Any, ...]] = set()
     for plan in reversed(plans):
@@ -137,9 +136,7 @@ def scan(ledger: Ledger, columns: Sequence[str], where: Where | None = None) -> 
                 window = _promising(ledger, window, where.status)
             for table in ledger.read_units(window, stored):
                 if several:
-                    rows = list(zip(*(table[name].to_pylist() for name in _PLACE), strict=True))
-                    table = table.filter(pa.array([row not in places for row in rows], pa.bool_()))
-                    places.update(rows)
+                    table = leave_out_seen(table, places)
                 yield _select(table, columns, where)
 
 

@@ -25,6 +25,7 @@ from kinoray.predictions_plan import Plan, Unit, row_keys
 from kinoray.storage import Storage, join
 
 __all__ = [
+    "PLACE",
     "PREDICTION_SCHEMA",
     "WINDOW_SCHEMA",
     "Commit",
@@ -34,6 +35,7 @@ __all__ = [
     "Unit",
     "find_labellings",
     "labelling_id",
+    "leave_out_seen",
     "open_ledger",
     "read_predictions",
     "read_windows",
@@ -87,7 +89,8 @@ WINDOW_SCHEMA = pa.schema(
 )
 """One row for every window of a labelled video, where the settings cut long videos into windows."""
 
-_PLACE = ("video_id", "uri", "offset", "length")  # a file that was replaced is another input in the same place
+PLACE = ("video_id", "uri", "offset", "length")
+"""Columns that say where a video lies; a file that was replaced is another input in the same place."""
 
 
 def labelling_id(model_digest: str, config_digest: str) -> str:
@@ -133,17 +136,26 @@ def read_predictions(
     plans = [plan for plan in ledger.plans() if catalog_digest in (None, plan.catalog_digest)]
     committed = ledger.committed()
     names = list(columns or PREDICTION_SCHEMA.names)
-    stored = list(dict.fromkeys([*names, *(_PLACE if len(plans) > 1 else ())]))
+    stored = list(dict.fromkeys([*names, *(PLACE if len(plans) > 1 else ())]))
     tables = [PREDICTION_SCHEMA.empty_table().select(names)]
     places: set[tuple[Any, ...]] = set()
     for plan in reversed(plans):
         for table in ledger.read_units((unit for unit in plan.units if unit.unit_id in committed), stored):
             if len(plans) > 1:
-                rows = list(zip(*(table.column(name).to_pylist() for name in _PLACE), strict=True))
-                table = table.filter(pa.array([row not in places for row in rows], pa.bool_()))
-                places.update(rows)  # a video_id is unique in its plan, so this leaves out rows of older plans only
+                table = leave_out_seen(table, places)
             tables.append(table.select(names))
     return pa.concat_tables(tables)
+
+
+def leave_out_seen(table: pa.Table, places: set[tuple[Any, ...]]) -> pa.Table:
+    """The rows of a table (with the columns PLACE) whose place was not seen yet; the places are added to those seen.
+
+    A video_id is unique in its plan, so from the newest plan on this leaves out rows of older plans only.
+    """
+    rows = list(zip(*(table.column(name).to_pylist() for name in PLACE), strict=True))
+    kept = table.filter(pa.array([row not in places for row in rows], pa.bool_()))
+    places.update(rows)
+    return kept
 
 
 def read_windows(storage: Storage, out: str) -> pa.Table:

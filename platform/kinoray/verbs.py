@@ -271,13 +271,18 @@ class LabelConfig:
 
     def _check_early_exit(self) -> None:
         if self.early_exit == "margin":
-            require(bool(self.calibration), "calibration", "a calibration.json with early_exit margin", "none")
+            named = bool(self.calibration)
+            require(
+                named, "calibration", "calibration.json of kinoray calibrate with early_exit margin", self.calibration
+            )
         if self.early_exit != "off" or self.segment_scores:
             name = "segment_scores" if self.early_exit == "off" else "early_exit"
             one_view = PROTOCOLS[self.protocol].views(self.view_average).num_views == 1
-            require(one_view and not self.window_s, name, "off with windows or several views", "on")
+            wanted = "off with window_s or a protocol of several views"
+            require(one_view and not self.window_s, name, wanted, getattr(self, name))
         both = self.early_exit != "off" and self.segment_scores
-        require(not both, "segment_scores", "off with early_exit, which does not run all segments", "on")
+        wanted = f"off with early_exit {self.early_exit}, which does not run all segments"
+        require(not both, "segment_scores", wanted, self.segment_scores)
 
     @property
     def windows(self) -> WindowsConfig | None:

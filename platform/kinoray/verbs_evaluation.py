@@ -6,7 +6,7 @@ from typing import Annotated
 import tyro
 
 from kinoray.config import InferenceConfig, ResourcesConfig, StorageConfig, require
-from kinoray.protocol import ProtocolName
+from kinoray.protocol import PROTOCOLS, ProtocolName
 
 __all__ = ["CalibrateConfig", "CompareConfig", "EnsembleConfig"]
 
@@ -43,6 +43,11 @@ class CalibrateConfig:
     """Object storage."""
     resources: ResourcesConfig = field(default_factory=ResourcesConfig)
     """Workers."""
+
+    def __post_init__(self) -> None:
+        one_view = PROTOCOLS[self.protocol].views("probs").num_views == 1
+        require(one_view, "protocol", "one of a single view (center, 8x6, 16x6)", self.protocol)
+        require(self.batch_size >= 1, "batch_size", "at least 1", self.batch_size)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -5,7 +5,6 @@ The same numbers go to Ray's Prometheus metrics, where Ray runs: `ray_kinoray_la
 """
 
 import time
-from collections import Counter as Tally
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Literal
@@ -24,7 +23,7 @@ class StageClock:
     """Adds up seconds by stage. A stage that is timed inside another counts for itself only."""
 
     def __init__(self) -> None:
-        self.seconds: Tally[str] = Tally()
+        self.seconds = dict.fromkeys(STAGES, 0.0)
         self._inner_s = 0.0
 
     @contextmanager
@@ -36,13 +35,13 @@ class StageClock:
             yield
         finally:
             whole_s = time.perf_counter() - begin_s
-            self.seconds[stage] += whole_s - self._inner_s  # type: ignore[assignment]
+            self.seconds[stage] += whole_s - self._inner_s
             self._inner_s = outer_inner_s + whole_s
 
     def take(self) -> dict[str, float]:
         """The seconds since the last call, of every stage."""
-        seconds, self.seconds = self.seconds, Tally()
-        return {stage: float(seconds[stage]) for stage in STAGES}
+        seconds, self.seconds = self.seconds, dict.fromkeys(STAGES, 0.0)
+        return {stage: seconds[stage] for stage in STAGES}
 
 
 def bound_stage(seconds: Mapping[str, float]) -> str:
