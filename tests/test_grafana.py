@@ -15,7 +15,9 @@ import pytest
 import ray
 from ray.dashboard.modules.metrics.dashboards import default_dashboard_panels
 
-from kinoray.run.label_times import LabelMetrics
+from kinoray.run.ingest import Unreadable
+from kinoray.run.label_times import LabelMetrics, UnitTimes
+from kinoray.run.train_times import TrainMetrics
 from ports import wait_until
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -55,7 +57,7 @@ def registered() -> dict[str, set[str]]:
 
 def test_every_metric_of_kinoray_is_shown_and_no_other(board: dict[str, Any]) -> None:
     shown = {name for name in names_in(expressions(board)) if name.startswith("ray_kinoray_")}
-    assert len(registered()) >= 2
+    assert len(registered()) >= 8
     assert shown == set(registered())
 
 
@@ -103,8 +105,12 @@ def test_every_variable_that_is_used_is_there(board: dict[str, Any]) -> None:
 
 @pytest.mark.slow
 def test_prometheus_sees_the_names_and_tags_of_the_dashboard(ray_local: None) -> None:
-    metrics = LabelMetrics("0123456789abcdef")
-    metrics.add({"labelled": 3}, {"decode": 1.5})
+    unit = UnitTimes(counts={"labelled": 3}, reasons={"NotAVideo": 1}, seconds={"decode": 1.5}, decoded_ahead=2.0)
+    LabelMetrics("0123456789abcdef").add(unit)
+    training = TrainMetrics("first")
+    training.step(8, [Unreadable(0, "NotAVideo", "no video")])
+    training.spent("decode", 1.5)
+    training.epoch({"epoch": 1, "loss": 0.5})
     url = f"http://127.0.0.1:{ray.nodes()[0]['MetricsExportPort']}/metrics"
 
     def text() -> str:

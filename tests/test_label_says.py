@@ -1,11 +1,16 @@
 """What a labelling says before, while and after it runs; and what it does where the disk is full."""
 
 import json
+import os
 import re
+import shutil
 import subprocess
+import sys
+import tempfile
 import urllib.request
 from collections.abc import Iterator
 from dataclasses import replace
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +27,9 @@ from kinoray.run.label_stage import LabelUnits, pack_unit
 from kinoray.run.label_times import StageClock, bound_stage
 from kinoray.storage import Storage
 from kinoray.synthetic import class_names, make_demo_set
+from kinoray.trace import trace
 from kinoray.verbs import LabelConfig
+from kinoray.verbs_trace import TraceConfig
 from label_models import save_untrained
 from ports import wait_until
 
@@ -127,6 +134,12 @@ def test_progress_metrics_summary_and_manifest_say_the_same(
     assert (manifest["rows"], len(manifest["parts"])) == (13, 4)
     assert {path.name for path in (root / "parts").iterdir()} == {Path(part).name for part in manifest["parts"]}
     wait_until(lambda: counted(root.name) == {"labelled": 12, "quarantined": 1}, 60, "the metrics arrive")
+    began_s = datetime.fromisoformat(summary["began"]).timestamp()
+    spans = trace(TraceConfig(place=config.out))
+    assert len(spans) == 4
+    for span in spans:
+        assert began_s <= span.begin_s <= span.end_s <= began_s + 1 + summary["wall_s"]  # began is in whole seconds
+        assert 0 < sum(span.parts.values()) <= span.seconds
 
 
 def counted(labelling_id: str) -> dict[str, float]:
@@ -141,6 +154,30 @@ def counted(labelling_id: str) -> dict[str, float]:
         if status and "_created" not in line.partition("{")[0]:
             found[status[1]] = float(line.rpartition(" ")[2])
     return found
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_workers_log_units_and_refusals_as_json_with_their_ids(config: LabelConfig) -> None:
+    """In a Ray of the command's own, since Ray sets logging up once for all processes of a driver."""
+    folder = Path(tempfile.mkdtemp(prefix="kr-"))  # Ray's sockets need a short path
+    command = [sys.executable, "-m", "kinoray.cli", "label", config.source, "--checkpoint", config.checkpoint]
+    command += ["--out", config.out, "--unit-size", "4", "--workers", "1", "--resources.logs", "json"]
+    try:
+        subprocess.run(command, env={**os.environ, "RAY_TMPDIR": str(folder)}, check=True, timeout=200)
+        texts = [path.read_text() for path in folder.rglob("session_2*/logs/worker-*.err")]
+    finally:
+        shutil.rmtree(folder)
+    records = [json.loads(line) for text in texts for line in text.splitlines() if line.startswith("{")]
+    mine = [record for record in records if record["name"] == "kinoray.events"]
+    (root,) = Path(config.out).iterdir()
+    (run,) = ({"run": path.stem} for path in (root / "jobs").iterdir())
+    units = [record for record in mine if record["message"] == "unit committed"]
+    assert {record["unit"] for record in units} == {path.stem for path in (root / "commits").iterdir()}
+    assert sum(record["videos"] for record in units) == 13
+    (refused,) = [record for record in mine if record["message"] == "quarantined"]
+    assert (refused["levelname"], refused["video"], refused["reason"]) == ("WARNING", "no-video", "UnreadableContainer")
+    assert all(run.items() <= record.items() and record["labelling"] == root.name for record in mine)
 
 
 # Where the disk is full

@@ -28,6 +28,7 @@ from kinoray.verbs_library import CorrectConfig, ExportConfig, LabelsConfig, Vac
 from kinoray.verbs_report import ReportConfig
 from kinoray.verbs_study import AblateConfig, DemoConfig, ModelVerbConfig
 from kinoray.verbs_submit import JobsConfig, LogsConfig, StopConfig, SubmitConfig
+from kinoray.verbs_trace import TraceConfig
 
 __all__ = ["VERBS", "Verb", "main"]
 
@@ -68,6 +69,7 @@ VERBS: Mapping[str, Verb] = {
     "bench": Verb(BenchConfig, "kinoray.run.bench:bench", "how fast your own videos are labelled, and what binds"),
     "plan": Verb(PlanConfig, "kinoray.capacity_plan:plan", "measured rates -> nodes, hours and cost for a library"),
     "runs": Verb(verbs.RunsConfig, "kinoray.runs:runs", "trainings in storage: how they stand, and their best"),
+    "trace": Verb(TraceConfig, "kinoray.trace:trace", "where the time of a labelling or a training went"),
     "report": Verb(ReportConfig, "kinoray.report:report", "results -> a static site to look at, filter and correct"),
     "model": Verb(ModelVerbConfig, "kinoray.describe:describe_model", "a network's parameters and operations"),
     "submit": Verb(SubmitConfig, "kinoray.run.submit:submit", "run a verb as a job on a cluster, and follow it", True),

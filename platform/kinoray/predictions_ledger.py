@@ -48,6 +48,8 @@ class Commit:
     """The job that wrote it."""
     windows: dict[str, Any] | None = None
     """rows, size_bytes and sha256 of the part of the same name under windows/; None where nothing is cut."""
+    times: dict[str, Any] | None = None
+    """worker, begin_s, end_s (seconds since 1970, before the commit) and seconds by stage, for `kinoray trace`."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -118,12 +120,28 @@ class Ledger:
         except ObjectNotFound:
             return None
 
-    def commit(self, unit: Unit, rows: pa.Table, run_id: str, windows: pa.Table | None = None) -> Commit:
+    def commits(self) -> Iterator[Commit]:
+        """All commits, fetched in threads."""
+        return (commit for commit in _in_threads(self.find_commit, sorted(self.committed())) if commit is not None)
+
+    def jobs(self) -> list[dict[str, Any]]:
+        """What each job that came to its end wrote with `summarize`."""
+        return list(_in_threads(self._read_json, [info.uri for info in self.storage.list(self._uri("jobs") + "/")]))
+
+    def commit(
+        self,
+        unit: Unit,
+        rows: pa.Table,
+        run_id: str,
+        windows: pa.Table | None = None,
+        times: dict[str, Any] | None = None,
+    ) -> Commit:
         """Write the rows of a unit and make them count, unless another writer was first: then ours are dropped.
 
         Args:
             rows: PREDICTION_SCHEMA, in the unit's order.
             windows: WINDOW_SCHEMA, of the same videos.
+            times: see `Commit.times`.
 
         Returns:
             The commit that stands; its run_id tells whose it is.
@@ -140,6 +158,7 @@ class Ledger:
             counts=dict(Counter(rows.column("status").to_pylist())),
             run_id=run_id,
             windows=None if windows is None else self._put_part("windows", name, windows),
+            times=times,
             **self._put_part("parts", name, rows),
         )
         if self.storage.put_if_absent(self._uri("commits", f"{unit.unit_id}.json"), _to_json(asdict(commit))):

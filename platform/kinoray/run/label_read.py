@@ -49,6 +49,7 @@ class VideoReader:
         self._ahead = -(-batch_size // views.num_views) + num_decoders
         self._threads = ThreadPoolExecutor(num_decoders, thread_name_prefix="decode")
         self._sandbox = shared_sandbox(num_decoders)
+        self._depths: list[int] = []
 
     def videos(self, rows: pa.Table, *, with_flow: bool) -> Iterator[DecodedVideo | KinorayError]:
         """One for each row, in order, some ahead of the consumer: as many as fill a batch, and the decoders.
@@ -69,13 +70,18 @@ class VideoReader:
                 else:
                     pending.append(self._threads.submit(self._open, data, with_flow))
                 if len(pending) > self._ahead:
-                    yield self._result(pending.popleft())
+                    yield self._next(pending)
             while pending:
-                yield self._result(pending.popleft())
+                yield self._next(pending)
         finally:
             for entry in pending:
                 if isinstance(entry, Future):
                     entry.cancel()
+
+    def take_depth(self) -> float:
+        """How many decoded videos waited for the model, on average since the last call; 0: the model waits."""
+        depths, self._depths = self._depths, []
+        return sum(depths) / max(1, len(depths))
 
     def parts(self, video: DecodedVideo, *, with_flow: bool) -> Iterator[ViewClips]:
         """All windows of a video, a few at a time; the next ones are decoded while these are consumed.
@@ -109,6 +115,8 @@ class VideoReader:
     def _decode(self, data: bytes, with_flow: bool, first_window: int) -> ViewClips:
         return self._sandbox.decode_views(data, self._clip, self._views, with_flow=with_flow, first_window=first_window)
 
-    def _result(self, entry: Future[DecodedVideo | MediaError] | KinorayError) -> DecodedVideo | KinorayError:
+    def _next(self, pending: deque[Future[DecodedVideo | MediaError] | KinorayError]) -> DecodedVideo | KinorayError:
+        self._depths.append(sum(isinstance(entry, Future) and entry.done() for entry in pending))
+        entry = pending.popleft()
         with self._clock.timing("decode"):
             return entry.result() if isinstance(entry, Future) else entry

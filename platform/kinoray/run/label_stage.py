@@ -4,6 +4,8 @@ What is easy to break: batches are formed across the views and videos of a unit 
 same digits on any number of workers and after any kill.
 """
 
+import time
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -19,8 +21,9 @@ from kinoray.decode_views import ViewClips
 from kinoray.errors import AccessDenied, CheckpointMismatch, KinorayError, MediaError
 from kinoray.predictions import PREDICTION_SCHEMA, WINDOW_SCHEMA, Ledger, Unit
 from kinoray.protocol import ViewsConfig
+from kinoray.run.events import log_event
 from kinoray.run.label_read import VideoReader
-from kinoray.run.label_times import STAGES, LabelMetrics, StageClock
+from kinoray.run.label_times import STAGES, LabelMetrics, StageClock, UnitTimes
 from kinoray.scorer import ClipAnswer, ClipScorer, ScorerConfig
 from kinoray.storage import Storage
 
@@ -120,6 +123,7 @@ class LabelUnits:
         self.labels: tuple[str, ...] = ()
         torch.set_num_threads(job.torch_threads)
         self.clock, self.metrics = StageClock(), LabelMetrics(self.ledger.labelling_id)
+        self._reasons: Counter[str] = Counter()
         self.reader = VideoReader(
             job.storage,
             job.clip,
@@ -139,7 +143,9 @@ class LabelUnits:
             except KinorayError as error:
                 failure = {"error_class": type(error).__name__, "error_text": str(error)}
             seconds = self.clock.take()
-            self.metrics.add(counts, seconds)
+            reasons, self._reasons = self._reasons, Counter()
+            depth = self.reader.take_depth()
+            self.metrics.add(UnitTimes(counts=counts, reasons=reasons, seconds=seconds, decoded_ahead=depth))
             rows = {"rows": sum(counts.values()), "quarantined": counts.get("quarantined", 0)}
             results.append(
                 {"unit_id": unit.unit_id, **rows, **failure, **{f"{name}_s": seconds[name] for name in STAGES}}
@@ -154,12 +160,31 @@ class LabelUnits:
         """
         commit = self.ledger.find_commit(unit.unit_id)  # by another job, or by this one before its worker was killed
         if commit is None:
+            begin_s = time.time()
             outcomes = self._label(self._load(), rows)
             _refuse_if_all_denied(outcomes)
             windows = self._windows_table(unit, rows, outcomes) if self.job.views.windows else None
+            times = self.clock.times(begin_s)
             with self.clock.timing("commit"):
-                commit = self.ledger.commit(unit, self._table(unit, rows, outcomes), self.job.run_id, windows)
+                table = self._table(unit, rows, outcomes)
+                commit = self.ledger.commit(unit, table, self.job.run_id, windows, times)
+            self._log(unit, rows, outcomes, times["end_s"] - begin_s)
         return commit.counts
+
+    def _log(self, unit: Unit, rows: pa.Table, outcomes: Sequence[_Outcome], seconds: float) -> None:
+        """Count the reasons of what was quarantined, and log the unit with the ids that belong to it."""
+        ids: dict[str, str | int | float] = {
+            "run": self.job.run_id,
+            "labelling": self.ledger.labelling_id,
+            "unit": unit.unit_id,
+        }
+        for video_id, outcome in zip(rows.column("video_id").to_pylist(), outcomes, strict=True):
+            if outcome.error is not None:
+                reason = type(outcome.error).__name__
+                self._reasons[reason] += 1
+                row = {"video": video_id, "reason": reason, "text": str(outcome.error)}
+                log_event("quarantined", ids | row, bad=True)
+        log_event("unit committed", ids | {"videos": unit.num_rows, "seconds": round(seconds, 3)})
 
     def _load(self) -> ClipScorer[_Place]:
         if self.scorer is None:

@@ -1,18 +1,22 @@
 """Where a labelling's time goes: each stage is timed by how long the worker waits for it, and the longest one binds.
 
-The same numbers go to Ray's Prometheus metrics, where Ray runs: `ray_kinoray_label_videos_total` by status and
-`ray_kinoray_label_stage_seconds_total` by stage, both by labelling.
+The same numbers go to Ray's Prometheus metrics, where Ray runs: `ray_kinoray_label_videos_total` by status,
+`ray_kinoray_label_quarantined_total` by reason, `ray_kinoray_label_stage_seconds_total` by stage, and
+`ray_kinoray_label_decoded_ahead` of each worker; all by labelling.
 """
 
+import os
+import socket
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Literal
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import ray
-from ray.util.metrics import Counter
+from ray.util.metrics import Counter, Gauge
 
-__all__ = ["STAGES", "LabelMetrics", "Stage", "StageClock", "bound_stage"]
+__all__ = ["STAGES", "LabelMetrics", "Stage", "StageClock", "UnitTimes", "bound_stage"]
 
 Stage = Literal["store", "decode", "model", "commit"]
 STAGES: tuple[Stage, ...] = ("store", "decode", "model", "commit")
@@ -38,6 +42,12 @@ class StageClock:
             self.seconds[stage] += whole_s - self._inner_s
             self._inner_s = outer_inner_s + whole_s
 
+    def times(self, begin_s: float) -> dict[str, Any]:
+        """`Commit.times` of a unit that was begun then, in seconds since 1970, with nothing timed before it."""
+        return {"worker": f"{socket.gethostname()}/{os.getpid()}", "begin_s": begin_s, "end_s": time.time()} | {
+            stage: self.seconds[stage] for stage in STAGES
+        }
+
     def take(self) -> dict[str, float]:
         """The seconds since the last call, of every stage."""
         seconds, self.seconds = self.seconds, dict.fromkeys(STAGES, 0.0)
@@ -53,32 +63,54 @@ def bound_stage(seconds: Mapping[str, float]) -> str:
     return f"{stage} {seconds.get(stage, 0.0) / total:.0%}"
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class UnitTimes:
+    """What a worker says of a unit that it has done."""
+
+    counts: Mapping[str, int]
+    """Videos by status."""
+    reasons: Mapping[str, int]
+    """Quarantined videos by error class."""
+    seconds: Mapping[str, float]
+    """What was waited for, by stage."""
+    decoded_ahead: float
+    """Decoded videos that waited for the network, on average."""
+
+
 class LabelMetrics:
-    """Counters in Ray's metrics; nothing where Ray does not run."""
+    """What Ray's metrics say of a labelling; nothing where Ray does not run."""
 
     def __init__(self, labelling_id: str) -> None:
-        self._videos: Counter | None = None
-        self._stages: Counter | None = None
-        if ray.is_initialized():
-            tags = {"labelling": labelling_id}
+        self._tags = {"labelling": labelling_id}
+        self._runs = ray.is_initialized()
+        if self._runs:
             self._videos = Counter(
                 "kinoray_label_videos", "videos that got their row, by status", tag_keys=("labelling", "status")
             )
-            self._videos.set_default_tags(tags)
+            self._refused = Counter(
+                "kinoray_label_quarantined", "videos that were quarantined, by reason", tag_keys=("labelling", "reason")
+            )
             self._stages = Counter(
                 "kinoray_label_stage_seconds",
                 "seconds that labelling workers waited, by stage",
                 tag_keys=("labelling", "stage"),
             )
-            self._stages.set_default_tags(tags)
+            self._depth = Gauge(
+                "kinoray_label_decoded_ahead",
+                "decoded videos of a worker that wait for the network, mean over a unit",
+                tag_keys=("labelling",),
+            )
 
-    def add(self, counts: Mapping[str, int], seconds: Mapping[str, float]) -> None:
-        """Count a unit's rows by status and its seconds by stage."""
-        if self._videos is None or self._stages is None:
+    def add(self, unit: UnitTimes) -> None:
+        """Count a unit."""
+        if not self._runs:
             return
-        for status, count in counts.items():
-            if count:
-                self._videos.inc(count, tags={"status": status})
-        for stage, spent_s in seconds.items():
-            if spent_s > 0:
-                self._stages.inc(spent_s, tags={"stage": stage})
+        for counter, tag, values in (
+            (self._videos, "status", unit.counts),
+            (self._refused, "reason", unit.reasons),
+            (self._stages, "stage", unit.seconds),
+        ):
+            for name, value in values.items():
+                if value > 0:
+                    counter.inc(value, tags={**self._tags, tag: name})
+        self._depth.set(unit.decoded_ahead, tags=self._tags)

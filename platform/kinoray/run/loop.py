@@ -38,6 +38,7 @@ from kinoray.quarantine import Refusal
 from kinoray.run.augment import Augmenter
 from kinoray.run.cluster import quiet_ray
 from kinoray.run.environment import host, software
+from kinoray.run.events import log_event
 from kinoray.run.feed import Feed, Part
 from kinoray.run.finetune import start_from
 from kinoray.run.gate import Gate
@@ -49,6 +50,7 @@ from kinoray.run.recorder import Recorder
 from kinoray.run.replica import Replica, Totals
 from kinoray.run.runfolder import add_start, read_metrics, run_digest, stopped_early
 from kinoray.run.snapshot import load_snapshot, seed_step, take_snapshot
+from kinoray.run.train_times import TrainMetrics
 from kinoray.run.upload import Uploader
 from kinoray.storage import Storage, join
 from kinoray.verbs import TrainConfig
@@ -114,6 +116,8 @@ class _Worker:
             agreed(lambda: self._resume(*newest))
         self._pace = Pace(self.optim, self.num_steps, self.epoch * self.num_steps + self.epoch_steps)
         self._source = newest[0] if newest else ""
+        self._run = config.out.rstrip("/").rpartition("/")[2]
+        self._metrics = TrainMetrics(self._run)
 
     def _catalog(self, catalog_digest: str) -> Catalog:
         if not self.storage.exists(join(self.config.out, "run.json")):
@@ -191,7 +195,7 @@ class _Worker:
                 scored = self._evaluate(self.val)
                 row |= {"val_loss": scored.loss, "val_top1": scored.top1, "val_top5": scored.top5}
                 row |= {"val_videos": scored.videos, "val_unreadable": scored.unreadable}
-            row |= {"videos_per_s": max(0, num_videos) / train_s, "decode_wait": wait_s / train_s}
+            row |= {"videos_per_s": max(0, num_videos) / train_s, "decode_wait": wait_s / train_s, "train_s": train_s}
             row |= self.feed.spent(self.replica.device)
             row |= {"epoch_s": time.monotonic() - start_s, "time_s": time.time()}
             # What was not measured (no readable video) is left out: NaN is no JSON.
@@ -199,12 +203,22 @@ class _Worker:
             self._save_epoch(row, history)
             self.epoch, self.epoch_steps = epoch, 0
             self._say(epoch_line(row, self.optim.epochs))
+            self._note_epoch(row, wait_s)
             ray.train.report(row)
             if not self._goes_on(row):
                 return False
             if from_first(lambda: stopped_early(read_metrics(self.storage, self.config.out), self.config)):
                 break
         return True
+
+    def _note_epoch(self, row: Mapping[str, float | int], wait_s: float) -> None:
+        """Metrics of an epoch, and rank 0's record of it."""
+        train_s = float(row["train_s"])
+        for stage, seconds in (("decode", wait_s), ("step", train_s - wait_s), ("score", row["epoch_s"] - train_s)):
+            self._metrics.spent(stage, seconds)  # type: ignore[arg-type]  # of a tuple of literals
+        if self.rank == 0:
+            self._metrics.epoch(row)
+            log_event("epoch done", {"run": self._run, **row})
 
     def _goes_on(self, row: Mapping[str, float | int]) -> bool:
         """What the gate says to the epoch, on all ranks alike; the last epoch is shown, too."""
@@ -253,6 +267,11 @@ class _Worker:
         else:
             labels = self.train.labels[samples.rows]
             video_ids = self.train.catalog.table["video_id"].take(samples.rows).to_pylist()
+            self._metrics.step(len(video_ids), samples.unreadable)
+            for item in samples.unreadable:
+                name = self.train.catalog.table["video_id"][item.row].as_py()
+                ids = {"run": self._run, "epoch": epoch, "video": name}
+                log_event("unreadable", ids | {"reason": item.error_class, "text": item.error_text}, bad=True)
             clips = self.augmenter.colour(samples.clips, video_ids, epoch)
             mix = self.augmenter.mix(len(labels), self.config.clip.view.crop_px, epoch, index)
             self.replica.train_step(clips, labels, len(samples.unreadable), rate, mix)

@@ -1,0 +1,136 @@
+"""`kinoray trace`: spans and shares of labellings and trainings, against numbers that were put in."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from kinoray.cli import main
+from kinoray.config import ModelConfig, OptimConfig, StorageConfig
+from kinoray.predictions import Commit, Ledger, row_keys
+from kinoray.run.runfolder import claim_run, write_metrics
+from kinoray.storage import Storage
+from kinoray.trace import label_spans, trace
+from kinoray.trace_spans import Span, covered_s, trace_events
+from kinoray.verbs import TrainConfig
+from kinoray.verbs_trace import TraceConfig
+from small_sets import catalog_of
+from small_tables import ledger_in, library, rows_for
+
+LOCAL = Storage(StorageConfig())
+BEGIN_S = 1_800_000_000.0  # 2027-01-15 08:00:00 UTC
+
+
+def times(worker: str, begin_s: float, end_s: float, store: float, decode: float, model: float) -> dict[str, object]:
+    seconds = {"store": store, "decode": decode, "model": model, "commit": 0.0}
+    return {"worker": worker, "begin_s": BEGIN_S + begin_s, "end_s": BEGIN_S + end_s, **seconds}
+
+
+@pytest.fixture
+def labelled(tmp_path: Path) -> Ledger:
+    """Two workers for 100 s: one is busy for all of it, the other for half. One unit has no times, one another run."""
+    ledger, catalog = ledger_in(LOCAL, tmp_path / "labels"), library(40)
+    keys = row_keys(catalog.table)
+    plan = ledger.plan(catalog.digest, keys, 8)
+    said = [
+        ("aaaa", times("one/7", 0, 60, 6, 40, 10)),
+        ("aaaa", times("one/7", 60, 100, 4, 20, 10)),
+        ("aaaa", times("two/9", 50, 100, 0, 10, 30)),
+        ("aaaa", None),
+        ("bbbb", times("one/8", 500, 510, 0, 0, 10)),
+    ]
+    for unit, (run, when) in zip(plan.units, said, strict=True):
+        ledger.commit(unit, rows_for(catalog, unit.keys), run, None, when)
+    ledger.summarize("aaaa", {"began": "2027-01-15T07:59:45+00:00", "wall_s": 130.0})
+    return ledger
+
+
+def test_each_run_of_a_labelling_has_its_shares(labelled: Ledger, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["trace", labelled.root]) == 0
+    said = capsys.readouterr().out
+    assert "40 videos in 5 units" in said
+    assert "1 units were committed without times" in said
+    first, second = said.split("run bbbb")
+    lines = {line.strip().split("  ")[0]: line for line in first.splitlines()}
+    assert "3 units by 2 workers on 2 nodes, 2027-01-15 08:00:00 UTC to 2027-01-15 08:01:40 UTC" in first
+    assert "2 min 10 s in all; its first unit began 15 s after the job" in first
+    shares = {"store": (10, "5%"), "decode": (70, "35%"), "model": (50, "25%"), "rest of the units": (20, "10%")}
+    shares["between units"] = (50, "25%")  # of 2 x 100 s
+    for name, (seconds, share) in shares.items():
+        shown = f"{seconds} s" if seconds < 60 else f"1 min {seconds - 60:02d} s"
+        assert f"{shown} " in lines[name], name
+        assert f" {share} " in lines[name], name
+    slowest = [line for line in first.splitlines() if ", on " in line]
+    assert [line.split()[1] for line in slowest] == ["60.0", "50.0", "40.0"]
+    assert "67% of it decode, on one/7" in slowest[0]
+    assert "60% of it model, on two/9" in slowest[1]
+    assert "no summary: it still runs, or was killed" in second
+
+
+def test_the_file_for_a_viewer_has_each_span_where_it_was(labelled: Ledger, tmp_path: Path) -> None:
+    spans = trace(TraceConfig(place=str(tmp_path / "labels"), to=str(tmp_path / "trace.json")))
+    assert len(spans) == 4
+    events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    names = {event["tid"]: event["args"]["name"] for event in events if event["name"] == "thread_name"}
+    assert sorted(names.values()) == ["one/7", "one/8", "two/9"]
+    units = [event for event in events if event["ph"] == "X" and event["name"].startswith("unit ")]
+    assert sorted((names[event["tid"]], event["ts"] / 1e6 - BEGIN_S, event["dur"] / 1e6) for event in units) == [
+        ("one/7", 0, 60),
+        ("one/7", 60, 40),
+        ("one/8", 500, 10),
+        ("two/9", 50, 50),
+    ]
+    for unit in units:  # stages lie inside their unit, one after the other
+        parts = [event for event in events if event["ph"] == "X" and event["name"] in ("store", "decode", "model")]
+        inside = [p for p in parts if p["tid"] == unit["tid"] and unit["ts"] <= p["ts"] < unit["ts"] + unit["dur"]]
+        assert sum(part["dur"] for part in inside) <= unit["dur"]
+        assert {part["name"] for part in inside} >= {"model"}
+
+
+def test_commits_of_older_versions_have_no_times() -> None:
+    old = json.loads(
+        '{"unit_id": "u", "part": "p", "rows": 1, "size_bytes": 1, "sha256": "", "counts": {}, "run_id": "r"}'
+    )
+    assert label_spans([Commit(**old)]) == []
+
+
+def test_time_that_is_covered_twice_counts_once() -> None:
+    spans = [Span(name="", worker="", begin_s=a, end_s=b) for a, b in ((5, 6), (0, 2), (1, 4), (1, 2), (6, 7))]
+    assert covered_s(spans) == 6
+    assert covered_s([]) == 0
+    assert trace_events([], "nothing")["traceEvents"][0]["args"]["name"] == "nothing"
+
+
+def test_a_training_says_what_its_epochs_were_spent_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = str(tmp_path / "run")
+    catalog = catalog_of([{"video_id": "v", "uri": "u", "split": "train"}])
+    settings = TrainConfig(
+        catalog="set", out=out, model=ModelConfig(factory="tiny_models:mean_colour"), optim=OptimConfig(epochs=2)
+    )
+    claim_run(LOCAL, settings, catalog)
+    assert main(["trace", out]) == 0
+    assert "no epoch is done yet" in capsys.readouterr().out
+    scored = {"epoch_s": 100.0, "train_s": 80.0, "decode_wait": 0.25, "val_videos": 3}
+    write_metrics(LOCAL, out, {"epoch": 1, "step": 1, "time_s": BEGIN_S + 100, **scored})
+    unscored = {"epoch_s": 60.0, "train_s": 60.0, "decode_wait": 0.5}
+    write_metrics(LOCAL, out, {"epoch": 2, "step": 2, "time_s": BEGIN_S + 200, **unscored})
+    assert main(["trace", out]) == 0
+    said = capsys.readouterr().out
+    assert "2 epochs, 2027-01-15 08:00:00 UTC to 2027-01-15 08:03:20 UTC, 3 min 20 s" in said
+    for name, seconds, share in (
+        ("waiting for decoders", "50 s", "25%"),
+        ("training steps", "1 min 30 s", "45%"),
+        ("scoring", "20 s", "10%"),
+        ("between epochs", "40 s", "20%"),
+    ):
+        assert any(
+            line.split(name)[1].split("#")[0].split() == [*seconds.split(), share]
+            for line in said.splitlines()
+            if name in line
+        ), name
+    assert "slowest: epoch 1 with 1 min 20 s" in said
+
+
+def test_a_place_with_neither_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["trace", str(tmp_path)]) == 2
+    assert "holds neither a labelling (job.json) nor a training (run.json)" in capsys.readouterr().err
