@@ -14,6 +14,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import boto3
 import pyarrow as pa
 import pytest
 import ray
@@ -214,3 +215,64 @@ def test_a_full_disk_commits_nothing_wrong_and_the_rest_comes_later(config: Labe
     label_here(config)
     labelling = open_labelling(config, "label")
     assert Ledger(LOCAL, labelling.ledger.root).check(labelling.plan, labelling.keys).inputs == 13
+
+
+# Where a bucket vanishes
+
+
+def empty(storage: Storage, bucket: str) -> dict[str, bytes]:
+    """Delete a bucket with all that is in it; what was there."""
+    held = {info.uri: storage.read(info.uri) for info in storage.list(bucket + "/")}
+    for uri in held:
+        storage.delete(uri)
+    boto3.client("s3", endpoint_url=storage.config.endpoint_url).delete_bucket(Bucket=bucket.removeprefix("s3://"))
+    return held
+
+
+def test_videos_of_a_bucket_that_vanishes_are_not_quarantined_and_a_rerun_goes_on(
+    library: Path, config: LabelConfig, s3_config: StorageConfig, bucket: str
+) -> None:
+    storage = Storage(s3_config)
+    for path in files_in(str(library)):
+        storage.put(f"{bucket}/{path.name}", path.read_bytes())
+    config = replace(config, source=bucket, storage=s3_config)
+    labelling = open_labelling(config, "label")
+    worker, units = LabelUnits(labelling.job), []
+    for unit in labelling.plan.units:
+        rows = labelling.catalog.table.take([labelling.keys.index(key) for key in unit.keys])
+        units.append(pa.Table.from_pylist([pack_unit(unit, rows)]))
+    (first,) = worker(units[0]).to_pylist()
+    assert (first["rows"], first["error_class"]) == (4, "")
+    held = empty(storage, bucket)
+    (seen,) = worker(units[1]).to_pylist()  # by a worker that has read from it
+    assert seen["error_class"] == "StorageUnavailable"
+    assert "there is no bucket" in seen["error_text"]
+    assert "nothing was quarantined" in seen["error_text"]
+    (unseen,) = LabelUnits(labelling.job)(units[2]).to_pylist()  # and by one that has not
+    assert unseen["error_class"] == "BucketNotFound"
+    assert len(labelling.ledger.committed()) == 1
+    boto3.client("s3", endpoint_url=s3_config.endpoint_url).create_bucket(Bucket=bucket.removeprefix("s3://"))
+    for uri, data in held.items():
+        storage.put(uri, data)
+    assert [row["error_class"] for row in label_here(config)] == ["", "", ""]
+    table = read_predictions(storage, config.out)
+    assert table.column("status").to_pylist().count("labelled") == 12
+    assert table.num_rows == 13
+
+
+def test_one_row_of_a_bucket_that_is_not_there_is_a_row(
+    library: Path, config: LabelConfig, s3_config: StorageConfig
+) -> None:
+    """As in a list of videos with a slip of the pen: one row must not end the job."""
+    good = sorted(str(path) for path in library.rglob("*/*.mp4"))[:2]
+    table = config.out + ".csv"
+    Path(table).write_text(
+        "path,label\n" + "".join(f"{uri},\n" for uri in [good[0], "s3://no-such-bucket/x.mp4", good[1]])
+    )
+    label_here(replace(config, source=table, storage=s3_config))
+    rows = read_predictions(LOCAL, config.out).to_pylist()
+    assert sorted((row["status"], row["error_class"]) for row in rows) == [
+        ("labelled", None),
+        ("labelled", None),
+        ("quarantined", "BucketNotFound"),
+    ]

@@ -4,6 +4,7 @@
       ConfigError               a setting is wrong; the message names the field (also a ValueError)
       StorageError              bytes could not be read or written
         ObjectNotFound          no such file, object or bucket
+          BucketNotFound
         AccessDenied            no credentials, or the credentials may not do this
         StorageUnavailable      still failing after all retries
         ChecksumMismatch        bytes arrived, but not the ones that were written
@@ -34,6 +35,7 @@ A message says what failed, where (uri, member, field), what was found and expec
 
 __all__ = [
     "AccessDenied",
+    "BucketNotFound",
     "CatalogError",
     "CheckpointCorrupt",
     "CheckpointError",
@@ -78,6 +80,10 @@ class StorageError(KinorayError):
 
 class ObjectNotFound(StorageError):
     """No such file, object or bucket."""
+
+
+class BucketNotFound(ObjectNotFound):
+    """No such bucket: what was asked of it says nothing of the object."""
 
 
 class AccessDenied(StorageError):

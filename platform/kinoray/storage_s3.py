@@ -24,6 +24,7 @@ from botocore.config import Config
 from kinoray.config import StorageConfig
 from kinoray.errors import (
     AccessDenied,
+    BucketNotFound,
     ChecksumMismatch,
     ConfigError,
     ObjectNotFound,
@@ -255,7 +256,7 @@ class S3Store:
         text = " ".join(f"{code} {error.response['Error'].get('Message', '')}".split())
         bucket = _split(name)[0]
         if code == "NoSuchBucket" or (status == 404 and code != "NoSuchKey" and not self._has_bucket(bucket)):
-            raise ObjectNotFound(f"s3://{name}: there is no bucket {bucket!r}") from error
+            raise BucketNotFound(f"s3://{name}: there is no bucket {bucket!r}") from error
         if status == 404:
             raise ObjectNotFound(f"s3://{name}: no such object") from error
         if status in (401, 403) or code in _DENIED_CODES:

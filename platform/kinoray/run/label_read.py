@@ -14,7 +14,7 @@ import pyarrow as pa
 from kinoray.catalog import read_videos, references
 from kinoray.config import ClipConfig
 from kinoray.decode_views import ViewClips
-from kinoray.errors import KinorayError, MediaError, StorageUnavailable, UndecodableVideo
+from kinoray.errors import BucketNotFound, KinorayError, MediaError, StorageUnavailable, UndecodableVideo
 from kinoray.protocol import ViewsConfig
 from kinoray.run.label_times import StageClock
 from kinoray.sandbox import shared_sandbox
@@ -50,6 +50,7 @@ class VideoReader:
         self._threads = ThreadPoolExecutor(num_decoders, thread_name_prefix="decode")
         self._sandbox = shared_sandbox(num_decoders)
         self._depths: list[int] = []
+        self._buckets: set[str] = set()
 
     def videos(self, rows: pa.Table, *, with_flow: bool) -> Iterator[DecodedVideo | KinorayError]:
         """One for each row, in order, some ahead of the consumer: as many as fill a batch, and the decoders.
@@ -58,13 +59,13 @@ class VideoReader:
             StorageUnavailable, DecoderStartFailed: the store is down, or this machine; that is no fault of a video.
         """
         pending: deque[Future[DecodedVideo | MediaError] | KinorayError] = deque()
-        arriving = iter(read_videos(self._storage, references(rows)))
+        wanted = references(rows)
+        arriving = iter(read_videos(self._storage, wanted))
         try:
-            for _ in range(rows.num_rows):
+            for uri in (reference.uri for reference in wanted):
                 with self._clock.timing("store"):
                     data = next(arriving)
-                if isinstance(data, StorageUnavailable):
-                    raise data
+                self._require_store(uri, data)
                 if isinstance(data, KinorayError):
                     pending.append(data)
                 else:
@@ -77,6 +78,16 @@ class VideoReader:
             for entry in pending:
                 if isinstance(entry, Future):
                     entry.cancel()
+
+    def _require_store(self, uri: str, data: bytes | KinorayError) -> None:
+        """Raise where the store is at fault that there are no bytes: it is down, or a bucket was there and is gone."""
+        bucket = "/".join(uri.split("/")[:3])
+        if isinstance(data, BucketNotFound) and bucket in self._buckets:
+            raise StorageUnavailable(f"{data}; it was there when the job began, so nothing was quarantined for it")
+        if isinstance(data, StorageUnavailable):
+            raise data
+        if isinstance(data, bytes):
+            self._buckets.add(bucket)
 
     def take_depth(self) -> float:
         """How many decoded videos waited for the model, on average since the last call; 0: the model waits."""

@@ -18,7 +18,7 @@ from kinoray.answers import AnswerRule, average_logits, top_predictions
 from kinoray.checkpoint import load_model
 from kinoray.config import ClipConfig
 from kinoray.decode_views import ViewClips
-from kinoray.errors import AccessDenied, CheckpointMismatch, KinorayError, MediaError
+from kinoray.errors import AccessDenied, BucketNotFound, CheckpointMismatch, KinorayError, MediaError
 from kinoray.predictions import PREDICTION_SCHEMA, WINDOW_SCHEMA, Ledger, Unit
 from kinoray.protocol import ViewsConfig
 from kinoray.run.events import log_event
@@ -162,7 +162,7 @@ class LabelUnits:
         if commit is None:
             begin_s = time.time()
             outcomes = self._label(self._load(), rows)
-            _refuse_if_all_denied(outcomes)
+            _refuse_if_none_readable(outcomes)
             windows = self._windows_table(unit, rows, outcomes) if self.job.views.windows else None
             times = self.clock.times(begin_s)
             with self.clock.timing("commit"):
@@ -293,10 +293,11 @@ def _extras(views: Sequence[ClipAnswer]) -> dict[str, Any]:
     return kept
 
 
-def _refuse_if_all_denied(outcomes: Sequence[_Outcome]) -> None:
-    """One forbidden object is a quarantine row; a unit of nothing else means that the job may not read its input."""
-    if len(outcomes) > 1 and all(isinstance(outcome.error, AccessDenied) for outcome in outcomes):
-        raise AccessDenied(
+def _refuse_if_none_readable(outcomes: Sequence[_Outcome]) -> None:
+    """One forbidden object is a quarantine row; a unit of nothing else means that the job cannot read its input."""
+    kinds = {type(outcome.error) for outcome in outcomes}
+    if len(outcomes) > 1 and len(kinds) == 1 and (kind := kinds.pop()) in (AccessDenied, BucketNotFound):
+        raise kind(
             f"none of the {len(outcomes)} videos of a unit may be read, so nothing was quarantined; the first: "
-            f"{outcomes[0].error}; check the credentials, or leave these videos out of the source"
+            f"{outcomes[0].error}; check credentials and buckets, or leave these videos out of the source"
         )
