@@ -411,6 +411,7 @@ class Held:
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_a_killed_driver_loses_nothing_and_repeats_only_what_was_in_flight(
     library: Path, undisturbed: tuple[dict[str, Any], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -441,6 +442,7 @@ def test_a_killed_driver_loses_nothing_and_repeats_only_what_was_in_flight(
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_a_killed_worker_is_replaced(library: Path, undisturbed: tuple[dict[str, Any], Path], tmp_path: Path) -> None:
     held = Held(tmp_path, hold_after=6)
     killer = held.when_held(7, lambda: os.kill(held.batches()[-1], signal.SIGKILL))
