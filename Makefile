@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PYTEST := $(BIN)/python -m pytest
 
-.PHONY: setup demo test test-slow lint format bench clean
+.PHONY: setup demo test test-slow cluster-test lint format bench clean
 
 setup: .venv/ready
 
@@ -24,6 +24,10 @@ test: setup
 
 test-slow: setup
 	$(PYTEST) -m slow --timeout 3000
+
+# A cluster of nodes on this machine: each job loses a node in its middle, and nodes come for a job and go after it.
+cluster-test: setup
+	$(PYTEST) tests/test_nodes.py tests/test_autoscaling.py -m slow --timeout 3000
 
 lint: setup
 	$(BIN)/ruff format --check .

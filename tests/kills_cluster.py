@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +25,7 @@ _ALL = (
     *("--min-worker-port=0", "--max-worker-port=0", "--dashboard-agent-listen-port=0"),
     *("--include-log-monitor=false", "--object-store-memory=80000000"),
 )
+_TYPE = "RAY_NODE_TYPE_NAME="  # in the environment of a node that an autoscaler started
 _NODE_DEATH = {  # a dead raylet is noticed after 2 s instead of 15
     "RAY_health_check_initial_delay_ms": "1000",
     "RAY_health_check_period_ms": "500",
@@ -80,10 +81,17 @@ def below(root: int, found: Mapping[int, Process]) -> list[Process]:
 class Cluster:
     """A closed Ray: a head without CPUs, where drivers are at home, and worker nodes of two CPUs each."""
 
-    def __init__(self, folder: Path, logs: Path) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        logs: Path,
+        port: int,
+        head_options: Sequence[str] = ("--no-monitor",),
+        head_environment: Mapping[str, str] | None = None,
+    ) -> None:
+        """Start the head, at this port."""
         self._folder, self._logs = folder, logs
-        self._port = free_port()
-        self.address = f"127.0.0.1:{self._port}"
+        self.address = f"127.0.0.1:{port}"
         self.environment = {
             **os.environ,
             **_NODE_DEATH,
@@ -92,14 +100,47 @@ class Cluster:
         }
         self.seen: dict[int, Process] = {}
         """Every actor and decoder that `find` has met."""
-        head = ["--head", f"--port={self._port}", f"--temp-dir={folder}", "--num-cpus=0"]
+        arguments = ["--head", f"--port={port}", f"--temp-dir={folder}", "--num-cpus=0", "--include-dashboard=false"]
         self._workers: list[subprocess.Popen[bytes]] = []
-        self._head = self._start(0, [*head, "--include-dashboard=false", "--no-monitor"])
+        self._head = self._start(0, [*arguments, *head_options], {**self.environment, **(head_environment or {})})
 
     def add_node(self) -> None:
         """Start one worker node; it takes part some seconds later. Two that start at once would take one socket."""
         self.wait_nodes()
-        self._workers.append(self._start(1 + len(self._workers), [f"--address={self.address}", "--num-cpus=2"]))
+        arguments = [f"--address={self.address}", "--num-cpus=2"]
+        self._workers.append(self._start(1 + len(self._workers), arguments, self.environment))
+
+    def kill_node(self, work: str) -> list[str]:
+        """Kill -9 all of a worker node, at once: one that has a process whose title holds `work`.
+
+        Returns:
+            The titles of what was killed.
+        """
+        victims: list[Process] = []
+
+        def is_at_work() -> bool:
+            found = processes()
+            for worker in self._workers:
+                tree = below(worker.pid, found)
+                if any(work in process.title for process in tree):
+                    victims[:] = tree
+                    return True
+            return False
+
+        wait_until(is_at_work, _LIMIT_S, f"a node has a process {work}")
+        kill_all(victims)
+        return [process.title for process in victims]
+
+    def node_types(self) -> list[str]:
+        """The node types of the raylets that an autoscaler started below the head, sorted."""
+        found = processes()
+        types = []
+        for process in below(self._head.pid, found):
+            if "/raylet/raylet" in process.title.split(" ")[0]:
+                with suppress(OSError):  # it ended while we looked
+                    variables = Path(f"/proc/{process.pid}/environ").read_text().split("\0")
+                    types += [one.removeprefix(_TYPE) for one in variables if one.startswith(_TYPE)]
+        return sorted(types)
 
     def wait_nodes(self) -> None:
         """Until the head and every worker node that was added take part, or did."""
@@ -107,13 +148,13 @@ class Cluster:
             log = self._logs / f"node-{number}.log"
             wait_until(lambda node=node, log=log: _has_started(node, log), _LIMIT_S, f"a node runs; see {log}")
 
-    def _start(self, number: int, arguments: list[str]) -> "subprocess.Popen[bytes]":
+    def _start(self, number: int, arguments: list[str], environment: Mapping[str, str]) -> "subprocess.Popen[bytes]":
         ray = str(Path(sys.executable).parent / "ray")
         command = [ray, "start", "--block", *arguments, *_ALL, f"--ray-client-server-port={free_port()}"]
         with (self._logs / f"node-{number}.log").open("wb") as log:
             return subprocess.Popen(
                 command,
-                env=self.environment,
+                env=environment,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
@@ -148,12 +189,17 @@ class Cluster:
         """End the nodes and all that they started; `ray stop` would end every Ray of the machine."""
         found = processes()
         tree = [one for root in (*self._workers, self._head) for one in below(root.pid, found)] + self.left_behind()
-        for process in tree:
-            with suppress(ProcessLookupError):
-                os.kill(process.pid, signal.SIGKILL)
+        kill_all(tree)
         for node in (*self._workers, self._head):
             node.kill()
             node.wait()
+
+
+def kill_all(victims: Iterable[Process]) -> None:
+    """Kill -9 of these processes, as far as they still run."""
+    for process in victims:
+        with suppress(ProcessLookupError):
+            os.kill(process.pid, signal.SIGKILL)
 
 
 def _has_started(node: "subprocess.Popen[bytes]", log: Path) -> bool:
@@ -169,7 +215,7 @@ def _has_started(node: "subprocess.Popen[bytes]", log: Path) -> bool:
 def ray_cluster(logs: Path, num_nodes: int) -> Iterator[Cluster]:
     """A cluster for the time of the block; its sockets need a short path."""
     folder = Path(tempfile.mkdtemp(prefix="kr-"))
-    cluster = Cluster(folder, logs)
+    cluster = Cluster(folder, logs, free_port())
     try:
         for _ in range(num_nodes):
             cluster.add_node()

@@ -23,7 +23,7 @@ from kills import Driver, Gate, Reader, kill_while_labelling, member_reads
 from kills_cluster import Cluster, ray_cluster
 from kinoray.catalog import Catalog, save_catalog
 from kinoray.config import ClipConfig, ResourcesConfig, SampleConfig, StorageConfig, ViewConfig
-from kinoray.predictions import Ledger, find_labellings, read_predictions, row_keys
+from kinoray.predictions import Ledger, find_labellings, read_predictions, read_windows, row_keys
 from kinoray.run.label import label
 from kinoray.storage import Storage, join
 from kinoray.synthetic import make_broken
@@ -89,6 +89,7 @@ class Calm:
     library: Library
     config: LabelConfig
     table: pa.Table
+    windows: pa.Table | None
 
     @property
     def num_units(self) -> int:
@@ -102,26 +103,35 @@ class Calm:
         return replace(self.config, out=join(bucket, out), storage=storage)
 
 
-def label_calmly(server: StorageConfig, bucket: str, num_videos: int, unit_size: int, **how: int) -> Calm:
+def label_calmly(
+    server: StorageConfig,
+    bucket: str,
+    num_videos: int,
+    unit_size: int,
+    *,
+    padding_bytes: int = 0,
+    window_s: float = 0.0,
+) -> Calm:
     """Make a library and label it."""
     storage = Storage(server)
-    library = make_library(storage, join(bucket, "set"), num_videos, **how)
+    library = make_library(storage, join(bucket, "set"), num_videos, padding_bytes=padding_bytes)
     config = LabelConfig(
         source=library.uri,
         checkpoint=save_untrained(storage, join(bucket, "run"), LABELS, CLIP, "label_models:mixing"),
         out=join(bucket, "calm"),
         unit_size=unit_size,
+        window_s=window_s,
         storage=server,
         resources=ResourcesConfig(num_workers=2, decode_tasks=1),
     )
     label(config)
-    return Calm(library, config, table_of(storage, config.out))
+    return Calm(library, config, table_of(storage, config.out), windows_of(storage, config))
 
 
 @pytest.fixture(scope="module")
 def small(s3_server: str, ray_local: None) -> Calm:
-    """240 videos of 34 kB in units of two."""
-    return label_calmly(config_at(s3_server), bucket_at(s3_server), 240, 2, padding_bytes=2**15)
+    """240 videos of 34 kB in units of two; each, one second of 12 frames, is cut into three windows."""
+    return label_calmly(config_at(s3_server), bucket_at(s3_server), 240, 2, padding_bytes=2**15, window_s=5 / 12)
 
 
 @pytest.fixture(scope="module")
@@ -141,7 +151,7 @@ def start_driver(cluster: Cluster, config: LabelConfig, logs: Path) -> Driver:
     """`kinoray label` with these settings, as a process that joins the cluster."""
     logs.mkdir()
     command = [sys.executable, "-m", "kinoray.cli", "label", config.source, "--checkpoint", config.checkpoint]
-    command += ["--out", config.out, "--unit-size", str(config.unit_size)]
+    command += ["--out", config.out, "--unit-size", str(config.unit_size), "--window-s", str(config.window_s)]
     command += ["--resources.num-workers", "2", "--resources.decode-tasks", "1"]
     command += ["--resources.address", cluster.address, "--storage.endpoint-url", str(config.storage.endpoint_url)]
     command += ["--storage.region", "us-east-1", "--storage.addressing", "path"]
@@ -151,6 +161,23 @@ def start_driver(cluster: Cluster, config: LabelConfig, logs: Path) -> Driver:
 def table_of(storage: Storage, out: str) -> pa.Table:
     """The rows of a job, without what names its run."""
     return read_predictions(storage, out).drop_columns(["run_id"]).sort_by("video_id").combine_chunks()
+
+
+def windows_of(storage: Storage, config: LabelConfig) -> pa.Table | None:
+    """The rows of the windows of a job that cuts videos into windows."""
+    if not config.window_s:
+        return None
+    return read_windows(storage, config.out).sort_by([("video_id", "ascending"), ("window", "ascending")])
+
+
+def assert_same(storage: Storage, config: LabelConfig, calm: Calm) -> None:
+    """Both tables of a job are those of the job that nobody disturbed."""
+    assert table_of(storage, config.out).equals(calm.table)
+    windows = windows_of(storage, config)
+    assert (windows is None) == (calm.windows is None)
+    if windows is not None:
+        assert windows.num_rows >= 3 * (len(calm.library.catalog) - calm.library.num_broken)
+        assert windows.equals(calm.windows)
 
 
 def assert_exactly_once(storage: Storage, out: str, library: Library) -> Ledger:
@@ -201,7 +228,7 @@ def kill_and_check(
         reader.stop()
     assert f"{len(library.catalog)} inputs = " in said
     ledger = assert_exactly_once(storage, config.out, library)
-    assert table_of(storage, config.out).equals(calm.table)
+    assert_same(storage, config, calm)
     reads = member_reads(proxy, library.members)
     assert sorted(reads) == library.catalog.table.column("video_id").to_pylist()
     repeated = reads.total() - len(reads) + kinds.count("decoder")
@@ -267,7 +294,7 @@ def test_two_commands_at_once_on_one_output_both_succeed(
     assert all("240 inputs = 228 labelled + 12 quarantined + 0 skipped" in text for text in said)
     ledger = assert_exactly_once(storage, config.out, small.library)
     assert sum(1 for _ in storage.list(join(ledger.root, "parts") + "/")) == small.num_units
-    assert table_of(storage, config.out).equals(small.table)
+    assert_same(storage, config, small)
 
 
 @pytest.mark.slow
@@ -289,4 +316,4 @@ def test_a_resumed_job_fetches_what_is_unfinished_and_no_more(small: Calm, proxy
     fetched = sum(int(last) - int(first) + 1 for first, last in spans)
     assert sum(lengths.values()) <= fetched <= 1.05 * sum(lengths.values())
     assert_exactly_once(storage, small.config.out, library)
-    assert table_of(storage, small.config.out).equals(small.table)
+    assert_same(storage, small.config, small)

@@ -20,11 +20,12 @@ import yaml
 from ray import tune as ray_tune
 
 from kinoray.catalog import Catalog, load_catalog
-from kinoray.config import CacheConfig, digest
+from kinoray.config import CacheConfig, ResourcesConfig, digest
 from kinoray.configfile import to_yaml
-from kinoray.errors import ConfigError, JobError
+from kinoray.errors import ClusterError, ConfigError, JobError
 from kinoray.progress import format_duration
-from kinoray.run.cluster import connect
+from kinoray.run.autoscaler import has_autoscaler
+from kinoray.run.cluster import connect, require_fit
 from kinoray.run.gate import open_desk
 from kinoray.run.runfolder import run_settings
 from kinoray.run.train import check_training
@@ -44,6 +45,7 @@ from kinoray.run.tune_table import (
 )
 from kinoray.run.tune_trial import METRIC, TrialContext, TrialRun, generations
 from kinoray.storage import Storage, absolute, arrow_filesystem, join
+from kinoray.storage_records import parse_record
 from kinoray.tune_config import TuneConfig, train_config
 from kinoray.tune_page import TrialRow, tune_page
 from kinoray.tune_space import Axis, Settings, apply, grid_trials, parse_space
@@ -131,7 +133,7 @@ def _claim_sweep(storage: Storage, config: TuneConfig, catalog: Catalog) -> None
     text = json.dumps(ours, indent=1, sort_keys=True)
     if storage.put_if_absent(uri, text.encode()):
         return
-    theirs = json.loads(storage.read(uri))
+    theirs = parse_record(storage.read(uri), uri, dict)
     if theirs == json.loads(text):
         return
     names = [name for name in sorted(set(theirs) | set(ours)) if theirs.get(name) != json.loads(text).get(name)]
@@ -187,6 +189,18 @@ class _Watch(ray_tune.Callback):  # type: ignore[misc]
         print(f"tune: trial {name} {status}{': ' if error_text else ''}{error_text}", flush=True)
 
 
+def _room(resources: ResourcesConfig) -> int:
+    """How many trials the cluster holds; where it has shrunk to nothing, nodes for one are brought up first."""
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    try:
+        return trials_at_once(nodes, resources)
+    except ClusterError:
+        if not has_autoscaler():
+            raise
+        require_fit(resources, decode_cpus=resources.decode_tasks)
+        return trials_at_once([node["Resources"] for node in ray.nodes() if node["Alive"]], resources)
+
+
 def _run_trials(
     storage: Storage,
     config: TuneConfig,
@@ -198,9 +212,8 @@ def _run_trials(
     """Run what has not ended, under Ray Tune."""
     os.environ.update(_TUNE_ENV)
     connect(config.resources)
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     num_trials = len(trials) or config.num_trials
-    at_once = min(trials_at_once(nodes, config.resources), config.max_concurrent or num_trials, num_trials)
+    at_once = min(_room(config.resources), config.max_concurrent or num_trials, num_trials)
     if at_once < num_trials:
         print(f"tune: {at_once} trials at a time", flush=True)
     is_pbt = config.scheduler == "pbt"
