@@ -18,6 +18,7 @@ from kinoray.catalog_read import Reference, read_video, read_videos
 from kinoray.catalog_source import SourceFile, find_files, unique_ids
 from kinoray.errors import CatalogError, ObjectNotFound
 from kinoray.storage import Storage, join
+from kinoray.storage_records import parse_table
 
 __all__ = [
     "CATALOG_SCHEMA",
@@ -149,7 +150,7 @@ def load_catalog(storage: Storage, uri: str) -> Catalog:
     except ObjectNotFound as error:
         raise ObjectNotFound(f"{error}; expected a folder that `kinoray pack` finished, or a .parquet") from error
     try:
-        found = pq.read_table(pa.BufferReader(data))
+        found = parse_table(data)
         labels = json.loads((found.schema.metadata or {}).get(_LABELS_KEY, b"[]"))
     except (pa.ArrowException, OSError, ValueError) as error:
         raise CatalogError(f"{path} is not a catalog: {' '.join(str(error).split())}") from error

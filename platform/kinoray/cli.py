@@ -45,9 +45,7 @@ class Verb:
 
 
 VERBS: Mapping[str, Verb] = {
-    "doctor": Verb(
-        DoctorConfig, "kinoray.doctor:doctor", "what is wrong with a set of videos, and what decoding costs"
-    ),
+    "doctor": Verb(DoctorConfig, "kinoray.doctor:doctor", "what is wrong with videos, a machine, a store or a cluster"),
     "pack": Verb(verbs.PackConfig, "kinoray.run.pack:pack", "videos -> tar shards and a catalog in object storage"),
     "train": Verb(verbs.TrainConfig, "kinoray.run.train:train", "catalog -> checkpoints, with Ray Data and Ray Train"),
     "tune": Verb(TuneConfig, "kinoray.run.tune:tune", "many trainings with other settings -> the best of them"),

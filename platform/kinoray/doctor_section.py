@@ -1,12 +1,32 @@
 """The parts of a checkup: each says what it found as numbers, as lines to read, and as warnings with a remedy."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
 
 import numpy as np
 
-__all__ = ["Section", "Warn", "format_bytes", "many", "spread", "table"]
+__all__ = [
+    "Check",
+    "Section",
+    "Status",
+    "Warn",
+    "checked",
+    "clock_check",
+    "format_bytes",
+    "many",
+    "over_nodes",
+    "spread",
+    "table",
+]
+
+Status = Literal["ok", "warning", "wrong"]
+
+_RISING: tuple[Status, ...] = ("ok", "warning", "wrong")
+_SHOWN_NODES = 3
+_SKEW_S = 5.0
+_MOST_SKEW_S = 60.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,6 +37,23 @@ class Warn:
     """What was found, with numbers."""
     remedy: str
     """What to do about it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One thing that was tried, and what came of it."""
+
+    name: str
+    """What was tried."""
+    status: Status
+    """`warning`: jobs run, but worse than they could; `wrong`: they fail, or lose what kinoray promises."""
+    found: str
+    """What was found, with numbers."""
+    remedy: str = ""
+    """What to do about it; empty where all is well."""
+
+    def __str__(self) -> str:
+        return f"{self.status:<9}{self.name}: {self.found}" + (f"; {self.remedy}" if self.remedy else "")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -31,6 +68,47 @@ class Section:
     """The same for people."""
     warnings: tuple[Warn, ...] = ()
     """What needs attention."""
+    checks: tuple[Check, ...] = ()
+    """What was tried; the wrong ones fail the checkup."""
+
+
+def checked(name: str, checks: Sequence[Check], **values: Any) -> Section:
+    """A section of checks: a line each, and in its values the list `checks` beside those given."""
+    lines = tuple(map(str, checks))
+    return Section(name=name, values={**values, "checks": [*map(asdict, checks)]}, lines=lines, checks=tuple(checks))
+
+
+def clock_check(said_s: float, before_s: float, after_s: float) -> Check:
+    """Whether a clock that said `said_s` was right, if it was asked between two times of another clock."""
+    skew_s = min(0.0, said_s - before_s) or max(0.0, said_s - after_s)
+    if not skew_s:
+        return Check("clock", "ok", "agrees with this machine's")
+    status = _RISING[(abs(skew_s) > _SKEW_S) + (abs(skew_s) > _MOST_SKEW_S)]
+    text = f"{abs(skew_s):.0f} s {'ahead of' if skew_s > 0 else 'behind'} this machine's"
+    remedy = "set all clocks by NTP: `runs`, `vacuum` and signed requests compare the times of machines"
+    return Check("clock", status, text, "" if status == "ok" else remedy)
+
+
+def over_nodes(nodes: Mapping[str, Sequence[Check]]) -> list[Check]:
+    """The same checks on many nodes (name -> checks) as one line each: the worst, and where that is."""
+    by_name: dict[str, list[tuple[str, Check]]] = {}
+    for node, checks in nodes.items():
+        for check in checks:
+            by_name.setdefault(check.name, []).append((node, check))
+    merged = []
+    for name, found in by_name.items():
+        status = max((check.status for _, check in found), key=_RISING.index)
+        worst = [(node, check) for node, check in found if check.status == status]
+        if status == "ok":
+            text, count = Counter(check.found for _, check in found).most_common(1)[0]
+            same = "" if count == len(found) else f"such as {text}"
+            merged.append(Check(name, status, f"{many(len(found), 'node')}: {same or text}"))
+            continue
+        shown = ", ".join(f"{node}: {check.found}" for node, check in worst[:_SHOWN_NODES])
+        more = ", ..." if len(worst) > _SHOWN_NODES else ""
+        text = f"{len(worst)} of {many(len(found), 'node')} ({shown}{more})"
+        merged.append(Check(name, status, text, worst[0][1].remedy))
+    return merged
 
 
 def many(count: int, noun: str) -> str:

@@ -89,8 +89,9 @@ class FrameCache:
         except OSError:
             return False
         try:
-            if self._read(descriptor, frames, flow):
-                return True
+            with suppress(ValueError, LookupError, TypeError):  # a description that is none of ours
+                if self._read(descriptor, frames, flow):
+                    return True
         finally:
             os.close(descriptor)
         self._remove(path)

@@ -13,12 +13,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from kinoray.catalog import VIDEO_EXTENSIONS
 from kinoray.errors import CatalogError
 from kinoray.kinetics import AnnotationRow, clip_key, key_of_name, window_of_key
 from kinoray.storage import Storage, absolute
+from kinoray.storage_records import parse_table
 
 __all__ = ["read_annotations", "read_label_names"]
 
@@ -110,8 +110,8 @@ def _read_fields(uri: str, data: bytes) -> Iterator[_Fields]:
 
 def _read_parquet(uri: str, data: bytes) -> Iterator[_Fields]:
     try:
-        table = pq.read_table(pa.BufferReader(data))
-    except (pa.ArrowException, OSError) as error:
+        table = parse_table(data)
+    except pa.ArrowException as error:
         raise CatalogError(f"{uri} is not Parquet: {' '.join(str(error).split())}") from error
     names = [name.lower() for name in table.schema.names]
     for number, row in enumerate(zip(*(column.to_pylist() for column in table.columns), strict=True), 1):

@@ -19,7 +19,9 @@ import pyarrow.parquet as pq
 
 from kinoray.errors import ChecksumMismatch, IncompleteOutput, ObjectNotFound
 from kinoray.predictions_plan import Plan, Unit, make_plan
+from kinoray.predictions_schema import PREDICTION_SCHEMA, WINDOW_SCHEMA
 from kinoray.storage import Storage, join
+from kinoray.storage_records import parse_record, parse_table
 
 __all__ = ["Commit", "Ledger", "Totals"]
 
@@ -27,6 +29,7 @@ _READERS = 16  # threads that fetch parts and commits, which are small
 _AHEAD = 2 * _READERS  # results that wait for who takes them
 _NUM_EXAMPLES = 10
 _TOTAL_COLUMNS = ["video_id", "row_key", "status", "error_class", "error_text", "frames_corrupt", "frames_missing"]
+_SCHEMAS = {"parts": PREDICTION_SCHEMA, "windows": WINDOW_SCHEMA}
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
 
@@ -88,13 +91,13 @@ class Ledger:
         """The plan of a catalog, made and stored at the first call: later calls, and jobs at once, get the same one."""
         uri = self._uri("plans", f"{catalog_digest}.json")
         try:
-            return Plan.from_record(self._read_json(uri))
+            return self._read(uri, Plan.from_record)
         except ObjectNotFound:
             pass  # the first job on this catalog
         plan = self.draft(catalog_digest, keys, unit_size)
         if self.storage.put_if_absent(uri, _to_json(plan.to_record())):
             return plan
-        return Plan.from_record(self._read_json(uri))
+        return self._read(uri, Plan.from_record)
 
     def draft(self, catalog_digest: str, keys: Sequence[str], unit_size: int) -> Plan:
         """The plan that `plan` would store now; nothing is written."""
@@ -105,7 +108,7 @@ class Ledger:
     def plans(self) -> list[Plan]:
         """All plans, oldest first."""
         uris = [info.uri for info in self.storage.list(self._uri("plans") + "/")]
-        plans = [Plan.from_record(record) for record in _in_threads(self._read_json, uris)]
+        plans = list(_in_threads(lambda uri: self._read(uri, Plan.from_record), uris))
         return sorted(plans, key=lambda plan: (plan.sequence, plan.catalog_digest))
 
     def committed(self) -> set[str]:
@@ -116,7 +119,7 @@ class Ledger:
     def find_commit(self, unit_id: str) -> Commit | None:
         """The commit of a unit, or None while it is unfinished."""
         try:
-            return Commit(**self._read_json(self._uri("commits", f"{unit_id}.json")))
+            return self._read(self._uri("commits", f"{unit_id}.json"), _to_commit)
         except ObjectNotFound:
             return None
 
@@ -164,7 +167,7 @@ class Ledger:
         if self.storage.put_if_absent(self._uri("commits", f"{unit.unit_id}.json"), _to_json(asdict(commit))):
             self._put_missing(commit, rows, windows)
             return commit
-        winner = Commit(**self._read_json(self._uri("commits", f"{unit.unit_id}.json")))
+        winner = self._read(self._uri("commits", f"{unit.unit_id}.json"), _to_commit)
         if winner.part == commit.part:  # ours was stored, and only the store's answer got lost
             self._put_missing(commit, rows, windows)
         else:
@@ -224,7 +227,11 @@ class Ledger:
         if hashlib.sha256(data).hexdigest() != sha256:
             raise ChecksumMismatch(f"{uri} is not what was committed ({len(data)} bytes are there); {again}")
         wanted = None if columns is None or unit.is_whole else list(dict.fromkeys([*columns, "row_key"]))
-        table = pq.read_table(pa.BufferReader(data), columns=wanted or columns)
+        try:
+            table = parse_table(data, wanted or columns)
+            _require_types(table.schema, _SCHEMAS[folder])
+        except pa.ArrowException as error:
+            raise ChecksumMismatch(f"{uri} is not a part that kinoray wrote: {error}; {again}") from error
         if unit.is_whole:
             return table
         return table.filter(pc.is_in(table.column("row_key"), value_set=pa.array(unit.keys, pa.string())))
@@ -298,12 +305,21 @@ class Ledger:
         return join(self.root, *parts)
 
     def _read_json(self, uri: str) -> dict[str, Any]:
-        data = self.storage.read(uri)
-        try:
-            record: dict[str, Any] = json.loads(data)
-        except ValueError as error:
-            raise ChecksumMismatch(f"{uri} does not hold what kinoray wrote: {error}") from error
-        return record
+        return self._read(uri, dict)
+
+    def _read(self, uri: str, make: Callable[[dict[str, Any]], _Result]) -> _Result:
+        return parse_record(self.storage.read(uri), uri, make)
+
+
+def _require_types(found: pa.Schema, schema: pa.Schema) -> None:
+    """Raise ArrowInvalid unless the columns are those of the schema."""
+    for field in found:
+        if field.name in schema.names and not field.equals(schema.field(field.name)):
+            raise pa.ArrowInvalid(f"column {field.name} is {field.type}, expected {schema.field(field.name).type}")
+
+
+def _to_commit(record: dict[str, Any]) -> Commit:
+    return Commit(**record)
 
 
 def _to_json(record: dict[str, Any]) -> bytes:

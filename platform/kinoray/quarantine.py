@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 
 from kinoray.errors import CatalogError
 from kinoray.storage import Storage
+from kinoray.storage_records import parse_table
 
 __all__ = ["QUARANTINE_SCHEMA", "Refusal", "count_reasons", "load_quarantine", "save_quarantine"]
 
@@ -68,7 +69,7 @@ def load_quarantine(storage: Storage, uri: str) -> list[Refusal]:
         CatalogError: it is not one.
     """
     try:
-        table = pq.read_table(pa.BufferReader(storage.read(uri)))
+        table = parse_table(storage.read(uri))
         return [Refusal(**row) for row in table.select(QUARANTINE_SCHEMA.names).to_pylist()]
     except (pa.ArrowException, KeyError) as error:
         raise CatalogError(f"{uri} is not a quarantine table: {' '.join(str(error).split())}") from error

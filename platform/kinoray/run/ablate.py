@@ -84,7 +84,7 @@ def read_results(storage: Storage, uri: str) -> list[RunResult]:
         ConfigError: a line is not a result.
     """
     try:
-        lines = storage.read(uri).decode().splitlines()
+        lines = storage.read(uri).splitlines()
     except ObjectNotFound:
         return []
     results = []

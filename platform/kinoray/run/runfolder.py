@@ -19,7 +19,6 @@ import json
 import re
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +26,12 @@ from tensorboardX import SummaryWriter
 
 from kinoray.catalog import Catalog
 from kinoray.checkpoint import best_of, delete_checkpoint, list_checkpoints
-from kinoray.config import digest
+from kinoray.config import as_settings, digest
 from kinoray.configfile import to_yaml
 from kinoray.errors import ConfigError, ObjectNotFound, StorageError
 from kinoray.quarantine import Refusal, load_quarantine, save_quarantine
 from kinoray.storage import Storage, join
+from kinoray.storage_records import parse_lines
 from kinoray.verbs import TrainConfig
 
 __all__ = [
@@ -59,7 +59,7 @@ def run_settings(config: TrainConfig, catalog: Catalog) -> dict[str, Any]:
     Resources, storage, limits and what is kept may differ. optim.epochs may not: the learning rate's course depends
     on it, so more epochs are another training and need another run folder.
     """
-    tree = asdict(config)
+    tree = as_settings(config)
     flat = {name: tree[name] for name in ("split", "val_split", "init_from")}
     for name in ("model", "clip", "augment", "optim"):
         flat |= _flatten(tree[name], f"{name}.")
@@ -123,10 +123,10 @@ def checkpoint_uri(out: str, epoch: int, step: int) -> str:
 def read_metrics(storage: Storage, out: str) -> list[dict[str, Any]]:
     """The epochs of metrics.jsonl, in order; none if there is no such file."""
     try:
-        text = storage.read(join(out, "metrics.jsonl")).decode()
+        data = storage.read(join(out, "metrics.jsonl"))
     except ObjectNotFound:
         return []
-    return [json.loads(line) for line in text.splitlines() if line]
+    return parse_lines(data, join(out, "metrics.jsonl"))
 
 
 def add_start(storage: Storage, out: str, start: Mapping[str, Any]) -> None:
@@ -147,7 +147,7 @@ def read_losses(storage: Storage, out: str) -> list[dict[str, Any]]:
     Equal losses are equal bits: JSON keeps all of a float64.
     """
     uris = sorted(info.uri for info in storage.list(join(out, "losses") + "/"))
-    return [json.loads(line) for uri in uris for line in storage.read(uri).decode().splitlines()]
+    return [row for uri in uris for row in parse_lines(storage.read(uri), uri)]
 
 
 def write_losses(storage: Storage, out: str, epoch: int, rows: Sequence[Mapping[str, Any]]) -> None:

@@ -36,7 +36,10 @@ _SIGNED = re.compile(r"[?&](X-Amz-Signature|X-Amz-Credential|Signature|AWSAccess
 
 def read_settings(config: SubmitConfig) -> dict[str, Any]:
     """The verb's config as a mapping."""
-    content = yaml.safe_load(config.settings)
+    try:
+        content = yaml.safe_load(config.settings)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"settings must be YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
         raise ConfigError(f"settings must be the config of {config.verb} as YAML; give its flags after `--`")
     return content

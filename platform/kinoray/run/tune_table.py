@@ -9,6 +9,7 @@ from kinoray.errors import JobError, ObjectNotFound
 from kinoray.run.runfolder import read_metrics
 from kinoray.run.tune_trial import METRIC, generations, trial_run
 from kinoray.storage import Storage, join
+from kinoray.storage_records import parse_record
 from kinoray.tune_page import TrialRow
 from kinoray.tune_space import Settings
 
@@ -36,10 +37,10 @@ def write_outcome(storage: Storage, out: str, name: str, outcome: dict[str, str]
 def read_outcome(storage: Storage, out: str, name: str) -> dict[str, str]:
     """What write_outcome wrote; status "" for a trial that has not ended, or is to be tried again."""
     try:
-        outcome: dict[str, str] = json.loads(storage.read(join(trial_run(out, name), "outcome.json")))
+        data = storage.read(join(trial_run(out, name), "outcome.json"))
     except ObjectNotFound:
         return {"status": "", "error_class": "", "error_text": ""}
-    return outcome
+    return parse_record(data, join(trial_run(out, name), "outcome.json"), dict)
 
 
 def known_trials(storage: Storage, out: str) -> dict[str, Settings]:
@@ -49,7 +50,7 @@ def known_trials(storage: Storage, out: str) -> dict[str, Settings]:
     for info in storage.list(prefix):
         name, _, rest = info.uri.removeprefix(prefix).partition("/")
         if rest == "trial.json" and "-g" not in name:
-            found[name] = dict(json.loads(storage.read(info.uri))["settings"])
+            found[name] = parse_record(storage.read(info.uri), info.uri, lambda record: dict(record["settings"]))
     return found
 
 

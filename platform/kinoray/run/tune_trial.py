@@ -25,6 +25,7 @@ from kinoray.run.gate import Gate, Row
 from kinoray.run.runfolder import checkpoint_uri, claim_run, read_metrics, run_digest
 from kinoray.run.train import train
 from kinoray.storage import Storage, join
+from kinoray.storage_records import parse_record
 from kinoray.tune_space import Settings, apply
 from kinoray.verbs import TrainConfig
 
@@ -58,7 +59,7 @@ def generations(storage: Storage, out: str, name: str) -> list[tuple[str, dict[s
         run = trial_run(out, name, len(found))
         if not storage.exists(join(run, "trial.json")):
             return found
-        found.append((run, json.loads(storage.read(join(run, "trial.json")))))
+        found.append((run, parse_record(storage.read(join(run, "trial.json")), join(run, "trial.json"), dict)))
 
 
 class TrialRun(tune.Trainable):  # type: ignore[misc]  # ray has no types
