@@ -26,6 +26,7 @@ LAYERS: list[set[str]] = [
     {"archive", "transcode"},
     {"sandbox", "framecache"},
     {"shards", "batch", "cost", "metrics", "checkpoint", "predictions", "synthetic"},
+    {"device_input"},
     {"evaluation", "page", "calibration", "scorer", "vacuum"},
     {"report", "describe", "runs", "kinetics", "labels"},
     {"tune", "compare", "ensemble", "doctor", "capacity", "export", "corrections"},

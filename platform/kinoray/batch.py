@@ -19,7 +19,7 @@ from kinoray.model import InputSpec
 if TYPE_CHECKING:
     from kinoray.decode import Clip
 
-__all__ = ["FLOW_CHANNELS", "FLOW_SCALE", "VideoBatch", "collate", "model_inputs", "yuv420_to_rgb"]
+__all__ = ["FLOW_CHANNELS", "FLOW_SCALE", "RawBatch", "VideoBatch", "collate", "model_inputs", "yuv420_to_rgb"]
 
 # Shapes: B videos, S segments, T frames a segment, C channels, H W pixels
 
@@ -120,6 +120,35 @@ class VideoBatch:
         """Some of the videos, by place; a slice copies nothing."""
         rgb, flow, yuv = (None if x is None else x[videos] for x in (self.rgb, self.flow, self.yuv))
         return VideoBatch(rgb=rgb, flow=flow, yuv=yuv)
+
+
+@dataclass(frozen=True, slots=True)
+class RawBatch:
+    """Clips that the device has yet to finish (kinoray.device_input), each of a size of its own; one entry a clip.
+
+    Raises:
+        ModelError: partners without `last`, or lists of different lengths.
+    """
+
+    frames: list[Tensor]
+    """uint8 [S, T, 3, h, w], or I420 [S, T, h * 3 / 2, w] each."""
+    partners: list[Tensor] | None = None
+    """uint8 [S, T, 1, h, w] each: green or Y of the other frame of each frame's flow; None where flow is not found."""
+    last: Tensor | None = None
+    """bool [B, S, T]: the video's last frame, whose flow leads from its partner to it."""
+    views: Tensor | None = None
+    """int64 [B, 6], the fields of a View: what is to be made of the frames; None if they are scaled."""
+
+    def __post_init__(self) -> None:
+        if (self.partners is None) != (self.last is None):
+            raise ModelError("a batch needs partners and last together, got one of them")
+        found = {len(x) for x in (self.frames, self.partners, self.last, self.views) if x is not None}
+        if len(found) > 1:
+            raise ModelError(f"a batch needs one entry a clip, got {' and '.join(map(str, sorted(found)))} entries")
+
+    def __len__(self) -> int:
+        """Number of videos."""
+        return len(self.frames)
 
 
 def collate(clips: Sequence["Clip"]) -> VideoBatch:

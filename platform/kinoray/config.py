@@ -30,15 +30,37 @@ __all__ = [
     "SampleConfig",
     "StorageConfig",
     "ViewConfig",
+    "as_settings",
     "digest",
     "parse_options",
     "require",
 ]
 
 
-def digest(config: Any) -> str:
-    """16 hex digits that name a config (or any JSON-able value): equal settings, equal digest, on every machine."""
+_ADDED = {"decode": {"scale_on": "decoder"}, "flow": {"estimator": "dis", "weights": ""}}
+"""Settings of later versions, with the value that means what was done before: there they name nothing new."""
+
+
+def as_settings(config: Any) -> Any:
+    """A config (or any JSON-able value) as plain values, without settings of later versions that change nothing."""
     value = asdict(config) if hasattr(config, "__dataclass_fields__") else config
+    if isinstance(value, list | tuple):
+        return [as_settings(item) for item in value]
+    if not isinstance(value, dict):
+        return value
+    plain = {name: as_settings(item) for name, item in value.items()}
+    for name, added in _ADDED.items():
+        if isinstance(plain.get(name), dict):
+            plain[name] = {key: item for key, item in plain[name].items() if key not in added or item != added[key]}
+    return plain
+
+
+def digest(config: Any) -> str:
+    """16 hex digits that name a config (or any JSON-able value): equal settings, equal digest, on every machine.
+
+    Settings that came with later versions count where they are not at their default (see `as_settings`).
+    """
+    value = as_settings(config)
     return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()[:16]
 
 
@@ -55,7 +77,10 @@ def parse_options(items: Sequence[str]) -> dict[str, Any]:
         key, equals, value = item.partition("=")
         if not (key and equals):
             raise ConfigError(f"model.options must be KEY=VALUE, got {item!r}")
-        options[key] = yaml.safe_load(value)
+        try:
+            options[key] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise ConfigError(f"model.options.{key}: {value!r} is not YAML") from error
     return options
 
 
@@ -119,6 +144,11 @@ class DecodeConfig:
     frames: Literal["rgb", "yuv420"] = "rgb"
     """What decoding hands over: `rgb`, or `yuv420` (4:2:0, BT.601), which is quicker to make and half as large; the
     model's device converts it. Colours differ by about one grey level from rgb, flow is estimated on Y. pyav only."""
+    scale_on: Literal["decoder", "device"] = "decoder"
+    """Where frames are scaled, cut and mirrored: by the `decoder`, or on the model's `device`, to which they then go in
+    their own size. That saves the decoders work at 340 x 256 with frames yuv420 (a fifth of a clip) and moves no more
+    bytes; frames of 1280 x 720 are ten times as large as scaled ones, so there it costs time and memory: a clip must
+    fit into max_memory_mb. Flow then comes from the device too (flow.estimator tvl1 or raft). pyav only."""
     max_pixels: int = 2**25
     """Largest frame, in pixels; larger videos are quarantined after the probe."""
     max_duration_s: float = 4 * 3600.0
@@ -137,6 +167,8 @@ class DecodeConfig:
             require(getattr(self, name) > 0, f"decode.{name}", "greater than 0", getattr(self, name))
         fits = self.frames == "rgb" or self.backend == "pyav"
         require(fits, "decode.frames", f"rgb with decode.backend {self.backend}", self.frames)
+        fits = self.scale_on == "decoder" or self.backend == "pyav"
+        require(fits, "decode.scale_on", f"decoder with decode.backend {self.backend}", self.scale_on)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -165,6 +197,11 @@ class ViewConfig:
 class FlowConfig:
     """Optical flow from each sampled frame to the frame after it, for models that look at motion."""
 
+    estimator: Literal["dis", "tvl1", "raft"] = "dis"
+    """`dis`: OpenCV's DIS, by the decoder. `tvl1` and `raft` run on the model's device, which is meant for GPUs: TV-L1
+    in fixed steps, about as exact as DIS medium, or torchvision's RAFT with the weights of flow.weights."""
+    weights: str = ""
+    """estimator=raft: file or s3:// address of torchvision's raft_small or raft_large weights, .safetensors or .pth."""
     preset: Literal["ultrafast", "fast", "medium"] = "ultrafast"
     """OpenCV DIS preset: end-point error about 0.3 / 0.2 / 0.12 px at 1 : 2 : 10 times the cost."""
     bound_px: float = 20.0
@@ -172,6 +209,9 @@ class FlowConfig:
 
     def __post_init__(self) -> None:
         require(self.bound_px > 0, "flow.bound_px", "greater than 0", self.bound_px)
+        is_raft = self.estimator == "raft"
+        expected = "the weights of raft with flow.estimator raft, empty with others"
+        require(is_raft == bool(self.weights), "flow.weights", expected, self.weights)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -191,6 +231,20 @@ class ClipConfig:
         for name in ("resize_px", "crop_px"):
             value, is_i420 = getattr(self.view, name), self.decode.frames == "yuv420"
             require(value % 2 == 0 or not is_i420, f"view.{name}", "even with decode.frames yuv420", value)
+
+    def on_device(self, *, with_flow: bool) -> bool:
+        """Whether the model's device finishes the clips (kinoray.device_input): scales them, or finds their flow.
+
+        Raises:
+            ConfigError: it would scale frames whose flow the decoder finds.
+        """
+        scales, finds_flow = self.decode.scale_on == "device", with_flow and self.flow.estimator != "dis"
+        if scales and with_flow and not finds_flow:
+            raise ConfigError(
+                "decode.scale_on must be decoder with flow.estimator dis, which needs scaled frames where they are "
+                "decoded; set flow.estimator to tvl1 to find the flow on the device too"
+            )
+        return scales or finds_flow
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -371,6 +425,12 @@ class ResourcesConfig:
     """GPUs of each; above 0 the model runs on CUDA."""
     decode_tasks: int = 2
     """Decoders: tasks of one CPU each beside the workers (train), or threads inside each worker (label, evaluate)."""
+    logs: Literal["off", "json"] = "off"
+    """`json`: workers log each unit, epoch and refused video as a line of JSON with the ids of run, unit and video,
+    where Ray keeps its logs (and with what the driver prints, where Ray passes that on)."""
+    wait_for_nodes_s: float = 900.0
+    """How long a job waits for nodes that the cluster's autoscaler starts for it, in seconds; 0 for none: what is there
+    must do. A cluster without an autoscaler has what it has."""
 
     def __post_init__(self) -> None:
         require(self.local_cpus >= 1, "resources.local_cpus", "at least 1", self.local_cpus)
@@ -378,3 +438,4 @@ class ResourcesConfig:
         require(self.cpus_per_worker > 0, "resources.cpus_per_worker", "greater than 0", self.cpus_per_worker)
         require(self.gpus_per_worker >= 0, "resources.gpus_per_worker", "at least 0", self.gpus_per_worker)
         require(self.decode_tasks >= 1, "resources.decode_tasks", "at least 1", self.decode_tasks)
+        require(self.wait_for_nodes_s >= 0, "resources.wait_for_nodes_s", "at least 0", self.wait_for_nodes_s)

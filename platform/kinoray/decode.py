@@ -13,6 +13,7 @@ from kinoray.decode_backend import reach, read_frames
 from kinoray.decode_pyav import PyavVideo
 from kinoray.decode_sink import ClipSink, Empty, new_array
 from kinoray.sample import segment_indices
+from kinoray.transform import View
 
 __all__ = ["Clip", "VideoInfo", "decode_clip", "probe", "thumbnails", "video_info"]
 
@@ -58,9 +59,11 @@ class Clip:
     """The part of a video that a model is fed, S segments x T frames, and how it came to be."""
 
     frames: np.ndarray
-    """uint8 [S, T, 3, H, W], RGB, H = W = view.crop_px; with decode.frames=yuv420 [S, T, H * 3 / 2, W], I420."""
+    """uint8 [S, T, 3, H, W], RGB, H = W = view.crop_px; with decode.frames=yuv420 [S, T, H * 3 / 2, W], I420. With
+    decode.scale_on=device H x W is the video's own size, made even for yuv420."""
     flow: np.ndarray | None
-    """int8 [S, T, 2, H, W], (x, y) to the next frame, 127 = flow.bound_px; None if it was not asked for."""
+    """int8 [S, T, 2, H, W], (x, y) to the next frame, 127 = flow.bound_px; None if it was not asked for, or is left to
+    the device."""
     indices: np.ndarray
     """int64 [S, T]: the frames' numbers in the video."""
     num_frames: int
@@ -70,6 +73,16 @@ class Clip:
     frames_corrupt: int
     """Distinct frames refused or flagged as damaged by the decoder, replaced, or before the first key frame."""
     info: VideoInfo
+    partners: np.ndarray | None = None
+    """With a flow.estimator on the device, if flow was asked for: uint8 [S, T, 1, H, W], green or Y of the frame after
+    each frame; of the frame before it where there is none after."""
+    view: View | None = None
+    """decode.scale_on=device: what is still to be done to the frames."""
+
+    @property
+    def last(self) -> np.ndarray:
+        """bool [S, T]: the video's last frame, whose flow leads from its partner to it."""
+        return np.asarray(self.indices == self.num_frames - 1)
 
 
 def video_info(video: PyavVideo) -> VideoInfo:
@@ -116,10 +129,11 @@ def decode_clip(
 
     Without rng: middle frames and the centre crop (testing). With rng: random frames, scale, place and flip.
     Flow is estimated on the cropped frames (green plane; Y with yuv420) before the mirror; mirroring negates its x
-    component.
+    component. With decode.scale_on=device the frames are whole, and with another flow.estimator than dis they come with
+    partners: kinoray.device_input makes of them what is said here.
 
     Args:
-        empty: makes the arrays for frames and flow, given "frames" or "flow", a shape and a dtype, with anything in
+        empty: makes the arrays, given "frames", "flow" or "partners", a shape and a dtype, with anything in
             them; it may be asked for the same one again, and then the earlier one is not used any more.
 
     Raises:
@@ -134,18 +148,23 @@ def decode_clip(
             if video.num_frames == num_frames:
                 break
         sink.finish()
-        flow = sink.flow() if with_flow else None
-        frames = sink.frames
-        sink.mirrored(flow)
+        flow, partners = sink.motion() if with_flow else (None, None)
+        sink.mirrored(flow, partners)
         shape = indices.shape
+        frames, flow, partners = (
+            None if rows is None else rows.reshape(*shape, *rows.shape[1:]) for rows in (sink.frames, flow, partners)
+        )
+        assert frames is not None
         return Clip(
-            frames=frames.reshape(*shape, *frames.shape[1:]),
-            flow=None if flow is None else flow.reshape(*shape, *flow.shape[1:]),
+            frames=frames,
+            flow=flow,
             indices=indices,
             num_frames=num_frames,
             frames_decoded=reading.frames_decoded,
             frames_corrupt=reading.frames_corrupt,
             info=video_info(video),
+            partners=partners,
+            view=sink.view if config.decode.scale_on == "device" else None,
         )
 
 

@@ -13,6 +13,7 @@ from kinoray.config import ClipConfig, SampleConfig
 from kinoray.decode_backend import reach, read_frames
 from kinoray.decode_pyav import PyavVideo
 from kinoray.decode_sink import ClipSink, Empty, new_array
+from kinoray.errors import ConfigError
 from kinoray.sample import segment_indices
 
 __all__ = ["FrameBank", "decode_bank"]
@@ -48,7 +49,13 @@ def decode_bank(
 
     Raises:
         MediaError: one of its subclasses; any bytes give a bank or that.
+        ConfigError: frames are scaled, or their flow found, on the device.
     """
+    if config.on_device(with_flow=with_flow):
+        raise ConfigError(
+            "cache.gb must be 0 where the device does part of the decoding: decode.scale_on is "
+            f"{config.decode.scale_on}, flow.estimator {config.flow.estimator}"
+        )
     state = rng.bit_generator.state if rng is not None else {}
     with PyavVideo(data, config.decode, max(reach(sample) for sample in samples)) as video:
         promised = video.num_frames
@@ -65,8 +72,8 @@ def decode_bank(
             if video.num_frames == num_frames:
                 break
         sink.finish()
-        flow = sink.flow() if with_flow else None
-        sink.mirrored(flow)
+        flow, partners = sink.motion() if with_flow else (None, None)
+        sink.mirrored(flow, partners)
         return FrameBank(
             frames=sink.frames,
             flow=flow,

@@ -1,8 +1,9 @@
-"""Scaled frames -> the array of a clip: cut, kept where they belong, mirrored. Shared by all that decodes.
+"""Frames -> the array of a clip: cut, kept where they belong, mirrored. Shared by all that decodes.
 
 A frame is uint8 [3, H, W] (decode.frames=rgb) or I420, uint8 [H * 3 / 2, W] (yuv420): H rows of Y, then U, then V, each
-H / 2 x W / 2 and packed, all in BT.601, limited range, a chroma sample in the middle of its 2 x 2 pixels. What is easy
-to break: in I420 sizes and places are even, and what moves pixels moves each plane by itself.
+H / 2 x W / 2 and packed, all in BT.601, limited range, a chroma sample in the middle of its 2 x 2 pixels. With
+decode.scale_on=device frames are kept whole, in their own size, and the device does what the clip's view says. What is
+easy to break: in I420 sizes and places are even, and what moves pixels moves each plane by itself.
 """
 
 import math
@@ -25,15 +26,17 @@ def new_array(_: str, shape: tuple[int, ...], dtype: type[np.generic]) -> np.nda
     return np.empty(shape, dtype)
 
 
-def frame_shape(config: ClipConfig) -> tuple[int, ...]:
-    """(3, H, W), or (H * 3 / 2, W) of I420."""
-    size = config.view.crop_px
-    return (size * 3 // 2, size) if config.decode.frames == "yuv420" else (3, size, size)
+def frame_shape(config: ClipConfig, size: tuple[int, int] | None = None) -> tuple[int, ...]:
+    """(3, H, W), or (H * 3 / 2, W) of I420, of frames of this (height, width); the cut's if none is given."""
+    height, width = size or (config.view.crop_px, config.view.crop_px)
+    return (height * 3 // 2, width) if config.decode.frames == "yuv420" else (3, height, width)
 
 
-def clip_frame_bytes(config: ClipConfig, *, with_flow: bool) -> int:
-    """Bytes of one decoded frame, with its flow."""
-    return math.prod(frame_shape(config)) + (2 * config.view.crop_px**2 if with_flow else 0)
+def clip_frame_bytes(config: ClipConfig, *, with_flow: bool, size: tuple[int, int] | None = None) -> int:
+    """Bytes of one decoded frame of this (height, width), with its flow or, if the device finds that, its partner."""
+    height, width = size or (config.view.crop_px, config.view.crop_px)
+    planes = 0 if not with_flow else 2 if config.flow.estimator == "dis" else 1
+    return math.prod(frame_shape(config, size)) + planes * height * width
 
 
 def i420_planes(frame: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -44,15 +47,20 @@ def i420_planes(frame: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def mirror(rows: np.ndarray) -> None:
-    """Left becomes right, in place (the array may be where the caller wants it): frames or flow [N, C, H, W], or I420
-    [N, H * 3 / 2, W]. The x component of flow is not negated."""
+    """Left becomes right, in place (the array may be where the caller wants it): frames, flow or partners [N, C, H, W],
+    or I420 [N, H * 3 / 2, W]. The x component of flow is not negated."""
     for row in rows:
         for plane in (row,) if rows.ndim == 4 else i420_planes(row):
             plane[...] = plane[..., ::-1].copy()
 
 
 class ClipSink:
-    """Cuts scaled frames and keeps them where they belong: of successors only what flow looks at (green, or Y)."""
+    """Cuts scaled frames, or keeps whole ones, where they belong: of successors only what flow looks at (green, or Y).
+
+    `frames` is there once the size of the first frame is known.
+    """
+
+    frames: np.ndarray
 
     def __init__(
         self, indices: np.ndarray, num_frames: int, config: ClipConfig, rng: np.random.Generator | None, empty: Empty
@@ -60,7 +68,7 @@ class ClipSink:
         self._indices = indices.reshape(-1)
         self._config, self._rng, self._empty = config, rng, empty
         self._is_i420 = config.decode.frames == "yuv420"
-        self.frames = empty("frames", (len(self._indices), *frame_shape(config)), np.uint8)
+        self._size, self._kept = (0, 0), (slice(0), slice(0))  # of what is put in, and its part that is kept
         self._filled: set[int] = set()
         self.view: View | None = None
         unique, first = np.unique(self._indices, return_index=True)
@@ -78,18 +86,30 @@ class ClipSink:
         """See FrameSink; the first frame decides."""
         if self.view is None:
             view, step = self._config.view, 2 if self._is_i420 else 1
-            self.view = (
+            drawn = (
                 test_view(view, width, height, step)
                 if self._rng is None
                 else train_view(view, width, height, self._rng, step)
             )
-        return self.view.height, self.view.width
+            self.begin(drawn, width, height)
+        return self._size
+
+    def begin(self, view: View, width: int, height: int) -> None:
+        """Cut this view out of the frames, the first of which is shown as width x height."""
+        self.view = view
+        if self._config.decode.scale_on == "device":
+            step = 2 if self._is_i420 else 1
+            self._size = step * -(-height // step), step * -(-width // step)
+            top, left, kept = 0, 0, self._size
+        else:
+            self._size = view.height, view.width
+            top, left, kept = view.top, view.left, (view.size, view.size)
+        self._kept = slice(top, top + kept[0]), slice(left, left + kept[1])
+        self.frames = self._empty("frames", (len(self._indices), *frame_shape(self._config, kept)), np.uint8)
 
     def put(self, index: int, planes: tuple[np.ndarray, np.ndarray, np.ndarray]) -> None:
         """See FrameSink."""
-        assert self.view is not None
-        cut = self.view
-        rows, columns = slice(cut.top, cut.top + cut.size), slice(cut.left, cut.left + cut.size)
+        rows, columns = self._kept
         slot = self._slot.get(index)
         if slot is None:
             self._grey[index] = planes[0 if self._is_i420 else 1][rows, columns].copy()
@@ -115,8 +135,21 @@ class ClipSink:
             if slot != self._slot[index]:
                 rows[slot] = rows[self._slot[index]]
 
-    def flow(self) -> np.ndarray:
-        """int8 [S * T, 2, H, W], before any mirror."""
+    def motion(self) -> tuple[np.ndarray | None, np.ndarray | None]:
+        """Flow, int8 [S * T, 2, H, W]; or, where the device finds it, the partners of all frames: uint8 [S * T, 1, H,
+        W], green or Y of the frame after each, at the video's last frame of the frame before. Not mirrored yet."""
+        return (self._flow(), None) if self._config.flow.estimator == "dis" else (None, self._partners())
+
+    def _partners(self) -> np.ndarray:
+        rows, columns = self._kept
+        shape = (rows.stop - rows.start, columns.stop - columns.start)
+        out = self._empty("partners", (len(self._indices), 1, *shape), np.uint8)
+        for index, slot in self._slot.items():
+            out[slot, 0] = self._grey_of(self._partner[index])
+        self._share(out)
+        return out
+
+    def _flow(self) -> np.ndarray:
         size, flow_config = self._config.view.crop_px, self._config.flow
         out = self._empty("flow", (len(self._indices), 2, size, size), np.int8)
         for index, slot in self._slot.items():
@@ -135,10 +168,13 @@ class ClipSink:
             return self._grey[index]
         return i420_planes(self.frames[slot])[0] if self._is_i420 else self.frames[slot, 1]
 
-    def mirrored(self, flow: np.ndarray | None) -> None:
-        """Mirror the frames and the flow, in place, if the view says so."""
-        if self.view is not None and self.view.flip:
-            mirror(self.frames)
-            if flow is not None:
-                mirror(flow)
-                flow[:, 0] *= -1
+    def mirrored(self, flow: np.ndarray | None, partners: np.ndarray | None) -> None:
+        """Mirror the frames, the flow and the partners, in place, if the view says so and the device does not do it."""
+        if self.view is None or not self.view.flip or self._config.decode.scale_on == "device":
+            return
+        mirror(self.frames)
+        if flow is not None:
+            mirror(flow)
+            flow[:, 0] *= -1
+        if partners is not None:
+            mirror(partners)

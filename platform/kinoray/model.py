@@ -129,7 +129,8 @@ def without_start_weights(config: ModelConfig) -> ModelConfig:
 
 
 def check_clip(spec: InputSpec, clip: ClipConfig) -> None:
-    """Raise ConfigError where the clip's shape is not one that the model accepts."""
+    """Raise ConfigError where the clip's shape is not one that the model accepts, or its flow cannot be found."""
+    clip.on_device(with_flow=spec.flow_channels > 0)
     wanted = {
         "clip.sample.num_segments": (spec.num_segments, clip.sample.num_segments),
         "clip.sample.frames_per_segment": (spec.frames_per_segment, clip.sample.frames_per_segment),
@@ -164,6 +165,11 @@ def _folds(model: nn.Module, clip: ClipConfig, tools: Any) -> bool:
     """Whether folding its batch norms leaves the logits of a seeded clip as they are; if not, the log says so."""
     device = next(iter(model.parameters()), torch.empty(0)).device
     inputs = _noise(cast(VideoModel, model).input_spec, clip, device)
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # its 10 bits would hide what folding changes
+        return _folds_exactly(model, inputs, tools)
+
+
+def _folds_exactly(model: nn.Module, inputs: dict[str, Tensor | None], tools: Any) -> bool:
     try:
         with torch.inference_mode():
             expected = model(**inputs).float()

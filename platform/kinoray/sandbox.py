@@ -24,6 +24,7 @@ from kinoray.decode_views import ViewClips
 from kinoray.protocol import ViewsConfig
 from kinoray.sandbox_process import Answer, DecoderLost, DecoderProcess, start_decoder
 from kinoray.transcode import Transcoded
+from kinoray.transform import View
 
 __all__ = ["Sandbox", "shared_sandbox"]
 
@@ -100,6 +101,8 @@ class Sandbox:
             frames_decoded=frames_decoded,
             frames_corrupt=frames_corrupt,
             info=_video_info(answer),
+            partners=answer.arrays.get("partners"),
+            view=next(iter(_views(answer)), None),
         )
 
     def decode_views(
@@ -121,6 +124,8 @@ class Sandbox:
             frames_decoded=frames_decoded,
             frames_corrupt=frames_corrupt,
             info=_video_info(answer),
+            partners=answer.arrays.get("partners"),
+            cuts=_views(answer),
         )
 
     def decode_bank(
@@ -205,6 +210,10 @@ class Sandbox:
 def _video_info(answer: Answer) -> VideoInfo:
     found = answer.fields["info"]
     return VideoInfo(**{field.name: found[field.name] for field in fields(VideoInfo)})
+
+
+def _views(answer: Answer) -> tuple[View, ...]:
+    return tuple(View(**view) for view in answer.fields["views"])
 
 
 def _kill_all(processes: list[DecoderProcess]) -> None:

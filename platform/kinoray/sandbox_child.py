@@ -98,23 +98,26 @@ def _grow(fd: int, size: int) -> bool:
 
 def _decode_clip(space: OutputSpace, data: bytes, arguments: dict[str, Any]) -> dict[str, Any]:
     clip = decode_clip(data, **arguments, empty=space.empty)
-    arrays = {"frames": clip.frames, "flow": clip.flow, "indices": clip.indices}
+    arrays = {"frames": clip.frames, "flow": clip.flow, "partners": clip.partners, "indices": clip.indices}
     rng = arguments["rng"]
     return {
         "arrays": {name: space.place(name, array) for name, array in arrays.items() if array is not None},
         "counts": [clip.num_frames, clip.frames_decoded, clip.frames_corrupt],
         "info": asdict(clip.info),
+        "views": [asdict(clip.view)] if clip.view else [],
         "rng": None if rng is None else rng.bit_generator.state,
     }
 
 
 def _decode_views(space: OutputSpace, data: bytes, arguments: dict[str, Any]) -> dict[str, Any]:
     views = decode_views(data, **arguments, empty=space.empty)
-    arrays = {"frames": views.frames, "flow": views.flow, "indices": views.indices, "windows": views.windows}
+    arrays = {"frames": views.frames, "flow": views.flow, "partners": views.partners}
+    arrays |= {"indices": views.indices, "windows": views.windows}
     return {
         "arrays": {name: space.place(name, array) for name, array in arrays.items() if array is not None},
         "counts": [views.num_frames, views.frames_decoded, views.frames_corrupt],
         "info": asdict(views.info),
+        "views": [asdict(cut) for cut in views.cuts],
         "num_windows": views.num_windows,
         "mirrored": views.mirrored,
     }

@@ -16,10 +16,12 @@ from torch.utils.hooks import RemovableHandle
 
 from kinoray.anytime import EarlyExit, RunningAnswer, SegmentConsensus, nested_order
 from kinoray.batch import collate, model_inputs
-from kinoray.config import ClipConfig, InferenceConfig
+from kinoray.config import ClipConfig, InferenceConfig, StorageConfig
 from kinoray.decode import Clip
+from kinoray.device_input import DeviceInput, collate_raw
 from kinoray.errors import ConfigError, ModelError
 from kinoray.model import VideoModel, prepare_model
+from kinoray.storage import Storage
 
 __all__ = ["ClipAnswer", "ClipScorer", "ScorerConfig", "check_scorer"]
 
@@ -106,15 +108,31 @@ class ClipScorer(Generic[Ticket]):
 
     With early exit they may come back in another order: clips that need another segment wait until a batch of them has
     gathered.
+
+    Args:
+        storage: where flow.weights are read from; by default this machine's folders and the usual S3.
+
+    Raises:
+        ConfigError: what clip asks of the device is not possible (see kinoray.device_input).
     """
 
     def __init__(
-        self, model: VideoModel, clip: ClipConfig, config: ScorerConfig, *, num_classes: int, device: str
+        self,
+        model: VideoModel,
+        clip: ClipConfig,
+        config: ScorerConfig,
+        *,
+        num_classes: int,
+        device: str,
+        storage: Storage | None = None,
     ) -> None:
         self._config, self._num_classes, self._device = config, num_classes, device
         self._spec = model.input_spec
         self._consensus = _consensus(model)
         self._num_segments = clip.sample.num_segments
+        self._input = None
+        if clip.on_device(with_flow=self._spec.flow_channels > 0):
+            self._input = DeviceInput(clip, device, storage or Storage(StorageConfig()))
         cast(nn.Module, model).to(device)
         self._model = prepare_model(model, clip, config.inference)
         self._tap = _Tap(cast(nn.Module, self._model), num_classes) if config.embeddings else None
@@ -183,7 +201,8 @@ class ClipScorer(Generic[Ticket]):
 
     def _forward(self, clips: list[Clip]) -> tuple[np.ndarray, np.ndarray | None]:
         """Logits, float64 [B, C], and embeddings, float32 [B, D]."""
-        inputs = model_inputs(collate(clips), self._spec, self._device)
+        batch = collate(clips) if self._input is None else self._input(collate_raw(clips))
+        inputs = model_inputs(batch, self._spec, self._device)
         try:
             with torch.inference_mode():
                 logits = self._model(**inputs).float().cpu().numpy()
@@ -201,8 +220,8 @@ class ClipScorer(Generic[Ticket]):
 
 def _part(clip: Clip, segments: np.ndarray) -> Clip:
     """Some segments of a clip, in order of time."""
-    flow = None if clip.flow is None else clip.flow[segments]
-    return replace(clip, frames=clip.frames[segments], flow=flow, indices=clip.indices[segments])
+    flow, partners = (None if x is None else x[segments] for x in (clip.flow, clip.partners))
+    return replace(clip, frames=clip.frames[segments], flow=flow, partners=partners, indices=clip.indices[segments])
 
 
 class _Tap:

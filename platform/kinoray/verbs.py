@@ -180,6 +180,9 @@ class TrainConfig:
         require(batch >= workers, "optim.batch_size", f"at least resources.num_workers ({workers})", batch)
         precision, on_gpu = self.optim.precision, self.resources.gpus_per_worker > 0
         require(on_gpu or precision != "fp16", "optim.precision", "fp32 or bf16 on CPUs (fp16 needs GPUs)", precision)
+        on_device = self.clip.decode.scale_on == "device" or self.clip.flow.estimator != "dis"
+        expected = "0 with clip.decode.scale_on device and with clip.flow.estimator tvl1 or raft"
+        require(not (self.cache.gb and on_device), "cache.gb", expected, self.cache.gb)
         if self.parallel == "fsdp":
             require(precision != "fp16", "optim.precision", "fp32 or bf16 with parallel fsdp", precision)
             require(not self.optim.compile, "optim.compile", "off with parallel fsdp", self.optim.compile)

@@ -13,6 +13,7 @@ from kinoray.config import CacheConfig, ClipConfig
 from kinoray.decode_sink import clip_frame_bytes, frame_shape
 from kinoray.errors import KinorayError, MediaError, StorageError, StorageUnavailable
 from kinoray.framecache import FrameCache, grid_name
+from kinoray.run.decoding_raw import decode_raw
 from kinoray.sample import clip_rng
 from kinoray.sandbox import Sandbox, shared_sandbox
 from kinoray.storage import Storage
@@ -20,6 +21,7 @@ from kinoray.storage import Storage
 __all__ = ["DecodeTask"]
 
 FLOW_CHANNELS = 2
+_UNKNOWN_SIZE = (720, 1280)  # what a video is taken for whose frames are handed over in their own size
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,14 +41,19 @@ class DecodeTask:
     def clip_bytes(self) -> int:
         """Bytes of a decoded clip."""
         sample = self.clip.sample
-        return sample.num_segments * sample.frames_per_segment * clip_frame_bytes(self.clip, with_flow=self.with_flow)
+        size = _UNKNOWN_SIZE if self.clip.decode.scale_on == "device" else None
+        frame_bytes = clip_frame_bytes(self.clip, with_flow=self.with_flow, size=size)
+        return sample.num_segments * sample.frames_per_segment * frame_bytes
 
     def __call__(self, block: pa.Table) -> dict[str, np.ndarray]:
         """Decode a block of references: one row in, one row out; an unreadable one is zeros, ok=False and a reason.
 
-        Frames are in the column `rgb`, or `yuv` with decode.frames=yuv420, in the shapes of VideoBatch.
+        Frames are in the column `rgb`, or `yuv` with decode.frames=yuv420, in the shapes of VideoBatch; where the
+        device finishes them, see `kinoray.run.decoding_raw`.
         StorageUnavailable is no fault of a video: it ends the block, with that reason in what is left of its rows.
         """
+        if self.clip.on_device(with_flow=self.with_flow):
+            return decode_raw(self, block)
         count, size = block.num_rows, self.clip.view.crop_px
         grid = (count, self.clip.sample.num_segments, self.clip.sample.frames_per_segment)
         frames = np.zeros((*grid, *frame_shape(self.clip)), np.uint8)
@@ -91,7 +98,8 @@ class DecodeTask:
     def _key(self, cache: FrameCache, video: Mapping[str, Any]) -> str:
         return cache.key(video, self.seed, self.epoch)
 
-    def _rng(self, video: Mapping[str, Any]) -> np.random.Generator | None:
+    def rng(self, video: Mapping[str, Any]) -> np.random.Generator | None:
+        """What draws a video's frames and cut; None for the middle frames and the centre crop."""
         return None if self.epoch is None else clip_rng(self.seed, self.epoch, video["video_id"])
 
     def _decode(
@@ -110,7 +118,7 @@ class DecodeTask:
                 if cache.load(key, frames, flow):  # another task decoded it while this one waited
                     return True
                 bank = sandbox.decode_bank(
-                    data, self.clip, cache.samples, with_flow=self.with_flow, rng=self._rng(video)
+                    data, self.clip, cache.samples, with_flow=self.with_flow, rng=self.rng(video)
                 )
                 if bank.exact:
                     cache.add(key, bank)
@@ -119,7 +127,7 @@ class DecodeTask:
                     if flow is not None and bank.flow is not None:
                         flow.reshape(-1, *flow.shape[2:])[:] = bank.flow[bank.places[own]]
                     return False
-        clip = sandbox.decode_clip(data, self.clip, with_flow=self.with_flow, rng=self._rng(video))
+        clip = sandbox.decode_clip(data, self.clip, with_flow=self.with_flow, rng=self.rng(video))
         frames[:] = clip.frames
         if flow is not None:
             flow[:] = clip.flow

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from kinoray.catalog import Catalog
+from kinoray.device_input import DeviceInput
 from kinoray.errors import StorageUnavailable
 from kinoray.quarantine import Refusal
 from kinoray.run.decoding import DecodeTask
@@ -46,8 +47,11 @@ class Feed:
     outage: StorageUnavailable | None = None
     """Why batches ended early on this rank: the store is down, for longer than storage.retry_s."""
 
-    def __init__(self, config: TrainConfig, storage: Storage, *, with_flow: bool) -> None:
+    def __init__(self, config: TrainConfig, storage: Storage, *, with_flow: bool, device: torch.device) -> None:
+        """Raises ConfigError: what clip asks of the device is not possible (see kinoray.device_input)."""
         self._config, self._storage, self._with_flow = config, storage, with_flow
+        needs_device = config.clip.on_device(with_flow=with_flow)
+        self._finish = DeviceInput(config.clip, device, storage) if needs_device else None
         self._rank, self._world_size = dist.get_rank(), dist.get_world_size()
         self._spent = torch.zeros(2, dtype=torch.float64)  # CPU seconds, videos from the cache
 
@@ -70,7 +74,14 @@ class Feed:
         share = rank_part(self._config.resources.decode_tasks, self._rank, self._world_size)
         decode_tasks = max(1, share.stop - share.start)
         try:
-            for samples in stream(part.catalog, steps, task, decode_tasks=decode_tasks, world_size=self._world_size):
+            for samples in stream(
+                part.catalog,
+                steps,
+                task,
+                decode_tasks=decode_tasks,
+                world_size=self._world_size,
+                finish=self._finish,
+            ):
                 self._spent += torch.tensor([samples.decode_cpu_s, samples.cached], dtype=torch.float64)
                 part.refuse(samples.unreadable)
                 yield samples

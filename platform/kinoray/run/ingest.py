@@ -6,8 +6,9 @@ once an epoch, also when the count does not divide. That is why each rank stream
 a share by Ray Train's `datasets=`: its split is an equal one, and drops up to world_size - 1 rows an epoch.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -17,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from ray.data.collate_fn import NumpyBatchCollateFn
 
-from kinoray.batch import VideoBatch
+from kinoray.batch import RawBatch, VideoBatch
 from kinoray.catalog import Catalog
 from kinoray.errors import JobError, StorageUnavailable
 from kinoray.run.decoding import DecodeTask
@@ -114,32 +115,73 @@ class Samples:
     """Videos that came from the cache of decoded frames."""
 
 
-class _Collate(NumpyBatchCollateFn):  # type: ignore[misc]  # ray has no types
-    """Columns of a batch -> (all its rows, Samples); runs in Ray Data's prefetch thread."""
+class _Arrived(NamedTuple):
+    """A batch as it comes from Ray Data: all its rows, those with a clip, and what Samples says of it."""
 
-    def __call__(self, batch: dict[str, np.ndarray]) -> tuple[Rows, Samples]:
+    rows: Rows
+    kept: Rows
+    clips: VideoBatch | RawBatch
+    unreadable: tuple[Unreadable, ...]
+    decode_cpu_s: float
+    cached: int
+
+
+class _Collate(NumpyBatchCollateFn):  # type: ignore[misc]  # ray has no types
+    """Columns of a batch -> _Arrived; runs in Ray Data's prefetch thread."""
+
+    def __call__(self, batch: dict[str, np.ndarray]) -> _Arrived:
         ok = batch["ok"].astype(bool)
-        keep = slice(None) if ok.all() else ok  # a slice copies nothing
-        tensors = {}
-        for name in ("rgb", "yuv", "flow"):
-            if name in batch:
-                array = batch[name][keep]
-                # Views into the object store are read-only, which torch does not know.
-                tensors[name] = torch.from_numpy(array if array.flags.writeable else array.copy())
         reasons = zip(batch["row"], batch["error_class"], batch["error_text"], ok, strict=True)
-        unreadable = tuple(Unreadable(int(row), str(kind), str(text)) for row, kind, text, good in reasons if not good)
-        rows, clips = batch["row"].astype(np.int64), VideoBatch(**{"rgb": None, "flow": None} | tensors)
-        decode_cpu_s, cached = float(batch["cpu_s"].sum()), int(batch["cached"].sum())
-        return rows, Samples(rows[keep], clips, unreadable, decode_cpu_s, cached)
+        rows = batch["row"].astype(np.int64)
+        return _Arrived(
+            rows=rows,
+            kept=rows[ok],
+            clips=_raw_batch(batch, ok) if "frames" in batch else _video_batch(batch, ok),
+            unreadable=tuple(
+                Unreadable(int(row), str(kind), str(text)) for row, kind, text, good in reasons if not good
+            ),
+            decode_cpu_s=float(batch["cpu_s"].sum()),
+            cached=int(batch["cached"].sum()),
+        )
+
+
+def _video_batch(batch: dict[str, np.ndarray], ok: np.ndarray) -> VideoBatch:
+    keep = slice(None) if ok.all() else ok  # a slice copies nothing
+    tensors = {name: _tensor(batch[name][keep]) for name in ("rgb", "yuv", "flow") if name in batch}
+    return VideoBatch(**{"rgb": None, "flow": None} | tensors)
+
+
+def _raw_batch(batch: dict[str, np.ndarray], ok: np.ndarray) -> RawBatch:
+    places = np.flatnonzero(ok).tolist()
+    frames, partners = (
+        [_tensor(batch[name][place]) for place in places] if name in batch else None for name in ("frames", "partners")
+    )
+    last, views = (_tensor(batch[name][ok]) if name in batch else None for name in ("last", "views"))
+    assert frames is not None
+    return RawBatch(frames=frames, partners=partners, last=last, views=views)
+
+
+def _tensor(array: np.ndarray) -> torch.Tensor:
+    """Views into the object store are read-only, which torch does not know."""
+    return torch.from_numpy(array if array.flags.writeable else array.copy())
 
 
 def stream(
-    catalog: Catalog, steps: Sequence[Rows], task: DecodeTask, *, decode_tasks: int, world_size: int
+    catalog: Catalog,
+    steps: Sequence[Rows],
+    task: DecodeTask,
+    *,
+    decode_tasks: int,
+    world_size: int,
+    finish: Callable[[RawBatch], VideoBatch] | None = None,
 ) -> Iterator[Samples]:
     """Decode the rows of each step that has any, in order, with `decode_tasks` Ray tasks of one CPU each.
 
     All steps but the last have equally many rows, as rank_steps makes them. Blocks ahead of the caller take at most
     this rank's share of the object store.
+
+    Args:
+        finish: what the device does to clips that decoding leaves to it; needed where the task's clip does so.
 
     Raises:
         JobError: Ray Data gave other rows than the plan asked for.
@@ -156,18 +198,22 @@ def stream(
     options.resource_limits = options.resource_limits.copy(
         cpu=decode_tasks, object_store_memory=store * _STORE_SHARE / world_size
     )
-    batches: Iterator[tuple[Rows, Samples]] = iter(
+    batches: Iterator[_Arrived] = iter(
         dataset.iter_torch_batches(batch_size=local_batch, collate_fn=_Collate(), prefetch_batches=1, device="cpu")
     )
     for planned in wanted:
         found = next(batches, None)
-        if found is None or not np.array_equal(found[0], planned):
-            there = "no more rows" if found is None else f"rows {found[0].tolist()}"
+        if found is None or not np.array_equal(found.rows, planned):
+            there = "no more rows" if found is None else f"rows {found.rows.tolist()}"
             raise JobError(f"Ray Data broke the plan of the epoch: expected rows {planned.tolist()}, got {there}")
-        for item in found[1].unreadable:
+        for item in found.unreadable:
             if item.error_class == StorageUnavailable.__name__:
                 raise StorageUnavailable(item.error_text)
-        yield found[1]
+        clips = found.clips
+        if isinstance(clips, RawBatch):
+            assert finish is not None
+            clips = finish(clips)
+        yield Samples(found.kept, clips, found.unreadable, found.decode_cpu_s, found.cached)
 
 
 def _dataset(catalog: Catalog, rows: Rows, task: DecodeTask, decode_tasks: int, local_batch: int) -> ray.data.Dataset:

@@ -196,7 +196,14 @@ class LabelUnits:
                     f"expected {job.model_digest}; run the command again"
                 )
             self.labels, self.with_flow = meta.labels, bool(model.input_spec.flow_channels)
-            self.scorer = ClipScorer(model, job.clip, job.scorer, num_classes=len(self.labels), device=job.device)
+            self.scorer = ClipScorer(
+                model,
+                job.clip,
+                job.scorer,
+                num_classes=len(self.labels),
+                device=job.device,
+                storage=job.storage,
+            )
         return self.scorer
 
     def _label(self, scorer: ClipScorer[_Place], rows: pa.Table) -> list[_Outcome]:

@@ -108,8 +108,9 @@ class _Worker:
         self.recorder, self.uploader = Recorder(self.storage, config, catalog, self.num_steps), Uploader()
         newest = from_first(self._newest)
         model = agreed(lambda: self._model(fresh=newest is None))
-        self.feed = Feed(config, self.storage, with_flow=model.input_spec.flow_channels > 0)
-        self.replica = agreed(lambda: self._replica(model, ray.train.torch.get_device()))
+        device, with_flow = ray.train.torch.get_device(), model.input_spec.flow_channels > 0
+        self.feed = agreed(lambda: Feed(config, self.storage, with_flow=with_flow, device=device))
+        self.replica = agreed(lambda: self._replica(model, device))
         self.augmenter = Augmenter(config.augment, self.optim.seed, self.replica.device)
         self.epoch, self.epoch_steps, self.samples = 0, 0, 0  # whole epochs, steps and videos in them
         if newest is not None:

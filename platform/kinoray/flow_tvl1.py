@@ -1,0 +1,163 @@
+"""Optical flow of many pairs at once on the model's device: TV-L1 (Zach, Pock and Bischof 2007), in fixed steps.
+
+From coarse to fine it minimises, with rho(u) = I1(x + u0) + (u - u0) . grad I1(x + u0) - I0(x) around the last u0,
+
+    sum |grad u1| + |grad u2| + lambda |rho(u)|
+
+by steps that are arithmetic on each pixel and its neighbours. Every pair takes equally many of them, so nothing waits
+for the host, and shapes never change. What is easy to break: no operation may mix pairs, or a pair's flow would depend
+on its neighbours in the batch.
+
+The steps read and write the same few images again and again. On CUDA their one function is compiled, and pairs come in
+groups that are small enough to stay in the cache and always equally many, so that it is compiled once for each level.
+"""
+
+from collections.abc import Callable
+from functools import cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+__all__ = ["tvl1_flow"]
+
+# Shapes: P pairs, H W pixels of a level. Flow is [P, 2, H, W], x then y; its dual [P, 2, 2, H, W], of x and of y.
+
+_LEVELS = 4
+_MIN_SIDE = 16  # of the coarsest level, in pixels
+_WARPS = 3
+_STEPS = 15
+_LAMBDA = 0.15  # of grey levels 0 .. 255
+_THETA = 0.3  # how closely the two halves of the splitting are coupled
+_TAU = 0.25  # step of the dual; larger ones need not converge
+_GROUP = 16  # pairs at a time
+_SMOOTHING = (0.25, 0.5, 0.25)
+
+State = tuple[Tensor, Tensor]
+Step = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], State]
+
+
+def _along(x: Tensor, axis: int, ahead: bool) -> Tensor:
+    """The neighbour's value, one pixel ahead or behind along an axis; beyond the edge the pixel's own."""
+    size = x.shape[axis]
+    edge = x.narrow(axis, size - 1 if ahead else 0, 1)
+    inner = x.narrow(axis, 1 if ahead else 0, size - 1)
+    return torch.cat([inner, edge] if ahead else [edge, inner], axis)
+
+
+def _step(u: Tensor, dual: Tensor, rest: Tensor, grad: Tensor, scaled: Tensor) -> State:
+    """One step of flow and dual.
+
+        v = u - grad * clamp(rho(u) / |grad|^2, -lambda theta, lambda theta)
+        u = v + theta div(dual)
+        dual = (dual + tau / theta grad u) / (1 + tau / theta |grad u|)
+
+    Args:
+        rest: rho(0), [P, 1, H, W].
+        grad: of the second image where the flow leads, [P, 2, H, W].
+        scaled: 1 / |grad|^2, [P, 1, H, W].
+    """
+    rho = rest + (grad * u).sum(1, keepdim=True)
+    v = u - grad * (rho * scaled).clamp(-_LAMBDA * _THETA, _LAMBDA * _THETA)
+    across, down = dual[:, :, 0], dual[:, :, 1]
+    # Backward differences, the negative adjoint of the forward ones below: beyond the edges the dual is 0.
+    divergence = across - F.pad(across[..., :-1], (1, 0)) + down - F.pad(down[..., :-1, :], (0, 0, 1, 0))
+    u = v + _THETA * divergence
+    slope = torch.stack([_along(u, 3, True) - u, _along(u, 2, True) - u], 2)
+    steep = slope.square().sum(2, keepdim=True).sqrt()
+    return u, (dual + (_TAU / _THETA) * slope) / (1 + (_TAU / _THETA) * steep)
+
+
+@cache
+def _compiled() -> Step:
+    return torch.compile(_step, dynamic=False)
+
+
+def _smoothed(x: Tensor) -> Tensor:
+    for axis in (2, 3):
+        side, middle, _ = _SMOOTHING
+        x = middle * x + side * (_along(x, axis, True) + _along(x, axis, False))
+    return x
+
+
+def _pyramid(images: Tensor) -> list[Tensor]:
+    """[P, 2, H, W] and its halves, coarsest first, each side at least _MIN_SIDE."""
+    levels = [_smoothed(images)]
+    while len(levels) < _LEVELS and min(levels[-1].shape[2:]) >= 2 * _MIN_SIDE:
+        size = [-(-side // 2) for side in levels[-1].shape[2:]]
+        levels.append(F.interpolate(levels[-1], size, mode="bilinear", antialias=True))
+    return levels[::-1]
+
+
+def _warped(second: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+    """The second image [P, 1, H, W] and its gradient where the flow leads, 0 where that is outside the picture."""
+    height, width = u.shape[2:]
+    slope = [0.5 * (_along(second, axis, True) - _along(second, axis, False)) for axis in (3, 2)]
+    rows = torch.arange(height, device=u.device, dtype=u.dtype)[:, None]
+    columns = torch.arange(width, device=u.device, dtype=u.dtype)
+    x, y = columns + u[:, 0], rows + u[:, 1]
+    places = torch.stack([(2 * x + 1) / width - 1, (2 * y + 1) / height - 1], 3)
+    there = F.grid_sample(
+        torch.cat([second, *slope], 1), places, mode="bilinear", padding_mode="border", align_corners=False
+    )
+    inside = (x >= 0) & (x <= width - 1) & (y >= 0) & (y <= height - 1)
+    return there[:, :1], there[:, 1:] * inside[:, None]
+
+
+def _level(images: Tensor, u: Tensor, dual: Tensor, step: Step) -> State:
+    first, second = images[:, :1], images[:, 1:]
+    for _ in range(_WARPS):
+        there, grad = _warped(second, u)
+        rest = there - first - (grad * u).sum(1, keepdim=True)
+        scaled = 1 / grad.square().sum(1, keepdim=True).clamp(min=1e-6)
+        for _ in range(_STEPS):
+            u, dual = step(u, dual, rest, grad, scaled)
+    return u, dual
+
+
+def _enlarged(u: Tensor, height: int, width: int) -> Tensor:
+    """The flow of a coarser level, in pixels of this one."""
+    larger = F.interpolate(u, (height, width), mode="bilinear", align_corners=False)
+    return torch.stack([larger[:, 0] * (width / u.shape[3]), larger[:, 1] * (height / u.shape[2])], 1)
+
+
+def _flow_of_group(images: Tensor, step: Step) -> Tensor:
+    pyramid = _pyramid(images)
+    pairs, _, height, width = pyramid[0].shape
+    u, dual = images.new_zeros(pairs, 2, height, width), images.new_zeros(pairs, 2, 2, height, width)
+    for level in pyramid:
+        height, width = level.shape[2:]
+        if u.shape[2:] != level.shape[2:]:
+            u = _enlarged(u, height, width)
+            dual = F.interpolate(dual.flatten(1, 2), (height, width), mode="nearest").reshape(
+                pairs, 2, 2, height, width
+            )
+        u, dual = _level(level, u, dual, step)
+    return u
+
+
+@torch.no_grad()
+def tvl1_flow(first: Tensor, second: Tensor) -> Tensor:
+    """Motion from each first image to its second, grey levels 0 .. 255, uint8 or float [P, H, W]: float32 [P, 2, H, W].
+
+    In pixels, x (to the right) then y (down), on the device of the images: what is at (x, y) in the first is at
+    (x, y) + flow in the second. A pair's flow does not depend on the others.
+
+    Raises:
+        ValueError: the images are not two of one shape [P, H, W], with sides of at least 2.
+    """
+    if first.shape != second.shape or first.ndim != 3 or min(first.shape[1:]) < 2:
+        raise ValueError(
+            f"tvl1_flow needs two stacks of images of one shape [P, H, W], H and W at least 2, got "
+            f"{list(first.shape)} and {list(second.shape)}"
+        )
+    images = torch.stack([first, second], 1)
+    on_gpu = images.device.type == "cuda"
+    flow = torch.empty(images.shape, dtype=torch.float32, device=images.device)
+    for start in range(0, len(images), _GROUP):
+        group = images[start : start + _GROUP].float()
+        count = len(group)
+        if on_gpu and count < _GROUP:  # another number of pairs would be compiled anew
+            group = F.pad(group, (0, 0, 0, 0, 0, 0, 0, _GROUP - count))
+        flow[start : start + count] = _flow_of_group(group, _compiled() if on_gpu else _step)[:count]
+    return flow
