@@ -28,7 +28,7 @@ LAYERS: list[set[str]] = [
     {"shards", "batch", "cost", "metrics", "checkpoint", "predictions", "synthetic"},
     {"device_input"},
     {"evaluation", "page", "calibration", "scorer", "vacuum"},
-    {"report", "describe", "runs", "kinetics", "labels"},
+    {"report", "describe", "runs", "kinetics", "labels", "trace"},
     {"tune", "compare", "ensemble", "doctor", "capacity", "export", "corrections"},
     {"run"},
     {"cli"},

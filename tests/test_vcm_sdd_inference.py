@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from vcm_sdd.compiled import Repeated
 from vcm_sdd.inference import (
     BF16_TOLERANCE,
     FP32_TOLERANCE,
@@ -208,20 +209,43 @@ def test_any_model_can_be_prepared(precision: str, tolerance: float) -> None:
     assert (fast - plain).abs().max() <= tolerance * plain.abs().max()
 
 
+def test_short_batches_are_filled_up_and_cut_off_again() -> None:
+    model = vcm_sdd(num_classes=5, backbone="tiny", heads=2).eval()
+    seen: list[int] = []
+    model.register_forward_pre_hook(lambda _, __, inputs: seen.append(len(inputs["rgb"])), with_kwargs=True)
+    repeated = Repeated(model)
+    with torch.inference_mode():
+        for batch, segments in ((3, 2), (1, 2), (4, 2), (2, 2), (1, 1)):
+            clip = make_clip(batch, segments)
+            found, plain = repeated(**clip), model(**clip)
+            assert found.shape == (batch, 5)
+            torch.testing.assert_close(found, plain, rtol=1e-5, atol=1e-6)
+    assert seen[::2] == [3, 3, 4, 4, 1]
+    assert repeated.input_spec == model.input_spec
+
+
 COMPILED = """
 import logging, sys, torch
 from vcm_sdd import vcm_sdd
-from vcm_sdd.inference import prepare_for_inference
+from vcm_sdd.inference import compile_fusion, prepare_for_inference
 logging.basicConfig()
 torch.set_num_threads(1)
 torch.manual_seed(0)
 model = vcm_sdd(num_classes=5, backbone="tiny").eval()
 prepared = prepare_for_inference(model, compile=True)
+compile_fusion(prepared)  # as on a GPU
 for batch in (3, 1):  # the second is filled up to the size of the first
     clip = {"rgb": torch.randn(batch, 1, 2, 3, 32, 32), "flow": torch.randn(batch, 1, 2, 2, 32, 32)}
     plain, fast = model(**clip), prepared(**clip)
     assert (plain - fast).abs().max() <= 1e-4 * plain.abs().max(), (plain, fast)
-print("compiled", prepared.rgb_backbone._compiled is not None)
+print("compiled", prepared.rgb_backbone.compiled.is_compiled, prepared.head.mff.is_compiled)
+whole = prepare_for_inference(model, compile=True, fold=False)
+for batch in (2, 1, 2):
+    clip = {"rgb": torch.randn(batch, 1, 2, 3, 32, 32), "flow": torch.randn(batch, 1, 2, 2, 32, 32)}
+    before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    plain, fast = model(**clip), whole(**clip)
+    assert (plain - fast).abs().max() <= 1e-4 * plain.abs().max(), (plain, fast)
+print("compiled anew", torch._dynamo.utils.counters["stats"]["unique_graphs"] - before)
 """
 
 
@@ -236,12 +260,13 @@ def run_compiled(tmp_path: Path, **environment: str) -> subprocess.CompletedProc
 def test_compiled_model_gives_the_same_logits(tmp_path: Path) -> None:
     done = run_compiled(tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "compiled True" in done.stdout, done.stderr
+    assert "compiled True True" in done.stdout, done.stderr
+    assert "compiled anew 0" in done.stdout
 
 
 @pytest.mark.slow
 def test_without_a_compiler_the_model_runs_uncompiled_and_says_so(tmp_path: Path) -> None:
     done = run_compiled(tmp_path, CXX=str(tmp_path / "no-compiler"))
     assert done.returncode == 0, done.stderr
-    assert "compiled False" in done.stdout
+    assert "compiled False False" in done.stdout
     assert "running without torch.compile" in done.stderr

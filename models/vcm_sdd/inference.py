@@ -16,7 +16,17 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-__all__ = ["BF16_TOLERANCE", "FP32_TOLERANCE", "compile_pays", "fold_batch_norms", "prepare_for_inference"]
+from vcm_sdd.compiled import Compiled, Repeated
+from vcm_sdd.fusion import CrossModalFusion
+
+__all__ = [
+    "BF16_TOLERANCE",
+    "FP32_TOLERANCE",
+    "compile_fusion",
+    "compile_pays",
+    "fold_batch_norms",
+    "prepare_for_inference",
+]
 
 FP32_TOLERANCE = 1e-4
 """Largest change of a logit, relative to the largest logit, with precision="fp32" (2e-6 on features was seen)."""
@@ -53,6 +63,9 @@ def prepare_for_inference(
     runs whole under autocast, and is compiled whole; so does any with fold=False, which is for networks whose modules
     reach into one another: a folded part has other insides.
 
+    On CUDA `compile` also compiles the fusion of the streams, and records each call as a CUDA graph for a fixed number
+    of clips (vcm_sdd.compiled.Repeated): the model must be there already.
+
     Logits change by at most FP32_TOLERANCE or BF16_TOLERANCE of the largest. Raises ValueError for another precision.
     """
     if precision not in ("fp32", "bf16"):
@@ -63,9 +76,22 @@ def prepare_for_inference(
     keep_dtype = bool(getattr(model, "reads_bf16_features", False))
     if fold:
         _replace_trunks(prepared, lambda trunk: _Trunk(trunk, dtype=dtype, keep_dtype=keep_dtype, compile=compile))
-    if any(isinstance(part, _Trunk) for part in prepared.modules()) or (dtype == torch.float32 and not compile):
+    on_cuda = next((x.device.type for x in prepared.parameters()), "cpu") == "cuda"
+    if any(isinstance(part, _Trunk) for part in prepared.modules()):
+        if compile and on_cuda:
+            compile_fusion(prepared)
+        return Repeated(prepared) if compile and on_cuda else prepared
+    if dtype == torch.float32 and not compile:
         return prepared
-    return _Whole(prepared, dtype=dtype, compile=compile)
+    whole = _Whole(prepared, dtype=dtype, compile=compile)
+    return Repeated(whole) if compile else whole
+
+
+def compile_fusion(prepared: nn.Module) -> None:
+    """Have the passes over the scores of MFF compiled: on a GPU each of them costs as much as the product before it."""
+    for name, part in list(prepared.named_modules()):
+        if isinstance(part, CrossModalFusion):
+            prepared.set_submodule(name, Compiled(part))
 
 
 class _Trunk(nn.Module):
@@ -78,47 +104,35 @@ class _Trunk(nn.Module):
             if parameter.ndim == 4:
                 parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
         self.dtype, self.keep_dtype = dtype, keep_dtype
-        self._compiled: Callable[[Tensor], Tensor] | None = None
+        self.compiled = Compiled(self.traced, {"freezing": True}) if compile else None
         self._sizes: dict[torch.Size, int] = {}
-        if compile:
-            options: dict[str, Any] = {"freezing": True}
-            self._compiled = torch.compile(self.traced, dynamic=False, options=options)
 
     @torch.no_grad()
     def forward(self, x: Tensor) -> Tensor:
         """Return the part's output for a batch of frames or clips, first dimension free."""
-        size = self._batch(x)
-        outputs = [self._call(self._arranged(part, size))[: part.shape[0]] for part in torch.split(x, size)]
+        size, call = self._batch(x), self.compiled or self.traced
+        outputs = [call(self._arranged(part, size))[: part.shape[0]] for part in torch.split(x, size)]
         y = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
-        return y if self.keep_dtype else y.to(x.dtype)
+        return cast(Tensor, y if self.keep_dtype else y.to(x.dtype))
 
     def _batch(self, x: Tensor) -> int:
         """Frames (clips) a call. Compiled code is made for one size, so the first call's choice stays."""
         num, limit = x.shape[0], _CPU_PIXELS if x.device.type == "cpu" else _DEVICE_PIXELS
-        if self._compiled is not None and x.shape[1:] in self._sizes:
+        if self.compiled is not None and x.shape[1:] in self._sizes:
             return self._sizes[x.shape[1:]]
         pixels = x.shape[-1] * x.shape[-2] * (x.shape[1] if x.ndim > 4 else 1)
         num_calls = math.ceil(num / max(1, limit // pixels))
         size = math.ceil(num / num_calls)
-        if self._compiled is not None:
+        if self.compiled is not None:
             self._sizes[x.shape[1:]] = size
         return size
 
     def _arranged(self, part: Tensor, size: int) -> Tensor:
         part = part.to(self.dtype)
         missing = size - part.shape[0]
-        if missing and self._compiled is not None:
+        if missing and self.compiled is not None:
             part = torch.cat([part, part.new_zeros(missing, *part.shape[1:])])
         return part.contiguous(memory_format=torch.channels_last) if part.ndim == 4 else part
-
-    def _call(self, x: Tensor) -> Tensor:
-        if self._compiled is not None:
-            try:
-                return self._compiled(x)
-            except (RuntimeError, OSError) as error:
-                _say_uncompiled(error)
-                self._compiled = None
-        return cast(Tensor, self.traced(x))
 
 
 class _Whole(nn.Module):
@@ -126,28 +140,16 @@ class _Whole(nn.Module):
 
     def __init__(self, model: nn.Module, *, dtype: torch.dtype, compile: bool) -> None:
         super().__init__()
-        self.model, self.dtype = model, dtype
+        self.model = Compiled(model) if compile else model
+        self.dtype = dtype
         self.input_spec = getattr(model, "input_spec", None)
-        self._compiled: Callable[..., Tensor] | None = torch.compile(model, dynamic=False) if compile else None
 
     @torch.no_grad()
     def forward(self, **inputs: Tensor | None) -> Tensor:
         """Return float32 logits [B, C]."""
         device = next(tensor.device.type for tensor in inputs.values() if tensor is not None)
         with torch.autocast(device, dtype=torch.bfloat16, enabled=self.dtype == torch.bfloat16):
-            if self._compiled is not None:
-                try:
-                    return self._compiled(**inputs).float()
-                except (RuntimeError, OSError) as error:
-                    _say_uncompiled(error)
-                    self._compiled = None
             return cast(Tensor, self.model(**inputs)).float()
-
-
-def _say_uncompiled(error: Exception) -> None:
-    """Failed compilations are RuntimeErrors of many names. A real fault comes again, uncompiled."""
-    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    _LOG.warning("running without torch.compile: %s: %s", type(error).__name__, reason)
 
 
 def _replace_trunks(module: nn.Module, make: Callable[[nn.Module], nn.Module]) -> None:

@@ -40,8 +40,21 @@ def pooled_attention(rgb_MND: Tensor, flow_MND: Tensor, *, heads: int, frobenius
         # float16 scores overflow at ordinary magnitudes; bfloat16 has float32's range.
         dtype = torch.float32 if wanted == torch.float16 else wanted
         rgb_MND, flow_MND = rgb_MND.to(dtype), flow_MND.to(dtype)
-    outputs = _PooledAttention.apply(rgb_MND, flow_MND, heads, frobenius, literal)
-    return list(outputs)
+    if torch.is_grad_enabled():
+        return list(_PooledAttention.apply(rgb_MND, flow_MND, heads, frobenius, literal))
+    return list(_answers(rgb_MND, flow_MND, heads, frobenius, literal))
+
+
+def _answers(rgb_MND: Tensor, flow_MND: Tensor, heads: int, frobenius: bool, literal: bool) -> tuple[Tensor, ...]:
+    outputs = []
+    with no_autocast(rgb_MND):
+        for part in _chunks(rgb_MND, heads):
+            q, k = _split(rgb_MND[part], heads), _split(flow_MND[part], heads)
+            z, _ = _scaled_in_place(q, k, frobenius)
+            a_MGN = z.softmax(dim=-1).mean(dim=-2)
+            b_MGN = a_MGN if literal else z.softmax(dim=-2).mean(dim=-1)
+            outputs.append((_weighted(a_MGN, k), _weighted(b_MGN, q)))
+    return tuple(torch.cat(column) for column in zip(*outputs, strict=True))
 
 
 def scaled_scores(q_MGNK: Tensor, k_MGNK: Tensor, *, frobenius: bool) -> Tensor:
@@ -81,15 +94,7 @@ class _PooledAttention(torch.autograd.Function):
     def forward(ctx: Any, rgb_MND: Tensor, flow_MND: Tensor, heads: int, frobenius: bool, literal: bool) -> Any:
         ctx.save_for_backward(rgb_MND, flow_MND)
         ctx.options = (heads, frobenius, literal)
-        outputs = []
-        with no_autocast(rgb_MND):
-            for part in _chunks(rgb_MND, heads):
-                q, k = _split(rgb_MND[part], heads), _split(flow_MND[part], heads)
-                z, _ = _scaled_in_place(q, k, frobenius)
-                a_MGN = z.softmax(dim=-1).mean(dim=-2)
-                b_MGN = a_MGN if literal else z.softmax(dim=-2).mean(dim=-1)
-                outputs.append((_weighted(a_MGN, k), _weighted(b_MGN, q)))
-        return tuple(torch.cat(column) for column in zip(*outputs, strict=True))
+        return _answers(rgb_MND, flow_MND, heads, frobenius, literal)
 
     @staticmethod
     @once_differentiable

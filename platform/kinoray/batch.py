@@ -172,8 +172,8 @@ def collate(clips: Sequence["Clip"]) -> VideoBatch:
 
 
 def _normalised(rgb: Tensor, spec: InputSpec, device: torch.device) -> Tensor:
-    mean = torch.tensor(spec.rgb_mean, device=device).view(3, 1, 1)
-    std = torch.tensor(spec.rgb_std, device=device).view(3, 1, 1)
+    # Made on the host and sent: made on a GPU, they would wait for all that it computes.
+    mean, std = (torch.tensor(x).to(device, non_blocking=True).view(3, 1, 1) for x in (spec.rgb_mean, spec.rgb_std))
     return rgb.float().div_(255.0).sub_(mean).div_(std)
 
 

@@ -37,7 +37,7 @@ __all__ = [
 ]
 
 
-_ADDED = {"decode": {"scale_on": "decoder"}, "flow": {"estimator": "dis", "weights": ""}}
+_ADDED = {"decode": {"scale_on": "decoder", "device": "cpu"}, "flow": {"estimator": "dis", "weights": ""}}
 """Settings of later versions, with the value that means what was done before: there they name nothing new."""
 
 
@@ -149,6 +149,9 @@ class DecodeConfig:
     their own size. That saves the decoders work at 340 x 256 with frames yuv420 (a fifth of a clip) and moves no more
     bytes; frames of 1280 x 720 are ten times as large as scaled ones, so there it costs time and memory: a clip must
     fit into max_memory_mb. Flow then comes from the device too (flow.estimator tvl1 or raft). pyav only."""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """`cuda`: the GPU's own decoder (NVDEC) through torchcodec, in the process that runs the model and so without the
+    sandbox's walls: for videos that one trusts (docs/decoders.md). What it does not take goes to backend pyav."""
     max_pixels: int = 2**25
     """Largest frame, in pixels; larger videos are quarantined after the probe."""
     max_duration_s: float = 4 * 3600.0
@@ -169,6 +172,9 @@ class DecodeConfig:
         require(fits, "decode.frames", f"rgb with decode.backend {self.backend}", self.frames)
         fits = self.scale_on == "decoder" or self.backend == "pyav"
         require(fits, "decode.scale_on", f"decoder with decode.backend {self.backend}", self.scale_on)
+        plain = self.backend == "pyav" and self.frames == "rgb" and self.scale_on == "decoder"
+        expected = "cpu unless decode.backend is pyav, decode.frames rgb and decode.scale_on decoder"
+        require(plain or self.device == "cpu", "decode.device", expected, self.device)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -4,6 +4,7 @@ import numpy as np
 
 from kinoray.config import DecodeConfig, SampleConfig
 from kinoray.decode_decord import read_with_decord
+from kinoray.decode_nvdec import read_on_device, require_nvdec
 from kinoray.decode_plan import FrameSink, Reading
 from kinoray.decode_pyav import PyavVideo
 from kinoray.decode_torchcodec import read_with_torchcodec
@@ -21,8 +22,11 @@ def read_frames(data: bytes, video: PyavVideo, wanted: np.ndarray, sink: FrameSi
 
     Raises:
         MediaError: one of its subclasses.
-        ConfigError: the back end is not installed.
+        ConfigError: the back end is not installed, or decode.device is cuda and this process may not use a GPU.
     """
+    if config.device == "cuda":
+        require_nvdec()
+        return read_on_device(data, video, wanted, sink, "cuda")
     if config.backend == "decord":
         return read_with_decord(data, video, wanted, sink)
     if config.backend == "torchcodec":

@@ -1,7 +1,8 @@
 """Clips in, in batches that form across videos; the logits of each out, and what else of it is asked for.
 
 What is easy to break: which clips share a batch follows from their order alone, so the same clips give the same digits
-on any machine and after any kill.
+on any machine and after any kill. A batch's answers come with the batch after it, or with `flush`: the device computes
+while the host prepares (kinoray.scorer_forward).
 """
 
 from collections import deque
@@ -15,12 +16,12 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from kinoray.anytime import EarlyExit, RunningAnswer, SegmentConsensus, nested_order
-from kinoray.batch import collate, model_inputs
 from kinoray.config import ClipConfig, InferenceConfig, StorageConfig
 from kinoray.decode import Clip
-from kinoray.device_input import DeviceInput, collate_raw
+from kinoray.device_input import DeviceInput
 from kinoray.errors import ConfigError, ModelError
 from kinoray.model import VideoModel, prepare_model
+from kinoray.scorer_forward import Forward, Launched, collate_for
 from kinoray.storage import Storage
 
 __all__ = ["ClipAnswer", "ClipScorer", "ScorerConfig", "check_scorer"]
@@ -33,7 +34,7 @@ class ScorerConfig:
     """What is run, and what is kept of it."""
 
     batch_size: int = 8
-    """Clips a forward pass."""
+    """Clips a forward pass; 0 in a job's settings for what the first worker finds (kinoray.batch_probe)."""
     inference: InferenceConfig = field(default_factory=InferenceConfig)
     """Precision and compiling."""
     embeddings: bool = False
@@ -126,16 +127,24 @@ class ClipScorer(Generic[Ticket]):
         device: str,
         storage: Storage | None = None,
     ) -> None:
-        self._config, self._num_classes, self._device = config, num_classes, device
-        self._spec = model.input_spec
+        self._config, spec = config, model.input_spec
         self._consensus = _consensus(model)
         self._num_segments = clip.sample.num_segments
-        self._input = None
-        if clip.on_device(with_flow=self._spec.flow_channels > 0):
-            self._input = DeviceInput(clip, device, storage or Storage(StorageConfig()))
+        finish = None
+        if clip.on_device(with_flow=spec.flow_channels > 0):
+            finish = DeviceInput(clip, device, storage or Storage(StorageConfig()))
         cast(nn.Module, model).to(device)
-        self._model = prepare_model(model, clip, config.inference)
-        self._tap = _Tap(cast(nn.Module, self._model), num_classes) if config.embeddings else None
+        prepared = prepare_model(model, clip, config.inference)
+        tap = _Tap(cast(nn.Module, prepared), num_classes) if config.embeddings else None
+        self._forward = Forward(
+            prepared,
+            spec,
+            device,
+            num_classes,
+            collate=collate_for(device, finish),
+            embeddings=tap.take if tap else None,
+        )
+        self._under_way: tuple[list[Ticket], Launched] | None = None
         self._order = nested_order(self._num_segments)
         self._stages = config.early_exit.stages(self._num_segments) if config.early_exit else [self._num_segments]
         self._queues: list[deque[_Waiting[Ticket]]] = [deque() for _ in self._stages]
@@ -160,6 +169,7 @@ class ClipScorer(Generic[Ticket]):
         for stage, queue in enumerate(self._queues):
             while queue:
                 yield from self._run(stage)
+        yield from self._arrived()
 
     def _run(self, stage: int) -> Iterator[tuple[Ticket, ClipAnswer]]:
         """One batch of a stage: answers, or a place in the next stage's queue."""
@@ -170,7 +180,8 @@ class ClipScorer(Generic[Ticket]):
             yield from self._run_whole(batch)
             return
         begin, end = self._stages[stage - 1] if stage else 0, self._stages[stage]
-        logits, embeddings = self._forward([_part(one.clip, np.sort(self._order[begin:end])) for one in batch])
+        parts = [_part(one.clip, np.sort(self._order[begin:end])) for one in batch]
+        logits, embeddings = self._forward.launch(parts).fetch()  # they decide what comes next
         for row, one in enumerate(batch):
             assert one.running is not None
             one.running.add(logits[row], end - begin)
@@ -184,38 +195,31 @@ class ClipScorer(Generic[Ticket]):
 
     def _run_whole(self, batch: list[_Waiting[Ticket]]) -> Iterator[tuple[Ticket, ClipAnswer]]:
         if not self._config.segment_logits:
-            logits, embeddings = self._forward([one.clip for one in batch])
-            for row, one in enumerate(batch):
-                vector = None if embeddings is None else embeddings[row]
-                yield one.ticket, ClipAnswer(logits[row], self._num_segments, vector, None)
+            launched = self._forward.launch([one.clip for one in batch])
+            before = list(self._arrived())
+            self._under_way = [one.ticket for one in batch], launched
+            yield from before
             return
         assert self._consensus is not None  # check_scorer
         for one in batch:  # each segment is a clip of its own: as many forward passes as videos, each of S segments
             parts = [_part(one.clip, np.array([segment])) for segment in range(self._num_segments)]
-            logits, embeddings = self._forward(parts)
+            logits, embeddings = self._forward.launch(parts).fetch()
             running = RunningAnswer(self._num_segments, self._consensus)
             for segment in logits:
                 running.add(segment, 1)
             vector = None if embeddings is None else embeddings.mean(axis=0)
             yield one.ticket, ClipAnswer(running.logits, self._num_segments, vector, logits.astype(np.float32))
 
-    def _forward(self, clips: list[Clip]) -> tuple[np.ndarray, np.ndarray | None]:
-        """Logits, float64 [B, C], and embeddings, float32 [B, D]."""
-        batch = collate(clips) if self._input is None else self._input(collate_raw(clips))
-        inputs = model_inputs(batch, self._spec, self._device)
-        try:
-            with torch.inference_mode():
-                logits = self._model(**inputs).float().cpu().numpy()
-        except (RuntimeError, TypeError, ValueError) as error:
-            shapes = {name: list(tensor.shape) for name, tensor in inputs.items() if tensor is not None}
-            raise ModelError(f"the model failed on a batch {shapes}: {error}") from error
-        if logits.shape != (len(clips), self._num_classes):
-            expected = [len(clips), self._num_classes]
-            raise ModelError(f"the model gave logits {list(logits.shape)}, expected {expected} for its labels")
-        if not np.isfinite(logits).all():
-            bad = int((~np.isfinite(logits)).any(axis=1).sum())
-            raise ModelError(f"the model gave NaN or infinite logits for {bad} of {len(logits)} clips of a batch")
-        return logits.astype(np.float64), self._tap.take(len(clips)) if self._tap else None
+    def _arrived(self) -> Iterator[tuple[Ticket, ClipAnswer]]:
+        """The answers of the batch that was launched last, if they were not fetched yet."""
+        under_way, self._under_way = self._under_way, None
+        if under_way is None:
+            return
+        tickets, launched = under_way
+        logits, embeddings = launched.fetch()
+        for row, ticket in enumerate(tickets):
+            vector = None if embeddings is None else embeddings[row]
+            yield ticket, ClipAnswer(logits[row], self._num_segments, vector, None)
 
 
 def _part(clip: Clip, segments: np.ndarray) -> Clip:
@@ -236,10 +240,10 @@ class _Tap:
     def _hear(self, _: nn.Module, arguments: tuple[Any, ...]) -> None:
         self._heard.append(arguments[0])
 
-    def take(self, num_clips: int) -> np.ndarray:
+    def take(self, num_clips: int) -> Tensor:
         """The embeddings of the last forward pass, float32 [B, D]: means over a clip's segments or frames."""
         heard, self._heard = self._heard, []
         if not heard:
             raise ModelError("the network did not use its classifiers, so there are no embeddings; leave them out")
         vectors = [x.float().reshape(num_clips, -1, x.shape[-1]).mean(dim=1) for x in heard]
-        return np.asarray(torch.cat(vectors, dim=1).cpu().numpy())
+        return torch.cat(vectors, dim=1)

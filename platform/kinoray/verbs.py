@@ -34,6 +34,12 @@ def _check_segments(protocol: ProtocolName, num_segments: int | None) -> None:
         require(False, "num_segments", f"left out with protocol {protocol}, which names it", num_segments)
 
 
+def _check_scoring(batch_size: int, decode_device: str, resources: ResourcesConfig) -> None:
+    require(batch_size >= 0, "batch_size", "at least 0", batch_size)
+    fits = decode_device == "cpu" or resources.gpus_per_worker > 0
+    require(fits, "decode_device", "cpu without resources.gpus_per_worker", decode_device)
+
+
 def _check_fraction(name: str, value: float) -> None:
     require(0 <= value <= 1, name, "in 0 .. 1", value)
 
@@ -180,6 +186,8 @@ class TrainConfig:
         require(batch >= workers, "optim.batch_size", f"at least resources.num_workers ({workers})", batch)
         precision, on_gpu = self.optim.precision, self.resources.gpus_per_worker > 0
         require(on_gpu or precision != "fp16", "optim.precision", "fp32 or bf16 on CPUs (fp16 needs GPUs)", precision)
+        decoder, expected = self.clip.decode.device, "cpu in training; label and evaluate have decode_device"
+        require(decoder == "cpu", "clip.decode.device", expected, decoder)
         on_device = self.clip.decode.scale_on == "device" or self.clip.flow.estimator != "dis"
         expected = "0 with clip.decode.scale_on device and with clip.flow.estimator tvl1 or raft"
         require(not (self.cache.gb and on_device), "cache.gb", expected, self.cache.gb)
@@ -248,7 +256,10 @@ class LabelConfig:
     plan: bool = False
     """Say how many videos are done, new and changed, and stop there."""
     batch_size: int = 8
-    """Clips a forward pass; a video is one clip for each view."""
+    """Clips a forward pass; a video is one clip for each view. 0: as many as the GPU's memory holds, found by the first
+    worker and kept for the labelling (8 on CPUs)."""
+    decode_device: Literal["cpu", "cuda"] = "cpu"
+    """`cuda`: decode with the workers' GPUs (NVDEC), where the model runs; see docs/decoders.md."""
     unit_size: int = 64
     """Videos a unit of work: what is committed at once, and what at most is done again after a kill."""
     max_bad_fraction: float = 0.2
@@ -261,8 +272,9 @@ class LabelConfig:
     """Workers."""
 
     def __post_init__(self) -> None:
-        for name in ("top_k", "batch_size", "unit_size"):
+        for name in ("top_k", "unit_size"):
             require(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
+        _check_scoring(self.batch_size, self.decode_device, self.resources)
         for name in ("temperature", "window_s", "window_stride_s"):
             require(getattr(self, name) >= 0, name, "at least 0", getattr(self, name))
         for name in ("threshold", "min_margin", "max_changed", "max_bad_fraction"):
@@ -321,7 +333,10 @@ class EvaluateConfig:
     num_segments: int | None = None
     """Segments of each view. Default: as in training, or what the protocol names."""
     batch_size: int = 8
-    """Clips a forward pass; a video is one clip for each view."""
+    """Clips a forward pass; a video is one clip for each view. 0: as many as the GPU's memory holds, found by the first
+    worker and kept for the labelling (8 on CPUs)."""
+    decode_device: Literal["cpu", "cuda"] = "cpu"
+    """`cuda`: decode with the workers' GPUs (NVDEC), where the model runs; see docs/decoders.md."""
     unit_size: int = 64
     """Videos a unit of work."""
     max_bad_fraction: float = 0.2
@@ -334,8 +349,8 @@ class EvaluateConfig:
     """Workers."""
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "unit_size"):
-            require(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
+        require(self.unit_size >= 1, "unit_size", "at least 1", self.unit_size)
+        _check_scoring(self.batch_size, self.decode_device, self.resources)
         _check_segments(self.protocol, self.num_segments)
         _check_fraction("max_bad_fraction", self.max_bad_fraction)
 

@@ -136,6 +136,8 @@ def _run_clips(scorer: ClipScorer[None], clips: Sequence[Clip], batch_size: int,
     while done < share and time.perf_counter() < end:
         _put(scorer, itertools.islice(source, batch_size))
         done += batch_size
+    for _ in scorer.flush():  # the last batch may still be under way on a GPU
+        pass
     return done
 
 

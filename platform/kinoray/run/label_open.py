@@ -10,6 +10,7 @@ from typing import Any
 
 from kinoray.answers import AnswerRule
 from kinoray.anytime import EarlyExit
+from kinoray.batch_probe import CPU_BATCH
 from kinoray.calibration import Calibrated, load_calibration
 from kinoray.catalog import Catalog, catalog_of_source
 from kinoray.checkpoint import CheckpointMeta, find_checkpoint, load_model
@@ -121,6 +122,7 @@ def _clip(config: LabelConfig, trained: ClipConfig, spec: InputSpec) -> ClipConf
     clip = PROTOCOLS[config.protocol].clip(trained)
     if config.num_segments is not None:
         clip = replace(clip, sample=replace(clip.sample, num_segments=config.num_segments))
+    clip = replace(clip, decode=replace(clip.decode, device=config.decode_device))
     try:
         check_clip(spec, clip)
     except ConfigError as error:
@@ -147,8 +149,10 @@ def _scorer_config(config: LabelConfig, clip: ClipConfig, calibration: Calibrate
     elif config.early_exit == "margin":
         assert calibration is not None  # LabelConfig checks it
         early_exit = EarlyExit(margin=calibration.margin_for(config.max_changed, clip))
+    # On a CPU 0 is a fixed size, and names the labelling that this size names; a GPU's is for its worker to find.
+    on_gpu = config.resources.gpus_per_worker > 0
     return ScorerConfig(
-        batch_size=config.batch_size,
+        batch_size=config.batch_size or (0 if on_gpu else CPU_BATCH),
         inference=config.inference,
         embeddings=config.embeddings,
         segment_logits=config.segment_scores,

@@ -4,7 +4,7 @@ What is easy to break: decoders are the worker's own processes, so decoded frame
 videos are held than the model needs next.
 """
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -17,7 +17,8 @@ from kinoray.decode_views import ViewClips
 from kinoray.errors import BucketNotFound, KinorayError, MediaError, StorageUnavailable, UndecodableVideo
 from kinoray.protocol import ViewsConfig
 from kinoray.run.label_times import StageClock
-from kinoray.sandbox import shared_sandbox
+from kinoray.sandbox import Sandbox, shared_sandbox
+from kinoray.sandbox_device import DeviceDecoder
 from kinoray.storage import Storage
 
 __all__ = ["DecodedVideo", "VideoReader"]
@@ -48,7 +49,7 @@ class VideoReader:
         self._storage, self._clip, self._views = storage, clip, views
         self._ahead = -(-batch_size // views.num_views) + num_decoders
         self._threads = ThreadPoolExecutor(num_decoders, thread_name_prefix="decode")
-        self._sandbox = shared_sandbox(num_decoders)
+        self._decoder: Sandbox | DeviceDecoder = shared_sandbox(num_decoders)
         self._depths: list[int] = []
         self._buckets: set[str] = set()
 
@@ -57,7 +58,10 @@ class VideoReader:
 
         Raises:
             StorageUnavailable, DecoderStartFailed: the store is down, or this machine; that is no fault of a video.
+            ConfigError: decode.device is cuda, and there is no GPU or no torchcodec.
         """
+        if self._clip.decode.device == "cuda" and isinstance(self._decoder, Sandbox):
+            self._decoder = DeviceDecoder(self._decoder)  # here, so that a machine without a GPU is an error of the job
         pending: deque[Future[DecodedVideo | MediaError] | KinorayError] = deque()
         wanted = references(rows)
         arriving = iter(read_videos(self._storage, wanted))
@@ -88,6 +92,10 @@ class VideoReader:
             raise data
         if isinstance(data, bytes):
             self._buckets.add(bucket)
+
+    def take_refused(self) -> Counter[str]:
+        """How many readings the GPU left to the sandbox since the last call, by reason."""
+        return self._decoder.take_refused() if isinstance(self._decoder, DeviceDecoder) else Counter()
 
     def take_depth(self) -> float:
         """How many decoded videos waited for the model, on average since the last call; 0: the model waits."""
@@ -124,7 +132,7 @@ class VideoReader:
             return error
 
     def _decode(self, data: bytes, with_flow: bool, first_window: int) -> ViewClips:
-        return self._sandbox.decode_views(data, self._clip, self._views, with_flow=with_flow, first_window=first_window)
+        return self._decoder.decode_views(data, self._clip, self._views, with_flow=with_flow, first_window=first_window)
 
     def _next(self, pending: deque[Future[DecodedVideo | MediaError] | KinorayError]) -> DecodedVideo | KinorayError:
         self._depths.append(sum(isinstance(entry, Future) and entry.done() for entry in pending))

@@ -7,7 +7,8 @@ same digits on any number of workers and after any kill.
 import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,10 +16,12 @@ import pyarrow as pa
 import torch
 
 from kinoray.answers import AnswerRule, average_logits, top_predictions
+from kinoray.batch_probe import CPU_BATCH, agreed_batch_size, auto_batch_size
 from kinoray.checkpoint import load_model
 from kinoray.config import ClipConfig
 from kinoray.decode_views import ViewClips
 from kinoray.errors import AccessDenied, BucketNotFound, CheckpointMismatch, KinorayError, MediaError
+from kinoray.model import VideoModel
 from kinoray.predictions import PREDICTION_SCHEMA, WINDOW_SCHEMA, Ledger, Unit
 from kinoray.protocol import ViewsConfig
 from kinoray.run.events import log_event
@@ -124,14 +127,7 @@ class LabelUnits:
         torch.set_num_threads(job.torch_threads)
         self.clock, self.metrics = StageClock(), LabelMetrics(self.ledger.labelling_id)
         self._reasons: Counter[str] = Counter()
-        self.reader = VideoReader(
-            job.storage,
-            job.clip,
-            job.views,
-            self.clock,
-            num_decoders=job.decode_tasks,
-            batch_size=job.scorer.batch_size,
-        )
+        self.reader = self._reader(job.scorer.batch_size or CPU_BATCH)
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         results = []
@@ -184,7 +180,25 @@ class LabelUnits:
                 self._reasons[reason] += 1
                 row = {"video": video_id, "reason": reason, "text": str(outcome.error)}
                 log_event("quarantined", ids | row, bad=True)
+        for reason, count in self.reader.take_refused().items():
+            log_event("not decoded by the GPU", ids | {"reason": reason, "readings": count})
         log_event("unit committed", ids | {"videos": unit.num_rows, "seconds": round(seconds, 3)})
+
+    def _reader(self, batch_size: int) -> VideoReader:
+        job = self.job
+        return VideoReader(
+            job.storage, job.clip, job.views, self.clock, num_decoders=job.decode_tasks, batch_size=batch_size
+        )
+
+    def _batch_size(self, model: VideoModel) -> int:
+        """Clips a forward pass: what the job says, or for 0 what the labelling's first worker found."""
+        job = self.job
+        if job.scorer.batch_size:
+            return job.scorer.batch_size
+        find = partial(auto_batch_size, model, job.clip, job.scorer.inference, job.device)
+        size = agreed_batch_size(job.storage, job.root, find)
+        self.reader = self._reader(size)
+        return size
 
     def _load(self) -> ClipScorer[_Place]:
         if self.scorer is None:
@@ -199,7 +213,7 @@ class LabelUnits:
             self.scorer = ClipScorer(
                 model,
                 job.clip,
-                job.scorer,
+                replace(job.scorer, batch_size=self._batch_size(model)),
                 num_classes=len(self.labels),
                 device=job.device,
                 storage=job.storage,

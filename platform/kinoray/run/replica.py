@@ -110,7 +110,10 @@ class Replica:
         if config.parallel == "fsdp":
             shard(self.module, self.device.type)
             return self.module
-        return DistributedDataParallel(self.module) if self._world_size > 1 else self.module
+        if self._world_size == 1:
+            return self.module
+        # Gradients lie in the buckets that are sent, not beside them: a copy of all parameters less.
+        return DistributedDataParallel(self.module, gradient_as_bucket_view=True)
 
     def train(self) -> None:
         """Get ready for training steps."""

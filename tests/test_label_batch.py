@@ -1,0 +1,114 @@
+"""batch_size 0: the first worker of a labelling finds a size, and every other one takes it."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+import torch
+
+from kinoray.batch_probe import CPU_BATCH
+from kinoray.catalog import catalog_of_source
+from kinoray.checkpoint import load_meta
+from kinoray.config import ClipConfig, DecodeConfig, ResourcesConfig, SampleConfig, StorageConfig, ViewConfig
+from kinoray.errors import ConfigError
+from kinoray.predictions import Ledger, Unit, row_keys
+from kinoray.run.label_open import open_labelling
+from kinoray.run.label_stage import LabelJob, LabelUnits, pack_unit
+from kinoray.scorer import ScorerConfig
+from kinoray.storage import Storage
+from kinoray.verbs import EvaluateConfig, LabelConfig, TrainConfig
+from label_models import save_untrained
+from small_sets import LABELS, colour_video
+
+CLIP = ClipConfig(sample=SampleConfig(num_segments=1, frames_per_segment=2), view=ViewConfig(resize_px=36, crop_px=32))
+STORAGE = Storage(StorageConfig())
+NUM_VIDEOS = 10
+
+
+@pytest.fixture(scope="module")
+def videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("videos")
+    for number in range(NUM_VIDEOS):
+        (folder / f"{number}.mp4").write_bytes(colour_video(LABELS[number % 3], number))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
+    uri = str(tmp_path_factory.mktemp("run") / "checkpoint")
+    return save_untrained(STORAGE, uri, LABELS, CLIP, "label_models:mixing")
+
+
+def result_of(
+    videos: Path, checkpoint: str, root: Path, batch_size: int, clip: ClipConfig = CLIP
+) -> tuple[dict[str, Any], Unit]:
+    """What one worker says of the videos in one unit."""
+    catalog, ledger = catalog_of_source(STORAGE, str(videos)), Ledger(STORAGE, str(root))
+    (unit,) = ledger.plan(catalog.digest, row_keys(catalog.table), NUM_VIDEOS).units
+    job = LabelJob(
+        storage=STORAGE,
+        root=str(root),
+        checkpoint=checkpoint,
+        model_digest=load_meta(STORAGE, checkpoint).model_digest,
+        config_digest="c" * 16,
+        run_id="r" * 16,
+        clip=clip,
+        scorer=ScorerConfig(batch_size=batch_size),
+        decode_tasks=1,
+        torch_threads=1,
+    )
+    (result,) = LabelUnits(job)(pa.Table.from_pylist([pack_unit(unit, catalog.table)])).to_pylist()
+    return result, unit
+
+
+def rows_of(videos: Path, checkpoint: str, root: Path, batch_size: int) -> list[dict[str, Any]]:
+    result, unit = result_of(videos, checkpoint, root, batch_size)
+    assert result["rows"] == NUM_VIDEOS, result
+    table = Ledger(STORAGE, str(root)).read_unit(unit)
+    return table.drop_columns(["model_digest", "config_digest", "run_id"]).to_pylist()
+
+
+def test_on_a_cpu_it_is_the_default_and_written_down(videos: Path, checkpoint: str, tmp_path: Path) -> None:
+    found = rows_of(videos, checkpoint, tmp_path / "found", 0)
+    assert json.loads((tmp_path / "found" / "batch_size.json").read_text()) == {"batch_size": CPU_BATCH}
+    assert found == rows_of(videos, checkpoint, tmp_path / "given", CPU_BATCH)
+    assert not (tmp_path / "given" / "batch_size.json").exists()
+
+
+def test_a_size_that_is_written_down_is_taken(videos: Path, checkpoint: str, tmp_path: Path) -> None:
+    """The network mixes the clips of a batch, so that another size would show."""
+    (tmp_path / "found").mkdir()
+    (tmp_path / "found" / "batch_size.json").write_text('{"batch_size": 3}')
+    found = rows_of(videos, checkpoint, tmp_path / "found", 0)
+    assert found == rows_of(videos, checkpoint, tmp_path / "three", 3)
+    assert found != rows_of(videos, checkpoint, tmp_path / "eight", 8)
+
+
+def test_on_a_cpu_it_names_the_labelling_of_the_default(videos: Path, checkpoint: str, tmp_path: Path) -> None:
+    config = LabelConfig(source=str(videos), checkpoint=checkpoint, out=str(tmp_path))
+    given, found = (open_labelling(replace(config, batch_size=size), "label").ledger.root for size in (CPU_BATCH, 0))
+    assert found == given
+    other = open_labelling(replace(config, batch_size=3), "label").ledger.root
+    on_gpu = replace(config, batch_size=0, resources=ResourcesConfig(gpus_per_worker=1))
+    assert len({given, other, open_labelling(on_gpu, "label").ledger.root}) == 3
+
+
+def test_decoding_on_gpus_is_refused_where_there_are_none() -> None:
+    for verb in (LabelConfig, EvaluateConfig):
+        source = {"source": "v"} if verb is LabelConfig else {"catalog": "c"}
+        with pytest.raises(ConfigError, match=r"^decode_device must be cpu without resources\.gpus_per_worker"):
+            verb(**source, checkpoint="c", out="o", decode_device="cuda")
+    with pytest.raises(ConfigError, match=r"^clip\.decode\.device must be cpu in training; label and evaluate have"):
+        TrainConfig(catalog="c", out="o", clip=ClipConfig(decode=DecodeConfig(device="cuda")))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_a_worker_without_a_gpu_ends_the_job_in_one_error(videos: Path, checkpoint: str, tmp_path: Path) -> None:
+    on_gpu = replace(CLIP, decode=replace(CLIP.decode, device="cuda"))
+    result, _ = result_of(videos, checkpoint, tmp_path, 3, on_gpu)
+    assert result["error_class"] == "ConfigError"
+    assert result["error_text"].startswith("decode.device cuda needs an NVIDIA GPU")
+    assert result["rows"] == 0
