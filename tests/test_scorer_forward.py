@@ -60,6 +60,20 @@ def test_a_batchs_answers_come_with_the_batch_after_it() -> None:
     np.testing.assert_array_equal(found, np.concatenate(expected))
 
 
+def test_nothing_of_what_was_cleared_is_left() -> None:
+    model = mean_colour(3).eval()
+    scorer = ClipScorer[int](model, CLIP, ScorerConfig(batch_size=4), num_classes=3, device="cpu")
+    for number, clip in enumerate(clips(6)):  # one batch is under way, two clips wait
+        assert list(scorer.put(number, clip)) == []
+    scorer.clear()
+    assert list(scorer.flush()) == []
+    arrived = [answer for number, clip in enumerate(clips(4, 1)) for answer in scorer.put(10 + number, clip)]
+    arrived += scorer.flush()
+    assert [ticket for ticket, _ in arrived] == [10, 11, 12, 13]
+    expected, _ = forward(model).launch(clips(4, 1)).fetch()
+    np.testing.assert_array_equal(np.stack([answer.logits for _, answer in arrived]), expected)
+
+
 def test_what_is_fed_to_a_device_is_the_collated_batch() -> None:
     one = clips(3)  # the feeder is the GPU's, here with the CPU as its device
     flow = np.arange(2 * 2 * 16 * 16).astype(np.int8).reshape(2, 1, 2, 16, 16)

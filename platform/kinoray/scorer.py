@@ -171,6 +171,12 @@ class ClipScorer(Generic[Ticket]):
                 yield from self._run(stage)
         yield from self._arrived()
 
+    def clear(self) -> None:
+        """Forget all clips that wait and what is under way: after an error, so that it changes no later batch."""
+        self._under_way = None
+        for queue in self._queues:
+            queue.clear()
+
     def _run(self, stage: int) -> Iterator[tuple[Ticket, ClipAnswer]]:
         """One batch of a stage: answers, or a place in the next stage's queue."""
         queue = self._queues[stage]
