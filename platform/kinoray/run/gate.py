@@ -13,6 +13,8 @@ import ray
 from ray._raylet import PlacementGroupID
 from ray.util.placement_group import PlacementGroup, get_current_placement_group, remove_placement_group
 
+from kinoray.run.lines import beside_me
+
 __all__ = ["Desk", "Gate", "open_desk"]
 
 Row = Mapping[str, float | int]
@@ -98,7 +100,7 @@ class Desk:
 def open_desk(num_places: int) -> Any:
     """An actor handle of a Desk that lets so many runs in at a time, and ends with this process."""
     # Every run may wait in `ask` and its watcher in `take` or `enter`.
-    return ray.remote(num_cpus=0, max_concurrency=10_000)(Desk).remote(num_places)
+    return beside_me(Desk, max_concurrency=10_000).remote(num_places)
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,10 +11,21 @@ import ray
 from ray._raylet import PlacementGroupID
 from ray.exceptions import RayError
 from ray.util.placement_group import PlacementGroup, remove_placement_group
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-__all__ = ["Lines"]
+__all__ = ["Lines", "beside_me"]
 
 _POLL_S = 0.5
+
+
+def beside_me(actor: type, **options: Any) -> Any:
+    """A class as an actor without CPUs on the node of this process: elsewhere, the loss of any node could end the job.
+
+    Args:
+        options: of `ray.remote`.
+    """
+    here = NodeAffinitySchedulingStrategy(node_id=ray.get_runtime_context().get_node_id(), soft=False)
+    return ray.remote(num_cpus=0, scheduling_strategy=here, **options)(actor)
 
 
 class _Box:
@@ -43,7 +54,7 @@ class Lines:
     """
 
     def __init__(self) -> None:
-        self.box: Any = ray.remote(num_cpus=0)(_Box).remote()
+        self.box: Any = beside_me(_Box).remote()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._pump, name="lines", daemon=True)
 
