@@ -148,6 +148,20 @@ def test_a_preset_is_a_file_with_flags_on_top(name: str, tmp_path: Path, capsys:
     assert capsys.readouterr().out == shown
 
 
+def test_an_option_of_the_network_joins_those_of_the_preset(capsys: pytest.CaptureFixture[str]) -> None:
+    def options(*flags: str) -> object:
+        assert main([*TRAIN, "--preset=small", *flags, "--print-config"]) == 0
+        return yaml.safe_load(capsys.readouterr().out)["model"]["options"]
+
+    assert options() == {"backbone": "resnet18", "scale": "dim"}
+    assert options("--model.options", "backbone=resnet50", "heads=4") == {
+        "backbone": "resnet50",
+        "scale": "dim",
+        "heads": 4,
+    }
+    assert options("--model.factory", "tsn", "--model.options", "backbone=resnet50") == {"backbone": "resnet50"}
+
+
 def test_the_papers_recipes_are_the_papers() -> None:
     for name, rate in (("k400_paper", 0.008), ("k600_paper", 0.012)):
         recipe = PRESETS[name]()

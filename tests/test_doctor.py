@@ -24,10 +24,11 @@ from kinoray.decode import VideoInfo
 from kinoray.doctor import doctor
 from kinoray.doctor_cost import cost_class, estimate_total, spread_over_classes
 from kinoray.doctor_probe import Video, probe_all
-from kinoray.doctor_section import format_bytes, many
+from kinoray.doctor_section import format_bytes
 from kinoray.doctor_source import choose_sample, open_source
 from kinoray.doctor_videos import _REMEDIES
 from kinoray.errors import AccessDenied, CatalogError, ConfigError, ObjectNotFound, StorageUnavailable, TooManyBad
+from kinoray.progress import many
 from kinoray.shards import pack_shard
 from kinoray.shards_plan import make_plan
 from kinoray.storage import Storage, join

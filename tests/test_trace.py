@@ -49,7 +49,7 @@ def test_each_run_of_a_labelling_has_its_shares(labelled: Ledger, capsys: pytest
     assert main(["trace", labelled.root]) == 0
     said = capsys.readouterr().out
     assert "40 videos in 5 units" in said
-    assert "1 units were committed without times" in said
+    assert "1 unit committed without times" in said
     first, second = said.split("run bbbb")
     lines = {line.strip().split("  ")[0]: line for line in first.splitlines()}
     assert "3 units by 2 workers on 2 nodes, 2027-01-15 08:00:00 UTC to 2027-01-15 08:01:40 UTC" in first

@@ -167,11 +167,20 @@ def _parse_flags(name: str, arguments: list[str], default: Any) -> Any:
     messages = io.StringIO()
     try:
         with contextlib.redirect_stderr(messages):
-            return tyro.cli(cls, args=arguments, default=default, prog=f"kinoray {name}", description=help_text)
+            config = tyro.cli(cls, args=arguments, default=default, prog=f"kinoray {name}", description=help_text)
     except SystemExit as stop:
         if not stop.code:  # --help
             raise
         raise ConfigError(_one_line(messages.getvalue())) from None
+    return config if default is None else _with_options(config, default)
+
+
+def _with_options(config: Any, default: Any) -> Any:
+    """Options of the network that flags name join those of the file or preset, as all other flags do."""
+    if not isinstance(config, verbs.TrainConfig) or config.model.factory != default.model.factory:
+        return config
+    options = {**default.model.options, **config.model.options}
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, options=options))
 
 
 def _source_first(arguments: list[str]) -> list[str]:

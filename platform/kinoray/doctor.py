@@ -17,12 +17,12 @@ from kinoray.catalog import references
 from kinoray.doctor_decode import choose_decoded, choose_transcoded, decode_section
 from kinoray.doctor_machine import machine_section
 from kinoray.doctor_probe import Probed, Video, measure, probe_all
-from kinoray.doctor_section import Section, many
+from kinoray.doctor_section import Section
 from kinoray.doctor_source import Inventory, choose_sample, open_source, source_section
 from kinoray.doctor_store import store_section
 from kinoray.doctor_videos import bad_section, probe_section
 from kinoray.errors import JobError, KinorayError, TooManyBad
-from kinoray.progress import format_duration
+from kinoray.progress import format_duration, many
 from kinoray.quarantine import Refusal, count_reasons, save_quarantine
 from kinoray.storage import Storage, absolute, join
 from kinoray.verbs_doctor import DoctorConfig

@@ -8,8 +8,8 @@ from kinoray.config import ClipConfig
 from kinoray.decode import VideoInfo
 from kinoray.doctor_cost import Estimate, cost_class, estimate_total, spread_over_classes
 from kinoray.doctor_probe import DecodeCost, Probed
-from kinoray.doctor_section import Section, Warn, many, spread, table
-from kinoray.progress import format_duration
+from kinoray.doctor_section import Section, Warn, spread, table
+from kinoray.progress import format_duration, many
 from kinoray.transcode import TRANSCODE
 
 __all__ = ["choose_decoded", "choose_transcoded", "decode_section"]

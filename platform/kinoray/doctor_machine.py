@@ -14,8 +14,9 @@ import numpy as np
 
 from kinoray.config import ClipConfig, DecodeConfig, SampleConfig, ViewConfig
 from kinoray.doctor_host import host_facts
-from kinoray.doctor_section import Check, Section, checked, format_bytes, many
+from kinoray.doctor_section import Check, Section, checked, format_bytes
 from kinoray.errors import ConfigError, DecoderStartFailed, MediaError
+from kinoray.progress import many
 from kinoray.sandbox import Sandbox
 from kinoray.synthetic import make_video
 

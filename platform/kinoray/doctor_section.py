@@ -7,6 +7,8 @@ from typing import Any, Literal
 
 import numpy as np
 
+from kinoray.progress import many
+
 __all__ = [
     "Check",
     "Section",
@@ -15,7 +17,6 @@ __all__ = [
     "checked",
     "clock_check",
     "format_bytes",
-    "many",
     "over_nodes",
     "spread",
     "table",
@@ -109,12 +110,6 @@ def over_nodes(nodes: Mapping[str, Sequence[Check]]) -> list[Check]:
         text = f"{len(worst)} of {many(len(found), 'node')} ({shown}{more})"
         merged.append(Check(name, status, text, worst[0][1].remedy))
     return merged
-
-
-def many(count: int, noun: str) -> str:
-    """`1 video`, `2,000 videos`, `3 classes`."""
-    ending = "" if count == 1 else "es" if noun.endswith("s") else "s"
-    return f"{count:,} {noun}{ending}"
 
 
 def format_bytes(size_bytes: float) -> str:

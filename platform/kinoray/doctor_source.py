@@ -17,8 +17,9 @@ import pyarrow.compute as pc
 from kinoray.catalog import VIDEO_EXTENSIONS, Catalog, catalog_of_files, extension, is_catalog, load_catalog
 from kinoray.catalog_source import SourceFile, find_files, unique_ids
 from kinoray.config import DecodeConfig
-from kinoray.doctor_section import Section, Warn, format_bytes, many, table
+from kinoray.doctor_section import Section, Warn, format_bytes, table
 from kinoray.errors import CatalogError
+from kinoray.progress import many
 from kinoray.shards_plan import places_in_folders
 from kinoray.storage import Storage
 

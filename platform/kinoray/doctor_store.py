@@ -20,8 +20,9 @@ import pyarrow.parquet as pq
 from kinoray.catalog import Reference, read_video
 from kinoray.config import StorageConfig
 from kinoray.doctor_checksums import server_checks
-from kinoray.doctor_section import Check, Section, checked, clock_check, many
+from kinoray.doctor_section import Check, Section, checked, clock_check
 from kinoray.errors import ChecksumMismatch, KinorayError, ObjectNotFound, StorageError
+from kinoray.progress import many
 from kinoray.storage import Storage, absolute, arrow_filesystem, is_s3, join
 
 __all__ = ["store_section"]

@@ -8,9 +8,9 @@ from kinoray.config import ClipConfig
 from kinoray.decode import VideoInfo
 from kinoray.doctor_cost import size_class
 from kinoray.doctor_probe import Probed
-from kinoray.doctor_section import Section, Warn, format_bytes, many, spread, table
+from kinoray.doctor_section import Section, Warn, format_bytes, spread, table
 from kinoray.metrics import wilson_interval
-from kinoray.progress import format_duration
+from kinoray.progress import format_duration, many
 from kinoray.quarantine import Refusal, count_reasons
 from kinoray.transcode import TRANSCODE
 

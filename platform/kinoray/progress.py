@@ -5,7 +5,7 @@ import time
 from collections import Counter
 from typing import TextIO
 
-__all__ = ["Progress", "format_duration"]
+__all__ = ["Progress", "format_duration", "many"]
 
 
 def format_duration(seconds: float) -> str:
@@ -16,6 +16,12 @@ def format_duration(seconds: float) -> str:
     if whole < 3600:
         return f"{whole // 60} min {whole % 60:02d} s"
     return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
+def many(count: int, noun: str) -> str:
+    """`1 video`, `2,000 videos`, `3 classes`."""
+    ending = "" if count == 1 else "es" if noun.endswith("s") else "s"
+    return f"{count:,} {noun}{ending}"
 
 
 class Progress:

@@ -14,7 +14,7 @@ from typing import Any
 
 from kinoray.errors import ChecksumMismatch, ConfigError, ObjectNotFound
 from kinoray.predictions import Commit, Ledger, find_labellings
-from kinoray.progress import format_duration
+from kinoray.progress import format_duration, many
 from kinoray.storage import Storage, absolute, join
 from kinoray.trace_spans import Span, bar_line, clock, covered_s, trace_events
 from kinoray.verbs_trace import TraceConfig
@@ -76,7 +76,7 @@ def _trace_labelling(ledger: Ledger) -> list[Span]:
     rows = sum(commit.rows for commit in commits)
     print(f"{ledger.root}: {rows} videos in {len(commits)} units")
     if len(spans) < len(commits):
-        print(f"  {len(commits) - len(spans)} units were committed without times")
+        print(f"  {many(len(commits) - len(spans), 'unit')} committed without times")
     of_run = defaultdict(list)
     for span in spans:
         of_run[span.about["run"]].append(span)
@@ -97,7 +97,7 @@ def _run_lines(run_id: str, spans: list[Span], job: dict[str, Any] | None) -> li
     for span in spans:
         waited.update(span.parts)
     lines = [
-        f"run {run_id}: {len(spans)} units by {len(workers)} workers on {len(nodes)} nodes, "
+        f"run {run_id}: {many(len(spans), 'unit')} by {many(len(workers), 'worker')} on {many(len(nodes), 'node')}, "
         f"{clock(first_s)} to {clock(last_s)}"
     ]
     if job is None:

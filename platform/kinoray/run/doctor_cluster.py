@@ -19,8 +19,9 @@ from uuid import uuid4
 from kinoray import __version__
 from kinoray.doctor_host import host_facts
 from kinoray.doctor_machine import host_checks, version_checks
-from kinoray.doctor_section import Check, Section, checked, clock_check, many, over_nodes
+from kinoray.doctor_section import Check, Section, checked, clock_check, over_nodes
 from kinoray.errors import ClusterError, ConfigError
+from kinoray.progress import many
 from kinoray.run.doctor_nodes import MARK
 from kinoray.run.submit_address import find_url, is_here, is_open
 from kinoray.run.submit_client import Attempt, JobsClient
