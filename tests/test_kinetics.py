@@ -572,6 +572,7 @@ print(len(commit.packed), commit.num_found, len(commit.shards), peak() - idle)
 """
 
 
+@pytest.mark.slow
 def test_packing_a_large_archive_takes_little_memory(tmp_path: Path) -> None:
     """300 members of 1 MiB; every second one is a video that is packed, the others are refused by the decoder."""
     good = clip(0)

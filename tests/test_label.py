@@ -361,6 +361,7 @@ def test_every_input_is_a_row(library: Path, undisturbed: tuple[dict[str, Any], 
     assert job["clip"]["sample"]["frames_per_segment"] == 2
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_two_workers_and_two_jobs_at_once_give_the_table_of_one(
     library: Path, checkpoint: str, undisturbed: tuple[dict[str, Any], Path], tmp_path: Path
@@ -454,6 +455,7 @@ def test_a_killed_worker_is_replaced(library: Path, undisturbed: tuple[dict[str,
     assert same_for_all(table) == same_for_all(read_predictions(LOCAL, str(undisturbed[1])))
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_a_grown_folder_labels_what_is_new_and_a_finished_job_nothing(
     library: Path, ray_local: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -349,6 +349,7 @@ def test_a_store_that_refuses_is_the_job_failing_and_not_the_videos(
     assert pack(config)["packed"] == 12
 
 
+@pytest.mark.slow
 def test_a_shard_whose_worker_always_dies_ends_the_job_by_name(
     videos: Path, tmp_path: Path, bucket: str, faulty: FaultyS3, s3_config: StorageConfig
 ) -> None:

@@ -284,6 +284,7 @@ def test_an_impossible_bucket_name_is_one_short_line(s3_config: StorageConfig) -
         Storage(s3_config).read("s3://Bad_Name!/x")
 
 
+@pytest.mark.slow
 def test_an_endpoint_that_refuses_is_given_up_soon() -> None:
     start = time.monotonic()
     with pytest.raises(StorageUnavailable, match=r"s3://bucket/x: http://127.0.0.1:9 does not answer"):
