@@ -29,11 +29,11 @@ import cv2
 import decord
 import numpy as np
 
-from kinoray.config import ClipConfig, DecodeConfig, SampleConfig
-from kinoray.decode import decode_clip, probe
+from kinoray.config.shared import ClipConfig, DecodeConfig, SampleConfig
+from kinoray.decode.clip import decode_clip, probe
 from kinoray.errors import ConfigError
 from kinoray.sample import segment_indices
-from kinoray.synthetic import make_video
+from kinoray.synthetic.videos import make_video
 
 SIDE, FPS, NUM_FRAMES = 256, 30, 300
 FORMS = ("plan", "floor", "decord", "torchcodec", "naive", "every frame", "plan yuv420", "plan + flow")

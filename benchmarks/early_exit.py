@@ -26,15 +26,15 @@ from kinoray import presets
 from kinoray.anytime import EarlyExit
 from kinoray.calibration import fit_margins
 from kinoray.checkpoint import find_checkpoint, load_model
-from kinoray.config import ModelConfig, ResourcesConfig, SampleConfig
-from kinoray.decode import Clip, decode_clip
+from kinoray.config.shared import ModelConfig, ResourcesConfig, SampleConfig
+from kinoray.decode.clip import Clip, decode_clip
 from kinoray.run.cluster import disconnect
-from kinoray.run.pack import pack
-from kinoray.run.train import train
-from kinoray.scorer import ClipAnswer, ClipScorer, ScorerConfig
-from kinoray.storage import Storage
-from kinoray.synthetic import make_demo_set
-from kinoray.verbs import PackConfig, TrainConfig
+from kinoray.run.pack.verb import pack
+from kinoray.run.train.verb import train
+from kinoray.scorer.clips import ClipAnswer, ClipScorer, ScorerConfig
+from kinoray.storage.objects import Storage
+from kinoray.synthetic.videos import make_demo_set
+from kinoray.verbs.pipeline import PackConfig, TrainConfig
 
 NUM_SEGMENTS = 16
 SHARES = (0.001, 0.01)

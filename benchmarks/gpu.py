@@ -33,13 +33,13 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "platform"))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "models"))
 from kinoray.batch import collate, model_inputs
-from kinoray.config import ClipConfig, InferenceConfig, SampleConfig, ViewConfig
+from kinoray.config.shared import ClipConfig, InferenceConfig, SampleConfig, ViewConfig
 from kinoray.cost import describe
-from kinoray.decode import Clip, VideoInfo, decode_clip
-from kinoray.flow_tvl1 import tvl1_flow
-from kinoray.model import VideoModel
-from kinoray.scorer import ClipScorer, ScorerConfig
-from kinoray.synthetic import make_video
+from kinoray.decode.clip import Clip, VideoInfo, decode_clip
+from kinoray.flow.tvl1 import tvl1_flow
+from kinoray.model.build import VideoModel
+from kinoray.scorer.clips import ClipScorer, ScorerConfig
+from kinoray.synthetic.videos import make_video
 from vcm_sdd.compiled import Repeated
 from vcm_sdd.inference import BF16_TOLERANCE, FP32_TOLERANCE, prepare_for_inference
 from vcm_sdd.network import VCMSDD, vcm_sdd

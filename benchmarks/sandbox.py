@@ -21,10 +21,10 @@ import cv2
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "platform"))
-from kinoray.config import ClipConfig, SampleConfig
-from kinoray.decode import Clip, decode_clip
-from kinoray.sandbox import Sandbox
-from kinoray.synthetic import make_video
+from kinoray.config.shared import ClipConfig, SampleConfig
+from kinoray.decode.clip import Clip, decode_clip
+from kinoray.sandbox.pool import Sandbox
+from kinoray.synthetic.videos import make_video
 
 FPS, SECONDS = 30, 10
 BAR = 1.05

@@ -29,11 +29,11 @@ import boto3
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 from decode_reference import moving
 from faulty_s3 import FaultyS3, faulty_s3
-from kinoray.catalog import Reference, read_videos
-from kinoray.config import ClipConfig, StorageConfig
-from kinoray.decode import decode_clip
-from kinoray.storage import Storage
-from kinoray.synthetic import make_video
+from kinoray.catalog.table import Reference, read_videos
+from kinoray.config.shared import ClipConfig, StorageConfig
+from kinoray.decode.clip import decode_clip
+from kinoray.storage.objects import Storage
+from kinoray.synthetic.videos import make_video
 from ports import free_port, wait_until
 
 RATE, BAR = 0.05, 2.0

@@ -41,18 +41,18 @@ from ray._private.internal_api import get_memory_info_reply, get_state_from_addr
 from torch import Tensor, nn
 
 from kinoray.batch import collate, model_inputs
-from kinoray.catalog import Catalog, load_catalog, read_videos, references, save_catalog
+from kinoray.catalog.table import Catalog, load_catalog, read_videos, references, save_catalog
 from kinoray.checkpoint import CheckpointMeta, load_model, save_checkpoint
-from kinoray.config import ClipConfig, ModelConfig, ResourcesConfig, SampleConfig, StorageConfig
-from kinoray.decode import Clip, decode_clip
-from kinoray.model import build_model
+from kinoray.config.shared import ClipConfig, ModelConfig, ResourcesConfig, SampleConfig, StorageConfig
+from kinoray.decode.clip import Clip, decode_clip
+from kinoray.model.build import build_model
 from kinoray.run.cluster import WORKER_ENV, disconnect, quiet_ray
-from kinoray.run.decoding import DecodeTask
-from kinoray.run.ingest import rank_steps, stream
-from kinoray.run.pack import pack
-from kinoray.sandbox import Sandbox
-from kinoray.storage import Storage
-from kinoray.verbs import PackConfig
+from kinoray.run.pack.verb import pack
+from kinoray.run.train.decoding import DecodeTask
+from kinoray.run.train.ingest import rank_steps, stream
+from kinoray.sandbox.pool import Sandbox
+from kinoray.storage.objects import Storage
+from kinoray.verbs.pipeline import PackConfig
 from sandbox import film
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -30,20 +30,20 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
 from kinoray.batch import VideoBatch, collate, model_inputs
-from kinoray.catalog import Catalog, load_catalog, read_video, references, save_catalog
-from kinoray.config import ClipConfig, ModelConfig, OptimConfig, ResourcesConfig, SampleConfig
-from kinoray.decode import Clip, decode_clip
-from kinoray.model import build_model
+from kinoray.catalog.table import Catalog, load_catalog, read_video, references, save_catalog
+from kinoray.config.shared import ClipConfig, ModelConfig, OptimConfig, ResourcesConfig, SampleConfig
+from kinoray.decode.clip import Clip, decode_clip
+from kinoray.model.build import build_model
 from kinoray.run.cluster import disconnect
-from kinoray.run.ingest import epoch_order, run_length
-from kinoray.run.pack import pack
-from kinoray.run.recipe import learning_rate, make_optimizer, set_rate
-from kinoray.run.runfolder import read_metrics
-from kinoray.run.train import train
+from kinoray.run.pack.verb import pack
+from kinoray.run.train.ingest import epoch_order, run_length
+from kinoray.run.train.recipe import learning_rate, make_optimizer, set_rate
+from kinoray.run.train.runfolder import read_metrics
+from kinoray.run.train.verb import train
 from kinoray.sample import clip_rng
-from kinoray.storage import Storage
-from kinoray.synthetic import make_video
-from kinoray.verbs import PackConfig, TrainConfig
+from kinoray.storage.objects import Storage
+from kinoray.synthetic.videos import make_video
+from kinoray.verbs.pipeline import PackConfig, TrainConfig
 
 BAR = 0.9
 LABELS = ("dark", "light")

@@ -22,16 +22,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from kinoray.config import CacheConfig, ClipConfig, ModelConfig, OptimConfig, ResourcesConfig, SampleConfig
+from kinoray.config.shared import CacheConfig, ClipConfig, ModelConfig, OptimConfig, ResourcesConfig, SampleConfig
 from kinoray.run.cluster import disconnect
-from kinoray.run.pack import pack
-from kinoray.run.runfolder import read_metrics
-from kinoray.run.train import train
-from kinoray.run.tune import tune
-from kinoray.storage import Storage
-from kinoray.synthetic import make_video
-from kinoray.tune_config import TuneConfig
-from kinoray.verbs import PackConfig, TrainConfig
+from kinoray.run.pack.verb import pack
+from kinoray.run.train.runfolder import read_metrics
+from kinoray.run.train.verb import train
+from kinoray.run.tune.verb import tune
+from kinoray.storage.objects import Storage
+from kinoray.synthetic.videos import make_video
+from kinoray.tune.config import TuneConfig
+from kinoray.verbs.pipeline import PackConfig, TrainConfig
 
 SEGMENTS, FRAMES, NUM_TRIALS = (4, 8, 16), 6, 8
 BAR = 1.5

@@ -12,7 +12,7 @@ from collections.abc import Callable
 import numpy as np
 
 from kinoray.errors import MediaError, MediaOverBudget, NoVideoStream, UndecodableVideo, UnreadableContainer
-from kinoray.synthetic import make_video
+from kinoray.synthetic.videos import make_video
 
 
 def box(kind: bytes, *parts: bytes) -> bytes:

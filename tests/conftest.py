@@ -11,7 +11,7 @@ from pathlib import Path
 import boto3
 import pytest
 
-from kinoray.config import StorageConfig
+from kinoray.config.shared import StorageConfig
 from ports import free_port, wait_until
 from radosgw import missing_programs, radosgw
 
@@ -101,7 +101,7 @@ def bucket(s3_server: str) -> str:
 @pytest.fixture(scope="session")
 def ray_local(_environment: None) -> Iterator[None]:
     """One Ray for the whole session, as the jobs start it."""
-    from kinoray.config import ResourcesConfig
+    from kinoray.config.shared import ResourcesConfig
     from kinoray.run.cluster import connect, disconnect
 
     connect(ResourcesConfig(local_cpus=4))

@@ -18,8 +18,8 @@ from pathlib import Path
 from faulty_s3 import FaultyS3, Request
 from kills_cluster import Cluster, Process, state_of
 from kinoray.errors import ObjectNotFound
-from kinoray.predictions import Ledger, find_labellings, read_predictions
-from kinoray.storage import Storage
+from kinoray.predictions.table import Ledger, find_labellings, read_predictions
+from kinoray.storage.objects import Storage
 from ports import wait_until
 
 __all__ = ["Driver", "Gate", "Kill", "Reader", "kill_while_labelling", "member_reads"]

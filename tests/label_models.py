@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from kinoray.checkpoint import CheckpointMeta, save_checkpoint
-from kinoray.config import ClipConfig, ModelConfig
-from kinoray.model import build_model
-from kinoray.storage import Storage
+from kinoray.config.shared import ClipConfig, ModelConfig
+from kinoray.model.build import build_model
+from kinoray.storage.objects import Storage
 from tiny_models import MeanColour, Spec
 
 

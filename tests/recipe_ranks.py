@@ -16,12 +16,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from kinoray.batch import VideoBatch
-from kinoray.config import ClipConfig, ModelConfig, OptimConfig, SampleConfig, ViewConfig
-from kinoray.model import build_model
-from kinoray.run.ingest import rank_part
-from kinoray.run.replica import Replica
-from kinoray.run.snapshot import load_snapshot, take_snapshot
-from kinoray.verbs import TrainConfig
+from kinoray.config.shared import ClipConfig, ModelConfig, OptimConfig, SampleConfig, ViewConfig
+from kinoray.model.build import build_model
+from kinoray.run.train.ingest import rank_part
+from kinoray.run.train.replica import Replica
+from kinoray.run.train.snapshot import load_snapshot, take_snapshot
+from kinoray.verbs.pipeline import TrainConfig
 
 CLIP = ClipConfig(sample=SampleConfig(num_segments=1, frames_per_segment=2), view=ViewConfig(resize_px=32, crop_px=32))
 SIZES = (6, 5, 1, 4)  # videos of each global batch; of one video, one rank has none

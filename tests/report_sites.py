@@ -8,12 +8,12 @@ from typing import Any
 
 import pyarrow as pa
 
-from kinoray.catalog import CATALOG_SCHEMA, Catalog, save_catalog
-from kinoray.config import digest
-from kinoray.predictions import PREDICTION_SCHEMA, Ledger
-from kinoray.report import report
-from kinoray.storage import Storage
-from kinoray.verbs_report import ReportConfig
+from kinoray.catalog.table import CATALOG_SCHEMA, Catalog, save_catalog
+from kinoray.config.shared import digest
+from kinoray.predictions.table import PREDICTION_SCHEMA, Ledger
+from kinoray.report.verb import report
+from kinoray.storage.objects import Storage
+from kinoray.verbs.report import ReportConfig
 
 __all__ = [
     "CLASSES",

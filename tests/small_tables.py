@@ -6,9 +6,9 @@ from typing import Any
 
 import pyarrow as pa
 
-from kinoray.catalog import Catalog
-from kinoray.predictions import PREDICTION_SCHEMA, Ledger, Plan, labelling_id, row_keys
-from kinoray.storage import Storage, join
+from kinoray.catalog.table import Catalog
+from kinoray.predictions.table import PREDICTION_SCHEMA, Ledger, Plan, labelling_id, row_keys
+from kinoray.storage.objects import Storage, join
 from small_sets import LABELS, catalog_of
 
 ROOT_NAME = labelling_id("model", "config")

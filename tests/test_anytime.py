@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 
 from kinoray.anytime import EarlyExit, RunningAnswer, nested_order
 from kinoray.calibration import MAX_CHANGED, fit_margins, fit_temperature, likelihood_and_error
-from kinoray.config import ClipConfig, InferenceConfig, ModelConfig, SampleConfig, ViewConfig
-from kinoray.decode import Clip, VideoInfo
+from kinoray.config.shared import ClipConfig, InferenceConfig, ModelConfig, SampleConfig, ViewConfig
+from kinoray.decode.clip import Clip, VideoInfo
 from kinoray.errors import ConfigError
-from kinoray.model import VideoModel, build_model
-from kinoray.scorer import ClipAnswer, ClipScorer, ScorerConfig, check_scorer
+from kinoray.model.build import VideoModel, build_model
+from kinoray.scorer.clips import ClipAnswer, ClipScorer, ScorerConfig, check_scorer
 
 S, T, C = 8, 2, 3
 CLIP = ClipConfig(sample=SampleConfig(num_segments=S, frames_per_segment=T), view=ViewConfig(resize_px=32, crop_px=32))

@@ -16,7 +16,7 @@ import pytest
 
 from kinoray.archive import Archive, is_archive, open_archive
 from kinoray.errors import ChecksumMismatch, DamagedArchive, ObjectNotFound
-from kinoray.storage import Storage
+from kinoray.storage.objects import Storage
 
 FORMATS = {"pax": tarfile.PAX_FORMAT, "gnu": tarfile.GNU_FORMAT, "ustar": tarfile.USTAR_FORMAT}
 NOISE = np.random.default_rng(0).bytes(2**20)
@@ -243,7 +243,7 @@ def test_a_name_says_whether_it_is_an_archive() -> None:
 MEASURE = """
 import sys
 from kinoray.archive import open_archive
-from kinoray.storage import Storage
+from kinoray.storage.objects import Storage
 def peak():
     return int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0]) / 1024  # ru_maxrss: also the parent
 idle, total = peak(), 0

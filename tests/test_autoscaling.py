@@ -9,9 +9,9 @@ import pytest
 
 from autoscaling import autoscaling_cluster
 from kills_cluster import Cluster
-from kinoray.config import ClipConfig, SampleConfig, ViewConfig
-from kinoray.predictions import read_predictions
-from kinoray.storage import Storage
+from kinoray.config.shared import ClipConfig, SampleConfig, ViewConfig
+from kinoray.predictions.table import read_predictions
+from kinoray.storage.objects import Storage
 from label_models import save_untrained
 from ports import wait_until
 from small_sets import LABELS, colour_video

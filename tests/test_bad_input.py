@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from kinoray.cli import main
-from kinoray.config import StorageConfig
-from kinoray.storage import Storage
+from kinoray.config.shared import StorageConfig
+from kinoray.storage.objects import Storage
 
 CHECKPOINT = ["--checkpoint", "run", "--out", "out"]
 

@@ -11,9 +11,9 @@ from safetensors.torch import save_file
 from torch import nn
 
 import video_baselines as vb
-from kinoray.config import ClipConfig, ModelConfig, SampleConfig, ViewConfig
+from kinoray.config.shared import ClipConfig, ModelConfig, SampleConfig, ViewConfig
 from kinoray.errors import ConfigError
-from kinoray.model import SHORT_NAMES, build_model, check_clip
+from kinoray.model.build import SHORT_NAMES, build_model, check_clip
 from vcm_sdd.backbone import ResNetGrid
 from vcm_sdd.weights import WeightsMismatch
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from kinoray.batch import VideoBatch, collate, model_inputs
-from kinoray.decode import Clip, VideoInfo
+from kinoray.decode.clip import Clip, VideoInfo
 from kinoray.errors import ModelError
 from tiny_models import Spec
 

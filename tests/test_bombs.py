@@ -13,11 +13,11 @@ import pytest
 
 import bombs
 from decode_reference import moving
-from kinoray.config import ClipConfig, DecodeConfig, SampleConfig
-from kinoray.decode import decode_clip, probe
+from kinoray.config.shared import ClipConfig, DecodeConfig, SampleConfig
+from kinoray.decode.clip import decode_clip, probe
 from kinoray.errors import MediaError, MediaOverBudget
-from kinoray.sandbox import Sandbox
-from kinoray.synthetic import make_video
+from kinoray.sandbox.pool import Sandbox
+from kinoray.synthetic.videos import make_video
 from test_decode_damage import REFERRING, contacts
 
 __all__ = ["contacts"]  # a fixture

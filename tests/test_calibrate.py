@@ -9,17 +9,17 @@ import pyarrow as pa
 import pytest
 
 from kinoray.calibration import fit_margins, fit_temperature
-from kinoray.catalog import catalog_of_source, save_catalog
-from kinoray.config import ClipConfig, SampleConfig, StorageConfig, ViewConfig
+from kinoray.catalog.table import catalog_of_source, save_catalog
+from kinoray.config.shared import ClipConfig, SampleConfig, StorageConfig, ViewConfig
 from kinoray.errors import CheckpointMismatch, ConfigError
-from kinoray.predictions import read_predictions
+from kinoray.predictions.table import read_predictions
 from kinoray.run.calibrate import calibrate
-from kinoray.run.label_open import label_config, open_labelling
-from kinoray.run.label_stage import LabelUnits, pack_unit
-from kinoray.storage import Storage
-from kinoray.synthetic import class_names, make_demo_set
-from kinoray.verbs import LabelConfig
-from kinoray.verbs_evaluation import CalibrateConfig
+from kinoray.run.label.open import label_config, open_labelling
+from kinoray.run.label.stage import LabelUnits, pack_unit
+from kinoray.storage.objects import Storage
+from kinoray.synthetic.videos import class_names, make_demo_set
+from kinoray.verbs.evaluation import CalibrateConfig
+from kinoray.verbs.pipeline import LabelConfig
 from label_models import save_untrained
 
 S, T = 4, 2

@@ -14,7 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from faulty_s3 import faulty_s3
-from kinoray.catalog import (
+from kinoray.catalog.source import find_files, unique_ids
+from kinoray.catalog.table import (
     CATALOG_SCHEMA,
     Catalog,
     Reference,
@@ -25,10 +26,9 @@ from kinoray.catalog import (
     references,
     save_catalog,
 )
-from kinoray.catalog_source import find_files, unique_ids
-from kinoray.config import StorageConfig
+from kinoray.config.shared import StorageConfig
 from kinoray.errors import CatalogError, ChecksumMismatch, KinorayError, ObjectNotFound
-from kinoray.storage import Storage, join
+from kinoray.storage.objects import Storage, join
 
 STORAGE = Storage()
 

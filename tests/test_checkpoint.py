@@ -22,9 +22,9 @@ from kinoray.checkpoint import (
     load_train_state,
     save_checkpoint,
 )
-from kinoray.config import ClipConfig, ModelConfig, SampleConfig, StorageConfig, ViewConfig
+from kinoray.config.shared import ClipConfig, ModelConfig, SampleConfig, StorageConfig, ViewConfig
 from kinoray.errors import CheckpointCorrupt, CheckpointMismatch, CheckpointNotFound, ObjectNotFound
-from kinoray.storage import Storage, join
+from kinoray.storage.objects import Storage, join
 
 META = CheckpointMeta(
     model=ModelConfig(factory="tiny_models:mean_colour", options={"flow_channels": 2}),

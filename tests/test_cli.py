@@ -9,12 +9,12 @@ import pytest
 import yaml
 
 from kinoray.cli import VERBS, main
-from kinoray.config import ResourcesConfig, digest, parse_options
-from kinoray.configfile import config_from_mapping, load_config, to_yaml
+from kinoray.config.file import config_from_mapping, load_config, to_yaml
+from kinoray.config.shared import ResourcesConfig, digest, parse_options
 from kinoray.errors import ConfigError
-from kinoray.model import require_known_model
+from kinoray.model.build import require_known_model
 from kinoray.presets import PRESETS
-from kinoray.verbs import TrainConfig
+from kinoray.verbs.pipeline import TrainConfig
 
 TRAIN = ["train", "set", "--out", "run"]
 

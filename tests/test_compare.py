@@ -13,20 +13,20 @@ import yaml
 
 from conftest import bucket_at, config_at
 from decode_reference import moving
-from kinoray.catalog import Catalog, catalog_of_source, save_catalog
+from kinoray.catalog.table import Catalog, catalog_of_source, save_catalog
 from kinoray.cli import main
-from kinoray.compare import compare
-from kinoray.config import StorageConfig, digest
+from kinoray.compare.verb import compare
+from kinoray.config.shared import StorageConfig, digest
 from kinoray.ensemble import ensemble
 from kinoray.errors import CatalogError, CheckpointMismatch, ConfigError, ObjectNotFound
-from kinoray.evaluation import ANSWER_COLUMNS, evaluation_record, join_answers, true_classes, write_evaluation
-from kinoray.metrics_paired import Paired
-from kinoray.predictions import PREDICTION_SCHEMA, Ledger, labelling_id, read_predictions, row_keys
-from kinoray.report import report
-from kinoray.storage import Storage, join
-from kinoray.synthetic import make_video
-from kinoray.verbs_evaluation import CompareConfig, EnsembleConfig
-from kinoray.verbs_report import ReportConfig
+from kinoray.evaluation.summary import ANSWER_COLUMNS, evaluation_record, join_answers, true_classes, write_evaluation
+from kinoray.metrics.paired import Paired
+from kinoray.predictions.table import PREDICTION_SCHEMA, Ledger, labelling_id, read_predictions, row_keys
+from kinoray.report.verb import report
+from kinoray.storage.objects import Storage, join
+from kinoray.synthetic.videos import make_video
+from kinoray.verbs.evaluation import CompareConfig, EnsembleConfig
+from kinoray.verbs.report import ReportConfig
 
 LOCAL = Storage(StorageConfig())
 LABELS = ("ant", "bee", "cat", "dog", "<i>eel</i>", "fly")

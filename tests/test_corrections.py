@@ -10,8 +10,8 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from kinoray.catalog import Catalog, load_catalog, read_videos, references, save_catalog
-from kinoray.config import (
+from kinoray.catalog.table import Catalog, load_catalog, read_videos, references, save_catalog
+from kinoray.config.shared import (
     ClipConfig,
     ModelConfig,
     OptimConfig,
@@ -22,12 +22,12 @@ from kinoray.config import (
 )
 from kinoray.corrections import correct
 from kinoray.errors import CatalogError, ConfigError
-from kinoray.labels_write import defused
-from kinoray.predictions import Ledger, read_predictions, row_keys
-from kinoray.shards_plan import PlannedMember, plan_of_catalog
-from kinoray.storage import Storage, join
-from kinoray.verbs import LabelConfig, PackConfig, TrainConfig
-from kinoray.verbs_library import CorrectConfig
+from kinoray.labels.write import defused
+from kinoray.predictions.table import Ledger, read_predictions, row_keys
+from kinoray.shards.plan import PlannedMember, plan_of_catalog
+from kinoray.storage.objects import Storage, join
+from kinoray.verbs.library import CorrectConfig
+from kinoray.verbs.pipeline import LabelConfig, PackConfig, TrainConfig
 from label_models import save_untrained
 from small_sets import LABELS, catalog_of, colour_set, colour_video
 from small_tables import label_library, ledger_in, library
@@ -253,7 +253,7 @@ def test_the_plan_of_a_catalog_keeps_classes_splits_and_places() -> None:
 def test_whole_videos_of_unknown_size_are_spread_over_shards_and_one_that_is_gone_is_refused(
     ray_local: None, tmp_path: Path
 ) -> None:
-    from kinoray.run.pack import pack
+    from kinoray.run.pack.verb import pack
 
     storage, source = Storage(), tmp_path / "videos"
     rows: list[dict[str, object]] = []
@@ -277,8 +277,8 @@ CLIP = ClipConfig(sample=SampleConfig(num_segments=1, frames_per_segment=2), vie
 @pytest.mark.ray
 def test_label_then_correct_then_pack_gives_the_labels_and_the_bytes(ray_local: None, tmp_path: Path) -> None:
     """Real videos in shards: labelled, corrected, and packed into shards of their own; one of them is broken."""
-    from kinoray.run.label import label
-    from kinoray.run.pack import pack
+    from kinoray.run.label.verb import label
+    from kinoray.run.pack.verb import pack
 
     storage = Storage(StorageConfig())
     source = str(tmp_path / "library")
@@ -310,8 +310,8 @@ def test_label_then_correct_then_pack_gives_the_labels_and_the_bytes(ray_local: 
 @pytest.mark.slow
 def test_a_network_is_trained_on_from_the_corrected_catalog(ray_local: None, tmp_path: Path) -> None:
     """In place, without a pack: an untrained network, corrected everywhere, learns the colours."""
-    from kinoray.run.label import label
-    from kinoray.run.train import train
+    from kinoray.run.label.verb import label
+    from kinoray.run.train.verb import train
 
     storage = Storage()
     source = str(tmp_path / "library")

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 
 from decode_reference import Collect, moving, plain_decode, remux
-from kinoray.config import ClipConfig, DecodeConfig, SampleConfig, ViewConfig
-from kinoray.decode import decode_clip, probe, thumbnails
-from kinoray.decode_pyav import PyavVideo
+from kinoray.config.shared import ClipConfig, DecodeConfig, SampleConfig, ViewConfig
+from kinoray.decode.clip import decode_clip, probe, thumbnails
+from kinoray.decode.pyav import PyavVideo
 from kinoray.errors import (
     EmptyMedia,
     MediaError,
@@ -23,7 +23,7 @@ from kinoray.errors import (
     UndecodableVideo,
     UnreadableContainer,
 )
-from kinoray.synthetic import make_broken, make_video
+from kinoray.synthetic.videos import make_broken, make_video
 
 NUM_FRAMES = 60
 CLIP = ClipConfig(sample=SampleConfig(num_segments=4, frames_per_segment=2), view=ViewConfig(resize_px=32, crop_px=24))
@@ -260,8 +260,8 @@ def test_a_huge_frame_is_refused_before_it_is_decoded(tmp_path: Path) -> None:
     assert bomb.stat().st_size < 100_000
     code = """
 import re, sys
-from kinoray.config import DecodeConfig
-from kinoray.decode import probe
+from kinoray.config.shared import DecodeConfig
+from kinoray.decode.clip import probe
 from kinoray.errors import MediaOverBudget
 def peak_mb():
     return int(re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1]) // 1024

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from kinoray.decode_plan import PacketTable, Run
+from kinoray.decode.plan import PacketTable, Run
 
 
 def table(

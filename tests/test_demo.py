@@ -12,15 +12,15 @@ import pytest
 
 from kinoray import presets
 from kinoray.cli import VERBS, main
-from kinoray.config import StorageConfig
-from kinoray.configfile import to_yaml
-from kinoray.decode import probe
+from kinoray.config.file import to_yaml
+from kinoray.config.shared import StorageConfig
+from kinoray.decode.clip import probe
 from kinoray.errors import ConfigError, MediaError
-from kinoray.run.demo import demo
-from kinoray.run.demo_recipe import Recipe, command_line, make_recipe, make_videos
-from kinoray.run.demo_server import s3_server
-from kinoray.storage import Storage
-from kinoray.verbs_study import DemoConfig
+from kinoray.run.demo.recipe import Recipe, command_line, make_recipe, make_videos
+from kinoray.run.demo.server import s3_server
+from kinoray.run.demo.verb import demo
+from kinoray.storage.objects import Storage
+from kinoray.verbs.study import DemoConfig
 
 UNREADABLE = {"empty", "random", "index_lost", "audio_only"}
 READABLE = {"cut_front_index", "one_frame"}

@@ -16,7 +16,7 @@ from decode_reference import moving
 from kinoray.anytime import EarlyExit
 from kinoray.batch import RawBatch, VideoBatch, collate, model_inputs
 from kinoray.checkpoint import find_checkpoint, load_meta, load_model
-from kinoray.config import (
+from kinoray.config.shared import (
     AugmentConfig,
     CacheConfig,
     ClipConfig,
@@ -29,27 +29,27 @@ from kinoray.config import (
     ViewConfig,
     digest,
 )
-from kinoray.decode import Clip, decode_clip
-from kinoray.decode_bank import decode_bank
-from kinoray.decode_views import decode_views
+from kinoray.decode.bank import decode_bank
+from kinoray.decode.clip import Clip, decode_clip
+from kinoray.decode.views import decode_views
 from kinoray.device_input import DeviceInput, Feeder, collate_raw, quantised, scaled
 from kinoray.errors import ConfigError, ModelError
-from kinoray.flow import quantise
-from kinoray.flow_tvl1 import tvl1_flow
-from kinoray.model import build_model, check_clip
+from kinoray.flow.dis import quantise
+from kinoray.flow.tvl1 import tvl1_flow
+from kinoray.model.build import build_model, check_clip
 from kinoray.protocol import ViewsConfig
-from kinoray.run.augment import Augmenter
-from kinoray.run.decoding import DecodeTask
-from kinoray.run.label_open import open_labelling
-from kinoray.run.label_stage import LabelUnits, pack_unit
-from kinoray.run.runfolder import read_metrics
-from kinoray.run.train import train
-from kinoray.sandbox import Sandbox
-from kinoray.scorer import ClipScorer, ScorerConfig
-from kinoray.storage import Storage
-from kinoray.synthetic import make_video
+from kinoray.run.label.open import open_labelling
+from kinoray.run.label.stage import LabelUnits, pack_unit
+from kinoray.run.train.augment import Augmenter
+from kinoray.run.train.decoding import DecodeTask
+from kinoray.run.train.runfolder import read_metrics
+from kinoray.run.train.verb import train
+from kinoray.sandbox.pool import Sandbox
+from kinoray.scorer.clips import ClipScorer, ScorerConfig
+from kinoray.storage.objects import Storage
+from kinoray.synthetic.videos import make_video
 from kinoray.transform import View
-from kinoray.verbs import LabelConfig, TrainConfig
+from kinoray.verbs.pipeline import LabelConfig, TrainConfig
 from label_models import save_untrained
 from small_sets import set_in
 from test_yuv420 import scenery

@@ -16,24 +16,24 @@ import pyarrow.parquet as pq
 import pytest
 
 from kinoray import errors
-from kinoray.catalog import CATALOG_SCHEMA, Catalog, Reference, catalog_of_source, save_catalog
-from kinoray.catalog_source import find_files, unique_ids
+from kinoray.catalog.source import find_files, unique_ids
+from kinoray.catalog.table import CATALOG_SCHEMA, Catalog, Reference, catalog_of_source, save_catalog
 from kinoray.cli import main
-from kinoray.config import ClipConfig, DecodeConfig, SampleConfig, StorageConfig, ViewConfig
-from kinoray.decode import VideoInfo
-from kinoray.doctor import doctor
-from kinoray.doctor_cost import cost_class, estimate_total, spread_over_classes
-from kinoray.doctor_probe import Video, probe_all
-from kinoray.doctor_section import format_bytes
-from kinoray.doctor_source import choose_sample, open_source
-from kinoray.doctor_videos import _REMEDIES
+from kinoray.config.shared import ClipConfig, DecodeConfig, SampleConfig, StorageConfig, ViewConfig
+from kinoray.decode.clip import VideoInfo
+from kinoray.doctor.cost import cost_class, estimate_total, spread_over_classes
+from kinoray.doctor.probe import Video, probe_all
+from kinoray.doctor.section import format_bytes
+from kinoray.doctor.source import choose_sample, open_source
+from kinoray.doctor.verb import doctor
+from kinoray.doctor.videos import _REMEDIES
 from kinoray.errors import AccessDenied, CatalogError, ConfigError, ObjectNotFound, StorageUnavailable, TooManyBad
 from kinoray.progress import many
-from kinoray.shards import pack_shard
-from kinoray.shards_plan import make_plan
-from kinoray.storage import Storage, join
-from kinoray.synthetic import make_broken, make_video
-from kinoray.verbs_doctor import DoctorConfig
+from kinoray.shards.pack import pack_shard
+from kinoray.shards.plan import make_plan
+from kinoray.storage.objects import Storage, join
+from kinoray.synthetic.videos import make_broken, make_video
+from kinoray.verbs.doctor import DoctorConfig
 
 LOCAL = Storage()
 CLIP = ClipConfig(sample=SampleConfig(num_segments=4, frames_per_segment=2), view=ViewConfig(resize_px=36, crop_px=32))

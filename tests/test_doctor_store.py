@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 
 from conftest import bucket_at, config_at
-from kinoray.config import StorageConfig
-from kinoray.doctor_section import Check
-from kinoray.doctor_store import _PROMISES, _removed, _tried, store_section
+from kinoray.config.shared import StorageConfig
+from kinoray.doctor.section import Check
+from kinoray.doctor.store import _PROMISES, _removed, _tried, store_section
 from kinoray.errors import ConfigError
-from kinoray.storage import ObjectInfo, Storage
-from kinoray.verbs_doctor import DoctorConfig
+from kinoray.storage.objects import ObjectInfo, Storage
+from kinoray.verbs.doctor import DoctorConfig
 
 
 def by_name(checks: tuple[Check, ...]) -> dict[str, str]:

@@ -10,21 +10,21 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from kinoray.catalog import Catalog, catalog_of_source, save_catalog
-from kinoray.compare import compare
-from kinoray.config import ClipConfig, ResourcesConfig, SampleConfig, StorageConfig, ViewConfig
+from kinoray.catalog.table import Catalog, catalog_of_source, save_catalog
+from kinoray.compare.verb import compare
+from kinoray.config.shared import ClipConfig, ResourcesConfig, SampleConfig, StorageConfig, ViewConfig
 from kinoray.ensemble import ensemble
 from kinoray.errors import CatalogError, CheckpointMismatch, TooManyBad
-from kinoray.evaluation import confused_classes, evaluation_record, join_answers, true_classes
-from kinoray.metrics import wilson_interval
-from kinoray.predictions import read_predictions
+from kinoray.evaluation.summary import confused_classes, evaluation_record, join_answers, true_classes
+from kinoray.metrics.accuracy import wilson_interval
+from kinoray.predictions.table import read_predictions
 from kinoray.run.evaluate import evaluate
-from kinoray.run.label_open import open_labelling
-from kinoray.run.label_stage import LabelUnits, pack_unit
-from kinoray.storage import Storage
-from kinoray.synthetic import class_names, make_broken, make_demo_set
-from kinoray.verbs import EvaluateConfig, LabelConfig
-from kinoray.verbs_evaluation import CompareConfig, EnsembleConfig
+from kinoray.run.label.open import open_labelling
+from kinoray.run.label.stage import LabelUnits, pack_unit
+from kinoray.storage.objects import Storage
+from kinoray.synthetic.videos import class_names, make_broken, make_demo_set
+from kinoray.verbs.evaluation import CompareConfig, EnsembleConfig
+from kinoray.verbs.pipeline import EvaluateConfig, LabelConfig
 from label_models import save_untrained
 
 LABELS = tuple(class_names())

@@ -17,14 +17,14 @@ from typing import Any
 
 import pytest
 
-from kinoray.config import StorageConfig
+from kinoray.config.shared import StorageConfig
 from kinoray.corrections import correct
 from kinoray.errors import ConfigError
-from kinoray.export import export
-from kinoray.export_videos import copied_videos
-from kinoray.predictions import Ledger, read_predictions, row_keys
-from kinoray.storage import Storage, join
-from kinoray.verbs_library import CorrectConfig, ExportConfig
+from kinoray.export.verb import export
+from kinoray.export.videos import copied_videos
+from kinoray.predictions.table import Ledger, read_predictions, row_keys
+from kinoray.storage.objects import Storage, join
+from kinoray.verbs.library import CorrectConfig, ExportConfig
 from small_sets import LABELS, catalog_of
 from small_tables import label_library, ledger_in, library, rows_for
 

@@ -7,16 +7,16 @@ import torch
 from torch import nn
 
 from kinoray.checkpoint import CheckpointMeta, save_checkpoint
-from kinoray.config import (
+from kinoray.config.shared import (
     ClipConfig,
     ModelConfig,
     SampleConfig,
     ViewConfig,
 )
 from kinoray.errors import CheckpointMismatch, CheckpointNotFound
-from kinoray.model import build_model
-from kinoray.run.finetune import start_from
-from kinoray.storage import Storage
+from kinoray.model.build import build_model
+from kinoray.run.train.finetune import start_from
+from kinoray.storage.objects import Storage
 
 TINY = ModelConfig(options={"backbone": "tiny", "heads": 2})
 CLIP = ClipConfig(sample=SampleConfig(num_segments=1, frames_per_segment=2), view=ViewConfig(resize_px=40, crop_px=32))

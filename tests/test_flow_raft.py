@@ -11,13 +11,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torchvision.models.optical_flow import raft_small
 
-from kinoray.config import ClipConfig, DecodeConfig, FlowConfig, SampleConfig, ViewConfig
-from kinoray.decode import decode_clip
+from kinoray.config.shared import ClipConfig, DecodeConfig, FlowConfig, SampleConfig, ViewConfig
+from kinoray.decode.clip import decode_clip
 from kinoray.device_input import DeviceInput, collate_raw, quantised
 from kinoray.errors import ConfigError
-from kinoray.flow_raft import load_raft
-from kinoray.storage import Storage
-from kinoray.synthetic import make_video
+from kinoray.flow.raft import load_raft
+from kinoray.storage.objects import Storage
+from kinoray.synthetic.videos import make_video
 from test_yuv420 import scenery
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]

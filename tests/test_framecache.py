@@ -9,15 +9,15 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from kinoray.config import CacheConfig, ClipConfig, SampleConfig, ViewConfig
-from kinoray.decode import decode_clip
-from kinoray.decode_bank import decode_bank
+from kinoray.config.shared import CacheConfig, ClipConfig, SampleConfig, ViewConfig
+from kinoray.decode.bank import decode_bank
+from kinoray.decode.clip import decode_clip
 from kinoray.errors import ConfigError, MediaError, StorageError
 from kinoray.framecache import FrameCache, grid_name
-from kinoray.run.decoding import DecodeTask
+from kinoray.run.train.decoding import DecodeTask
 from kinoray.sample import clip_rng
-from kinoray.sandbox import Sandbox
-from kinoray.storage import Storage
+from kinoray.sandbox.pool import Sandbox
+from kinoray.storage.objects import Storage
 from small_sets import colour_video
 
 VIEW = ViewConfig(resize_px=40, crop_px=32)

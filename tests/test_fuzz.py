@@ -10,10 +10,10 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 
-from kinoray.config import ClipConfig, DecodeConfig, SampleConfig, ViewConfig
-from kinoray.decode import Clip, probe
+from kinoray.config.shared import ClipConfig, DecodeConfig, SampleConfig, ViewConfig
+from kinoray.decode.clip import Clip, probe
 from kinoray.errors import DecoderCrashed, DecodeTimeout, MediaError
-from kinoray.sandbox import Sandbox
+from kinoray.sandbox.pool import Sandbox
 from mutations import MUTATIONS, NUM_FRAMES, SOURCES, Mutant, make_mutant, make_source
 
 DEADLINE_S = 10.0

@@ -13,18 +13,18 @@ from torch import Tensor, nn
 
 from decode_reference import moving
 from kinoray.batch import VideoBatch, collate, model_inputs, yuv420_to_rgb
-from kinoray.batch_probe import auto_batch_size
-from kinoray.config import ClipConfig, InferenceConfig, ModelConfig, OptimConfig, SampleConfig, ViewConfig
-from kinoray.decode import Clip, decode_clip
-from kinoray.flow_tvl1 import tvl1_flow
-from kinoray.model import VideoModel, build_model
+from kinoray.config.shared import ClipConfig, InferenceConfig, ModelConfig, OptimConfig, SampleConfig, ViewConfig
+from kinoray.decode.clip import Clip, decode_clip
+from kinoray.flow.tvl1 import tvl1_flow
+from kinoray.model.build import VideoModel, build_model
 from kinoray.protocol import ViewsConfig
-from kinoray.run.replica import Replica
-from kinoray.sandbox import Sandbox
-from kinoray.sandbox_device import DeviceDecoder
-from kinoray.scorer import ClipScorer, ScorerConfig
-from kinoray.synthetic import make_video
-from kinoray.verbs import TrainConfig
+from kinoray.run.train.replica import Replica
+from kinoray.sandbox.device import DeviceDecoder
+from kinoray.sandbox.pool import Sandbox
+from kinoray.scorer.batch_size import auto_batch_size
+from kinoray.scorer.clips import ClipScorer, ScorerConfig
+from kinoray.synthetic.videos import make_video
+from kinoray.verbs.pipeline import TrainConfig
 from test_torchcodec import needs_torchcodec
 from vcm_sdd.compiled import Repeated
 from vcm_sdd.inference import BF16_TOLERANCE, FP32_TOLERANCE, prepare_for_inference

@@ -17,7 +17,7 @@ LAYERS: list[set[str]] = [
     {"errors", "progress"},
     {"config"},
     {"protocol"},
-    {"verbs", "configfile"},
+    {"verbs"},
     {"presets"},
     {"storage"},
     {"sample", "transform", "flow", "anytime", "answers"},
@@ -50,15 +50,14 @@ def imported_modules(path: Path) -> set[str]:
             module = node.module or ""
             found.add(module)
             if module == "kinoray":
-                found.update(f"kinoray.{alias.name}" for alias in node.names if (KINORAY / f"{alias.name}.py").exists())
+                places = {path.stem for path in KINORAY.iterdir()}
+                found.update(f"kinoray.{alias.name}" for alias in node.names if alias.name in places)
     return found
 
 
 def noun(module: str) -> str:
-    """`kinoray.run.train` -> `run`; `kinoray.decode_pyav` -> `decode`: helpers of a noun live in its layer."""
-    name = module.split(".")[1] if "." in module else ""
-    known = {item for layer in LAYERS for item in layer}
-    return name if name in known else name.split("_")[0]
+    """`kinoray.decode.pyav` -> `decode`: the modules of a folder share its layer."""
+    return module.split(".")[1]
 
 
 def layer_of(module: str) -> int:
@@ -95,6 +94,14 @@ def test_imports_point_down(path: Path) -> None:
         assert other < own or same_noun, f"{module} may not import {imported}"
 
 
+def test_folders_run_nothing_on_import() -> None:
+    """So that importing one module of a folder imports no other: decoders need no torch, workers no driver."""
+    for path in python_files(KINORAY):
+        if path.name == "__init__.py" and path.parent != KINORAY:
+            (docstring,) = ast.parse(path.read_text(encoding="utf-8")).body
+            assert isinstance(docstring, ast.Expr), path
+
+
 def test_only_run_imports_ray() -> None:
     for path in python_files(KINORAY):
         if KINORAY / "run" not in path.parents:
@@ -115,7 +122,7 @@ def test_models_import_torch_and_torchvision_only() -> None:
 
 
 def test_decoding_needs_neither_torch_nor_ray() -> None:
-    code = "import sys, kinoray.decode; bad = {'torch', 'ray'} & set(sys.modules); assert not bad, bad"
+    code = "import sys, kinoray.decode.clip; bad = {'torch', 'ray'} & set(sys.modules); assert not bad, bad"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
 

@@ -29,10 +29,10 @@ from guide_world import (
     make_videos,
     run_block,
 )
-from kinoray.catalog import load_catalog
-from kinoray.predictions import read_predictions
+from kinoray.catalog.table import load_catalog
+from kinoray.predictions.table import read_predictions
 from kinoray.runs import find_runs
-from kinoray.storage import Storage
+from kinoray.storage.objects import Storage
 
 HERE = "tests/test_guides.py"
 WORLD = """# what pages presuppose

@@ -21,13 +21,13 @@ from conftest import bucket_at, config_at
 from faulty_s3 import FaultyS3, faulty_s3
 from kills import Driver, Gate, Reader, kill_while_labelling, member_reads
 from kills_cluster import Cluster, ray_cluster
-from kinoray.catalog import Catalog, save_catalog
-from kinoray.config import ClipConfig, ResourcesConfig, SampleConfig, StorageConfig, ViewConfig
-from kinoray.predictions import Ledger, find_labellings, read_predictions, read_windows, row_keys
-from kinoray.run.label import label
-from kinoray.storage import Storage, join
-from kinoray.synthetic import make_broken
-from kinoray.verbs import LabelConfig
+from kinoray.catalog.table import Catalog, save_catalog
+from kinoray.config.shared import ClipConfig, ResourcesConfig, SampleConfig, StorageConfig, ViewConfig
+from kinoray.predictions.table import Ledger, find_labellings, read_predictions, read_windows, row_keys
+from kinoray.run.label.verb import label
+from kinoray.storage.objects import Storage, join
+from kinoray.synthetic.videos import make_broken
+from kinoray.verbs.pipeline import LabelConfig
 from label_models import save_untrained
 from small_sets import LABELS, catalog_of, colour_video
 

@@ -21,18 +21,18 @@ import yaml
 
 from conftest import wait_until
 from kinetics_set import LABELS, KineticsSet, archived_set, clip, folder_set, key
-from kinoray.catalog import load_catalog, read_videos, references
+from kinoray.catalog.table import load_catalog, read_videos, references
 from kinoray.cli import main
-from kinoray.config import ClipConfig, StorageConfig
-from kinoray.decode import decode_clip
+from kinoray.config.shared import ClipConfig, StorageConfig
+from kinoray.decode.clip import decode_clip
 from kinoray.errors import CatalogError, ConfigError, IncompleteOutput, TooManyBad
-from kinoray.kinetics import AnnotationRow, judge_name, key_of_name, plan_rows, printable, window_of_key
-from kinoray.kinetics_annotations import read_annotations, read_label_names
-from kinoray.kinetics_settle import FILE_VERDICTS, ROW_VERDICTS
+from kinoray.kinetics.annotations import read_annotations, read_label_names
+from kinoray.kinetics.names import AnnotationRow, judge_name, key_of_name, plan_rows, printable, window_of_key
+from kinoray.kinetics.settle import FILE_VERDICTS, ROW_VERDICTS
 from kinoray.quarantine import load_quarantine
-from kinoray.storage import Storage, join
+from kinoray.storage.objects import Storage, join
 from kinoray.transcode import transcode
-from kinoray.verbs import PackConfig
+from kinoray.verbs.pipeline import PackConfig
 
 STORAGE = Storage()
 ANNOTATIONS = ("train.csv", "val.csv", "test.csv")
@@ -303,7 +303,7 @@ def config_of(folder: Path, **more: Any) -> PackConfig:
 
 
 def pack(config: PackConfig) -> dict[str, Any]:
-    from kinoray.run.pack import pack
+    from kinoray.run.pack.verb import pack
 
     return pack(config)
 
@@ -556,11 +556,11 @@ def test_verdicts_of_the_set_are_all_there_are() -> None:
 
 MEASURE = """
 import sys
-from kinoray.catalog_source import SourceFile
-from kinoray.config import DecodeConfig
-from kinoray.kinetics import Wanted
-from kinoray.kinetics_pack import PackSettings, Unit, pack_unit
-from kinoray.storage import Storage
+from kinoray.catalog.source import SourceFile
+from kinoray.config.shared import DecodeConfig
+from kinoray.kinetics.names import Wanted
+from kinoray.kinetics.pack import PackSettings, Unit, pack_unit
+from kinoray.storage.objects import Storage
 def peak():
     return int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0]) / 1024  # ru_maxrss: also the parent
 archive, out = sys.argv[1:]

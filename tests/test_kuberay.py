@@ -17,7 +17,7 @@ from ray.scripts.scripts import start
 import kinoray
 from crd_schema import errors_in
 from kinoray.cli import VERBS, main
-from kinoray.configfile import load_config
+from kinoray.config.file import load_config
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "deploy" / "kuberay"

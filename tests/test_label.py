@@ -20,9 +20,9 @@ import torch
 
 from conftest import wait_until
 from kinoray.answers import AnswerRule, top_predictions
-from kinoray.catalog import catalog_of_source
+from kinoray.catalog.table import catalog_of_source
 from kinoray.checkpoint import load_meta
-from kinoray.config import (
+from kinoray.config.shared import (
     ClipConfig,
     InferenceConfig,
     ModelConfig,
@@ -31,7 +31,7 @@ from kinoray.config import (
     StorageConfig,
     ViewConfig,
 )
-from kinoray.decode import decode_clip
+from kinoray.decode.clip import decode_clip
 from kinoray.errors import (
     AccessDenied,
     CatalogError,
@@ -43,15 +43,15 @@ from kinoray.errors import (
     StorageUnavailable,
     TooManyBad,
 )
-from kinoray.model import build_model
-from kinoray.predictions import Ledger, Plan, read_predictions, row_keys
-from kinoray.run.label import label
-from kinoray.run.label_open import open_labelling
-from kinoray.run.label_stage import LabelJob, LabelUnits, pack_unit
-from kinoray.scorer import ScorerConfig
-from kinoray.storage import Storage, join
-from kinoray.synthetic import BROKEN_KINDS, class_names, make_broken, make_demo_set
-from kinoray.verbs import LabelConfig
+from kinoray.model.build import build_model
+from kinoray.predictions.table import Ledger, Plan, read_predictions, row_keys
+from kinoray.run.label.open import open_labelling
+from kinoray.run.label.stage import LabelJob, LabelUnits, pack_unit
+from kinoray.run.label.verb import label
+from kinoray.scorer.clips import ScorerConfig
+from kinoray.storage.objects import Storage, join
+from kinoray.synthetic.videos import BROKEN_KINDS, class_names, make_broken, make_demo_set
+from kinoray.verbs.pipeline import LabelConfig
 from label_models import save_untrained
 
 CLIP = ClipConfig(sample=SampleConfig(num_segments=1, frames_per_segment=2), view=ViewConfig(resize_px=36, crop_px=32))
@@ -489,7 +489,7 @@ def test_label_on_s3(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Also with several units in each of Ray's blocks, as in catalogs of more than a million videos."""
-    monkeypatch.setattr("kinoray.run.label._MAX_BLOCKS", 4)
+    monkeypatch.setattr("kinoray.run.label.verb._MAX_BLOCKS", 4)
     storage = Storage(s3_config)
     for path in sorted(library.rglob("*.mp4")):
         storage.put(join(bucket, "library", str(path.relative_to(library))), path.read_bytes())

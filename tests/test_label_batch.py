@@ -9,17 +9,17 @@ import pyarrow as pa
 import pytest
 import torch
 
-from kinoray.batch_probe import CPU_BATCH
-from kinoray.catalog import catalog_of_source
+from kinoray.catalog.table import catalog_of_source
 from kinoray.checkpoint import load_meta
-from kinoray.config import ClipConfig, DecodeConfig, ResourcesConfig, SampleConfig, StorageConfig, ViewConfig
+from kinoray.config.shared import ClipConfig, DecodeConfig, ResourcesConfig, SampleConfig, StorageConfig, ViewConfig
 from kinoray.errors import ConfigError
-from kinoray.predictions import Ledger, Unit, row_keys
-from kinoray.run.label_open import open_labelling
-from kinoray.run.label_stage import LabelJob, LabelUnits, pack_unit
-from kinoray.scorer import ScorerConfig
-from kinoray.storage import Storage
-from kinoray.verbs import EvaluateConfig, LabelConfig, TrainConfig
+from kinoray.predictions.table import Ledger, Unit, row_keys
+from kinoray.run.label.open import open_labelling
+from kinoray.run.label.stage import LabelJob, LabelUnits, pack_unit
+from kinoray.scorer.batch_size import CPU_BATCH
+from kinoray.scorer.clips import ScorerConfig
+from kinoray.storage.objects import Storage
+from kinoray.verbs.pipeline import EvaluateConfig, LabelConfig, TrainConfig
 from label_models import save_untrained
 from small_sets import LABELS, colour_video
 

@@ -19,18 +19,18 @@ import pyarrow as pa
 import pytest
 import ray
 
-from kinoray.config import ClipConfig, ResourcesConfig, SampleConfig, StorageConfig, ViewConfig
+from kinoray.config.shared import ClipConfig, ResourcesConfig, SampleConfig, StorageConfig, ViewConfig
 from kinoray.errors import StorageUnavailable
-from kinoray.predictions import Ledger, read_predictions
-from kinoray.run.label import label
-from kinoray.run.label_open import open_labelling
-from kinoray.run.label_stage import LabelUnits, pack_unit
-from kinoray.run.label_times import StageClock, bound_stage
-from kinoray.storage import Storage
-from kinoray.synthetic import class_names, make_demo_set
-from kinoray.trace import trace
-from kinoray.verbs import LabelConfig
-from kinoray.verbs_trace import TraceConfig
+from kinoray.predictions.table import Ledger, read_predictions
+from kinoray.run.label.open import open_labelling
+from kinoray.run.label.stage import LabelUnits, pack_unit
+from kinoray.run.label.times import StageClock, bound_stage
+from kinoray.run.label.verb import label
+from kinoray.storage.objects import Storage
+from kinoray.synthetic.videos import class_names, make_demo_set
+from kinoray.trace.verb import trace
+from kinoray.verbs.pipeline import LabelConfig
+from kinoray.verbs.trace import TraceConfig
 from label_models import save_untrained
 from ports import wait_until
 

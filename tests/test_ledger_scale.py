@@ -20,13 +20,13 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from kinoray.catalog import CATALOG_SCHEMA, Catalog, save_catalog
-from kinoray.config import ClipConfig, SampleConfig, ViewConfig
-from kinoray.predictions import PREDICTION_SCHEMA, Ledger, Plan, Unit
-from kinoray.run.label import run_labelling
-from kinoray.run.label_open import open_labelling
-from kinoray.storage import Storage
-from kinoray.verbs import LabelConfig
+from kinoray.catalog.table import CATALOG_SCHEMA, Catalog, save_catalog
+from kinoray.config.shared import ClipConfig, SampleConfig, ViewConfig
+from kinoray.predictions.table import PREDICTION_SCHEMA, Ledger, Plan, Unit
+from kinoray.run.label.open import open_labelling
+from kinoray.run.label.verb import run_labelling
+from kinoray.storage.objects import Storage
+from kinoray.verbs.pipeline import LabelConfig
 from label_models import save_untrained
 
 CLIP = ClipConfig(sample=SampleConfig(num_segments=1, frames_per_segment=2), view=ViewConfig(resize_px=36, crop_px=32))

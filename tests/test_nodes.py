@@ -19,8 +19,9 @@ from conftest import bucket_at, config_at
 from faulty_s3 import FaultyS3, Request, faulty_s3
 from kills import Driver
 from kills_cluster import Cluster, ray_cluster
-from kinoray.catalog import load_catalog
-from kinoray.config import (
+from kinoray.catalog.table import load_catalog
+from kinoray.config.file import to_yaml
+from kinoray.config.shared import (
     ClipConfig,
     ModelConfig,
     OptimConfig,
@@ -29,15 +30,14 @@ from kinoray.config import (
     StorageConfig,
     ViewConfig,
 )
-from kinoray.configfile import to_yaml
-from kinoray.predictions import read_predictions
+from kinoray.predictions.table import read_predictions
 from kinoray.quarantine import load_quarantine
-from kinoray.run.label import label
-from kinoray.run.pack import pack
-from kinoray.run.train import train
-from kinoray.storage import Storage, join
-from kinoray.tune_config import TuneConfig
-from kinoray.verbs import LabelConfig, PackConfig, TrainConfig
+from kinoray.run.label.verb import label
+from kinoray.run.pack.verb import pack
+from kinoray.run.train.verb import train
+from kinoray.storage.objects import Storage, join
+from kinoray.tune.config import TuneConfig
+from kinoray.verbs.pipeline import LabelConfig, PackConfig, TrainConfig
 from label_models import save_untrained
 from small_sets import LABELS, colour_set, colour_video
 from test_resume import assert_bit_for_bit, curve_of

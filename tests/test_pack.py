@@ -18,8 +18,8 @@ from typing import Any
 import pytest
 
 from faulty_s3 import FaultyS3, Request, faulty_s3
-from kinoray.catalog import load_catalog, read_videos, references
-from kinoray.config import DecodeConfig, ResourcesConfig, StorageConfig
+from kinoray.catalog.table import load_catalog, read_videos, references
+from kinoray.config.shared import DecodeConfig, ResourcesConfig, StorageConfig
 from kinoray.errors import (
     AccessDenied,
     CatalogError,
@@ -31,10 +31,10 @@ from kinoray.errors import (
     TooManyBad,
 )
 from kinoray.quarantine import load_quarantine
-from kinoray.run.pack import pack
-from kinoray.storage import Storage, join
-from kinoray.synthetic import make_broken, make_demo_set
-from kinoray.verbs import PackConfig
+from kinoray.run.pack.verb import pack
+from kinoray.storage.objects import Storage, join
+from kinoray.synthetic.videos import make_broken, make_demo_set
+from kinoray.verbs.pipeline import PackConfig
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_local")]
 
@@ -284,9 +284,9 @@ def test_a_killed_driver_leaves_work_that_the_next_run_finishes(
     write_list(Storage(s3_config), bucket, videos, num_splits=4)
     source, out = f"{bucket}/list.csv", f"{bucket}/out"
     code = f"""
-from kinoray.config import ResourcesConfig, StorageConfig
-from kinoray.run.pack import pack
-from kinoray.verbs import PackConfig
+from kinoray.config.shared import ResourcesConfig, StorageConfig
+from kinoray.run.pack.verb import pack
+from kinoray.verbs.pipeline import PackConfig
 pack(PackConfig(source={source!r}, out={out!r}, storage={through!r}, resources=ResourcesConfig(num_workers=1)))
 """
     reached = threading.Event()

@@ -30,8 +30,8 @@ from ray.data.extensions.object_extension import ArrowPythonObjectArray
 
 from kinoray.archive import open_archive
 from kinoray.calibration import load_calibration
-from kinoray.capacity_plan import load_rates
-from kinoray.catalog import CATALOG_SCHEMA, catalog_of_source, load_catalog
+from kinoray.capacity.plan import load_rates
+from kinoray.catalog.table import CATALOG_SCHEMA, catalog_of_source, load_catalog
 from kinoray.checkpoint import (
     META_FILE,
     MODEL_FILE,
@@ -43,34 +43,34 @@ from kinoray.checkpoint import (
     load_train_state,
     save_checkpoint,
 )
-from kinoray.config import CacheConfig, ClipConfig, DecodeConfig, ModelConfig, digest, parse_options
-from kinoray.configfile import load_config
+from kinoray.config.file import load_config
+from kinoray.config.shared import CacheConfig, ClipConfig, DecodeConfig, ModelConfig, digest, parse_options
 from kinoray.corrections import read_corrections
 from kinoray.errors import ConfigError, KinorayError, MediaError
-from kinoray.evaluation_read import read_evaluation
+from kinoray.evaluation.read import read_evaluation
 from kinoray.framecache import FrameCache
-from kinoray.kinetics_annotations import read_annotations, read_label_names
-from kinoray.kinetics_pack import read_unit
-from kinoray.labels import labels as list_labels
-from kinoray.model import build_model
-from kinoray.predictions import PREDICTION_SCHEMA, read_predictions
+from kinoray.kinetics.annotations import read_annotations, read_label_names
+from kinoray.kinetics.pack import read_unit
+from kinoray.labels.verb import labels as list_labels
+from kinoray.model.build import build_model
+from kinoray.predictions.table import PREDICTION_SCHEMA, read_predictions
 from kinoray.quarantine import QUARANTINE_SCHEMA, load_quarantine
-from kinoray.run.ablate import read_results
-from kinoray.run.finetune import start_from
-from kinoray.run.heartbeat import Heartbeat
-from kinoray.run.pack_tasks import pin_plan
-from kinoray.run.runfolder import add_start, claim_run, read_losses, read_metrics
-from kinoray.run.submit_package import read_settings
-from kinoray.run.tune_table import known_trials, read_outcome
-from kinoray.run.tune_trial import generations
+from kinoray.run.ablate.verb import read_results
+from kinoray.run.pack.tasks import pin_plan
+from kinoray.run.submit.package import read_settings
+from kinoray.run.train.finetune import start_from
+from kinoray.run.train.heartbeat import Heartbeat
+from kinoray.run.train.runfolder import add_start, claim_run, read_losses, read_metrics
+from kinoray.run.tune.table import known_trials, read_outcome
+from kinoray.run.tune.trial import generations
 from kinoray.runs import find_runs
-from kinoray.sandbox import shared_sandbox
-from kinoray.shards import read_commit
-from kinoray.storage import Storage, join
-from kinoray.tune_space import parse_space
-from kinoray.verbs import TrainConfig
-from kinoray.verbs_library import LabelsConfig
-from kinoray.verbs_submit import SubmitConfig
+from kinoray.sandbox.pool import shared_sandbox
+from kinoray.shards.pack import read_commit
+from kinoray.storage.objects import Storage, join
+from kinoray.tune.space import parse_space
+from kinoray.verbs.library import LabelsConfig
+from kinoray.verbs.pipeline import TrainConfig
+from kinoray.verbs.submit import SubmitConfig
 from small_sets import LABELS, catalog_of
 from small_tables import label_library, ledger_in, library
 from test_checkpoint import META, tiny_state

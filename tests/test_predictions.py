@@ -14,11 +14,11 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from kinoray.config import StorageConfig
+from kinoray.config.shared import StorageConfig
 from kinoray.errors import CatalogError, ChecksumMismatch, ConfigError, IncompleteOutput, ObjectNotFound
-from kinoray.predictions import PREDICTION_SCHEMA, Ledger, Plan, Unit, labelling_id, read_predictions, row_keys
-from kinoray.predictions_plan import make_plan
-from kinoray.storage import Storage, join
+from kinoray.predictions.plan import make_plan
+from kinoray.predictions.table import PREDICTION_SCHEMA, Ledger, Plan, Unit, labelling_id, read_predictions, row_keys
+from kinoray.storage.objects import Storage, join
 
 LABELLING = labelling_id("model", "config")
 

@@ -13,10 +13,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from kinoray.config import ClipConfig, ModelConfig, OptimConfig, SampleConfig, ViewConfig
-from kinoray.decode import decode_clip
-from kinoray.run.ablate_fit import ClipBlock, ClipSet, fit
-from kinoray.synthetic import class_names, make_demo_set
+from kinoray.config.shared import ClipConfig, ModelConfig, OptimConfig, SampleConfig, ViewConfig
+from kinoray.decode.clip import decode_clip
+from kinoray.run.ablate.fit import ClipBlock, ClipSet, fit
+from kinoray.synthetic.videos import class_names, make_demo_set
 from vcm_sdd import vcm_sdd
 from vcm_sdd.backbone import TimmGrid
 

@@ -11,25 +11,25 @@ import torch
 
 from decode_reference import moving, plain_decode
 from kinoray.answers import AnswerRule, average_logits
-from kinoray.catalog import Catalog, catalog_of_source
+from kinoray.catalog.table import Catalog, catalog_of_source
 from kinoray.checkpoint import load_meta
-from kinoray.config import ClipConfig, ModelConfig, SampleConfig, StorageConfig, ViewConfig
-from kinoray.decode import Clip, decode_clip
-from kinoray.decode_views import ViewClips, decode_views
+from kinoray.config.shared import ClipConfig, ModelConfig, SampleConfig, StorageConfig, ViewConfig
+from kinoray.decode.clip import Clip, decode_clip
+from kinoray.decode.views import ViewClips, decode_views
 from kinoray.errors import ConfigError
-from kinoray.flow import dis_flow, quantise
-from kinoray.model import build_model
-from kinoray.predictions import Ledger, Unit, row_keys
+from kinoray.flow.dis import dis_flow, quantise
+from kinoray.model.build import build_model
+from kinoray.predictions.table import Ledger, Unit, row_keys
 from kinoray.protocol import PROTOCOLS, ProtocolName, ViewAverage, ViewsConfig
-from kinoray.run.label_open import open_labelling
-from kinoray.run.label_stage import LabelJob, LabelUnits, pack_unit
+from kinoray.run.label.open import open_labelling
+from kinoray.run.label.stage import LabelJob, LabelUnits, pack_unit
 from kinoray.sample import view_indices
-from kinoray.sandbox import Sandbox
-from kinoray.scorer import ScorerConfig
-from kinoray.storage import Storage
-from kinoray.synthetic import make_broken, make_video
+from kinoray.sandbox.pool import Sandbox
+from kinoray.scorer.clips import ScorerConfig
+from kinoray.storage.objects import Storage
+from kinoray.synthetic.videos import make_broken, make_video
 from kinoray.transform import crop_views
-from kinoray.verbs import LabelConfig
+from kinoray.verbs.pipeline import LabelConfig
 from label_models import save_untrained
 
 LOCAL = Storage(StorageConfig())

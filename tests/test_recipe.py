@@ -14,16 +14,16 @@ from torch.nn import functional as F
 from torchvision.transforms.v2 import functional as V
 
 from kinoray.batch import VideoBatch, model_inputs
-from kinoray.config import AugmentConfig, ClipConfig, ModelConfig, OptimConfig, SampleConfig, ViewConfig
+from kinoray.config.shared import AugmentConfig, ClipConfig, ModelConfig, OptimConfig, SampleConfig, ViewConfig
 from kinoray.errors import ConfigError
-from kinoray.model import build_model
-from kinoray.model_parts import backbone_names, classifier_names
-from kinoray.run.augment import PHOTOMETRIC, Augmenter, Mix, colour_clip, mix_inputs
-from kinoray.run.recipe import class_weights, freeze, learning_rate, loss_sum, make_optimizer
-from kinoray.run.replica import Replica
-from kinoray.run.runfolder import stopped_early
-from kinoray.run.snapshot import load_snapshot, seed_step, take_snapshot
-from kinoray.verbs import TrainConfig
+from kinoray.model.build import build_model
+from kinoray.model.parts import backbone_names, classifier_names
+from kinoray.run.train.augment import PHOTOMETRIC, Augmenter, Mix, colour_clip, mix_inputs
+from kinoray.run.train.recipe import class_weights, freeze, learning_rate, loss_sum, make_optimizer
+from kinoray.run.train.replica import Replica
+from kinoray.run.train.runfolder import stopped_early
+from kinoray.run.train.snapshot import load_snapshot, seed_step, take_snapshot
+from kinoray.verbs.pipeline import TrainConfig
 
 CLIP = ClipConfig(sample=SampleConfig(num_segments=2, frames_per_segment=2), view=ViewConfig(resize_px=32, crop_px=32))
 TINY = ModelConfig(options={"backbone": "tiny", "heads": 2, "scale": "dim"})
@@ -348,7 +348,7 @@ def test_jitter_is_torchvisions_with_one_draw_for_all_frames() -> None:
 
 @pytest.mark.parametrize("name", PHOTOMETRIC)
 def test_randaugments_operations_treat_the_clip_as_one_picture(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from kinoray.run import augment
+    from kinoray.run.train import augment
 
     monkeypatch.setattr(augment, "PHOTOMETRIC", (name,))
     clip = a_clip()

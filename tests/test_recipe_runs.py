@@ -8,15 +8,15 @@ import pyarrow as pa
 import pytest
 import torch
 
-from kinoray.catalog import CATALOG_SCHEMA, Catalog, save_catalog
+from kinoray.catalog.table import CATALOG_SCHEMA, Catalog, save_catalog
 from kinoray.checkpoint import list_checkpoints, load_model_state
-from kinoray.config import AugmentConfig, OptimConfig, ResourcesConfig
+from kinoray.config.shared import AugmentConfig, OptimConfig, ResourcesConfig
 from kinoray.presets import k400_paper
-from kinoray.run.runfolder import read_losses
-from kinoray.run.train import train
-from kinoray.storage import Storage, join
-from kinoray.synthetic import make_video
-from kinoray.verbs import TrainConfig
+from kinoray.run.train.runfolder import read_losses
+from kinoray.run.train.verb import train
+from kinoray.storage.objects import Storage, join
+from kinoray.synthetic.videos import make_video
+from kinoray.verbs.pipeline import TrainConfig
 from small_sets import set_in
 from test_finetune import CLIP, TINY, saved
 

@@ -12,20 +12,20 @@ import cv2
 import numpy as np
 import pytest
 
-from kinoray.config import StorageConfig
+from kinoray.config.shared import StorageConfig
 from kinoray.errors import CatalogError, ConfigError, ObjectNotFound
-from kinoray.metrics import wilson_interval
+from kinoray.metrics.accuracy import wilson_interval
 from kinoray.page import visible
-from kinoray.predictions import Ledger
-from kinoray.report import report
-from kinoray.report_columns import ROWS_PER_FILE, STRIPS_PER_FILE, id_ranks
-from kinoray.report_figures import HISTOGRAM_HEIGHT, histogram_bars
-from kinoray.report_numbers import count, join_truth
-from kinoray.report_strips import MAX_FRAME_BYTES, jpeg_uri
-from kinoray.report_table import choose
-from kinoray.storage import Storage
-from kinoray.synthetic import make_clip, make_video
-from kinoray.verbs_report import ReportConfig
+from kinoray.predictions.table import Ledger
+from kinoray.report.columns import ROWS_PER_FILE, STRIPS_PER_FILE, id_ranks
+from kinoray.report.figures import HISTOGRAM_HEIGHT, histogram_bars
+from kinoray.report.numbers import count, join_truth
+from kinoray.report.strips import MAX_FRAME_BYTES, jpeg_uri
+from kinoray.report.table import choose
+from kinoray.report.verb import report
+from kinoray.storage.objects import Storage
+from kinoray.synthetic.videos import make_clip, make_video
+from kinoray.verbs.report import ReportConfig
 from report_sites import (
     CLASSES,
     HOSTILE,

@@ -22,9 +22,9 @@ import torch
 from torch import Tensor
 
 from faulty_s3 import FaultyS3, Request, faulty_s3
-from kinoray.catalog import Catalog, save_catalog
+from kinoray.catalog.table import Catalog, save_catalog
 from kinoray.checkpoint import list_checkpoints, load_model_state, load_train_state
-from kinoray.config import (
+from kinoray.config.shared import (
     ClipConfig,
     ModelConfig,
     OptimConfig,
@@ -34,15 +34,15 @@ from kinoray.config import (
     ViewConfig,
 )
 from kinoray.errors import JobError, StorageUnavailable
-from kinoray.run.decoding import DecodeTask
-from kinoray.run.ingest import epoch_order, run_length
-from kinoray.run.recorder import Recorder
-from kinoray.run.runfolder import read_losses, read_metrics
-from kinoray.run.snapshot import HISTORY, Snapshot
-from kinoray.run.train import train
+from kinoray.run.train.decoding import DecodeTask
+from kinoray.run.train.ingest import epoch_order, run_length
+from kinoray.run.train.recorder import Recorder
+from kinoray.run.train.runfolder import read_losses, read_metrics
+from kinoray.run.train.snapshot import HISTORY, Snapshot
+from kinoray.run.train.verb import train
 from kinoray.runs import find_runs
-from kinoray.storage import Storage, join
-from kinoray.verbs import TrainConfig
+from kinoray.storage.objects import Storage, join
+from kinoray.verbs.pipeline import TrainConfig
 from small_sets import LABELS, catalog_of, colour_set, colour_video, set_in
 from test_train import assert_equals_plain_training
 from test_train import make_config as plain_config
@@ -155,7 +155,7 @@ def test_a_killed_process_leaves_the_curve_as_it_was(
 def train_in_a_process_of_its_own(config: TrainConfig) -> "subprocess.CompletedProcess[str]":
     """The whole job, with a Ray of its own."""
     code = (
-        "import test_resume as t\nfrom kinoray.config import StorageConfig\n"
+        "import test_resume as t\nfrom kinoray.config.shared import StorageConfig\n"
         f"t.train(t.make_config({config.catalog!r}, {config.out!r}, model=t.mortal(**{config.model.options!r}),"
         f" optim=t.{config.optim!r}, storage={config.storage!r}, max_failures=20))\n"
     )

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kinoray.config import SampleConfig
+from kinoray.config.shared import SampleConfig
 from kinoray.sample import clip_rng, segment_indices, view_indices
 
 SHAPES = st.builds(

@@ -18,10 +18,9 @@ import pytest
 
 from conftest import wait_until
 from decode_reference import moving
-from kinoray import decode
-from kinoray import sandbox as sandbox_module
-from kinoray.config import ClipConfig, DecodeConfig, SampleConfig, ViewConfig
-from kinoray.decode import Clip
+from kinoray.config.shared import ClipConfig, DecodeConfig, SampleConfig, ViewConfig
+from kinoray.decode import clip as decode
+from kinoray.decode.clip import Clip
 from kinoray.errors import (
     DecoderCrashed,
     DecoderStartFailed,
@@ -30,15 +29,16 @@ from kinoray.errors import (
     MediaError,
     MediaOverBudget,
 )
-from kinoray.predictions import read_predictions
-from kinoray.run.decoding import DecodeTask
-from kinoray.run.label import label
-from kinoray.sandbox import Sandbox, shared_sandbox
-from kinoray.sandbox_process import DecoderProcess
-from kinoray.storage import Storage
-from kinoray.synthetic import BROKEN_KINDS, make_broken, make_video
+from kinoray.predictions.table import read_predictions
+from kinoray.run.label.verb import label
+from kinoray.run.train.decoding import DecodeTask
+from kinoray.sandbox import pool as sandbox_module
+from kinoray.sandbox.pool import Sandbox, shared_sandbox
+from kinoray.sandbox.process import DecoderProcess
+from kinoray.storage.objects import Storage
+from kinoray.synthetic.videos import BROKEN_KINDS, make_broken, make_video
 from kinoray.transcode import transcode
-from kinoray.verbs import LabelConfig
+from kinoray.verbs.pipeline import LabelConfig
 from label_models import save_untrained
 
 CLIP = ClipConfig(sample=SampleConfig(num_segments=4, frames_per_segment=2), view=ViewConfig(resize_px=40, crop_px=32))
@@ -211,8 +211,8 @@ def test_decoders_end_with_close_and_with_the_last_reference(good: bytes) -> Non
 
 PARENT = """
 import json, os, signal, sys, threading, time
-from kinoray.config import DecodeConfig
-from kinoray.sandbox import Sandbox
+from kinoray.config.shared import DecodeConfig
+from kinoray.sandbox.pool import Sandbox
 data = open(sys.argv[1], "rb").read()
 sandbox = Sandbox(2)
 threads = [threading.Thread(target=sandbox.probe, args=(data, DecodeConfig())) for _ in range(2)]

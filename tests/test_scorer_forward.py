@@ -8,13 +8,13 @@ import pytest
 import torch
 
 from kinoray.batch import collate
-from kinoray.batch_probe import CPU_BATCH, agreed_batch_size, auto_batch_size, largest_batch
-from kinoray.config import ClipConfig, InferenceConfig, SampleConfig, StorageConfig, ViewConfig
-from kinoray.decode import Clip, VideoInfo
+from kinoray.config.shared import ClipConfig, InferenceConfig, SampleConfig, StorageConfig, ViewConfig
+from kinoray.decode.clip import Clip, VideoInfo
 from kinoray.errors import ChecksumMismatch, ModelError
-from kinoray.scorer import ClipScorer, ScorerConfig
-from kinoray.scorer_forward import Forward, _Fed
-from kinoray.storage import Storage
+from kinoray.scorer.batch_size import CPU_BATCH, agreed_batch_size, auto_batch_size, largest_batch
+from kinoray.scorer.clips import ClipScorer, ScorerConfig
+from kinoray.scorer.forward import Forward, _Fed
+from kinoray.storage.objects import Storage
 from tiny_models import MeanColour, mean_colour, refuses, wrong_shape
 
 CLIP = ClipConfig(sample=SampleConfig(num_segments=2, frames_per_segment=1), view=ViewConfig(resize_px=16, crop_px=16))

@@ -21,7 +21,7 @@ import pytest
 
 from conftest import bucket_at, config_at
 from faulty_s3 import FaultyS3, faulty_s3
-from kinoray.config import StorageConfig
+from kinoray.config.shared import StorageConfig
 from kinoray.errors import (
     AccessDenied,
     ChecksumMismatch,
@@ -30,8 +30,8 @@ from kinoray.errors import (
     StorageError,
     StorageUnavailable,
 )
-from kinoray.storage import Storage, absolute, arrow_filesystem, is_s3, join
-from kinoray.storage_s3 import S3Store
+from kinoray.storage.objects import Storage, absolute, arrow_filesystem, is_s3, join
+from kinoray.storage.s3 import S3Store
 
 Place = tuple[Storage, str]
 MOTO = pytest.mark.parametrize("s3_server", ["moto"], indirect=True, scope="session")
@@ -155,7 +155,7 @@ def test_a_prefix_without_a_slash_is_the_start_of_names(place: Place) -> None:
 def test_a_listing_goes_over_as_many_pages_as_it_takes(
     bucket: str, faulty: FaultyS3, through: Storage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("kinoray.storage_s3._PAGE_KEYS", 3)
+    monkeypatch.setattr("kinoray.storage.s3._PAGE_KEYS", 3)
     for number in range(10):
         through.put(f"{bucket}/{number}", b"")
     assert [info.uri for info in through.list(bucket + "/")] == [f"{bucket}/{number}" for number in range(10)]
@@ -254,7 +254,7 @@ def copy_half(source, temp):
     print("half", flush=True)
     input()
 shutil.copyfile = copy_half
-from kinoray.storage import Storage
+from kinoray.storage.objects import Storage
 Storage().put_file({str(tmp_path / "out" / "x")!r}, Path({str(source)!r}))
 """
     command = [sys.executable, "-c", code]
@@ -301,9 +301,9 @@ def test_no_credentials_is_said(s3_server: str, tmp_path: Path) -> None:
     environment = {name: value for name, value in os.environ.items() if not name.startswith("AWS_")}
     environment |= {"AWS_EC2_METADATA_DISABLED": "true", "HOME": str(tmp_path)}
     code = f"""
-from kinoray.config import StorageConfig
+from kinoray.config.shared import StorageConfig
 from kinoray.errors import AccessDenied
-from kinoray.storage import Storage
+from kinoray.storage.objects import Storage
 try:
     Storage(StorageConfig(endpoint_url={s3_server!r})).read("s3://bucket/x")
 except AccessDenied as error:
@@ -448,7 +448,7 @@ def test_uploads_to_aws_keep_their_checksum_there(
     bucket: str, s3_config: StorageConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """The settings for AWS, tried on the test server: CRC32 of an object, and of each of its parts."""
-    monkeypatch.setattr("kinoray.storage_s3._is_aws", lambda url: True)
+    monkeypatch.setattr("kinoray.storage.s3._is_aws", lambda url: True)
     store, name = S3Store(s3_config), bucket.removeprefix("s3://")
     data = random_bytes(20 * 2**20)
     (tmp_path / "big").write_bytes(data)

@@ -15,10 +15,10 @@ import boto3
 import pytest
 
 from faulty_s3 import READ_FAULTS, WRITE_FAULTS, FaultyS3, Request, faulty_s3
-from kinoray.catalog import Reference, read_video, read_videos
-from kinoray.config import ConfigError, StorageConfig
+from kinoray.catalog.table import Reference, read_video, read_videos
+from kinoray.config.shared import ConfigError, StorageConfig
 from kinoray.errors import AccessDenied, ChecksumMismatch, ObjectNotFound, StorageUnavailable
-from kinoray.storage import Storage
+from kinoray.storage.objects import Storage
 
 # What a listing can recover from. A flipped bit in one is not among them: S3 sends no checksum with a listing.
 LIST_FAULTS = ("500", "503", "reset", "mute", "cut", "stall", "few", "expired")
@@ -51,8 +51,8 @@ def through(faulty: FaultyS3, s3_config: StorageConfig) -> Storage:
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Short pauses between attempts."""
-    monkeypatch.setattr("kinoray.storage_s3_retry._FIRST_PAUSE_S", 0.01)
-    monkeypatch.setattr("kinoray.storage_s3_retry._LONGEST_PAUSE_S", 0.05)
+    monkeypatch.setattr("kinoray.storage.s3_retry._FIRST_PAUSE_S", 0.01)
+    monkeypatch.setattr("kinoray.storage.s3_retry._LONGEST_PAUSE_S", 0.05)
 
 
 def random_bytes(length: int, seed: int = 0) -> bytes:
@@ -106,7 +106,7 @@ def test_an_upload_in_parts_outlives_a_fault_at_every_step(
     bucket: str, faulty: FaultyS3, through: Storage, fault: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its four requests: begin, two parts, and the end, which must not be done twice although its answer was lost."""
-    monkeypatch.setattr("kinoray.storage_s3._PART_BYTES", 5 * 2**20)
+    monkeypatch.setattr("kinoray.storage.s3._PART_BYTES", 5 * 2**20)
     faulty.everything = True
     for step in range(4):
         data = random_bytes(5 * 2**20 + 1000, seed=step)
@@ -120,7 +120,7 @@ def test_an_upload_in_parts_outlives_a_fault_at_every_step(
 def test_an_upload_that_is_gone_is_no_success_because_an_object_is_there(
     bucket: str, faulty: FaultyS3, through: Storage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("kinoray.storage_s3._PART_BYTES", 5 * 2**20)
+    monkeypatch.setattr("kinoray.storage.s3._PART_BYTES", 5 * 2**20)
     (tmp_path / "big").write_bytes(bytes(5 * 2**20 + 1))
     through.put(f"{bucket}/big", b"older")
     faulty.everything, faulty.faults = True, ["ok"] * 3 + ["gone"]
@@ -136,7 +136,7 @@ def test_an_upload_that_is_gone_is_no_success_because_an_object_is_there(
 def test_a_listing_outlives_a_fault_on_every_page(
     bucket: str, faulty: FaultyS3, through: Storage, fault: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("kinoray.storage_s3._PAGE_KEYS", 2)
+    monkeypatch.setattr("kinoray.storage.s3._PAGE_KEYS", 2)
     for number in range(5):
         through.put(f"{bucket}/{number}", b"")
     faulty.everything = True
@@ -330,7 +330,7 @@ def test_one_object_that_always_fails_does_not_hide_behind_the_others(
 
 
 def test_the_default_patience_outlives_30_s_and_ends_within_120_s() -> None:
-    from kinoray.storage_s3 import _CONNECT_TIMEOUT_S
+    from kinoray.storage.s3 import _CONNECT_TIMEOUT_S
 
     config = StorageConfig()
     assert config.retry_s >= 45

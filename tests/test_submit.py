@@ -13,16 +13,16 @@ import pytest
 import yaml
 
 from conftest import ROOT
-from kinoray.configfile import load_config, to_yaml
+from kinoray.config.file import load_config, to_yaml
 from kinoray.errors import ClusterError, ConfigError
 from kinoray.presets import PRESETS
-from kinoray.run.jobs import _runs, _table
-from kinoray.run.submit_address import find_url, is_here, is_open
-from kinoray.run.submit_client import Attempt, JobsClient
-from kinoray.run.submit_package import build_folder, check_settings, entrypoint, metadata, runtime_env
-from kinoray.run.submit_token import find_token, private_token_file
-from kinoray.verbs import PackConfig, TrainConfig
-from kinoray.verbs_submit import LogsConfig, SubmitConfig
+from kinoray.run.submit.address import find_url, is_here, is_open
+from kinoray.run.submit.client import Attempt, JobsClient
+from kinoray.run.submit.jobs import _runs, _table
+from kinoray.run.submit.package import build_folder, check_settings, entrypoint, metadata, runtime_env
+from kinoray.run.submit.token import find_token, private_token_file
+from kinoray.verbs.pipeline import PackConfig, TrainConfig
+from kinoray.verbs.submit import LogsConfig, SubmitConfig
 
 TOKEN = "c0ffee" * 8
 

@@ -16,14 +16,14 @@ from typing import Any
 import pytest
 from aiohttp import web
 
-from kinoray.configfile import to_yaml
+from kinoray.config.file import to_yaml
 from kinoray.errors import ClusterError, ConfigError
-from kinoray.run import submit_follow
-from kinoray.run.jobs import jobs, logs, stop
-from kinoray.run.submit import submit
-from kinoray.run.submit_package import metadata
-from kinoray.verbs import PackConfig
-from kinoray.verbs_submit import JobsConfig, LogsConfig, StopConfig, SubmitConfig
+from kinoray.run.submit import follow as submit_follow
+from kinoray.run.submit.jobs import jobs, logs, stop
+from kinoray.run.submit.package import metadata
+from kinoray.run.submit.verb import submit
+from kinoray.verbs.pipeline import PackConfig
+from kinoray.verbs.submit import JobsConfig, LogsConfig, StopConfig, SubmitConfig
 
 TEXT = "".join(f"line {number}\n" for number in range(5))
 DONE: dict[str, Any] = {"status": "SUCCEEDED", "driver_exit_code": 0}

@@ -16,17 +16,17 @@ import pytest
 import torch
 
 from bombs import box
-from kinoray.catalog import load_catalog, read_videos, references
-from kinoray.config import ClipConfig, ModelConfig, ResourcesConfig, SampleConfig, StorageConfig, ViewConfig
-from kinoray.decode import decode_clip
-from kinoray.model import build_model
-from kinoray.predictions import read_predictions
+from kinoray.catalog.table import load_catalog, read_videos, references
+from kinoray.config.shared import ClipConfig, ModelConfig, ResourcesConfig, SampleConfig, StorageConfig, ViewConfig
+from kinoray.decode.clip import decode_clip
+from kinoray.model.build import build_model
+from kinoray.predictions.table import read_predictions
 from kinoray.quarantine import load_quarantine
-from kinoray.run.label import label
-from kinoray.run.pack import pack
-from kinoray.storage import Storage, join
-from kinoray.synthetic import make_broken, make_video
-from kinoray.verbs import LabelConfig, PackConfig
+from kinoray.run.label.verb import label
+from kinoray.run.pack.verb import pack
+from kinoray.storage.objects import Storage, join
+from kinoray.synthetic.videos import make_broken, make_video
+from kinoray.verbs.pipeline import LabelConfig, PackConfig
 from label_models import save_untrained
 from small_sets import COLOURS, LABELS
 

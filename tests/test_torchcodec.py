@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 
 from decode_reference import moving
-from kinoray.config import ClipConfig, DecodeConfig, SampleConfig, ViewConfig
-from kinoray.decode import decode_clip, probe, thumbnails
+from kinoray.config.shared import ClipConfig, DecodeConfig, SampleConfig, ViewConfig
+from kinoray.decode.clip import decode_clip, probe, thumbnails
 from kinoray.errors import ConfigError, MediaOverBudget, UndecodableVideo
 from kinoray.sample import clip_rng
-from kinoray.sandbox import Sandbox
-from kinoray.synthetic import make_broken, make_video
+from kinoray.sandbox.pool import Sandbox
+from kinoray.synthetic.videos import make_broken, make_video
 
 PYAV = ClipConfig(
     sample=SampleConfig(num_segments=4, frames_per_segment=3),

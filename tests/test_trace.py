@@ -6,14 +6,14 @@ from pathlib import Path
 import pytest
 
 from kinoray.cli import main
-from kinoray.config import ModelConfig, OptimConfig, StorageConfig
-from kinoray.predictions import Commit, Ledger, row_keys
-from kinoray.run.runfolder import claim_run, write_metrics
-from kinoray.storage import Storage
-from kinoray.trace import label_spans, trace
-from kinoray.trace_spans import Span, covered_s, trace_events
-from kinoray.verbs import TrainConfig
-from kinoray.verbs_trace import TraceConfig
+from kinoray.config.shared import ModelConfig, OptimConfig, StorageConfig
+from kinoray.predictions.table import Commit, Ledger, row_keys
+from kinoray.run.train.runfolder import claim_run, write_metrics
+from kinoray.storage.objects import Storage
+from kinoray.trace.spans import Span, covered_s, trace_events
+from kinoray.trace.verb import label_spans, trace
+from kinoray.verbs.pipeline import TrainConfig
+from kinoray.verbs.trace import TraceConfig
 from small_sets import catalog_of
 from small_tables import ledger_in, library, rows_for
 

@@ -19,9 +19,9 @@ from torch.nn import functional as F
 
 import tiny_models
 from kinoray.batch import collate, model_inputs
-from kinoray.catalog import Catalog, load_catalog, read_videos, references
+from kinoray.catalog.table import Catalog, load_catalog, read_videos, references
 from kinoray.checkpoint import find_checkpoint, list_checkpoints, load_meta, load_model, save_checkpoint
-from kinoray.config import (
+from kinoray.config.shared import (
     ClipConfig,
     ModelConfig,
     OptimConfig,
@@ -30,7 +30,7 @@ from kinoray.config import (
     StorageConfig,
     ViewConfig,
 )
-from kinoray.decode import Clip, decode_clip
+from kinoray.decode.clip import Clip, decode_clip
 from kinoray.errors import (
     CatalogError,
     ConfigError,
@@ -43,13 +43,13 @@ from kinoray.errors import (
     TrainingDiverged,
 )
 from kinoray.quarantine import Refusal, load_quarantine
-from kinoray.run.ingest import epoch_order, run_length
-from kinoray.run.recipe import learning_rate, load_optimizer_state, make_optimizer, optimizer_state
-from kinoray.run.runfolder import add_refusals, claim_run, prune_checkpoints, read_metrics, write_metrics
-from kinoray.run.train import train
+from kinoray.run.train.ingest import epoch_order, run_length
+from kinoray.run.train.recipe import learning_rate, load_optimizer_state, make_optimizer, optimizer_state
+from kinoray.run.train.runfolder import add_refusals, claim_run, prune_checkpoints, read_metrics, write_metrics
+from kinoray.run.train.verb import train
 from kinoray.sample import clip_rng
-from kinoray.storage import Storage, join
-from kinoray.verbs import TrainConfig
+from kinoray.storage.objects import Storage, join
+from kinoray.verbs.pipeline import TrainConfig
 from small_sets import colour_set, set_in
 
 CLIP = ClipConfig(sample=SampleConfig(num_segments=1, frames_per_segment=2), view=ViewConfig(resize_px=32, crop_px=24))
@@ -230,7 +230,7 @@ def test_what_cannot_work_is_refused_before_ray_starts(
 
 
 def test_an_unlabelled_split_is_refused(small_set: str, tmp_path: Path) -> None:
-    from kinoray.catalog import save_catalog
+    from kinoray.catalog.table import save_catalog
     from small_sets import catalog_of
 
     rows = [{"video_id": f"v{i}", "uri": "u", "split": "train", "label_id": 0 if i else None} for i in range(3)]
@@ -441,7 +441,7 @@ def test_a_run_whose_driver_is_killed_goes_on_with_the_same_command(
         small_set, str(tmp_path / "run"), model=ModelConfig(factory="tiny_models:deadly", options=options)
     )
     code = (
-        "import os, pathlib, test_train as t, kinoray.config as c\n"
+        "import os, pathlib, test_train as t, kinoray.config.shared as c\n"
         f"pathlib.Path({str(victim)!r}).write_text(str(os.getpid()))\n"
         f"model = c.ModelConfig(factory='tiny_models:deadly', options={options!r})\n"
         f"t.train(t.make_config({small_set!r}, {config.out!r}, model=model))\n"

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 
 from decode_reference import moving, plain_decode
-from kinoray.config import DecodeConfig
-from kinoray.decode import probe
+from kinoray.config.shared import DecodeConfig
+from kinoray.decode.clip import probe
 from kinoray.errors import EmptyMedia, MediaOverBudget, NoVideoStream, UndecodableVideo, UnreadableContainer
-from kinoray.sandbox import Sandbox
-from kinoray.synthetic import make_broken, make_video
+from kinoray.sandbox.pool import Sandbox
+from kinoray.synthetic.videos import make_broken, make_video
 from kinoray.transcode import TRANSCODE, TranscodeSettings, transcode
 
 CONFIG = DecodeConfig()

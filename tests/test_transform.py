@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from kinoray import transform
-from kinoray.config import ViewConfig
+from kinoray.config.shared import ViewConfig
 from kinoray.transform import View, crop_views, train_view
 
 STRETCH = ViewConfig()

@@ -18,7 +18,8 @@ import torch
 
 from kinoray.checkpoint import list_checkpoints, load_model_state, load_train_state, save_checkpoint
 from kinoray.cli import main
-from kinoray.config import (
+from kinoray.config.file import load_config
+from kinoray.config.shared import (
     CacheConfig,
     ClipConfig,
     ModelConfig,
@@ -28,21 +29,20 @@ from kinoray.config import (
     StorageConfig,
     ViewConfig,
 )
-from kinoray.configfile import load_config
 from kinoray.errors import ClusterError, ConfigError, JobError
-from kinoray.run.runfolder import claim_run, read_metrics, run_digest, write_metrics
-from kinoray.run.train import train
-from kinoray.run.tune import tune
-from kinoray.run.tune_cache import shared_cache
-from kinoray.run.tune_fit import trials_at_once
-from kinoray.run.tune_search import optuna_searcher, planned_trials
-from kinoray.run.tune_table import best_row, ranked, read_trial, write_outcome
-from kinoray.run.tune_trial import copy_checkpoint, generations, trial_run
-from kinoray.storage import Storage, join
-from kinoray.tune_config import TuneConfig, train_config
-from kinoray.tune_page import TrialRow, heat_map, tune_page
-from kinoray.tune_space import Settings, apply, draw_trials, grid_trials, parse_space, trial_id
-from kinoray.verbs import TrainConfig
+from kinoray.run.train.runfolder import claim_run, read_metrics, run_digest, write_metrics
+from kinoray.run.train.verb import train
+from kinoray.run.tune.cache import shared_cache
+from kinoray.run.tune.fit import trials_at_once
+from kinoray.run.tune.search import optuna_searcher, planned_trials
+from kinoray.run.tune.table import best_row, ranked, read_trial, write_outcome
+from kinoray.run.tune.trial import copy_checkpoint, generations, trial_run
+from kinoray.run.tune.verb import tune
+from kinoray.storage.objects import Storage, join
+from kinoray.tune.config import TuneConfig, train_config
+from kinoray.tune.page import TrialRow, heat_map, tune_page
+from kinoray.tune.space import Settings, apply, draw_trials, grid_trials, parse_space, trial_id
+from kinoray.verbs.pipeline import TrainConfig
 from ports import wait_until
 from small_sets import colour_set, set_in
 from test_checkpoint import META, tiny_state
@@ -313,7 +313,7 @@ def test_the_table_is_what_the_run_folders_say(tmp_path: Path) -> None:
 
 
 def test_an_exchange_copies_the_whole_checkpoint(small_set: str, tmp_path: Path) -> None:
-    from kinoray.catalog import load_catalog
+    from kinoray.catalog.table import load_catalog
 
     storage, catalog = Storage(), load_catalog(Storage(), small_set)
     source, config = str(tmp_path / "good"), TrainConfig(catalog=small_set, out=str(tmp_path / "bad"))
@@ -468,9 +468,9 @@ def test_four_trials_run_where_two_have_room_and_the_best_can_be_trained_again(
 
 RUNNER = """
 import sys
-from kinoray.configfile import load_config
-from kinoray.run.tune import tune
-from kinoray.tune_config import TuneConfig
+from kinoray.config.file import load_config
+from kinoray.run.tune.verb import tune
+from kinoray.tune.config import TuneConfig
 if __name__ == "__main__":
     tune(load_config(TuneConfig, sys.argv[1]))
 """
@@ -478,7 +478,7 @@ if __name__ == "__main__":
 
 def start_sweep(config: TuneConfig, folder: Path) -> "subprocess.Popen[bytes]":
     """The sweep as a process of its own, with a Ray of its own."""
-    from kinoray.configfile import to_yaml
+    from kinoray.config.file import to_yaml
 
     (folder / "sweep.yaml").write_text(to_yaml(config))
     (folder / "runner.py").write_text(RUNNER)

@@ -12,12 +12,12 @@ import pyarrow.parquet as pq
 import pytest
 
 from kinoray import vacuum as vacuum_module
-from kinoray.config import StorageConfig
+from kinoray.config.shared import StorageConfig
 from kinoray.errors import ChecksumMismatch, ConfigError, IncompleteOutput, ObjectNotFound
-from kinoray.predictions import WINDOW_SCHEMA, Ledger, Plan, read_predictions, row_keys
-from kinoray.storage import ObjectInfo, Storage, join
+from kinoray.predictions.table import WINDOW_SCHEMA, Ledger, Plan, read_predictions, row_keys
+from kinoray.storage.objects import ObjectInfo, Storage, join
 from kinoray.vacuum import vacuum
-from kinoray.verbs_library import VacuumConfig
+from kinoray.verbs.library import VacuumConfig
 from small_tables import label_library, ledger_in, library, rows_for
 
 ANY_AGE_H = 1e-9
@@ -108,8 +108,8 @@ def test_the_temporary_file_of_a_killed_writer_goes(ledger: Ledger) -> None:
     """A real one: the writer dies between writing its bytes and publishing them."""
     label_library(ledger, CATALOG)
     code = (
-        "import os, sys\nfrom kinoray import storage_folder\nfrom kinoray.storage import Storage\n"
-        "storage_folder._flush = lambda path: os._exit(9)\nStorage().put(sys.argv[1], b'12345')\n"
+        "import os, sys\nfrom kinoray.storage import folder\nfrom kinoray.storage.objects import Storage\n"
+        "folder._flush = lambda path: os._exit(9)\nStorage().put(sys.argv[1], b'12345')\n"
     )
     target = Path(ledger.root, "parts", "new.parquet")
     assert subprocess.run([sys.executable, "-c", code, str(target)], check=False).returncode == 9

@@ -194,4 +194,4 @@ class TestMatrixCache:
             for size in range(1, 40):
                 stc.matrix((1, 1, size))
         assert len(stc._matrix) <= 8
-        assert len(stc._index) <= 8
+        assert len(stc._constants) <= 16

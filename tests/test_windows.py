@@ -10,22 +10,22 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kinoray import decode_views as decode_views_module
 from kinoray.answers import AnswerRule
-from kinoray.catalog import catalog_of_source
+from kinoray.catalog.table import catalog_of_source
 from kinoray.checkpoint import load_meta
-from kinoray.config import ClipConfig, ModelConfig, SampleConfig, StorageConfig, ViewConfig
-from kinoray.decode import decode_clip
-from kinoray.decode_views import decode_views
+from kinoray.config.shared import ClipConfig, ModelConfig, SampleConfig, StorageConfig, ViewConfig
+from kinoray.decode import views as decode_views_module
+from kinoray.decode.clip import decode_clip
+from kinoray.decode.views import decode_views
 from kinoray.errors import ConfigError, ObjectNotFound, UndecodableVideo
-from kinoray.model import build_model
-from kinoray.predictions import Ledger, read_windows, row_keys
+from kinoray.model.build import build_model
+from kinoray.predictions.table import Ledger, read_windows, row_keys
 from kinoray.protocol import ViewsConfig, WindowsConfig
-from kinoray.run.label_stage import LabelJob, LabelUnits, pack_unit
+from kinoray.run.label.stage import LabelJob, LabelUnits, pack_unit
 from kinoray.sample import view_indices
-from kinoray.scorer import ScorerConfig
-from kinoray.storage import Storage
-from kinoray.synthetic import make_broken, make_video
+from kinoray.scorer.clips import ScorerConfig
+from kinoray.storage.objects import Storage
+from kinoray.synthetic.videos import make_broken, make_video
 from kinoray.windows import cut_windows
 from label_models import save_untrained
 

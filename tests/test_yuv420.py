@@ -14,9 +14,9 @@ import torch
 
 from decode_reference import moving
 from kinoray.batch import VideoBatch, collate, model_inputs, yuv420_to_rgb
-from kinoray.catalog import load_catalog, read_videos, references
+from kinoray.catalog.table import load_catalog, read_videos, references
 from kinoray.checkpoint import find_checkpoint, load_meta, load_model
-from kinoray.config import (
+from kinoray.config.shared import (
     AugmentConfig,
     CacheConfig,
     ClipConfig,
@@ -27,26 +27,26 @@ from kinoray.config import (
     SampleConfig,
     ViewConfig,
 )
-from kinoray.decode import Clip, decode_clip, thumbnails
-from kinoray.decode_bank import decode_bank
-from kinoray.decode_colour import chroma_to_centre, to_bt601
-from kinoray.decode_sink import clip_frame_bytes, i420_planes, mirror
-from kinoray.decode_views import decode_views
+from kinoray.decode.bank import decode_bank
+from kinoray.decode.clip import Clip, decode_clip, thumbnails
+from kinoray.decode.colour import chroma_to_centre, to_bt601
+from kinoray.decode.sink import clip_frame_bytes, i420_planes, mirror
+from kinoray.decode.views import decode_views
 from kinoray.errors import ConfigError, ModelError
-from kinoray.flow import dis_flow, quantise
+from kinoray.flow.dis import dis_flow, quantise
 from kinoray.protocol import PROTOCOLS, ViewsConfig
-from kinoray.run.augment import Augmenter
-from kinoray.run.decoding import DecodeTask
-from kinoray.run.label_open import open_labelling
-from kinoray.run.label_stage import LabelUnits, pack_unit
-from kinoray.run.runfolder import read_metrics
-from kinoray.run.train import train
+from kinoray.run.label.open import open_labelling
+from kinoray.run.label.stage import LabelUnits, pack_unit
+from kinoray.run.train.augment import Augmenter
+from kinoray.run.train.decoding import DecodeTask
+from kinoray.run.train.runfolder import read_metrics
+from kinoray.run.train.verb import train
 from kinoray.sample import clip_rng, segment_indices, view_indices
-from kinoray.sandbox import Sandbox
-from kinoray.storage import Storage
-from kinoray.synthetic import make_video
+from kinoray.sandbox.pool import Sandbox
+from kinoray.storage.objects import Storage
+from kinoray.synthetic.videos import make_video
 from kinoray.transform import View, crop_views, test_view, train_view
-from kinoray.verbs import LabelConfig, TrainConfig
+from kinoray.verbs.pipeline import LabelConfig, TrainConfig
 from label_models import save_untrained
 from small_sets import set_in
 from tiny_models import Spec

@@ -8,14 +8,14 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from kinoray.config import StorageConfig
-from kinoray.storage import Storage, join
+from kinoray.config.shared import StorageConfig
+from kinoray.storage.objects import Storage, join
 from ports import wait_until
 
 
 @dataclass(frozen=True)
 class Spec:
-    """What the platform asks of a model (kinoray.model.InputSpec); deliberately not vcm_sdd's class."""
+    """What the platform asks of a model (kinoray.model.build.InputSpec); deliberately not vcm_sdd's class."""
 
     rgb: bool = True
     flow_channels: int = 0

@@ -9,7 +9,8 @@ E hidden units, O distinct offsets (dt, dy, dx)
 
 import itertools
 import math
-from typing import Literal
+from collections.abc import Callable
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -59,7 +60,7 @@ class Consistency(nn.Module):
         self.w_p = nn.Parameter(torch.empty(3, hidden))
         self.w_g = nn.Parameter(torch.empty(hidden, 1))
         self.reset_parameters()
-        self._index: dict[tuple[Grid, torch.device], Tensor] = {}
+        self._constants: dict[tuple[object, ...], Tensor] = {}
         self._matrix: dict[tuple[object, ...], Tensor] = {}
 
     def reset_parameters(self) -> None:
@@ -116,27 +117,28 @@ class Consistency(nn.Module):
     def _build(self, grid: Grid) -> Tensor:
         # Autocast would round the 128 parameters and the logarithms to 8 bits; the table is tiny, keep it exact.
         with no_autocast(self.w_p):
-            sim_O = (self._geometry(grid[0]) @ self.w_p).relu() @ self.w_g
+            sim_O = (self._constant(self._geometry, grid[0], self.w_p.dtype) @ self.w_p).relu() @ self.w_g
             table = torch.cat([sim_O[:, 0], sim_O.new_full((1,), -math.inf)])
-            return table[self._offset_index(grid)].softmax(dim=-1)
+            return table[self._constant(self._pairs, grid, torch.int64)].softmax(dim=-1)
+
+    def _constant(self, make: Callable[[Any], Tensor], of: object, dtype: torch.dtype) -> Tensor:
+        """What follows from the grid alone, kept on the parameters' device: sending it anew would stop the host."""
+        key = (make.__name__, of, dtype, self.w_p.device)
+        if key not in self._constants:
+            if len(self._constants) >= 2 * _CACHED_GRIDS:
+                self._constants.clear()
+            with torch.inference_mode(False):  # training may follow
+                self._constants[key] = make(of).to(self.w_p.device, dtype)
+        return self._constants[key]
 
     def _geometry(self, num_frames: int) -> Tensor:
         steps = range(self.radius + 1)
         rows = [(dx, dy, dt / num_frames) for dt, dy, dx in itertools.product(steps, steps, steps)]
         u_O3 = torch.tensor(rows, dtype=torch.float64)
-        geom_O3 = -(u_O3 + self.eps).log() if self.geometry == "log" else 1 / (u_O3 + math.e).log()
-        return geom_O3.to(self.w_p)
-
-    def _offset_index(self, grid: Grid) -> Tensor:
-        """Row of the table for each pair of nodes, int64 [N, N]; its last row stands for "not neighbours"."""
-        key = (grid, self.w_p.device)
-        if key not in self._index:
-            if len(self._index) >= _CACHED_GRIDS:
-                self._index.clear()
-            self._index[key] = self._pairs(grid).to(self.w_p.device)
-        return self._index[key]
+        return -(u_O3 + self.eps).log() if self.geometry == "log" else 1 / (u_O3 + math.e).log()
 
     def _pairs(self, grid: Grid) -> Tensor:
+        """Row of the table for each pair of nodes, int64 [N, N]; its last row stands for "not neighbours"."""
         axes = [torch.arange(size) for size in grid]
         node_N3 = torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).reshape(-1, 3)
         step_NN3 = (node_N3[:, None] - node_N3[None]).abs()

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from kinoray.config import require
+from kinoray.config.shared import require
 from kinoray.protocol import ScoreKind, ViewAverage
 
 __all__ = ["AnswerRule", "average_logits", "scores_of", "top_predictions"]

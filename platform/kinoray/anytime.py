@@ -11,7 +11,7 @@ from typing import Literal
 
 import numpy as np
 
-from kinoray.config import require
+from kinoray.config.shared import require
 
 __all__ = ["EarlyExit", "RunningAnswer", "SegmentConsensus", "nested_order"]
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from kinoray.errors import ChecksumMismatch, DamagedArchive
-from kinoray.storage import Storage
+from kinoray.storage.objects import Storage
 
 __all__ = ["Archive", "Member", "MemberKind", "is_archive", "open_archive"]
 

@@ -14,10 +14,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kinoray.errors import ModelError
-from kinoray.model import InputSpec
+from kinoray.model.build import InputSpec
 
 if TYPE_CHECKING:
-    from kinoray.decode import Clip
+    from kinoray.decode.clip import Clip
 
 __all__ = ["FLOW_CHANNELS", "FLOW_SCALE", "RawBatch", "VideoBatch", "collate", "model_inputs", "yuv420_to_rgb"]
 

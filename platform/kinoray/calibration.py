@@ -13,11 +13,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kinoray.anytime import EarlyExit, RunningAnswer, SegmentConsensus, nested_order
-from kinoray.config import ClipConfig
+from kinoray.config.shared import ClipConfig
 from kinoray.errors import CheckpointMismatch, ConfigError
-from kinoray.metrics import wilson_interval
-from kinoray.metrics_calibration import calibrate
-from kinoray.storage import Storage, absolute
+from kinoray.metrics.accuracy import wilson_interval
+from kinoray.metrics.calibration import calibrate
+from kinoray.storage.objects import Storage, absolute
 
 __all__ = [
     "MAX_CHANGED",

@@ -21,11 +21,11 @@ import safetensors.torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from kinoray.config import ClipConfig, ModelConfig, digest
-from kinoray.configfile import config_from_mapping
+from kinoray.config.file import config_from_mapping
+from kinoray.config.shared import ClipConfig, ModelConfig, digest
 from kinoray.errors import CheckpointCorrupt, CheckpointMismatch, CheckpointNotFound, ConfigError, ObjectNotFound
-from kinoray.model import VideoModel, build_model, without_start_weights
-from kinoray.storage import Storage, join
+from kinoray.model.build import VideoModel, build_model, without_start_weights
+from kinoray.storage.objects import Storage, join
 
 __all__ = [
     "CheckpointMeta",

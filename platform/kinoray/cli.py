@@ -16,19 +16,20 @@ from typing import Any
 
 import tyro
 
-from kinoray import __version__, verbs
-from kinoray.configfile import load_config, to_yaml
+from kinoray import __version__
+from kinoray.config.file import load_config, to_yaml
 from kinoray.errors import ConfigError, KinorayError
 from kinoray.presets import PRESETS
-from kinoray.tune_config import TuneConfig
-from kinoray.verbs_capacity import BenchConfig, PlanConfig
-from kinoray.verbs_doctor import DoctorConfig
-from kinoray.verbs_evaluation import CalibrateConfig, CompareConfig, EnsembleConfig
-from kinoray.verbs_library import CorrectConfig, ExportConfig, LabelsConfig, VacuumConfig
-from kinoray.verbs_report import ReportConfig
-from kinoray.verbs_study import AblateConfig, DemoConfig, ModelVerbConfig
-from kinoray.verbs_submit import JobsConfig, LogsConfig, StopConfig, SubmitConfig
-from kinoray.verbs_trace import TraceConfig
+from kinoray.tune.config import TuneConfig
+from kinoray.verbs.capacity import BenchConfig, PlanConfig
+from kinoray.verbs.doctor import DoctorConfig
+from kinoray.verbs.evaluation import CalibrateConfig, CompareConfig, EnsembleConfig
+from kinoray.verbs.library import CorrectConfig, ExportConfig, LabelsConfig, VacuumConfig
+from kinoray.verbs.pipeline import EvaluateConfig, LabelConfig, PackConfig, RunsConfig, TrainConfig
+from kinoray.verbs.report import ReportConfig
+from kinoray.verbs.study import AblateConfig, DemoConfig, ModelVerbConfig
+from kinoray.verbs.submit import JobsConfig, LogsConfig, StopConfig, SubmitConfig
+from kinoray.verbs.trace import TraceConfig
 
 __all__ = ["VERBS", "Verb", "main"]
 
@@ -45,37 +46,45 @@ class Verb:
 
 
 VERBS: Mapping[str, Verb] = {
-    "doctor": Verb(DoctorConfig, "kinoray.doctor:doctor", "what is wrong with videos, a machine, a store or a cluster"),
-    "pack": Verb(verbs.PackConfig, "kinoray.run.pack:pack", "videos -> tar shards and a catalog in object storage"),
-    "train": Verb(verbs.TrainConfig, "kinoray.run.train:train", "catalog -> checkpoints, with Ray Data and Ray Train"),
-    "tune": Verb(TuneConfig, "kinoray.run.tune:tune", "many trainings with other settings -> the best of them"),
+    "doctor": Verb(
+        DoctorConfig, "kinoray.doctor.verb:doctor", "what is wrong with videos, a machine, a store or a cluster"
+    ),
+    "pack": Verb(PackConfig, "kinoray.run.pack.verb:pack", "videos -> tar shards and a catalog in object storage"),
+    "train": Verb(TrainConfig, "kinoray.run.train.verb:train", "catalog -> checkpoints, with Ray Data and Ray Train"),
+    "tune": Verb(TuneConfig, "kinoray.run.tune.verb:tune", "many trainings with other settings -> the best of them"),
     "evaluate": Verb(
-        verbs.EvaluateConfig, "kinoray.run.evaluate:evaluate", "checkpoint + labelled catalog -> exact accuracy"
+        EvaluateConfig, "kinoray.run.evaluate:evaluate", "checkpoint + labelled catalog -> exact accuracy"
     ),
     "calibrate": Verb(
         CalibrateConfig, "kinoray.run.calibrate:calibrate", "labelled catalog -> temperature and early-exit margins"
     ),
     "ensemble": Verb(EnsembleConfig, "kinoray.ensemble:ensemble", "several evaluations -> their averaged scores"),
-    "compare": Verb(CompareConfig, "kinoray.compare:compare", "two evaluations -> what changed, as one HTML page"),
-    "label": Verb(verbs.LabelConfig, "kinoray.run.label:label", "any videos -> one result row each, exactly once"),
+    "compare": Verb(CompareConfig, "kinoray.compare.verb:compare", "two evaluations -> what changed, as one HTML page"),
+    "label": Verb(LabelConfig, "kinoray.run.label.verb:label", "any videos -> one result row each, exactly once"),
     "labels": Verb(
-        LabelsConfig, "kinoray.labels:labels", "result tables: filter, join, sort; as table, CSV or Parquet"
+        LabelsConfig, "kinoray.labels.verb:labels", "result tables: filter, join, sort; as table, CSV or Parquet"
     ),
     "vacuum": Verb(VacuumConfig, "kinoray.vacuum:vacuum", "remove what killed labelling jobs left behind"),
-    "export": Verb(ExportConfig, "kinoray.export:export", "results -> FiftyOne, Label Studio, Datumaro, JSONL, CSV"),
+    "export": Verb(
+        ExportConfig, "kinoray.export.verb:export", "results -> FiftyOne, Label Studio, Datumaro, JSONL, CSV"
+    ),
     "correct": Verb(CorrectConfig, "kinoray.corrections:correct", "results + corrections -> a labelled catalog"),
-    "bench": Verb(BenchConfig, "kinoray.run.bench:bench", "how fast your own videos are labelled, and what binds"),
-    "plan": Verb(PlanConfig, "kinoray.capacity_plan:plan", "measured rates -> nodes, hours and cost for a library"),
-    "runs": Verb(verbs.RunsConfig, "kinoray.runs:runs", "trainings in storage: how they stand, and their best"),
-    "trace": Verb(TraceConfig, "kinoray.trace:trace", "where the time of a labelling or a training went"),
-    "report": Verb(ReportConfig, "kinoray.report:report", "results -> a static site to look at, filter and correct"),
+    "bench": Verb(BenchConfig, "kinoray.run.bench.verb:bench", "how fast your own videos are labelled, and what binds"),
+    "plan": Verb(PlanConfig, "kinoray.capacity.plan:plan", "measured rates -> nodes, hours and cost for a library"),
+    "runs": Verb(RunsConfig, "kinoray.runs:runs", "trainings in storage: how they stand, and their best"),
+    "trace": Verb(TraceConfig, "kinoray.trace.verb:trace", "where the time of a labelling or a training went"),
+    "report": Verb(
+        ReportConfig, "kinoray.report.verb:report", "results -> a static site to look at, filter and correct"
+    ),
     "model": Verb(ModelVerbConfig, "kinoray.describe:describe_model", "a network's parameters and operations"),
-    "submit": Verb(SubmitConfig, "kinoray.run.submit:submit", "run a verb as a job on a cluster, and follow it", True),
-    "jobs": Verb(JobsConfig, "kinoray.run.jobs:jobs", "submitted jobs: how they stand, and what came of them"),
-    "logs": Verb(LogsConfig, "kinoray.run.jobs:logs", "what a submitted job has printed"),
-    "stop": Verb(StopConfig, "kinoray.run.jobs:stop", "stop a submitted job, and wait for its end", True),
-    "demo": Verb(DemoConfig, "kinoray.run.demo:demo", "all of the above on a small generated set"),
-    "ablate": Verb(AblateConfig, "kinoray.run.ablate:ablate", "table 2 of the paper, TSN and TSM, on a small set"),
+    "submit": Verb(
+        SubmitConfig, "kinoray.run.submit.verb:submit", "run a verb as a job on a cluster, and follow it", True
+    ),
+    "jobs": Verb(JobsConfig, "kinoray.run.submit.jobs:jobs", "submitted jobs: how they stand, and what came of them"),
+    "logs": Verb(LogsConfig, "kinoray.run.submit.jobs:logs", "what a submitted job has printed"),
+    "stop": Verb(StopConfig, "kinoray.run.submit.jobs:stop", "stop a submitted job, and wait for its end", True),
+    "demo": Verb(DemoConfig, "kinoray.run.demo.verb:demo", "all of the above on a small generated set"),
+    "ablate": Verb(AblateConfig, "kinoray.run.ablate.verb:ablate", "table 2 of the paper, TSN and TSM, on a small set"),
 }
 
 
@@ -162,7 +171,7 @@ def _with_settings(config: SubmitConfig) -> SubmitConfig:
 
 def _parse_flags(name: str, arguments: list[str], default: Any) -> Any:
     cls = VERBS[name].config
-    presets = f", --preset NAME ({', '.join(PRESETS)}; likewise)" if issubclass(cls, verbs.TrainConfig) else ""
+    presets = f", --preset NAME ({', '.join(PRESETS)}; likewise)" if issubclass(cls, TrainConfig) else ""
     help_text = f"{inspect.getdoc(cls)}\n\nAlso: --config FILE.yaml (settings; flags win){presets}, --print-config."
     messages = io.StringIO()
     try:
@@ -177,7 +186,7 @@ def _parse_flags(name: str, arguments: list[str], default: Any) -> Any:
 
 def _with_options(config: Any, default: Any) -> Any:
     """Options of the network that flags name join those of the file or preset, as all other flags do."""
-    if not isinstance(config, verbs.TrainConfig) or config.model.factory != default.model.factory:
+    if not isinstance(config, TrainConfig) or config.model.factory != default.model.factory:
         return config
     options = {**default.model.options, **config.model.options}
     return dataclasses.replace(config, model=dataclasses.replace(config.model, options=options))
@@ -198,12 +207,12 @@ def _source_first(arguments: list[str]) -> list[str]:
 def _preset(name: str, preset: str) -> Any:
     """The verb's config with a preset's recipe in it."""
     cls = VERBS[name].config
-    if not issubclass(cls, verbs.TrainConfig):
+    if not issubclass(cls, TrainConfig):
         raise ConfigError(f"--preset is for train and tune, not for {name}")
     if preset not in PRESETS:
         raise ConfigError(f"--preset must be one of {', '.join(PRESETS)}, got {preset!r}")
     recipe = PRESETS[preset]()
-    return cls(**{field.name: getattr(recipe, field.name) for field in dataclasses.fields(verbs.TrainConfig)})
+    return cls(**{field.name: getattr(recipe, field.name) for field in dataclasses.fields(TrainConfig)})
 
 
 def _take(arguments: list[str], flag: str, what: str) -> tuple[list[str], str]:

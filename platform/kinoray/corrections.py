@@ -16,14 +16,14 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from kinoray.catalog import CATALOG_SCHEMA, Catalog, catalog_of_source, save_catalog
+from kinoray.catalog.table import CATALOG_SCHEMA, Catalog, catalog_of_source, save_catalog
 from kinoray.errors import CatalogError
-from kinoray.labels_read import BAD_VIDEO, class_names, scan
-from kinoray.labels_write import undefused
-from kinoray.predictions import Ledger, open_ledger, row_keys
-from kinoray.shards_plan import share
-from kinoray.storage import Storage, absolute, join
-from kinoray.verbs_library import CorrectConfig
+from kinoray.labels.read import BAD_VIDEO, class_names, scan
+from kinoray.labels.write import undefused
+from kinoray.predictions.table import Ledger, open_ledger, row_keys
+from kinoray.shards.plan import share
+from kinoray.storage.objects import Storage, absolute, join
+from kinoray.verbs.library import CorrectConfig
 
 __all__ = ["Correction", "correct", "read_corrections"]
 

@@ -3,11 +3,11 @@
 import torch
 from torch import nn
 
-from kinoray.config import ModelConfig
+from kinoray.config.shared import ModelConfig
 from kinoray.cost import ModelCost, describe
 from kinoray.errors import ConfigError
-from kinoray.model import SHORT_NAMES, build_model, without_start_weights
-from kinoray.verbs_study import ModelVerbConfig
+from kinoray.model.build import SHORT_NAMES, build_model, without_start_weights
+from kinoray.verbs.study import ModelVerbConfig
 
 __all__ = ["describe_model"]
 

@@ -17,12 +17,12 @@ import torch
 from torch import Tensor
 
 from kinoray.batch import FLOW_SCALE, RawBatch, VideoBatch
-from kinoray.config import ClipConfig
-from kinoray.decode import Clip
+from kinoray.config.shared import ClipConfig
+from kinoray.decode.clip import Clip
 from kinoray.errors import ModelError
-from kinoray.flow_raft import load_raft
-from kinoray.flow_tvl1 import tvl1_flow
-from kinoray.storage import Storage
+from kinoray.flow.raft import load_raft
+from kinoray.flow.tvl1 import tvl1_flow
+from kinoray.storage.objects import Storage
 
 __all__ = ["DeviceInput", "Feeder", "collate_raw", "quantised", "scaled"]
 
@@ -136,7 +136,7 @@ def scaled(planes: Tensor, view: Tensor, size: int, share: int = 1) -> Tensor:
 
 
 def quantised(flow: Tensor, bound_px: float) -> Tensor:
-    """Flow in pixels to int8, clipped to +- bound_px, which becomes +- 127: as kinoray.flow.quantise does it."""
+    """Flow in pixels to int8, clipped to +- bound_px, which becomes +- 127: as kinoray.flow.dis.quantise does it."""
     return (flow * (FLOW_SCALE / bound_px)).round().clamp(-FLOW_SCALE, FLOW_SCALE).to(torch.int8)
 
 

@@ -12,15 +12,21 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from kinoray.catalog import Catalog
-from kinoray.config import digest
+from kinoray.catalog.table import Catalog
+from kinoray.config.shared import digest
 from kinoray.errors import CatalogError, CheckpointMismatch, ConfigError
-from kinoray.evaluation import ANSWER_COLUMNS, evaluation_record, join_answers, print_evaluation, write_evaluation
-from kinoray.evaluation_read import Evaluation, read_evaluation
-from kinoray.labels_manifest import write_manifest
-from kinoray.predictions import PREDICTION_SCHEMA, Ledger, Plan, labelling_id, row_keys
-from kinoray.storage import Storage, absolute, join
-from kinoray.verbs_evaluation import EnsembleConfig
+from kinoray.evaluation.read import Evaluation, read_evaluation
+from kinoray.evaluation.summary import (
+    ANSWER_COLUMNS,
+    evaluation_record,
+    join_answers,
+    print_evaluation,
+    write_evaluation,
+)
+from kinoray.labels.manifest import write_manifest
+from kinoray.predictions.table import PREDICTION_SCHEMA, Ledger, Plan, labelling_id, row_keys
+from kinoray.storage.objects import Storage, absolute, join
+from kinoray.verbs.evaluation import EnsembleConfig
 
 __all__ = ["ensemble"]
 

@@ -25,9 +25,9 @@ from typing import Any
 
 import numpy as np
 
-from kinoray.config import CacheConfig, ClipConfig, SampleConfig, digest
-from kinoray.decode_bank import FrameBank
-from kinoray.decode_sink import clip_frame_bytes
+from kinoray.config.shared import CacheConfig, ClipConfig, SampleConfig, digest
+from kinoray.decode.bank import FrameBank
+from kinoray.decode.sink import clip_frame_bytes
 from kinoray.errors import StorageError
 
 __all__ = ["FrameCache", "cache_folder", "grid_name"]

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import tyro
 
-from kinoray.config import (
+from kinoray.config.shared import (
     AugmentConfig,
     ClipConfig,
     FlowConfig,
@@ -17,7 +17,7 @@ from kinoray.config import (
     SampleConfig,
     ViewConfig,
 )
-from kinoray.verbs import TrainConfig
+from kinoray.verbs.pipeline import TrainConfig
 
 __all__ = ["PRESETS", "demo", "k400_paper", "k600_paper", "small"]
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from kinoray.config import ClipConfig, require
+from kinoray.config.shared import ClipConfig, require
 
 __all__ = [
     "NUM_CROPS",

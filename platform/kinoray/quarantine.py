@@ -9,8 +9,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from kinoray.errors import CatalogError
-from kinoray.storage import Storage
-from kinoray.storage_records import parse_table
+from kinoray.storage.objects import Storage
+from kinoray.storage.records import parse_table
 
 __all__ = ["QUARANTINE_SCHEMA", "Refusal", "count_reasons", "load_quarantine", "save_quarantine"]
 

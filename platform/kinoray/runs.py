@@ -15,8 +15,8 @@ from typing import Any, Literal
 
 from kinoray.errors import KinorayError, ObjectNotFound
 from kinoray.progress import format_duration
-from kinoray.storage import Storage, absolute, join
-from kinoray.verbs import RunsConfig
+from kinoray.storage.objects import Storage, absolute, join
+from kinoray.verbs.pipeline import RunsConfig
 
 __all__ = ["BEAT_S", "STATUS_FILE", "RunSummary", "State", "find_runs", "runs"]
 

@@ -12,7 +12,7 @@ import hashlib
 
 import numpy as np
 
-from kinoray.config import SampleConfig
+from kinoray.config.shared import SampleConfig
 
 __all__ = ["clip_rng", "segment_indices", "view_indices"]
 

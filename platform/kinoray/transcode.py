@@ -14,10 +14,10 @@ from typing import Any
 import av
 from av.video.reformatter import Interpolation, VideoReformatter
 
-from kinoray.config import DecodeConfig, digest
-from kinoray.decode import VideoInfo, probe
-from kinoray.decode_media import media_stage
-from kinoray.decode_pyav import PyavVideo
+from kinoray.config.shared import DecodeConfig, digest
+from kinoray.decode.clip import VideoInfo, probe
+from kinoray.decode.media import media_stage
+from kinoray.decode.pyav import PyavVideo
 from kinoray.errors import UndecodableVideo
 
 __all__ = ["TRANSCODE", "TranscodeSettings", "Transcoded", "open_output", "transcode", "x264_options"]

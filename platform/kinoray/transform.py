@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from kinoray.config import ViewConfig
+from kinoray.config.shared import ViewConfig
 from kinoray.protocol import Crops
 
 __all__ = ["View", "crop_views", "test_view", "train_view"]

@@ -13,9 +13,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from kinoray.errors import IncompleteOutput, ObjectNotFound
-from kinoray.predictions import Commit, Ledger, find_labellings
-from kinoray.storage import ObjectInfo, Storage, absolute, is_s3, join
-from kinoray.verbs_library import VacuumConfig
+from kinoray.predictions.table import Commit, Ledger, find_labellings
+from kinoray.storage.objects import ObjectInfo, Storage, absolute, is_s3, join
+from kinoray.verbs.library import VacuumConfig
 
 __all__ = ["vacuum"]
 

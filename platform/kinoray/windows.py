@@ -5,7 +5,7 @@ What is easy to break: every frame of the video is in a window, and all windows 
 
 import numpy as np
 
-from kinoray.config import SampleConfig
+from kinoray.config.shared import SampleConfig
 from kinoray.protocol import WindowsConfig
 from kinoray.sample import view_indices
 

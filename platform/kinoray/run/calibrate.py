@@ -11,11 +11,11 @@ from kinoray.anytime import SegmentConsensus
 from kinoray.calibration import Calibrated, fit_margins, fit_temperature, likelihood_and_error, to_json
 from kinoray.checkpoint import find_checkpoint, load_model
 from kinoray.errors import CatalogError
-from kinoray.evaluation import true_classes
-from kinoray.run.label import refuse_too_many_bad, run_labelling
-from kinoray.run.label_open import Labelling, label_config, open_labelling
-from kinoray.storage import Storage, absolute, join
-from kinoray.verbs_evaluation import CalibrateConfig
+from kinoray.evaluation.summary import true_classes
+from kinoray.run.label.open import Labelling, label_config, open_labelling
+from kinoray.run.label.verb import refuse_too_many_bad, run_labelling
+from kinoray.storage.objects import Storage, absolute, join
+from kinoray.verbs.evaluation import CalibrateConfig
 
 __all__ = ["calibrate"]
 

@@ -8,10 +8,10 @@ from collections.abc import Mapping
 import ray
 import ray.data
 
-from kinoray.config import ResourcesConfig
+from kinoray.config.shared import ResourcesConfig
 from kinoray.errors import ClusterError
 from kinoray.run.autoscaler import bring_nodes, has_autoscaler
-from kinoray.run.submit_token import private_token_file
+from kinoray.run.submit.token import private_token_file
 
 __all__ = ["WORKER_ENV", "connect", "disconnect", "quiet_ray", "require_fit", "shortage"]
 

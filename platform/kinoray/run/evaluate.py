@@ -5,7 +5,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from kinoray.evaluation import (
+from kinoray.evaluation.summary import (
     ANSWER_COLUMNS,
     evaluation_record,
     join_answers,
@@ -13,10 +13,10 @@ from kinoray.evaluation import (
     true_classes,
     write_evaluation,
 )
-from kinoray.run.label import refuse_too_many_bad, run_labelling
-from kinoray.run.label_open import Labelling, label_config, open_labelling
-from kinoray.storage import absolute
-from kinoray.verbs import EvaluateConfig
+from kinoray.run.label.open import Labelling, label_config, open_labelling
+from kinoray.run.label.verb import refuse_too_many_bad, run_labelling
+from kinoray.storage.objects import absolute
+from kinoray.verbs.pipeline import EvaluateConfig
 
 __all__ = ["evaluate"]
 
@@ -27,7 +27,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     """Label the split, compare with its labels, print the scores and write OUT/evaluation.json.
 
     Returns:
-        What is in evaluation.json: `kinoray.evaluation.evaluation_record`, and what was evaluated with what.
+        What is in evaluation.json: `kinoray.evaluation.summary.evaluation_record`, and what was evaluated with what.
 
     Raises:
         CatalogError: a video of the split has no label.

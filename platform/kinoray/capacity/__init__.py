@@ -1,0 +1,1 @@
+"""Measured rates -> nodes, hours and cost."""

@@ -1,0 +1,298 @@
+"""`kinoray plan`: measured stage rates -> nodes, hours and cost, with everything that is assumed in words.
+
+What is easy to break: nothing here is measured, so each figure that does not come from rates.json has its line among
+the assumptions.
+"""
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import pyarrow.compute as pc
+
+from kinoray.capacity.estimate import Conditions, Estimate, Rates, Site, Work, fewest_nodes, unit_s, work_of
+from kinoray.capacity.nodes import NodeType, gpu_seconds, parse_duration, parse_gpu_rates, parse_node
+from kinoray.catalog.table import Catalog, catalog_of_source
+from kinoray.errors import ConfigError
+from kinoray.progress import format_duration
+from kinoray.storage.objects import Storage, absolute
+from kinoray.verbs.capacity import PlanConfig
+
+__all__ = ["Library", "calibration", "layout", "load_rates", "plan"]
+
+_Row = tuple[NodeType, Work, Site, Estimate | None]
+
+_BYTES_PER_GBIT = 1e9 / 8
+_BOUNDS = {"decoders": "decoders", "network": "network", "store": "object store"}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Library:
+    """What is to be labelled."""
+
+    num_videos: int
+    bytes_per_video: float
+    decode_factor: float
+    """Decoding time of its videos / that of the measured ones."""
+    notes: tuple[str, ...]
+    """Where these come from."""
+
+
+def load_rates(storage: Storage, uri: str) -> Rates:
+    """What `kinoray bench label --out` wrote.
+
+    Raises:
+        ConfigError: it is not JSON, or a rate is missing or cannot be.
+        StorageError: it cannot be read.
+    """
+    data = storage.read(absolute(uri))
+    try:
+        record = json.loads(data)
+    except ValueError as error:
+        raise ConfigError(f"rates: {uri} is not JSON: {error}; take what kinoray bench label --out wrote") from error
+    return Rates.from_record(record, uri)
+
+
+def calibration(rates: Rates) -> float:
+    """The measured job's videos a second / what the closed form gives for the same workers on the same machine."""
+    site = Site(cores=rates.cores, workers=rates.num_workers)
+    return rates.job_videos_per_s * unit_s(work_of(rates), site) / (site.workers * rates.unit_size)
+
+
+def layout(rates: Rates, node: NodeType, config: PlanConfig, library: Library) -> tuple[Work, Site, list[str]]:
+    """How workers sit on a node: one a GPU with all cores to decode, or as many as were measured for its CPUs."""
+    notes = []
+    if node.gpus:
+        seconds, note = gpu_seconds(rates, node.gpu, parse_gpu_rates(config.gpu_clips_per_s))
+        notes.append(note)
+        workers = node.gpus
+        host_s = rates.model_cpu_s if rates.gpu else 0.0
+        if not rates.gpu:
+            notes.append(f"{node.name}: the CPU time that feeding a GPU takes was not measured and is left out")
+        work = replace(
+            work_of(rates, decoders=max(1, node.cpus // workers), threads=1), model_s=seconds, model_cpu_s=host_s
+        )
+    elif rates.gpu:
+        raise ConfigError(
+            f"rates: {config.rates} was measured with a GPU, so nothing is known of the model on the CPUs of node "
+            f"{node.name}; measure again without --resources.gpus-per-worker"
+        )
+    else:
+        workers = max(1, int(node.cpus // rates.cpus_per_worker))
+        work = work_of(rates)
+    work = replace(
+        work,
+        decode_cpu_s=work.decode_cpu_s * library.decode_factor / config.cpu_speed,
+        model_cpu_s=work.model_cpu_s / config.cpu_speed,
+        model_s=work.model_s / (1.0 if node.gpus else config.cpu_speed),
+        bytes_per_video=library.bytes_per_video,
+    )
+    return work, Site(cores=node.cpus, workers=workers, bytes_per_s=node.gbit * _BYTES_PER_GBIT), notes
+
+
+def plan(config: PlanConfig) -> dict[str, Any]:
+    """Print nodes, hours and cost for each kind of node; the same as JSON to config.out.
+
+    Raises:
+        ConfigError: a setting, a node or the rates cannot be.
+        StorageError: rates or catalog cannot be read.
+        CatalogError: the catalog is none.
+    """
+    storage = Storage(config.storage)
+    nodes = [parse_node(text) for text in config.node]
+    deadline_s = parse_duration(config.deadline, "deadline")
+    rates = load_rates(storage, config.rates)
+    library = _library(storage, config, rates)
+    measured = calibration(rates)
+    conditions = Conditions(
+        node_start_s=parse_duration(config.node_start, "node_start"),
+        driver_s=rates.driver_s,
+        actor_start_s=rates.actor_start_s,
+        plan_s=rates.plan_s,
+        check_s=rates.check_s,
+        losses_per_node_hour=config.losses_per_node_hour,
+        retry_fraction=config.retry_fraction,
+        head_room=config.head_room,
+        calibration=measured,
+        store_bytes_per_s=config.storage_gbit * _BYTES_PER_GBIT or math.inf,
+    )
+    notes, rows = [*library.notes, *_notes(config, rates, measured)], []
+    for node in nodes:
+        work, site, more = layout(rates, node, config, library)
+        notes += [note for note in more if note not in notes]
+        found = fewest_nodes(work, site, conditions, library.num_videos, deadline_s)
+        rows.append((node, work, site, found))
+    _print(config, rates, library, rows, notes)
+    record = {
+        "config": asdict(config),
+        "rates": rates.to_record(),
+        "library": asdict(library),
+        "nodes": [_record(*row) for row in rows],
+        "assumptions": notes,
+    }
+    if config.out:
+        storage.put(absolute(config.out), json.dumps(record, indent=1).encode())
+        print(f"plan: wrote {absolute(config.out)}", flush=True)
+    return record
+
+
+def _library(storage: Storage, config: PlanConfig, rates: Rates) -> Library:
+    """What is known of the library, and how its videos compare with the measured ones."""
+    if config.catalog:
+        catalog = catalog_of_source(storage, absolute(config.catalog)).select(config.split)
+        return _library_of(catalog, rates)
+    num_videos, notes, factor = config.videos or 0, [], 1.0
+    if config.mean_duration is not None:
+        if rates.duration_s is None:
+            raise ConfigError(
+                f"mean_duration: {config.rates} does not know how long the measured videos were, so nothing can be "
+                "scaled; leave mean_duration out if yours are as long, or measure again"
+            )
+        factor = config.mean_duration / rates.duration_s
+        notes.append(
+            f"bytes and decoding are the measured ones x {factor:.2f}: {config.mean_duration:g} s a video instead of "
+            f"{rates.duration_s:.1f} s"
+        )
+    else:
+        notes.append("videos are taken to be like the measured ones: in size, length and codec")
+    return Library(
+        num_videos=num_videos,
+        bytes_per_video=rates.bytes_per_video * factor,
+        decode_factor=factor,
+        notes=tuple(notes),
+    )
+
+
+def _library_of(catalog: Catalog, rates: Rates) -> Library:
+    table = catalog.table
+    sizes = pc.coalesce(table.column("length"), table.column("size_bytes"))
+    mean_bytes, mean_s = pc.mean(sizes).as_py(), pc.mean(table.column("duration_s")).as_py()
+    factor, notes = 1.0, []
+    if mean_bytes is None:
+        notes.append("the catalog names no sizes: videos are taken to be as large as the measured ones")
+        mean_bytes = rates.bytes_per_video
+    if mean_s and rates.duration_s:
+        factor = mean_s / rates.duration_s
+    if abs(factor - 1) > 0.05:
+        notes.append(f"decoding is the measured one x {factor:.2f}: videos of {mean_s:.1f} s, not {rates.duration_s} s")
+    elif abs(mean_bytes / rates.bytes_per_video - 1) > 0.2:
+        notes.append(
+            f"videos have {mean_bytes / 1e6:.2f} MB, those measured {rates.bytes_per_video / 1e6:.2f} MB; decoding is "
+            "not scaled by that"
+        )
+    return Library(num_videos=len(catalog), bytes_per_video=float(mean_bytes), decode_factor=factor, notes=tuple(notes))
+
+
+def _notes(config: PlanConfig, rates: Rates, measured: float) -> list[str]:
+    notes = [
+        f"a CPU of a node is {config.cpu_speed:g} x a core of {rates.cpu} (cpu_speed)",
+        f"{config.head_room:.0%} of every rate is kept back (head_room); {config.retry_fraction:.0%} of the work is "
+        "done twice (retry_fraction)",
+        f"a node takes {config.node_start} to start (node_start), a worker {rates.actor_start_s:.0f} s (measured)",
+        f"rates are x {measured:.2f}: what the measured job reached of what these formulas give for it",
+    ]
+    if config.losses_per_node_hour:
+        notes.append(f"each node is lost {config.losses_per_node_hour:g} times an hour, and starts anew")
+    else:
+        notes.append("no node is lost (losses_per_node_hour; give it for spot nodes)")
+    if rates.num_videos < 100:
+        notes.append(f"only {rates.num_videos} videos were measured; 256 or more make these figures steadier")
+    return notes
+
+
+def _record(node: NodeType, work: Work, site: Site, found: Estimate | None) -> dict[str, Any]:
+    record: dict[str, Any] = {"node": asdict(node) | {"gbit": None if math.isinf(node.gbit) else node.gbit}}
+    if found is None:
+        return record | {"fits": False}
+    return record | {
+        "fits": True,
+        **asdict(found),
+        "bound": _bound(node, found),
+        "workers": found.nodes * site.workers,
+        "decode_tasks": work.decoders,
+        "hours": found.wall_s / 3600,
+        "usd": _usd(node, found),
+        "flags": _flags(node, work, site, found),
+    }
+
+
+def _bound(node: NodeType, found: Estimate) -> str:
+    if found.bound == "model":
+        return f"GPU ({node.gpu})" if node.gpus else "CPU: the model"
+    if found.bound == "decoders" and node.gpus:
+        return "CPU: decoding"  # there are as many decoders as CPUs
+    if found.bound == "cores":
+        rest = "feeding the GPU" if node.gpus else "the model"
+        return "CPU: decoding" if found.decode_share >= 0.5 else f"CPU: {rest}"
+    return _BOUNDS[found.bound]
+
+
+def _usd(node: NodeType, found: Estimate) -> float | None:
+    return None if node.usd_per_hour is None else node.usd_per_hour * found.nodes * found.wall_s / 3600
+
+
+def _flags(node: NodeType, work: Work, site: Site, found: Estimate) -> str:
+    """How `kinoray label` is told so."""
+    gpus = f" --resources.gpus-per-worker {1 if node.gpus else 0}"
+    return (
+        f"--workers {found.nodes * site.workers} --resources.cpus-per-worker {node.cpus / site.workers:g}"
+        f"{gpus if node.gpus else ''} --resources.decode-tasks {work.decoders} --unit-size {work.unit}"
+    )
+
+
+def _print(config: PlanConfig, rates: Rates, library: Library, rows: Sequence[_Row], notes: Sequence[str]) -> None:
+    size_tb = library.num_videos * library.bytes_per_video / 1e12
+    print(f"plan: {library.num_videos:,} videos, {size_tb:.2f} TB, within {config.deadline}")
+    print(f"{'node':<12}{'nodes':>7}{'workers':>9}{'videos/s':>10}{'hours':>8}{'cost':>18}   bound by")
+    for node, _, site, found in rows:
+        if found is None:
+            print(f"{node.name:<12}   no number of nodes is enough: starting, planning and checking take too long")
+            continue
+        usd = _usd(node, found)
+        cost = "-" if usd is None else f"{usd:,.2f} usd"
+        print(
+            f"{node.name:<12}{found.nodes:>7}{found.nodes * site.workers:>9}{found.videos_per_s:>10.1f}"
+            f"{found.wall_s / 3600:>8.2f}{cost:>18}   {_bound(node, found)}"
+        )
+    print(f"\nplan: {_advice(rows)}")
+    for node, work, site, found in rows:
+        if found is not None:
+            print(f"plan: {node.name}: kinoray label ... {_flags(node, work, site, found)}")
+    print("\nassumed:")
+    for note in notes:
+        print(f"  - {note}")
+    print(flush=True)
+
+
+def _advice(rows: Sequence[_Row]) -> str:
+    fitting = [(node, site, found) for node, _, site, found in rows if found is not None]
+    if not fitting:
+        return "no kind of node meets the deadline; give it more time, or nodes with more CPUs or GPUs"
+    priced = [(usd, node, found) for node, _, found in fitting if (usd := _usd(node, found)) is not None]
+    if priced and len(priced) == len(fitting):
+        usd, node, found = min(priced, key=lambda row: row[0])
+        which = f"{found.nodes} x {node.name} is the cheapest" if len(fitting) > 1 else f"{found.nodes} x {node.name}"
+        price = f", about {usd:,.2f} usd"
+    else:
+        node, _, found = min(fitting, key=lambda row: row[2].nodes)
+        which, price = f"{found.nodes} x {node.name}", ""
+    return f"{which}{price}, in {format_duration(found.wall_s)}; {_remedy(node, found)}"
+
+
+def _remedy(node: NodeType, found: Estimate) -> str:
+    if found.bound == "store":
+        return "the object store is the limit: more nodes would not help"
+    if found.bound == "network":
+        return "the nodes' network is the limit: take nodes with more Gbit/s, or smaller videos (pack --transcode)"
+    if found.bound == "decoders" and not node.gpus:
+        return "the decoders are the limit, not the cores: measure again with more --resources.decode-tasks"
+    if found.bound == "model" and node.gpus:
+        return "the GPUs are the limit"
+    if found.decode_share < 0.5 and not node.gpus:
+        return "the model is the limit: --inference.precision bf16, or a GPU, would help"
+    share = f"decoding takes {found.decode_share:.0%} of the CPU time"
+    return (
+        f"{share}: nodes with more CPUs" + (" for each GPU" if node.gpus else "") + ", or pack --transcode, would help"
+    )

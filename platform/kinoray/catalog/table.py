@@ -1,0 +1,242 @@
+"""The table of videos: one row a video, with where its bytes are and what is known of it.
+
+Catalogs are immutable. What is easy to break: the digest names the content, not the file, so it must not depend on
+how Parquet encodes it.
+"""
+
+import hashlib
+import io
+import json
+from collections import Counter
+from dataclasses import dataclass
+from functools import cached_property
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from kinoray.catalog.read import Reference, read_video, read_videos
+from kinoray.catalog.source import SourceFile, find_files, unique_ids
+from kinoray.errors import CatalogError, ObjectNotFound
+from kinoray.storage.objects import Storage, join
+from kinoray.storage.records import parse_table
+
+__all__ = [
+    "CATALOG_SCHEMA",
+    "VIDEO_EXTENSIONS",
+    "Catalog",
+    "Reference",
+    "catalog_of_files",
+    "catalog_of_source",
+    "extension",
+    "is_catalog",
+    "load_catalog",
+    "read_video",
+    "read_videos",
+    "references",
+    "save_catalog",
+]
+
+CATALOG_SCHEMA: pa.Schema = pa.schema(
+    [
+        pa.field("video_id", pa.string(), nullable=False),
+        pa.field("uri", pa.string(), nullable=False),
+        pa.field("offset", pa.int64()),
+        pa.field("length", pa.int64()),
+        pa.field("label", pa.string()),
+        pa.field("label_id", pa.int32()),
+        pa.field("split", pa.string()),
+        pa.field("size_bytes", pa.int64()),
+        pa.field("sha256", pa.string()),
+        pa.field("time_start_s", pa.float64()),
+        pa.field("time_end_s", pa.float64()),
+        pa.field("duration_s", pa.float64()),
+        pa.field("fps", pa.float64()),
+        pa.field("num_frames", pa.int64()),
+        pa.field("width", pa.int32()),
+        pa.field("height", pa.int32()),
+        pa.field("codec", pa.string()),
+        pa.field("status", pa.string()),
+        pa.field("reason", pa.string()),
+    ]
+)
+"""Columns of a catalog. offset and length are null for a whole object; status is `packed` (probed) or `listed`."""
+
+VIDEO_EXTENSIONS = frozenset(
+    {".mp4", ".mkv", ".webm", ".avi", ".mov", ".m4v", ".ts", ".mpg", ".mpeg", ".flv", ".wmv", ".3gp"}
+)
+"""What counts as a video in a folder that has no catalog, in lower case."""
+
+_LABELS_KEY = b"kinoray.labels"
+_DIGEST_ROWS = 4096
+
+
+@dataclass(frozen=True)
+class Catalog:
+    """Rows of CATALOG_SCHEMA and the names of the classes.
+
+    Raises:
+        CatalogError: the schema is another one, a row has no video_id or uri, a video_id is used twice, or a label_id
+            has no name.
+    """
+
+    table: pa.Table
+    """The rows, in CATALOG_SCHEMA."""
+    labels: tuple[str, ...] = ()
+    """Class names, index = label_id; empty for an unlabelled catalog."""
+
+    def __post_init__(self) -> None:
+        if not self.table.schema.equals(CATALOG_SCHEMA):
+            raise CatalogError(f"a catalog needs the columns {CATALOG_SCHEMA.names}, got {self.table.schema.names}")
+        for name in ("video_id", "uri"):
+            if self.table.column(name).null_count:
+                raise CatalogError(f"{self.table.column(name).null_count} rows have no {name}: it may not be null")
+        ids = self.table.column("video_id")
+        if len(ids.unique()) != len(ids):
+            video_id, count = Counter(ids.to_pylist()).most_common(1)[0]
+            raise CatalogError(f"video_id {video_id!r} is used {count} times; it must be unique in a catalog")
+        label_ids = set(self.table.column("label_id").unique().to_pylist()) - {None}
+        if label_ids and not 0 <= min(label_ids) <= max(label_ids) < len(self.labels):
+            raise CatalogError(f"label_id {max(label_ids)} has no name: the catalog names {len(self.labels)} classes")
+
+    @cached_property
+    def digest(self) -> str:
+        """16 hex digits of the rows, in their order, and of the labels."""
+        content = hashlib.sha256(json.dumps(self.labels).encode())
+        for start in range(0, len(self), _DIGEST_ROWS):  # slices of a fixed size: chunks depend on how it was read
+            rows = self.table.slice(start, _DIGEST_ROWS).to_pydict()
+            content.update(json.dumps(rows, separators=(",", ":")).encode())
+        return content.hexdigest()[:16]
+
+    def __len__(self) -> int:
+        return int(self.table.num_rows)
+
+    def select(self, split: str) -> "Catalog":
+        """The rows of one split; all of them for "".
+
+        Raises:
+            CatalogError: there is no such row; the message names the splits that there are.
+        """
+        if not split:
+            if not len(self):
+                raise CatalogError("the catalog is empty: it has no video at all")
+            return self
+        splits = self.table.column("split").to_pylist()
+        if split not in splits:
+            there = ", ".join(f"{name or 'none'} ({count})" for name, count in sorted(_counts(splits).items()))
+            raise CatalogError(f"the catalog has no video of split {split!r}; its splits are: {there or 'none'}")
+        return Catalog(self.table.filter(pa.array([name == split for name in splits])), self.labels)
+
+
+def _counts(splits: list[str | None]) -> dict[str, int]:
+    return Counter(name or "" for name in splits)
+
+
+def references(table: pa.Table) -> list[Reference]:
+    """Where the bytes of each row are, in the order of the rows; needs uri, offset, length and sha256."""
+    columns = [table.column(name).to_pylist() for name in ("uri", "offset", "length", "sha256")]
+    return [Reference(*row) for row in zip(*columns, strict=True)]
+
+
+def load_catalog(storage: Storage, uri: str) -> Catalog:
+    """The catalog in a .parquet, or of a folder that `kinoray pack` wrote. Columns it lacks are null.
+
+    Raises:
+        ObjectNotFound: there is none.
+        CatalogError: it is not Parquet, lacks video_id or uri, or holds values of a wrong type.
+    """
+    path = uri if uri.endswith(".parquet") else join(uri, "catalog.parquet")
+    try:
+        data = storage.read(path)
+    except ObjectNotFound as error:
+        raise ObjectNotFound(f"{error}; expected a folder that `kinoray pack` finished, or a .parquet") from error
+    try:
+        found = parse_table(data)
+        labels = json.loads((found.schema.metadata or {}).get(_LABELS_KEY, b"[]"))
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise CatalogError(f"{path} is not a catalog: {' '.join(str(error).split())}") from error
+    missing = {"video_id", "uri"} - set(found.schema.names)
+    if missing:
+        raise CatalogError(f"{path} lacks the column {' and '.join(sorted(missing))}; found {found.schema.names}")
+    try:
+        columns = [
+            found.column(field.name).cast(field.type)
+            if field.name in found.schema.names
+            else pa.nulls(found.num_rows, field.type)
+            for field in CATALOG_SCHEMA
+        ]
+        catalog = Catalog(pa.table(columns, schema=CATALOG_SCHEMA), tuple(labels))
+        catalog.table.validate(full=True)
+    except (pa.ArrowException, CatalogError) as error:
+        raise CatalogError(f"{path}: {error}") from error
+    return catalog
+
+
+def save_catalog(storage: Storage, uri: str, catalog: Catalog) -> None:
+    """Write the catalog as one Parquet object; the labels go into the schema's metadata."""
+    sink = io.BytesIO()
+    metadata = {_LABELS_KEY: json.dumps(catalog.labels).encode()}
+    pq.write_table(catalog.table.replace_schema_metadata(metadata), sink, compression="zstd")
+    storage.put(uri, sink.getvalue())
+
+
+def catalog_of_source(storage: Storage, source: str) -> Catalog:
+    """A catalog of what a user points at: a pack's folder, a .parquet, a .csv, or a folder or prefix of videos.
+
+    Videos in a folder are known by their extension (VIDEO_EXTENSIONS) and stay where they are; their rows are `listed`,
+    not probed, and have no checksum.
+
+    Raises:
+        CatalogError: nothing there is a video, or the list is malformed.
+        StorageError: it cannot be read.
+    """
+    if is_catalog(storage, source):
+        return load_catalog(storage, source)
+    return catalog_of_files(source, find_files(storage, source))
+
+
+def is_catalog(storage: Storage, source: str) -> bool:
+    """Whether it is a .parquet or the folder of a pack, and not a .csv or a folder of videos."""
+    if source.endswith(".parquet"):
+        return True
+    return not source.lower().endswith(".csv") and storage.exists(join(source, "catalog.parquet"))
+
+
+def catalog_of_files(source: str, files: list[SourceFile]) -> Catalog:
+    """The catalog of what `find_files` found in a source that is no catalog itself.
+
+    Raises:
+        CatalogError: nothing there is a video.
+    """
+    if not source.lower().endswith(".csv"):
+        num_found = len(files)
+        files = [file for file in files if extension(file.name) in VIDEO_EXTENSIONS]
+        if not files:
+            there = f"{num_found} files, but none" if num_found else "nothing"
+            known = " ".join(sorted(VIDEO_EXTENSIONS))
+            raise CatalogError(f"{source}: found {there} that is a catalog or a video ({known})")
+    if not files:
+        raise CatalogError(f"{source} lists no video")
+    return _listed(files)
+
+
+def extension(name: str) -> str:
+    """`bus/a.MP4` -> `.mp4`; empty for a name without one."""
+    stem, dot, last = name.rpartition("/")[2].rpartition(".")
+    return f".{last.lower()}" if stem and dot else ""
+
+
+def _listed(files: list[SourceFile]) -> Catalog:
+    labels = tuple(sorted({file.label for file in files if file.label is not None}))
+    label_ids = {label: index for index, label in enumerate(labels)}
+    columns = {
+        "video_id": unique_ids([file.name for file in files]),
+        # A name that is not UTF-8 cannot be written to a table: its row stays, and reading it will fail by name.
+        "uri": [file.uri.encode(errors="backslashreplace").decode() for file in files],
+        "label": [file.label for file in files],
+        "label_id": [None if file.label is None else label_ids[file.label] for file in files],
+        "split": [file.split for file in files],
+        "size_bytes": [file.size_bytes for file in files],
+        "status": ["listed"] * len(files),
+    }
+    arrays = [pa.array(columns.get(field.name, [None] * len(files)), field.type) for field in CATALOG_SCHEMA]
+    return Catalog(pa.table(arrays, schema=CATALOG_SCHEMA), labels)

@@ -1,0 +1,1 @@
+"""The settings: trees of frozen dataclasses, what they are checked for, and their YAML."""

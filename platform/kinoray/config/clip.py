@@ -1,0 +1,144 @@
+"""The settings that decide the numbers a model is fed from a video: frames, decoding, views, flow."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from kinoray.config.check import require
+from kinoray.errors import ConfigError
+
+__all__ = ["ClipConfig", "DecodeConfig", "FlowConfig", "SampleConfig", "ViewConfig"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SampleConfig:
+    """Which frames of a video the model sees: num_segments x frames_per_segment equal slots, one frame each.
+
+    Testing takes the middle of each slot, training a random frame of it.
+    """
+
+    num_segments: int = 8
+    """Equal parts the video is cut into (n in the paper, section 4.1: 8 or 16)."""
+    frames_per_segment: int = 6
+    """Frames taken evenly from each segment (T in the paper: 6)."""
+
+    def __post_init__(self) -> None:
+        require(self.num_segments >= 1, "sample.num_segments", "at least 1", self.num_segments)
+        require(self.frames_per_segment >= 1, "sample.frames_per_segment", "at least 1", self.frames_per_segment)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DecodeConfig:
+    """How bytes become frames. Back ends differ by 1-2 grey levels, so the choice is part of the digest."""
+
+    backend: Literal["pyav", "decord", "torchcodec"] = "pyav"
+    """`pyav` decodes only what the wanted frames need; the others are there for comparison (docs/decoders.md)."""
+    frames: Literal["rgb", "yuv420"] = "rgb"
+    """What decoding hands over: `rgb`, or `yuv420` (4:2:0, BT.601), which is quicker to make and half as large; the
+    model's device converts it. Colours differ by about one grey level from rgb, flow is estimated on Y. pyav only."""
+    scale_on: Literal["decoder", "device"] = "decoder"
+    """Where frames are scaled, cut and mirrored: by the `decoder`, or on the model's `device`, to which they then go in
+    their own size. That saves the decoders work at 340 x 256 with frames yuv420 (a fifth of a clip) and moves no more
+    bytes; frames of 1280 x 720 are ten times as large as scaled ones, so there it costs time and memory: a clip must
+    fit into max_memory_mb. Flow then comes from the device too (flow.estimator tvl1 or raft). pyav only."""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """`cuda`: the GPU's own decoder (NVDEC) through torchcodec, in the process that runs the model and so without the
+    sandbox's walls: for videos that one trusts (docs/decoders.md). What it does not take goes to backend pyav."""
+    max_pixels: int = 2**25
+    """Largest frame, in pixels; larger videos are quarantined after the probe."""
+    max_duration_s: float = 4 * 3600.0
+    """Longest video, in seconds."""
+    max_bytes: int = 2**31
+    """Largest encoded video, in bytes."""
+    max_frames: int = 60_000
+    """Most frames that one video may make the decoder decode."""
+    max_memory_mb: int = 2048
+    """Address space, in MiB, that a decoder process may take for one video beside the file itself."""
+    deadline_s: float = 120.0
+    """Seconds after which a decoder process that gives no answer is replaced (60,000 frames of 1280 x 720: 115 s)."""
+
+    def __post_init__(self) -> None:
+        for name in ("max_pixels", "max_duration_s", "max_bytes", "max_frames", "max_memory_mb", "deadline_s"):
+            require(getattr(self, name) > 0, f"decode.{name}", "greater than 0", getattr(self, name))
+        fits = self.frames == "rgb" or self.backend == "pyav"
+        require(fits, "decode.frames", f"rgb with decode.backend {self.backend}", self.frames)
+        fits = self.scale_on == "decoder" or self.backend == "pyav"
+        require(fits, "decode.scale_on", f"decoder with decode.backend {self.backend}", self.scale_on)
+        plain = self.backend == "pyav" and self.frames == "rgb" and self.scale_on == "decoder"
+        expected = "cpu unless decode.backend is pyav, decode.frames rgb and decode.scale_on decoder"
+        require(plain or self.device == "cpu", "decode.device", expected, self.device)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ViewConfig:
+    """Which part of each frame the model sees. Testing: the centre crop; training: random scale, place and flip."""
+
+    resize: Literal["stretch", "short_side"] = "stretch"
+    """`stretch` to resize_px x resize_px, aspect not kept (the paper's words), or scale the short side to it."""
+    resize_px: int = 256
+    """Side of the resized frame, in pixels (paper: 256)."""
+    crop_px: int = 224
+    """Side of the square that is cut out, in pixels (paper: 224)."""
+    train_scales: tuple[float, ...] = (1.0, 0.875, 0.75, 0.66)
+    """Sides of training crops, as fractions of the resized frame's short side (multi-scale crops, as in TSN)."""
+    train_flip: bool = True
+    """Mirror half of the training clips; the x component of the flow is negated with it."""
+
+    def __post_init__(self) -> None:
+        require(self.resize_px >= 16, "view.resize_px", "at least 16", self.resize_px)
+        require(16 <= self.crop_px <= self.resize_px, "view.crop_px", "between 16 and view.resize_px", self.crop_px)
+        scales_ok = bool(self.train_scales) and all(0.1 <= scale <= 1.0 for scale in self.train_scales)
+        require(scales_ok, "view.train_scales", "one or more numbers in 0.1 .. 1.0", self.train_scales)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FlowConfig:
+    """Optical flow from each sampled frame to the frame after it, for models that look at motion."""
+
+    estimator: Literal["dis", "tvl1", "raft"] = "dis"
+    """`dis`: OpenCV's DIS, by the decoder. `tvl1` and `raft` run on the model's device, which is meant for GPUs: TV-L1
+    in fixed steps, about as exact as DIS medium, or torchvision's RAFT with the weights of flow.weights."""
+    weights: str = ""
+    """estimator=raft: file or s3:// address of torchvision's raft_small or raft_large weights, .safetensors or .pth."""
+    preset: Literal["ultrafast", "fast", "medium"] = "ultrafast"
+    """OpenCV DIS preset: end-point error about 0.3 / 0.2 / 0.12 px at 1 : 2 : 10 times the cost."""
+    bound_px: float = 20.0
+    """Flow is clipped to +- this many pixels of the crop and scaled so that the bound becomes 1 (TSN: 20)."""
+
+    def __post_init__(self) -> None:
+        require(self.bound_px > 0, "flow.bound_px", "greater than 0", self.bound_px)
+        is_raft = self.estimator == "raft"
+        expected = "the weights of raft with flow.estimator raft, empty with others"
+        require(is_raft == bool(self.weights), "flow.weights", expected, self.weights)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ClipConfig:
+    """Everything that decides the numbers a model is fed from a video."""
+
+    sample: SampleConfig = field(default_factory=SampleConfig)
+    """Which frames."""
+    decode: DecodeConfig = field(default_factory=DecodeConfig)
+    """How they are decoded."""
+    view: ViewConfig = field(default_factory=ViewConfig)
+    """Which part of them."""
+    flow: FlowConfig = field(default_factory=FlowConfig)
+    """Optical flow between them."""
+
+    def __post_init__(self) -> None:
+        for name in ("resize_px", "crop_px"):
+            value, is_i420 = getattr(self.view, name), self.decode.frames == "yuv420"
+            require(value % 2 == 0 or not is_i420, f"view.{name}", "even with decode.frames yuv420", value)
+
+    def on_device(self, *, with_flow: bool) -> bool:
+        """Whether the model's device finishes the clips (kinoray.device_input): scales them, or finds their flow.
+
+        Raises:
+            ConfigError: it would scale frames whose flow the decoder finds.
+        """
+        scales, finds_flow = self.decode.scale_on == "device", with_flow and self.flow.estimator != "dis"
+        if scales and with_flow and not finds_flow:
+            raise ConfigError(
+                "decode.scale_on must be decoder with flow.estimator dis, which needs scaled frames where they are "
+                "decoded; set flow.estimator to tvl1 to find the flow on the device too"
+            )
+        return scales or finds_flow

@@ -1,0 +1,308 @@
+"""The settings that jobs share: frozen dataclasses, one docstring a field. The verbs' own trees are in verbs.py.
+
+Everything that changes a number in a result is in ClipConfig and ModelConfig, and their digest goes into that result.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Annotated, Any, Literal
+
+import tyro
+import yaml
+from tyro.constructors import PrimitiveConstructorSpec
+
+from kinoray.config.check import require
+from kinoray.config.clip import ClipConfig, DecodeConfig, FlowConfig, SampleConfig, ViewConfig
+from kinoray.errors import ConfigError
+
+__all__ = [
+    "AugmentConfig",
+    "CacheConfig",
+    "ClipConfig",
+    "DecodeConfig",
+    "FlowConfig",
+    "InferenceConfig",
+    "ModelConfig",
+    "ModelOptions",
+    "OptimConfig",
+    "ResourcesConfig",
+    "SampleConfig",
+    "StorageConfig",
+    "ViewConfig",
+    "as_settings",
+    "digest",
+    "parse_options",
+    "require",
+]
+
+
+_ADDED = {"decode": {"scale_on": "decoder", "device": "cpu"}, "flow": {"estimator": "dis", "weights": ""}}
+"""Settings of later versions, with the value that means what was done before: there they name nothing new."""
+
+
+def as_settings(config: Any) -> Any:
+    """A config (or any JSON-able value) as plain values, without settings of later versions that change nothing."""
+    value = asdict(config) if hasattr(config, "__dataclass_fields__") else config
+    if isinstance(value, list | tuple):
+        return [as_settings(item) for item in value]
+    if not isinstance(value, dict):
+        return value
+    plain = {name: as_settings(item) for name, item in value.items()}
+    for name, added in _ADDED.items():
+        if isinstance(plain.get(name), dict):
+            plain[name] = {key: item for key, item in plain[name].items() if key not in added or item != added[key]}
+    return plain
+
+
+def digest(config: Any) -> str:
+    """16 hex digits that name a config (or any JSON-able value): equal settings, equal digest, on every machine.
+
+    Settings that came with later versions count where they are not at their default (see `as_settings`).
+    """
+    value = as_settings(config)
+    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()[:16]
+
+
+def parse_options(items: Sequence[str]) -> dict[str, Any]:
+    """`["heads=8", "stc=false"]` -> `{"heads": 8, "stc": False}`: values are read as YAML scalars."""
+    options: dict[str, Any] = {}
+    for item in items:
+        key, equals, value = item.partition("=")
+        if not (key and equals):
+            raise ConfigError(f"model.options must be KEY=VALUE, got {item!r}")
+        try:
+            options[key] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise ConfigError(f"model.options.{key}: {value!r} is not YAML") from error
+    return options
+
+
+ModelOptions = Annotated[
+    dict[str, Any],
+    PrimitiveConstructorSpec(
+        nargs="*",
+        metavar="KEY=VALUE [KEY=VALUE ...]",
+        instance_from_str=parse_options,
+        is_instance=lambda value: isinstance(value, dict),
+        str_from_instance=lambda value: [f"{key}={json.dumps(item)}" for key, item in value.items()],
+    ),
+]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StorageConfig:
+    """Where s3:// addresses lead. Credentials come from the usual AWS chain, never from here."""
+
+    endpoint_url: str | None = None
+    """Address of an S3 server that is not AWS (MinIO, Ceph, R2). Default: AWS_ENDPOINT_URL if set, else AWS."""
+    region: str | None = None
+    """AWS region. Default: what the AWS environment or profile says, else us-east-1."""
+    addressing: Literal["auto", "path", "virtual"] = "auto"
+    """How buckets are addressed; `path` for servers without bucket host names."""
+    retry_s: float = 60.0
+    """How long a request to a failing store is made again, in seconds, before the job ends with StorageUnavailable."""
+    answer_timeout_s: float = 20.0
+    """Seconds until the first byte of an answer, after which a request is made again."""
+    stall_timeout_s: float = 5.0
+    """Seconds of silence, or of trickling, in an answer after which its rest is asked for again."""
+
+    def __post_init__(self) -> None:
+        for name in ("retry_s", "answer_timeout_s", "stall_timeout_s"):
+            require(getattr(self, name) > 0, f"storage.{name}", "greater than 0", getattr(self, name))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CacheConfig:
+    """Decoded frames on the disk of each node, for runs that see the same frames (the trials of a sweep).
+
+    What is kept is what the network is fed, so a run gives the same numbers with and without it. Every epoch draws
+    other frames and crops, so one run alone gains only where videos are scored, which it sees alike in every epoch.
+    """
+
+    gb: float = 0.0
+    """Size on each node, in GB; 0 for no cache. What does not fit is decoded."""
+    folder: str = ""
+    """Where. Default: a folder of this user's in the node's temporary folder."""
+    grids: tuple[str, ...] = ()
+    """SEGMENTSxFRAMES of all runs that share it, such as 8x6 16x6: one reading then serves them all. Default: this
+    run's alone. `kinoray tune` fills it in."""
+
+    def __post_init__(self) -> None:
+        require(self.gb >= 0, "cache.gb", "at least 0", self.gb)
+        is_grid = all(re.fullmatch(r"[1-9][0-9]{0,3}x[1-9][0-9]{0,3}", grid) for grid in self.grids)
+        require(is_grid, "cache.grids", "like 8x6 (segments x frames of each)", self.grids)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelConfig:
+    """Which network: a short name or an import string, and the options of its factory."""
+
+    factory: str = "vcm_sdd"
+    """A short name (vcm_sdd, ...) or `package:function`; called as function(num_classes=..., **options)."""
+    options: ModelOptions = field(default_factory=dict)
+    """Keyword arguments of the factory, such as backbone=resnet18 heads=8 scale=dim."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AugmentConfig:
+    """What training does to decoded clips, on the model's device; crops and flips are clip.view's, before the flow.
+
+    Every draw holds for all frames of a clip. Colours change RGB only, never its geometry, so RGB and flow stay in
+    register; mixing treats both alike.
+    """
+
+    colour_jitter: float = 0.0
+    """Brightness, contrast and saturation are scaled by numbers in 1 - x .. 1 + x, in random order (usual: 0.4)."""
+    hue_jitter: float = 0.0
+    """Hue is turned by a share of the circle in -x .. x (0.1 is usual)."""
+    randaugment_ops: int = 0
+    """RandAugment: so many operations a clip, drawn from its photometric ones: identity, brightness, colour, contrast,
+    sharpness, posterize, solarize, autocontrast, equalize. The geometric ones are left out for every network: they
+    would move RGB against the flow."""
+    randaugment_magnitude: int = 9
+    """RandAugment: strength of each, in 0 .. 30."""
+    mixup_alpha: float = 0.0
+    """Mixup: each clip becomes a weighted mean with another, weights from Beta(alpha, alpha), and so does its label
+    (0.2 to 0.8 is usual)."""
+    cutmix_alpha: float = 0.0
+    """CutMix: a box of each frame comes from another clip, its area from Beta(alpha, alpha), the label in proportion
+    (1.0 is usual). With both, each step draws one of the two."""
+    mix_probability: float = 1.0
+    """Share of the steps that mix, where mixup_alpha or cutmix_alpha is set."""
+
+    def __post_init__(self) -> None:
+        require(0 <= self.colour_jitter <= 1, "augment.colour_jitter", "in 0 .. 1", self.colour_jitter)
+        require(0 <= self.hue_jitter <= 0.5, "augment.hue_jitter", "in 0 .. 0.5", self.hue_jitter)
+        require(self.randaugment_ops >= 0, "augment.randaugment_ops", "at least 0", self.randaugment_ops)
+        magnitude = self.randaugment_magnitude
+        require(0 <= magnitude <= 30, "augment.randaugment_magnitude", "in 0 .. 30", magnitude)
+        require(self.mixup_alpha >= 0, "augment.mixup_alpha", "at least 0", self.mixup_alpha)
+        require(self.cutmix_alpha >= 0, "augment.cutmix_alpha", "at least 0", self.cutmix_alpha)
+        require(0 < self.mix_probability <= 1, "augment.mix_probability", "in 0 .. 1, above 0", self.mix_probability)
+        mixes = self.mixup_alpha > 0 or self.cutmix_alpha > 0
+        require(
+            mixes or self.mix_probability == 1,
+            "augment.mix_probability",
+            "1 without augment.mixup_alpha and augment.cutmix_alpha",
+            self.mix_probability,
+        )
+
+    @property
+    def changes_colours(self) -> bool:
+        """Whether RGB is changed at all."""
+        return self.colour_jitter > 0 or self.hue_jitter > 0 or self.randaugment_ops > 0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OptimConfig:
+    """The training recipe: AdamW, its schedule, the loss, and how a step is computed."""
+
+    epochs: int = 20
+    """Passes over the training split (paper: 100)."""
+    batch_size: int = 32
+    """Videos a step over all workers together (paper: 128)."""
+    lr: float = 2e-3
+    """Peak learning rate of AdamW (paper: 0.008 on K400, 0.012 on K600)."""
+    weight_decay: float = 0.02
+    """AdamW's weight decay."""
+    schedule: Literal["cosine", "step"] = "cosine"
+    """After the warm-up: fall along a cosine to zero, or drop at step_epochs."""
+    step_epochs: tuple[int, ...] = ()
+    """schedule=step: after so many epochs each the rate is multiplied by step_factor, such as 20 40 of 50 (TSN)."""
+    step_factor: float = 0.1
+    """schedule=step: what the rate is multiplied by."""
+    warmup_fraction: float = 0.1
+    """Share of all steps over which the rate rises linearly."""
+    backbone_lr_factor: float = 1.0
+    """The backbones' rate as a multiple of lr; less than 1 spares pretrained weights, 0 freezes them. A network says
+    what its backbones are; of others it is all but the classifier."""
+    freeze_bn: bool = False
+    """Batch norms keep their statistics, scales and offsets: for small batches and pretrained backbones (TSN)."""
+    clip_norm: float = 5.0
+    """Gradients are scaled down to this norm; 0 turns it off."""
+    label_smoothing: float = 0.0
+    """Share of each label that is spread over all classes (0.1 is usual)."""
+    class_balance: float = 0.0
+    """Weigh the loss of a video by (videos of its class) ** -x, mean weight 1: 0 none, 1 as if all classes had equally
+    many, 0.5 between. Videos are never drawn more or less often: each comes once an epoch."""
+    ema_decay: float = 0.0
+    """Keep a moving average of the weights with this decay (0.999 is usual); it is what is scored, saved and labelled
+    with. The decay rises from 0.1 in the first steps. 0 turns it off."""
+    accumulate: int = 1
+    """Parts into which each worker cuts its share of a batch: the gradient stays that of the whole batch (but for batch
+    norms, which see the parts), the memory falls to that of one part."""
+    recompute: Literal["none", "head", "all"] = "none"
+    """Activation checkpointing: keep no activations inside the head, or inside the blocks of the backbones, either, and
+    compute them again for the gradient. The same numbers, less memory, up to a third more work."""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """`bf16` and `fp16` run the forward pass under autocast; fp16 scales the loss, and needs GPUs."""
+    compile: bool = False
+    """Compile the network with torch.compile: minutes at the start of each worker, then faster steps."""
+    seed: int = 0
+    """Seeds weights, order and augmentation."""
+
+    def __post_init__(self) -> None:
+        require(self.epochs >= 1, "optim.epochs", "at least 1", self.epochs)
+        require(self.batch_size >= 1, "optim.batch_size", "at least 1", self.batch_size)
+        require(self.lr > 0, "optim.lr", "greater than 0", self.lr)
+        require(self.weight_decay >= 0, "optim.weight_decay", "at least 0", self.weight_decay)
+        rising = self.step_epochs == tuple(sorted(set(self.step_epochs))) and all(x >= 1 for x in self.step_epochs)
+        require(rising, "optim.step_epochs", "rising whole numbers of at least 1", self.step_epochs)
+        is_step = self.schedule == "step"
+        expected = "one or more with schedule step, none with cosine"
+        require(is_step == bool(self.step_epochs), "optim.step_epochs", expected, self.step_epochs)
+        require(0 < self.step_factor < 1, "optim.step_factor", "between 0 and 1", self.step_factor)
+        require(0 <= self.warmup_fraction < 1, "optim.warmup_fraction", "in 0 .. 1", self.warmup_fraction)
+        require(self.backbone_lr_factor >= 0, "optim.backbone_lr_factor", "at least 0", self.backbone_lr_factor)
+        require(self.clip_norm >= 0, "optim.clip_norm", "at least 0", self.clip_norm)
+        require(0 <= self.label_smoothing < 1, "optim.label_smoothing", "in 0 .. 1", self.label_smoothing)
+        require(0 <= self.class_balance <= 1, "optim.class_balance", "in 0 .. 1", self.class_balance)
+        require(0 <= self.ema_decay < 1, "optim.ema_decay", "in 0 .. 1", self.ema_decay)
+        require(self.accumulate >= 1, "optim.accumulate", "at least 1", self.accumulate)
+        both = self.compile and self.recompute != "none"
+        require(not both, "optim.recompute", "none with optim.compile, which decides for itself", self.recompute)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class InferenceConfig:
+    """How a trained model runs. Batch norms are folded in any case; the settings are part of a result's digest."""
+
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """`bf16` takes about half the time on processors that have it; `evaluate` shows what it does to the accuracy."""
+    compile: bool = False
+    """Compile the network with torch.compile: takes minutes in each worker, then saves time on each video."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ResourcesConfig:
+    """What a job asks of the cluster. A job that cannot fit is refused before it starts, with the arithmetic."""
+
+    address: str = ""
+    """Ray cluster to use. Default: the cluster this job was submitted to (RAY_ADDRESS), else a Ray of its own, here."""
+    local_cpus: int = 4
+    """Logical CPUs of a Ray that this command starts itself (more than the cores is fine: stages wait)."""
+    num_workers: Annotated[int, tyro.conf.arg(aliases=["--workers"])] = 2
+    """Processes that run the model (train, label, evaluate) or pack files (pack)."""
+    cpus_per_worker: float = 1.0
+    """CPUs of each; its thread counts follow from this."""
+    gpus_per_worker: float = 0.0
+    """GPUs of each; above 0 the model runs on CUDA."""
+    decode_tasks: int = 2
+    """Decoders: tasks of one CPU each beside the workers (train), or threads inside each worker (label, evaluate)."""
+    logs: Literal["off", "json"] = "off"
+    """`json`: workers log each unit, epoch and refused video as a line of JSON with the ids of run, unit and video,
+    where Ray keeps its logs (and with what the driver prints, where Ray passes that on)."""
+    wait_for_nodes_s: float = 900.0
+    """How long a job waits for nodes that the cluster's autoscaler starts for it, in seconds; 0 for none: what is there
+    must do. A cluster without an autoscaler has what it has."""
+
+    def __post_init__(self) -> None:
+        require(self.local_cpus >= 1, "resources.local_cpus", "at least 1", self.local_cpus)
+        require(self.num_workers >= 1, "resources.num_workers", "at least 1", self.num_workers)
+        require(self.cpus_per_worker > 0, "resources.cpus_per_worker", "greater than 0", self.cpus_per_worker)
+        require(self.gpus_per_worker >= 0, "resources.gpus_per_worker", "at least 0", self.gpus_per_worker)
+        require(self.decode_tasks >= 1, "resources.decode_tasks", "at least 1", self.decode_tasks)
+        require(self.wait_for_nodes_s >= 0, "resources.wait_for_nodes_s", "at least 0", self.wait_for_nodes_s)

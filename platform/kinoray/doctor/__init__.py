@@ -1,0 +1,1 @@
+"""What is wrong with videos, a machine, a store or a cluster. verb.py puts the sections together."""

@@ -1,0 +1,184 @@
+"""What decoding costs: the times of the decoded sample by class, and from them those of the whole library."""
+
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from kinoray.config.shared import ClipConfig
+from kinoray.decode.clip import VideoInfo
+from kinoray.doctor.cost import Estimate, cost_class, estimate_total, spread_over_classes
+from kinoray.doctor.probe import DecodeCost, Probed
+from kinoray.doctor.section import Section, Warn, spread, table
+from kinoray.progress import format_duration, many
+from kinoray.transcode import TRANSCODE
+
+__all__ = ["choose_decoded", "choose_transcoded", "decode_section"]
+
+_MAX_TRANSCODED_FRAMES = 3000
+
+
+def choose_decoded(probed: Sequence[Probed], count: int) -> list[Probed]:
+    """The probed videos that are decoded: spread over the classes."""
+    good = [found for found in probed if found.info is not None]
+    classes = [cost_class(found.info) for found in good if found.info is not None]
+    return [good[place] for place in spread_over_classes(classes, count)]
+
+
+def choose_transcoded(chosen: Sequence[Probed], count: int) -> frozenset[str]:
+    """video_ids of the first `count` that transcoding would make smaller, or give more key frames.
+
+    Videos of more than 3,000 frames are left out: transcoding takes every frame of them.
+    """
+    fitting = [
+        found.video.video_id
+        for found in chosen
+        if found.info is not None and found.info.num_frames <= _MAX_TRANSCODED_FRAMES and _can_gain(found.info)
+    ]
+    return frozenset(fitting[:count])
+
+
+def _can_gain(info: VideoInfo) -> bool:
+    distance = info.num_frames / max(info.num_keyframes, 1)
+    return min(info.width, info.height) > TRANSCODE.short_side_px or distance > 2 * TRANSCODE.gop
+
+
+def decode_section(probed: Sequence[Probed], costs: Sequence[DecodeCost], num_videos: int, clip: ClipConfig) -> Section:
+    """The cost of one pass over the library, by class and in all."""
+    classes = {found.video.video_id: cost_class(found.info) for found in probed if found.info is not None}
+    decoded = [cost for cost in costs if cost.error is None]
+    shares = Counter(classes.values())
+    num_bad = len(probed) - len(classes)
+    rgb_s = _by_class(classes, {cost.video_id: cost.cpu_s for cost in decoded})
+    flow_s = _by_class(classes, {c.video_id: c.flow_cpu_s for c in decoded if c.flow_cpu_s is not None})
+    totals = {
+        "rgb": estimate_total(num_videos, shares, num_bad, rgb_s),
+        "rgb_and_flow": estimate_total(num_videos, shares, num_bad, flow_s) if flow_s else None,
+    }
+    values: dict[str, Any] = {
+        "num_decoded": len(decoded),
+        "bytes_read": sum(cost.size_bytes for cost in costs),
+        "num_segments": clip.sample.num_segments,
+        "frames_per_segment": clip.sample.frames_per_segment,
+        "num_corrupt": sum(cost.frames_corrupt > 0 for cost in decoded),
+        "frames_decoded": spread([cost.frames_decoded for cost in decoded]),
+        "classes": {
+            name: {
+                "num_probed": count,
+                "rgb_cpu_s": spread(rgb_s.get(name, [])),
+                "rgb_and_flow_cpu_s": spread(flow_s.get(name, [])),
+            }
+            for name, count in shares.most_common()
+        },
+        "library_cpu_s": {name: _as_json(total) for name, total in totals.items()},
+        "transcode": _transcoding(decoded),
+        "videos": [_row(cost, classes[cost.video_id]) for cost in decoded],
+    }
+    lines = _lines(values, totals, num_videos) if decoded else ["no video was decoded"]
+    return Section(name="decode", values=values, lines=tuple(lines), warnings=tuple(_warnings(values)))
+
+
+def _by_class(classes: Mapping[str, str], times_s: Mapping[str, float]) -> dict[str, list[float]]:
+    found: dict[str, list[float]] = defaultdict(list)
+    for video_id, time_s in times_s.items():
+        found[classes[video_id]].append(time_s)
+    return dict(found)
+
+
+def _as_json(total: Estimate | None) -> dict[str, Any] | None:
+    if total is None:
+        return None
+    return {"total": total.total_s, "low": total.low_s, "high": total.high_s, "guessed": list(total.guessed)}
+
+
+def _row(cost: DecodeCost, name: str) -> dict[str, Any]:
+    return {
+        "video_id": cost.video_id,
+        "class": name,
+        "rgb_cpu_s": cost.cpu_s,
+        "rgb_and_flow_cpu_s": cost.flow_cpu_s,
+        "num_frames": cost.num_frames,
+        "frames_decoded": cost.frames_decoded,
+        "frames_corrupt": cost.frames_corrupt,
+    }
+
+
+def _transcoding(decoded: Sequence[DecodeCost]) -> dict[str, Any] | None:
+    """Sums over the videos that were transcoded; None if none was."""
+    tried = [cost for cost in decoded if cost.transcoded_cpu_s is not None or cost.transcode_error is not None]
+    made = [cost for cost in tried if cost.transcoded_cpu_s is not None]
+    if not tried:
+        return None
+    return {
+        "num_transcoded": len(made),
+        "refused": [f"{cost.video_id}: {cost.transcode_error}" for cost in tried if cost.transcode_error is not None],
+        "cpu_s": sum(cost.transcode_cpu_s or 0.0 for cost in made),
+        "decode_before_cpu_s": sum(cost.cpu_s for cost in made),
+        "decode_after_cpu_s": sum(cost.transcoded_cpu_s or 0.0 for cost in made),
+        "bytes_before": sum(cost.size_bytes for cost in made),
+        "bytes_after": sum(cost.transcoded_bytes or 0 for cost in made),
+    }
+
+
+def _lines(values: dict[str, Any], totals: Mapping[str, Estimate | None], num_videos: int) -> list[str]:
+    head = (
+        "CPU time a video",
+        "probed",
+        "decoded",
+        "median",
+        "mean",
+        *(("with flow",) if totals["rgb_and_flow"] else ()),
+    )
+    rows = []
+    for name, found in values["classes"].items():
+        rgb, flow = found["rgb_cpu_s"], found["rgb_and_flow_cpu_s"]
+        times = [f"{1000 * rgb[key]:.1f} ms" if rgb["count"] else "-" for key in ("median", "mean")]
+        if totals["rgb_and_flow"]:
+            times.append(f"{1000 * flow['mean']:.1f} ms" if flow["count"] else "-")
+        rows.append((name, f"{found['num_probed']:,}", f"{rgb['count']:,}", *times))
+    sample = f"{values['num_segments']} x {values['frames_per_segment']} frames"
+    lines = table(head, rows)
+    for title, key in (("RGB", "rgb"), ("RGB and flow", "rgb_and_flow")):
+        total = totals[key]
+        if total is not None:
+            ends = "" if total.low_s is None else f" (95%: {_cpu(total.low_s)} to {_cpu(total.high_s or 0.0)})"
+            lines.append(f"all {num_videos:,} videos once, {sample}, {title}: {_cpu(total.total_s)} of one core{ends}")
+            if total.guessed and key == "rgb":
+                lines.append(f"no video decoded of: {', '.join(total.guessed)}; taken at the mean of the others")
+    frames = values["frames_decoded"]
+    lines.append(f"frames that the decoder had to give for a clip: median {frames['median']:.0f}")
+    if (made := values["transcode"]) and made["num_transcoded"]:
+        ratio = made["decode_before_cpu_s"] / max(made["decode_after_cpu_s"], 1e-9)
+        lines.append(
+            f"transcoded ({many(made['num_transcoded'], 'video')} tried): decoding takes 1/{ratio:.1f} of the CPU, "
+            f"{made['bytes_after'] / max(made['bytes_before'], 1):.2f} of the bytes; transcoding itself took "
+            f"{made['cpu_s'] / made['num_transcoded']:.1f} s a video"
+        )
+    return lines
+
+
+def _cpu(seconds: float) -> str:
+    return (
+        f"{seconds / 3600:,.1f} h"
+        if seconds >= 36_000
+        else format_duration(seconds)
+        if seconds >= 60
+        else f"{seconds:.2f} s"
+    )
+
+
+def _warnings(values: dict[str, Any]) -> list[Warn]:
+    found = []
+    if values["num_corrupt"]:
+        text = f"of {many(values['num_decoded'], 'decoded video')} {values['num_corrupt']:,} with damaged frames"
+        found.append(Warn(text, "damaged frames are replaced by the one before and counted (column frames_corrupt)"))
+    made = values["transcode"]
+    if made and made["refused"]:
+        text = f"{many(len(made['refused']), 'video')} that cannot be transcoded: {made['refused'][0]}"
+        found.append(Warn(text, "pack without --transcode, or expect them in quarantine.parquet"))
+    if made and made["num_transcoded"] and made["decode_before_cpu_s"] > 1.5 * made["decode_after_cpu_s"]:
+        ratio = made["decode_before_cpu_s"] / max(made["decode_after_cpu_s"], 1e-9)
+        saved_s = (made["decode_before_cpu_s"] - made["decode_after_cpu_s"]) / made["num_transcoded"]
+        passes = made["cpu_s"] / made["num_transcoded"] / saved_s
+        text = f"transcoding makes such videos {ratio:.1f} times cheaper to decode"
+        found.append(Warn(text, f"`kinoray pack --transcode` pays after {max(1, round(passes))} passes over them"))
+    return found

@@ -1,0 +1,221 @@
+"""Reading a sample of videos, and measuring what decoding some of them costs, in decoder processes and without Ray.
+
+What is easy to break: no more videos are in memory than the decoders need, and a time belongs to one video only, so
+each measuring thread has a decoder process to itself.
+"""
+
+import hashlib
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from queue import SimpleQueue
+from typing import TypeVar
+
+from kinoray.catalog.table import Reference, read_videos
+from kinoray.config.shared import ClipConfig, DecodeConfig
+from kinoray.decode.clip import VideoInfo
+from kinoray.errors import AccessDenied, KinorayError, MediaError, MediaOverBudget, StorageUnavailable
+from kinoray.progress import Progress
+from kinoray.sandbox.pool import Sandbox, shared_sandbox
+from kinoray.storage.objects import Storage
+
+__all__ = ["DecodeCost", "Probed", "Video", "measure", "probe_all"]
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Video:
+    """A row of the sample."""
+
+    video_id: str
+    reference: Reference
+    size_bytes: int | None
+    """By the listing or the catalog; None if they do not say."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Probed:
+    """What became of a video that was to be probed."""
+
+    video: Video
+    size_bytes: int = 0
+    """Bytes that were read."""
+    sha256: str = ""
+    """Of the bytes; empty if they could not be read."""
+    info: VideoInfo | None = None
+    """What it is; None if it is bad."""
+    error: KinorayError | None = None
+    """Why it is bad."""
+    stage: str = ""
+    """Where it turned out bad: `list`, `read` or `probe`."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DecodeCost:
+    """What a video took. CPU seconds are those of the decoder process and of the thread that feeds it."""
+
+    video_id: str
+    cpu_s: float = 0.0
+    """Decoding the frames of one clip."""
+    flow_cpu_s: float | None = None
+    """The same with optical flow; None if it was not asked for."""
+    frames_decoded: int = 0
+    frames_corrupt: int = 0
+    num_frames: int = 0
+    transcode_cpu_s: float | None = None
+    """Transcoding it as `pack --transcode` does; None if it was not tried."""
+    transcoded_cpu_s: float | None = None
+    """Decoding the same clip from the transcoded video."""
+    transcoded_bytes: int | None = None
+    transcode_error: KinorayError | None = None
+    """Why `pack --transcode` would refuse it."""
+    size_bytes: int = 0
+    """Bytes that were read for this."""
+    error: KinorayError | None = None
+    """Why it could not be decoded; then there are no times."""
+
+
+def probe_all(storage: Storage, videos: Sequence[Video], decode: DecodeConfig, num_decoders: int) -> list[Probed]:
+    """Read and probe videos; one result for each, in their order. Reads nothing larger than decode.max_bytes.
+
+    Raises:
+        StorageUnavailable, AccessDenied: the store is at fault (AccessDenied: none of the videos may be read).
+        DecoderStartFailed: this machine is.
+    """
+    sandbox = shared_sandbox(num_decoders)
+
+    def probe(video: Video, data: bytes) -> Probed:
+        found = Probed(video=video, size_bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
+        try:
+            return replace(found, info=sandbox.probe(data, decode))
+        except MediaError as error:
+            return replace(found, error=error, stage="probe")
+
+    small = [video for video in videos if (video.size_bytes or 0) <= decode.max_bytes]
+    progress = Progress(len(small), "doctor: probed", "videos")
+    results: dict[str, Probed] = {}
+    for video, outcome in _worked(storage, small, probe, num_decoders):
+        found = Probed(video=video, error=outcome, stage="read") if isinstance(outcome, KinorayError) else outcome
+        results[video.video_id] = found
+        progress.update(1, bad=found.error is not None)
+    if small:
+        progress.close()
+    denied = [found.error for found in results.values() if isinstance(found.error, AccessDenied)]
+    if denied and len(denied) == len(results):
+        raise AccessDenied(f"none of {len(denied)} videos may be read; the first: {denied[0]}; check the credentials")
+    return [results.get(video.video_id) or _over_size(video, decode) for video in videos]
+
+
+def _over_size(video: Video, decode: DecodeConfig) -> Probed:
+    text = f"{video.size_bytes:,} bytes are more than decode.max_bytes = {decode.max_bytes:,}; it was not read"
+    return Probed(video=video, error=MediaOverBudget(text), stage="list")
+
+
+def measure(
+    storage: Storage,
+    videos: Sequence[Video],
+    clip: ClipConfig,
+    *,
+    with_flow: bool,
+    transcode_ids: frozenset[str],
+    num_decoders: int,
+) -> list[DecodeCost]:
+    """Decode the clips of videos, `num_decoders` at a time, and measure the CPU time of each; in their order.
+
+    The first video of each decoder process is decoded twice, and only the second time counts: the first one loads
+    libraries.
+
+    Raises:
+        StorageUnavailable, DecoderStartFailed: as probe_all.
+    """
+    progress = Progress(len(videos), "doctor: decoded", "videos")
+    results = []
+    with ExitStack() as stack:
+        sandboxes: SimpleQueue[_Meter] = SimpleQueue()
+        for _ in range(num_decoders):
+            sandboxes.put(_Meter(stack.enter_context(Sandbox(1)), clip, with_flow))
+
+        def decode(video: Video, data: bytes) -> DecodeCost:
+            meter = sandboxes.get()
+            try:
+                return meter.cost(video, data, transcoded=video.video_id in transcode_ids)
+            except MediaError as error:
+                return DecodeCost(video_id=video.video_id, size_bytes=len(data), error=error)
+            finally:
+                sandboxes.put(meter)
+
+        for video, outcome in _worked(storage, videos, decode, num_decoders):
+            if isinstance(outcome, KinorayError):
+                outcome = DecodeCost(video_id=video.video_id, error=outcome)
+            results.append(outcome)
+            progress.update(1, bad=outcome.error is not None)
+    if videos:
+        progress.close()
+    return results
+
+
+class _Meter:
+    """A decoder process, and what it takes for a video."""
+
+    def __init__(self, sandbox: Sandbox, clip: ClipConfig, with_flow: bool) -> None:
+        self._sandbox, self._clip, self._with_flow = sandbox, clip, with_flow
+        self._is_warm = False
+
+    def cost(self, video: Video, data: bytes, *, transcoded: bool) -> DecodeCost:
+        if not self._is_warm:
+            self._sandbox.decode_clip(data, self._clip, with_flow=self._with_flow)
+            self._is_warm = True
+        cpu_s, clip = self._timed(lambda: self._sandbox.decode_clip(data, self._clip, with_flow=False))
+        found = DecodeCost(
+            video_id=video.video_id,
+            cpu_s=cpu_s,
+            frames_decoded=clip.frames_decoded,
+            frames_corrupt=clip.frames_corrupt,
+            num_frames=clip.num_frames,
+            size_bytes=len(data),
+        )
+        if self._with_flow:
+            flow_cpu_s, _ = self._timed(lambda: self._sandbox.decode_clip(data, self._clip, with_flow=True))
+            found = replace(found, flow_cpu_s=flow_cpu_s)
+        if not transcoded:
+            return found
+        try:
+            transcode_cpu_s, made = self._timed(lambda: self._sandbox.transcode(data, self._clip.decode))
+            after_s, _ = self._timed(lambda: self._sandbox.decode_clip(made.data, self._clip, with_flow=False))
+        except MediaError as error:  # it can be decoded all the same
+            return replace(found, transcode_error=error)
+        size_bytes = len(made.data)
+        return replace(found, transcode_cpu_s=transcode_cpu_s, transcoded_cpu_s=after_s, transcoded_bytes=size_bytes)
+
+    def _timed(self, work: Callable[[], T]) -> tuple[float, T]:
+        begin_s = self._sandbox.cpu_s + time.thread_time()
+        result = work()
+        return self._sandbox.cpu_s + time.thread_time() - begin_s, result
+
+
+def _worked(
+    storage: Storage, videos: Sequence[Video], work: Callable[[Video, bytes], T], num_threads: int
+) -> Iterator[tuple[Video, T | KinorayError]]:
+    """(video, what `work` makes of its bytes, or why they could not be read), in order, a few in memory at a time."""
+    pending: deque[tuple[Video, Future[T] | KinorayError]] = deque()
+    with ThreadPoolExecutor(num_threads, thread_name_prefix="doctor") as pool:
+        try:
+            blobs = read_videos(storage, [video.reference for video in videos])
+            for video, data in zip(videos, blobs, strict=True):
+                if isinstance(data, StorageUnavailable):
+                    raise data
+                pending.append((video, data if isinstance(data, KinorayError) else pool.submit(work, video, data)))
+                while len(pending) > 2 * num_threads:
+                    first, entry = pending.popleft()
+                    yield first, entry if isinstance(entry, KinorayError) else entry.result()
+            while pending:
+                first, entry = pending.popleft()
+                yield first, entry if isinstance(entry, KinorayError) else entry.result()
+        finally:
+            for _, entry in pending:
+                if isinstance(entry, Future):
+                    entry.cancel()

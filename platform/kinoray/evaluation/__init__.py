@@ -1,0 +1,1 @@
+"""What an evaluation says, written and read back."""

@@ -1,0 +1,1 @@
+"""A result table in the forms of other tools."""

@@ -1,0 +1,1 @@
+"""A finished result table as rows: filtered, joined, sorted, written in other forms."""

@@ -1,0 +1,1 @@
+"""Exact, mergeable counts: accuracy, calibration, paired tests."""

@@ -1,0 +1,1 @@
+"""How a network gets in: an import string, a factory, a Protocol."""

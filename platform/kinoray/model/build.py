@@ -1,0 +1,214 @@
+"""How a model gets in: an import string, a factory, a Protocol. The platform never imports models/ by name."""
+
+import importlib
+import inspect
+import logging
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import Any, Protocol, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from kinoray.config.shared import ClipConfig, InferenceConfig, ModelConfig
+from kinoray.errors import ConfigError, ModelError
+
+__all__ = [
+    "SHORT_NAMES",
+    "START_OPTIONS",
+    "InputSpec",
+    "VideoModel",
+    "build_model",
+    "check_clip",
+    "compile_advice",
+    "prepare_model",
+    "require_known_model",
+    "without_start_weights",
+]
+
+SHORT_NAMES: Mapping[str, str] = {
+    "vcm_sdd": "vcm_sdd:vcm_sdd",
+    "vcm_sdd_r101": "vcm_sdd:vcm_sdd_r101",
+    "eco": "video_baselines:eco",
+    "i3d": "video_baselines:i3d",
+    "i3d_nl": "video_baselines:i3d_nl",
+    "mc3_18": "video_baselines:mc3_18",
+    "mvit_v2_s": "video_baselines:mvit_v2_s",
+    "r2plus1d_18": "video_baselines:r2plus1d_18",
+    "r2plus1d_34": "video_baselines:r2plus1d_34",
+    "r3d_18": "video_baselines:r3d_18",
+    "s3d": "video_baselines:s3d",
+    "s3dg": "video_baselines:s3dg",
+    "slowfast": "video_baselines:slowfast",
+    "slowfast_nl": "video_baselines:slowfast_nl",
+    "swin3d_b": "video_baselines:swin3d_b",
+    "swin3d_s": "video_baselines:swin3d_s",
+    "swin3d_t": "video_baselines:swin3d_t",
+    "tsm": "video_baselines:tsm",
+    "tsn": "video_baselines:tsn",
+    "two_stream_i3d": "video_baselines:two_stream_i3d",
+}
+"""Short names for the networks that ship with kinoray; anything else is `package:function`."""
+
+_PREPARE = "vcm_sdd.inference"
+_LOG = logging.getLogger(__name__)
+
+START_OPTIONS = frozenset({"backbone_weights", "pretrained", "weights"})
+"""Options of these names only choose the weights that training starts from; they must not change the network itself."""
+
+
+class InputSpec(Protocol):
+    """What a model needs to be fed; None means any number. Values and scaling: see vcm_sdd.spec.InputSpec."""
+
+    @property
+    def rgb(self) -> bool: ...
+    @property
+    def flow_channels(self) -> int: ...
+    @property
+    def num_segments(self) -> int | None: ...
+    @property
+    def frames_per_segment(self) -> int | None: ...
+    @property
+    def crop_px(self) -> int | None: ...
+    @property
+    def rgb_mean(self) -> tuple[float, float, float]: ...
+    @property
+    def rgb_std(self) -> tuple[float, float, float]: ...
+
+
+class VideoModel(Protocol):
+    """A torch module that maps clips to logits [B, num_classes]; rgb and flow are None where the spec asks for none."""
+
+    @property
+    def input_spec(self) -> InputSpec: ...
+    def __call__(self, *, rgb: Tensor | None, flow: Tensor | None) -> Tensor: ...
+    def state_dict(self) -> dict[str, Tensor]: ...
+    def parameters(self) -> Iterator[nn.Parameter]: ...
+
+
+def _factory(name: str) -> Any:
+    target = SHORT_NAMES.get(name, name)
+    module_name, colon, function = target.partition(":")
+    if not (module_name and colon and function):
+        known = ", ".join(sorted(SHORT_NAMES))
+        raise ConfigError(f"model.factory must be one of {known}, or package:function, got {name!r}")
+    try:
+        return getattr(importlib.import_module(module_name), function)
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(f"model.factory {name!r} cannot be imported: {error}") from error
+
+
+def require_known_model(config: ModelConfig) -> None:
+    """Raise ConfigError if the factory does not exist or an option is not one of its arguments."""
+    parameters = inspect.signature(_factory(config.factory)).parameters
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+        return
+    known = sorted(set(parameters) - {"num_classes"})
+    for option in config.options:
+        if option not in known:
+            raise ConfigError(f"model.options.{option} is not an option of {config.factory}; known: {', '.join(known)}")
+
+
+def build_model(config: ModelConfig, num_classes: int) -> VideoModel:
+    """Build the configured network for num_classes. Raises ConfigError for a bad setting, ModelError for the rest."""
+    require_known_model(config)
+    try:
+        model = _factory(config.factory)(num_classes=num_classes, **config.options)
+    except ValueError as error:
+        raise ConfigError(f"model.options: {error}") from error
+    except TypeError as error:
+        raise ModelError(f"{config.factory} cannot be built with options {dict(config.options)}: {error}") from error
+    return cast(VideoModel, model)
+
+
+def without_start_weights(config: ModelConfig) -> ModelConfig:
+    """The same network for weights that come from a checkpoint: nothing is downloaded or read to be overwritten."""
+    options = {name: value for name, value in config.options.items() if name not in START_OPTIONS}
+    return replace(config, options=options)
+
+
+def check_clip(spec: InputSpec, clip: ClipConfig) -> None:
+    """Raise ConfigError where the clip's shape is not one that the model accepts, or its flow cannot be found."""
+    clip.on_device(with_flow=spec.flow_channels > 0)
+    wanted = {
+        "clip.sample.num_segments": (spec.num_segments, clip.sample.num_segments),
+        "clip.sample.frames_per_segment": (spec.frames_per_segment, clip.sample.frames_per_segment),
+        "clip.view.crop_px": (spec.crop_px, clip.view.crop_px),
+    }
+    for name, (expected, found) in wanted.items():
+        if expected is not None and expected != found:
+            raise ConfigError(f"{name} must be {expected} for this model, got {found}")
+
+
+def prepare_model(model: VideoModel, clip: ClipConfig, inference: InferenceConfig) -> VideoModel:
+    """A copy for inference on the model's device, in eval mode: folded batch norms, precision, compiled if asked for.
+
+    The folded copy is compared with the model itself on one seeded clip; a network whose folding changes its logits,
+    or fails, keeps its batch norms.
+
+    Raises:
+        ModelError: the model cannot be run.
+    """
+    plain, tools = cast(nn.Module, model).eval(), importlib.import_module(_PREPARE)
+    has_norms = any(isinstance(part, _BatchNorm) for part in plain.modules())
+    prepared = tools.prepare_for_inference(
+        plain,
+        precision=inference.precision,
+        compile=inference.compile,
+        fold=not has_norms or _folds(plain, clip, tools),
+    )
+    return cast(VideoModel, prepared)
+
+
+def _folds(model: nn.Module, clip: ClipConfig, tools: Any) -> bool:
+    """Whether folding its batch norms leaves the logits of a seeded clip as they are; if not, the log says so."""
+    device = next(iter(model.parameters()), torch.empty(0)).device
+    inputs = _noise(cast(VideoModel, model).input_spec, clip, device)
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # its 10 bits would hide what folding changes
+        return _folds_exactly(model, inputs, tools)
+
+
+def _folds_exactly(model: nn.Module, inputs: dict[str, Tensor | None], tools: Any) -> bool:
+    try:
+        with torch.inference_mode():
+            expected = model(**inputs).float()
+    except (RuntimeError, TypeError, ValueError) as error:
+        shapes = {name: list(tensor.shape) for name, tensor in inputs.items() if tensor is not None}
+        raise ModelError(f"the model failed on a clip {shapes}: {error}") from error
+    try:
+        with torch.inference_mode():
+            found = tools.prepare_for_inference(model)(**inputs).float()
+    except Exception as error:  # noqa: BLE001  (it runs unfolded, so what breaks here is the folding)
+        _LOG.info("batch norms stay: %s: %s", type(error).__name__, error)
+        return False
+    off, largest = float((found - expected).abs().max()), float(expected.abs().max())
+    folds: bool = off <= tools.FP32_TOLERANCE * max(largest, 1.0)
+    if not folds:
+        _LOG.warning("batch norms stay: folding them changes a logit by %.1e of %.1e", off, largest)
+    return folds
+
+
+def compile_advice(spec: InputSpec, clip: ClipConfig, inference: InferenceConfig, clips_per_worker: int) -> str:
+    """One sentence if inference.compile is set where it costs more than it saves, or not set where it pays; else ""."""
+    streams = int(spec.rgb) + int(spec.flow_channels > 0)
+    frames_per_clip = streams * clip.sample.num_segments * clip.sample.frames_per_segment
+    tools = importlib.import_module(_PREPARE)
+    pays = tools.compile_pays(clips_per_worker * frames_per_clip)
+    if pays == inference.compile:
+        return ""
+    if pays:
+        return f"with {clips_per_worker} clips a worker --inference.compile would save more time than it takes"
+    return f"with {clips_per_worker} clips a worker inference.compile takes longer than it saves"
+
+
+def _noise(spec: InputSpec, clip: ClipConfig, device: torch.device) -> dict[str, Tensor | None]:
+    """One video of as few segments as the model accepts, the same numbers everywhere."""
+    size = clip.view.crop_px
+    shape = (1, spec.num_segments or 1, clip.sample.frames_per_segment)
+    generator = torch.Generator().manual_seed(0)
+    rgb, flow = (
+        torch.randn(*shape, channels, size, size, generator=generator).to(device) if channels else None
+        for channels in (3 * spec.rgb, spec.flow_channels)
+    )
+    return {"rgb": rgb, "flow": flow}

@@ -1,0 +1,1 @@
+"""The result table: its schema, units of work, exactly-once commits, resume, reading."""

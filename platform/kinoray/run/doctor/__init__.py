@@ -1,0 +1,1 @@
+"""A cluster and each of its nodes, examined from inside."""

@@ -1,0 +1,1 @@
+"""Clips in batches through a network, and the answers that come out."""

@@ -1,0 +1,1 @@
+"""Tar shards: which video goes where, writing one, committing all."""

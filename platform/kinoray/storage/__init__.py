@@ -1,0 +1,1 @@
+"""Bytes from and to s3:// or a folder: retries, checksums, put-if-absent."""

@@ -1,0 +1,328 @@
+"""Storage in S3, or a server that speaks its protocol, through boto3.
+
+How long requests are retried is in s3_retry.py, the reading of bodies in s3_read.py. What is easy to
+break: a write whose answer got lost is repeated, and then meets its own object.
+"""
+
+import base64
+import contextlib
+import hashlib
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
+from urllib.parse import urlparse
+from uuid import uuid4
+
+import boto3
+import botocore.exceptions as aws
+from botocore.config import Config
+
+from kinoray.config.shared import StorageConfig
+from kinoray.errors import (
+    AccessDenied,
+    BucketNotFound,
+    ChecksumMismatch,
+    ConfigError,
+    ObjectNotFound,
+    StorageError,
+)
+from kinoray.storage.s3_read import read_object
+from kinoray.storage.s3_retry import DIGEST_CODES, Retries, code_of, pauses, status_of
+
+__all__ = ["S3Store", "endpoint_of"]
+
+T = TypeVar("T")
+
+_CONFLICT_TRIES = 10  # of a conditional put, while others are under way
+_TOKEN_TRIES = 5  # with credentials that the server calls expired: fresh ones may be in the file or the role already
+_CONNECT_TIMEOUT_S = 5.0
+_PAGE_KEYS = 1000  # of one answer to a listing: the most that S3 gives
+_CONTENT_TYPES = {
+    ".html": "text/html; charset=utf-8",
+    ".js": "text/javascript; charset=utf-8",
+    ".css": "text/css; charset=utf-8",
+}
+_PART_BYTES = 16 * 2**20
+_PART_THREADS = 4
+
+_CREDENTIAL_ERRORS = (
+    aws.NoCredentialsError,
+    aws.PartialCredentialsError,
+    aws.CredentialRetrievalError,
+    aws.TokenRetrievalError,
+    aws.SSOError,
+    aws.ProfileNotFound,
+)
+_EXPIRED_CODES = {"ExpiredToken", "ExpiredTokenException", "RequestExpired", "TokenRefreshRequired"}
+_DENIED_CODES = _EXPIRED_CODES | {"InvalidToken", "InvalidAccessKeyId"}
+
+
+def endpoint_of(config: StorageConfig) -> str | None:
+    """The address that the config or the environment gives, or None for AWS and what a profile says."""
+    return config.endpoint_url or os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or None
+
+
+class S3Store:
+    """The operations of `storage.Storage` on names `bucket/key`. Raises StorageError and its kinds, ConfigError."""
+
+    def __init__(self, config: StorageConfig) -> None:
+        self._config = config
+        self._client = _make_client(config)
+        endpoint = self._client.meta.endpoint_url
+        self._custom_endpoint = not _is_aws(endpoint)
+        self._retries = Retries(config.retry_s, endpoint)
+
+    def read(self, name: str) -> bytes:
+        """All bytes of the object."""
+        return self._guard(name, lambda: self._read(name, None))
+
+    def read_range(self, name: str, offset: int, length: int) -> bytes:
+        """Exactly `length` bytes from byte `offset` on, or ChecksumMismatch."""
+        if length == 0:
+            return b""
+        return self._guard(name, lambda: self._read(name, (offset, length)))
+
+    def put(self, name: str, data: bytes) -> None:
+        """Replace or make the object; the server checks a checksum of the data."""
+        kind = _CONTENT_TYPES.get(Path(name).suffix)  # without it a browser saves a page instead of showing it
+        about = {"ContentType": kind} if kind else {}
+        self._guard(name, lambda: self._call(name, "put_object", Body=data, **about, **self._checksum(data)))
+
+    def put_file(self, name: str, path: Path) -> None:
+        """Replace or make the object from a local file, in parts that the server checks one by one."""
+        try:
+            size_bytes = path.stat().st_size
+            if size_bytes <= _PART_BYTES:
+                self.put(name, path.read_bytes())
+            else:
+                self._guard(name, lambda: self._put_parts(name, path, size_bytes))
+        except OSError as error:
+            raise StorageError(f"{path}: {error.strerror or error}") from error
+
+    def put_if_absent(self, name: str, data: bytes) -> bool:
+        """Make the object unless it exists; the server decides (If-None-Match: *)."""
+        return self._guard(name, lambda: self._put_if_absent(name, data))
+
+    def list(self, prefix: str) -> Iterator[tuple[str, int, float, str]]:
+        """(bucket/key, size, time, etag) of all objects below `bucket/prefix`, in the order of their keys."""
+        bucket, key = _split(prefix)
+        more: dict[str, str] = {}
+        while True:
+            target = {"Bucket": bucket, "Prefix": key, "MaxKeys": _PAGE_KEYS, **more}
+            page = self._guard(prefix, partial(self._run, prefix, "list_objects_v2", target))
+            for item in page.get("Contents", ()):
+                if not (item["Key"].endswith("/") and item["Size"] == 0):  # the marker of an empty "folder"
+                    etag = item["ETag"].strip('"')
+                    yield f"{bucket}/{item['Key']}", item["Size"], item["LastModified"].timestamp(), etag
+            if not page.get("IsTruncated"):
+                return
+            more = {"ContinuationToken": page["NextContinuationToken"]}
+
+    def stat(self, name: str) -> tuple[int, float, str]:
+        """(size, time, etag) of one object."""
+        head = self._guard(name, lambda: self._call(name, "head_object"))
+        return head["ContentLength"], head["LastModified"].timestamp(), head["ETag"].strip('"')
+
+    def delete(self, name: str) -> None:
+        """Remove the object if it is there."""
+        self._guard(name, lambda: self._call(name, "delete_object"))
+
+    def _checksum(self, data: bytes) -> dict[str, str]:
+        """What makes the server check an upload: boto3's own CRC32 on AWS; elsewhere Content-MD5, which all know."""
+        if not self._custom_endpoint:
+            return {}
+        return {"ContentMD5": base64.b64encode(hashlib.md5(data, usedforsecurity=False).digest()).decode()}
+
+    def _call(self, name: str, operation: str, **arguments: Any) -> Any:
+        """One operation of boto3 on the object, with retries; raises botocore's errors and StorageUnavailable."""
+        return self._run(name, operation, _target(name) | arguments)
+
+    def _run(self, name: str, operation: str, arguments: dict[str, Any]) -> Any:
+        waits = pauses(self._config.retry_s)
+        for _ in range(_TOKEN_TRIES - 1):
+            try:
+                return self._retries.run(name, lambda: getattr(self._client, operation)(**arguments))
+            except aws.ClientError as error:
+                pause = next(waits, None)
+                bare = code_of(error) == "403"  # an answer to HEAD, which cannot say why
+                if pause is None or not (bare or code_of(error) in _EXPIRED_CODES):
+                    raise
+                time.sleep(pause)
+                self._client = _make_client(self._config)  # a new session reads the credentials again
+        return self._retries.run(name, lambda: getattr(self._client, operation)(**arguments))
+
+    def _read(self, name: str, span: tuple[int, int] | None) -> bytes:
+        def ask(**request: Any) -> Any:
+            return self._run(name, "get_object", request)
+
+        def size_of() -> int:
+            return int(self._call(name, "head_object")["ContentLength"])
+
+        config = self._config
+        return read_object(
+            ask,
+            *_split(name),
+            span,
+            size_of=size_of,
+            retry_s=config.retry_s,
+            stall_timeout_s=config.stall_timeout_s,
+        )
+
+    def _put_if_absent(self, name: str, data: bytes) -> bool:
+        writer = {"writer": uuid4().hex}
+        waits = pauses(self._config.retry_s)
+        for attempt in range(_CONFLICT_TRIES):
+            try:
+                self._call(name, "put_object", Body=data, IfNoneMatch="*", Metadata=writer, **self._checksum(data))
+                return True
+            except aws.ClientError as error:
+                status = status_of(error)
+                if status == 412:
+                    # Our first try may have been stored and its answer lost: then the retry met our own object.
+                    return self._is_written_by(name, writer)
+                if status != 409 or attempt == _CONFLICT_TRIES - 1:  # 409: another conditional put is under way
+                    raise
+                time.sleep(next(waits, 0.0))
+        raise AssertionError("the last attempt returns or raises")
+
+    def _is_written_by(self, name: str, writer: dict[str, str]) -> bool:
+        """Whether the object that is there came from this very call."""
+        try:
+            return bool(self._call(name, "head_object")["Metadata"].get("writer") == writer["writer"])
+        except aws.ClientError as error:
+            if status_of(error) == 404:  # deleted meanwhile
+                return False
+            raise
+
+    def _put_parts(self, name: str, path: Path, size_bytes: int) -> None:
+        part_bytes = max(_PART_BYTES, -(-size_bytes // 10_000))  # S3 takes at most 10,000 parts
+        algorithm = {} if self._custom_endpoint else {"ChecksumAlgorithm": "CRC32"}
+        writer = {"writer": uuid4().hex}
+        upload_id = self._call(name, "create_multipart_upload", Metadata=writer, **algorithm)["UploadId"]
+
+        def put_part(offset: int) -> dict[str, Any]:
+            with path.open("rb") as file:
+                file.seek(offset)
+                data = file.read(part_bytes)
+            number = {"PartNumber": offset // part_bytes + 1}
+            answer = self._call(
+                name, "upload_part", Body=data, UploadId=upload_id, **number, **algorithm, **self._checksum(data)
+            )
+            return {**number, **{key: answer[key] for key in ("ETag", "ChecksumCRC32") if key in answer}}
+
+        pool = ThreadPoolExecutor(_PART_THREADS, thread_name_prefix="put-parts")
+        try:
+            parts = list(pool.map(put_part, range(0, size_bytes, part_bytes)))
+            self._complete(name, upload_id, parts, writer)
+        except BaseException:
+            pool.shutdown(cancel_futures=True)  # no part may arrive after the upload is given up
+            with contextlib.suppress(aws.ClientError, aws.BotoCoreError):  # the first error is the one to report
+                self._client.abort_multipart_upload(UploadId=upload_id, **_target(name))
+            raise
+        finally:
+            pool.shutdown()
+
+    def _complete(self, name: str, upload_id: str, parts: Sequence[dict[str, Any]], writer: dict[str, str]) -> None:
+        """Make the object of its parts. Where the answer got lost, the retry finds no upload, but our object."""
+        try:
+            self._call(name, "complete_multipart_upload", UploadId=upload_id, MultipartUpload={"Parts": parts})
+        except aws.ClientError as error:
+            if code_of(error) != "NoSuchUpload" or not self._is_written_by(name, writer):
+                raise
+
+    def _guard(self, name: str, call: Callable[[], T]) -> T:
+        """Run a call of boto3 and translate what it raises."""
+        try:
+            return call()
+        except aws.ClientError as error:
+            self._raise_client_error(name, error)
+        except _CREDENTIAL_ERRORS as error:
+            raise AccessDenied(
+                f"s3://{name}: no usable AWS credentials ({error}); set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, "
+                "a profile, or an instance role"
+            ) from error
+        except aws.ParamValidationError as error:
+            reason = " ".join(str(error).split()).partition(": Bucket name must match")[0]  # two regexes follow
+            raise ObjectNotFound(f"s3://{name} is not a valid address: {reason}") from error
+        except aws.BotoCoreError as error:
+            raise StorageError(f"s3://{name}: {error}") from error
+
+    def _raise_client_error(self, name: str, error: aws.ClientError) -> NoReturn:
+        status, code = status_of(error), code_of(error)
+        text = " ".join(f"{code} {error.response['Error'].get('Message', '')}".split())
+        bucket = _split(name)[0]
+        if code == "NoSuchBucket" or (status == 404 and code != "NoSuchKey" and not self._has_bucket(bucket)):
+            raise BucketNotFound(f"s3://{name}: there is no bucket {bucket!r}") from error
+        if status == 404:
+            raise ObjectNotFound(f"s3://{name}: no such object") from error
+        if status in (401, 403) or code in _DENIED_CODES:
+            what = "have expired" if code in _EXPIRED_CODES else "may not do this"
+            raise AccessDenied(f"s3://{name}: the credentials {what} ({text})") from error
+        if status == 416:
+            raise ChecksumMismatch(
+                f"s3://{name} is too short: bytes behind its end were asked for; it was cut or replaced after its "
+                "catalog was made"
+            ) from error
+        if code in DIGEST_CODES:
+            raise ChecksumMismatch(f"s3://{name}: the data changed on its way to the server ({text})") from error
+        raise StorageError(f"s3://{name}: {error.operation_name} was refused, {status} {text}") from error
+
+    def _has_bucket(self, bucket: str) -> bool:
+        """A 404 to HEAD does not say what is missing; when in doubt, the bucket is there."""
+        try:
+            self._client.head_bucket(Bucket=bucket)
+        except aws.ClientError as error:
+            return status_of(error) != 404
+        except aws.BotoCoreError:
+            return True
+        return True
+
+
+def _split(name: str) -> tuple[str, str]:
+    bucket, _, key = name.partition("/")
+    return bucket, key
+
+
+def _target(name: str) -> dict[str, str]:
+    bucket, key = _split(name)
+    return {"Bucket": bucket, "Key": key}
+
+
+def _is_aws(url: str) -> bool:
+    host = urlparse(url).hostname or ""
+    return host.endswith((".amazonaws.com", ".amazonaws.com.cn", ".api.aws"))
+
+
+def _make_client(config: StorageConfig) -> Any:
+    """A boto3 client of its own session, since sessions are not safe to share between threads."""
+    try:
+        session = boto3.Session()
+
+        def client(checksums: str) -> Any:
+            return session.client(
+                "s3",
+                endpoint_url=config.endpoint_url,
+                region_name=config.region or session.region_name or "us-east-1",
+                config=Config(
+                    retries={"mode": "standard", "total_max_attempts": 1},  # ours go by time
+                    connect_timeout=min(_CONNECT_TIMEOUT_S, config.answer_timeout_s),
+                    read_timeout=config.answer_timeout_s,
+                    max_pool_connections=32,
+                    s3={"addressing_style": config.addressing},
+                    request_checksum_calculation=checksums,
+                    response_checksum_validation=checksums,
+                ),
+            )
+
+        made = client("when_supported")
+        if not _is_aws(made.meta.endpoint_url):  # older servers refuse checksum trailers, or store them as content
+            made = client("when_required")
+    except ValueError as error:
+        raise ConfigError(f"storage.endpoint_url {endpoint_of(config)!r} is not an address: {error}") from error
+    except aws.BotoCoreError as error:
+        raise AccessDenied(f"AWS settings cannot be used: {error}") from error
+    return made

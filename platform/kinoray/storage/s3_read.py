@@ -1,0 +1,219 @@
+"""Reading one S3 object, or a range of it, over as many answers as it takes.
+
+boto3 retries a request but not the body of an answer, and says nothing when an answer comes back short. Here a cut,
+stalled or slow body goes on from its last good byte, with If-Match, so that two versions of an object are never glued
+together. A whole object is compared with its stored checksum, and with its ETag where that is an MD5; where there is
+neither, at least with its size.
+"""
+
+import base64
+import contextlib
+import hashlib
+import re
+import time
+import zlib
+from collections.abc import Callable
+from typing import Any
+
+import botocore.exceptions as aws
+import urllib3.exceptions
+
+from kinoray.errors import ChecksumMismatch, StorageError, StorageUnavailable
+from kinoray.storage.s3_retry import pauses, status_of
+
+__all__ = ["read_object"]
+
+_PROGRESS_BYTES = 2**20  # an answer that brought as much starts a new count of failures
+_WHOLE_TRIES = 5  # after a wrong checksum, or when the object was replaced meanwhile
+_CHUNK_BYTES = 2**15
+_SLOW_BYTES_PER_S = 2**17
+_SLOW_TURNS = 3  # a slow connection is left as often as this; then it is the network, and we wait
+_BODY_ERRORS = (aws.HTTPClientError, aws.IncompleteReadError, urllib3.exceptions.HTTPError, OSError)
+
+
+class _ReplacedError(Exception):
+    """The object was replaced while it was being read."""
+
+
+class _SlowError(Exception):
+    """The body comes, but very slowly."""
+
+
+class _WrongError(Exception):
+    """The bytes are not those of the object, by its ETag or its size."""
+
+    def __init__(self, data: bytes) -> None:
+        super().__init__(f"{len(data)} bytes of another digest or length")
+        self.data = data
+
+
+def read_object(
+    ask: Callable[..., Any],
+    bucket: str,
+    key: str,
+    span: tuple[int, int] | None,
+    *,
+    size_of: Callable[[], int],
+    retry_s: float,
+    stall_timeout_s: float,
+) -> bytes:
+    """The whole object, or `span` = (offset, length) of it, length > 0: exactly those bytes.
+
+    Args:
+        ask: boto3's get_object, with retries of its own.
+        size_of: tells the object's size by another request; called for whole objects that nothing else can vouch for.
+        retry_s: for how long a body that breaks off again and again is asked for.
+        stall_timeout_s: silence in a body after which its connection is left; also how long a slow one is watched.
+
+    Raises:
+        ChecksumMismatch: shorter than asked for, or wrong, or replaced, at every try.
+        StorageUnavailable: the answer was cut too often.
+        What `ask` raises: no answer.
+    """
+    error: Exception | None = None
+    for _ in range(_WHOLE_TRIES):
+        try:
+            return _Read(ask, bucket, key, span, size_of, retry_s, stall_timeout_s).run()
+        except _WrongError as reason:
+            again = isinstance(error, _WrongError) and error.data == reason.data
+            if again and len(reason.data) == size_of():
+                return reason.data  # damage does not come twice alike: this server's ETags are no MD5s
+            error = reason
+        except (aws.FlexibleChecksumError, _ReplacedError) as reason:
+            error = reason
+    what = "was replaced while it was read" if isinstance(error, _ReplacedError) else "does not match its checksum"
+    raise ChecksumMismatch(f"s3://{bucket}/{key} {what}, {_WHOLE_TRIES} times in a row; upload it again") from error
+
+
+class _Read:
+    """The state of one read: what came so far, and of which version of the object."""
+
+    def __init__(
+        self,
+        ask: Callable[..., Any],
+        bucket: str,
+        key: str,
+        span: tuple[int, int] | None,
+        size_of: Callable[[], int],
+        retry_s: float,
+        stall_timeout_s: float,
+    ) -> None:
+        self._get, self._target = ask, {"Bucket": bucket, "Key": key}
+        self._uri = f"s3://{bucket}/{key}"
+        self._size_of = size_of
+        self._retry_s, self._stall_timeout_s = retry_s, stall_timeout_s
+        self._ranged = span is not None
+        self._offset = span[0] if span else 0
+        self._length = span[1] if span else None  # None: unknown until the first answer
+        self._chunks: list[bytes] = []
+        self._received = 0
+        self._etag = ""
+        self._crc32 = ""
+        self._md5 = ""
+        self._slow_turns = 0
+
+    def run(self) -> bytes:
+        waits, broken, answers, since = pauses(self._retry_s), 0, 0, time.monotonic()
+        while self._length is None or self._received < self._length:
+            before, answer = self._received, self._ask()
+            answers += 1
+            reason: object = "it ended early"
+            try:
+                self._take(answer["Body"])
+            except _SlowError as error:
+                self._slow_turns, reason = self._slow_turns + 1, error
+            except _BODY_ERRORS as error:
+                reason = error
+            if self._received >= (self._length or 0):
+                break
+            if self._received - before >= _PROGRESS_BYTES:
+                waits, broken, since = pauses(self._retry_s), 0, time.monotonic()
+            broken += 1
+            pause = next(waits, None)
+            if pause is None or time.monotonic() - since > self._retry_s:
+                raise StorageUnavailable(
+                    f"{self._uri}: the answer broke off {broken} times in a row, the last time behind byte "
+                    f"{self._received} of {self._length} ({reason})"
+                )
+            time.sleep(pause)
+        return self._checked(b"".join(self._chunks), answers)
+
+    def _checked(self, data: bytes, answers: int) -> bytes:
+        if len(data) != self._length:
+            raise ChecksumMismatch(f"{self._uri}: {len(data)} bytes came, {self._length} were announced")
+        if answers > 1 and self._crc32 not in ("", base64.b64encode(zlib.crc32(data).to_bytes(4, "big")).decode()):
+            raise aws.FlexibleChecksumError(error_msg="CRC32 of an object that came in pieces")
+        if self._md5:
+            wrong = hashlib.md5(data, usedforsecurity=False).hexdigest() != self._md5
+        else:
+            wrong = not (self._ranged or self._crc32) and len(data) != self._size_of()
+        if wrong:
+            raise _WrongError(data)
+        return data
+
+    def _ask(self) -> Any:
+        request = dict(self._target)
+        first = self._offset + self._received
+        ranged = self._ranged or self._received > 0
+        if ranged:
+            request["Range"] = f"bytes={first}-{self._offset + (self._length or 0) - 1}"
+        else:
+            request["ChecksumMode"] = "ENABLED"  # the stored checksum, if there is one; of whole objects only
+        if self._etag:
+            request["IfMatch"] = self._etag
+        try:
+            answer = self._get(**request)
+        except aws.ClientError as error:
+            if status_of(error) == 412:
+                raise _ReplacedError from error
+            raise
+        self._etag = answer["ETag"]
+        if ranged:
+            self._check_range(answer.get("ContentRange", ""), first)
+        if self._length is None:
+            self._length = int(answer["ContentLength"])
+            crc32 = answer.get("ChecksumCRC32", "")
+            self._crc32 = "" if "-" in crc32 else crc32  # "...-3" is a checksum of the parts' checksums
+            self._md5 = _md5_of(answer)
+        return answer
+
+    def _check_range(self, content_range: str, first: int) -> None:
+        """Refuse an answer that is not the asked range, before its bytes are taken for it.
+
+        An answer that stops early although the object does not is taken; its rest is asked for next.
+        """
+        last = self._offset + (self._length or 0) - 1
+        match = re.fullmatch(r"bytes (\d+)-(\d+)/(\d+|\*)", content_range)
+        if match is None or int(match[1]) != first or int(match[2]) > last:
+            raise StorageError(
+                f"{self._uri}: bytes {first} .. {last} were asked for, the server answered {content_range!r}; "
+                "it does not do ranged reads as S3 does"
+            )
+        if match[3] != "*" and int(match[3]) <= last:
+            raise ChecksumMismatch(
+                f"{self._uri} is too short: bytes up to {last} were asked for, it has {match[3]}; it was cut or "
+                "replaced after its catalog was made"
+            )
+
+    def _take(self, body: Any) -> None:
+        """Add what comes of a body; silence and trickling end it with an error."""
+        with contextlib.closing(body):
+            with contextlib.suppress(AttributeError):  # an empty body has given its connection back
+                body.set_socket_timeout(self._stall_timeout_s)
+            since, before = time.monotonic(), self._received
+            while chunk := body.read(_CHUNK_BYTES):
+                self._chunks.append(chunk)
+                self._received += len(chunk)
+                watched_s = time.monotonic() - since
+                if watched_s > self._stall_timeout_s:
+                    rate = (self._received - before) / watched_s
+                    if rate < _SLOW_BYTES_PER_S and self._slow_turns < _SLOW_TURNS:
+                        raise _SlowError(f"only {rate:,.0f} bytes/s")
+                    since, before = time.monotonic(), self._received
+
+
+def _md5_of(answer: Any) -> str:
+    """The MD5 that the ETag of a plain object is; "" for uploads in parts and for encryption that hides it."""
+    etag = str(answer["ETag"]).strip('"')
+    hidden = str(answer.get("ServerSideEncryption", "")).startswith("aws:kms") or "SSECustomerAlgorithm" in answer
+    return etag if re.fullmatch(r"[0-9a-f]{32}", etag) and not hidden else ""

@@ -1,0 +1,1 @@
+"""Where a run's time went, from what it left in storage."""

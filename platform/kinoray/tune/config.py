@@ -1,0 +1,125 @@
+"""The config tree of `kinoray tune`: all of TrainConfig, and what to try."""
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal
+
+from tyro.constructors import PrimitiveConstructorSpec
+
+from kinoray.config.shared import CacheConfig, require
+from kinoray.errors import ConfigError
+from kinoray.tune.space import parse_space
+from kinoray.verbs.pipeline import TrainConfig
+
+__all__ = ["PERTURBED", "SpaceEntries", "TuneConfig", "default_space", "train_config"]
+
+PERTURBED = ("optim.clip_norm", "optim.lr", "optim.weight_decay")
+"""Settings that may change between two epochs of a run: what PBT perturbs."""
+
+
+def _parse_entries(items: list[str]) -> dict[str, Any]:
+    entries: dict[str, Any] = {}
+    for item in items:
+        path, equals, spec = item.partition("=")
+        if not (path and equals and spec):
+            raise ConfigError(f"space must be PATH=VALUES, such as optim.lr=log:1e-4..1e-2, got {item!r}")
+        if path in entries:
+            raise ConfigError(f"space names {path} twice")
+        entries[path] = spec
+    return entries
+
+
+def _entry_text(path: str, spec: Any) -> str:
+    return f"{path}={spec}"
+
+
+SpaceEntries = Annotated[
+    dict[str, Any],
+    PrimitiveConstructorSpec(
+        nargs="*",
+        metavar="PATH=VALUES [PATH=VALUES ...]",
+        instance_from_str=_parse_entries,
+        is_instance=lambda value: isinstance(value, dict),
+        str_from_instance=lambda value: [_entry_text(path, spec) for path, spec in value.items()],
+    ),
+]
+
+
+def default_space() -> dict[str, Any]:
+    """Learning rates around the one that trains stably on small sets, and the paper's and smaller segment counts."""
+    return {"optim.lr": "log:5e-4..8e-3", "clip.sample.num_segments": "4,8,16"}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TuneConfig(TrainConfig):
+    """Try settings: train one run for each, stop early what falls behind, and say which was best.
+
+    Example: kinoray tune s3://bucket/set --out s3://bucket/sweeps/lr --num-trials 12
+
+    Every setting of `kinoray train` is taken as all trials' own; `space` names those that differ, by their path:
+    optim.lr=log:1e-4..1e-2 (drawn evenly in the logarithm; lin: and int: likewise; /5 for five points of it),
+    clip.sample.num_segments=4,8,16 (one of these), model.options.scale=frobenius,dim. Each trial is an ordinary run
+    folder, OUT/trials/ID. OUT holds tune.json, trials.jsonl, best.yaml (for kinoray train --config) and tune.html.
+
+    The same command again goes on after whatever stopped it: finished trials are not run again, the others go on from
+    their newest checkpoints. Never more trials run at a time than the cluster can hold.
+
+    All trials share one decode, kept on the nodes' disks while the sweep runs (--cache.gb): trials with the same seed
+    draw the same crops and frames that nest, so one reading of a video serves all segment counts, and no number of any
+    trial depends on it. Each epoch of each video has its own file; epochs that do not fit are decoded by each trial.
+    """
+
+    cache: CacheConfig = field(default_factory=lambda: CacheConfig(gb=20.0))
+    """Decoded frames on disk; --cache.gb 0 decodes for each trial anew."""
+
+    space: SpaceEntries = field(default_factory=default_space)
+    """What differs between trials."""
+    search: Literal["random", "grid", "optuna"] = "random"
+    """Which settings are tried: drawn at random, all combinations of lists, or chosen by Optuna's TPE from the results
+    so far (pip install 'kinoray[optuna]')."""
+    scheduler: Literal["asha", "fifo", "pbt"] = "asha"
+    """asha: stop a trial at a rung (grace_epochs, times reduction_factor, ...) unless it is among the best
+    1/reduction_factor there. fifo: train all to the end. pbt: at every perturb_epochs the worst quarter continues from
+    a copy of a good trial's checkpoint with its settings, of which lr, weight_decay and clip_norm are perturbed if
+    space names them."""
+    num_trials: int = 8
+    """Trials of a random or Optuna search; a grid has as many as it has."""
+    grace_epochs: int | None = None
+    """ASHA: no trial is stopped before it. Default: a third of the epochs, but at least 8 (or all, if fewer). Networks
+    that bind what moves to where stay flat for 5 to 8 epochs before they learn: an eager scheduler kills the good ones.
+    """
+    reduction_factor: float = 3.0
+    """ASHA: which share of the trials passes a rung, and how far apart rungs are."""
+    perturb_epochs: int = 4
+    """PBT: epochs between two exchanges of a trial."""
+    max_concurrent: int | None = None
+    """Trials at a time, at most. Default: as many as the cluster holds."""
+    search_seed: int = 0
+    """Seeds the search, not the training (optim.seed)."""
+
+    def __post_init__(self) -> None:
+        TrainConfig.__post_init__(self)  # super() without arguments fails in a dataclass with slots
+        axes = parse_space(self.space)
+        require(bool(self.val_split), "val_split", "a split to compare trials on", self.val_split)
+        require(self.eval_every == 1, "eval_every", "1: trials are compared after each epoch", self.eval_every)
+        require(self.patience == 0, "patience", "0: scheduler says which trials stop", self.patience)
+        require(self.num_trials >= 1, "num_trials", "at least 1", self.num_trials)
+        require(self.grace_epochs is None or self.grace_epochs >= 1, "grace_epochs", "at least 1", self.grace_epochs)
+        require(self.reduction_factor > 1, "reduction_factor", "greater than 1", self.reduction_factor)
+        require(self.perturb_epochs >= 1, "perturb_epochs", "at least 1", self.perturb_epochs)
+        concurrent = self.max_concurrent
+        require(concurrent is None or concurrent >= 1, "max_concurrent", "at least 1", concurrent)
+        if self.scheduler == "pbt":
+            require(self.search != "optuna", "search", "random or grid with scheduler pbt", self.search)
+            movable = any(axis.path in PERTURBED for axis in axes)
+            require(movable, "space", f"one of {', '.join(PERTURBED)} at least with scheduler pbt", list(self.space))
+
+    @property
+    def grace(self) -> int:
+        """grace_epochs, or its default."""
+        return min(self.optim.epochs, self.grace_epochs or max(8, -(-self.optim.epochs // 3)))
+
+
+def train_config(config: TuneConfig) -> TrainConfig:
+    """What the trials share, as a TrainConfig."""
+    return TrainConfig(**{item.name: getattr(config, item.name) for item in dataclasses.fields(TrainConfig)})

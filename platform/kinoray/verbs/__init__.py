@@ -1,0 +1,1 @@
+"""One config tree a verb: what its flags, files and jobs may say. Nothing here does the work."""
