@@ -381,7 +381,7 @@ def test_decoders_that_cannot_start_are_the_jobs_error(
     broken = tmp_path / "python"
     broken.write_text("#!/bin/sh\necho 'No module named av' >&2\nexit 3\n")
     broken.chmod(0o755)
-    monkeypatch.setattr(sys, "executable", str(broken))
+    monkeypatch.setattr("kinoray.sandbox.process._PYTHON", str(broken))
     message = (
         r"no decoder process can be started on \S+ \(3 tries\): ended with exit code 3 \(No module named av\); check"
     )
@@ -394,7 +394,7 @@ def test_decoders_that_cannot_start_are_the_jobs_error(
     block = {"video_id": ["a"], "uri": [str(video)], "offset": [None], "length": [None], "sha256": [None], "row": [0]}
     with pytest.raises(DecoderStartFailed, match=message):
         DecodeTask(storage=Storage(), clip=CLIP, with_flow=False)(pa.table(block))
-    monkeypatch.setattr(sys, "executable", str(tmp_path / "nothing"))
+    monkeypatch.setattr("kinoray.sandbox.process._PYTHON", str(tmp_path / "nothing"))
     with pytest.raises(DecoderStartFailed, match="No such file or directory"):
         DecoderProcess()
 
@@ -433,3 +433,17 @@ def test_a_labelling_with_poison_labels_every_good_video(
             assert (row["status"], row["error_class"]) == ("quarantined", poison[kind][1])
         else:
             assert (row["status"], row["error_class"]) == ("labelled", None)
+
+
+def test_a_relative_path_to_python_will_do(tmp_path: Path) -> None:
+    """As of `PATH=.venv/bin:$PATH python`; decoders start in another folder."""
+    code = "import sys; from kinoray.sandbox.process import DecoderProcess as D; print(sys.executable); D().kill()"
+    folder = Path(sys.executable).parent
+    environment = {**os.environ, "PATH": f"{folder.name}:{os.environ['PATH']}"}
+    environment["PYTHONPATH"] = os.pathsep.join(entry for entry in sys.path if entry)
+    command = ["/bin/sh", "-c", f"exec {Path(sys.executable).name} -c '{code}'"]
+    done = subprocess.run(
+        command, cwd=folder.parent, env=environment, capture_output=True, text=True, check=False, timeout=200
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == str(Path(folder.name) / Path(sys.executable).name)

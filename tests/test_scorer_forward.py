@@ -10,10 +10,11 @@ import torch
 from kinoray.batch import collate
 from kinoray.config.shared import ClipConfig, InferenceConfig, SampleConfig, StorageConfig, ViewConfig
 from kinoray.decode.clip import Clip, VideoInfo
+from kinoray.device_input import Feeder
 from kinoray.errors import ChecksumMismatch, ModelError
 from kinoray.scorer.batch_size import CPU_BATCH, agreed_batch_size, auto_batch_size, largest_batch
 from kinoray.scorer.clips import ClipScorer, ScorerConfig
-from kinoray.scorer.forward import Forward, _Fed
+from kinoray.scorer.forward import Forward
 from kinoray.storage.objects import Storage
 from tiny_models import MeanColour, mean_colour, refuses, wrong_shape
 
@@ -79,7 +80,7 @@ def test_what_is_fed_to_a_device_is_the_collated_batch() -> None:
     flow = np.arange(2 * 2 * 16 * 16).astype(np.int8).reshape(2, 1, 2, 16, 16)
     both = [replace(clip, flow=flow + number) for number, clip in enumerate(one)]
     for batch in (one, both, both[:1]):
-        fed, collated = _Fed("cpu")(batch), collate(batch)
+        fed, collated = collate(batch, Feeder("cpu").stacked), collate(batch)
         for name in ("rgb", "flow", "yuv"):
             found, expected = getattr(fed, name), getattr(collated, name)
             assert found is expected is None or torch.equal(found, expected)

@@ -61,7 +61,9 @@ class CrossModalFusion(nn.Module):
         if self.residual:
             rgb_out, flow_out = rgb_out + rgb_MND, flow_out + flow_MND
         if self.rgb_norm is not None and self.flow_norm is not None:
-            rgb_out, flow_out = self.rgb_norm(rgb_out), self.flow_norm(flow_out)
+            # A prepared network has bfloat16 nodes and float32 norms, which CUDA does not mix.
+            dtype = self.rgb_norm.weight.dtype
+            rgb_out, flow_out = self.rgb_norm(rgb_out.to(dtype)), self.flow_norm(flow_out.to(dtype))
         return rgb_out, flow_out
 
     def _split(self, x_MND: Tensor) -> Tensor:

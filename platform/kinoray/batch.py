@@ -5,7 +5,7 @@ training and labelling get the same numbers because both come through `model_inp
 (decode.frames=yuv420), half as many bytes again, become RGB in one place, `yuv420_to_rgb`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -151,8 +151,12 @@ class RawBatch:
         return len(self.frames)
 
 
-def collate(clips: Sequence["Clip"]) -> VideoBatch:
+def collate(
+    clips: Sequence["Clip"], stack: Callable[[Sequence[list[Tensor]]], list[Tensor]] | None = None
+) -> VideoBatch:
     """Stack clips of one shape to a batch, in order; flow only if every clip has it.
+
+    `stack` makes one tensor [B, ...] of each list of B tensors of one shape, where they are to be; here by default.
 
     Raises:
         ModelError: no clips, clips of different shapes, or only some with flow.
@@ -162,13 +166,15 @@ def collate(clips: Sequence["Clip"]) -> VideoBatch:
     shapes = sorted({clip.frames.shape for clip in clips})
     if len(shapes) > 1:
         raise ModelError(f"clips of a batch must have one shape [S, T, 3, H, W], got {' and '.join(map(str, shapes))}")
-    flows = [clip.flow for clip in clips if clip.flow is not None]
+    flows = [torch.from_numpy(clip.flow) for clip in clips if clip.flow is not None]
     if flows and len(flows) < len(clips):
         raise ModelError(f"all clips of a batch must have flow or none, got {len(flows)} with flow of {len(clips)}")
-    frames = torch.stack([torch.from_numpy(clip.frames) for clip in clips])
-    flow = torch.stack([torch.from_numpy(flow) for flow in flows]) if flows else None
-    is_rgb = frames.ndim == 6
-    return VideoBatch(rgb=frames if is_rgb else None, flow=flow, yuv=None if is_rgb else frames)
+    frames = [torch.from_numpy(clip.frames) for clip in clips]
+    lists = [frames, flows] if flows else [frames]
+    stacked, *rest = stack(lists) if stack else [torch.stack(tensors) for tensors in lists]
+    flow = rest[0] if rest else None
+    is_rgb = stacked.ndim == 6
+    return VideoBatch(rgb=stacked if is_rgb else None, flow=flow, yuv=None if is_rgb else stacked)
 
 
 def _normalised(rgb: Tensor, spec: InputSpec, device: torch.device) -> Tensor:

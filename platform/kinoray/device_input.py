@@ -71,15 +71,21 @@ class Feeder:
 
     def __call__(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """The tensors on the device, in order; the caller's may be overwritten at once."""
-        ends = np.cumsum([-(-x.nbytes // _ALIGN_BYTES) * _ALIGN_BYTES for x in tensors]).tolist()
+        return [x[0] for x in self.stacked([[x] for x in tensors])]
+
+    def stacked(self, lists: Sequence[Sequence[Tensor]]) -> list[Tensor]:
+        """Each list of B tensors of one shape as one tensor [B, ...] on the device, copied once on the way."""
+        sizes = [sum(x.nbytes for x in tensors) for tensors in lists]
+        ends = np.cumsum([-(-size // _ALIGN_BYTES) * _ALIGN_BYTES for size in sizes]).tolist()
         starts = [0, *ends[:-1]]
         staged = self._buffer(ends[-1] if ends else 0)
-        for start, x in zip(starts, tensors, strict=True):
-            staged[start : start + x.nbytes].copy_(x.contiguous().reshape(-1).view(torch.uint8))
+        for start, size, tensors in zip(starts, sizes, lists, strict=True):
+            for place, x in zip(staged[start : start + size].chunk(len(tensors)), tensors, strict=True):
+                place.copy_(x.contiguous().reshape(-1).view(torch.uint8))
         sent = self._send(staged)
         return [
-            sent[start : start + x.nbytes].view(x.dtype).reshape(x.shape)
-            for start, x in zip(starts, tensors, strict=True)
+            sent[start : start + size].view(tensors[0].dtype).reshape(len(tensors), *tensors[0].shape)
+            for start, size, tensors in zip(starts, sizes, lists, strict=True)
         ]
 
     def _buffer(self, size_bytes: int) -> Tensor:

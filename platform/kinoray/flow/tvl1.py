@@ -10,10 +10,13 @@ on its neighbours in the batch.
 
 The steps read and write the same few images again and again. On CUDA their one function is compiled, and pairs come in
 groups that are small enough to stay in the cache and always equally many, so that it is compiled once for each level.
+A group is hundreds of kernels of some microseconds each, which the host could not launch in time: they are recorded
+once as a CUDA graph.
 """
 
+import logging
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +24,8 @@ from torch import Tensor
 
 __all__ = ["tvl1_flow"]
 
-# Shapes: P pairs, H W pixels of a level. Flow is [P, 2, H, W], x then y; its dual [P, 2, 2, H, W], of x and of y.
+# Shapes: P pairs, H W pixels of a level. Flow is [P, 2, H, W], x then y; its dual is two of
+# these, for the slope of the flow across and down: in one tensor they would be written once more each step.
 
 _LEVELS = 4
 _MIN_SIDE = 16  # of the coarsest level, in pixels
@@ -33,8 +37,13 @@ _TAU = 0.25  # step of the dual; larger ones need not converge
 _GROUP = 16  # pairs at a time
 _SMOOTHING = (0.25, 0.5, 0.25)
 
-State = tuple[Tensor, Tensor]
-Step = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], State]
+_WARM_UPS = 3  # calls before the recording: the first one compiles
+
+_LOG = logging.getLogger(__name__)
+
+State = tuple[Tensor, Tensor, Tensor]
+"""Flow and its dual."""
+Step = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], State]
 
 
 def _along(x: Tensor, axis: int, ahead: bool) -> Tensor:
@@ -45,7 +54,7 @@ def _along(x: Tensor, axis: int, ahead: bool) -> Tensor:
     return torch.cat([inner, edge] if ahead else [edge, inner], axis)
 
 
-def _step(u: Tensor, dual: Tensor, rest: Tensor, grad: Tensor, scaled: Tensor) -> State:
+def _step(u: Tensor, across: Tensor, down: Tensor, rest: Tensor, grad: Tensor, scaled: Tensor) -> State:
     """One step of flow and dual.
 
         v = u - grad * clamp(rho(u) / |grad|^2, -lambda theta, lambda theta)
@@ -59,13 +68,12 @@ def _step(u: Tensor, dual: Tensor, rest: Tensor, grad: Tensor, scaled: Tensor) -
     """
     rho = rest + (grad * u).sum(1, keepdim=True)
     v = u - grad * (rho * scaled).clamp(-_LAMBDA * _THETA, _LAMBDA * _THETA)
-    across, down = dual[:, :, 0], dual[:, :, 1]
     # Backward differences, the negative adjoint of the forward ones below: beyond the edges the dual is 0.
     divergence = across - F.pad(across[..., :-1], (1, 0)) + down - F.pad(down[..., :-1, :], (0, 0, 1, 0))
     u = v + _THETA * divergence
-    slope = torch.stack([_along(u, 3, True) - u, _along(u, 2, True) - u], 2)
-    steep = slope.square().sum(2, keepdim=True).sqrt()
-    return u, (dual + (_TAU / _THETA) * slope) / (1 + (_TAU / _THETA) * steep)
+    slope_across, slope_down = _along(u, 3, True) - u, _along(u, 2, True) - u
+    share = 1 + (_TAU / _THETA) * (slope_across.square() + slope_down.square()).sqrt()
+    return u, (across + (_TAU / _THETA) * slope_across) / share, (down + (_TAU / _THETA) * slope_down) / share
 
 
 @cache
@@ -104,15 +112,16 @@ def _warped(second: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
     return there[:, :1], there[:, 1:] * inside[:, None]
 
 
-def _level(images: Tensor, u: Tensor, dual: Tensor, step: Step) -> State:
+def _level(images: Tensor, state: State, step: Step) -> State:
     first, second = images[:, :1], images[:, 1:]
     for _ in range(_WARPS):
+        u = state[0]
         there, grad = _warped(second, u)
         rest = there - first - (grad * u).sum(1, keepdim=True)
         scaled = 1 / grad.square().sum(1, keepdim=True).clamp(min=1e-6)
         for _ in range(_STEPS):
-            u, dual = step(u, dual, rest, grad, scaled)
-    return u, dual
+            state = step(*state, rest, grad, scaled)
+    return state
 
 
 def _enlarged(u: Tensor, height: int, width: int) -> Tensor:
@@ -124,16 +133,53 @@ def _enlarged(u: Tensor, height: int, width: int) -> Tensor:
 def _flow_of_group(images: Tensor, step: Step) -> Tensor:
     pyramid = _pyramid(images)
     pairs, _, height, width = pyramid[0].shape
-    u, dual = images.new_zeros(pairs, 2, height, width), images.new_zeros(pairs, 2, 2, height, width)
+    u, across, down = (images.new_zeros(pairs, 2, height, width) for _ in range(3))
     for level in pyramid:
         height, width = level.shape[2:]
         if u.shape[2:] != level.shape[2:]:
             u = _enlarged(u, height, width)
-            dual = F.interpolate(dual.flatten(1, 2), (height, width), mode="nearest").reshape(
-                pairs, 2, 2, height, width
-            )
-        u, dual = _level(level, u, dual, step)
+            across, down = (F.interpolate(x, (height, width), mode="nearest") for x in (across, down))
+        u, across, down = _level(level, (u, across, down), step)
     return u
+
+
+class _Recorded:
+    """`_flow_of_group` as a CUDA graph. What a call gives is overwritten by the next one."""
+
+    def __init__(self, device: torch.device, shape: torch.Size, step: Step) -> None:
+        with torch.inference_mode(False):  # memory that may be written to in any mode
+            self._images = torch.zeros(shape, device=device)
+        here, aside = torch.cuda.current_stream(device), torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        aside.wait_stream(here)
+        with torch.cuda.stream(aside):
+            for _ in range(_WARM_UPS):
+                _flow_of_group(self._images, step)
+        here.wait_stream(aside)
+        self._graph = torch.cuda.CUDAGraph()
+        # Threads that decode may use the device meanwhile. The outer stream is there for a recording that fails: torch
+        # then leaves its own stream in place.
+        with torch.cuda.stream(here), torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
+            self._flow = _flow_of_group(self._images, step)
+
+    def __call__(self, images: Tensor) -> Tensor:
+        self._images.copy_(images)
+        self._graph.replay()
+        return self._flow
+
+
+@cache
+def _runner(device: torch.device, shape: torch.Size) -> Callable[[Tensor], Tensor]:
+    """`_flow_of_group` for groups of a shape, as quick as the device lets it be."""
+    if device.type != "cuda":
+        return partial(_flow_of_group, step=_step)
+    for name, step in (("compiled and recorded", _compiled()), ("recorded", _step)):
+        try:
+            return _Recorded(device, shape, step)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            _LOG.warning("TV-L1 cannot be %s: %s: %s", name, type(error).__name__, str(error).partition("\n")[0])
+    return partial(_flow_of_group, step=_step)
 
 
 @torch.no_grad()
@@ -157,7 +203,7 @@ def tvl1_flow(first: Tensor, second: Tensor) -> Tensor:
     for start in range(0, len(images), _GROUP):
         group = images[start : start + _GROUP].float()
         count = len(group)
-        if on_gpu and count < _GROUP:  # another number of pairs would be compiled anew
+        if on_gpu and count < _GROUP:  # another number of pairs would be recorded anew
             group = F.pad(group, (0, 0, 0, 0, 0, 0, 0, _GROUP - count))
-        flow[start : start + count] = _flow_of_group(group, _compiled() if on_gpu else _step)[:count]
+        flow[start : start + count] = _runner(group.device, group.shape)(group)[:count]
     return flow

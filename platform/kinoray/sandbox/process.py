@@ -33,6 +33,7 @@ from kinoray.sandbox.child import MESSAGE_BYTES
 
 __all__ = ["Answer", "DecoderLost", "DecoderProcess", "start_decoder"]
 
+_PYTHON = os.path.abspath(sys.executable)  # relative where PATH is, and a decoder starts in /
 _START_TRIES = 3
 _START_DEADLINE_S = 120.0
 _KEEP_INPUT_BYTES = 2**24  # of the input file between two videos
@@ -155,7 +156,7 @@ class DecoderProcess:
         env = {name: os.environ[name] for name in _INHERITED if name in os.environ}
         env |= _CHILD_ENV | {"PYTHONPATH": os.pathsep.join(dict.fromkeys(path))}
         return subprocess.Popen(
-            [sys.executable, "-P", "-m", "kinoray.sandbox.child", *map(str, descriptors), str(os.getpid())],
+            [_PYTHON, "-P", "-m", "kinoray.sandbox.child", *map(str, descriptors), str(os.getpid())],
             pass_fds=descriptors,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
@@ -306,5 +307,5 @@ def _error_of(fields: dict[str, Any], config: DecodeConfig) -> Exception | None:
 def _start_failed(reason: str) -> DecoderStartFailed:
     return DecoderStartFailed(
         f"no decoder process can be started on {socket.gethostname()} ({_START_TRIES} tries): {reason}; check that "
-        f"{sys.executable} -m kinoray.sandbox.child finds PyAV, numpy and OpenCV there, and that memory is left"
+        f"{_PYTHON} -m kinoray.sandbox.child finds PyAV, numpy and OpenCV there, and that memory is left"
     )

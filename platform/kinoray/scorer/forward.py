@@ -6,6 +6,7 @@ the device appear where they are fetched.
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -33,21 +34,8 @@ def collate_for(device: str, finish: Callable[[RawBatch], VideoBatch] | None) ->
     """Clips as a batch, on the device where that is not the CPU. `finish` does there what decoding has left to it."""
     if finish is not None:
         return lambda clips: finish(collate_raw(clips))
-    return collate if device == "cpu" else _Fed(device)
-
-
-class _Fed:
-    """Collates, and sends from pinned memory: a copy from any other waits for what the device computes."""
-
-    def __init__(self, device: str) -> None:
-        self._feed = Feeder(device)
-
-    def __call__(self, clips: Sequence["Clip"]) -> VideoBatch:
-        batch = collate(clips)
-        parts = {"rgb": batch.rgb, "flow": batch.flow, "yuv": batch.yuv}
-        present = [name for name, x in parts.items() if x is not None]
-        fed = dict(zip(present, self._feed([x for x in parts.values() if x is not None]), strict=True))
-        return VideoBatch(rgb=fed.get("rgb"), flow=fed.get("flow"), yuv=fed.get("yuv"))
+    # From pinned memory: a copy from any other waits for what the device computes.
+    return collate if device == "cpu" else partial(collate, stack=Feeder(device).stacked)
 
 
 class Launched:

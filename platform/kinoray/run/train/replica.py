@@ -270,7 +270,7 @@ class Replica:
             mine = mix.part(videos)
             others = model_inputs(_select(clips, mine.partners), self._spec, self.device)
             inputs = mix_inputs(inputs, others, mine)
-            mixing = {"partners": labels[mine.partners].to(self.device), "share": mine.share}
+            mixing = {"partners": labels[mine.partners].to(self.device, non_blocking=True), "share": mine.share}
         logits = self._logits(self._parallel, inputs, len(part))
         smoothing = self._optim.label_smoothing
         total = loss_sum(logits, part, smoothing=smoothing, weights=self._weights, **mixing)
