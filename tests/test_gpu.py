@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from decode_reference import moving
 from kinoray.batch import VideoBatch, collate, model_inputs, yuv420_to_rgb
@@ -28,6 +29,7 @@ from kinoray.verbs.pipeline import TrainConfig
 from test_torchcodec import needs_torchcodec
 from vcm_sdd.compiled import Repeated
 from vcm_sdd.inference import BF16_TOLERANCE, FP32_TOLERANCE, prepare_for_inference
+from vcm_sdd.pointwise import pointwise
 
 GPU = "cuda"
 CLIP = ClipConfig(sample=SampleConfig(num_segments=2, frames_per_segment=3), view=ViewConfig(resize_px=72, crop_px=64))
@@ -175,6 +177,18 @@ def test_tvl1_is_that_of_the_cpu() -> None:
     expected = tvl1_flow(images[:-1], images[1:])
     found = tvl1_flow(images[:-1].to(GPU), images[1:].to(GPU)).cpu()
     assert (found - expected).abs().mean() < 0.01  # px; hundreds of steps, sums in another order
+
+
+@pytest.mark.parametrize(("depth", "columns", "side"), [(64, 256, 56), (256, 64, 13), (1024, 256, 14), (512, 2048, 7)])
+def test_fused_convolutions_are_rounded_once(depth: int, columns: int, side: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, weight, bias, residual = (
+        torch.randn(*shape, generator=generator).to(torch.bfloat16)
+        for shape in ((5, depth, side, side), (columns, depth, 1, 1), (columns,), (5, columns, side, side))
+    )
+    expected = F.conv2d(x.double(), weight.double(), bias.double()) + residual.double()
+    found = pointwise(x.to(GPU), weight.to(GPU), bias.to(GPU), residual.to(GPU), True).cpu().double()
+    torch.testing.assert_close(found, expected.relu(), rtol=2**-8, atol=1e-3)
 
 
 def test_a_batch_size_is_found(model: VideoModel) -> None:

@@ -115,7 +115,9 @@ def test_the_platform_never_imports_a_model() -> None:
 
 
 def test_models_import_torch_and_torchvision_only() -> None:
-    allowed = {"torch", "torchvision", "timm", "safetensors", "vcm_sdd", "video_baselines"} | sys.stdlib_module_names
+    """And Triton, which comes with torch's builds for CUDA."""
+    ours = {"vcm_sdd", "video_baselines"}
+    allowed = {"torch", "torchvision", "triton", "timm", "safetensors"} | ours | sys.stdlib_module_names
     for path in python_files(ROOT / "models"):
         roots = {name.split(".")[0] for name in imported_modules(path)}
         assert roots <= allowed, f"{path} imports {roots - allowed}"

@@ -29,7 +29,9 @@ from kinoray.run.train.replica import Replica
 from kinoray.storage.objects import Storage
 from kinoray.verbs.pipeline import TrainConfig
 from stand_ins import LeavesDevice, moved, on_device, stand_ins
-from vcm_sdd.inference import prepare_for_inference
+from vcm_sdd.backbone import build_backbone
+from vcm_sdd.inference import fold_batch_norms, prepare_for_inference
+from vcm_sdd.pointwise import fuse_pointwise
 from vcm_sdd.spec import InputSpec
 
 SAMPLE, SIZE = SampleConfig(num_segments=2, frames_per_segment=3), 64
@@ -106,6 +108,18 @@ def test_labelling_a_second_batch(precision: Any, options: dict[str, Any]) -> No
         prepared(**inputs)
         with on_device():
             assert prepared(**inputs).shape == (2, 7)
+
+
+def test_fused_convolutions() -> None:
+    with unset_fake_temporarily():
+        trunk = fold_batch_norms(build_backbone("resnet50"))
+        assert trunk is not None
+        assert fuse_pointwise(trunk) == 33
+    moved(trunk.to(torch.bfloat16))
+    with torch.no_grad(), on_device():
+        features = trunk(cuda(4, 3, SIZE, SIZE, dtype=torch.bfloat16).contiguous(memory_format=torch.channels_last))
+    assert features.shape == (4, 2048, 2, 2)
+    assert features.is_contiguous(memory_format=torch.channels_last)
 
 
 @pytest.mark.parametrize("name", [name for name in FACTORIES if name != "mvit_v2_s"])

@@ -18,6 +18,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from vcm_sdd.compiled import Compiled, Repeated
 from vcm_sdd.fusion import CrossModalFusion
+from vcm_sdd.pointwise import fuse_pointwise
 
 __all__ = [
     "BF16_TOLERANCE",
@@ -63,8 +64,9 @@ def prepare_for_inference(
     runs whole under autocast, and is compiled whole; so does any with fold=False, which is for networks whose modules
     reach into one another: a folded part has other insides.
 
-    On CUDA `compile` also compiles the fusion of the streams, and records each call as a CUDA graph for a fixed number
-    of clips (vcm_sdd.compiled.Repeated): the model must be there already.
+    On CUDA `compile` also compiles the fusion of the streams, runs 1 x 1 convolutions in bf16 with what follows them in
+    one pass (vcm_sdd.pointwise), and records each call as a CUDA graph for a fixed number of clips
+    (vcm_sdd.compiled.Repeated): the model must be there already.
 
     Logits change by at most FP32_TOLERANCE or BF16_TOLERANCE of the largest. Raises ValueError for another precision.
     """
@@ -74,9 +76,15 @@ def prepare_for_inference(
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     # Unless a model says so, we do not know that what follows its backbones reads bfloat16.
     keep_dtype = bool(getattr(model, "reads_bf16_features", False))
-    if fold:
-        _replace_trunks(prepared, lambda trunk: _Trunk(trunk, dtype=dtype, keep_dtype=keep_dtype, compile=compile))
     on_cuda = next((x.device.type for x in prepared.parameters()), "cpu") == "cuda"
+
+    def trunk(traced: fx.GraphModule) -> nn.Module:
+        if compile and on_cuda and dtype == torch.bfloat16:
+            fuse_pointwise(traced)
+        return _Trunk(traced, dtype=dtype, keep_dtype=keep_dtype, compile=compile)
+
+    if fold:
+        _replace_trunks(prepared, trunk)
     if any(isinstance(part, _Trunk) for part in prepared.modules()):
         if compile and on_cuda:
             compile_fusion(prepared)
@@ -152,7 +160,7 @@ class _Whole(nn.Module):
             return cast(Tensor, self.model(**inputs)).float()
 
 
-def _replace_trunks(module: nn.Module, make: Callable[[nn.Module], nn.Module]) -> None:
+def _replace_trunks(module: nn.Module, make: Callable[[fx.GraphModule], nn.Module]) -> None:
     """Replace the largest traceable children that hold batch norms."""
     for name, child in module.named_children():
         if not any(isinstance(part, _BatchNorm) for part in child.modules()):
@@ -164,7 +172,7 @@ def _replace_trunks(module: nn.Module, make: Callable[[nn.Module], nn.Module]) -
             _replace_trunks(child, make)
 
 
-def fold_batch_norms(module: nn.Module) -> nn.Module | None:
+def fold_batch_norms(module: nn.Module) -> fx.GraphModule | None:
     """Return a traced copy in eval mode with its batch norms inside the convolutions in front of them.
 
         W' = W * gamma / sqrt(var + eps),   b' = (b - mean) * gamma / sqrt(var + eps) + beta
