@@ -32,7 +32,7 @@ from kinoray.config.shared import (
 from kinoray.decode.bank import decode_bank
 from kinoray.decode.clip import Clip, decode_clip
 from kinoray.decode.views import decode_views
-from kinoray.device_input import DeviceInput, Feeder, collate_raw, quantised, scaled
+from kinoray.device_input import DeviceInput, Feeder, collate_raw, quantised, scaled, sent
 from kinoray.errors import ConfigError, ModelError
 from kinoray.flow.dis import quantise
 from kinoray.flow.tvl1 import tvl1_flow
@@ -201,10 +201,28 @@ def test_a_feeder_brings_what_it_is_given_and_leaves_the_batches_before_alone(de
         brought.append(feeder(tensors))
         for x in tensors:
             x.zero_()
-    for sent, found in zip(given, brought, strict=True):
-        for x, y in zip(sent, found, strict=True):
+    for before, after in zip(given, brought, strict=True):
+        for x, y in zip(before, after, strict=True):
             assert (y.device.type, y.dtype) == (device, x.dtype)
             assert torch.equal(y.cpu(), x)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("names", [("rgb",), ("rgb", "flow"), ("yuv", "flow"), ("flow",)])
+def test_a_batch_arrives_as_it_was(device: str, names: tuple[str, ...]) -> None:
+    rng = np.random.default_rng(0)
+    parts = {
+        "rgb": torch.from_numpy(rng.integers(0, 256, (2, 1, 3, 3, 8, 8)).astype(np.uint8)),
+        "flow": torch.from_numpy(rng.integers(-99, 99, (2, 1, 3, 2, 8, 8)).astype(np.int8)),
+        "yuv": torch.from_numpy(rng.integers(0, 256, (2, 1, 3, 12, 8)).astype(np.uint8)),
+    }
+    batch = VideoBatch(**{name: x if name in names else None for name, x in parts.items()})
+    found = sent(batch, Feeder(device))
+    assert found.device.type == device
+    for name, x in parts.items():
+        y = getattr(found, name)
+        assert (y is None) == (name not in names)
+        assert y is None or torch.equal(y.cpu(), x)
 
 
 # Flow

@@ -144,6 +144,22 @@ def test_what_torchvision_sends_from_the_host() -> None:
         augment._randaugment(clip[0, 0], "sharpness", 9, 1.0, SIZE)
 
 
+@pytest.mark.parametrize("name", ["vcm_sdd", "tsn", "tsm"])
+@pytest.mark.parametrize("backbone", ["resnet18", "resnet50", "tiny"])
+def test_convolutions_see_channels_last(name: str, backbone: str) -> None:
+    """In training, too: cuDNN has matrix units for no other order."""
+    model = network(ModelConfig(factory=name, options={"backbone": backbone})).train()
+    seen = []
+    for part in model.modules():
+        if isinstance(part, nn.Conv2d):
+            part.register_forward_pre_hook(
+                lambda _, x: seen.append(x[0].is_contiguous(memory_format=torch.channels_last))
+            )
+    model(**inputs_of(model.input_spec))
+    assert len(seen) >= 5
+    assert all(seen)
+
+
 @pytest.mark.parametrize("frames", ["rgb", "yuv420"])
 def test_inputs(frames: str) -> None:
     shape = (2, 2, 3)
@@ -214,7 +230,7 @@ def test_the_loss_of_a_second_training_step(ranks: None, recompute: Any) -> None
     config = TrainConfig(catalog="c", out="o", model=MODEL, optim=optim)
     replica = Replica(cast(Any, network(MODEL)), 7, config, torch.device("cuda"))
     replica.train()
-    frames, flow = (torch.zeros(2, 2, 3, n, SIZE, SIZE, dtype=d) for n, d in ((3, torch.uint8), (2, torch.int8)))
+    frames, flow = (cuda(2, 2, 3, n, SIZE, SIZE, dtype=dtype) for n, dtype in ((3, torch.uint8), (2, torch.int8)))
     batch, labels = VideoBatch(rgb=frames, flow=flow), torch.tensor([0, 1])
     mix = Mix(0.7, torch.tensor([1, 0]), None)
     for context in (nullcontext(), on_device(sends=True)):

@@ -7,13 +7,23 @@ from collections.abc import Callable
 from typing import Any, Protocol, cast
 
 import torch
+import torch.fx
 import torchvision
 from torch import Tensor, nn
 
 from vcm_sdd.spec import IMAGENET_MEAN, IMAGENET_STD
 from vcm_sdd.weights import flow_stem, load_strict, read_state
 
-__all__ = ["RESNETS", "Backbone", "ResNetGrid", "TimmGrid", "TinyGrid", "build_backbone", "build_backbones"]
+__all__ = [
+    "RESNETS",
+    "Backbone",
+    "ResNetGrid",
+    "TimmGrid",
+    "TinyGrid",
+    "build_backbone",
+    "build_backbones",
+    "laid_out",
+]
 
 RESNETS = (
     "resnet18",
@@ -30,6 +40,17 @@ RESNETS = (
 """Names of torchvision's residual networks, all usable as backbones; the paper's is resnet101."""
 
 Triple = tuple[float, float, float]
+
+
+def laid_out(frames_FCYX: Tensor) -> Tensor:
+    """Frames in the order of memory that their device's convolutions want, and hand on: channels_last on a GPU.
+
+    In any other cuDNN would turn every picture around for its matrix units, and back. On a CPU they stay as they are.
+    """
+    return frames_FCYX.contiguous(memory_format=torch.channels_last) if frames_FCYX.is_cuda else frames_FCYX
+
+
+torch.fx.wrap("laid_out")  # it asks for the device, which tracing does not know
 
 
 class Backbone(Protocol):
@@ -60,7 +81,7 @@ class ResNetGrid(nn.Module):
 
     def forward(self, frames_FCYX: Tensor) -> Tensor:
         """Return features [F, D, H, W] with H = ceil(Y / 32)."""
-        x = self.maxpool(self.relu(self.bn1(self.conv1(frames_FCYX))))
+        x = self.maxpool(self.relu(self.bn1(self.conv1(laid_out(frames_FCYX)))))
         return cast(Tensor, self.layer4(self.layer3(self.layer2(self.layer1(x)))))
 
 
@@ -79,7 +100,7 @@ class TinyGrid(nn.Module):
 
     def forward(self, frames_FCYX: Tensor) -> Tensor:
         """Return features [F, 96, H, W] with H = ceil(floor(Y / 4) / 4)."""
-        x = self.down(self.stem(frames_FCYX))
+        x = self.down(self.stem(laid_out(frames_FCYX)))
         return torch.relu(x + self.block(x))
 
 
@@ -111,7 +132,7 @@ class TimmGrid(nn.Module):
 
     def forward(self, frames_FCYX: Tensor) -> Tensor:
         """Return features [F, D, H, W]; raises ValueError if the network does not make a grid of channels."""
-        x: Tensor = self.trunk.forward_features(frames_FCYX)
+        x: Tensor = self.trunk.forward_features(laid_out(frames_FCYX))
         if x.ndim != 4 or x.shape[1] != self.num_channels:
             raise ValueError(f"a backbone must return [F, {self.num_channels}, H, W], this one gives {tuple(x.shape)}")
         return x

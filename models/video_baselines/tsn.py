@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
-from vcm_sdd.backbone import Backbone, ResNetGrid, TinyGrid, build_backbone, build_backbones
+from vcm_sdd.backbone import Backbone, ResNetGrid, TinyGrid, build_backbone, build_backbones, laid_out
 from vcm_sdd.spec import InputSpec
 from video_baselines.streams import (
     ClipClassifier,
@@ -59,9 +59,9 @@ class ShiftedGrid(nn.Module):
         """Return features [F, D, H, W] of F = M * num_frames frames, clip by clip in order of time."""
         grid = self.grid
         if isinstance(grid, TinyGrid):
-            x: Tensor = grid.down(grid.stem(frames_FCYX))
+            x: Tensor = grid.down(grid.stem(laid_out(frames_FCYX)))
             return torch.relu(x + grid.block(self._shift(x, num_frames)))
-        x = grid.maxpool(grid.relu(grid.bn1(grid.conv1(frames_FCYX))))
+        x = grid.maxpool(grid.relu(grid.bn1(grid.conv1(laid_out(frames_FCYX)))))
         for stage in (grid.layer1, grid.layer2, grid.layer3, grid.layer4):
             for block in stage:
                 x = self._residual(block, x, num_frames)
@@ -69,7 +69,7 @@ class ShiftedGrid(nn.Module):
 
     def _shift(self, x_FCYX: Tensor, num_frames: int) -> Tensor:
         x_MTCYX = x_FCYX.reshape(-1, num_frames, *x_FCYX.shape[1:])
-        return temporal_shift(x_MTCYX, div=self.div, online=self.online).flatten(0, 1)
+        return laid_out(temporal_shift(x_MTCYX, div=self.div, online=self.online).flatten(0, 1))
 
     def _residual(self, block: BasicBlock | Bottleneck, x: Tensor, num_frames: int) -> Tensor:
         """One of torchvision's BasicBlock or Bottleneck, its branch fed with shifted frames."""

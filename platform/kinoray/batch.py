@@ -116,8 +116,13 @@ class VideoBatch:
         tensor = next(x for x in (self.rgb, self.yuv, self.flow) if x is not None)
         return int(tensor.shape[0])
 
+    @property
+    def device(self) -> torch.device:
+        """Where the clips are."""
+        return next(x.device for x in (self.rgb, self.yuv, self.flow) if x is not None)
+
     def select(self, videos: slice | Tensor) -> "VideoBatch":
-        """Some of the videos, by place; a slice copies nothing."""
+        """Some of the videos, by place, with a tensor on the clips' device; a slice copies nothing."""
         rgb, flow, yuv = (None if x is None else x[videos] for x in (self.rgb, self.flow, self.yuv))
         return VideoBatch(rgb=rgb, flow=flow, yuv=yuv)
 

@@ -24,7 +24,7 @@ from kinoray.flow.raft import load_raft
 from kinoray.flow.tvl1 import tvl1_flow
 from kinoray.storage.objects import Storage
 
-__all__ = ["DeviceInput", "Feeder", "collate_raw", "quantised", "scaled"]
+__all__ = ["DeviceInput", "Feeder", "collate_raw", "quantised", "scaled", "sent"]
 
 # Shapes: B videos, S segments, T frames a segment, N images, H W pixels
 
@@ -107,6 +107,13 @@ class Feeder:
         current.wait_stream(self._stream)
         sent.record_stream(current)  # its memory is not given to the next batch before this stream is done with it
         return sent
+
+
+def sent(batch: VideoBatch, feed: Feeder) -> VideoBatch:
+    """The batch on the feeder's device."""
+    parts = {"rgb": batch.rgb, "flow": batch.flow, "yuv": batch.yuv}
+    present = {name: x for name, x in parts.items() if x is not None}
+    return VideoBatch(**parts | dict(zip(present, feed(list(present.values())), strict=True)))
 
 
 def _weights(begin: Tensor, extent: Tensor, flip: Tensor, size: int, source: int) -> Tensor:

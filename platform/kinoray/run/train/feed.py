@@ -5,13 +5,14 @@ the rank says so in `outage` and stays with them until all can end together.
 """
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
 from kinoray.catalog.table import Catalog
-from kinoray.device_input import DeviceInput
+from kinoray.device_input import DeviceInput, Feeder, sent
 from kinoray.errors import StorageUnavailable
 from kinoray.quarantine import Refusal
 from kinoray.run.train.decoding import DecodeTask
@@ -52,6 +53,7 @@ class Feed:
         self._config, self._storage, self._with_flow = config, storage, with_flow
         needs_device = config.clip.on_device(with_flow=with_flow)
         self._finish = DeviceInput(config.clip, device, storage) if needs_device else None
+        self._feeder = Feeder(device) if device.type == "cuda" and not needs_device else None
         self._rank, self._world_size = dist.get_rank(), dist.get_world_size()
         self._spent = torch.zeros(2, dtype=torch.float64)  # CPU seconds, videos from the cache
 
@@ -84,9 +86,13 @@ class Feed:
             ):
                 self._spent += torch.tensor([samples.decode_cpu_s, samples.cached], dtype=torch.float64)
                 part.refuse(samples.unreadable)
-                yield samples
+                yield samples if self._feeder is None else self._sent(samples, self._feeder)
         except StorageUnavailable as error:
             self.outage = error
+
+    def _sent(self, samples: Samples, feeder: Feeder) -> Samples:
+        """On the device: they get there while it computes the step before."""
+        return replace(samples, clips=sent(samples.clips, feeder)) if len(samples.clips) else samples
 
     def check(self) -> None:
         """Raise this rank's outage, if there is one."""

@@ -332,5 +332,5 @@ class Replica:
 
 
 def _select(clips: VideoBatch, videos: slice | Tensor) -> VideoBatch:
-    """Some of the clips; all of them without a copy."""
-    return clips.select(videos if isinstance(videos, slice) else videos.to("cpu"))
+    """Some of the clips; a slice without a copy."""
+    return clips.select(videos if isinstance(videos, slice) else videos.to(clips.device, non_blocking=True))
