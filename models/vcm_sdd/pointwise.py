@@ -83,7 +83,7 @@ def make_kernel() -> Any:
         y,
         num_rows,
         num_columns,
-        depth,
+        depth: tl.constexpr,
         ADD: tl.constexpr,
         RELU: tl.constexpr,
         ROWS: tl.constexpr,
