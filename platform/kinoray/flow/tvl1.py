@@ -8,10 +8,10 @@ by steps that are arithmetic on each pixel and its neighbours. Every pair takes 
 for the host, and shapes never change. What is easy to break: no operation may mix pairs, or a pair's flow would depend
 on its neighbours in the batch.
 
-The steps read and write the same few images again and again. On CUDA their one function is compiled, and pairs come in
-groups that are small enough to stay in the cache and always equally many, so that it is compiled once for each level.
-A group is hundreds of kernels of some microseconds each, which the host could not launch in time: they are recorded
-once as a CUDA graph.
+The steps read and write the same few images again and again, so pairs are taken together only as far as they stay in
+the cache: few of the finest level, many of the coarser ones. On CUDA the steps' one function is compiled, for each level
+once, since as many pairs come each time. They are thousands of kernels of some microseconds, which the host could not
+launch in time: those of a group of pairs are recorded once as a CUDA graph.
 """
 
 import logging
@@ -24,8 +24,8 @@ from torch import Tensor
 
 __all__ = ["tvl1_flow"]
 
-# Shapes: P pairs, H W pixels of a level. Flow is [P, 2, H, W], x then y; its dual is two of
-# these, for the slope of the flow across and down: in one tensor they would be written once more each step.
+# Shapes: P pairs, H W pixels of a level. Flow is [P, 2, H, W], x then y; its dual is two of these, for the slope of the
+# flow across and down: in one tensor they would be written once more each step.
 
 _LEVELS = 4
 _MIN_SIDE = 16  # of the coarsest level, in pixels
@@ -34,7 +34,10 @@ _STEPS = 15
 _LAMBDA = 0.15  # of grey levels 0 .. 255
 _THETA = 0.3  # how closely the two halves of the splitting are coupled
 _TAU = 0.25  # step of the dual; larger ones need not converge
-_GROUP = 16  # pairs at a time
+_GROUP = 96  # pairs that are recorded together
+# Pixels of a level at a time: what a step reads and writes of 8 pairs of 224 x 224 is 26 MB, which stays in the cache of
+# an H100 (50 MB); on a CPU one pair is too much for it, and more of them are worse.
+_DEVICE_PIXELS, _CPU_PIXELS = 8 * 224**2, 224**2
 _SMOOTHING = (0.25, 0.5, 0.25)
 
 _WARM_UPS = 3  # calls before the recording: the first one compiles
@@ -112,7 +115,22 @@ def _warped(second: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
     return there[:, :1], there[:, 1:] * inside[:, None]
 
 
+def _at_once(images: Tensor) -> int:
+    """Pairs of a level to take together: so few that they stay in the cache, the same number each time if it can be."""
+    count, pixels = len(images), images.shape[2] * images.shape[3]
+    most = max(1, (_DEVICE_PIXELS if images.device.type == "cuda" else _CPU_PIXELS) // pixels)
+    return max(size for size in range(1, min(most, count) + 1) if count % size == 0)
+
+
 def _level(images: Tensor, state: State, step: Step) -> State:
+    size = _at_once(images)
+    parts = zip(images.split(size), *(x.split(size) for x in state), strict=True)
+    found = [_minimised(some, (u, across, down), step) for some, u, across, down in parts]
+    u, across, down = (torch.cat(column) for column in zip(*found, strict=True))
+    return u, across, down
+
+
+def _minimised(images: Tensor, state: State, step: Step) -> State:
     first, second = images[:, :1], images[:, 1:]
     for _ in range(_WARPS):
         u = state[0]
