@@ -9,8 +9,8 @@ for the host, and shapes never change. What is easy to break: no operation may m
 on its neighbours in the batch.
 
 The steps read and write the same few images again and again, so pairs are taken together only as far as they stay in
-the cache: few of the finest level, many of the coarser ones. On CUDA the steps' one function is compiled, for each level
-once, since as many pairs come each time. They are thousands of kernels of some microseconds, which the host could not
+the cache: few of the finest level, many of the coarser ones. On CUDA the steps' one function is compiled, once for each
+level, since as many pairs come each time. They are thousands of kernels of some microseconds, which the host could not
 launch in time: those of a group of pairs are recorded once as a CUDA graph.
 """
 
@@ -35,8 +35,8 @@ _LAMBDA = 0.15  # of grey levels 0 .. 255
 _THETA = 0.3  # how closely the two halves of the splitting are coupled
 _TAU = 0.25  # step of the dual; larger ones need not converge
 _GROUP = 96  # pairs that are recorded together
-# Pixels of a level at a time: what a step reads and writes of 8 pairs of 224 x 224 is 26 MB, which stays in the cache of
-# an H100 (50 MB); on a CPU one pair is too much for it, and more of them are worse.
+# Pixels of a level at a time: what a step reads and writes of 8 pairs of 224 x 224 is 26 MB, which stays in the cache
+# of an H100 (50 MB); on a CPU one pair is too much for it, and more of them are worse.
 _DEVICE_PIXELS, _CPU_PIXELS = 8 * 224**2, 224**2
 _SMOOTHING = (0.25, 0.5, 0.25)
 
@@ -124,7 +124,7 @@ def _at_once(images: Tensor) -> int:
 
 def _level(images: Tensor, state: State, step: Step) -> State:
     size = _at_once(images)
-    parts = zip(images.split(size), *(x.split(size) for x in state), strict=True)
+    parts = zip(torch.split(images, size), *(torch.split(x, size) for x in state), strict=True)
     found = [_minimised(some, (u, across, down), step) for some, u, across, down in parts]
     u, across, down = (torch.cat(column) for column in zip(*found, strict=True))
     return u, across, down
