@@ -7,6 +7,7 @@ import argparse
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 from datetime import UTC, datetime
@@ -16,6 +17,9 @@ from typing import Any
 
 HERE = Path(__file__).resolve().parent
 PAGE = HERE.parent / "docs" / "benchmarks.md"
+_PROGRESS = re.compile(
+    r"pack: |\w+: (\d+/\d+ |\d+ videos, |\d+ inputs |summary in |with \d+ clips )|\[.* core_worker\.cc"
+)
 
 
 def machine() -> str:
@@ -35,7 +39,7 @@ def run_one(script: Path, quick: bool) -> dict[str, Any]:
     print(f"== {script.stem}", flush=True)
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
     print(done.stdout, flush=True)
-    lines = [line for line in done.stdout.splitlines() if line.strip()]
+    lines = [line for line in done.stdout.splitlines() if line.strip() and not _PROGRESS.match(line)]
     try:
         result = json.loads(lines[-1])
     except (IndexError, json.JSONDecodeError):
