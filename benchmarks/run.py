@@ -20,8 +20,6 @@ PAGE = HERE.parent / "docs" / "benchmarks.md"
 _PROGRESS = re.compile(
     r"pack: |\w+: (\d+/\d+ |\d+ videos, |\d+ inputs |summary in |with \d+ clips )|\[.* core_worker\.cc"
 )
-    r"pack: |\w+: (\d+/\d+ |\d+ videos, |\d+ inputs |summary in |with \d+ clips )|\[.* core_worker\.cc"
-)
 
 
 def machine() -> str:
