@@ -29,7 +29,7 @@ from kinoray.verbs.pipeline import TrainConfig
 from test_torchcodec import needs_torchcodec
 from vcm_sdd.compiled import Repeated
 from vcm_sdd.inference import BF16_TOLERANCE, FP32_TOLERANCE, prepare_for_inference
-from vcm_sdd.pointwise import pointwise
+from vcm_sdd.pointwise import _launcher, pointwise
 
 GPU = "cuda"
 CLIP = ClipConfig(sample=SampleConfig(num_segments=2, frames_per_segment=3), view=ViewConfig(resize_px=72, crop_px=64))
@@ -181,6 +181,7 @@ def test_tvl1_is_that_of_the_cpu() -> None:
 
 @pytest.mark.parametrize(("depth", "columns", "side"), [(64, 256, 56), (256, 64, 13), (1024, 256, 14), (512, 2048, 7)])
 def test_fused_convolutions_are_rounded_once(depth: int, columns: int, side: int) -> None:
+    assert _launcher() is not None
     generator = torch.Generator().manual_seed(0)
     x, weight, bias, residual = (
         torch.randn(*shape, generator=generator).to(torch.bfloat16)

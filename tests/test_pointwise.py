@@ -112,7 +112,7 @@ def test_the_operation_says_what_it_gives() -> None:
 INTERPRETED = """
 import itertools, torch
 from torch.nn import functional as F
-from vcm_sdd.pointwise import launch, make_kernel
+from vcm_sdd.pointwise import launch, make_kernel, require_right
 
 torch.manual_seed(0)
 kernel, worst = make_kernel(), 0.0
@@ -127,7 +127,18 @@ for (frames, side, depth, columns), add, relu in itertools.product(
     expected = expected.relu() if relu else expected
     assert found.shape == expected.shape and found.is_contiguous(memory_format=torch.channels_last)
     worst = max(worst, float((found - expected).abs().max()))
-print(worst)
+require_right(kernel, "cpu", torch.float32)
+
+
+class Wrong:
+    def __getitem__(self, grid):
+        return lambda x, weight, bias, residual, y, *sizes, **constants: y.copy_(torch.randn(y.shape))
+
+
+try:
+    require_right(Wrong(), "cpu", torch.float32)
+except ArithmeticError:
+    print(worst)
 """
 
 

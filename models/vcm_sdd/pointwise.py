@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-__all__ = ["Pointwise", "fuse_pointwise", "launch", "make_kernel", "pointwise"]
+__all__ = ["Pointwise", "fuse_pointwise", "launch", "make_kernel", "pointwise", "require_right"]
 
 _LOG = logging.getLogger(__name__)
 
@@ -29,6 +29,7 @@ _RELU = {F.relu, torch.relu}
 # no spilling, two such programs share a core of an H100 (ptxas of CUDA 13, sm_90).
 _ROWS, _COLUMNS, _DEPTH, _WARPS = 128, 128, 64, 8
 _STAGES = 3  # steps under way
+_TOLERANCE = 2e-2  # of the largest number; bfloat16 rounds by 4e-3, and TensorFloat-32 as much as 1e-3
 
 Launch = Callable[[Tensor, Tensor, Tensor, Tensor | None, bool], Tensor]
 
@@ -58,15 +59,28 @@ def _of_torch(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, 
 
 @cache
 def _launcher() -> Launch | None:
-    """The kernel, if this machine has Triton and a GPU with matrix units for bfloat16."""
+    """The kernel, if this machine has a GPU with matrix units for bfloat16, and it runs there and is right."""
     if torch.cuda.get_device_capability() < (8, 0):
         return None
     try:
         kernel = make_kernel()
-    except ImportError as error:
-        _LOG.warning("1 x 1 convolutions are not fused: %s", error)
+        require_right(kernel, "cuda", torch.bfloat16)
+    except Exception as error:  # noqa: BLE001  (whatever keeps it from running, torch's operations give the same)
+        _LOG.warning("1 x 1 convolutions are not fused: %s: %s", type(error).__name__, error)
         return None
     return lambda x, weight, bias, residual, relu: launch(kernel, x, weight, bias, residual, relu)
+
+
+def require_right(kernel: Any, device: str, dtype: torch.dtype) -> None:
+    """Try the kernel on small pictures. Raises ArithmeticError if it does not give what torch's operations give."""
+    generator = torch.Generator().manual_seed(0)
+    for columns in (_DEPTH, 2 * _COLUMNS):
+        shapes = (2, 2 * _DEPTH, 9, 11), (columns, 2 * _DEPTH, 1, 1), (columns,), (2, columns, 9, 11)
+        x, weight, bias, residual = (torch.randn(shape, generator=generator).to(device, dtype) for shape in shapes)
+        expected = _of_torch(x.float(), weight.float(), bias.float(), residual.float(), True)
+        off = float((launch(kernel, x, weight, bias, residual, True).float() - expected).abs().max() / expected.max())
+        if not off <= _TOLERANCE:
+            raise ArithmeticError(f"its numbers are off by {off:.1e} of the largest")
 
 
 def make_kernel() -> Any:
