@@ -14,7 +14,7 @@ from typing import Any
 import boto3
 import pytest
 
-from faulty_s3 import READ_FAULTS, WRITE_FAULTS, FaultyS3, Request, faulty_s3
+from faulty_s3 import READ_FAULTS, WRITE_FAULTS, FaultyS3, faulty_s3
 from kinoray.catalog.table import Reference, read_video, read_videos
 from kinoray.config.shared import ConfigError, StorageConfig
 from kinoray.errors import AccessDenied, ChecksumMismatch, ObjectNotFound, StorageUnavailable
@@ -311,14 +311,11 @@ def test_one_object_that_always_fails_does_not_hide_behind_the_others(
     impatient = Storage(replace(through.config, retry_s=0.5))
     done = threading.Event()
 
-    def hurt(request: Request) -> None:
-        faulty.faults[:] = ["500"] if request.path.endswith("/bad") else ["ok"]
-
     def read_good() -> None:
         while not done.is_set():
             assert impatient.read(f"{bucket}/good") == b"good"
 
-    faulty.before = hurt
+    faulty.outage, faulty.outage_path = "500", "/bad"
     with ThreadPoolExecutor(1) as pool:
         other = pool.submit(read_good)
         try:
