@@ -138,7 +138,8 @@ def _run_units(labelling: Labelling, units: list[Unit], resources: ResourcesConf
         few = units[start : start + per_block]
         packed = [pack_unit(unit, table.take([position[key] for key in unit.keys])) for unit in few]
         blocks.append(pa.Table.from_pylist(packed))
-    dataset = ray.data.from_arrow(blocks).map_batches(
+    # from_blocks, not from_arrow: that starts a remote task a block to learn what is known here.
+    dataset = ray.data.from_blocks(blocks).map_batches(
         LabelUnits,
         fn_constructor_args=(labelling.job,),
         batch_size=1,
