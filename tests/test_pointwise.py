@@ -63,6 +63,12 @@ def later(net: Net, x: Tensor) -> Tensor:
     return y + x
 
 
+def residual_later(net: Net, x: Tensor) -> Tensor:
+    y = net.conv(x.clone()) + x
+    net.relu(x)  # in place, between the sum and its ReLU
+    return torch.relu(y)
+
+
 @pytest.mark.parametrize(
     ("call", "count"),
     [
@@ -77,6 +83,7 @@ def later(net: Net, x: Tensor) -> Tensor:
         (lambda net, x: (lambda y: y + y.relu())(net.conv(x)), 1),
         (lambda net, x: (lambda y: y + y)(net.conv(x)), 1),
         (later, 0),
+        (residual_later, 1),
     ],
 )
 def test_what_follows_is_taken_along_where_nothing_else_looks_at_it(call: Callable, count: int) -> None:

@@ -6,7 +6,8 @@ written again: in bfloat16 an H100 then waits for its memory (by inductor's own 
 before they leave the chip. Written in Triton, which comes with torch's builds for CUDA; where it is not, the same
 operation is made of torch's.
 
-What is easy to break: a fused operation runs where its last part stood, so nothing in between may write to its input.
+What is easy to break: a fused operation runs where its last part stood, so nothing in between may write to its input
+or to its residual.
 """
 
 import logging
@@ -188,7 +189,7 @@ def fuse_pointwise(traced: fx.GraphModule) -> int:
             residual = after.args[1] if after.args[0] is node else after.args[0]
             parts.append(after)
             after = _only_user(after)
-        if after is not None and _rectifies(after, modules):
+        if after is not None and _rectifies(after, modules) and (residual is None or after is parts[-1].next):
             parts.append(after)
             relu = True
         source = node.args[0]
