@@ -30,10 +30,10 @@ import decord
 import numpy as np
 
 from kinoray.config.shared import ClipConfig, DecodeConfig, SampleConfig
-from kinoray.decode.clip import decode_clip, probe
+from kinoray.demo.videos import make_video
 from kinoray.errors import ConfigError
-from kinoray.sample import segment_indices
-from kinoray.synthetic.videos import make_video
+from kinoray.video.clip import decode_clip, probe
+from kinoray.video.sample import segment_indices
 
 SIDE, FPS, NUM_FRAMES = 256, 30, 300
 FORMS = ("plan", "floor", "decord", "torchcodec", "naive", "every frame", "plan yuv420", "plan + flow")

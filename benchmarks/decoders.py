@@ -27,9 +27,9 @@ os.environ.setdefault("SVT_LOG", "1")  # else the AV1 encoder writes pages
 
 from decode_reference import moving, plain_decode, remux  # noqa: E402
 from kinoray.config.shared import ClipConfig, DecodeConfig, SampleConfig, ViewConfig  # noqa: E402
+from kinoray.demo.videos import make_broken, make_video  # noqa: E402
 from kinoray.errors import ConfigError, MediaError  # noqa: E402
-from kinoray.sandbox.pool import Sandbox  # noqa: E402
-from kinoray.synthetic.videos import make_broken, make_video  # noqa: E402
+from kinoray.video.sandbox.pool import Sandbox  # noqa: E402
 
 Backend = Literal["pyav", "decord", "torchcodec"]
 BACKENDS: dict[Backend, str] = {"pyav": "av", "decord": "decord", "torchcodec": "torchcodec"}

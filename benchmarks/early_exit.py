@@ -22,19 +22,20 @@ from pathlib import Path
 
 import numpy as np
 
-from kinoray import presets
-from kinoray.anytime import EarlyExit
-from kinoray.calibration import fit_margins
-from kinoray.checkpoint import find_checkpoint, load_model
+from kinoray.cluster.connect import disconnect
 from kinoray.config.shared import ModelConfig, ResourcesConfig, SampleConfig
-from kinoray.decode.clip import Clip, decode_clip
-from kinoray.run.cluster import disconnect
-from kinoray.run.pack.verb import pack
-from kinoray.run.train.verb import train
-from kinoray.scorer.clips import ClipAnswer, ClipScorer, ScorerConfig
+from kinoray.demo.videos import make_demo_set
+from kinoray.evaluation.fit import fit_margins
+from kinoray.network.anytime import EarlyExit
+from kinoray.network.checkpoint import find_checkpoint, load_model
+from kinoray.network.scorer import ClipAnswer, ClipScorer, ScorerConfig
+from kinoray.pack.config import PackConfig
+from kinoray.pack.verb import pack
 from kinoray.storage.objects import Storage
-from kinoray.synthetic.videos import make_demo_set
-from kinoray.verbs.pipeline import PackConfig, TrainConfig
+from kinoray.train import presets
+from kinoray.train.config import TrainConfig
+from kinoray.train.verb import train
+from kinoray.video.clip import Clip, decode_clip
 
 NUM_SEGMENTS = 16
 SHARES = (0.001, 0.01)

@@ -34,15 +34,15 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "platform"))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "models"))
-from kinoray.batch import collate, model_inputs
 from kinoray.config.shared import ClipConfig, InferenceConfig, SampleConfig, ViewConfig
-from kinoray.cost import describe
-from kinoray.decode.clip import Clip, VideoInfo, decode_clip
-from kinoray.flow.tvl1 import tvl1_flow
-from kinoray.model.build import VideoModel
-from kinoray.scorer.clips import ClipScorer, ScorerConfig
-from kinoray.scorer.forward import collate_for
-from kinoray.synthetic.videos import make_video
+from kinoray.demo.videos import make_video
+from kinoray.network.batch import collate, model_inputs
+from kinoray.network.build import VideoModel
+from kinoray.network.cost import describe
+from kinoray.network.forward import collate_for
+from kinoray.network.scorer import ClipScorer, ScorerConfig
+from kinoray.video.clip import Clip, VideoInfo, decode_clip
+from kinoray.video.flow_tvl1 import tvl1_flow
 from vcm_sdd.compiled import Repeated
 from vcm_sdd.inference import BF16_TOLERANCE, FP32_TOLERANCE, prepare_for_inference
 from vcm_sdd.network import VCMSDD, vcm_sdd

@@ -30,13 +30,13 @@ import numpy as np
 import pyarrow as pa
 import torch
 
+from kinoray.capacity.bench import bench
+from kinoray.capacity.config import BenchConfig
 from kinoray.catalog.table import Catalog, catalog_of_source, save_catalog
-from kinoray.checkpoint import CheckpointMeta, save_checkpoint
 from kinoray.config.shared import ClipConfig, ModelConfig, SampleConfig, StorageConfig, ViewConfig
-from kinoray.model.build import build_model
-from kinoray.run.bench.verb import bench
+from kinoray.network.build import build_model
+from kinoray.network.checkpoint import CheckpointMeta, save_checkpoint
 from kinoray.storage.objects import Storage
-from kinoray.verbs.capacity import BenchConfig
 from sandbox import film
 
 ROOT = Path(__file__).resolve().parents[1]

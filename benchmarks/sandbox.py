@@ -22,9 +22,9 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "platform"))
 from kinoray.config.shared import ClipConfig, SampleConfig
-from kinoray.decode.clip import Clip, decode_clip
-from kinoray.sandbox.pool import Sandbox
-from kinoray.synthetic.videos import make_video
+from kinoray.demo.videos import make_video
+from kinoray.video.clip import Clip, decode_clip
+from kinoray.video.sandbox.pool import Sandbox
 
 FPS, SECONDS = 30, 10
 BAR = 1.05

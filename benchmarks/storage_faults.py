@@ -31,9 +31,9 @@ from decode_reference import moving
 from faulty_s3 import FaultyS3, faulty_s3
 from kinoray.catalog.table import Reference, read_videos
 from kinoray.config.shared import ClipConfig, StorageConfig
-from kinoray.decode.clip import decode_clip
+from kinoray.demo.videos import make_video
 from kinoray.storage.objects import Storage
-from kinoray.synthetic.videos import make_video
+from kinoray.video.clip import decode_clip
 from ports import free_port, wait_until
 
 RATE, BAR = 0.05, 2.0

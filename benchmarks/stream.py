@@ -40,19 +40,19 @@ import torch
 from ray._private.internal_api import get_memory_info_reply, get_state_from_address
 from torch import Tensor, nn
 
-from kinoray.batch import collate, model_inputs
 from kinoray.catalog.table import Catalog, load_catalog, read_videos, references, save_catalog
-from kinoray.checkpoint import CheckpointMeta, load_model, save_checkpoint
+from kinoray.cluster.connect import WORKER_ENV, disconnect, quiet_ray
 from kinoray.config.shared import ClipConfig, ModelConfig, ResourcesConfig, SampleConfig, StorageConfig
-from kinoray.decode.clip import Clip, decode_clip
-from kinoray.model.build import build_model
-from kinoray.run.cluster import WORKER_ENV, disconnect, quiet_ray
-from kinoray.run.pack.verb import pack
-from kinoray.run.train.decoding import DecodeTask
-from kinoray.run.train.ingest import rank_steps, stream
-from kinoray.sandbox.pool import Sandbox
+from kinoray.network.batch import collate, model_inputs
+from kinoray.network.build import build_model
+from kinoray.network.checkpoint import CheckpointMeta, load_model, save_checkpoint
+from kinoray.pack.config import PackConfig
+from kinoray.pack.verb import pack
 from kinoray.storage.objects import Storage
-from kinoray.verbs.pipeline import PackConfig
+from kinoray.train.decoding import DecodeTask
+from kinoray.train.ingest import rank_steps, stream
+from kinoray.video.clip import Clip, decode_clip
+from kinoray.video.sandbox.pool import Sandbox
 from sandbox import film
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -29,21 +29,22 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
-from kinoray.batch import VideoBatch, collate, model_inputs
 from kinoray.catalog.table import Catalog, load_catalog, read_video, references, save_catalog
+from kinoray.cluster.connect import disconnect
 from kinoray.config.shared import ClipConfig, ModelConfig, OptimConfig, ResourcesConfig, SampleConfig
-from kinoray.decode.clip import Clip, decode_clip
-from kinoray.model.build import build_model
-from kinoray.run.cluster import disconnect
-from kinoray.run.pack.verb import pack
-from kinoray.run.train.ingest import epoch_order, run_length
-from kinoray.run.train.recipe import learning_rate, make_optimizer, set_rate
-from kinoray.run.train.runfolder import read_metrics
-from kinoray.run.train.verb import train
-from kinoray.sample import clip_rng
+from kinoray.demo.videos import make_video
+from kinoray.network.batch import VideoBatch, collate, model_inputs
+from kinoray.network.build import build_model
+from kinoray.pack.config import PackConfig
+from kinoray.pack.verb import pack
 from kinoray.storage.objects import Storage
-from kinoray.synthetic.videos import make_video
-from kinoray.verbs.pipeline import PackConfig, TrainConfig
+from kinoray.train.config import TrainConfig
+from kinoray.train.ingest import epoch_order, run_length
+from kinoray.train.recipe import learning_rate, make_optimizer, set_rate
+from kinoray.train.runfolder import read_metrics
+from kinoray.train.verb import train
+from kinoray.video.clip import Clip, decode_clip
+from kinoray.video.sample import clip_rng
 
 BAR = 0.9
 LABELS = ("dark", "light")

@@ -22,16 +22,17 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from kinoray.cluster.connect import disconnect
 from kinoray.config.shared import CacheConfig, ClipConfig, ModelConfig, OptimConfig, ResourcesConfig, SampleConfig
-from kinoray.run.cluster import disconnect
-from kinoray.run.pack.verb import pack
-from kinoray.run.train.runfolder import read_metrics
-from kinoray.run.train.verb import train
-from kinoray.run.tune.verb import tune
+from kinoray.demo.videos import make_video
+from kinoray.pack.config import PackConfig
+from kinoray.pack.verb import pack
 from kinoray.storage.objects import Storage
-from kinoray.synthetic.videos import make_video
+from kinoray.train.config import TrainConfig
+from kinoray.train.runfolder import read_metrics
+from kinoray.train.verb import train
 from kinoray.tune.config import TuneConfig
-from kinoray.verbs.pipeline import PackConfig, TrainConfig
+from kinoray.tune.verb import tune
 
 SEGMENTS, FRAMES, NUM_TRIALS = (4, 8, 16), 6, 8
 BAR = 1.5

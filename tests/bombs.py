@@ -11,8 +11,8 @@ from collections.abc import Callable
 
 import numpy as np
 
+from kinoray.demo.videos import make_video
 from kinoray.errors import MediaError, MediaOverBudget, NoVideoStream, UndecodableVideo, UnreadableContainer
-from kinoray.synthetic.videos import make_video
 
 
 def box(kind: bytes, *parts: bytes) -> bytes:

@@ -101,8 +101,8 @@ def bucket(s3_server: str) -> str:
 @pytest.fixture(scope="session")
 def ray_local(_environment: None) -> Iterator[None]:
     """One Ray for the whole session, as the jobs start it."""
+    from kinoray.cluster.connect import connect, disconnect
     from kinoray.config.shared import ResourcesConfig
-    from kinoray.run.cluster import connect, disconnect
 
     connect(ResourcesConfig(local_cpus=4))
     yield

@@ -20,8 +20,8 @@ import boto3
 from conftest import config_at
 from guide_blocks import ROOT, Block
 from kinetics_set import KineticsSet, clip, key
+from kinoray.demo.videos import make_broken, make_demo_set
 from kinoray.storage.objects import Storage
-from kinoray.synthetic.videos import make_broken, make_demo_set
 from ports import wait_until
 
 __all__ = [

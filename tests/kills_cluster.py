@@ -168,7 +168,7 @@ class Cluster:
         tree = [process for worker in self._workers for process in below(worker.pid, found)]
         kinds: dict[str, list[Process]] = {"decoder": [], "actor": [], "raylet": []}
         for process in tree:
-            if "kinoray.sandbox.child" in process.title:
+            if "kinoray.video.sandbox.child" in process.title:
                 kinds["decoder"].append(process)
             elif process.title.startswith("ray::") and "MapWorker" in process.title:
                 kinds["actor"].append(process)

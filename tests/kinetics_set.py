@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from kinoray.synthetic.videos import make_broken, make_video
+from kinoray.demo.videos import make_broken, make_video
 
 LABELS = ("abseiling", "blowing d'balloon", "riding a bike", "tying knot (not on a tie)")
 WINDOW_S = 10

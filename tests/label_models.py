@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kinoray.checkpoint import CheckpointMeta, save_checkpoint
 from kinoray.config.shared import ClipConfig, ModelConfig
-from kinoray.model.build import build_model
+from kinoray.network.build import build_model
+from kinoray.network.checkpoint import CheckpointMeta, save_checkpoint
 from kinoray.storage.objects import Storage
 from tiny_models import MeanColour, Spec
 

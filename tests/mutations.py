@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import cache
 
 from decode_reference import moving
-from kinoray.synthetic.videos import make_video
+from kinoray.demo.videos import make_video
 
 __all__ = ["MUTATIONS", "NUM_FRAMES", "SOURCES", "Mutant", "make_mutant", "make_source"]
 

@@ -15,13 +15,13 @@ import yaml
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from kinoray.batch import VideoBatch
 from kinoray.config.shared import ClipConfig, ModelConfig, OptimConfig, SampleConfig, ViewConfig
-from kinoray.model.build import build_model
-from kinoray.run.train.ingest import rank_part
-from kinoray.run.train.replica import Replica
-from kinoray.run.train.snapshot import load_snapshot, take_snapshot
-from kinoray.verbs.pipeline import TrainConfig
+from kinoray.network.batch import VideoBatch
+from kinoray.network.build import build_model
+from kinoray.train.config import TrainConfig
+from kinoray.train.ingest import rank_part
+from kinoray.train.replica import Replica
+from kinoray.train.snapshot import load_snapshot, take_snapshot
 
 CLIP = ClipConfig(sample=SampleConfig(num_segments=1, frames_per_segment=2), view=ViewConfig(resize_px=32, crop_px=32))
 SIZES = (6, 5, 1, 4)  # videos of each global batch; of one video, one rank has none

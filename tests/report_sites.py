@@ -10,10 +10,10 @@ import pyarrow as pa
 
 from kinoray.catalog.table import CATALOG_SCHEMA, Catalog, save_catalog
 from kinoray.config.shared import digest
-from kinoray.predictions.table import PREDICTION_SCHEMA, Ledger
-from kinoray.report.verb import report
+from kinoray.label.table import PREDICTION_SCHEMA, Ledger
+from kinoray.library.config import ReportConfig
+from kinoray.library.report.verb import report
 from kinoray.storage.objects import Storage
-from kinoray.verbs.report import ReportConfig
 
 __all__ = [
     "CLASSES",

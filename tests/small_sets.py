@@ -6,8 +6,8 @@ import numpy as np
 import pyarrow as pa
 
 from kinoray.catalog.table import CATALOG_SCHEMA, Catalog, save_catalog
+from kinoray.demo.videos import make_video
 from kinoray.storage.objects import Storage, join
-from kinoray.synthetic.videos import make_video
 
 COLOURS = {"blue": (40, 40, 200), "green": (40, 200, 40), "red": (200, 40, 40)}
 LABELS = tuple(sorted(COLOURS))

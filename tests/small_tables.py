@@ -7,7 +7,7 @@ from typing import Any
 import pyarrow as pa
 
 from kinoray.catalog.table import Catalog
-from kinoray.predictions.table import PREDICTION_SCHEMA, Ledger, Plan, labelling_id, row_keys
+from kinoray.label.table import PREDICTION_SCHEMA, Ledger, Plan, labelling_id, row_keys
 from kinoray.storage.objects import Storage, join
 from small_sets import LABELS, catalog_of
 

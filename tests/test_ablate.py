@@ -13,16 +13,12 @@ import torch
 
 from kinoray.cli import main
 from kinoray.config.shared import ModelConfig, OptimConfig, ResourcesConfig
-from kinoray.decode.clip import decode_clip
-from kinoray.errors import ConfigError
-from kinoray.run.ablate import verb as job
-from kinoray.run.ablate.fit import ClipBlock, ClipSet, fit, whole_video_order
-from kinoray.run.ablate.page import doc_page, table_page
-from kinoray.run.ablate.rows import ROWS, Row, RunResult, tabulate
-from kinoray.run.ablate.set import CLIP, make_block
-from kinoray.run.ablate.verb import ablate, planned_runs, read_results
-from kinoray.storage.objects import Storage
-from kinoray.synthetic.binding import (
+from kinoray.demo.ablate_fit import ClipBlock, ClipSet, fit, whole_video_order
+from kinoray.demo.ablate_page import doc_page, table_page
+from kinoray.demo.ablate_rows import ROWS, Row, RunResult, tabulate
+from kinoray.demo.ablate_set import CLIP, make_block
+from kinoray.demo.ablate_verb import ablate, planned_runs, read_results
+from kinoray.demo.binding import (
     BINDING_THINGS,
     CARD_PX,
     NUM_DRAWINGS,
@@ -35,8 +31,12 @@ from kinoray.synthetic.binding import (
     drawing,
     picture,
 )
-from kinoray.synthetic.videos import make_video
-from kinoray.verbs.study import AblateConfig
+from kinoray.demo.config import AblateConfig
+from kinoray.demo.videos import make_video
+from kinoray.errors import ConfigError
+from kinoray.run.ablate import verb as job
+from kinoray.storage.objects import Storage
+from kinoray.video.clip import decode_clip
 from vcm_sdd import vcm_sdd
 
 
@@ -248,7 +248,7 @@ class FrameNumbers(torch.nn.Module):
 @pytest.mark.parametrize("one_sequence", [False, True])
 def test_frames_of_training_and_testing(one_sequence: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     network = FrameNumbers()
-    monkeypatch.setattr("kinoray.run.ablate.fit.build_model", lambda config, num_classes: network)
+    monkeypatch.setattr("kinoray.demo.ablate_fit.build_model", lambda config, num_classes: network)
     train, test = ClipSet([colour_block(40, 0)]), ClipSet([colour_block(2, 1)])
     fit(ModelConfig(), train, test, OptimConfig(epochs=2), num_classes=2, one_sequence=one_sequence)
     training, testing = network.seen[:80], network.seen[80:]
@@ -280,7 +280,7 @@ class Marks(torch.nn.Module):
 
 def test_training_videos_are_moved_around_the_edges_with_their_flow(monkeypatch: pytest.MonkeyPatch) -> None:
     network = Marks()
-    monkeypatch.setattr("kinoray.run.ablate.fit.build_model", lambda config, num_classes: network)
+    monkeypatch.setattr("kinoray.demo.ablate_fit.build_model", lambda config, num_classes: network)
     block = colour_block(64, 0)
     frames, flow = np.zeros_like(block.frames), np.zeros_like(block.flow)
     frames[..., 3, 5], flow[..., 4, 2] = 255, 127

@@ -5,8 +5,8 @@ import math
 import numpy as np
 import pytest
 
-from kinoray.answers import AnswerRule, average_logits, scores_of, top_predictions
 from kinoray.errors import ConfigError
+from kinoray.label.answers import AnswerRule, average_logits, scores_of, top_predictions
 
 LOGITS = np.random.default_rng(0).normal(size=(6, 5)) * 4
 LABELS = list("abcde")

@@ -9,13 +9,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kinoray.anytime import EarlyExit, RunningAnswer, nested_order
-from kinoray.calibration import MAX_CHANGED, fit_margins, fit_temperature, likelihood_and_error
 from kinoray.config.shared import ClipConfig, InferenceConfig, ModelConfig, SampleConfig, ViewConfig
-from kinoray.decode.clip import Clip, VideoInfo
 from kinoray.errors import ConfigError
-from kinoray.model.build import VideoModel, build_model
-from kinoray.scorer.clips import ClipAnswer, ClipScorer, ScorerConfig, check_scorer
+from kinoray.evaluation.fit import MAX_CHANGED, fit_margins, fit_temperature, likelihood_and_error
+from kinoray.network.anytime import EarlyExit, RunningAnswer, nested_order
+from kinoray.network.build import VideoModel, build_model
+from kinoray.network.scorer import ClipAnswer, ClipScorer, ScorerConfig, check_scorer
+from kinoray.video.clip import Clip, VideoInfo
 
 S, T, C = 8, 2, 3
 CLIP = ClipConfig(sample=SampleConfig(num_segments=S, frames_per_segment=T), view=ViewConfig(resize_px=32, crop_px=32))

@@ -13,7 +13,7 @@ from torch import nn
 import video_baselines as vb
 from kinoray.config.shared import ClipConfig, ModelConfig, SampleConfig, ViewConfig
 from kinoray.errors import ConfigError
-from kinoray.model.build import SHORT_NAMES, build_model, check_clip
+from kinoray.network.build import SHORT_NAMES, build_model, check_clip
 from vcm_sdd.backbone import ResNetGrid
 from vcm_sdd.weights import WeightsMismatch
 

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 from kinoray.cli import main
-from kinoray.predictions.table import read_predictions
+from kinoray.demo.videos import make_demo_set
+from kinoray.label.table import read_predictions
 from kinoray.storage.objects import Storage
-from kinoray.synthetic.videos import make_demo_set
 from small_baselines import SMALL
 
 CLASSES, PER_CLASS = 6, 4

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from kinoray.batch import VideoBatch, collate, model_inputs
-from kinoray.decode.clip import Clip, VideoInfo
 from kinoray.errors import ModelError
+from kinoray.network.batch import VideoBatch, collate, model_inputs
+from kinoray.video.clip import Clip, VideoInfo
 from tiny_models import Spec
 
 INFO = VideoInfo(duration_s=1.0, fps=10.0, num_frames=10, width=8, height=6, codec="h264", rotation=0)

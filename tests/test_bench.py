@@ -12,22 +12,22 @@ from typing import Any
 import numpy as np
 import pytest
 
+from kinoray.capacity.bench import bench
+from kinoray.capacity.bench_page import Bounds, advice, bounds_of
+from kinoray.capacity.config import BenchConfig, PlanConfig
 from kinoray.capacity.estimate import Conditions, Rates, estimate
+from kinoray.capacity.job import JobFigures
+from kinoray.capacity.loops import DecodeLoop, ModelLoop, decode_loop, model_loop
 from kinoray.capacity.nodes import parse_node
 from kinoray.capacity.plan import Library, calibration, layout, load_rates, plan
+from kinoray.capacity.watch import CpuWatch
 from kinoray.catalog.table import catalog_of_source
 from kinoray.config.shared import ClipConfig, InferenceConfig, ResourcesConfig, SampleConfig, ViewConfig
+from kinoray.demo.videos import class_names, make_demo_set
 from kinoray.errors import ConfigError, MediaError
-from kinoray.run.bench.job import JobFigures
-from kinoray.run.bench.loops import DecodeLoop, ModelLoop, decode_loop, model_loop
-from kinoray.run.bench.page import Bounds, advice, bounds_of
-from kinoray.run.bench.verb import bench
-from kinoray.run.bench.watch import CpuWatch
-from kinoray.run.label.open import open_labelling
+from kinoray.label.config import LabelConfig
+from kinoray.label.open import open_labelling
 from kinoray.storage.objects import Storage
-from kinoray.synthetic.videos import class_names, make_demo_set
-from kinoray.verbs.capacity import BenchConfig, PlanConfig
-from kinoray.verbs.pipeline import LabelConfig
 from label_models import save_untrained
 from test_capacity import RATES
 
@@ -212,11 +212,11 @@ def test_bench_measures_a_real_job_and_plan_takes_its_rates(
 SCRIPT = """
 import json, sys, time
 from kinoray.config.shared import ResourcesConfig
-from kinoray.run.bench.verb import bench
-from kinoray.run.bench.watch import CpuWatch
-from kinoray.run.label.verb import label
-from kinoray.verbs.pipeline import LabelConfig
-from kinoray.verbs.capacity import BenchConfig
+from kinoray.capacity.bench import bench
+from kinoray.capacity.watch import CpuWatch
+from kinoray.label.verb import label
+from kinoray.config.verbs import LabelConfig
+from kinoray.capacity.config import BenchConfig
 task, source, checkpoint, out, workers = sys.argv[1:]
 resources = ResourcesConfig(num_workers=int(workers))
 if task == "bench":

@@ -14,10 +14,10 @@ import pytest
 import bombs
 from decode_reference import moving
 from kinoray.config.shared import ClipConfig, DecodeConfig, SampleConfig
-from kinoray.decode.clip import decode_clip, probe
+from kinoray.demo.videos import make_video
 from kinoray.errors import MediaError, MediaOverBudget
-from kinoray.sandbox.pool import Sandbox
-from kinoray.synthetic.videos import make_video
+from kinoray.video.clip import decode_clip, probe
+from kinoray.video.sandbox.pool import Sandbox
 from test_decode_damage import REFERRING, contacts
 
 __all__ = ["contacts"]  # a fixture

@@ -8,18 +8,18 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from kinoray.calibration import fit_margins, fit_temperature
 from kinoray.catalog.table import catalog_of_source, save_catalog
 from kinoray.config.shared import ClipConfig, SampleConfig, StorageConfig, ViewConfig
+from kinoray.demo.videos import class_names, make_demo_set
 from kinoray.errors import CheckpointMismatch, ConfigError
-from kinoray.predictions.table import read_predictions
-from kinoray.run.calibrate import calibrate
-from kinoray.run.label.open import label_config, open_labelling
-from kinoray.run.label.stage import LabelUnits, pack_unit
+from kinoray.evaluation.calibrate import calibrate
+from kinoray.evaluation.config import CalibrateConfig
+from kinoray.evaluation.fit import fit_margins, fit_temperature
+from kinoray.label.config import LabelConfig
+from kinoray.label.open import label_config, open_labelling
+from kinoray.label.stage import LabelUnits, pack_unit
+from kinoray.label.table import read_predictions
 from kinoray.storage.objects import Storage
-from kinoray.synthetic.videos import class_names, make_demo_set
-from kinoray.verbs.evaluation import CalibrateConfig
-from kinoray.verbs.pipeline import LabelConfig
 from label_models import save_untrained
 
 S, T = 4, 2

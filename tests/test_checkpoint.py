@@ -10,7 +10,9 @@ import torch
 from torch import nn
 
 from kinoray import checkpoint
-from kinoray.checkpoint import (
+from kinoray.config.shared import ClipConfig, ModelConfig, SampleConfig, StorageConfig, ViewConfig
+from kinoray.errors import CheckpointCorrupt, CheckpointMismatch, CheckpointNotFound, ObjectNotFound
+from kinoray.network.checkpoint import (
     CheckpointMeta,
     best_of,
     delete_checkpoint,
@@ -22,8 +24,6 @@ from kinoray.checkpoint import (
     load_train_state,
     save_checkpoint,
 )
-from kinoray.config.shared import ClipConfig, ModelConfig, SampleConfig, StorageConfig, ViewConfig
-from kinoray.errors import CheckpointCorrupt, CheckpointMismatch, CheckpointNotFound, ObjectNotFound
 from kinoray.storage.objects import Storage, join
 
 META = CheckpointMeta(

@@ -12,9 +12,9 @@ from kinoray.cli import VERBS, main
 from kinoray.config.file import config_from_mapping, load_config, to_yaml
 from kinoray.config.shared import ResourcesConfig, digest, parse_options
 from kinoray.errors import ConfigError
-from kinoray.model.build import require_known_model
-from kinoray.presets import PRESETS
-from kinoray.verbs.pipeline import TrainConfig
+from kinoray.network.build import require_known_model
+from kinoray.train.config import TrainConfig
+from kinoray.train.presets import PRESETS
 
 TRAIN = ["train", "set", "--out", "run"]
 

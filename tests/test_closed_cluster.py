@@ -22,8 +22,8 @@ import pytest
 from conftest import config_at
 from kills_cluster import Process, below, processes
 from kinoray.catalog.table import load_catalog
+from kinoray.demo.videos import make_broken, make_demo_set
 from kinoray.storage.objects import Storage
-from kinoray.synthetic.videos import make_broken, make_demo_set
 from ports import free_port, wait_until
 
 CANARIES = {

@@ -6,10 +6,10 @@ import pytest
 import ray
 from ray.core.generated.autoscaler_pb2 import AutoscalingState
 
+from kinoray.cluster.autoscaler import has_autoscaler, refuses, starting
+from kinoray.cluster.connect import connect, require_fit, shortage
 from kinoray.config.shared import ResourcesConfig
 from kinoray.errors import ClusterError, ConfigError
-from kinoray.run.autoscaler import has_autoscaler, refuses, starting
-from kinoray.run.cluster import connect, require_fit, shortage
 
 
 @pytest.mark.parametrize(

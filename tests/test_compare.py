@@ -15,18 +15,18 @@ from conftest import bucket_at, config_at
 from decode_reference import moving
 from kinoray.catalog.table import Catalog, catalog_of_source, save_catalog
 from kinoray.cli import main
-from kinoray.compare.verb import compare
 from kinoray.config.shared import StorageConfig, digest
-from kinoray.ensemble import ensemble
+from kinoray.demo.videos import make_video
 from kinoray.errors import CatalogError, CheckpointMismatch, ConfigError, ObjectNotFound
+from kinoray.evaluation.compare import compare
+from kinoray.evaluation.config import CompareConfig, EnsembleConfig
+from kinoray.evaluation.ensemble import ensemble
+from kinoray.evaluation.paired import Paired
 from kinoray.evaluation.summary import ANSWER_COLUMNS, evaluation_record, join_answers, true_classes, write_evaluation
-from kinoray.metrics.paired import Paired
-from kinoray.predictions.table import PREDICTION_SCHEMA, Ledger, labelling_id, read_predictions, row_keys
-from kinoray.report.verb import report
+from kinoray.label.table import PREDICTION_SCHEMA, Ledger, labelling_id, read_predictions, row_keys
+from kinoray.library.config import ReportConfig
+from kinoray.library.report.verb import report
 from kinoray.storage.objects import Storage, join
-from kinoray.synthetic.videos import make_video
-from kinoray.verbs.evaluation import CompareConfig, EnsembleConfig
-from kinoray.verbs.report import ReportConfig
 
 LOCAL = Storage(StorageConfig())
 LABELS = ("ant", "bee", "cat", "dog", "<i>eel</i>", "fly")

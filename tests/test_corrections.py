@@ -20,14 +20,16 @@ from kinoray.config.shared import (
     StorageConfig,
     ViewConfig,
 )
-from kinoray.corrections import correct
 from kinoray.errors import CatalogError, ConfigError
-from kinoray.labels.write import defused
-from kinoray.predictions.table import Ledger, read_predictions, row_keys
-from kinoray.shards.plan import PlannedMember, plan_of_catalog
+from kinoray.label.config import LabelConfig
+from kinoray.label.table import Ledger, read_predictions, row_keys
+from kinoray.library.config import CorrectConfig
+from kinoray.library.correct import correct
+from kinoray.library.write import defused
+from kinoray.pack.config import PackConfig
+from kinoray.pack.plan import PlannedMember, plan_of_catalog
 from kinoray.storage.objects import Storage, join
-from kinoray.verbs.library import CorrectConfig
-from kinoray.verbs.pipeline import LabelConfig, PackConfig, TrainConfig
+from kinoray.train.config import TrainConfig
 from label_models import save_untrained
 from small_sets import LABELS, catalog_of, colour_set, colour_video
 from small_tables import label_library, ledger_in, library
@@ -253,7 +255,7 @@ def test_the_plan_of_a_catalog_keeps_classes_splits_and_places() -> None:
 def test_whole_videos_of_unknown_size_are_spread_over_shards_and_one_that_is_gone_is_refused(
     ray_local: None, tmp_path: Path
 ) -> None:
-    from kinoray.run.pack.verb import pack
+    from kinoray.pack.verb import pack
 
     storage, source = Storage(), tmp_path / "videos"
     rows: list[dict[str, object]] = []
@@ -277,8 +279,8 @@ CLIP = ClipConfig(sample=SampleConfig(num_segments=1, frames_per_segment=2), vie
 @pytest.mark.ray
 def test_label_then_correct_then_pack_gives_the_labels_and_the_bytes(ray_local: None, tmp_path: Path) -> None:
     """Real videos in shards: labelled, corrected, and packed into shards of their own; one of them is broken."""
-    from kinoray.run.label.verb import label
-    from kinoray.run.pack.verb import pack
+    from kinoray.label.verb import label
+    from kinoray.pack.verb import pack
 
     storage = Storage(StorageConfig())
     source = str(tmp_path / "library")
@@ -310,8 +312,8 @@ def test_label_then_correct_then_pack_gives_the_labels_and_the_bytes(ray_local: 
 @pytest.mark.slow
 def test_a_network_is_trained_on_from_the_corrected_catalog(ray_local: None, tmp_path: Path) -> None:
     """In place, without a pack: an untrained network, corrected everywhere, learns the colours."""
-    from kinoray.run.label.verb import label
-    from kinoray.run.train.verb import train
+    from kinoray.label.verb import label
+    from kinoray.train.verb import train
 
     storage = Storage()
     source = str(tmp_path / "library")

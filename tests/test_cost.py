@@ -7,7 +7,7 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from kinoray.cost import count_macs, describe
+from kinoray.network.cost import count_macs, describe
 from vcm_sdd.network import vcm_sdd, vcm_sdd_r101
 from vcm_sdd.spec import InputSpec
 

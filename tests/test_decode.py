@@ -15,12 +15,12 @@ import pytest
 from decode_reference import Collect, moving, plain_decode, remux
 from kinoray.config.shared import ClipConfig, DecodeConfig, FlowConfig, SampleConfig, ViewConfig
 from kinoray.decode import media as decode_media
-from kinoray.decode.clip import Clip, decode_clip, probe, thumbnails
-from kinoray.decode.pyav import PyavVideo
-from kinoray.flow.dis import dis_flow
-from kinoray.sample import clip_rng, segment_indices
-from kinoray.synthetic.videos import make_video
-from kinoray.transform import test_view, train_view
+from kinoray.demo.videos import make_video
+from kinoray.video.clip import Clip, decode_clip, probe, thumbnails
+from kinoray.video.flow_dis import dis_flow
+from kinoray.video.pyav import PyavVideo
+from kinoray.video.sample import clip_rng, segment_indices
+from kinoray.video.transform import test_view, train_view
 
 NUM_FRAMES = 90
 X265 = "log-level=none:"
@@ -451,7 +451,7 @@ def test_threads_do_not_disturb_each_other(pictures: np.ndarray) -> None:
 def test_decode_workers_stay_small() -> None:
     """Importing torch costs a decode worker 700 MB, decord is only for who asks for it."""
     code = (
-        "import sys, kinoray.decode.clip, kinoray.synthetic.videos;"
+        "import sys, kinoray.video.clip, kinoray.demo.videos;"
         "print(sorted({'torch', 'ray', 'decord', 'pyarrow', 'boto3'} & set(sys.modules)))"
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

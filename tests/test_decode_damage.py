@@ -13,8 +13,7 @@ import pytest
 
 from decode_reference import Collect, moving, plain_decode, remux
 from kinoray.config.shared import ClipConfig, DecodeConfig, SampleConfig, ViewConfig
-from kinoray.decode.clip import decode_clip, probe, thumbnails
-from kinoray.decode.pyav import PyavVideo
+from kinoray.demo.videos import make_broken, make_video
 from kinoray.errors import (
     EmptyMedia,
     MediaError,
@@ -23,7 +22,8 @@ from kinoray.errors import (
     UndecodableVideo,
     UnreadableContainer,
 )
-from kinoray.synthetic.videos import make_broken, make_video
+from kinoray.video.clip import decode_clip, probe, thumbnails
+from kinoray.video.pyav import PyavVideo
 
 NUM_FRAMES = 60
 CLIP = ClipConfig(sample=SampleConfig(num_segments=4, frames_per_segment=2), view=ViewConfig(resize_px=32, crop_px=24))
@@ -261,7 +261,7 @@ def test_a_huge_frame_is_refused_before_it_is_decoded(tmp_path: Path) -> None:
     code = """
 import re, sys
 from kinoray.config.shared import DecodeConfig
-from kinoray.decode.clip import probe
+from kinoray.video.clip import probe
 from kinoray.errors import MediaOverBudget
 def peak_mb():
     return int(re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1]) // 1024

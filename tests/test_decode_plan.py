@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from kinoray.decode.plan import PacketTable, Run
+from kinoray.video.plan import PacketTable, Run
 
 
 def table(

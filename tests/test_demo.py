@@ -10,17 +10,17 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from kinoray import presets
 from kinoray.cli import VERBS, main
 from kinoray.config.file import to_yaml
 from kinoray.config.shared import StorageConfig
-from kinoray.decode.clip import probe
+from kinoray.demo.config import DemoConfig
+from kinoray.demo.recipe import Recipe, command_line, make_recipe, make_videos
+from kinoray.demo.server import s3_server
+from kinoray.demo.verb import demo
 from kinoray.errors import ConfigError, MediaError
-from kinoray.run.demo.recipe import Recipe, command_line, make_recipe, make_videos
-from kinoray.run.demo.server import s3_server
-from kinoray.run.demo.verb import demo
 from kinoray.storage.objects import Storage
-from kinoray.verbs.study import DemoConfig
+from kinoray.train import presets
+from kinoray.video.clip import probe
 
 UNREADABLE = {"empty", "random", "index_lost", "audio_only"}
 READABLE = {"cut_front_index", "one_frame"}

@@ -13,9 +13,6 @@ import torch
 import torch.nn.functional as F
 
 from decode_reference import moving
-from kinoray.anytime import EarlyExit
-from kinoray.batch import RawBatch, VideoBatch, collate, model_inputs
-from kinoray.checkpoint import find_checkpoint, load_meta, load_model
 from kinoray.config.shared import (
     AugmentConfig,
     CacheConfig,
@@ -29,27 +26,31 @@ from kinoray.config.shared import (
     ViewConfig,
     digest,
 )
-from kinoray.decode.bank import decode_bank
-from kinoray.decode.clip import Clip, decode_clip
-from kinoray.decode.views import decode_views
-from kinoray.device_input import DeviceInput, Feeder, collate_raw, quantised, scaled, sent
+from kinoray.demo.videos import make_video
 from kinoray.errors import ConfigError, ModelError
-from kinoray.flow.dis import quantise
-from kinoray.flow.tvl1 import tvl1_flow
-from kinoray.model.build import build_model, check_clip
-from kinoray.protocol import ViewsConfig
-from kinoray.run.label.open import open_labelling
-from kinoray.run.label.stage import LabelUnits, pack_unit
-from kinoray.run.train.augment import Augmenter
-from kinoray.run.train.decoding import DecodeTask
-from kinoray.run.train.runfolder import read_metrics
-from kinoray.run.train.verb import train
-from kinoray.sandbox.pool import Sandbox
-from kinoray.scorer.clips import ClipScorer, ScorerConfig
+from kinoray.label.config import LabelConfig
+from kinoray.label.open import open_labelling
+from kinoray.label.stage import LabelUnits, pack_unit
+from kinoray.network.anytime import EarlyExit
+from kinoray.network.batch import RawBatch, VideoBatch, collate, model_inputs
+from kinoray.network.build import build_model, check_clip
+from kinoray.network.checkpoint import find_checkpoint, load_meta, load_model
+from kinoray.network.device_input import DeviceInput, Feeder, collate_raw, quantised, scaled, sent
+from kinoray.network.scorer import ClipScorer, ScorerConfig
 from kinoray.storage.objects import Storage
-from kinoray.synthetic.videos import make_video
-from kinoray.transform import View
-from kinoray.verbs.pipeline import LabelConfig, TrainConfig
+from kinoray.train.augment import Augmenter
+from kinoray.train.config import TrainConfig
+from kinoray.train.decoding import DecodeTask
+from kinoray.train.runfolder import read_metrics
+from kinoray.train.verb import train
+from kinoray.video.bank import decode_bank
+from kinoray.video.clip import Clip, decode_clip
+from kinoray.video.flow_dis import quantise
+from kinoray.video.flow_tvl1 import tvl1_flow
+from kinoray.video.protocol import ViewsConfig
+from kinoray.video.sandbox.pool import Sandbox
+from kinoray.video.transform import View
+from kinoray.video.views import decode_views
 from label_models import save_untrained
 from small_sets import set_in
 from test_yuv420 import scenery

@@ -20,7 +20,9 @@ from kinoray.catalog.source import find_files, unique_ids
 from kinoray.catalog.table import CATALOG_SCHEMA, Catalog, Reference, catalog_of_source, save_catalog
 from kinoray.cli import main
 from kinoray.config.shared import ClipConfig, DecodeConfig, SampleConfig, StorageConfig, ViewConfig
-from kinoray.decode.clip import VideoInfo
+from kinoray.console import many
+from kinoray.demo.videos import make_broken, make_video
+from kinoray.doctor.config import DoctorConfig
 from kinoray.doctor.cost import cost_class, estimate_total, spread_over_classes
 from kinoray.doctor.probe import Video, probe_all
 from kinoray.doctor.section import format_bytes
@@ -28,12 +30,10 @@ from kinoray.doctor.source import choose_sample, open_source
 from kinoray.doctor.verb import doctor
 from kinoray.doctor.videos import _REMEDIES
 from kinoray.errors import AccessDenied, CatalogError, ConfigError, ObjectNotFound, StorageUnavailable, TooManyBad
-from kinoray.progress import many
-from kinoray.shards.pack import pack_shard
-from kinoray.shards.plan import make_plan
+from kinoray.pack.plan import make_plan
+from kinoray.pack.shard import pack_shard
 from kinoray.storage.objects import Storage, join
-from kinoray.synthetic.videos import make_broken, make_video
-from kinoray.verbs.doctor import DoctorConfig
+from kinoray.video.clip import VideoInfo
 
 LOCAL = Storage()
 CLIP = ClipConfig(sample=SampleConfig(num_segments=4, frames_per_segment=2), view=ViewConfig(resize_px=36, crop_px=32))

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
+from kinoray.doctor.cluster import _closed, _node_checks, cluster_section
 from kinoray.errors import ConfigError
 from kinoray.run import cluster as connecting
-from kinoray.run.doctor.cluster import _closed, _node_checks, cluster_section
 from ports import free_port
 from test_closed_cluster import TOKEN, Head, head  # noqa: F401  (a fixture)
 from test_doctor_machine import facts
@@ -36,7 +36,7 @@ HEAD = {"is_head": True, "cpus": 0.0, "address": "10.0.0.9"}
 @pytest.fixture(autouse=True)
 def _same_versions_here(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nodes with the versions of facts() are those of this machine."""
-    monkeypatch.setattr("kinoray.run.doctor.cluster.host_facts", facts)
+    monkeypatch.setattr("kinoray.doctor.cluster.host_facts", facts)
 
 
 def test_a_good_cluster_has_nothing_to_say() -> None:
@@ -149,7 +149,7 @@ def test_the_token_file_of_a_local_ray_is_its_owners_alone(tmp_path: Path) -> No
     code = (
         "import os; os.umask(0o022)\n"
         "from kinoray.config.shared import ResourcesConfig\n"
-        "from kinoray.run.cluster import connect, disconnect\n"
+        "from kinoray.cluster.connect import connect, disconnect\n"
         "connect(ResourcesConfig(local_cpus=1)); disconnect()"
     )
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_AUTH_")}

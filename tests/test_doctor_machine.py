@@ -14,12 +14,12 @@ import numpy as np
 import pytest
 
 from kinoray.cli import main
+from kinoray.demo.videos import make_video
+from kinoray.doctor.config import DoctorConfig
 from kinoray.doctor.host import PACKAGES, host_facts, ray_temp_folder
 from kinoray.doctor.machine import REQUIRED, _decoder_check, host_checks, version_checks
 from kinoray.doctor.section import Check, checked, clock_check, over_nodes
 from kinoray.doctor.verb import doctor
-from kinoray.synthetic.videos import make_video
-from kinoray.verbs.doctor import DoctorConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 

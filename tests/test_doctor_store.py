@@ -9,11 +9,11 @@ import pytest
 
 from conftest import bucket_at, config_at
 from kinoray.config.shared import StorageConfig
+from kinoray.doctor.config import DoctorConfig
 from kinoray.doctor.section import Check
 from kinoray.doctor.store import _PROMISES, _removed, _tried, store_section
 from kinoray.errors import ConfigError
 from kinoray.storage.objects import ObjectInfo, Storage
-from kinoray.verbs.doctor import DoctorConfig
 
 
 def by_name(checks: tuple[Check, ...]) -> dict[str, str]:

@@ -15,9 +15,9 @@ import pytest
 from conftest import ROOT, free_port, wait_until
 from kinoray.cli import main
 from kinoray.config.shared import StorageConfig
-from kinoray.predictions.table import read_predictions
+from kinoray.demo.videos import make_broken, make_demo_set
+from kinoray.label.table import read_predictions
 from kinoray.storage.objects import Storage
-from kinoray.synthetic.videos import make_broken, make_demo_set
 
 CLASSES = 6
 PER_CLASS = 4

@@ -11,20 +11,20 @@ import pyarrow as pa
 import pytest
 
 from kinoray.catalog.table import Catalog, catalog_of_source, save_catalog
-from kinoray.compare.verb import compare
 from kinoray.config.shared import ClipConfig, ResourcesConfig, SampleConfig, StorageConfig, ViewConfig
-from kinoray.ensemble import ensemble
+from kinoray.demo.videos import class_names, make_broken, make_demo_set
 from kinoray.errors import CatalogError, CheckpointMismatch, TooManyBad
+from kinoray.evaluation.accuracy import wilson_interval
+from kinoray.evaluation.compare import compare
+from kinoray.evaluation.config import CompareConfig, EnsembleConfig, EvaluateConfig
+from kinoray.evaluation.ensemble import ensemble
 from kinoray.evaluation.summary import confused_classes, evaluation_record, join_answers, true_classes
-from kinoray.metrics.accuracy import wilson_interval
-from kinoray.predictions.table import read_predictions
-from kinoray.run.evaluate import evaluate
-from kinoray.run.label.open import open_labelling
-from kinoray.run.label.stage import LabelUnits, pack_unit
+from kinoray.evaluation.verb import evaluate
+from kinoray.label.config import LabelConfig
+from kinoray.label.open import open_labelling
+from kinoray.label.stage import LabelUnits, pack_unit
+from kinoray.label.table import read_predictions
 from kinoray.storage.objects import Storage
-from kinoray.synthetic.videos import class_names, make_broken, make_demo_set
-from kinoray.verbs.evaluation import CompareConfig, EnsembleConfig
-from kinoray.verbs.pipeline import EvaluateConfig, LabelConfig
 from label_models import save_untrained
 
 LABELS = tuple(class_names())

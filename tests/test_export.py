@@ -18,13 +18,13 @@ from typing import Any
 import pytest
 
 from kinoray.config.shared import StorageConfig
-from kinoray.corrections import correct
 from kinoray.errors import ConfigError
-from kinoray.export.verb import export
-from kinoray.export.videos import copied_videos
-from kinoray.predictions.table import Ledger, read_predictions, row_keys
+from kinoray.label.table import Ledger, read_predictions, row_keys
+from kinoray.library.config import CorrectConfig, ExportConfig
+from kinoray.library.copies import copied_videos
+from kinoray.library.correct import correct
+from kinoray.library.export import export
 from kinoray.storage.objects import Storage, join
-from kinoray.verbs.library import CorrectConfig, ExportConfig
 from small_sets import LABELS, catalog_of
 from small_tables import label_library, ledger_in, library, rows_for
 

@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch import nn
 
-from kinoray.checkpoint import CheckpointMeta, save_checkpoint
 from kinoray.config.shared import (
     ClipConfig,
     ModelConfig,
@@ -14,9 +13,10 @@ from kinoray.config.shared import (
     ViewConfig,
 )
 from kinoray.errors import CheckpointMismatch, CheckpointNotFound
-from kinoray.model.build import build_model
-from kinoray.run.train.finetune import start_from
+from kinoray.network.build import build_model
+from kinoray.network.checkpoint import CheckpointMeta, save_checkpoint
 from kinoray.storage.objects import Storage
+from kinoray.train.finetune import start_from
 
 TINY = ModelConfig(options={"backbone": "tiny", "heads": 2})
 CLIP = ClipConfig(sample=SampleConfig(num_segments=1, frames_per_segment=2), view=ViewConfig(resize_px=40, crop_px=32))

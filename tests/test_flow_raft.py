@@ -12,12 +12,12 @@ from torch import Tensor
 from torchvision.models.optical_flow import raft_small
 
 from kinoray.config.shared import ClipConfig, DecodeConfig, FlowConfig, SampleConfig, ViewConfig
-from kinoray.decode.clip import decode_clip
-from kinoray.device_input import DeviceInput, collate_raw, quantised
+from kinoray.demo.videos import make_video
 from kinoray.errors import ConfigError
-from kinoray.flow.raft import load_raft
+from kinoray.network.device_input import DeviceInput, collate_raw, quantised
 from kinoray.storage.objects import Storage
-from kinoray.synthetic.videos import make_video
+from kinoray.video.clip import decode_clip
+from kinoray.video.flow_raft import load_raft
 from test_yuv420 import scenery
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]

@@ -10,14 +10,14 @@ import pyarrow as pa
 import pytest
 
 from kinoray.config.shared import CacheConfig, ClipConfig, SampleConfig, ViewConfig
-from kinoray.decode.bank import decode_bank
-from kinoray.decode.clip import decode_clip
 from kinoray.errors import ConfigError, MediaError, StorageError
-from kinoray.framecache import FrameCache, grid_name
-from kinoray.run.train.decoding import DecodeTask
-from kinoray.sample import clip_rng
-from kinoray.sandbox.pool import Sandbox
 from kinoray.storage.objects import Storage
+from kinoray.train.decoding import DecodeTask
+from kinoray.video.bank import decode_bank
+from kinoray.video.cache import FrameCache, grid_name
+from kinoray.video.clip import decode_clip
+from kinoray.video.sample import clip_rng
+from kinoray.video.sandbox.pool import Sandbox
 from small_sets import colour_video
 
 VIEW = ViewConfig(resize_px=40, crop_px=32)

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from kinoray.config.shared import ClipConfig, DecodeConfig, SampleConfig, ViewConfig
-from kinoray.decode.clip import Clip, probe
 from kinoray.errors import DecoderCrashed, DecodeTimeout, MediaError
-from kinoray.sandbox.pool import Sandbox
+from kinoray.video.clip import Clip, probe
+from kinoray.video.sandbox.pool import Sandbox
 from mutations import MUTATIONS, NUM_FRAMES, SOURCES, Mutant, make_mutant, make_source
 
 DEADLINE_S = 10.0

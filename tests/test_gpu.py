@@ -13,19 +13,19 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from decode_reference import moving
-from kinoray.batch import VideoBatch, collate, model_inputs, yuv420_to_rgb
 from kinoray.config.shared import ClipConfig, InferenceConfig, ModelConfig, OptimConfig, SampleConfig, ViewConfig
-from kinoray.decode.clip import Clip, decode_clip
-from kinoray.flow.tvl1 import tvl1_flow
-from kinoray.model.build import VideoModel, build_model
-from kinoray.protocol import ViewsConfig
-from kinoray.run.train.replica import Replica
-from kinoray.sandbox.device import DeviceDecoder
-from kinoray.sandbox.pool import Sandbox
-from kinoray.scorer.batch_size import auto_batch_size
-from kinoray.scorer.clips import ClipScorer, ScorerConfig
-from kinoray.synthetic.videos import make_video
-from kinoray.verbs.pipeline import TrainConfig
+from kinoray.demo.videos import make_video
+from kinoray.network.batch import VideoBatch, collate, model_inputs, yuv420_to_rgb
+from kinoray.network.batch_size import auto_batch_size
+from kinoray.network.build import VideoModel, build_model
+from kinoray.network.scorer import ClipScorer, ScorerConfig
+from kinoray.train.config import TrainConfig
+from kinoray.train.replica import Replica
+from kinoray.video.clip import Clip, decode_clip
+from kinoray.video.flow_tvl1 import tvl1_flow
+from kinoray.video.protocol import ViewsConfig
+from kinoray.video.sandbox.device import DeviceDecoder
+from kinoray.video.sandbox.pool import Sandbox
 from test_torchcodec import needs_torchcodec
 from vcm_sdd.compiled import Repeated
 from vcm_sdd.inference import BF16_TOLERANCE, FP32_TOLERANCE, prepare_for_inference

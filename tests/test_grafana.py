@@ -15,9 +15,9 @@ import pytest
 import ray
 from ray.dashboard.modules.metrics.dashboards import default_dashboard_panels
 
-from kinoray.run.label.times import LabelMetrics, UnitTimes
-from kinoray.run.train.ingest import Unreadable
-from kinoray.run.train.times import TrainMetrics
+from kinoray.label.times import LabelMetrics, UnitTimes
+from kinoray.train.ingest import Unreadable
+from kinoray.train.times import TrainMetrics
 from ports import wait_until
 
 ROOT = Path(__file__).resolve().parents[1]

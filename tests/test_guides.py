@@ -30,9 +30,9 @@ from guide_world import (
     run_block,
 )
 from kinoray.catalog.table import load_catalog
-from kinoray.predictions.table import read_predictions
-from kinoray.runs import find_runs
+from kinoray.label.table import read_predictions
 from kinoray.storage.objects import Storage
+from kinoray.train.runs import find_runs
 
 HERE = "tests/test_guides.py"
 WORLD = """# what pages presuppose

@@ -9,13 +9,13 @@ import pytest
 
 from kinoray.catalog.table import Catalog, read_videos, references
 from kinoray.config.shared import ClipConfig, SampleConfig, ViewConfig
-from kinoray.decode.clip import decode_clip
 from kinoray.errors import JobError
 from kinoray.run.train import ingest
-from kinoray.run.train.decoding import DecodeTask
-from kinoray.run.train.ingest import epoch_order, rank_part, rank_steps, run_length, stream
-from kinoray.sample import clip_rng
 from kinoray.storage.objects import Storage
+from kinoray.train.decoding import DecodeTask
+from kinoray.train.ingest import epoch_order, rank_part, rank_steps, run_length, stream
+from kinoray.video.clip import decode_clip
+from kinoray.video.sample import clip_rng
 from small_sets import catalog_of, colour_set
 
 CLIP = ClipConfig(sample=SampleConfig(num_segments=1, frames_per_segment=2), view=ViewConfig(resize_px=32, crop_px=24))
@@ -148,7 +148,7 @@ def test_a_video_that_storage_cannot_give_is_a_row_too(videos: Catalog) -> None:
 
 
 def test_decode_workers_need_neither_torch_nor_ray() -> None:
-    code = "import sys, kinoray.run.train.decoding; bad = {'torch', 'ray'} & set(sys.modules); assert not bad, bad"
+    code = "import sys, kinoray.train.decoding; bad = {'torch', 'ray'} & set(sys.modules); assert not bad, bad"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
 

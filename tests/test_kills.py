@@ -23,11 +23,11 @@ from kills import Driver, Gate, Reader, kill_while_labelling, member_reads
 from kills_cluster import Cluster, ray_cluster
 from kinoray.catalog.table import Catalog, save_catalog
 from kinoray.config.shared import ClipConfig, ResourcesConfig, SampleConfig, StorageConfig, ViewConfig
-from kinoray.predictions.table import Ledger, find_labellings, read_predictions, read_windows, row_keys
-from kinoray.run.label.verb import label
+from kinoray.demo.videos import make_broken
+from kinoray.label.config import LabelConfig
+from kinoray.label.table import Ledger, find_labellings, read_predictions, read_windows, row_keys
+from kinoray.label.verb import label
 from kinoray.storage.objects import Storage, join
-from kinoray.synthetic.videos import make_broken
-from kinoray.verbs.pipeline import LabelConfig
 from label_models import save_untrained
 from small_sets import LABELS, catalog_of, colour_video
 

@@ -21,18 +21,18 @@ import yaml
 
 from conftest import wait_until
 from kinetics_set import LABELS, KineticsSet, archived_set, clip, folder_set, key
+from kinoray.catalog.annotations import read_annotations, read_label_names
+from kinoray.catalog.kinetics import AnnotationRow, judge_name, key_of_name, plan_rows, printable, window_of_key
+from kinoray.catalog.quarantine import load_quarantine
 from kinoray.catalog.table import load_catalog, read_videos, references
 from kinoray.cli import main
 from kinoray.config.shared import ClipConfig, StorageConfig
-from kinoray.decode.clip import decode_clip
 from kinoray.errors import CatalogError, ConfigError, IncompleteOutput, TooManyBad
-from kinoray.kinetics.annotations import read_annotations, read_label_names
-from kinoray.kinetics.names import AnnotationRow, judge_name, key_of_name, plan_rows, printable, window_of_key
-from kinoray.kinetics.settle import FILE_VERDICTS, ROW_VERDICTS
-from kinoray.quarantine import load_quarantine
+from kinoray.pack.config import PackConfig
+from kinoray.pack.kinetics_settle import FILE_VERDICTS, ROW_VERDICTS
 from kinoray.storage.objects import Storage, join
-from kinoray.transcode import transcode
-from kinoray.verbs.pipeline import PackConfig
+from kinoray.video.clip import decode_clip
+from kinoray.video.transcode import transcode
 
 STORAGE = Storage()
 ANNOTATIONS = ("train.csv", "val.csv", "test.csv")
@@ -303,7 +303,7 @@ def config_of(folder: Path, **more: Any) -> PackConfig:
 
 
 def pack(config: PackConfig) -> dict[str, Any]:
-    from kinoray.run.pack.verb import pack
+    from kinoray.pack.verb import pack
 
     return pack(config)
 
@@ -558,8 +558,8 @@ MEASURE = """
 import sys
 from kinoray.catalog.source import SourceFile
 from kinoray.config.shared import DecodeConfig
-from kinoray.kinetics.names import Wanted
-from kinoray.kinetics.pack import PackSettings, Unit, pack_unit
+from kinoray.catalog.kinetics import Wanted
+from kinoray.pack.kinetics_unit import PackSettings, Unit, pack_unit
 from kinoray.storage.objects import Storage
 def peak():
     return int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0]) / 1024  # ru_maxrss: also the parent

@@ -164,7 +164,7 @@ def test_the_entrypoint_runs_a_job_that_takes_its_config(
 
 @pytest.mark.parametrize("verb", JOBS)
 def test_the_job_fits_into_the_nodes_that_it_starts_with(verb: str, tmp_path: Path) -> None:
-    """By the rule of kinoray.run.cluster.require_fit, which looks at the nodes that are there when the job starts."""
+    """By the rule of kinoray.cluster.connect.require_fit, which looks at the nodes that are there at the start."""
     file = tmp_path / "config.yaml"
     file.write_text(of_kind(verb, "ConfigMap")["data"][f"{verb}.yaml"], encoding="utf-8")
     config = load_config(VERBS[verb].config, str(file))

@@ -19,9 +19,7 @@ import ray
 import torch
 
 from conftest import wait_until
-from kinoray.answers import AnswerRule, top_predictions
 from kinoray.catalog.table import catalog_of_source
-from kinoray.checkpoint import load_meta
 from kinoray.config.shared import (
     ClipConfig,
     InferenceConfig,
@@ -31,7 +29,7 @@ from kinoray.config.shared import (
     StorageConfig,
     ViewConfig,
 )
-from kinoray.decode.clip import decode_clip
+from kinoray.demo.videos import BROKEN_KINDS, class_names, make_broken, make_demo_set
 from kinoray.errors import (
     AccessDenied,
     CatalogError,
@@ -43,15 +41,17 @@ from kinoray.errors import (
     StorageUnavailable,
     TooManyBad,
 )
-from kinoray.model.build import build_model
-from kinoray.predictions.table import Ledger, Plan, read_predictions, row_keys
-from kinoray.run.label.open import open_labelling
-from kinoray.run.label.stage import LabelJob, LabelUnits, pack_unit
-from kinoray.run.label.verb import label
-from kinoray.scorer.clips import ScorerConfig
+from kinoray.label.answers import AnswerRule, top_predictions
+from kinoray.label.config import LabelConfig
+from kinoray.label.open import open_labelling
+from kinoray.label.stage import LabelJob, LabelUnits, pack_unit
+from kinoray.label.table import Ledger, Plan, read_predictions, row_keys
+from kinoray.label.verb import label
+from kinoray.network.build import build_model
+from kinoray.network.checkpoint import load_meta
+from kinoray.network.scorer import ScorerConfig
 from kinoray.storage.objects import Storage, join
-from kinoray.synthetic.videos import BROKEN_KINDS, class_names, make_broken, make_demo_set
-from kinoray.verbs.pipeline import LabelConfig
+from kinoray.video.clip import decode_clip
 from label_models import save_untrained
 
 CLIP = ClipConfig(sample=SampleConfig(num_segments=1, frames_per_segment=2), view=ViewConfig(resize_px=36, crop_px=32))
@@ -489,7 +489,7 @@ def test_label_on_s3(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Also with several units in each of Ray's blocks, as in catalogs of more than a million videos."""
-    monkeypatch.setattr("kinoray.run.label.verb._MAX_BLOCKS", 4)
+    monkeypatch.setattr("kinoray.label.verb._MAX_BLOCKS", 4)
     storage = Storage(s3_config)
     for path in sorted(library.rglob("*.mp4")):
         storage.put(join(bucket, "library", str(path.relative_to(library))), path.read_bytes())

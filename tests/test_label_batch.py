@@ -10,16 +10,18 @@ import pytest
 import torch
 
 from kinoray.catalog.table import catalog_of_source
-from kinoray.checkpoint import load_meta
 from kinoray.config.shared import ClipConfig, DecodeConfig, ResourcesConfig, SampleConfig, StorageConfig, ViewConfig
 from kinoray.errors import ConfigError
-from kinoray.predictions.table import Ledger, Unit, row_keys
-from kinoray.run.label.open import open_labelling
-from kinoray.run.label.stage import LabelJob, LabelUnits, pack_unit
-from kinoray.scorer.batch_size import CPU_BATCH
-from kinoray.scorer.clips import ScorerConfig
+from kinoray.evaluation.config import EvaluateConfig
+from kinoray.label.config import LabelConfig
+from kinoray.label.open import open_labelling
+from kinoray.label.stage import LabelJob, LabelUnits, pack_unit
+from kinoray.label.table import Ledger, Unit, row_keys
+from kinoray.network.batch_size import CPU_BATCH
+from kinoray.network.checkpoint import load_meta
+from kinoray.network.scorer import ScorerConfig
 from kinoray.storage.objects import Storage
-from kinoray.verbs.pipeline import EvaluateConfig, LabelConfig, TrainConfig
+from kinoray.train.config import TrainConfig
 from label_models import save_untrained
 from small_sets import LABELS, colour_video
 

@@ -9,11 +9,11 @@ import pytest
 
 from faulty_s3 import faulty_s3
 from kinoray.config.shared import ClipConfig, ResourcesConfig, SampleConfig, StorageConfig, ViewConfig
-from kinoray.predictions.table import read_predictions
-from kinoray.run.label.verb import label
+from kinoray.demo.videos import class_names, make_broken, make_demo_set
+from kinoray.label.config import LabelConfig
+from kinoray.label.table import read_predictions
+from kinoray.label.verb import label
 from kinoray.storage.objects import Storage, join
-from kinoray.synthetic.videos import class_names, make_broken, make_demo_set
-from kinoray.verbs.pipeline import LabelConfig
 from label_models import save_untrained
 
 CLIP = ClipConfig(sample=SampleConfig(num_segments=1, frames_per_segment=2), view=ViewConfig(resize_px=36, crop_px=32))

@@ -20,17 +20,17 @@ import pytest
 import ray
 
 from kinoray.config.shared import ClipConfig, ResourcesConfig, SampleConfig, StorageConfig, ViewConfig
+from kinoray.demo.videos import class_names, make_demo_set
 from kinoray.errors import StorageUnavailable
-from kinoray.predictions.table import Ledger, read_predictions
-from kinoray.run.label.open import open_labelling
-from kinoray.run.label.stage import LabelUnits, pack_unit
-from kinoray.run.label.times import StageClock, bound_stage
-from kinoray.run.label.verb import label
+from kinoray.label.config import LabelConfig
+from kinoray.label.open import open_labelling
+from kinoray.label.stage import LabelUnits, pack_unit
+from kinoray.label.table import Ledger, read_predictions
+from kinoray.label.times import StageClock, bound_stage
+from kinoray.label.verb import label
+from kinoray.library.config import TraceConfig
+from kinoray.library.trace import trace
 from kinoray.storage.objects import Storage
-from kinoray.synthetic.videos import class_names, make_demo_set
-from kinoray.trace.verb import trace
-from kinoray.verbs.pipeline import LabelConfig
-from kinoray.verbs.trace import TraceConfig
 from label_models import save_untrained
 from ports import wait_until
 

@@ -18,13 +18,13 @@ import pytest
 from kinoray.catalog.table import Catalog, save_catalog
 from kinoray.config.shared import StorageConfig
 from kinoray.errors import CatalogError, ConfigError, IncompleteOutput
-from kinoray.labels.manifest import write_manifest
-from kinoray.labels.read import LABEL_SCHEMA, Where, scan
-from kinoray.labels.verb import labels
-from kinoray.labels.write import defused, undefused
-from kinoray.predictions.table import WINDOW_SCHEMA, Ledger, labelling_id, read_predictions, row_keys
+from kinoray.label.manifest import write_manifest
+from kinoray.label.table import WINDOW_SCHEMA, Ledger, labelling_id, read_predictions, row_keys
+from kinoray.library.config import LabelsConfig
+from kinoray.library.labels import labels
+from kinoray.library.rows import LABEL_SCHEMA, Where, scan
+from kinoray.library.write import defused, undefused
 from kinoray.storage.objects import Storage, join
-from kinoray.verbs.library import LabelsConfig
 from small_sets import catalog_of
 from small_tables import answer, label_library, ledger_in, library, rows_for
 
@@ -110,7 +110,7 @@ def test_sorting_and_limits(out: str, tmp_path: Path, name: Any, descending: boo
 def test_a_sort_with_a_limit_drops_what_cannot_come_first(
     out: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("kinoray.labels.verb._SORT_BLOCK", 3)  # so that it drops rows many times
+    monkeypatch.setattr("kinoray.library.labels._SORT_BLOCK", 3)  # so that it drops rows many times
     config = LabelsConfig(predictions=out, sort="score", limit=5, columns=("video_id",))
     rows = [row for row in plain_rows(out) if row["score"] is not None]
     expected = sorted(rows, key=lambda row: (row["score"], row["video_id"]))[:5]
@@ -297,7 +297,7 @@ def with_first(table: pa.Table) -> pa.Table:
 
 def test_a_slow_reader_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Threads fetch ahead, but no more than a window: else a slow writer would hold the whole table."""
-    monkeypatch.setattr("kinoray.labels.read._WINDOW", 3)
+    monkeypatch.setattr("kinoray.library.rows._WINDOW", 3)
     ledger = ledger_in(Storage(), tmp_path)
     label_library(ledger, library(40), unit_size=2)
     Counting.seen.clear()

@@ -22,11 +22,11 @@ import pytest
 
 from kinoray.catalog.table import CATALOG_SCHEMA, Catalog, save_catalog
 from kinoray.config.shared import ClipConfig, SampleConfig, ViewConfig
-from kinoray.predictions.table import PREDICTION_SCHEMA, Ledger, Plan, Unit
-from kinoray.run.label.open import open_labelling
-from kinoray.run.label.verb import run_labelling
+from kinoray.label.config import LabelConfig
+from kinoray.label.open import open_labelling
+from kinoray.label.table import PREDICTION_SCHEMA, Ledger, Plan, Unit
+from kinoray.label.verb import run_labelling
 from kinoray.storage.objects import Storage
-from kinoray.verbs.pipeline import LabelConfig
 from label_models import save_untrained
 
 CLIP = ClipConfig(sample=SampleConfig(num_segments=1, frames_per_segment=2), view=ViewConfig(resize_px=36, crop_px=32))

@@ -10,9 +10,9 @@ import pytest
 import torch
 from torchmetrics.functional.classification import multiclass_calibration_error
 
-from kinoray.metrics.accuracy import Scores, score, wilson_interval
-from kinoray.metrics.calibration import Calibration, calibrate
-from kinoray.metrics.paired import Paired, mcnemar_p, pair
+from kinoray.evaluation.accuracy import Scores, score, wilson_interval
+from kinoray.evaluation.calibration_error import Calibration, calibrate
+from kinoray.evaluation.paired import Paired, mcnemar_p, pair
 
 
 def random_predictions(num_videos: int, num_classes: int, k: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:

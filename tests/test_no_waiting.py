@@ -17,17 +17,17 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import video_baselines as vb
-from kinoray.batch import RawBatch, VideoBatch, model_inputs
 from kinoray.config.clip import DecodeConfig, FlowConfig
 from kinoray.config.shared import AugmentConfig, ClipConfig, ModelConfig, OptimConfig, SampleConfig, ViewConfig
-from kinoray.device_input import DeviceInput
 from kinoray.flow import tvl1
-from kinoray.model.build import build_model
+from kinoray.network.batch import RawBatch, VideoBatch, model_inputs
+from kinoray.network.build import build_model
+from kinoray.network.device_input import DeviceInput
 from kinoray.run.train import augment
-from kinoray.run.train.augment import PHOTOMETRIC, Mix, colour_clip, mix_inputs
-from kinoray.run.train.replica import Replica
 from kinoray.storage.objects import Storage
-from kinoray.verbs.pipeline import TrainConfig
+from kinoray.train.augment import PHOTOMETRIC, Mix, colour_clip, mix_inputs
+from kinoray.train.config import TrainConfig
+from kinoray.train.replica import Replica
 from stand_ins import LeavesDevice, moved, on_device, stand_ins
 from vcm_sdd.backbone import build_backbone
 from vcm_sdd.inference import fold_batch_norms, prepare_for_inference

@@ -19,6 +19,7 @@ from conftest import bucket_at, config_at
 from faulty_s3 import FaultyS3, Request, faulty_s3
 from kills import Driver
 from kills_cluster import Cluster, ray_cluster
+from kinoray.catalog.quarantine import load_quarantine
 from kinoray.catalog.table import load_catalog
 from kinoray.config.file import to_yaml
 from kinoray.config.shared import (
@@ -30,14 +31,15 @@ from kinoray.config.shared import (
     StorageConfig,
     ViewConfig,
 )
-from kinoray.predictions.table import read_predictions
-from kinoray.quarantine import load_quarantine
-from kinoray.run.label.verb import label
-from kinoray.run.pack.verb import pack
-from kinoray.run.train.verb import train
+from kinoray.label.config import LabelConfig
+from kinoray.label.table import read_predictions
+from kinoray.label.verb import label
+from kinoray.pack.config import PackConfig
+from kinoray.pack.verb import pack
 from kinoray.storage.objects import Storage, join
+from kinoray.train.config import TrainConfig
+from kinoray.train.verb import train
 from kinoray.tune.config import TuneConfig
-from kinoray.verbs.pipeline import LabelConfig, PackConfig, TrainConfig
 from label_models import save_untrained
 from small_sets import LABELS, colour_set, colour_video
 from test_resume import assert_bit_for_bit, curve_of

@@ -13,13 +13,13 @@ import torch
 
 from decode_reference import Collect, moving, plain_decode, remux
 from kinoray.config.shared import ClipConfig, DecodeConfig, as_settings, digest
-from kinoray.decode.clip import decode_clip
-from kinoray.decode.nvdec import read_on_device, require_nvdec
-from kinoray.decode.pyav import PyavVideo
+from kinoray.demo.videos import make_broken, make_video
 from kinoray.errors import ConfigError, MediaOverBudget, UndecodableVideo
-from kinoray.sandbox.device import DeviceDecoder
-from kinoray.sandbox.pool import Sandbox
-from kinoray.synthetic.videos import make_broken, make_video
+from kinoray.video.clip import decode_clip
+from kinoray.video.nvdec import read_on_device, require_nvdec
+from kinoray.video.pyav import PyavVideo
+from kinoray.video.sandbox.device import DeviceDecoder
+from kinoray.video.sandbox.pool import Sandbox
 from test_torchcodec import needs_torchcodec
 
 without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
@@ -66,7 +66,7 @@ def test_the_processor_names_no_new_setting() -> None:
 def test_a_decoder_process_refuses_and_does_not_load_torch() -> None:
     script = (
         "import sys\n"
-        "from kinoray.decode.nvdec import require_nvdec\n"
+        "from kinoray.video.nvdec import require_nvdec\n"
         "try:\n    require_nvdec()\n"
         "except ValueError as error:\n    print(error)\n"
         "assert 'torch' not in sys.modules\n"
@@ -100,7 +100,7 @@ def test_the_frames_are_the_wanted_ones(codec: str, gop: int, options: dict[str,
 def test_large_frames_come_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     data = make_video(moving(20), fps=30, gop=12)
     at_once = frames_of(data, list(range(20)))
-    monkeypatch.setattr("kinoray.decode.nvdec._CHUNK_BYTES", 3 * 64 * 96 * 7)
+    monkeypatch.setattr("kinoray.video.nvdec._CHUNK_BYTES", 3 * 64 * 96 * 7)
     in_parts = frames_of(data, list(range(20)))
     assert at_once.keys() == in_parts.keys()
     assert all(np.array_equal(at_once[number], in_parts[number]) for number in at_once)

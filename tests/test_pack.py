@@ -18,8 +18,10 @@ from typing import Any
 import pytest
 
 from faulty_s3 import FaultyS3, Request, faulty_s3
+from kinoray.catalog.quarantine import load_quarantine
 from kinoray.catalog.table import load_catalog, read_videos, references
 from kinoray.config.shared import DecodeConfig, ResourcesConfig, StorageConfig
+from kinoray.demo.videos import make_broken, make_demo_set
 from kinoray.errors import (
     AccessDenied,
     CatalogError,
@@ -30,11 +32,9 @@ from kinoray.errors import (
     ObjectNotFound,
     TooManyBad,
 )
-from kinoray.quarantine import load_quarantine
-from kinoray.run.pack.verb import pack
+from kinoray.pack.config import PackConfig
+from kinoray.pack.verb import pack
 from kinoray.storage.objects import Storage, join
-from kinoray.synthetic.videos import make_broken, make_demo_set
-from kinoray.verbs.pipeline import PackConfig
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_local")]
 
@@ -285,8 +285,8 @@ def test_a_killed_driver_leaves_work_that_the_next_run_finishes(
     source, out = f"{bucket}/list.csv", f"{bucket}/out"
     code = f"""
 from kinoray.config.shared import ResourcesConfig, StorageConfig
-from kinoray.run.pack.verb import pack
-from kinoray.verbs.pipeline import PackConfig
+from kinoray.pack.verb import pack
+from kinoray.config.verbs import PackConfig
 pack(PackConfig(source={source!r}, out={out!r}, storage={through!r}, resources=ResourcesConfig(num_workers=1)))
 """
     reached = threading.Event()

@@ -28,11 +28,24 @@ import torch
 import yaml
 from ray.data.extensions.object_extension import ArrowPythonObjectArray
 
-from kinoray.archive import open_archive
-from kinoray.calibration import load_calibration
 from kinoray.capacity.plan import load_rates
+from kinoray.catalog.annotations import read_annotations, read_label_names
+from kinoray.catalog.quarantine import QUARANTINE_SCHEMA, load_quarantine
 from kinoray.catalog.table import CATALOG_SCHEMA, catalog_of_source, load_catalog
-from kinoray.checkpoint import (
+from kinoray.cluster.config import SubmitConfig
+from kinoray.cluster.package import read_settings
+from kinoray.config.file import load_config
+from kinoray.config.shared import CacheConfig, ClipConfig, DecodeConfig, ModelConfig, digest, parse_options
+from kinoray.demo.ablate_verb import read_results
+from kinoray.errors import ConfigError, KinorayError, MediaError
+from kinoray.evaluation.read import read_evaluation
+from kinoray.label.calibration import load_calibration
+from kinoray.label.table import PREDICTION_SCHEMA, read_predictions
+from kinoray.library.config import LabelsConfig
+from kinoray.library.correct import read_corrections
+from kinoray.library.labels import labels as list_labels
+from kinoray.network.build import build_model
+from kinoray.network.checkpoint import (
     META_FILE,
     MODEL_FILE,
     TRAIN_FILE,
@@ -43,34 +56,21 @@ from kinoray.checkpoint import (
     load_train_state,
     save_checkpoint,
 )
-from kinoray.config.file import load_config
-from kinoray.config.shared import CacheConfig, ClipConfig, DecodeConfig, ModelConfig, digest, parse_options
-from kinoray.corrections import read_corrections
-from kinoray.errors import ConfigError, KinorayError, MediaError
-from kinoray.evaluation.read import read_evaluation
-from kinoray.framecache import FrameCache
-from kinoray.kinetics.annotations import read_annotations, read_label_names
-from kinoray.kinetics.pack import read_unit
-from kinoray.labels.verb import labels as list_labels
-from kinoray.model.build import build_model
-from kinoray.predictions.table import PREDICTION_SCHEMA, read_predictions
-from kinoray.quarantine import QUARANTINE_SCHEMA, load_quarantine
-from kinoray.run.ablate.verb import read_results
-from kinoray.run.pack.tasks import pin_plan
-from kinoray.run.submit.package import read_settings
-from kinoray.run.train.finetune import start_from
-from kinoray.run.train.heartbeat import Heartbeat
-from kinoray.run.train.runfolder import add_start, claim_run, read_losses, read_metrics
-from kinoray.run.tune.table import known_trials, read_outcome
-from kinoray.run.tune.trial import generations
-from kinoray.runs import find_runs
-from kinoray.sandbox.pool import shared_sandbox
-from kinoray.shards.pack import read_commit
+from kinoray.pack.archive import open_archive
+from kinoray.pack.job import pin_plan
+from kinoray.pack.kinetics_unit import read_unit
+from kinoray.pack.shard import read_commit
 from kinoray.storage.objects import Storage, join
+from kinoray.train.config import TrainConfig
+from kinoray.train.finetune import start_from
+from kinoray.train.heartbeat import Heartbeat
+from kinoray.train.runfolder import add_start, claim_run, read_losses, read_metrics
+from kinoray.train.runs import find_runs
 from kinoray.tune.space import parse_space
-from kinoray.verbs.library import LabelsConfig
-from kinoray.verbs.pipeline import TrainConfig
-from kinoray.verbs.submit import SubmitConfig
+from kinoray.tune.table import known_trials, read_outcome
+from kinoray.tune.trial import generations
+from kinoray.video.cache import FrameCache
+from kinoray.video.sandbox.pool import shared_sandbox
 from small_sets import LABELS, catalog_of
 from small_tables import label_library, ledger_in, library
 from test_checkpoint import META, tiny_state

@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 
 from kinoray.config.shared import StorageConfig
 from kinoray.errors import CatalogError, ChecksumMismatch, ConfigError, IncompleteOutput, ObjectNotFound
-from kinoray.predictions.plan import make_plan
-from kinoray.predictions.table import PREDICTION_SCHEMA, Ledger, Plan, Unit, labelling_id, read_predictions, row_keys
+from kinoray.label.plan import make_plan
+from kinoray.label.table import PREDICTION_SCHEMA, Ledger, Plan, Unit, labelling_id, read_predictions, row_keys
 from kinoray.storage.objects import Storage, join
 
 LABELLING = labelling_id("model", "config")

@@ -14,9 +14,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from kinoray.config.shared import ClipConfig, ModelConfig, OptimConfig, SampleConfig, ViewConfig
-from kinoray.decode.clip import decode_clip
-from kinoray.run.ablate.fit import ClipBlock, ClipSet, fit
-from kinoray.synthetic.videos import class_names, make_demo_set
+from kinoray.demo.ablate_fit import ClipBlock, ClipSet, fit
+from kinoray.demo.videos import class_names, make_demo_set
+from kinoray.video.clip import decode_clip
 from vcm_sdd import vcm_sdd
 from vcm_sdd.backbone import TimmGrid
 

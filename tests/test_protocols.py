@@ -10,26 +10,26 @@ import pytest
 import torch
 
 from decode_reference import moving, plain_decode
-from kinoray.answers import AnswerRule, average_logits
 from kinoray.catalog.table import Catalog, catalog_of_source
-from kinoray.checkpoint import load_meta
 from kinoray.config.shared import ClipConfig, ModelConfig, SampleConfig, StorageConfig, ViewConfig
-from kinoray.decode.clip import Clip, decode_clip
-from kinoray.decode.views import ViewClips, decode_views
+from kinoray.demo.videos import make_broken, make_video
 from kinoray.errors import ConfigError
-from kinoray.flow.dis import dis_flow, quantise
-from kinoray.model.build import build_model
-from kinoray.predictions.table import Ledger, Unit, row_keys
-from kinoray.protocol import PROTOCOLS, ProtocolName, ViewAverage, ViewsConfig
-from kinoray.run.label.open import open_labelling
-from kinoray.run.label.stage import LabelJob, LabelUnits, pack_unit
-from kinoray.sample import view_indices
-from kinoray.sandbox.pool import Sandbox
-from kinoray.scorer.clips import ScorerConfig
+from kinoray.label.answers import AnswerRule, average_logits
+from kinoray.label.config import LabelConfig
+from kinoray.label.open import open_labelling
+from kinoray.label.stage import LabelJob, LabelUnits, pack_unit
+from kinoray.label.table import Ledger, Unit, row_keys
+from kinoray.network.build import build_model
+from kinoray.network.checkpoint import load_meta
+from kinoray.network.scorer import ScorerConfig
 from kinoray.storage.objects import Storage
-from kinoray.synthetic.videos import make_broken, make_video
-from kinoray.transform import crop_views
-from kinoray.verbs.pipeline import LabelConfig
+from kinoray.video.clip import Clip, decode_clip
+from kinoray.video.flow_dis import dis_flow, quantise
+from kinoray.video.protocol import PROTOCOLS, ProtocolName, ViewAverage, ViewsConfig
+from kinoray.video.sample import view_indices
+from kinoray.video.sandbox.pool import Sandbox
+from kinoray.video.transform import crop_views
+from kinoray.video.views import ViewClips, decode_views
 from label_models import save_untrained
 
 LOCAL = Storage(StorageConfig())

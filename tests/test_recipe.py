@@ -13,17 +13,17 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.transforms.v2 import functional as V
 
-from kinoray.batch import VideoBatch, model_inputs
 from kinoray.config.shared import AugmentConfig, ClipConfig, ModelConfig, OptimConfig, SampleConfig, ViewConfig
 from kinoray.errors import ConfigError
-from kinoray.model.build import build_model
-from kinoray.model.parts import backbone_names, classifier_names
-from kinoray.run.train.augment import PHOTOMETRIC, Augmenter, Mix, colour_clip, mix_inputs
-from kinoray.run.train.recipe import class_weights, freeze, learning_rate, loss_sum, make_optimizer
-from kinoray.run.train.replica import Replica
-from kinoray.run.train.runfolder import stopped_early
-from kinoray.run.train.snapshot import load_snapshot, seed_step, take_snapshot
-from kinoray.verbs.pipeline import TrainConfig
+from kinoray.network.batch import VideoBatch, model_inputs
+from kinoray.network.build import build_model
+from kinoray.network.parts import backbone_names, classifier_names
+from kinoray.train.augment import PHOTOMETRIC, Augmenter, Mix, colour_clip, mix_inputs
+from kinoray.train.config import TrainConfig
+from kinoray.train.recipe import class_weights, freeze, learning_rate, loss_sum, make_optimizer
+from kinoray.train.replica import Replica
+from kinoray.train.runfolder import stopped_early
+from kinoray.train.snapshot import load_snapshot, seed_step, take_snapshot
 
 CLIP = ClipConfig(sample=SampleConfig(num_segments=2, frames_per_segment=2), view=ViewConfig(resize_px=32, crop_px=32))
 TINY = ModelConfig(options={"backbone": "tiny", "heads": 2, "scale": "dim"})

@@ -9,14 +9,14 @@ import pytest
 import torch
 
 from kinoray.catalog.table import CATALOG_SCHEMA, Catalog, save_catalog
-from kinoray.checkpoint import list_checkpoints, load_model_state
 from kinoray.config.shared import AugmentConfig, OptimConfig, ResourcesConfig
-from kinoray.presets import k400_paper
-from kinoray.run.train.runfolder import read_losses
-from kinoray.run.train.verb import train
+from kinoray.demo.videos import make_video
+from kinoray.network.checkpoint import list_checkpoints, load_model_state
 from kinoray.storage.objects import Storage, join
-from kinoray.synthetic.videos import make_video
-from kinoray.verbs.pipeline import TrainConfig
+from kinoray.train.config import TrainConfig
+from kinoray.train.presets import k400_paper
+from kinoray.train.runfolder import read_losses
+from kinoray.train.verb import train
 from small_sets import set_in
 from test_finetune import CLIP, TINY, saved
 

@@ -13,19 +13,19 @@ import numpy as np
 import pytest
 
 from kinoray.config.shared import StorageConfig
+from kinoray.demo.videos import make_clip, make_video
 from kinoray.errors import CatalogError, ConfigError, ObjectNotFound
-from kinoray.metrics.accuracy import wilson_interval
+from kinoray.evaluation.accuracy import wilson_interval
+from kinoray.label.table import Ledger
+from kinoray.library.config import ReportConfig
+from kinoray.library.report.columns import ROWS_PER_FILE, STRIPS_PER_FILE, id_ranks
+from kinoray.library.report.figures import HISTOGRAM_HEIGHT, histogram_bars
+from kinoray.library.report.numbers import count, join_truth
+from kinoray.library.report.table import choose
+from kinoray.library.report.verb import report
 from kinoray.page import visible
-from kinoray.predictions.table import Ledger
-from kinoray.report.columns import ROWS_PER_FILE, STRIPS_PER_FILE, id_ranks
-from kinoray.report.figures import HISTOGRAM_HEIGHT, histogram_bars
-from kinoray.report.numbers import count, join_truth
-from kinoray.report.strips import MAX_FRAME_BYTES, jpeg_uri
-from kinoray.report.table import choose
-from kinoray.report.verb import report
 from kinoray.storage.objects import Storage
-from kinoray.synthetic.videos import make_clip, make_video
-from kinoray.verbs.report import ReportConfig
+from kinoray.video.strips import MAX_FRAME_BYTES, jpeg_uri
 from report_sites import (
     CLASSES,
     HOSTILE,

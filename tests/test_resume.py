@@ -23,7 +23,6 @@ from torch import Tensor
 
 from faulty_s3 import FaultyS3, Request, faulty_s3
 from kinoray.catalog.table import Catalog, save_catalog
-from kinoray.checkpoint import list_checkpoints, load_model_state, load_train_state
 from kinoray.config.shared import (
     ClipConfig,
     ModelConfig,
@@ -34,15 +33,16 @@ from kinoray.config.shared import (
     ViewConfig,
 )
 from kinoray.errors import JobError, StorageUnavailable
-from kinoray.run.train.decoding import DecodeTask
-from kinoray.run.train.ingest import epoch_order, run_length
-from kinoray.run.train.recorder import Recorder
-from kinoray.run.train.runfolder import read_losses, read_metrics
-from kinoray.run.train.snapshot import HISTORY, Snapshot
-from kinoray.run.train.verb import train
-from kinoray.runs import find_runs
+from kinoray.network.checkpoint import list_checkpoints, load_model_state, load_train_state
 from kinoray.storage.objects import Storage, join
-from kinoray.verbs.pipeline import TrainConfig
+from kinoray.train.config import TrainConfig
+from kinoray.train.decoding import DecodeTask
+from kinoray.train.ingest import epoch_order, run_length
+from kinoray.train.recorder import Recorder
+from kinoray.train.runfolder import read_losses, read_metrics
+from kinoray.train.runs import find_runs
+from kinoray.train.snapshot import HISTORY, Snapshot
+from kinoray.train.verb import train
 from small_sets import LABELS, catalog_of, colour_set, colour_video, set_in
 from test_train import assert_equals_plain_training
 from test_train import make_config as plain_config

@@ -14,16 +14,16 @@ from typing import Any, cast
 import pytest
 
 from kinoray.cli import main
+from kinoray.cluster.environment import git_commit, host, software
 from kinoray.config.file import load_config
 from kinoray.config.shared import ModelConfig, OptimConfig, StorageConfig
 from kinoray.errors import StorageError, TooManyBad
-from kinoray.run.environment import git_commit, host, software
-from kinoray.run.train.curves import draw_curves
-from kinoray.run.train.heartbeat import Heartbeat
-from kinoray.run.train.runfolder import add_start, claim_run, write_losses, write_metrics
-from kinoray.runs import RunSummary, find_runs, runs
 from kinoray.storage.objects import Storage, join
-from kinoray.verbs.pipeline import RunsConfig, TrainConfig
+from kinoray.train.config import RunsConfig, TrainConfig
+from kinoray.train.curves import draw_curves
+from kinoray.train.heartbeat import Heartbeat
+from kinoray.train.runfolder import add_start, claim_run, write_losses, write_metrics
+from kinoray.train.runs import RunSummary, find_runs, runs
 from ports import wait_until
 from small_sets import catalog_of
 
@@ -103,7 +103,7 @@ def test_a_killed_driver_is_told_by_its_silence(tmp_path: Path) -> None:
     out = str(tmp_path / "run")
     storage = start(StorageConfig(), out)
     code = (
-        "import sys, time\nfrom kinoray.run.train.heartbeat import Heartbeat\n"
+        "import sys, time\nfrom kinoray.train.heartbeat import Heartbeat\n"
         "from kinoray.storage.objects import Storage\n"
         "with Heartbeat(Storage(), sys.argv[1], every_s=0.05):\n    time.sleep(600)\n"
     )

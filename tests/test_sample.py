@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kinoray.config.shared import SampleConfig
-from kinoray.sample import clip_rng, segment_indices, view_indices
+from kinoray.video.sample import clip_rng, segment_indices, view_indices
 
 SHAPES = st.builds(
     lambda s, t: SampleConfig(num_segments=s, frames_per_segment=t), st.integers(1, 16), st.integers(1, 6)

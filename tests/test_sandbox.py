@@ -20,7 +20,7 @@ from conftest import wait_until
 from decode_reference import moving
 from kinoray.config.shared import ClipConfig, DecodeConfig, SampleConfig, ViewConfig
 from kinoray.decode import clip as decode
-from kinoray.decode.clip import Clip
+from kinoray.demo.videos import BROKEN_KINDS, make_broken, make_video
 from kinoray.errors import (
     DecoderCrashed,
     DecoderStartFailed,
@@ -29,16 +29,16 @@ from kinoray.errors import (
     MediaError,
     MediaOverBudget,
 )
-from kinoray.predictions.table import read_predictions
-from kinoray.run.label.verb import label
-from kinoray.run.train.decoding import DecodeTask
+from kinoray.label.config import LabelConfig
+from kinoray.label.table import read_predictions
+from kinoray.label.verb import label
 from kinoray.sandbox import pool as sandbox_module
-from kinoray.sandbox.pool import Sandbox, shared_sandbox
-from kinoray.sandbox.process import DecoderProcess
 from kinoray.storage.objects import Storage
-from kinoray.synthetic.videos import BROKEN_KINDS, make_broken, make_video
-from kinoray.transcode import transcode
-from kinoray.verbs.pipeline import LabelConfig
+from kinoray.train.decoding import DecodeTask
+from kinoray.video.clip import Clip
+from kinoray.video.sandbox.pool import Sandbox, shared_sandbox
+from kinoray.video.sandbox.process import DecoderProcess
+from kinoray.video.transcode import transcode
 from label_models import save_untrained
 
 CLIP = ClipConfig(sample=SampleConfig(num_segments=4, frames_per_segment=2), view=ViewConfig(resize_px=40, crop_px=32))
@@ -212,7 +212,7 @@ def test_decoders_end_with_close_and_with_the_last_reference(good: bytes) -> Non
 PARENT = """
 import json, os, signal, sys, threading, time
 from kinoray.config.shared import DecodeConfig
-from kinoray.sandbox.pool import Sandbox
+from kinoray.video.sandbox.pool import Sandbox
 data = open(sys.argv[1], "rb").read()
 sandbox = Sandbox(2)
 threads = [threading.Thread(target=sandbox.probe, args=(data, DecodeConfig())) for _ in range(2)]
@@ -381,7 +381,7 @@ def test_decoders_that_cannot_start_are_the_jobs_error(
     broken = tmp_path / "python"
     broken.write_text("#!/bin/sh\necho 'No module named av' >&2\nexit 3\n")
     broken.chmod(0o755)
-    monkeypatch.setattr("kinoray.sandbox.process._PYTHON", str(broken))
+    monkeypatch.setattr("kinoray.video.sandbox.process._PYTHON", str(broken))
     message = (
         r"no decoder process can be started on \S+ \(3 tries\): ended with exit code 3 \(No module named av\); check"
     )
@@ -394,7 +394,7 @@ def test_decoders_that_cannot_start_are_the_jobs_error(
     block = {"video_id": ["a"], "uri": [str(video)], "offset": [None], "length": [None], "sha256": [None], "row": [0]}
     with pytest.raises(DecoderStartFailed, match=message):
         DecodeTask(storage=Storage(), clip=CLIP, with_flow=False)(pa.table(block))
-    monkeypatch.setattr("kinoray.sandbox.process._PYTHON", str(tmp_path / "nothing"))
+    monkeypatch.setattr("kinoray.video.sandbox.process._PYTHON", str(tmp_path / "nothing"))
     with pytest.raises(DecoderStartFailed, match="No such file or directory"):
         DecoderProcess()
 
@@ -437,7 +437,9 @@ def test_a_labelling_with_poison_labels_every_good_video(
 
 def test_a_relative_path_to_python_will_do(tmp_path: Path) -> None:
     """As of `PATH=.venv/bin:$PATH python`; decoders start in another folder."""
-    code = "import sys; from kinoray.sandbox.process import DecoderProcess as D; print(sys.executable); D().kill()"
+    code = (
+        "import sys; from kinoray.video.sandbox.process import DecoderProcess as D; print(sys.executable); D().kill()"
+    )
     folder = Path(sys.executable).parent
     environment = {**os.environ, "PATH": f"{folder.name}:{os.environ['PATH']}"}
     environment["PYTHONPATH"] = os.pathsep.join(entry for entry in sys.path if entry)

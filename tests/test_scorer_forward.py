@@ -7,15 +7,15 @@ import numpy as np
 import pytest
 import torch
 
-from kinoray.batch import collate
 from kinoray.config.shared import ClipConfig, InferenceConfig, SampleConfig, StorageConfig, ViewConfig
-from kinoray.decode.clip import Clip, VideoInfo
-from kinoray.device_input import Feeder
 from kinoray.errors import ChecksumMismatch, ModelError
-from kinoray.scorer.batch_size import CPU_BATCH, agreed_batch_size, auto_batch_size, largest_batch
-from kinoray.scorer.clips import ClipScorer, ScorerConfig
-from kinoray.scorer.forward import Forward
+from kinoray.network.batch import collate
+from kinoray.network.batch_size import CPU_BATCH, agreed_batch_size, auto_batch_size, largest_batch
+from kinoray.network.device_input import Feeder
+from kinoray.network.forward import Forward
+from kinoray.network.scorer import ClipScorer, ScorerConfig
 from kinoray.storage.objects import Storage
+from kinoray.video.clip import Clip, VideoInfo
 from tiny_models import MeanColour, mean_colour, refuses, wrong_shape
 
 CLIP = ClipConfig(sample=SampleConfig(num_segments=2, frames_per_segment=1), view=ViewConfig(resize_px=16, crop_px=16))

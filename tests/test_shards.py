@@ -11,15 +11,15 @@ from pathlib import Path
 
 import pytest
 
+from kinoray.catalog.quarantine import Refusal, count_reasons, load_quarantine, save_quarantine
 from kinoray.catalog.source import SourceFile, find_files
 from kinoray.config.shared import DecodeConfig
+from kinoray.demo.videos import make_broken, make_demo_set
 from kinoray.errors import CatalogError, ObjectNotFound
-from kinoray.quarantine import Refusal, count_reasons, load_quarantine, save_quarantine
-from kinoray.shards.pack import pack_shard, read_commit
-from kinoray.shards.plan import PackPlan, PlannedVideo, ShardPlan, make_plan
-from kinoray.shards.tar import write_tar
+from kinoray.pack.plan import PackPlan, PlannedVideo, ShardPlan, make_plan
+from kinoray.pack.shard import pack_shard, read_commit
+from kinoray.pack.tar import write_tar
 from kinoray.storage.objects import Storage
-from kinoray.synthetic.videos import make_broken, make_demo_set
 
 STORAGE = Storage()
 

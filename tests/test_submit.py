@@ -13,16 +13,17 @@ import pytest
 import yaml
 
 from conftest import ROOT
+from kinoray.cluster.address import find_url, is_here, is_open
+from kinoray.cluster.client import Attempt, JobsClient
+from kinoray.cluster.config import LogsConfig, SubmitConfig
+from kinoray.cluster.jobs import _runs, _table
+from kinoray.cluster.package import build_folder, check_settings, entrypoint, metadata, runtime_env
+from kinoray.cluster.token import find_token, private_token_file
 from kinoray.config.file import load_config, to_yaml
 from kinoray.errors import ClusterError, ConfigError
-from kinoray.presets import PRESETS
-from kinoray.run.submit.address import find_url, is_here, is_open
-from kinoray.run.submit.client import Attempt, JobsClient
-from kinoray.run.submit.jobs import _runs, _table
-from kinoray.run.submit.package import build_folder, check_settings, entrypoint, metadata, runtime_env
-from kinoray.run.submit.token import find_token, private_token_file
-from kinoray.verbs.pipeline import PackConfig, TrainConfig
-from kinoray.verbs.submit import LogsConfig, SubmitConfig
+from kinoray.pack.config import PackConfig
+from kinoray.train.config import TrainConfig
+from kinoray.train.presets import PRESETS
 
 TOKEN = "c0ffee" * 8
 

@@ -16,14 +16,14 @@ from typing import Any
 import pytest
 from aiohttp import web
 
+from kinoray.cluster.config import JobsConfig, LogsConfig, StopConfig, SubmitConfig
+from kinoray.cluster.jobs import jobs, logs, stop
+from kinoray.cluster.package import metadata
+from kinoray.cluster.submit import submit
 from kinoray.config.file import to_yaml
 from kinoray.errors import ClusterError, ConfigError
+from kinoray.pack.config import PackConfig
 from kinoray.run.submit import follow as submit_follow
-from kinoray.run.submit.jobs import jobs, logs, stop
-from kinoray.run.submit.package import metadata
-from kinoray.run.submit.verb import submit
-from kinoray.verbs.pipeline import PackConfig
-from kinoray.verbs.submit import JobsConfig, LogsConfig, StopConfig, SubmitConfig
 
 TEXT = "".join(f"line {number}\n" for number in range(5))
 DONE: dict[str, Any] = {"status": "SUCCEEDED", "driver_exit_code": 0}

@@ -9,7 +9,7 @@ import cv2
 import numpy as np
 import pytest
 
-from kinoray.synthetic.videos import (
+from kinoray.demo.videos import (
     BROKEN_KINDS,
     MOTIONS,
     THINGS,

@@ -16,17 +16,18 @@ import pytest
 import torch
 
 from bombs import box
+from kinoray.catalog.quarantine import load_quarantine
 from kinoray.catalog.table import load_catalog, read_videos, references
 from kinoray.config.shared import ClipConfig, ModelConfig, ResourcesConfig, SampleConfig, StorageConfig, ViewConfig
-from kinoray.decode.clip import decode_clip
-from kinoray.model.build import build_model
-from kinoray.predictions.table import read_predictions
-from kinoray.quarantine import load_quarantine
-from kinoray.run.label.verb import label
-from kinoray.run.pack.verb import pack
+from kinoray.demo.videos import make_broken, make_video
+from kinoray.label.config import LabelConfig
+from kinoray.label.table import read_predictions
+from kinoray.label.verb import label
+from kinoray.network.build import build_model
+from kinoray.pack.config import PackConfig
+from kinoray.pack.verb import pack
 from kinoray.storage.objects import Storage, join
-from kinoray.synthetic.videos import make_broken, make_video
-from kinoray.verbs.pipeline import LabelConfig, PackConfig
+from kinoray.video.clip import decode_clip
 from label_models import save_untrained
 from small_sets import COLOURS, LABELS
 

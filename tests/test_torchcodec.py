@@ -8,11 +8,11 @@ import pytest
 
 from decode_reference import moving
 from kinoray.config.shared import ClipConfig, DecodeConfig, SampleConfig, ViewConfig
-from kinoray.decode.clip import decode_clip, probe, thumbnails
+from kinoray.demo.videos import make_broken, make_video
 from kinoray.errors import ConfigError, MediaOverBudget, UndecodableVideo
-from kinoray.sample import clip_rng
-from kinoray.sandbox.pool import Sandbox
-from kinoray.synthetic.videos import make_broken, make_video
+from kinoray.video.clip import decode_clip, probe, thumbnails
+from kinoray.video.sample import clip_rng
+from kinoray.video.sandbox.pool import Sandbox
 
 PYAV = ClipConfig(
     sample=SampleConfig(num_segments=4, frames_per_segment=3),

@@ -7,13 +7,13 @@ import pytest
 
 from kinoray.cli import main
 from kinoray.config.shared import ModelConfig, OptimConfig, StorageConfig
-from kinoray.predictions.table import Commit, Ledger, row_keys
-from kinoray.run.train.runfolder import claim_run, write_metrics
+from kinoray.label.table import Commit, Ledger, row_keys
+from kinoray.library.config import TraceConfig
+from kinoray.library.spans import Span, covered_s, trace_events
+from kinoray.library.trace import label_spans, trace
 from kinoray.storage.objects import Storage
-from kinoray.trace.spans import Span, covered_s, trace_events
-from kinoray.trace.verb import label_spans, trace
-from kinoray.verbs.pipeline import TrainConfig
-from kinoray.verbs.trace import TraceConfig
+from kinoray.train.config import TrainConfig
+from kinoray.train.runfolder import claim_run, write_metrics
 from small_sets import catalog_of
 from small_tables import ledger_in, library, rows_for
 

@@ -18,9 +18,8 @@ from torch import nn
 from torch.nn import functional as F
 
 import tiny_models
-from kinoray.batch import collate, model_inputs
+from kinoray.catalog.quarantine import Refusal, load_quarantine
 from kinoray.catalog.table import Catalog, load_catalog, read_videos, references
-from kinoray.checkpoint import find_checkpoint, list_checkpoints, load_meta, load_model, save_checkpoint
 from kinoray.config.shared import (
     ClipConfig,
     ModelConfig,
@@ -30,7 +29,6 @@ from kinoray.config.shared import (
     StorageConfig,
     ViewConfig,
 )
-from kinoray.decode.clip import Clip, decode_clip
 from kinoray.errors import (
     CatalogError,
     ConfigError,
@@ -42,14 +40,16 @@ from kinoray.errors import (
     TooManyBad,
     TrainingDiverged,
 )
-from kinoray.quarantine import Refusal, load_quarantine
-from kinoray.run.train.ingest import epoch_order, run_length
-from kinoray.run.train.recipe import learning_rate, load_optimizer_state, make_optimizer, optimizer_state
-from kinoray.run.train.runfolder import add_refusals, claim_run, prune_checkpoints, read_metrics, write_metrics
-from kinoray.run.train.verb import train
-from kinoray.sample import clip_rng
+from kinoray.network.batch import collate, model_inputs
+from kinoray.network.checkpoint import find_checkpoint, list_checkpoints, load_meta, load_model, save_checkpoint
 from kinoray.storage.objects import Storage, join
-from kinoray.verbs.pipeline import TrainConfig
+from kinoray.train.config import TrainConfig
+from kinoray.train.ingest import epoch_order, run_length
+from kinoray.train.recipe import learning_rate, load_optimizer_state, make_optimizer, optimizer_state
+from kinoray.train.runfolder import add_refusals, claim_run, prune_checkpoints, read_metrics, write_metrics
+from kinoray.train.verb import train
+from kinoray.video.clip import Clip, decode_clip
+from kinoray.video.sample import clip_rng
 from small_sets import colour_set, set_in
 
 CLIP = ClipConfig(sample=SampleConfig(num_segments=1, frames_per_segment=2), view=ViewConfig(resize_px=32, crop_px=24))

@@ -10,11 +10,11 @@ import pytest
 
 from decode_reference import moving, plain_decode
 from kinoray.config.shared import DecodeConfig
-from kinoray.decode.clip import probe
+from kinoray.demo.videos import make_broken, make_video
 from kinoray.errors import EmptyMedia, MediaOverBudget, NoVideoStream, UndecodableVideo, UnreadableContainer
-from kinoray.sandbox.pool import Sandbox
-from kinoray.synthetic.videos import make_broken, make_video
-from kinoray.transcode import TRANSCODE, TranscodeSettings, transcode
+from kinoray.video.clip import probe
+from kinoray.video.sandbox.pool import Sandbox
+from kinoray.video.transcode import TRANSCODE, TranscodeSettings, transcode
 
 CONFIG = DecodeConfig()
 FRAMES = moving(40, height=96, width=128)

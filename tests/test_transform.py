@@ -6,7 +6,7 @@ import pytest
 
 from kinoray import transform
 from kinoray.config.shared import ViewConfig
-from kinoray.transform import View, crop_views, train_view
+from kinoray.video.transform import View, crop_views, train_view
 
 STRETCH = ViewConfig()
 SHORT = ViewConfig(resize="short_side")

@@ -16,7 +16,6 @@ import numpy as np
 import pytest
 import torch
 
-from kinoray.checkpoint import list_checkpoints, load_model_state, load_train_state, save_checkpoint
 from kinoray.cli import main
 from kinoray.config.file import load_config
 from kinoray.config.shared import (
@@ -30,19 +29,20 @@ from kinoray.config.shared import (
     ViewConfig,
 )
 from kinoray.errors import ClusterError, ConfigError, JobError
-from kinoray.run.train.runfolder import claim_run, read_metrics, run_digest, write_metrics
-from kinoray.run.train.verb import train
-from kinoray.run.tune.cache import shared_cache
-from kinoray.run.tune.fit import trials_at_once
-from kinoray.run.tune.search import optuna_searcher, planned_trials
-from kinoray.run.tune.table import best_row, ranked, read_trial, write_outcome
-from kinoray.run.tune.trial import copy_checkpoint, generations, trial_run
-from kinoray.run.tune.verb import tune
+from kinoray.network.checkpoint import list_checkpoints, load_model_state, load_train_state, save_checkpoint
 from kinoray.storage.objects import Storage, join
+from kinoray.train.config import TrainConfig
+from kinoray.train.runfolder import claim_run, read_metrics, run_digest, write_metrics
+from kinoray.train.verb import train
+from kinoray.tune.cache import shared_cache
 from kinoray.tune.config import TuneConfig, train_config
+from kinoray.tune.fit import trials_at_once
 from kinoray.tune.page import TrialRow, heat_map, tune_page
+from kinoray.tune.search import optuna_searcher, planned_trials
 from kinoray.tune.space import Settings, apply, draw_trials, grid_trials, parse_space, trial_id
-from kinoray.verbs.pipeline import TrainConfig
+from kinoray.tune.table import best_row, ranked, read_trial, write_outcome
+from kinoray.tune.trial import copy_checkpoint, generations, trial_run
+from kinoray.tune.verb import tune
 from ports import wait_until
 from small_sets import colour_set, set_in
 from test_checkpoint import META, tiny_state
@@ -469,7 +469,7 @@ def test_four_trials_run_where_two_have_room_and_the_best_can_be_trained_again(
 RUNNER = """
 import sys
 from kinoray.config.file import load_config
-from kinoray.run.tune.verb import tune
+from kinoray.tune.verb import tune
 from kinoray.tune.config import TuneConfig
 if __name__ == "__main__":
     tune(load_config(TuneConfig, sys.argv[1]))

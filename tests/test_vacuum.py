@@ -14,10 +14,10 @@ import pytest
 from kinoray import vacuum as vacuum_module
 from kinoray.config.shared import StorageConfig
 from kinoray.errors import ChecksumMismatch, ConfigError, IncompleteOutput, ObjectNotFound
-from kinoray.predictions.table import WINDOW_SCHEMA, Ledger, Plan, read_predictions, row_keys
+from kinoray.label.config import VacuumConfig
+from kinoray.label.table import WINDOW_SCHEMA, Ledger, Plan, read_predictions, row_keys
+from kinoray.label.vacuum import vacuum
 from kinoray.storage.objects import ObjectInfo, Storage, join
-from kinoray.vacuum import vacuum
-from kinoray.verbs.library import VacuumConfig
 from small_tables import label_library, ledger_in, library, rows_for
 
 ANY_AGE_H = 1e-9

@@ -10,23 +10,23 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kinoray.answers import AnswerRule
 from kinoray.catalog.table import catalog_of_source
-from kinoray.checkpoint import load_meta
 from kinoray.config.shared import ClipConfig, ModelConfig, SampleConfig, StorageConfig, ViewConfig
 from kinoray.decode import views as decode_views_module
-from kinoray.decode.clip import decode_clip
-from kinoray.decode.views import decode_views
+from kinoray.demo.videos import make_broken, make_video
 from kinoray.errors import ConfigError, ObjectNotFound, UndecodableVideo
-from kinoray.model.build import build_model
-from kinoray.predictions.table import Ledger, read_windows, row_keys
-from kinoray.protocol import ViewsConfig, WindowsConfig
-from kinoray.run.label.stage import LabelJob, LabelUnits, pack_unit
-from kinoray.sample import view_indices
-from kinoray.scorer.clips import ScorerConfig
+from kinoray.label.answers import AnswerRule
+from kinoray.label.stage import LabelJob, LabelUnits, pack_unit
+from kinoray.label.table import Ledger, read_windows, row_keys
+from kinoray.network.build import build_model
+from kinoray.network.checkpoint import load_meta
+from kinoray.network.scorer import ScorerConfig
 from kinoray.storage.objects import Storage
-from kinoray.synthetic.videos import make_broken, make_video
-from kinoray.windows import cut_windows
+from kinoray.video.clip import decode_clip
+from kinoray.video.protocol import ViewsConfig, WindowsConfig
+from kinoray.video.sample import view_indices
+from kinoray.video.views import decode_views
+from kinoray.video.windows import cut_windows
 from label_models import save_untrained
 
 LOCAL = Storage(StorageConfig())

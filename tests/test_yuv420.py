@@ -13,9 +13,7 @@ import pytest
 import torch
 
 from decode_reference import moving
-from kinoray.batch import VideoBatch, collate, model_inputs, yuv420_to_rgb
 from kinoray.catalog.table import load_catalog, read_videos, references
-from kinoray.checkpoint import find_checkpoint, load_meta, load_model
 from kinoray.config.shared import (
     AugmentConfig,
     CacheConfig,
@@ -27,26 +25,29 @@ from kinoray.config.shared import (
     SampleConfig,
     ViewConfig,
 )
-from kinoray.decode.bank import decode_bank
-from kinoray.decode.clip import Clip, decode_clip, thumbnails
-from kinoray.decode.colour import chroma_to_centre, to_bt601
-from kinoray.decode.sink import clip_frame_bytes, i420_planes, mirror
-from kinoray.decode.views import decode_views
+from kinoray.demo.videos import make_video
 from kinoray.errors import ConfigError, ModelError
-from kinoray.flow.dis import dis_flow, quantise
-from kinoray.protocol import PROTOCOLS, ViewsConfig
-from kinoray.run.label.open import open_labelling
-from kinoray.run.label.stage import LabelUnits, pack_unit
-from kinoray.run.train.augment import Augmenter
-from kinoray.run.train.decoding import DecodeTask
-from kinoray.run.train.runfolder import read_metrics
-from kinoray.run.train.verb import train
-from kinoray.sample import clip_rng, segment_indices, view_indices
-from kinoray.sandbox.pool import Sandbox
+from kinoray.label.config import LabelConfig
+from kinoray.label.open import open_labelling
+from kinoray.label.stage import LabelUnits, pack_unit
+from kinoray.network.batch import VideoBatch, collate, model_inputs, yuv420_to_rgb
+from kinoray.network.checkpoint import find_checkpoint, load_meta, load_model
 from kinoray.storage.objects import Storage
-from kinoray.synthetic.videos import make_video
-from kinoray.transform import View, crop_views, test_view, train_view
-from kinoray.verbs.pipeline import LabelConfig, TrainConfig
+from kinoray.train.augment import Augmenter
+from kinoray.train.config import TrainConfig
+from kinoray.train.decoding import DecodeTask
+from kinoray.train.runfolder import read_metrics
+from kinoray.train.verb import train
+from kinoray.video.bank import decode_bank
+from kinoray.video.clip import Clip, decode_clip, thumbnails
+from kinoray.video.colour import chroma_to_centre, to_bt601
+from kinoray.video.flow_dis import dis_flow, quantise
+from kinoray.video.protocol import PROTOCOLS, ViewsConfig
+from kinoray.video.sample import clip_rng, segment_indices, view_indices
+from kinoray.video.sandbox.pool import Sandbox
+from kinoray.video.sink import clip_frame_bytes, i420_planes, mirror
+from kinoray.video.transform import View, crop_views, test_view, train_view
+from kinoray.video.views import decode_views
 from label_models import save_untrained
 from small_sets import set_in
 from tiny_models import Spec
@@ -249,7 +250,7 @@ def test_the_conversion_is_the_standard_computed_in_float64() -> None:
 
 
 def test_many_frames_are_converted_as_each_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kinoray.batch._CONVERTED_PIXELS", 600)
+    monkeypatch.setattr("kinoray.network.batch._CONVERTED_PIXELS", 600)
     frames = torch.from_numpy(np.random.default_rng(1).integers(0, 256, (5, 2, 24, 16)).astype(np.uint8))
     together = yuv420_to_rgb(frames)
     assert torch.equal(together, torch.stack([yuv420_to_rgb(one) for one in frames]))

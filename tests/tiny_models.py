@@ -15,7 +15,7 @@ from ports import wait_until
 
 @dataclass(frozen=True)
 class Spec:
-    """What the platform asks of a model (kinoray.model.build.InputSpec); deliberately not vcm_sdd's class."""
+    """What the platform asks of a model (kinoray.network.build.InputSpec); deliberately not vcm_sdd's class."""
 
     rgb: bool = True
     flow_channels: int = 0

@@ -17,19 +17,20 @@ from typing import Any
 import tyro
 
 from kinoray import __version__
+from kinoray.capacity.config import BenchConfig, PlanConfig
+from kinoray.cluster.config import JobsConfig, LogsConfig, StopConfig, SubmitConfig
 from kinoray.config.file import load_config, to_yaml
+from kinoray.demo.config import AblateConfig, DemoConfig
+from kinoray.doctor.config import DoctorConfig
 from kinoray.errors import ConfigError, KinorayError
-from kinoray.presets import PRESETS
+from kinoray.evaluation.config import CalibrateConfig, CompareConfig, EnsembleConfig, EvaluateConfig
+from kinoray.label.config import LabelConfig, VacuumConfig
+from kinoray.library.config import CorrectConfig, ExportConfig, LabelsConfig, ReportConfig, TraceConfig
+from kinoray.network.config import ModelVerbConfig
+from kinoray.pack.config import PackConfig
+from kinoray.train.config import RunsConfig, TrainConfig
+from kinoray.train.presets import PRESETS
 from kinoray.tune.config import TuneConfig
-from kinoray.verbs.capacity import BenchConfig, PlanConfig
-from kinoray.verbs.doctor import DoctorConfig
-from kinoray.verbs.evaluation import CalibrateConfig, CompareConfig, EnsembleConfig
-from kinoray.verbs.library import CorrectConfig, ExportConfig, LabelsConfig, VacuumConfig
-from kinoray.verbs.pipeline import EvaluateConfig, LabelConfig, PackConfig, RunsConfig, TrainConfig
-from kinoray.verbs.report import ReportConfig
-from kinoray.verbs.study import AblateConfig, DemoConfig, ModelVerbConfig
-from kinoray.verbs.submit import JobsConfig, LogsConfig, StopConfig, SubmitConfig
-from kinoray.verbs.trace import TraceConfig
 
 __all__ = ["VERBS", "Verb", "main"]
 
@@ -49,42 +50,50 @@ VERBS: Mapping[str, Verb] = {
     "doctor": Verb(
         DoctorConfig, "kinoray.doctor.verb:doctor", "what is wrong with videos, a machine, a store or a cluster"
     ),
-    "pack": Verb(PackConfig, "kinoray.run.pack.verb:pack", "videos -> tar shards and a catalog in object storage"),
-    "train": Verb(TrainConfig, "kinoray.run.train.verb:train", "catalog -> checkpoints, with Ray Data and Ray Train"),
-    "tune": Verb(TuneConfig, "kinoray.run.tune.verb:tune", "many trainings with other settings -> the best of them"),
+    "pack": Verb(PackConfig, "kinoray.pack.verb:pack", "videos -> tar shards and a catalog in object storage"),
+    "train": Verb(TrainConfig, "kinoray.train.verb:train", "catalog -> checkpoints, with Ray Data and Ray Train"),
+    "tune": Verb(TuneConfig, "kinoray.tune.verb:tune", "many trainings with other settings -> the best of them"),
     "evaluate": Verb(
-        EvaluateConfig, "kinoray.run.evaluate:evaluate", "checkpoint + labelled catalog -> exact accuracy"
+        EvaluateConfig, "kinoray.evaluation.verb:evaluate", "checkpoint + labelled catalog -> exact accuracy"
     ),
     "calibrate": Verb(
-        CalibrateConfig, "kinoray.run.calibrate:calibrate", "labelled catalog -> temperature and early-exit margins"
+        CalibrateConfig,
+        "kinoray.evaluation.calibrate:calibrate",
+        "labelled catalog -> temperature and early-exit margins",
     ),
-    "ensemble": Verb(EnsembleConfig, "kinoray.ensemble:ensemble", "several evaluations -> their averaged scores"),
-    "compare": Verb(CompareConfig, "kinoray.compare.verb:compare", "two evaluations -> what changed, as one HTML page"),
-    "label": Verb(LabelConfig, "kinoray.run.label.verb:label", "any videos -> one result row each, exactly once"),
+    "ensemble": Verb(
+        EnsembleConfig, "kinoray.evaluation.ensemble:ensemble", "several evaluations -> their averaged scores"
+    ),
+    "compare": Verb(
+        CompareConfig, "kinoray.evaluation.compare:compare", "two evaluations -> what changed, as one HTML page"
+    ),
+    "label": Verb(LabelConfig, "kinoray.label.verb:label", "any videos -> one result row each, exactly once"),
     "labels": Verb(
-        LabelsConfig, "kinoray.labels.verb:labels", "result tables: filter, join, sort; as table, CSV or Parquet"
+        LabelsConfig, "kinoray.library.labels:labels", "result tables: filter, join, sort; as table, CSV or Parquet"
     ),
-    "vacuum": Verb(VacuumConfig, "kinoray.vacuum:vacuum", "remove what killed labelling jobs left behind"),
+    "vacuum": Verb(VacuumConfig, "kinoray.label.vacuum:vacuum", "remove what killed labelling jobs left behind"),
     "export": Verb(
-        ExportConfig, "kinoray.export.verb:export", "results -> FiftyOne, Label Studio, Datumaro, JSONL, CSV"
+        ExportConfig, "kinoray.library.export:export", "results -> FiftyOne, Label Studio, Datumaro, JSONL, CSV"
     ),
-    "correct": Verb(CorrectConfig, "kinoray.corrections:correct", "results + corrections -> a labelled catalog"),
-    "bench": Verb(BenchConfig, "kinoray.run.bench.verb:bench", "how fast your own videos are labelled, and what binds"),
+    "correct": Verb(CorrectConfig, "kinoray.library.correct:correct", "results + corrections -> a labelled catalog"),
+    "bench": Verb(BenchConfig, "kinoray.capacity.bench:bench", "how fast your own videos are labelled, and what binds"),
     "plan": Verb(PlanConfig, "kinoray.capacity.plan:plan", "measured rates -> nodes, hours and cost for a library"),
-    "runs": Verb(RunsConfig, "kinoray.runs:runs", "trainings in storage: how they stand, and their best"),
-    "trace": Verb(TraceConfig, "kinoray.trace.verb:trace", "where the time of a labelling or a training went"),
+    "runs": Verb(RunsConfig, "kinoray.train.runs:runs", "trainings in storage: how they stand, and their best"),
+    "trace": Verb(TraceConfig, "kinoray.library.trace:trace", "where the time of a labelling or a training went"),
     "report": Verb(
-        ReportConfig, "kinoray.report.verb:report", "results -> a static site to look at, filter and correct"
+        ReportConfig, "kinoray.library.report.verb:report", "results -> a static site to look at, filter and correct"
     ),
-    "model": Verb(ModelVerbConfig, "kinoray.describe:describe_model", "a network's parameters and operations"),
+    "model": Verb(ModelVerbConfig, "kinoray.network.verb:describe_model", "a network's parameters and operations"),
     "submit": Verb(
-        SubmitConfig, "kinoray.run.submit.verb:submit", "run a verb as a job on a cluster, and follow it", True
+        SubmitConfig, "kinoray.cluster.submit:submit", "run a verb as a job on a cluster, and follow it", True
     ),
-    "jobs": Verb(JobsConfig, "kinoray.run.submit.jobs:jobs", "submitted jobs: how they stand, and what came of them"),
-    "logs": Verb(LogsConfig, "kinoray.run.submit.jobs:logs", "what a submitted job has printed"),
-    "stop": Verb(StopConfig, "kinoray.run.submit.jobs:stop", "stop a submitted job, and wait for its end", True),
-    "demo": Verb(DemoConfig, "kinoray.run.demo.verb:demo", "all of the above on a small generated set"),
-    "ablate": Verb(AblateConfig, "kinoray.run.ablate.verb:ablate", "table 2 of the paper, TSN and TSM, on a small set"),
+    "jobs": Verb(JobsConfig, "kinoray.cluster.jobs:jobs", "submitted jobs: how they stand, and what came of them"),
+    "logs": Verb(LogsConfig, "kinoray.cluster.jobs:logs", "what a submitted job has printed"),
+    "stop": Verb(StopConfig, "kinoray.cluster.jobs:stop", "stop a submitted job, and wait for its end", True),
+    "demo": Verb(DemoConfig, "kinoray.demo.verb:demo", "all of the above on a small generated set"),
+    "ablate": Verb(
+        AblateConfig, "kinoray.demo.ablate_verb:ablate", "table 2 of the paper, TSN and TSM, on a small set"
+    ),
 }
 
 

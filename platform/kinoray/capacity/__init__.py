@@ -1,1 +1,1 @@
-"""Measured rates -> nodes, hours and cost."""
+"""Measured rates of your own videos -> nodes, hours and cost."""

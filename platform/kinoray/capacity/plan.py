@@ -12,13 +12,13 @@ from typing import Any
 
 import pyarrow.compute as pc
 
+from kinoray.capacity.config import PlanConfig
 from kinoray.capacity.estimate import Conditions, Estimate, Rates, Site, Work, fewest_nodes, unit_s, work_of
 from kinoray.capacity.nodes import NodeType, gpu_seconds, parse_duration, parse_gpu_rates, parse_node
 from kinoray.catalog.table import Catalog, catalog_of_source
+from kinoray.console import format_duration
 from kinoray.errors import ConfigError
-from kinoray.progress import format_duration
 from kinoray.storage.objects import Storage, absolute
-from kinoray.verbs.capacity import PlanConfig
 
 __all__ = ["Library", "calibration", "layout", "load_rates", "plan"]
 

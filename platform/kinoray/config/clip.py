@@ -130,7 +130,7 @@ class ClipConfig:
             require(value % 2 == 0 or not is_i420, f"view.{name}", "even with decode.frames yuv420", value)
 
     def on_device(self, *, with_flow: bool) -> bool:
-        """Whether the model's device finishes the clips (kinoray.device_input): scales them, or finds their flow.
+        """Whether the model's device finishes the clips (network/device_input.py): scales them, or finds their flow.
 
         Raises:
             ConfigError: it would scale frames whose flow the decoder finds.

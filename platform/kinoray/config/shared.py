@@ -1,4 +1,4 @@
-"""The settings that jobs share: frozen dataclasses, one docstring a field. The verbs' own trees are in kinoray.verbs.
+"""The settings that jobs share: frozen dataclasses, one docstring a field. The verbs' own are in their stages.
 
 Everything that changes a number in a result is in ClipConfig and ModelConfig, and their digest goes into that result.
 """

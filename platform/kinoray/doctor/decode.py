@@ -5,12 +5,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from kinoray.config.shared import ClipConfig
-from kinoray.decode.clip import VideoInfo
+from kinoray.console import format_duration, many
 from kinoray.doctor.cost import Estimate, cost_class, estimate_total, spread_over_classes
 from kinoray.doctor.probe import DecodeCost, Probed
 from kinoray.doctor.section import Section, Warn, spread, table
-from kinoray.progress import format_duration, many
-from kinoray.transcode import TRANSCODE
+from kinoray.video.clip import VideoInfo
+from kinoray.video.transcode import TRANSCODE
 
 __all__ = ["choose_decoded", "choose_transcoded", "decode_section"]
 

@@ -13,12 +13,12 @@ from typing import Any, get_args
 import numpy as np
 
 from kinoray.config.shared import ClipConfig, DecodeConfig, SampleConfig, ViewConfig
+from kinoray.console import many
+from kinoray.demo.videos import make_video
 from kinoray.doctor.host import host_facts
 from kinoray.doctor.section import Check, Section, checked, format_bytes
 from kinoray.errors import ConfigError, DecoderStartFailed, MediaError
-from kinoray.progress import many
-from kinoray.sandbox.pool import Sandbox
-from kinoray.synthetic.videos import make_video
+from kinoray.video.sandbox.pool import Sandbox
 
 __all__ = ["REQUIRED", "gpu_facts", "host_checks", "machine_section", "version_checks"]
 

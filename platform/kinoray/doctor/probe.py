@@ -16,11 +16,11 @@ from typing import TypeVar
 
 from kinoray.catalog.table import Reference, read_videos
 from kinoray.config.shared import ClipConfig, DecodeConfig
-from kinoray.decode.clip import VideoInfo
+from kinoray.console import Progress
 from kinoray.errors import AccessDenied, KinorayError, MediaError, MediaOverBudget, StorageUnavailable
-from kinoray.progress import Progress
-from kinoray.sandbox.pool import Sandbox, shared_sandbox
 from kinoray.storage.objects import Storage
+from kinoray.video.clip import VideoInfo
+from kinoray.video.sandbox.pool import Sandbox, shared_sandbox
 
 __all__ = ["DecodeCost", "Probed", "Video", "measure", "probe_all"]
 

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from kinoray.progress import many
+from kinoray.console import many
 
 __all__ = [
     "Check",

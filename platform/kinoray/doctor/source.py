@@ -17,10 +17,10 @@ import pyarrow.compute as pc
 from kinoray.catalog.source import SourceFile, find_files, unique_ids
 from kinoray.catalog.table import VIDEO_EXTENSIONS, Catalog, catalog_of_files, extension, is_catalog, load_catalog
 from kinoray.config.shared import DecodeConfig
+from kinoray.console import many
 from kinoray.doctor.section import Section, Warn, format_bytes, table
 from kinoray.errors import CatalogError
-from kinoray.progress import many
-from kinoray.shards.plan import places_in_folders
+from kinoray.pack.plan import places_in_folders
 from kinoray.storage.objects import Storage
 
 __all__ = ["Inventory", "choose_sample", "open_source", "source_section"]

@@ -19,10 +19,10 @@ import pyarrow.parquet as pq
 
 from kinoray.catalog.table import Reference, read_video
 from kinoray.config.shared import StorageConfig
+from kinoray.console import many
 from kinoray.doctor.checksums import server_checks
 from kinoray.doctor.section import Check, Section, checked, clock_check
 from kinoray.errors import ChecksumMismatch, KinorayError, ObjectNotFound, StorageError
-from kinoray.progress import many
 from kinoray.storage.objects import Storage, absolute, arrow_filesystem, is_s3, join
 
 __all__ = ["store_section"]

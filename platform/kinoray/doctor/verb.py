@@ -13,7 +13,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
 
+from kinoray.catalog.quarantine import Refusal, count_reasons, save_quarantine
 from kinoray.catalog.table import references
+from kinoray.console import format_duration, many
+from kinoray.doctor.config import DoctorConfig
 from kinoray.doctor.decode import choose_decoded, choose_transcoded, decode_section
 from kinoray.doctor.machine import machine_section
 from kinoray.doctor.probe import Probed, Video, measure, probe_all
@@ -22,10 +25,7 @@ from kinoray.doctor.source import Inventory, choose_sample, open_source, source_
 from kinoray.doctor.store import store_section
 from kinoray.doctor.videos import bad_section, probe_section
 from kinoray.errors import JobError, KinorayError, TooManyBad
-from kinoray.progress import format_duration, many
-from kinoray.quarantine import Refusal, count_reasons, save_quarantine
 from kinoray.storage.objects import Storage, absolute, join
-from kinoray.verbs.doctor import DoctorConfig
 
 __all__ = ["doctor"]
 
@@ -91,7 +91,7 @@ def _sections(config: DoctorConfig) -> Iterator[tuple[Section, list[Refusal], in
         yield store_section(config.storage, config.bucket), [], 0
     if config.address or (not config.source and any(os.environ.get(name) for name in _ADDRESS_NAMES)):
         print("doctor: asking the cluster", flush=True)
-        yield importlib.import_module("kinoray.run.doctor.cluster").cluster_section(config.address), [], 0
+        yield importlib.import_module("kinoray.doctor.cluster").cluster_section(config.address), [], 0
     if config.source:
         yield from _video_sections(config)
 

@@ -4,15 +4,15 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from kinoray.catalog.quarantine import Refusal, count_reasons
 from kinoray.config.shared import ClipConfig
-from kinoray.decode.clip import VideoInfo
+from kinoray.console import format_duration, many
 from kinoray.doctor.cost import size_class
 from kinoray.doctor.probe import Probed
 from kinoray.doctor.section import Section, Warn, format_bytes, spread, table
-from kinoray.metrics.accuracy import wilson_interval
-from kinoray.progress import format_duration, many
-from kinoray.quarantine import Refusal, count_reasons
-from kinoray.transcode import TRANSCODE
+from kinoray.evaluation.accuracy import wilson_interval
+from kinoray.video.clip import VideoInfo
+from kinoray.video.transcode import TRANSCODE
 
 __all__ = ["bad_section", "probe_section"]
 

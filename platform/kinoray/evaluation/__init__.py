@@ -1,1 +1,1 @@
-"""What an evaluation says, written and read back."""
+"""Predictions and true classes -> numbers: accuracy, calibration, comparisons, ensembles."""

@@ -9,7 +9,7 @@ import pyarrow as pa
 from kinoray.catalog.table import Catalog, catalog_of_source
 from kinoray.errors import CatalogError, ConfigError, IncompleteOutput, ObjectNotFound
 from kinoray.evaluation.summary import ANSWER_COLUMNS, FILE_NAME, Answers, join_answers, true_classes
-from kinoray.predictions.table import Ledger
+from kinoray.label.table import Ledger
 from kinoray.storage.objects import Storage, absolute, join
 
 __all__ = ["Evaluation", "read_evaluation"]

@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 
 from kinoray.catalog.table import Catalog
 from kinoray.errors import CatalogError, CheckpointMismatch
-from kinoray.metrics.accuracy import Scores, score, wilson_interval
-from kinoray.metrics.calibration import Calibration, calibrate
+from kinoray.evaluation.accuracy import Scores, score, wilson_interval
+from kinoray.evaluation.calibration_error import Calibration, calibrate
 from kinoray.storage.objects import Storage, join
 
 __all__ = [

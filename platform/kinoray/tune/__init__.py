@@ -1,1 +1,1 @@
-"""What a sweep tries, and the page that shows what came of it; kinoray.run.tune does it."""
+"""Many trainings -> the best settings: space.py says what is tried, verb.py runs it, trial.py is one training."""

@@ -8,8 +8,8 @@ from tyro.constructors import PrimitiveConstructorSpec
 
 from kinoray.config.shared import CacheConfig, require
 from kinoray.errors import ConfigError
+from kinoray.train.config import TrainConfig
 from kinoray.tune.space import parse_space
-from kinoray.verbs.pipeline import TrainConfig
 
 __all__ = ["PERTURBED", "SpaceEntries", "TuneConfig", "default_space", "train_config"]
 

@@ -23,7 +23,7 @@ import yaml
 from kinoray.config.file import config_from_mapping, to_yaml
 from kinoray.config.shared import digest
 from kinoray.errors import ConfigError
-from kinoray.verbs.pipeline import TrainConfig
+from kinoray.train.config import TrainConfig
 
 __all__ = ["Axis", "Settings", "apply", "draw_trials", "grid_trials", "parse_space", "trial_id"]
 

@@ -1,0 +1,180 @@
+"""`kinoray bench label`: the decode loop, the model loop and the whole Ray job on the user's own videos, in one run.
+
+What is easy to break: on shared cores a job cannot reach the slower of its two halves, since the other half takes its
+cores away; `shared` below is what it can reach, and what it is judged by.
+"""
+
+import json
+import os
+import statistics
+import tempfile
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from kinoray.capacity.bench_page import bounds_of, print_bench
+from kinoray.capacity.config import BenchConfig
+from kinoray.capacity.estimate import Rates
+from kinoray.capacity.job import JobFigures, StartFigures, driver_costs, measure_job, measure_start
+from kinoray.capacity.loops import DecodeLoop, ModelLoop, decode_loop, model_loop
+from kinoray.catalog.table import Catalog, catalog_of_source, save_catalog
+from kinoray.cluster.connect import connect, require_fit
+from kinoray.cluster.environment import host
+from kinoray.errors import ConfigError
+from kinoray.label.open import Labelling, label_config, open_labelling
+from kinoray.network.checkpoint import load_model
+from kinoray.storage.objects import Storage, absolute, join
+
+__all__ = ["bench"]
+
+_UNITS_A_WORKER = 3
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Round:
+    """One turn of the three."""
+
+    start: StartFigures
+    decode: DecodeLoop
+    model: ModelLoop
+    job: JobFigures
+
+
+def bench(config: BenchConfig) -> dict[str, Any]:
+    """Measure, print a table and a sentence of advice, and write the rates to config.out.
+
+    Returns:
+        rates (see kinoray.capacity.estimate.Rates), bounds (videos a second) and start (seconds).
+
+    Raises:
+        ConfigError: this would measure another machine than the one it runs on.
+        KinorayError: as `kinoray label`.
+    """
+    if os.environ.get("RAY_ADDRESS"):
+        raise ConfigError(
+            "resources.address: RAY_ADDRESS is set, but the loops and the job must share one machine; unset it, and "
+            "run this on a node of the cluster"
+        )
+    storage = Storage(config.storage)
+    catalog, unit_size = _sample(storage, config)
+    rounds = []
+    with tempfile.TemporaryDirectory(prefix="kinoray-bench-") as folder:
+        begin = time.perf_counter()
+        labelling = _open(config, folder, catalog, "first", unit_size)
+        connect(config.resources)
+        require_fit(config.resources)
+        driver_s = time.perf_counter() - begin
+        for number in range(config.rounds):
+            alone = _open(config, folder, catalog, f"start-{number}", unit_size)
+            labelling = _open(config, folder, catalog, f"round-{number}", unit_size)
+            rounds.append(_measure(config, alone, labelling))
+        plan_s, check_s = driver_costs(labelling)
+    rates = _rates(labelling, rounds, config, (driver_s, plan_s, check_s), unit_size)
+    bounds = bounds_of(rates, [(turn.decode, turn.model, turn.job) for turn in rounds])
+    rates = replace(rates, job_videos_per_s=bounds.job)
+    times = _times(rounds)
+    print_bench(rates, bounds, times, rounds[-1].decode, config)
+    record = {"rates": rates.to_record(), "bounds": bounds.to_record(), "start": times}
+    if config.out:
+        body = rates.to_record() | {"bounds": bounds.to_record(), "start": times}
+        storage.put(absolute(config.out), json.dumps(body, indent=1).encode())
+        print(f"bench: wrote {absolute(config.out)}; next: kinoray plan --rates {config.out} --node ...", flush=True)
+    return record
+
+
+def _sample(storage: Storage, config: BenchConfig) -> tuple[Catalog, int]:
+    """Some videos, spread evenly over the catalog, and the size of units that gives each worker three.
+
+    Raises:
+        ConfigError: there are too few.
+    """
+    catalog = catalog_of_source(storage, absolute(config.source)).select(config.split)
+    least = _UNITS_A_WORKER * config.resources.num_workers
+    if len(catalog) < least:
+        raise ConfigError(
+            f"{config.source} has {len(catalog)} videos, but at least {_UNITS_A_WORKER} a worker ({least}) are needed; "
+            "point to more of them, or set --workers 1"
+        )
+    count = min(config.videos, len(catalog))
+    unit_size = max(1, min(config.unit_size, count // least))
+    if unit_size < config.unit_size:
+        print(f"bench: units of {unit_size} videos, so that each worker gets {_UNITS_A_WORKER}")
+    places = np.unique(np.linspace(0, len(catalog) - 1, count).round().astype(np.int64))
+    return Catalog(catalog.table.take(places), catalog.labels), unit_size
+
+
+def _times(rounds: list[_Round]) -> dict[str, float]:
+    """How long the start takes: medians over the rounds."""
+    return {
+        "first_label_s": statistics.median(turn.job.first_s for turn in rounds),
+        "actor_and_unit_s": statistics.median(turn.start.first_s for turn in rounds),
+        "actor_start_s": statistics.median(turn.start.first_s - turn.start.unit_s for turn in rounds),
+        "first_over_actor_and_unit": statistics.median(turn.job.first_s / turn.start.first_s for turn in rounds),
+    }
+
+
+def _open(config: BenchConfig, folder: str, catalog: Catalog, name: str, unit_size: int) -> Labelling:
+    """A labelling of the sample into a folder of its own; settings that `label` shares with `bench` are taken over."""
+    source = join(folder, "catalog.parquet")
+    if not Path(source).exists():
+        save_catalog(Storage(), source, catalog)
+    changes = {"source": source, "out": join(folder, name), "unit_size": unit_size, "split": ""}
+    return open_labelling(label_config(config, **changes), "bench")
+
+
+def _measure(config: BenchConfig, alone: Labelling, labelling: Labelling) -> _Round:
+    """Workers alone, decode, model, job, one after the other."""
+    start = measure_start(alone, config.resources)
+    job, num_workers = labelling.job, config.resources.num_workers
+    model, _ = load_model(job.storage, job.checkpoint)
+    with_flow = bool(model.input_spec.flow_channels)
+    keep = 4 * job.scorer.batch_size
+    decode = decode_loop(job, labelling.catalog.table, num_workers, with_flow=with_flow, keep=keep)
+    model_figures = model_loop(job, decode.kept, decode.clips, num_workers)
+    decode.kept.clear()
+    job_figures = measure_job(labelling, config.resources)
+    return _Round(start=start, decode=decode, model=model_figures, job=job_figures)
+
+
+def _rates(
+    labelling: Labelling,
+    rounds: list[_Round],
+    config: BenchConfig,
+    driver: tuple[float, float, float],
+    unit_size: int,
+) -> Rates:
+    """Medians over the rounds."""
+    decodes, models, jobs = zip(*((turn.decode, turn.model, turn.job) for turn in rounds), strict=True)
+    videos, clips = decodes[0].videos, decodes[0].clips
+    good, clips_per_video = videos - decodes[0].bad, clips / videos
+    num_loops = config.resources.num_workers if labelling.job.device == "cpu" else 1
+    unit_s = unit_size * config.resources.num_workers / statistics.median(job.videos_per_s for job in jobs)
+    this = host(0)
+    return Rates(
+        decode_cpu_s=statistics.median(loop.cpu_s for loop in decodes) / videos,
+        model_cpu_s=clips_per_video * statistics.median(loop.cpu_s / loop.clips for loop in models),
+        model_s=clips_per_video * statistics.median(num_loops * loop.wall_s / loop.clips for loop in models),
+        bytes_per_video=decodes[0].bytes_read / videos,
+        clips_per_video=clips_per_video,
+        duration_s=decodes[0].duration_s / good or None,
+        commit_s=statistics.median(turn.start.commit_s for turn in rounds),
+        driver_s=driver[0] + statistics.median(job.end_s for job in jobs),
+        actor_start_s=max(0.1, statistics.median(job.first_s for job in jobs) - unit_s),
+        plan_s=driver[1],
+        check_s=driver[2],
+        job_videos_per_s=statistics.median(job.videos_per_s for job in jobs),
+        num_videos=videos,
+        num_workers=config.resources.num_workers,
+        cpus_per_worker=config.resources.cpus_per_worker,
+        decode_tasks=labelling.job.decode_tasks,
+        torch_threads=labelling.job.torch_threads,
+        batch_size=config.batch_size,
+        unit_size=unit_size,
+        cores=len(os.sched_getaffinity(0)),
+        cpu=str(this["cpu"]),
+        gpu="" if labelling.job.device == "cpu" else torch.cuda.get_device_name(0),
+    )

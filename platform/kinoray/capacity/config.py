@@ -1,0 +1,149 @@
+"""Config trees of the verbs `bench` and `plan`."""
+
+from dataclasses import dataclass, field
+from typing import Annotated, Literal
+
+import tyro
+
+from kinoray.config.shared import InferenceConfig, ResourcesConfig, StorageConfig, require
+from kinoray.video.protocol import ProtocolName, ViewAverage
+
+__all__ = ["BenchConfig", "PlanConfig"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BenchConfig:
+    """Say how fast this machine could label your videos, how fast `kinoray label` does, and what to change.
+
+    Example: kinoray bench label s3://bucket/library/ --checkpoint s3://bucket/runs/first --out rates.json
+
+    In one run, on some of the videos: decoding alone, the model alone (both without Ray, with as many processes and
+    threads as the job has), and the whole Ray job. The job is held against two figures:
+
+      min(both)      the slower of the two loops, each with all the cores: reached only if the model has a GPU
+      shared cores   cores / (CPU seconds to decode + CPU seconds of the model): all that a CPU-only job can reach
+
+    rates.json is what `kinoray plan` turns into nodes, hours and cost. It measures the machine that it runs on, so run
+    it on a node like those of the cluster (also with --resources.gpus-per-worker 1), and on nothing else meanwhile.
+    """
+
+    what: Annotated[Literal["label"], tyro.conf.Positional, tyro.conf.arg(metavar="label")]
+    """Which job."""
+    source: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="CATALOG")]
+    """What `kinoray label` takes: a catalog (folder of a pack, or .parquet), or a folder or s3:// prefix of videos."""
+    checkpoint: str
+    """A checkpoint, or a run folder (its best checkpoint)."""
+    out: str = ""
+    """File or s3:// object for the measured rates, as JSON. Default: they are printed only."""
+    videos: int = 256
+    """Videos that are measured, spread evenly over the catalog; all of them if there are fewer."""
+    rounds: int = 1
+    """How often the three are measured in turn; medians are reported."""
+    split: str = ""
+    """Only this split of the catalog; empty for all of it."""
+    protocol: ProtocolName = "center"
+    """Views of each video, as in `kinoray label`."""
+    view_average: ViewAverage = "probs"
+    """As in `kinoray label`."""
+    num_segments: int | None = None
+    """As in `kinoray label`."""
+    window_s: float = 0.0
+    """As in `kinoray label`."""
+    window_stride_s: float = 0.0
+    """As in `kinoray label`."""
+    early_exit: Literal["off", "exact", "margin"] = "off"
+    """As in `kinoray label`."""
+    calibration: str = ""
+    """As in `kinoray label`, for early_exit margin."""
+    max_changed: float = 0.001
+    """As in `kinoray label`."""
+    embeddings: bool = False
+    """As in `kinoray label`."""
+    batch_size: int = 8
+    """Clips a forward pass."""
+    unit_size: int = 64
+    """Videos a unit of work; the job needs three units a worker to be measured, so less where `videos` is small."""
+    inference: InferenceConfig = field(default_factory=InferenceConfig)
+    """How the model runs."""
+    storage: StorageConfig = field(default_factory=StorageConfig)
+    """Object storage."""
+    resources: ResourcesConfig = field(default_factory=ResourcesConfig)
+    """Workers, all on this machine."""
+
+    def __post_init__(self) -> None:
+        for name in ("rounds", "batch_size", "unit_size"):
+            require(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
+        least = 3 * self.resources.num_workers
+        require(self.videos >= least, "videos", f"at least 3 a worker ({least})", self.videos)
+        require(
+            not self.resources.address,
+            "resources.address",
+            "left out: the loops and the job must share one machine; run this on a node of the cluster",
+            self.resources.address,
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PlanConfig:
+    """Say how many nodes of which kind label a library by a deadline, for how many hours, and what that costs.
+
+    Example: kinoray plan --catalog s3://bucket/library/ --rates rates.json --deadline 24h
+             --node big:16cpu,1xH100,25gbit,4.10usd small:16cpu,0.50usd
+
+    Without a catalog: kinoray plan --videos 5000000 --mean-duration 10 --rates rates.json --node cpu:32cpu,1.2usd
+
+    The rates come from `kinoray bench label`, run on a machine like the nodes. Everything that is assumed beside them
+    (CPU speed, starts, losses, head-room) is printed with the result. Start-up, reading of the result by the driver,
+    and the network of each node are in the hours; prices count from when the nodes are asked for.
+    """
+
+    rates: str
+    """What `kinoray bench label --out` wrote (a file or an s3:// object)."""
+    node: tuple[str, ...]
+    """Kinds of nodes, each NAME:PART,PART...: 16cpu, 1xH100 (GPUs), 25gbit (network), 4.10usd (an hour). Only cpu is
+    needed."""
+    catalog: str = ""
+    """The library: anything that `kinoray label` takes. Its sizes are taken from it."""
+    split: str = ""
+    """Only this split of the catalog."""
+    videos: int | None = None
+    """Videos of the library, instead of a catalog."""
+    mean_duration: float | None = None
+    """Their mean length in seconds. Bytes and decoding are scaled by it, which needs to be known of the measured ones,
+    too. Default: as long as those that were measured."""
+    deadline: str = "24h"
+    """Time from asking for the nodes to the finished table: 90min, 24h, 2d."""
+    head_room: float = 0.2
+    """Share of every rate that is not counted on."""
+    losses_per_node_hour: float = 0.0
+    """How often an hour a node is taken away (spot: 0.05 is once in 20 hours); another one then starts."""
+    retry_fraction: float = 0.01
+    """Share of the work that is done twice: retries, and units that two workers do at once."""
+    node_start: str = "3min"
+    """From asking for a node until its Ray runs."""
+    cpu_speed: float = 1.0
+    """How fast a CPU of the nodes is, as a multiple of a core of the machine that was measured (cloud vCPUs are mostly
+    half a core: measure on one)."""
+    gpu_clips_per_s: tuple[str, ...] = ()
+    """Clips a second of one GPU, measured elsewhere: H100=180 L4=21. Without it a GPU's rate comes from rates.json, if
+    those were taken on a GPU; on another kind of GPU they are scaled by published TFLOPS, and that is said."""
+    storage_gbit: float = 0.0
+    """What the object store gives to all nodes together, in Gbit/s; 0 for no limit."""
+    out: str = ""
+    """File or s3:// object for the plan, as JSON. Default: it is printed only."""
+    storage: StorageConfig = field(default_factory=StorageConfig)
+    """Object storage."""
+
+    def __post_init__(self) -> None:
+        require(bool(self.node), "node", "one or more kinds, like big:16cpu,1xH100,25gbit,4.10usd", self.node)
+        both = bool(self.catalog) != (self.videos is not None)
+        require(both, "catalog", "given, or videos instead of it (one of the two)", self.catalog)
+        require(self.videos is None or self.videos >= 1, "videos", "at least 1", self.videos)
+        if self.mean_duration is not None:
+            require(self.mean_duration > 0, "mean_duration", "greater than 0", self.mean_duration)
+            require(not self.catalog, "mean_duration", "left out with a catalog", self.mean_duration)
+        require(0 <= self.head_room < 1, "head_room", "in 0 .. 1, below 1", self.head_room)
+        require(self.losses_per_node_hour >= 0, "losses_per_node_hour", "at least 0", self.losses_per_node_hour)
+        require(0 <= self.retry_fraction <= 1, "retry_fraction", "in 0 .. 1", self.retry_fraction)
+        require(self.cpu_speed > 0, "cpu_speed", "greater than 0", self.cpu_speed)
+        require(self.storage_gbit >= 0, "storage_gbit", "at least 0", self.storage_gbit)

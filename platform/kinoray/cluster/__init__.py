@@ -1,0 +1,1 @@
+"""Joining a cluster, submitting to it, and what its processes tell each other."""

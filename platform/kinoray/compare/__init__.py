@@ -1,1 +1,0 @@
-"""Two evaluations side by side."""

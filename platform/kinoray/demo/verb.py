@@ -1,0 +1,210 @@
+"""The whole path on a small generated set: make videos, then pack, train, evaluate, label and report on this machine.
+
+It calls the functions behind the verbs, and says before each step which command line does the same. Every step goes on
+from what it finds, so the demo does too: over a finished folder it only makes the report again.
+"""
+
+import contextlib
+import dataclasses
+import json
+import os
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from kinoray.cluster.connect import disconnect
+from kinoray.config.shared import StorageConfig
+from kinoray.console import Progress, format_duration
+from kinoray.demo.config import DemoConfig
+from kinoray.demo.recipe import Recipe, command_line, make_recipe, make_videos
+from kinoray.demo.server import s3_server
+from kinoray.demo.videos import class_names
+from kinoray.errors import ConfigError
+from kinoray.evaluation.verb import evaluate
+from kinoray.label.verb import label
+from kinoray.library.report.verb import report
+from kinoray.pack.verb import pack
+from kinoray.storage.objects import Storage, join
+from kinoray.train.verb import train
+
+__all__ = ["demo"]
+
+BUCKET = "kinoray-demo"
+
+
+def demo(config: DemoConfig) -> dict[str, Any]:
+    """Run all steps, print a summary and return it: top1, chance, videos, labelled, quarantined, report, seconds.
+
+    Raises:
+        ConfigError: `out` holds a demo of other settings, or storage is s3 and its server is not installed.
+        KinorayError: as the steps.
+    """
+    out = Path(config.out)
+    _pin(config, out)
+    with _ray_of_its_own(), _base(config, out) as (base, storage):
+        steps = _Steps()
+        num_videos = _make_videos(config, out, steps)
+        source = str(out / "videos")
+        if config.storage == "s3":
+            source = join(base, "videos")
+            _upload(out / "videos", source, storage, steps)
+        scores, labelled, page = _run(make_recipe(config, source, base, storage), steps)
+    steps.print_table()
+    _print_results(config, scores, labelled, page["out"])
+    return {
+        "top1": scores["top1"],
+        "chance": 1 / len(class_names()),
+        "videos": num_videos,
+        "labelled": labelled["labelled"],
+        "quarantined": labelled["quarantined"],
+        "report": page["out"],
+        "seconds": {name: seconds for name, seconds, _ in steps.done},
+    }
+
+
+def _pin(config: DemoConfig, out: Path) -> None:
+    """Write the settings to out/demo.json, or compare with those that are there."""
+    settings = {"videos_per_class": config.videos_per_class, "epochs": config.epochs, "seed": config.seed}
+    path = out / "demo.json"
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        path.write_text(json.dumps(settings) + "\n", encoding="utf-8")
+        return
+    except (ValueError, OSError) as error:
+        raise ConfigError(f"out {out} cannot be the folder of a demo: {error}") from error
+    if found != settings:
+        raise ConfigError(f"out {out} holds a demo with {found}, not {settings}; choose another --out, or remove it")
+
+
+@contextlib.contextmanager
+def _ray_of_its_own() -> Iterator[None]:
+    """Run on this machine also where RAY_ADDRESS names a cluster, and leave no Ray behind."""
+    address = os.environ.pop("RAY_ADDRESS", None)
+    try:
+        yield
+    finally:
+        disconnect()
+        if address is not None:
+            os.environ["RAY_ADDRESS"] = address
+
+
+@contextlib.contextmanager
+def _base(config: DemoConfig, out: Path) -> Iterator[tuple[str, StorageConfig]]:
+    """Where the demo's data goes, and the settings that lead there."""
+    if config.storage == "local":
+        yield str(out), StorageConfig()
+        return
+    with s3_server(BUCKET, out / "s3-server.log") as storage:
+        print(f"demo: an S3 server runs at {storage.endpoint_url}; what it holds ends with the demo", flush=True)
+        yield f"s3://{BUCKET}", storage
+
+
+class _Steps:
+    """Says what comes, and keeps how long it took and what came out."""
+
+    def __init__(self) -> None:
+        self.done: list[tuple[str, float, str]] = []
+
+    @contextlib.contextmanager
+    def step(self, name: str, what: str, command: str = "") -> Iterator[list[str]]:
+        """A step; what it appends to the list is its result in the table."""
+        print(f"\n== {name}: {what}", flush=True)
+        if command:
+            print(f"   {command}", flush=True)
+        result: list[str] = []
+        start = time.monotonic()
+        yield result
+        self.done.append((name, time.monotonic() - start, ", ".join(result)))
+
+    def print_table(self) -> None:
+        """One line a step."""
+        rows = [(name, format_duration(seconds), result) for name, seconds, result in self.done]
+        rows.append(("together", format_duration(sum(seconds for _, seconds, _ in self.done)), ""))
+        width = max(len(time_taken) for _, time_taken, _ in rows)
+        print("\n== summary")
+        for name, time_taken, result in rows:
+            print(f"   {name:<10}{time_taken:>{width}}   {result}".rstrip())
+
+
+def _make_videos(config: DemoConfig, out: Path, steps: _Steps) -> int:
+    what = "6 classes (2 things x 3 motions) of real H.264 files, and 6 files broken in different ways"
+    with steps.step("videos", what) as result:
+        num_videos = make_videos(out / "videos", config.videos_per_class, config.seed)
+        result.append(f"{num_videos} files in {out / 'videos'}")
+        print(f"videos: {result[0]}", flush=True)
+    return num_videos
+
+
+def _upload(folder: Path, prefix: str, config: StorageConfig, steps: _Steps) -> None:
+    with steps.step("upload", f"{folder} -> {prefix}") as result:
+        storage = Storage(config)
+        paths = sorted(folder.glob("*/*.mp4"))
+        progress = Progress(len(paths), "upload", "files")
+        for path in paths:
+            storage.put_file(join(prefix, path.parent.name, path.name), path)
+            progress.update()
+        progress.close()
+        result.append(f"{len(paths)} files")
+
+
+def _run(recipe: Recipe, steps: _Steps) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+    """pack, train, evaluate, label, report; returns what the last three gave."""
+
+    def run(
+        verb: str, function: Callable[[Any], dict[str, Any]], config: Any, what: str, show: _Show
+    ) -> dict[str, Any]:
+        with steps.step(verb, what, command_line(verb, config)) as result:
+            totals = function(config)
+            result.append(show(totals))
+        return totals
+
+    run("pack", pack, recipe.pack, "videos -> tar shards and a catalog", _show_pack)
+    run(
+        "train",
+        train,
+        recipe.train,
+        "catalog -> checkpoints, on 2 workers",
+        lambda _: f"{recipe.train.optim.epochs} epochs",
+    )
+    what = "score the videos that were held out"
+    scores = run("evaluate", evaluate, recipe.evaluate, what, lambda totals: f"top-1 {totals['top1']:.1%}")
+    what = "an answer or a reason for every file, where it lies"
+    labelled = run("label", label, recipe.label, what, _show_label)
+    page_config = dataclasses.replace(recipe.report, predictions=labelled["root"])
+    page = run("report", report, page_config, "a site to look at", lambda totals: f"{totals['bytes'] / 1e6:.1f} MB")
+    return scores, labelled, page
+
+
+_Show = Callable[[dict[str, Any]], str]
+
+
+def _show_pack(totals: dict[str, Any]) -> str:
+    return f"{totals['packed']} packed, {totals['quarantined']} refused"
+
+
+def _show_label(totals: dict[str, Any]) -> str:
+    return f"{totals['labelled']} labelled, {totals['quarantined']} quarantined"
+
+
+def _print_results(config: DemoConfig, scores: dict[str, Any], labelled: dict[str, Any], page: str) -> None:
+    low, high = scores["top1_interval"]
+    print(
+        f"\n   top-1 {scores['top1']:.1%} on {scores['evaluated']} videos that were held out "
+        f"(95% interval {100 * low:.0f} to {high:.0%}); guessing gives {1 / len(class_names()):.1%}\n"
+        f"   {labelled['inputs']} files: {labelled['labelled']} labelled, {labelled['quarantined']} quarantined\n"
+        f"   report: {page}\n\n"
+        "   Next: open the report; then use your own videos, one folder a class:\n"
+        "   kinoray pack videos/ --out sets/mine --val-fraction 0.2\n"
+        "   kinoray train sets/mine --out runs/first --model.options backbone=resnet18 scale=dim\n"
+        "   kinoray label /path/to/library --checkpoint runs/first --out labels/library\n"
+        + (
+            ""
+            if config.storage == "s3"
+            else "   kinoray demo --storage s3 --out demo-s3    (the same on an S3 server)\n"
+        ),
+        end="",
+        flush=True,
+    )

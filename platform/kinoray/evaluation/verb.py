@@ -1,0 +1,72 @@
+"""Score a checkpoint: the labelling job on a labelled catalog, then exact counts of what it got right."""
+
+from dataclasses import asdict
+from typing import Any
+
+import pyarrow as pa
+
+from kinoray.evaluation.config import EvaluateConfig
+from kinoray.evaluation.summary import (
+    ANSWER_COLUMNS,
+    evaluation_record,
+    join_answers,
+    print_evaluation,
+    true_classes,
+    write_evaluation,
+)
+from kinoray.label.open import Labelling, label_config, open_labelling
+from kinoray.label.verb import refuse_too_many_bad, run_labelling
+from kinoray.storage.objects import absolute
+
+__all__ = ["evaluate"]
+
+_TOP = 5
+
+
+def evaluate(config: EvaluateConfig) -> dict[str, Any]:
+    """Label the split, compare with its labels, print the scores and write OUT/evaluation.json.
+
+    Returns:
+        What is in evaluation.json: `kinoray.evaluation.summary.evaluation_record`, and what was evaluated with what.
+
+    Raises:
+        CatalogError: a video of the split has no label.
+        CheckpointMismatch: the catalog has a class that the checkpoint does not know.
+        TooManyBad: more than max_bad_fraction were quarantined; evaluation.json is written all the same.
+        KinorayError: as `label`.
+    """
+    labelling = open_labelling(
+        label_config(config, source=config.catalog, top_k=_TOP, all_scores=True),
+        "evaluate",
+        check=lambda catalog, meta: true_classes(catalog, meta.labels),
+    )
+    totals = run_labelling(labelling, config.resources, "evaluate")
+    ledger, labels = labelling.ledger, labelling.meta.labels
+    predictions = pa.concat_tables(ledger.read_units(labelling.plan.units, list(ANSWER_COLUMNS)))
+    truth = true_classes(labelling.catalog, labels)
+    answers = join_answers(labelling.catalog, truth, predictions, len(labels))
+    record = evaluation_record(answers, labels, _about(config, labelling))
+    uri = write_evaluation(ledger.storage, absolute(config.out), ledger.root, record)
+    print_evaluation("evaluate", answers, labels)
+    print(f"evaluate: all numbers are in {uri}", flush=True)
+    refuse_too_many_bad(totals, config.max_bad_fraction, ledger.root)
+    return record
+
+
+def _about(config: EvaluateConfig, labelling: Labelling) -> dict[str, Any]:
+    job = labelling.job
+    return {
+        "catalog": absolute(config.catalog),
+        "split": config.split,
+        "catalog_digest": labelling.catalog.digest,
+        "checkpoint": job.checkpoint,
+        "protocol": config.protocol,
+        "views": job.views.num_views,
+        "view_average": job.views.average,
+        "num_segments": job.clip.sample.num_segments,
+        "frames_per_segment": job.clip.sample.frames_per_segment,
+        "inference": asdict(config.inference),
+        "model_digest": job.model_digest,
+        "config_digest": job.config_digest,
+        "predictions": labelling.ledger.root,
+    }

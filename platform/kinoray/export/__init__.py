@@ -1,1 +1,0 @@
-"""A result table in the forms of other tools."""

@@ -1,0 +1,116 @@
+"""From logits to what a row says: scores, the likeliest classes, margin, entropy, and whether the model abstains.
+
+Pure functions in float64. What is easy to break: the temperature is applied once, to the logits of the whole video,
+after its views and windows have become one.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from kinoray.config.shared import require
+from kinoray.video.protocol import ScoreKind, ViewAverage
+
+__all__ = ["AnswerRule", "average_logits", "scores_of", "top_predictions"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AnswerRule:
+    """How logits become an answer; part of a result's digest."""
+
+    top_k: int = 5
+    """Classes named; all of them if there are fewer."""
+    scores: ScoreKind = "softmax"
+    """`softmax`: one class a video, scores add up to 1. `sigmoid`: any number of classes, each with a score of its
+    own; only those that reach the threshold are named."""
+    temperature: float = 1.0
+    """Logits are divided by it before they become scores (Guo et al. 2017, section 4.2)."""
+    threshold: float = 0.0
+    """Where the first score is lower, the row is marked as abstained."""
+    min_margin: float = 0.0
+    """Where the first score is less than this above the second, too."""
+    all_scores: bool = False
+    """The score of every class, too."""
+
+    def __post_init__(self) -> None:
+        require(self.top_k >= 1, "top_k", "at least 1", self.top_k)
+        require(self.temperature > 0, "temperature", "greater than 0", self.temperature)
+        require(0 <= self.threshold <= 1, "threshold", "in 0 .. 1", self.threshold)
+        require(0 <= self.min_margin <= 1, "min_margin", "in 0 .. 1", self.min_margin)
+
+
+def top_predictions(logits: np.ndarray, labels: Sequence[str], rule: AnswerRule) -> list[dict[str, Any]]:
+    """The prediction columns of each video. Of equal scores the lower id comes first.
+
+    Args:
+        logits: float [B, C], all finite.
+        labels: C class names.
+    """
+    scores, entropy = scores_of(logits, rule)
+    order = np.argsort(-scores, axis=1, kind="stable")
+    answers = []
+    for row, ids in enumerate(order):
+        first = scores[row, ids[0]]
+        margin = float(first - (scores[row, ids[1]] if len(ids) > 1 else 0.0))
+        best = ids[: rule.top_k]
+        if rule.scores == "sigmoid":
+            best = best[scores[row, best] >= rule.threshold]
+        answers.append(
+            {
+                "label_topk": [labels[index] for index in best],
+                "id_topk": best.tolist(),
+                "score_topk": scores[row, best].tolist(),
+                "margin": margin,
+                "entropy": float(entropy[row]),
+                "abstained": bool(first < rule.threshold or margin < rule.min_margin),
+            }
+            | ({"scores": scores[row]} if rule.all_scores else {})
+        )
+    return answers
+
+
+def scores_of(logits: np.ndarray, rule: AnswerRule) -> tuple[np.ndarray, np.ndarray]:
+    """Scores [B, C] and their entropy [B] in nats (sigmoid: the sum over the classes, each a yes or no of its own)."""
+    cooled = logits.astype(np.float64) / rule.temperature
+    if rule.scores == "softmax":
+        log_p = _log_softmax(cooled)
+        p = np.exp(log_p)
+        return p, -(p * log_p).sum(axis=1)
+    log_p, log_not_p = _log_sigmoids(cooled)
+    p = np.exp(log_p)
+    return p, -(p * log_p + np.exp(log_not_p) * log_not_p).sum(axis=1)
+
+
+def average_logits(logits: np.ndarray, average: ViewAverage, scores: ScoreKind = "softmax") -> np.ndarray:
+    """Logits of a video from those of its views or windows, float64 [V, C] -> [C]; a single one stays as it is.
+
+    average="logits": their mean. "probs": logits whose scores are the mean of the scores of all.
+    """
+    if len(logits) == 1:
+        return np.asarray(logits[0])
+    if average == "logits":
+        return np.asarray(logits.mean(axis=0))
+    if scores == "softmax":
+        return _log_mean_exp(_log_softmax(logits))
+    log_p, log_not_p = _log_sigmoids(logits)
+    return np.asarray(_log_mean_exp(log_p) - _log_mean_exp(log_not_p))
+
+
+def _log_mean_exp(x: np.ndarray) -> np.ndarray:
+    """log(mean(exp(x))) over the first axis."""
+    highest = x.max(axis=0)
+    return np.asarray(highest + np.log(np.exp(x - highest).mean(axis=0)))
+
+
+def _log_softmax(logits: np.ndarray) -> np.ndarray:
+    """float64 [B, C]"""
+    shifted = logits.astype(np.float64) - logits.max(axis=1, keepdims=True)
+    return np.asarray(shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True)))
+
+
+def _log_sigmoids(logits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """log(sigmoid(x)) and log(1 - sigmoid(x)), float64."""
+    x = logits.astype(np.float64)
+    return -np.logaddexp(0.0, -x), -np.logaddexp(0.0, x)

@@ -1,0 +1,170 @@
+"""From a label config to everything that a labelling needs, found and checked before Ray starts.
+
+What is easy to break: whatever can change a row is in `settings`, whose digest names the folder of the results.
+"""
+
+import uuid
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any
+
+from kinoray.catalog.table import Catalog, catalog_of_source
+from kinoray.config.shared import ClipConfig, digest
+from kinoray.errors import ConfigError, ObjectNotFound
+from kinoray.label.answers import AnswerRule
+from kinoray.label.calibration import Calibrated, load_calibration
+from kinoray.label.config import LabelConfig
+from kinoray.label.stage import LabelJob
+from kinoray.label.table import Ledger, Plan, find_labellings, labelling_id, row_keys
+from kinoray.network.anytime import EarlyExit
+from kinoray.network.batch_size import CPU_BATCH
+from kinoray.network.build import InputSpec, check_clip, compile_advice
+from kinoray.network.checkpoint import CheckpointMeta, find_checkpoint, load_model
+from kinoray.network.scorer import ScorerConfig, check_scorer
+from kinoray.storage.objects import Storage, absolute, join
+from kinoray.video.protocol import PROTOCOLS
+
+__all__ = ["Labelling", "label_config", "open_labelling"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Labelling:
+    """A catalog, a model and the ledger where they meet."""
+
+    catalog: Catalog
+    keys: list[str]
+    """`row_keys` of the catalog."""
+    meta: CheckpointMeta
+    job: LabelJob
+    ledger: Ledger
+    plan: Plan
+
+
+def label_config(config: Any, **changes: Any) -> LabelConfig:
+    """A labelling with the settings of another verb: its fields of the same names, and `changes`."""
+    names = {field.name for field in fields(LabelConfig)}
+    shared = {field.name: getattr(config, field.name) for field in fields(config) if field.name in names}
+    return LabelConfig(**shared | changes)
+
+
+def open_labelling(
+    config: LabelConfig, task: str, *, check: Callable[[Catalog, CheckpointMeta], object] | None = None
+) -> Labelling:
+    """Find and check everything that a labelling needs, and pin its plan; Ray is not started.
+
+    Args:
+        task: the verb, for the lines that are printed.
+        check: called before anything is written; raises what it finds wrong.
+
+    Raises:
+        KinorayError: as `label`.
+    """
+    storage = Storage(config.storage)
+    checkpoint = find_checkpoint(storage, absolute(config.checkpoint))
+    model, meta = load_model(storage, checkpoint)  # here first: what is wrong with it is said before workers start
+    clip = _clip(config, meta.clip, model.input_spec)
+    views = PROTOCOLS[config.protocol].views(config.view_average, config.windows)
+    calibration = load_calibration(storage, config.calibration, meta.model_digest) if config.calibration else None
+    answer = _answer_rule(config, len(meta.labels), calibration)
+    scorer = _scorer_config(config, clip, calibration)
+    check_scorer(model, scorer, len(meta.labels))
+    settings = {
+        "clip": asdict(clip),
+        "views": asdict(views),
+        "answer": asdict(answer),
+        "scorer": asdict(scorer),
+        "labels": list(meta.labels),
+    }
+    catalog = catalog_of_source(storage, absolute(config.source)).select(config.split)
+    if check is not None:
+        check(catalog, meta)
+    keys = row_keys(catalog.table)
+    folder = labelling_id(meta.model_digest, digest(settings))
+    out = absolute(config.out).rstrip("/")
+    ledger = Ledger(storage, join(out, folder))
+    record = {"model_digest": meta.model_digest, "config_digest": digest(settings), "checkpoint": checkpoint}
+    if config.plan:
+        plan = ledger.draft(catalog.digest, keys, config.unit_size)
+    else:
+        if ledger.pin_job({**record, "model": asdict(meta.model), **settings}):
+            _say_others(storage, out, ledger.root, task)
+        plan = ledger.plan(catalog.digest, keys, config.unit_size)
+    job = LabelJob(
+        storage=storage,
+        root=ledger.root,
+        checkpoint=checkpoint,
+        model_digest=meta.model_digest,
+        config_digest=digest(settings),
+        run_id=uuid.uuid4().hex[:16],
+        clip=clip,
+        views=views,
+        answer=answer,
+        scorer=scorer,
+        decode_tasks=config.resources.decode_tasks,
+        torch_threads=max(1, int(config.resources.cpus_per_worker)),
+        device="cuda" if config.resources.gpus_per_worker > 0 else "cpu",
+    )
+    print(f"{task}: {len(catalog)} videos, {len(meta.labels)} classes, checkpoint {checkpoint}", flush=True)
+    if views.num_views > 1:
+        print(f"{task}: protocol {config.protocol}, {views.num_views} views of each video", flush=True)
+    clips = -(-len(catalog) // config.resources.num_workers) * views.num_views
+    if job.device == "cpu" and (advice := compile_advice(model.input_spec, clip, config.inference, clips)):
+        print(f"{task}: {advice}", flush=True)
+    return Labelling(catalog=catalog, keys=keys, meta=meta, job=job, ledger=ledger, plan=plan)
+
+
+def _clip(config: LabelConfig, trained: ClipConfig, spec: InputSpec) -> ClipConfig:
+    """What each view holds.
+
+    Raises:
+        ConfigError: the model cannot be fed with that.
+    """
+    clip = PROTOCOLS[config.protocol].clip(trained)
+    if config.num_segments is not None:
+        clip = replace(clip, sample=replace(clip.sample, num_segments=config.num_segments))
+    clip = replace(clip, decode=replace(clip.decode, device=config.decode_device))
+    try:
+        check_clip(spec, clip)
+    except ConfigError as error:
+        raise ConfigError(f"protocol {config.protocol}: {error}") from None
+    return clip
+
+
+def _answer_rule(config: LabelConfig, num_classes: int, calibration: Calibrated | None) -> AnswerRule:
+    return AnswerRule(
+        top_k=min(config.top_k, num_classes),
+        scores=config.scores,
+        temperature=config.temperature or (calibration.temperature if calibration else 1.0),
+        threshold=config.threshold,
+        min_margin=config.min_margin,
+        all_scores=config.all_scores,
+    )
+
+
+def _scorer_config(config: LabelConfig, clip: ClipConfig, calibration: Calibrated | None) -> ScorerConfig:
+    """What is run. Raises ConfigError: the calibration does not hold what early exit asks of it."""
+    early_exit = None
+    if config.early_exit == "exact":
+        early_exit = EarlyExit()
+    elif config.early_exit == "margin":
+        assert calibration is not None  # LabelConfig checks it
+        early_exit = EarlyExit(margin=calibration.margin_for(config.max_changed, clip))
+    # On a CPU 0 is a fixed size, and names the labelling that this size names; a GPU's is for its worker to find.
+    on_gpu = config.resources.gpus_per_worker > 0
+    return ScorerConfig(
+        batch_size=config.batch_size or (0 if on_gpu else CPU_BATCH),
+        inference=config.inference,
+        embeddings=config.embeddings,
+        segment_logits=config.segment_scores,
+        early_exit=early_exit,
+    )
+
+
+def _say_others(storage: Storage, out: str, root: str, task: str) -> None:
+    """A new labelling beside others: never mixed with them, and never unnoticed."""
+    try:
+        others = [other for other in find_labellings(storage, out) if other != root]
+    except ObjectNotFound:
+        return
+    if others:
+        print(f"{task}: {out} holds results of another model or other settings ({', '.join(others)}); they stay apart")

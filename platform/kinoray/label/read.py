@@ -1,0 +1,141 @@
+"""Videos of a unit, read and decoded ahead of the model: each as its views, or as the reason why there are none.
+
+What is easy to break: decoders are the worker's own processes, so decoded frames never leave its machine; and no more
+videos are held than the model needs next.
+"""
+
+from collections import Counter, deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+import pyarrow as pa
+
+from kinoray.catalog.table import read_videos, references
+from kinoray.config.shared import ClipConfig
+from kinoray.errors import BucketNotFound, KinorayError, MediaError, StorageUnavailable, UndecodableVideo
+from kinoray.label.times import StageClock
+from kinoray.storage.objects import Storage
+from kinoray.video.protocol import ViewsConfig
+from kinoray.video.sandbox.device import DeviceDecoder
+from kinoray.video.sandbox.pool import Sandbox, shared_sandbox
+from kinoray.video.views import ViewClips
+
+__all__ = ["DecodedVideo", "VideoReader"]
+
+
+@dataclass(frozen=True, slots=True)
+class DecodedVideo:
+    """A readable video, of which a part is decoded: all of it, unless it is cut into many windows."""
+
+    data: bytes
+    first: ViewClips
+
+
+class VideoReader:
+    """Reads and decodes videos with decoder processes of its own."""
+
+    def __init__(
+        self,
+        storage: Storage,
+        clip: ClipConfig,
+        views: ViewsConfig,
+        clock: StageClock,
+        *,
+        num_decoders: int,
+        batch_size: int,
+    ) -> None:
+        self._clock = clock
+        self._storage, self._clip, self._views = storage, clip, views
+        self._ahead = -(-batch_size // views.num_views) + num_decoders
+        self._threads = ThreadPoolExecutor(num_decoders, thread_name_prefix="decode")
+        self._decoder: Sandbox | DeviceDecoder = shared_sandbox(num_decoders)
+        self._depths: list[int] = []
+        self._buckets: set[str] = set()
+
+    def videos(self, rows: pa.Table, *, with_flow: bool) -> Iterator[DecodedVideo | KinorayError]:
+        """One for each row, in order, some ahead of the consumer: as many as fill a batch, and the decoders.
+
+        Raises:
+            StorageUnavailable, DecoderStartFailed: the store is down, or this machine; that is no fault of a video.
+            ConfigError: decode.device is cuda, and there is no GPU or no torchcodec.
+        """
+        if self._clip.decode.device == "cuda" and isinstance(self._decoder, Sandbox):
+            self._decoder = DeviceDecoder(self._decoder)  # here, so that a machine without a GPU is an error of the job
+        pending: deque[Future[DecodedVideo | MediaError] | KinorayError] = deque()
+        wanted = references(rows)
+        arriving = iter(read_videos(self._storage, wanted))
+        try:
+            for uri in (reference.uri for reference in wanted):
+                with self._clock.timing("store"):
+                    data = next(arriving)
+                self._require_store(uri, data)
+                if isinstance(data, KinorayError):
+                    pending.append(data)
+                else:
+                    pending.append(self._threads.submit(self._open, data, with_flow))
+                if len(pending) > self._ahead:
+                    yield self._next(pending)
+            while pending:
+                yield self._next(pending)
+        finally:
+            for entry in pending:
+                if isinstance(entry, Future):
+                    entry.cancel()
+
+    def _require_store(self, uri: str, data: bytes | KinorayError) -> None:
+        """Raise where the store is at fault that there are no bytes: it is down, or a bucket was there and is gone."""
+        bucket = "/".join(uri.split("/")[:3])
+        if isinstance(data, BucketNotFound) and bucket in self._buckets:
+            raise StorageUnavailable(f"{data}; it was there when the job began, so nothing was quarantined for it")
+        if isinstance(data, StorageUnavailable):
+            raise data
+        if isinstance(data, bytes):
+            self._buckets.add(bucket)
+
+    def take_refused(self) -> Counter[str]:
+        """How many readings the GPU left to the sandbox since the last call, by reason."""
+        return self._decoder.take_refused() if isinstance(self._decoder, DeviceDecoder) else Counter()
+
+    def take_depth(self) -> float:
+        """How many decoded videos waited for the model, on average since the last call; 0: the model waits."""
+        depths, self._depths = self._depths, []
+        return sum(depths) / max(1, len(depths))
+
+    def parts(self, video: DecodedVideo, *, with_flow: bool) -> Iterator[ViewClips]:
+        """All windows of a video, a few at a time; the next ones are decoded while these are consumed.
+
+        Raises:
+            MediaError: a later window cannot be decoded.
+        """
+        part = video.first
+        while True:
+            end = part.first_window + len(part.windows)
+            if end >= part.num_windows:
+                yield part
+                return
+            following = self._threads.submit(self._decode, video.data, with_flow, end)
+            try:
+                yield part
+            finally:
+                following.cancel()
+            total = part.num_windows
+            with self._clock.timing("decode"):
+                part = following.result()
+            if part.num_windows != total:
+                raise UndecodableVideo(f"its windows became {part.num_windows} from {total} while they were read")
+
+    def _open(self, data: bytes, with_flow: bool) -> DecodedVideo | MediaError:
+        try:
+            return DecodedVideo(data, self._decode(data, with_flow, 0))
+        except MediaError as error:  # whatever a video does is one of these; what else goes wrong is not its fault
+            return error
+
+    def _decode(self, data: bytes, with_flow: bool, first_window: int) -> ViewClips:
+        return self._decoder.decode_views(data, self._clip, self._views, with_flow=with_flow, first_window=first_window)
+
+    def _next(self, pending: deque[Future[DecodedVideo | MediaError] | KinorayError]) -> DecodedVideo | KinorayError:
+        self._depths.append(sum(isinstance(entry, Future) and entry.done() for entry in pending))
+        entry = pending.popleft()
+        with self._clock.timing("decode"):
+            return entry.result() if isinstance(entry, Future) else entry

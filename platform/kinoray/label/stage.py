@@ -1,0 +1,254 @@
+"""What a labelling worker does: read, decode, run the model and commit, one unit of work after the other.
+
+What is easy to break: batches are formed across the views and videos of a unit in its order, so that a unit gives the
+same digits on any number of workers and after any kill.
+"""
+
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from kinoray.cluster.events import log_event
+from kinoray.config.shared import ClipConfig
+from kinoray.errors import CheckpointMismatch, KinorayError, MediaError
+from kinoray.label.answers import AnswerRule, average_logits, top_predictions
+from kinoray.label.outcome import Outcome, Place, extras, keep, refuse_if_none_readable, stack
+from kinoray.label.read import VideoReader
+from kinoray.label.table import PREDICTION_SCHEMA, WINDOW_SCHEMA, Ledger, Unit
+from kinoray.label.times import STAGES, LabelMetrics, StageClock, UnitTimes
+from kinoray.network.batch_size import CPU_BATCH, agreed_batch_size, auto_batch_size
+from kinoray.network.build import VideoModel
+from kinoray.network.checkpoint import load_model
+from kinoray.network.scorer import ClipScorer, ScorerConfig
+from kinoray.storage.objects import Storage
+from kinoray.video.protocol import ViewsConfig
+
+__all__ = ["UNIT_COLUMNS", "LabelJob", "LabelUnits", "pack_unit"]
+
+UNIT_COLUMNS = ("video_id", "uri", "offset", "length", "sha256")
+"""Columns of a catalog that a worker needs."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LabelJob:
+    """What all workers of a job share; small, since it is pickled to each."""
+
+    storage: Storage
+    root: str
+    """Folder of the labelling, where units are committed."""
+    checkpoint: str
+    model_digest: str
+    config_digest: str
+    run_id: str
+    clip: ClipConfig
+    decode_tasks: int
+    """Decoder processes of each worker."""
+    torch_threads: int
+    scorer: ScorerConfig = field(default_factory=ScorerConfig)
+    answer: AnswerRule = field(default_factory=AnswerRule)
+    views: ViewsConfig = field(default_factory=ViewsConfig)
+    device: str = "cpu"
+
+
+def pack_unit(unit: Unit, rows: pa.Table) -> dict[str, Any]:
+    """A unit as one row of a Dataset: references, never bytes of videos.
+
+    Args:
+        rows: the unit's rows of the catalog, in its order.
+    """
+    table = rows.select(list(UNIT_COLUMNS)).combine_chunks()
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
+    return {"unit_id": unit.unit_id, "keys": list(unit.keys), "rows": sink.getvalue().to_pybytes()}
+
+
+class LabelUnits:
+    """Unit rows in (see `pack_unit`), one small row of counts out for each; the predictions go to the ledger.
+
+    The model is loaded at the first unit, so that what is wrong with it comes back as a row: `error_class` and
+    `error_text` of a KinorayError that must end the job. Nothing is committed for such a unit.
+    """
+
+    def __init__(self, job: LabelJob) -> None:
+        self.job = job
+        self.ledger = Ledger(job.storage, job.root)
+        self.scorer: ClipScorer[Place] | None = None
+        self.with_flow = False
+        self.labels: tuple[str, ...] = ()
+        torch.set_num_threads(job.torch_threads)
+        self.clock, self.metrics = StageClock(), LabelMetrics(self.ledger.labelling_id)
+        self._reasons: Counter[str] = Counter()
+        self.reader = self._reader(job.scorer.batch_size or CPU_BATCH)
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        results = []
+        for row in batch.to_pylist():
+            unit = Unit(row["unit_id"], tuple(row["keys"]), len(row["keys"]))
+            counts, failure = {}, {"error_class": "", "error_text": ""}
+            try:
+                counts = self.label_unit(unit, pa.ipc.open_stream(row["rows"]).read_all())
+            except KinorayError as error:
+                failure = {"error_class": type(error).__name__, "error_text": str(error)}
+                if self.scorer is not None:
+                    self.scorer.clear()  # else its clips would share a batch with the next unit's
+            seconds = self.clock.take()
+            reasons, self._reasons = self._reasons, Counter()
+            depth = self.reader.take_depth()
+            self.metrics.add(UnitTimes(counts=counts, reasons=reasons, seconds=seconds, decoded_ahead=depth))
+            rows = {"rows": sum(counts.values()), "quarantined": counts.get("quarantined", 0)}
+            results.append(
+                {"unit_id": unit.unit_id, **rows, **failure, **{f"{name}_s": seconds[name] for name in STAGES}}
+            )
+        return pa.Table.from_pylist(results)
+
+    def label_unit(self, unit: Unit, rows: pa.Table) -> dict[str, int]:
+        """Label and commit one unit, unless it is committed already; its counts by status.
+
+        Raises:
+            ModelError, CheckpointError, StorageError: the job cannot go on; nothing was committed.
+        """
+        commit = self.ledger.find_commit(unit.unit_id)  # by another job, or by this one before its worker was killed
+        if commit is None:
+            begin_s = time.time()
+            outcomes = self._label(self._load(), rows)
+            refuse_if_none_readable(outcomes)
+            windows = self._windows_table(unit, rows, outcomes) if self.job.views.windows else None
+            times = self.clock.times(begin_s)
+            with self.clock.timing("commit"):
+                table = self._table(unit, rows, outcomes)
+                commit = self.ledger.commit(unit, table, self.job.run_id, windows, times)
+            self._log(unit, rows, outcomes, times["end_s"] - begin_s)
+        return commit.counts
+
+    def _log(self, unit: Unit, rows: pa.Table, outcomes: Sequence[Outcome], seconds: float) -> None:
+        """Count the reasons of what was quarantined, and log the unit with the ids that belong to it."""
+        ids: dict[str, str | int | float] = {
+            "run": self.job.run_id,
+            "labelling": self.ledger.labelling_id,
+            "unit": unit.unit_id,
+        }
+        for video_id, outcome in zip(rows.column("video_id").to_pylist(), outcomes, strict=True):
+            if outcome.error is not None:
+                reason = type(outcome.error).__name__
+                self._reasons[reason] += 1
+                row = {"video": video_id, "reason": reason, "text": str(outcome.error)}
+                log_event("quarantined", ids | row, bad=True)
+        for reason, count in self.reader.take_refused().items():
+            log_event("not decoded by the GPU", ids | {"reason": reason, "readings": count})
+        log_event("unit committed", ids | {"videos": unit.num_rows, "seconds": round(seconds, 3)})
+
+    def _reader(self, batch_size: int) -> VideoReader:
+        job = self.job
+        return VideoReader(
+            job.storage, job.clip, job.views, self.clock, num_decoders=job.decode_tasks, batch_size=batch_size
+        )
+
+    def _batch_size(self, model: VideoModel) -> int:
+        """Clips a forward pass: what the job says, or for 0 what the labelling's first worker found."""
+        job = self.job
+        if job.scorer.batch_size:
+            return job.scorer.batch_size
+        find = partial(auto_batch_size, model, job.clip, job.scorer.inference, job.device)
+        size = agreed_batch_size(job.storage, job.root, find)
+        self.reader = self._reader(size)
+        return size
+
+    def _load(self) -> ClipScorer[Place]:
+        if self.scorer is None:
+            job = self.job
+            model, meta = load_model(job.storage, job.checkpoint)
+            if meta.model_digest != job.model_digest:
+                raise CheckpointMismatch(
+                    f"{job.checkpoint} was replaced while the job ran: model {meta.model_digest}, "
+                    f"expected {job.model_digest}; run the command again"
+                )
+            self.labels, self.with_flow = meta.labels, bool(model.input_spec.flow_channels)
+            self.scorer = ClipScorer(
+                model,
+                job.clip,
+                replace(job.scorer, batch_size=self._batch_size(model)),
+                num_classes=len(self.labels),
+                device=job.device,
+                storage=job.storage,
+            )
+        return self.scorer
+
+    def _label(self, scorer: ClipScorer[Place], rows: pa.Table) -> list[Outcome]:
+        """One outcome for each row, in order."""
+        outcomes = [Outcome() for _ in range(rows.num_rows)]
+        for outcome, video in zip(outcomes, self.reader.videos(rows, with_flow=self.with_flow), strict=True):
+            if isinstance(video, KinorayError):
+                outcome.error = video
+                continue
+            try:
+                for part in self.reader.parts(video, with_flow=self.with_flow):
+                    outcome.add(part)
+                    views_a_window = len(part) // len(part.windows)
+                    for view, clip in enumerate(part.clips()):
+                        place = Place(outcome, part.first_window + view // views_a_window)
+                        with self.clock.timing("model"):
+                            keep(scorer.put(place, clip))
+            except MediaError as error:  # of a later window; what waits of the earlier ones is dropped with the video
+                outcome.error = error
+        with self.clock.timing("model"):
+            keep(scorer.flush())
+        self._score([outcome for outcome in outcomes if outcome.error is None])
+        return outcomes
+
+    def _score(self, outcomes: list[Outcome]) -> None:
+        """Make one answer of the views of each window, and one of the windows of each video."""
+        if not outcomes:
+            return
+        average, rule = self.job.views.average, self.job.answer
+        windows = [
+            [average_logits(stack(window.views), average, rule.scores) for window in outcome.windows]
+            for outcome in outcomes
+        ]
+        videos = np.stack([average_logits(np.stack(logits), average, rule.scores) for logits in windows])
+        for outcome, logits, answer in zip(outcomes, windows, top_predictions(videos, self.labels, rule), strict=True):
+            outcome.answer = answer | extras(outcome.answers)
+            if self.job.views.windows:
+                outcome.window_answers = top_predictions(np.stack(logits), self.labels, rule)
+
+    def _table(self, unit: Unit, rows: pa.Table, outcomes: Sequence[Outcome]) -> pa.Table:
+        shared = {
+            "abstained": False,
+            "model_digest": self.job.model_digest,
+            "config_digest": self.job.config_digest,
+            "run_id": self.job.run_id,
+        }
+        records = []
+        for key, row, outcome in zip(unit.keys, rows.to_pylist(), outcomes, strict=True):
+            bad = outcome.error
+            answers = [] if bad else outcome.answers
+            records.append(
+                {name: row[name] for name in ("video_id", "uri", "offset", "length")}
+                | {"row_key": key, "status": "labelled" if bad is None else "quarantined"}
+                | {"error_class": None if bad is None else type(bad).__name__}
+                | {"error_text": None if bad is None else " ".join(str(bad).split())}
+                | {"views": len(answers), "windows": 0 if bad else len(outcome.windows)}
+                | {"segments_run": sum(answer.segments_run for answer in answers)}
+                | {name: getattr(outcome, name) for name in ("frames_decoded", "frames_corrupt", "frames_missing")}
+                | shared
+                | outcome.answer
+            )
+        return pa.Table.from_pylist(records, schema=PREDICTION_SCHEMA)
+
+    @staticmethod
+    def _windows_table(unit: Unit, rows: pa.Table, outcomes: Sequence[Outcome]) -> pa.Table:
+        records = [
+            {"video_id": video_id, "row_key": key, "window": number, "begin_s": window.begin_s, "end_s": window.end_s}
+            | answer
+            for key, video_id, outcome in zip(unit.keys, rows.column("video_id").to_pylist(), outcomes, strict=True)
+            if outcome.error is None
+            for number, (window, answer) in enumerate(zip(outcome.windows, outcome.window_answers, strict=True))
+        ]
+        return pa.Table.from_pylist(records, schema=WINDOW_SCHEMA)

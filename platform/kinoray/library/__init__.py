@@ -1,0 +1,1 @@
+"""A result table in use: rows, exports, corrections."""

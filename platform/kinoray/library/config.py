@@ -1,0 +1,200 @@
+"""Config trees of the verbs that work on a finished result table: `labels`, `vacuum`, `export` and `correct`."""
+
+from dataclasses import dataclass, field
+from typing import Annotated, Literal
+
+import tyro
+
+from kinoray.config.shared import StorageConfig, require
+
+__all__ = [
+    "CorrectConfig",
+    "ExportConfig",
+    "LabelsConfig",
+    "ReportConfig",
+    "TraceConfig",
+]
+
+_Table = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="PREDICTIONS")]
+
+
+def _check_share(name: str, value: float | None) -> None:
+    require(value is None or 0 <= value <= 1, name, "in 0 .. 1", value)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LabelsConfig:
+    """Read a result table: filter it, join it with a catalog, and print it or write it to a file.
+
+    Example: kinoray labels labels/library --status labelled --max-margin 0.1 --sort margin --limit 20
+
+    All filters must hold. Without --format it prints a table for the eyes, the first 50 rows unless --limit says more;
+    csv, jsonl and parquet have all rows. A CSV is safe to open in a spreadsheet: text that would be taken for a formula
+    starts with a quote sign.
+    """
+
+    predictions: _Table
+    """What `label`, `evaluate` or `ensemble` wrote: the --out, or the folder of one labelling in it."""
+    status: tuple[Literal["labelled", "quarantined", "skipped", "abstained"], ...] = ()
+    """Only rows of these states; labelled has the rows that abstained, too."""
+    label: tuple[str, ...] = ()
+    """Only rows whose first class is one of these."""
+    min_score: float | None = None
+    """Only rows whose first class has at least this probability."""
+    max_score: float | None = None
+    """Only rows whose first class has at most this probability."""
+    min_margin: float | None = None
+    """Only rows whose first class leads the second by at least this."""
+    max_margin: float | None = None
+    """Only rows whose first class leads the second by at most this."""
+    video_id: str = ""
+    """Only videos whose id is like this pattern: * stands for any text, ? for a character, [ab] for one of them."""
+    join: str = ""
+    """A catalog (a pack's folder, .parquet, .csv) whose columns are added as catalog_label, catalog_split, ...; rows
+    meet by video_id."""
+    columns: tuple[str, ...] = ()
+    """Columns, in this order: those of the table, `label` and `score` (the first class), and catalog_* with --join."""
+    sort: Literal["", "score", "margin", "entropy", "video_id"] = ""
+    """Sort by this, the smallest first and rows without it last. Default: the order of the catalog."""
+    descending: bool = False
+    """Sort with the largest first."""
+    limit: int | None = None
+    """At most so many rows."""
+    format: Literal["table", "csv", "jsonl", "parquet"] = "table"
+    """What is printed or written."""
+    to: str = ""
+    """File or s3:// object to write. Default: print it."""
+    windows: bool = False
+    """Rows of the windows of long videos (label --window-s) instead of rows of videos."""
+    manifest: bool = False
+    """Write manifest.json beside the table instead: the names of the Parquet files that count (see docs/labels.md)."""
+    storage: StorageConfig = field(default_factory=StorageConfig)
+    """Object storage."""
+
+    def __post_init__(self) -> None:
+        for name in ("min_score", "max_score", "min_margin", "max_margin"):
+            _check_share(name, getattr(self, name))
+        require(self.limit is None or self.limit >= 0, "limit", "at least 0", self.limit)
+        require(not self.descending or bool(self.sort), "descending", "given with --sort only", self.descending)
+        require(self.format != "parquet" or bool(self.to), "to", "a file with --format parquet", self.to)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ExportConfig:
+    """Hand a result table over to another tool, with one entry for every labelled video.
+
+    Example: kinoray export labels/library --format label-studio --to handover
+
+    What has no answer is in quarantined.jsonl beside it, and both are counted: entries + quarantined = rows. In csv and
+    jsonl every row is there, quarantined ones too. docs/labels.md says how each tool takes it in.
+
+      fiftyone      a dataset that FiftyOne loads (dataset_type FiftyOneDataset), predictions with confidence
+      label-studio  tasks.json with pre-annotations, and labeling-config.xml for the project
+      datumaro      Datumaro's own JSON: a video and a label each
+      jsonl, csv    the table with all its columns
+    """
+
+    predictions: _Table
+    """What `label`, `evaluate` or `ensemble` wrote: the --out, or the folder of one labelling in it."""
+    format: Literal["fiftyone", "label-studio", "datumaro", "jsonl", "csv"]
+    """For which tool."""
+    to: str
+    """Folder on this machine for the files; new or empty, or what an export was writing before."""
+    copy_videos: bool = False
+    """Copy the videos there, too (videos/): these tools cannot read a video inside a shard, nor all of them s3://."""
+    storage: StorageConfig = field(default_factory=StorageConfig)
+    """Object storage."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CorrectConfig:
+    """Corrected labels (and confident ones) -> a catalog to train on; videos stay where they are.
+
+    Example: kinoray correct labels/library --corrections corrections.csv --accept-score 0.95 --out sets/second
+
+    What it writes is trained on with: kinoray train sets/second --out runs/second --init-from runs/first
+
+    A correction is a line of the CSV that a report lets you download: row_key and label are what counts. The label
+    `__bad__` leaves the video out. A video is in the catalog if it was corrected, has a label in --catalog, or was
+    labelled with at least --accept-score, in this order. Classes keep the model's order, so that a network can be
+    trained on from where it is. `kinoray pack sets/second --out ...` copies the videos into shards of their own.
+    """
+
+    predictions: _Table
+    """What `label` or `evaluate` wrote: the --out, or the folder of one labelling in it."""
+    out: str
+    """Folder or s3:// prefix for catalog.parquet and corrections.json."""
+    corrections: tuple[str, ...] = ()
+    """CSV files (local or s3://) with the columns row_key and label, as the report's download has them."""
+    accept_score: float | None = None
+    """Take the model's word, too, where its probability is at least this. Default: never."""
+    catalog: str = ""
+    """The catalog that was labelled (a pack's folder, .parquet): its labels, splits, checksums and sizes are kept."""
+    new_classes: tuple[str, ...] = ()
+    """Classes that corrections may name although the model does not know them; they come last."""
+    val_fraction: float = 0.0
+    """Share of the videos without a split that goes to split `val` (by a hash of the video's id)."""
+    storage: StorageConfig = field(default_factory=StorageConfig)
+    """Object storage."""
+
+    def __post_init__(self) -> None:
+        _check_share("accept_score", self.accept_score)
+        _check_share("val_fraction", self.val_fraction)
+        some = bool(self.corrections) or self.accept_score is not None
+        require(some, "corrections", "one or more files, or --accept-score be given", self.corrections)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ReportConfig:
+    """Make a static site from predictions: numbers, contact strips, filters, classes, quarantine, corrections.
+
+    Example: kinoray report s3://bucket/labels --out report
+
+    OUT becomes a folder (or an s3:// prefix) with index.html, assets/ and data/. Open index.html where it lies, or
+    serve the folder from a bucket: it needs no program of ours and no network. What you correct there stays in the
+    browser until you download it as a CSV, which `kinoray correct` takes.
+    """
+
+    predictions: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="PREDICTIONS")]
+    """What `label` or `evaluate` wrote."""
+    out: str = "report"
+    """The site's folder or s3:// prefix; a site that is there is replaced."""
+    catalog: str = ""
+    """Labelled catalog to compare with; adds accuracy, precision, recall and confusion."""
+    title: str = "kinoray report"
+    """Heading of the site."""
+    max_videos: int = 20_000
+    """Videos listed, least certain first; the numbers always cover all."""
+    max_strips: int = 2_000
+    """Listed videos that get a contact strip, least certain first; each is read and decoded for it."""
+    frames_per_video: int = 4
+    """Frames in each contact strip; 0 for none."""
+    storage: StorageConfig = field(default_factory=StorageConfig)
+    """Object storage."""
+
+    def __post_init__(self) -> None:
+        require(self.max_videos >= 0, "max_videos", "at least 0", self.max_videos)
+        require(self.max_strips >= 0, "max_strips", "at least 0", self.max_strips)
+        require(0 <= self.frames_per_video <= 16, "frames_per_video", "in 0 .. 16", self.frames_per_video)
+        require(bool(self.out), "out", "a folder or s3:// prefix", self.out)
+        is_page = self.out.rstrip("/").lower().endswith((".html", ".htm"))
+        require(not is_page, "out", "a folder or s3:// prefix (the report is a site now, no single page)", self.out)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TraceConfig:
+    """Say where the time of a labelling or a training went, from what it left in storage.
+
+    Example: kinoray trace labels/library --to trace.json
+
+    For each run of a labelling: how long until its first unit began, how busy its workers were between their first and
+    last unit, what they waited for, and the slowest units. For a training: starts, waiting for decoders, steps,
+    scoring, and the time between epochs. It may be asked while the job runs.
+    """
+
+    place: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="PLACE")]
+    """What `label` or `evaluate` wrote (--out, or one labelling's folder in it), or a run folder of `train`."""
+    to: str = ""
+    """File or s3:// object for the spans, to be opened in https://ui.perfetto.dev or chrome://tracing."""
+    storage: StorageConfig = field(default_factory=StorageConfig)
+    """Object storage."""

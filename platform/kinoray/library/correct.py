@@ -1,0 +1,275 @@
+"""`kinoray correct`: what people said of a result table, and what the model was sure of, become a catalog to train on.
+
+What is easy to break: a correction belongs to a row_key, which names the very file that was looked at; a key or a class
+that is not known is an error with its line, never a row that is left out in silence.
+"""
+
+import csv
+import hashlib
+import io
+import json
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from kinoray.catalog.table import CATALOG_SCHEMA, Catalog, catalog_of_source, save_catalog
+from kinoray.errors import CatalogError
+from kinoray.label.table import Ledger, open_ledger, row_keys
+from kinoray.library.config import CorrectConfig
+from kinoray.library.rows import BAD_VIDEO, class_names, scan
+from kinoray.library.write import undefused
+from kinoray.pack.plan import share
+from kinoray.storage.objects import Storage, absolute, join
+
+__all__ = ["Correction", "correct", "read_corrections"]
+
+_COLUMNS = ("video_id", "uri", "offset", "length", "row_key", "status", "label", "score")
+_Row = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Correction:
+    """What one line of a file says."""
+
+    row_key: str
+    label: str
+    """A class, or BAD_VIDEO."""
+    video_id: str
+    """As the file has it; empty where it has no such column."""
+    predicted: str
+    """What the model had said, as the file has it; empty where it has no such column."""
+    where: str
+    """File and line, for messages."""
+
+
+def correct(config: CorrectConfig) -> dict[str, Any]:
+    """Write OUT/catalog.parquet and OUT/corrections.json, and print what went in and what did not.
+
+    Returns:
+        Counts of rows: `corrected`, `kept` (label of --catalog), `accepted` (the model's), `bad`, `unreadable`
+        (quarantined or skipped), `unlabelled`; `videos` in the catalog, `changed` (corrected to another class than the
+        model's), `splits`, `classes` and `catalog_digest`.
+
+    Raises:
+        CatalogError: a line names no row, no class, or one video twice; or no video is left.
+        KinorayError: something cannot be read or written.
+    """
+    storage = Storage(config.storage)
+    ledger = open_ledger(storage, absolute(config.predictions))
+    known = Catalog(CATALOG_SCHEMA.empty_table())
+    if config.catalog:
+        known = catalog_of_source(storage, absolute(config.catalog))
+    labels = _classes(ledger, config, known)
+    corrections, repeated = read_corrections(storage, config.corrections, labels)
+    counts: Counter[str] = Counter()
+    rows = list(_labelled_rows(ledger, config, known, corrections, counts))
+    _require_used(corrections, counts, ledger)
+    if not rows:
+        raise CatalogError(
+            f"no video of {ledger.root} has a label now: give --corrections with classes, or a lower --accept-score"
+        )
+    ids = {name: index for index, name in enumerate(labels)}
+    for row in rows:
+        row["label_id"] = ids[row["label"]]
+        row["split"] = row["split"] or ("val" if share("val", row["video_id"]) < config.val_fraction else "train")
+    arrays = [pa.array([row.get(field.name) for row in rows], field.type) for field in CATALOG_SCHEMA]
+    catalog = Catalog(pa.table(arrays, schema=CATALOG_SCHEMA), labels)
+    out = absolute(config.out)
+    totals = _totals(counts, catalog, repeated)
+    save_catalog(storage, join(out, "catalog.parquet"), catalog)
+    _save_record(storage, config, out, ledger, totals)
+    _report(out, totals)
+    return totals
+
+
+def _classes(ledger: Ledger, config: CorrectConfig, known: Catalog) -> tuple[str, ...]:
+    """The model's classes in its order, then those that the catalog or the user add."""
+    labels = dict.fromkeys([*class_names(ledger), *known.labels, *config.new_classes])
+    if BAD_VIDEO in labels:
+        raise CatalogError(f"a class is called {BAD_VIDEO}, which means a video to leave out; rename the class")
+    return tuple(labels)
+
+
+def read_corrections(storage: Storage, uris: Sequence[str], labels: Sequence[str]) -> tuple[dict[str, Correction], int]:
+    """The corrections of all files by row_key, and how many lines said again what another one says.
+
+    Raises:
+        CatalogError: a column is missing, a label is no class, or two lines disagree; with file, line and column.
+        StorageError: a file cannot be read.
+    """
+    found: dict[str, Correction] = {}
+    repeated = 0
+    classes = {*labels, BAD_VIDEO}
+    for uri in uris:
+        for correction in _read_file(storage, uri, classes):
+            before = found.setdefault(correction.row_key, correction)
+            if before is correction:
+                continue
+            if before.label != correction.label:
+                raise CatalogError(
+                    f"{correction.where}, column label: video {correction.video_id or correction.row_key} is "
+                    f"{correction.label!r} here and {before.label!r} in {before.where}; keep one of the two lines"
+                )
+            repeated += 1
+    return found, repeated
+
+
+def _read_file(storage: Storage, uri: str, classes: set[str]) -> Iterator[Correction]:
+    try:
+        text = storage.read(absolute(uri)).decode("utf-8-sig")
+        reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+        columns = [(name or "").strip() for name in reader.fieldnames or ()]
+        reader.fieldnames = columns
+        for name in ("row_key", "label"):
+            if name not in columns:
+                raise CatalogError(
+                    f"{uri} line 1: there is no column {name}, found {','.join(columns)!r}; expected the CSV that a "
+                    "report lets you download, or one with the columns row_key,label"
+                )
+        for line in reader:
+            yield _correction(uri, reader.line_num, line, classes)
+    except UnicodeDecodeError as error:
+        raise CatalogError(f"{uri} is not UTF-8 text: {error}") from error
+    except csv.Error as error:
+        raise CatalogError(f"{uri} line {reader.reader.line_num}: not a CSV ({error})") from error
+
+
+def _correction(uri: str, number: int, line: Mapping[str | None, Any], classes: set[str]) -> Correction:
+    where = f"{uri} line {number}"
+    if None in line or None in line.values():
+        raise CatalogError(f"{where}: it has more or fewer cells than the first line names columns; mend the line")
+    row_key, label = line["row_key"].strip(), line["label"]
+    if not row_key:
+        raise CatalogError(f"{where}, column row_key: it is empty; it must name a row of the result table")
+    for candidate in (label, undefused(label), undefused(label).strip()):  # a quote sign defuses formulas
+        if candidate in classes:
+            label = candidate
+            break
+    else:
+        some = ", ".join(sorted(classes - {BAD_VIDEO})[:20])
+        raise CatalogError(
+            f"{where}, column label: there is no class {label!r}; there are {some}"
+            f"{' ...' if len(classes) > 21 else ''}, and {BAD_VIDEO} to leave a video out; --new-classes adds one"
+        )
+    return Correction(row_key, label, line.get("video_id", ""), undefused(line.get("predicted", "")), where)
+
+
+def _labelled_rows(
+    ledger: Ledger,
+    config: CorrectConfig,
+    known: Catalog,
+    corrections: Mapping[str, Correction],
+    counts: Counter[str],
+) -> Iterator[_Row]:
+    """Catalog rows without label_id of every video that has a label now; `counts` says what became of each."""
+    place = {key: row for row, key in enumerate(row_keys(known.table))}
+    met = 0
+    for table in scan(ledger, _COLUMNS):
+        places = pa.array([place.get(key) for key in table["row_key"].to_pylist()], pa.int64())
+        met += len(places) - places.null_count
+        for said, before in zip(table.to_pylist(), known.table.take(places).to_pylist(), strict=True):
+            before = before if before["video_id"] is not None else None
+            correction = corrections.get(said["row_key"])
+            if correction:
+                _check_same_video(correction, said)
+                counts["used"] += 1
+            label, what = _label_of(said, before, correction, config.accept_score)
+            counts[what] += 1
+            if label is None:
+                continue
+            if what == "corrected" and label != said["label"]:
+                counts["changed"] += 1
+            yield _catalog_row(said, before, label, what)
+    if place and not met:
+        raise CatalogError(
+            f"catalog: no row of {config.catalog} is an input of {ledger.root}; name the catalog that was labelled"
+        )
+
+
+def _check_same_video(correction: Correction, said: _Row) -> None:
+    if correction.video_id and said["video_id"] not in (correction.video_id, undefused(correction.video_id)):
+        raise CatalogError(
+            f"{correction.where}, column video_id: it says {correction.video_id!r}, but row_key {correction.row_key} "
+            f"is {said['video_id']!r}; were the lines of a spreadsheet sorted without all columns?"
+        )
+
+
+def _label_of(
+    said: _Row, before: _Row | None, correction: Correction | None, accept_score: float | None
+) -> tuple[str | None, str]:
+    """The label that a row has now (None: it is left out), and the word for why."""
+    if correction and correction.label == BAD_VIDEO:
+        return None, "bad"
+    if said["status"] != "labelled":
+        return None, "unreadable"
+    if correction:
+        return correction.label, "corrected"
+    if before and before["label"] is not None:
+        return before["label"], "kept"
+    if accept_score is not None and said["score"] is not None and said["score"] >= np.float32(accept_score):
+        return said["label"], "accepted"
+    return None, "unlabelled"
+
+
+def _catalog_row(said: _Row, before: _Row | None, label: str, what: str) -> _Row:
+    row = dict(before) if before else {name: said[name] for name in ("video_id", "uri", "offset", "length")}
+    row = {"status": "listed", "split": None, **row, "label": label}
+    if what == "corrected":
+        before_it = "nothing" if said["label"] is None else f"{said['label']} ({said['score']:.3f})"
+        row["reason"] = f"corrected; the model said {before_it}"
+    elif what == "accepted":
+        row["reason"] = f"labelled by the model with {said['score']:.3f}"
+    return row
+
+
+def _require_used(corrections: Mapping[str, Correction], counts: Counter[str], ledger: Ledger) -> None:
+    """Every correction met its row."""
+    if counts["used"] == len(corrections):
+        return
+    present = {key for table in scan(ledger, ["row_key"]) for key in table["row_key"].to_pylist()}
+    strange = [correction for correction in corrections.values() if correction.row_key not in present]
+    first = strange[0]
+    raise CatalogError(
+        f"{first.where}, column row_key: {first.row_key!r} is no row of {ledger.root} ({len(strange)} of "
+        f"{len(corrections)} corrections are not); were they made from the report of another table, or was the file "
+        "replaced since?"
+    )
+
+
+def _totals(counts: Counter[str], catalog: Catalog, repeated: int) -> dict[str, Any]:
+    names = ("corrected", "kept", "accepted", "bad", "unreadable", "unlabelled", "changed")
+    return {
+        **{name: counts[name] for name in names},
+        "repeated": repeated,
+        "videos": len(catalog),
+        "splits": dict(sorted(Counter(catalog.table["split"].to_pylist()).items())),
+        "classes": len(catalog.labels),
+        "catalog_digest": catalog.digest,
+    }
+
+
+def _save_record(storage: Storage, config: CorrectConfig, out: str, ledger: Ledger, totals: dict[str, Any]) -> None:
+    """Where every label came from, so that the set can be made again."""
+    files = {uri: hashlib.sha256(storage.read(absolute(uri))).hexdigest() for uri in config.corrections}
+    record = {**totals, "predictions": ledger.root, "sha256": files, "config": asdict(config)}
+    storage.put(join(out, "corrections.json"), json.dumps(record, indent=1).encode())
+
+
+def _report(out: str, totals: dict[str, Any]) -> None:
+    splits = ", ".join(f"{count} {split}" for split, count in totals["splits"].items())
+    corrected = f"{totals['corrected']} corrected ({totals['changed']} to another class than the model's)"
+    print(
+        f"correct: {totals['videos']} videos ({splits}) = {corrected} + {totals['kept']} as the catalog has them + "
+        f"{totals['accepted']} as the model has them"
+    )
+    print(
+        f"correct: left out: {totals['bad']} bad videos, {totals['unreadable']} that could not be read, "
+        f"{totals['unlabelled']} without a label"
+    )
+    if totals["repeated"]:
+        print(f"correct: {totals['repeated']} corrections were there twice, with the same label")
+    print(f"correct: wrote {join(out, 'catalog.parquet')}; train on it with: kinoray train {out} --out RUN", flush=True)

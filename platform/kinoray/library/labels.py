@@ -1,0 +1,239 @@
+"""`kinoray labels`: a result table filtered, joined with a catalog, sorted, and printed or written to a file.
+
+What is easy to break: rows pass through as a stream of small tables; only a sort holds them, and with a limit no more
+than that many (and a block).
+"""
+
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from kinoray.catalog.table import CATALOG_SCHEMA, catalog_of_source
+from kinoray.errors import CatalogError, ConfigError
+from kinoray.label.manifest import write_manifest
+from kinoray.label.table import Ledger, open_ledger
+from kinoray.library.config import LabelsConfig
+from kinoray.library.rows import LABEL_SCHEMA, WINDOW_LABEL_SCHEMA, Where, class_names, scan, scan_windows
+from kinoray.library.write import print_table, write_parquet, write_text
+from kinoray.storage.objects import Storage, absolute
+
+__all__ = ["labels"]
+
+_PREFIX = "catalog_"
+_PLACE = ("video_id", "uri", "offset", "length")
+_SHOWN = ("video_id", "status", "label", "score", "margin", "error_class")
+_SHOWN_WINDOWS = ("video_id", "window", "begin_s", "end_s", "label", "score", "margin")
+_SHOWN_JOINED = ("catalog_label", "catalog_split")
+_SHOWN_ROWS = 50
+_SORT_BLOCK = 65_536  # rows that are gathered before those beyond the limit are dropped
+
+
+class _Joined:
+    """Columns of a catalog, by video_id."""
+
+    def __init__(self, storage: Storage, uri: str) -> None:
+        self.uri = uri
+        table = catalog_of_source(storage, absolute(uri)).table
+        names = [name for name in CATALOG_SCHEMA.names if name not in _PLACE]
+        self.ids = table["video_id"].combine_chunks()
+        self.table = table.select(names).rename_columns([_PREFIX + name for name in names]).combine_chunks()
+        self.num_met = self.num_unmet = 0
+
+    def keep(self, columns: Sequence[str]) -> None:
+        """Only these columns, of those that there are."""
+        self.table = self.table.select([name for name in self.table.column_names if name in columns])
+
+    def add(self, table: pa.Table) -> pa.Table:
+        """The table with these columns; null where the catalog has no such video."""
+        place = pc.index_in(table["video_id"], value_set=self.ids)
+        self.num_unmet += place.null_count
+        self.num_met += len(place) - place.null_count
+        for field in self.table.schema:
+            table = table.append_column(field, pc.take(self.table[field.name], place))
+        return table
+
+    def check(self) -> None:
+        """Raise CatalogError if it is the wrong catalog."""
+        if self.num_unmet and not self.num_met:
+            raise CatalogError(
+                f"join: none of the {self.num_unmet} videos is in {self.uri}, whose ids look like "
+                f"{self.ids[0].as_py() if len(self.ids) else 'nothing'}; name the catalog that was labelled"
+            )
+
+
+def labels(config: LabelsConfig) -> dict[str, Any]:
+    """Print or write the rows that are wanted; what is said about them goes to stderr where they are printed.
+
+    Returns:
+        `root`, `rows` (printed or written), `matched` (passed the filters, where all were looked at, else None) and
+        `to`; with --manifest what `write_manifest` gives.
+
+    Raises:
+        ConfigError: a class or column is unknown, or several labellings are there and none was named.
+        CatalogError: the catalog to join has none of the videos.
+        KinorayError: the table cannot be read, or the file not be written.
+    """
+    storage = Storage(config.storage)
+    ledger = open_ledger(storage, absolute(config.predictions))
+    if config.manifest:
+        return _make_manifest(ledger)
+    joined = _Joined(storage, config.join) if config.join else None
+    known = WINDOW_LABEL_SCHEMA if config.windows else LABEL_SCHEMA
+    columns = _columns(config, known, joined)
+    if joined:
+        joined.keep(columns)
+    where = _where(config, ledger)
+    limit = _SHOWN_ROWS if config.format == "table" and config.limit is None else config.limit
+    seen = _Seen()
+    tables = _rows(ledger, config, [name for name in columns if name in known.names], where, joined, seen)
+    if config.sort:
+        tables = _sorted(tables, config, limit)
+    tables = (table.select(columns) for table in _limited(tables, limit, seen))
+    schema = _schema(known, columns)
+    if config.format == "table":
+        table = pa.concat_tables([schema.empty_table(), *tables])
+        num_rows = len(table)
+        for _ in seen.rest:
+            pass  # to say how many more there are
+        if joined:
+            joined.check()
+        print_table(table)
+        print(f"labels: {num_rows} of {seen.matched} rows{'; --limit N shows more' if num_rows < seen.matched else ''}")
+    else:
+        num_rows = _write(storage, config, tables, schema)
+        if joined:
+            joined.check()
+    if joined and joined.num_unmet:
+        print(f"labels: {joined.num_unmet} rows have no video in {joined.uri}", file=sys.stderr)
+    is_all = config.format == "table" or limit is None or bool(config.sort)
+    return {
+        "root": ledger.root,
+        "rows": num_rows,
+        "matched": seen.matched if is_all else None,
+        "to": absolute(config.to) if config.to else "",
+    }
+
+
+def _make_manifest(ledger: Ledger) -> dict[str, Any]:
+    plans = ledger.plans()
+    if not plans:
+        raise ConfigError(f"manifest: {ledger.root} has no plan yet; run kinoray label first")
+    record = write_manifest(ledger, plans[-1])
+    print(f"labels: {record['uri']} names {len(record['parts'])} parts with {record['rows']} rows", flush=True)
+    return record
+
+
+def _columns(config: LabelsConfig, schema: pa.Schema, joined: _Joined | None) -> list[str]:
+    known = [*schema.names, *(joined.table.column_names if joined else ())]
+    for name in config.columns:
+        if name not in known:
+            remedy = "; name the catalog with --join" if name.startswith(_PREFIX) and not joined else ""
+            raise ConfigError(f"columns: there is no {name!r}{remedy}; there are {', '.join(known)}")
+    if config.columns:
+        return list(dict.fromkeys(config.columns))
+    if config.format == "table":
+        return [*(_SHOWN_WINDOWS if config.windows else _SHOWN), *(_SHOWN_JOINED if joined else ())]
+    return known
+
+
+def _schema(known: pa.Schema, columns: Sequence[str]) -> pa.Schema:
+    fields = []
+    for name in columns:
+        if name in known.names:
+            fields.append(known.field(name))
+        else:
+            fields.append(CATALOG_SCHEMA.field(name.removeprefix(_PREFIX)).with_name(name).with_nullable(True))
+    return pa.schema(fields)
+
+
+def _where(config: LabelsConfig, ledger: Ledger) -> Where:
+    if config.label:
+        known = class_names(ledger)
+        for name in config.label:
+            if name not in known:
+                some = ", ".join(known[:20]) + (f" and {len(known) - 20} more" if len(known) > 20 else "")
+                raise ConfigError(f"label: the model knows no class {name!r}; it knows {some}")
+    return Where(
+        status=config.status,
+        label=config.label,
+        score=(config.min_score, config.max_score),
+        margin=(config.min_margin, config.max_margin),
+        video_id=config.video_id,
+    )
+
+
+class _Seen:
+    """How many rows passed the filters, and the tables that nobody has asked for yet."""
+
+    def __init__(self) -> None:
+        self.matched = 0
+        self.rest: Iterator[pa.Table] = iter(())
+
+
+def _rows(
+    ledger: Ledger, config: LabelsConfig, own: Sequence[str], where: Where, joined: _Joined | None, seen: _Seen
+) -> Iterator[pa.Table]:
+    keys = [name for name, _ in _sort_keys(config)]
+    needed = list(dict.fromkeys([*own, *keys, *(["video_id"] if joined else [])]))
+    for table in scan_windows(ledger, needed, where) if config.windows else scan(ledger, needed, where):
+        seen.matched += len(table)
+        yield joined.add(table) if joined else table
+
+
+def _sort_keys(config: LabelsConfig) -> list[tuple[str, str]]:
+    if not config.sort:
+        return []
+    ties = {"video_id": "ascending", **({"window": "ascending"} if config.windows else {})}
+    return list(({config.sort: ""} | ties | {config.sort: "descending" if config.descending else "ascending"}).items())
+
+
+def _sorted(tables: Iterator[pa.Table], config: LabelsConfig, limit: int | None) -> Iterator[pa.Table]:
+    keys = _sort_keys(config)
+    held: list[pa.Table] = []
+    num_held = 0
+    for table in tables:
+        held.append(table)
+        num_held += len(table)
+        if limit is not None and num_held > limit + _SORT_BLOCK:
+            held = [pa.concat_tables(held).sort_by(keys).slice(0, limit).combine_chunks()]
+            num_held = limit
+    if held:
+        table = pa.concat_tables(held).sort_by(keys)
+        for start in range(0, len(table), _SORT_BLOCK):
+            yield table.slice(start, _SORT_BLOCK)
+
+
+def _limited(tables: Iterator[pa.Table], limit: int | None, seen: _Seen) -> Iterator[pa.Table]:
+    """The first `limit` rows; the tables behind them stay in seen.rest."""
+    seen.rest = tables
+    left = limit
+    while left is None or left > 0:
+        table = next(tables, None)
+        if table is None:
+            return
+        if left is not None:
+            table = table.slice(0, left)
+            left -= len(table)
+        yield table
+
+
+def _write(storage: Storage, config: LabelsConfig, tables: Iterator[pa.Table], schema: pa.Schema) -> int:
+    kind: Literal["csv", "jsonl"] = "csv" if config.format == "csv" else "jsonl"
+    if not config.to:
+        return write_text(tables, schema.names, kind, sys.stdout)
+    target = absolute(config.to)
+    with tempfile.TemporaryDirectory(prefix="kinoray-labels-") as folder:
+        path = Path(folder) / "rows"
+        if config.format == "parquet":
+            num_rows = write_parquet(tables, schema, path)
+        else:
+            with path.open("w", encoding="utf-8", newline="") as file:
+                num_rows = write_text(tables, schema.names, kind, file)
+        storage.put_file(target, path)
+    print(f"labels: {num_rows} rows in {target}", flush=True)
+    return num_rows

@@ -1,1 +1,0 @@
-"""Exact, mergeable counts: accuracy, calibration, paired tests."""

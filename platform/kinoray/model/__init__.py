@@ -1,1 +1,0 @@
-"""How a network gets in: an import string, a factory, a Protocol."""

@@ -1,1 +1,0 @@
-"""The result table: its schema, units of work, exactly-once commits, resume, reading."""

@@ -1,1 +1,0 @@
-"""The only folder that imports ray: each module composes the pure parts into one job."""

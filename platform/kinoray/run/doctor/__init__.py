@@ -1,1 +1,0 @@
-"""A cluster and each of its nodes, examined from inside."""

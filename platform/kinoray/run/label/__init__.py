@@ -1,1 +1,0 @@
-"""Labelling: verb.py plans and checks, stage.py is what a worker does with one unit of work."""

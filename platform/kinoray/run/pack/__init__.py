@@ -1,1 +1,0 @@
-"""Packing: a folder or list (verb.py), Kinetics (kinetics.py), and the tasks both share."""

@@ -1,1 +1,0 @@
-"""Verbs as jobs on a cluster: sent, followed, looked at, stopped."""

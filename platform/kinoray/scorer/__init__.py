@@ -1,1 +1,0 @@
-"""Clips in batches through a network, and the answers that come out."""

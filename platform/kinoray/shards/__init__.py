@@ -1,1 +1,0 @@
-"""Tar shards: which video goes where, writing one, committing all."""

@@ -1,1 +1,0 @@
-"""Where a run's time went, from what it left in storage."""

@@ -1,0 +1,123 @@
+"""The settings of `kinoray train` and `kinoray runs`."""
+
+from dataclasses import dataclass, field
+from typing import Annotated, Literal
+
+import tyro
+
+from kinoray.config.check import check_fraction
+from kinoray.config.shared import (
+    AugmentConfig,
+    CacheConfig,
+    ClipConfig,
+    ModelConfig,
+    OptimConfig,
+    ResourcesConfig,
+    StorageConfig,
+    require,
+)
+
+__all__ = ["RunsConfig", "TrainConfig"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainConfig:
+    """Train a model on a packed catalog.
+
+    Example: kinoray train s3://bucket/set --out s3://bucket/runs/first --model.options backbone=resnet18
+
+    Everything goes to the run folder: checkpoints, metrics.jsonl, TensorBoard events, config. The same command again
+    resumes from the newest whole checkpoint.
+    """
+
+    catalog: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="CATALOG")]
+    """A pack's folder, or its catalog.parquet."""
+    out: str
+    """Run folder (a folder or an s3:// prefix)."""
+    split: str = "train"
+    """Split to train on."""
+    val_split: str = "val"
+    """Split that is scored after epochs; empty for none."""
+    eval_every: int = 1
+    """Epochs between two scorings; the last epoch is always scored."""
+    patience: int = 0
+    """Stop after so many scorings without a higher val_top1; 0 never stops early. A larger number lets a run that was
+    stopped go on."""
+    init_from: str = ""
+    """Fine-tune: a checkpoint, or a run folder (its best), whose weights the first step starts from. All must fit but
+    the classifier's, which start anew unless the classes are the same; what was left out is listed."""
+    keep_checkpoints: int = 2
+    """Newest checkpoints that are kept, of those after epochs."""
+    keep_best: int = 1
+    """Best checkpoints (by val_top1) that are kept besides."""
+    checkpoint_every_steps: int = 200
+    """Steps between checkpoints inside an epoch (the newest is kept), written while training goes on; 0 for none."""
+    max_failures: int = 3
+    """How often dead workers are started again from the newest checkpoint, and Ray Train's controller likewise."""
+    max_bad_fraction: float = 0.2
+    """More unreadable training videos than this share end the run."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    """The network."""
+    clip: ClipConfig = field(default_factory=ClipConfig)
+    """What it is fed."""
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    """What training does to the clips beyond crops and flips."""
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    """The recipe."""
+    cache: CacheConfig = field(default_factory=CacheConfig)
+    """Decoded frames on disk; off by default."""
+    parallel: Literal["ddp", "fsdp"] = "ddp"
+    """How several workers share the network: a copy each, or weights, gradients and moments in shards (FSDP2: less
+    memory, more traffic). Checkpoints are the same, so a run may go on with the other one."""
+    storage: StorageConfig = field(default_factory=StorageConfig)
+    """Object storage."""
+    resources: ResourcesConfig = field(default_factory=ResourcesConfig)
+    """Workers and decoders."""
+
+    def __post_init__(self) -> None:
+        for name in ("keep_checkpoints", "keep_best", "eval_every"):
+            require(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
+        require(self.patience >= 0, "patience", "at least 0", self.patience)
+        require(not self.patience or bool(self.val_split), "patience", "0 without val_split", self.patience)
+        every = self.checkpoint_every_steps
+        require(every >= 0, "checkpoint_every_steps", "at least 0", every)
+        require(self.max_failures >= 0, "max_failures", "at least 0", self.max_failures)
+        check_fraction("max_bad_fraction", self.max_bad_fraction)
+        workers, batch = self.resources.num_workers, self.optim.batch_size
+        require(batch >= workers, "optim.batch_size", f"at least resources.num_workers ({workers})", batch)
+        precision, on_gpu = self.optim.precision, self.resources.gpus_per_worker > 0
+        require(on_gpu or precision != "fp16", "optim.precision", "fp32 or bf16 on CPUs (fp16 needs GPUs)", precision)
+        decoder, expected = self.clip.decode.device, "cpu in training; label and evaluate have decode_device"
+        require(decoder == "cpu", "clip.decode.device", expected, decoder)
+        on_device = self.clip.decode.scale_on == "device" or self.clip.flow.estimator != "dis"
+        expected = "0 with clip.decode.scale_on device and with clip.flow.estimator tvl1 or raft"
+        require(not (self.cache.gb and on_device), "cache.gb", expected, self.cache.gb)
+        if self.parallel == "fsdp":
+            require(precision != "fp16", "optim.precision", "fp32 or bf16 with parallel fsdp", precision)
+            require(not self.optim.compile, "optim.compile", "off with parallel fsdp", self.optim.compile)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunsConfig:
+    """List the training runs below a folder or s3:// prefix: how they stand, epochs, best metric, network.
+
+    Example: kinoray runs s3://bucket/runs
+
+    It reads what the runs have written, and needs no cluster. STATUS is one of
+
+      running   its driver gave a sign of life within the last two minutes
+      finished  all epochs are done
+      stopped   it was interrupted, or its driver was killed; the command that started it goes on with it
+      failed    it ended with an error, which is shown below the table
+      damaged   its files cannot be read
+
+    BEST is the highest top-1 on the validation split, or the lowest loss where none is scored. All of a run's metrics
+    are in its metrics.jsonl, its curves in learning_curves.svg.
+    """
+
+    prefix: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="PREFIX")]
+    """A run folder, or a folder or s3:// prefix with runs at any depth."""
+    json: bool = False
+    """One JSON object a run instead of the table, with times in seconds."""
+    storage: StorageConfig = field(default_factory=StorageConfig)
+    """Object storage."""

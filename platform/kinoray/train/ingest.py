@@ -1,0 +1,231 @@
+"""From a catalog to a rank's batches: the plan of an epoch, and a Ray Data stream that decodes along it.
+
+The order of an epoch is a pure function of (seed, epoch), and which rows are in global batch g is a function of that
+order alone, so it does not matter how many workers there are, and a run can start at any step. Every row comes exactly
+once an epoch, also when the count does not divide. That is why each rank streams its own rows instead of being handed
+a share by Ray Train's `datasets=`: its split is an equal one, and drops up to world_size - 1 rows an epoch.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import ray
+import ray.data
+import torch
+from numpy.typing import NDArray
+from ray.data.collate_fn import NumpyBatchCollateFn
+
+from kinoray.catalog.table import Catalog
+from kinoray.errors import JobError, StorageUnavailable
+from kinoray.network.batch import RawBatch, VideoBatch
+from kinoray.train.decoding import DecodeTask
+
+__all__ = ["Samples", "Unreadable", "epoch_order", "rank_part", "rank_steps", "run_length", "stream"]
+
+Rows = NDArray[np.int64]
+_WINDOW_ROWS = 4096  # rows that are mixed with each other: several shards of 256 MB
+_MAX_RUN = 8  # neighbours that stay together
+_BLOCK_BYTES = 96 * 2**20  # decoded clips that one task hands over at a time
+_BLOCK_ROWS = 8
+_STORE_SHARE = 0.5  # of the object store, for the clips of all ranks that wait to be used
+_REFERENCE_COLUMNS = ("video_id", "uri", "offset", "length", "sha256")
+
+
+def run_length(catalog: Catalog, batch_size: int) -> int:
+    """How many neighbours of a shard an epoch keeps together, so that one ranged read fetches them all.
+
+    Only as many as leave 16 independent draws in a batch, and none where neighbours are mostly of one class (videos
+    listed class by class), since a batch would see few classes.
+    """
+    labels = catalog.table.column("label_id").to_numpy()
+    if len(labels) < 2:
+        return 1
+    same = float(np.mean(labels[1:] == labels[:-1]))
+    shares = np.unique(labels, return_counts=True)[1] / len(labels)
+    chance = float(np.sum(shares**2))
+    return 1 if same > (1 + chance) / 2 else max(1, min(_MAX_RUN, batch_size // 16))
+
+
+def epoch_order(catalog: Catalog, *, seed: int, epoch: int, run: int = 1) -> Rows:
+    """The rows of the catalog in the order in which an epoch sees them, int64 [N], each once.
+
+    Shards are permuted, then runs of `run` neighbours are permuted inside windows of 4096 rows: random enough to train
+    on, and a window touches few shards. The numbers come from PCG64's raw stream, which numpy keeps the same for ever.
+    """
+    num_rows = len(catalog)
+    uris = catalog.table.column("uri").to_numpy(zero_copy_only=False)
+    starts_shard = np.r_[True, uris[1:] != uris[:-1]][:num_rows]
+    shard = np.cumsum(starts_shard) - 1
+    place = np.arange(num_rows) - np.flatnonzero(starts_shard)[shard]  # of a row in its shard
+    chunk = np.cumsum(starts_shard | (place % run == 0)) - 1
+    random = np.random.PCG64(np.random.SeedSequence([seed, epoch]))
+    shard_keys, chunk_keys = random.random_raw(num_rows), random.random_raw(num_rows)
+    first_window = (
+        int(random.random_raw()) % _WINDOW_ROWS
+    )  # so that windows do not cut a shard at the same row for ever
+
+    order = np.lexsort((np.arange(num_rows), shard_keys[shard]))
+    leads = np.r_[True, chunk[order][1:] != chunk[order][:-1]][:num_rows]
+    window_of_chunk = np.zeros(num_rows, np.int64)
+    window_of_chunk[chunk[order][leads]] = (np.flatnonzero(leads) + first_window) // _WINDOW_ROWS
+    return np.lexsort((np.arange(num_rows), chunk_keys[chunk], window_of_chunk[chunk])).astype(np.int64)
+
+
+def rank_part(count: int, rank: int, world_size: int) -> slice:
+    """Which of `count` items are the rank's: as even as can be, the first ranks get the most."""
+    base, extra = divmod(count, world_size)
+    start = rank * base + min(rank, extra)
+    return slice(start, start + base + (rank < extra))
+
+
+def rank_steps(order: Rows, *, batch_size: int, rank: int, world_size: int, first_step: int = 0) -> list[Rows]:
+    """The rank's rows of global batches first_step, first_step + 1, ... where batch g begins at order[g * batch_size].
+
+    The last batch may be short, and then a rank's part of it may be empty: all ranks get equally many steps.
+    """
+    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    return [batch[rank_part(len(batch), rank, world_size)] for batch in batches[first_step:]]
+
+
+@dataclass(frozen=True, slots=True)
+class Unreadable:
+    """A row that gave no clip, and why."""
+
+    row: int
+    error_class: str
+    error_text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Samples:
+    """A rank's part of one global batch: the clips that could be read, in plan order, and the rows that could not."""
+
+    rows: Rows
+    """Row in the catalog of each clip, int64 [B]."""
+    clips: VideoBatch
+    """The clips; B may be 0."""
+    unreadable: tuple[Unreadable, ...]
+    """What is not among them; never replaced by another video."""
+    decode_cpu_s: float
+    """CPU seconds that decode tasks spent on what arrived with this batch, reading included."""
+    cached: int
+    """Videos that came from the cache of decoded frames."""
+
+
+class _Arrived(NamedTuple):
+    """A batch as it comes from Ray Data: all its rows, those with a clip, and what Samples says of it."""
+
+    rows: Rows
+    kept: Rows
+    clips: VideoBatch | RawBatch
+    unreadable: tuple[Unreadable, ...]
+    decode_cpu_s: float
+    cached: int
+
+
+class _Collate(NumpyBatchCollateFn):  # type: ignore[misc]  # ray has no types
+    """Columns of a batch -> _Arrived; runs in Ray Data's prefetch thread."""
+
+    def __call__(self, batch: dict[str, np.ndarray]) -> _Arrived:
+        ok = batch["ok"].astype(bool)
+        reasons = zip(batch["row"], batch["error_class"], batch["error_text"], ok, strict=True)
+        rows = batch["row"].astype(np.int64)
+        return _Arrived(
+            rows=rows,
+            kept=rows[ok],
+            clips=_raw_batch(batch, ok) if "frames" in batch else _video_batch(batch, ok),
+            unreadable=tuple(
+                Unreadable(int(row), str(kind), str(text)) for row, kind, text, good in reasons if not good
+            ),
+            decode_cpu_s=float(batch["cpu_s"].sum()),
+            cached=int(batch["cached"].sum()),
+        )
+
+
+def _video_batch(batch: dict[str, np.ndarray], ok: np.ndarray) -> VideoBatch:
+    keep = slice(None) if ok.all() else ok  # a slice copies nothing
+    tensors = {name: _tensor(batch[name][keep]) for name in ("rgb", "yuv", "flow") if name in batch}
+    return VideoBatch(**{"rgb": None, "flow": None} | tensors)
+
+
+def _raw_batch(batch: dict[str, np.ndarray], ok: np.ndarray) -> RawBatch:
+    places = np.flatnonzero(ok).tolist()
+    frames, partners = (
+        [_tensor(batch[name][place]) for place in places] if name in batch else None for name in ("frames", "partners")
+    )
+    last, views = (_tensor(batch[name][ok]) if name in batch else None for name in ("last", "views"))
+    assert frames is not None
+    return RawBatch(frames=frames, partners=partners, last=last, views=views)
+
+
+def _tensor(array: np.ndarray) -> torch.Tensor:
+    """Views into the object store are read-only, which torch does not know."""
+    return torch.from_numpy(array if array.flags.writeable else array.copy())
+
+
+def stream(
+    catalog: Catalog,
+    steps: Sequence[Rows],
+    task: DecodeTask,
+    *,
+    decode_tasks: int,
+    world_size: int,
+    finish: Callable[[RawBatch], VideoBatch] | None = None,
+) -> Iterator[Samples]:
+    """Decode the rows of each step that has any, in order, with `decode_tasks` Ray tasks of one CPU each.
+
+    All steps but the last have equally many rows, as rank_steps makes them. Blocks ahead of the caller take at most
+    this rank's share of the object store.
+
+    Args:
+        finish: what the device does to clips that decoding leaves to it; needed where the task's clip does so.
+
+    Raises:
+        JobError: Ray Data gave other rows than the plan asked for.
+        StorageUnavailable: the store of the videos is down.
+    """
+    wanted = [rows for rows in steps if len(rows)]
+    if not wanted:
+        return
+    local_batch = len(wanted[0])
+    dataset = _dataset(catalog, np.concatenate(wanted), task, decode_tasks, local_batch)
+    options = dataset.context.execution_options
+    options.preserve_order = True
+    store = float(ray.cluster_resources().get("object_store_memory", 0.0))
+    options.resource_limits = options.resource_limits.copy(
+        cpu=decode_tasks, object_store_memory=store * _STORE_SHARE / world_size
+    )
+    batches: Iterator[_Arrived] = iter(
+        dataset.iter_torch_batches(batch_size=local_batch, collate_fn=_Collate(), prefetch_batches=1, device="cpu")
+    )
+    for planned in wanted:
+        found = next(batches, None)
+        if found is None or not np.array_equal(found.rows, planned):
+            there = "no more rows" if found is None else f"rows {found.rows.tolist()}"
+            raise JobError(f"Ray Data broke the plan of the epoch: expected rows {planned.tolist()}, got {there}")
+        for item in found.unreadable:
+            if item.error_class == StorageUnavailable.__name__:
+                raise StorageUnavailable(item.error_text)
+        clips = found.clips
+        if isinstance(clips, RawBatch):
+            assert finish is not None
+            clips = finish(clips)
+        yield Samples(found.kept, clips, found.unreadable, found.decode_cpu_s, found.cached)
+
+
+def _dataset(catalog: Catalog, rows: Rows, task: DecodeTask, decode_tasks: int, local_batch: int) -> ray.data.Dataset:
+    plan = catalog.table.select(_REFERENCE_COLUMNS).take(rows).append_column("row", pa.array(rows)).combine_chunks()
+    size = max(1, min(_BLOCK_ROWS, local_batch, _BLOCK_BYTES // task.clip_bytes))
+    # from_blocks, not from_arrow: that starts a remote task a block to learn what is known here.
+    blocks = ray.data.from_blocks([plan.slice(start, size) for start in range(0, len(rows), size)])
+    return blocks.map_batches(
+        task,
+        batch_size=None,
+        batch_format="pyarrow",
+        zero_copy_batch=True,
+        compute=ray.data.TaskPoolStrategy(size=decode_tasks),
+        num_cpus=1,
+    )

@@ -1,0 +1,336 @@
+"""One rank's copy of the model: training steps whose gradient is exactly that of the global batch, and exact totals.
+
+The loss of a rank is the sum over its readable videos times world size / readable videos of the global batch: the mean
+that DistributedDataParallel (and FSDP) takes over the ranks is then the mean over the global batch, however it is
+divided. Easy to break: every rank must make the same calls in the same order, also one that has no readable video.
+"""
+
+import copy
+import math
+from collections.abc import Collection, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.nn.parallel import DistributedDataParallel
+
+from kinoray.errors import ConfigError, ModelError
+from kinoray.network.batch import FLOW_CHANNELS, VideoBatch, model_inputs
+from kinoray.network.build import VideoModel
+from kinoray.train.augment import Mix, mix_inputs
+from kinoray.train.average import Average
+from kinoray.train.config import TrainConfig
+from kinoray.train.recipe import batch_norms, freeze, loss_sum, make_optimizer, set_rate
+from kinoray.train.recompute import recompute
+from kinoray.train.sharding import full_state, is_sharded, load_full_state, shard
+
+__all__ = ["Replica", "Totals"]
+
+_AUTOCAST = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True, slots=True)
+class Totals:
+    """Counts over all ranks; means are NaN where nothing was counted."""
+
+    videos: int
+    """Videos that went through the model."""
+    unreadable: int
+    """Videos that could not be decoded."""
+    loss_sum: float
+    """Sum of their losses: cross entropies, in training smoothed, weighted and mixed as the recipe says."""
+    top1_hits: int
+    """Videos whose label came first."""
+    top5_hits: int
+    """Videos whose label was among the first 5."""
+
+    @property
+    def loss(self) -> float:
+        """Mean loss."""
+        return self.loss_sum / self.videos if self.videos else math.nan
+
+    @property
+    def top1(self) -> float:
+        """Share with the label first."""
+        return self.top1_hits / self.videos if self.videos else math.nan
+
+    @property
+    def top5(self) -> float:
+        """Share with the label among the first 5."""
+        return self.top5_hits / self.videos if self.videos else math.nan
+
+
+class Replica:
+    """The model and its optimizer on this rank's device. Needs an initialised process group, also for one rank.
+
+    All ranks must start from equal weights and make a Replica together. `backbone` names the parameters that
+    optim.backbone_lr_factor is about, `class_weights` float [C] weighs the losses of training.
+    """
+
+    def __init__(
+        self,
+        model: VideoModel,
+        num_classes: int,
+        config: TrainConfig,
+        device: torch.device,
+        *,
+        backbone: Collection[str] = (),
+        class_weights: Tensor | None = None,
+    ) -> None:
+        self.module, self.device = cast(nn.Module, model).to(device), device
+        self._spec, self._num_classes = model.input_spec, num_classes
+        self._clip, self._optim = config.clip, config.optim
+        self._weights = None if class_weights is None else class_weights.to(device)
+        self._world_size = dist.get_world_size()
+        freeze(self.module, config.optim, backbone)
+        averages = config.optim.ema_decay > 0
+        # What is scored where the module itself cannot be: shards make every forward pass a collective.
+        self._scorer = copy.deepcopy(self.module) if averages or config.parallel == "fsdp" else self.module
+        self._recomputed = recompute(self.module, config.optim.recompute)
+        if config.optim.compile:
+            self.module.compile()
+        self._parallel = self._spread(config)
+        self.average = Average(self.module, config.optim.ema_decay) if averages else None
+        self.optimizer = make_optimizer(self.module, config.optim, backbone)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=config.optim.precision == "fp16")
+        # Per step: videos, unreadable, loss, top-1 and top-5 hits; pending ones are this rank's, not yet added up.
+        self._pending = torch.zeros(5, dtype=torch.float64, device=device)
+        self._totals = torch.zeros(5, dtype=torch.float64, device=device)
+        self._history: list[Tensor] = []  # of training steps, over all ranks
+        self._stepped = False  # whether what is pending is a training step's
+        self._halts = torch.zeros(1, dtype=torch.float64, device=device)  # of this rank, not yet told
+        self._halted = torch.zeros(1, dtype=torch.float64, device=device)  # over all ranks
+        self._order_buckets()
+
+    def _spread(self, config: TrainConfig) -> nn.Module:
+        if config.parallel == "fsdp":
+            shard(self.module, self.device.type)
+            return self.module
+        if self._world_size == 1:
+            return self.module
+        # Gradients lie in the buckets that are sent, not beside them: a copy of all parameters less.
+        return DistributedDataParallel(self.module, gradient_as_bucket_view=True)
+
+    def train(self) -> None:
+        """Get ready for training steps."""
+        self.module.train()
+        if self._optim.freeze_bn:
+            for norm in batch_norms(self.module):
+                norm.eval()
+
+    def eval(self) -> None:
+        """Get ready to `score` the weights as they are now; all ranks must call it."""
+        if self._scorer is not self.module:
+            self._scorer.load_state_dict(self.weights())
+        self._scorer.eval()
+
+    def weights(self) -> dict[str, Tensor]:
+        """What is scored and saved: the moving average if there is one, else the module's state. All ranks call it."""
+        return full_state(self.module) if self.average is None else self.average.full()
+
+    def train_step(
+        self, clips: VideoBatch | None, labels: Tensor, unreadable: int, lr: float, mix: Mix | None = None
+    ) -> None:
+        """One optimizer step at rate lr on this rank's part of a global batch.
+
+        `clips` holds the readable videos ([B, ...], B may be 0; None is no video at all), `labels` int64 [B] theirs.
+        """
+        if is_sharded(self.module):
+            self.share_buffers()  # as DistributedDataParallel does before each step
+        num_videos = torch.tensor(float(len(labels)), dtype=torch.float64, device=self.device)
+        global_videos = self._exchange(num_videos)
+        set_rate(self.optimizer, lr)
+        self.optimizer.zero_grad(set_to_none=True)
+        # Where no rank has a readable video the gradient is zero, not 0 / 0.
+        scale = self._world_size / global_videos.clamp(min=1.0)
+        parts = self._parts(len(labels))
+        for number, videos in enumerate(parts, start=1):
+            with self._synchronised(number == len(parts)):
+                if clips is not None and len(labels[videos]):
+                    total = self._train_part(clips, labels, videos, mix)
+                else:
+                    total = self._forward_nothing()
+                self.scaler.scale(total * scale.to(total.dtype)).backward()  # type: ignore[no-untyped-call]
+        if self._optim.clip_norm > 0:
+            self.scaler.unscale_(self.optimizer)
+            trained = [parameter for parameter in self.module.parameters() if parameter.requires_grad]
+            nn.utils.clip_grad_norm_(trained, self._optim.clip_norm)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        if self.average is not None:
+            self.average.update(self.module)
+        self._require_recomputed()
+        self._pending[1] += unreadable
+        self._stepped = True
+
+    def _parts(self, count: int) -> list[slice]:
+        """Into which the rank's videos are cut for optim.accumulate; under FSDP, equally many on all ranks."""
+        size = max(1, -(-count // self._optim.accumulate))
+        number = self._optim.accumulate if is_sharded(self.module) else max(1, -(-count // size))
+        return [slice(index * size, (index + 1) * size) for index in range(number)]
+
+    def _synchronised(self, last: bool) -> AbstractContextManager[Any]:
+        """Ranks add up their gradients with the last part only."""
+        if isinstance(self.module, FSDPModule):
+            self.module.set_requires_gradient_sync(last)
+        elif isinstance(self._parallel, DistributedDataParallel) and not last:
+            return self._parallel.no_sync()
+        return nullcontext()
+
+    def _require_recomputed(self) -> None:
+        if self._recomputed is not None and not self._recomputed.ran:
+            raise ConfigError(
+                f"optim.recompute must be none for {type(self.module).__name__}: its forward calls none of the blocks"
+            )
+
+    @torch.no_grad()
+    def score(self, clips: VideoBatch, labels: Tensor, unreadable: int) -> None:
+        """Count the model's predictions on clips; call `eval` first. Ranks may call it unequally often."""
+        if len(clips):
+            labels = labels.to(self.device, non_blocking=True)
+            logits = self._logits(self._scorer, model_inputs(clips, self._spec, self.device), len(clips))
+            self._count(logits, labels, loss_sum(logits, labels))
+        self._pending[1] += unreadable
+
+    def halt(self) -> None:
+        """Tell all ranks, with the next training step or `finish`, that this one cannot go on."""
+        self._halts.fill_(1.0)
+
+    def halted(self) -> bool:
+        """Whether a rank has told that it cannot go on. The same on all ranks."""
+        return bool(self._halted.item())
+
+    def totals(self) -> Totals:
+        """Totals over all ranks since `reset`, without the last training step (see `finish`). The same on all ranks."""
+        videos, unreadable, loss, top1, top5 = self._totals.tolist()
+        return Totals(int(videos), int(unreadable), loss, int(top1), int(top5))
+
+    def finish(self) -> Totals:
+        """Add up what is pending on all ranks and return the totals; all ranks must call it."""
+        self._exchange(torch.zeros((), dtype=torch.float64, device=self.device))
+        return self.totals()
+
+    def history(self) -> Tensor:
+        """What each training step since `reset` counted over all ranks, without the last (see `finish`).
+
+        float64 [steps, 5] on the CPU: videos, unreadable, sum of losses, top-1 hits, top-5 hits.
+        """
+        return torch.stack(self._history).cpu() if self._history else torch.zeros(0, 5, dtype=torch.float64)
+
+    def restore(self, history: Tensor) -> None:
+        """Count on from where `history` was taken."""
+        self.reset()
+        for numbers in history.to(self.device, torch.float64):
+            self._totals += numbers  # one by one, as they were added then: sums in another order differ in last bits
+            self._history.append(numbers)
+
+    def reset(self) -> None:
+        """Start to count anew."""
+        self._pending.zero_()
+        self._totals.zero_()
+        self._history.clear()
+        self._stepped = False
+
+    def load(self, weights: Mapping[str, Tensor]) -> None:
+        """Make whole weights the module's; a moving average begins with them. All ranks must call it."""
+        load_full_state(self.module, weights)
+        if self.average is not None:
+            self.average.restart(self.module)
+
+    def share_buffers(self) -> None:
+        """Give all ranks the buffers (BatchNorm's statistics) of rank 0, whose they are in a checkpoint."""
+        if self._world_size > 1:
+            averaged = [] if self.average is None else self.average.buffers(self.module)
+            for buffer in [*self.module.buffers(), *averaged]:
+                dist.broadcast(buffer, src=0)
+
+    def _exchange(self, videos_now: Tensor) -> Tensor:
+        """The sum of videos_now over the ranks; what is pending travels with it, to spare a second round."""
+        numbers = torch.cat([videos_now.reshape(1), self._pending, self._halts])
+        dist.all_reduce(numbers)
+        counted = numbers[1:-1]
+        self._totals += counted
+        if self._stepped:
+            self._history.append(counted)
+            self._stepped = False
+        self._pending.zero_()
+        self._halted += numbers[-1:]
+        return numbers[0]
+
+    def _train_part(self, clips: VideoBatch, labels: Tensor, videos: slice, mix: Mix | None) -> Tensor:
+        """Sum of the losses of some of the clips; counts them."""
+        inputs = model_inputs(_select(clips, videos), self._spec, self.device)
+        part = labels[videos].to(self.device, non_blocking=True)
+        mixing: dict[str, Any] = {}
+        if mix is not None:
+            mine = mix.part(videos)
+            others = model_inputs(_select(clips, mine.partners), self._spec, self.device)
+            inputs = mix_inputs(inputs, others, mine)
+            mixing = {"partners": labels[mine.partners].to(self.device, non_blocking=True), "share": mine.share}
+        logits = self._logits(self._parallel, inputs, len(part))
+        smoothing = self._optim.label_smoothing
+        total = loss_sum(logits, part, smoothing=smoothing, weights=self._weights, **mixing)
+        self._count(logits, part, total)
+        return total
+
+    @torch.no_grad()
+    def _count(self, logits: Tensor, labels: Tensor, total: Tensor) -> None:
+        hits = logits.topk(min(5, self._num_classes), dim=1).indices == labels[:, None]
+        counts = [torch.full_like(total, len(labels)), torch.zeros_like(total), total.detach()]
+        self._pending += torch.stack([*counts, hits[:, 0].sum(), hits.sum()]).double()
+
+    def _logits(self, module: nn.Module, inputs: dict[str, Tensor | None], count: int) -> Tensor:
+        precision = self._optim.precision
+        with torch.autocast(self.device.type, dtype=_AUTOCAST[precision], enabled=precision != "fp32"):
+            logits: Tensor = module(**inputs)
+        if logits.shape != (count, self._num_classes):
+            expected = [count, self._num_classes]
+            raise ModelError(f"{type(self.module).__name__} must return logits {expected}, got {list(logits.shape)}")
+        return logits.float()
+
+    def _order_buckets(self) -> None:
+        """Have DistributedDataParallel order its buckets, as it does after its first backward pass.
+
+        With more than two ranks their order decides in which order gradients are added up: the first step of a resumed
+        run would add in another order than that step did in the run before, and differ in the last bits.
+        """
+        if self._world_size > 2 and isinstance(self._parallel, DistributedDataParallel):
+            self._forward_nothing().backward()  # type: ignore[no-untyped-call]
+            self.optimizer.zero_grad(set_to_none=True)
+
+    def _forward_nothing(self) -> Tensor:
+        """A zero that depends on all parameters, for a rank without a video; leaves BatchNorm's statistics alone."""
+        # Not written back: the gradient needs the norms' statistics as they are in the forward pass, and
+        # DistributedDataParallel shares all buffers in it.
+        momenta = {norm: norm.momentum for norm in batch_norms(self.module)}
+        for norm in momenta:
+            norm.momentum = 0.0
+        statistics = {id(buffer) for norm in momenta for buffer in (norm.running_mean, norm.running_var)}
+        others = [buffer for buffer in self.module.buffers() if id(buffer) not in statistics]
+        before = [buffer.clone() for buffer in others]
+        sample, size = self._clip.sample, self._clip.view.crop_px
+        shape = (2, sample.num_segments, sample.frames_per_segment)  # BatchNorm refuses a single value a channel
+        # Noise, since a norm has no gradient at zero, and 0 * NaN is NaN.
+        noise = torch.Generator().manual_seed(0)
+        rgb = torch.randint(0, 256, (*shape, 3, size, size), generator=noise, dtype=torch.uint8)
+        flow = None
+        if self._spec.flow_channels:
+            flow = torch.randint(-127, 128, (*shape, FLOW_CHANNELS, size, size), generator=noise, dtype=torch.int8)
+        inputs = model_inputs(VideoBatch(rgb=rgb, flow=flow), self._spec, self.device)
+        zero = self._logits(self._parallel, inputs, 2).sum() * 0.0
+        for norm, momentum in momenta.items():
+            norm.momentum = momentum
+        with torch.no_grad():
+            for buffer, value in zip(others, before, strict=True):
+                if not torch.equal(buffer, value):
+                    buffer.copy_(value)
+        return zero
+
+
+def _select(clips: VideoBatch, videos: slice | Tensor) -> VideoBatch:
+    """Some of the clips; a slice without a copy."""
+    return clips.select(videos if isinstance(videos, slice) else videos.to(clips.device, non_blocking=True))

@@ -1,0 +1,178 @@
+"""`kinoray runs`: which training runs lie under a folder or s3:// prefix, and how they stand; from storage alone.
+
+A run is a folder with a run.json. Its driver writes status.json every BEAT_S seconds; the store's own time of that file
+is the run's last sign of life, so that nobody's clock needs to agree with another's but the reader's with the store's.
+
+Easy to break: a driver that was killed says "running" for ever; how old that word is decides whether it is believed.
+"""
+
+import json
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from kinoray.console import format_duration
+from kinoray.errors import KinorayError, ObjectNotFound
+from kinoray.storage.objects import Storage, absolute, join
+from kinoray.train.config import RunsConfig
+
+__all__ = ["BEAT_S", "STATUS_FILE", "RunSummary", "State", "find_runs", "runs"]
+
+BEAT_S = 30.0
+STATUS_FILE = "status.json"
+_SILENT_S = 4 * BEAT_S  # a store that fails for a minute is no dead driver
+_READERS = 16  # requests at a time
+_MAX_CELL = 44
+
+State = Literal["running", "finished", "stopped", "failed", "damaged"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunSummary:
+    """A run as it stands in storage."""
+
+    uri: str
+    """The run folder."""
+    state: State
+    """`stopped`: its driver was interrupted, or gives no sign of life any more; the same command goes on with it."""
+    age_s: float
+    """Seconds since the last sign of life."""
+    epochs_done: int
+    """Whole epochs in metrics.jsonl."""
+    epochs: int
+    """Epochs that were asked for."""
+    best: str
+    """The best metric: val_top1, or loss where nothing is scored; empty before the first epoch."""
+    best_value: float | None
+    """Its value."""
+    best_epoch: int | None
+    """When it was reached."""
+    model: str
+    """The network's name and options."""
+    started_s: float
+    """When it was first started, in seconds since 1970."""
+    error: str
+    """What it failed with."""
+
+
+def runs(config: RunsConfig) -> list[RunSummary]:
+    """Print the runs below config.prefix, the newest last, and return them.
+
+    Raises:
+        StorageError: the prefix cannot be listed.
+    """
+    prefix = absolute(config.prefix)
+    found = find_runs(Storage(config.storage), prefix)
+    if config.json:
+        for run in found:
+            print(json.dumps(asdict(run)))
+    elif not found:
+        print(f"no run below {prefix} (a run is a folder that kinoray train has written run.json to)")
+    else:
+        print(_table(found, prefix))
+    return found
+
+
+def find_runs(storage: Storage, prefix: str) -> list[RunSummary]:
+    """The runs in folder `prefix` and at any depth below it, by the time of their first start."""
+    files = {info.uri: info.modified_s for info in storage.list(prefix.rstrip("/") + "/")}
+    folders = [uri.removesuffix("/run.json") for uri in files if uri.endswith("/run.json")]
+    now_s = time.time()
+    with ThreadPoolExecutor(_READERS) as pool:
+        found = list(pool.map(lambda uri: _summary(storage, uri, files, now_s), folders))
+    return sorted(found, key=lambda run: (run.started_s, run.uri))
+
+
+def _summary(storage: Storage, uri: str, files: dict[str, float], now_s: float) -> RunSummary:
+    """One run; what of it cannot be read makes it `damaged`, with the reason, and hides no other run."""
+    made_s = files[join(uri, "run.json")]
+    seen_s = max(files.get(join(uri, name), made_s) for name in (STATUS_FILE, "metrics.jsonl", "run.json"))
+    values: dict[str, Any] = {"uri": uri, "age_s": max(0.0, now_s - seen_s), "error": ""}
+    values |= {"epochs_done": 0, "epochs": 0, "model": "?", "started_s": made_s}
+    values |= {"best": "", "best_value": None, "best_epoch": None}
+    try:
+        settings = json.loads(storage.read(join(uri, "run.json")))["settings"]
+        values |= {"epochs": int(settings["optim.epochs"]), "model": _model(settings)}
+        values |= _progress(_lines(storage, join(uri, "metrics.jsonl")))
+        status = _lines(storage, join(uri, STATUS_FILE))
+        if status:
+            values |= {"started_s": float(status[0]["started_s"]), "error": str(status[0]["error"])}
+        state = _state(status[0]["state"] if status else "running", values)
+    except KinorayError as error:
+        state, values["error"] = "damaged", str(error)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        state, values["error"] = "damaged", f"{uri}: run.json, status.json or metrics.jsonl is not ours: {error!r}"
+    return RunSummary(state=state, **values)
+
+
+def _state(said: str, values: dict[str, Any]) -> State:
+    """What the driver said last, if it may still be so."""
+    if said == "running":
+        if values["age_s"] <= _SILENT_S:
+            return "running"
+        return "finished" if values["epochs_done"] == values["epochs"] else "stopped"
+    if said not in ("finished", "stopped", "failed"):
+        raise ValueError(f"state is {said!r}")
+    return said  # type: ignore[return-value]
+
+
+def _lines(storage: Storage, uri: str) -> list[dict[str, Any]]:
+    """The objects of a file of JSON lines; none if it is not there."""
+    try:
+        return [json.loads(line) for line in storage.read(uri).decode().splitlines()]
+    except ObjectNotFound:
+        return []
+
+
+def _model(settings: dict[str, Any]) -> str:
+    options = {name: value for name, value in settings.items() if name.startswith("model.options.")}
+    parts = [str(settings["model.factory"])]
+    parts += [f"{name.removeprefix('model.options.')}={value}" for name, value in sorted(options.items())]
+    return " ".join(parts)
+
+
+def _progress(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """epochs_done and the best metric of the rows of metrics.jsonl; of equal ones the newest."""
+    scored = [row for row in rows if "val_top1" in row]
+    known = scored or [row for row in rows if "loss" in row]
+    if not known:
+        return {"epochs_done": len(rows)}
+    if scored:
+        name, best = "val_top1", max(known, key=lambda row: (row["val_top1"], row["epoch"]))
+    else:
+        name, best = "loss", min(known, key=lambda row: (row["loss"], -row["epoch"]))
+    return {"epochs_done": len(rows), "best": name, "best_value": float(best[name]), "best_epoch": int(best["epoch"])}
+
+
+def _table(found: Sequence[RunSummary], prefix: str) -> str:
+    """The runs as aligned columns, errors as lines below them."""
+    rows = [("RUN", "STATUS", "EPOCHS", "BEST", "STARTED", "MODEL")]
+    for run in found:
+        best = ""
+        if run.best_value is not None:
+            name = {"val_top1": "val top-1", "loss": "loss"}[run.best]
+            best = f"{name} {run.best_value:.3f} (epoch {run.best_epoch})"
+        started = time.strftime("%Y-%m-%d %H:%M", time.localtime(run.started_s))
+        name = _plain(run.uri[len(prefix.rstrip("/")) :].strip("/") or ".")
+        rows.append((name, _status(run), f"{run.epochs_done}/{run.epochs}", best, started, _cell(run.model)))
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    problems = [f"{row[0]}: {_plain(run.error)}" for row, run in zip(rows[1:], found, strict=True) if run.error]
+    return "\n".join(lines + ([""] if problems else []) + problems)
+
+
+def _status(run: RunSummary) -> str:
+    ago = f"{format_duration(run.age_s)} ago"
+    return {"running": f"running (last sign {ago})", "stopped": f"stopped (last sign {ago})"}.get(run.state, run.state)
+
+
+def _plain(text: str) -> str:
+    """Text that does nothing to a terminal but show."""
+    return "".join(character if character.isprintable() else "?" for character in text)
+
+
+def _cell(text: str) -> str:
+    text = _plain(text)
+    return text if len(text) <= _MAX_CELL else text[: _MAX_CELL - 3] + "..."

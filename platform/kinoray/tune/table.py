@@ -1,0 +1,127 @@
+"""What came of a sweep, read from the trials' own run folders: Ray Tune's snapshots may lag behind them."""
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from kinoray.errors import JobError, ObjectNotFound
+from kinoray.storage.objects import Storage, join
+from kinoray.storage.records import parse_record
+from kinoray.train.runfolder import read_metrics
+from kinoray.tune.page import TrialRow
+from kinoray.tune.space import Settings
+from kinoray.tune.trial import METRIC, generations, trial_run
+
+__all__ = [
+    "REPEATED",
+    "best_row",
+    "known_trials",
+    "print_table",
+    "ranked",
+    "read_outcome",
+    "read_trial",
+    "write_outcome",
+    "write_table",
+]
+
+REPEATED = ("JobError", "ClusterError", "StorageError", "StorageUnavailable", "AccessDenied", "ObjectNotFound")
+"""Failures that are not the settings' fault: such a trial is tried again when the sweep goes on."""
+
+
+def write_outcome(storage: Storage, out: str, name: str, outcome: dict[str, str]) -> None:
+    """Say how a trial ended: status (finished, stopped or failed), error_class and error_text."""
+    storage.put(join(trial_run(out, name), "outcome.json"), json.dumps(outcome).encode())
+
+
+def read_outcome(storage: Storage, out: str, name: str) -> dict[str, str]:
+    """What write_outcome wrote; status "" for a trial that has not ended, or is to be tried again."""
+    try:
+        data = storage.read(join(trial_run(out, name), "outcome.json"))
+    except ObjectNotFound:
+        return {"status": "", "error_class": "", "error_text": ""}
+    return parse_record(data, join(trial_run(out, name), "outcome.json"), dict)
+
+
+def known_trials(storage: Storage, out: str) -> dict[str, Settings]:
+    """Trials that have a folder under OUT/trials, with the settings that they began with."""
+    prefix = join(out, "trials") + "/"
+    found = {}
+    for info in storage.list(prefix):
+        name, _, rest = info.uri.removeprefix(prefix).partition("/")
+        if rest == "trial.json" and "-g" not in name:
+            found[name] = parse_record(storage.read(info.uri), info.uri, lambda record: dict(record["settings"]))
+    return found
+
+
+def read_trial(storage: Storage, out: str, name: str, settings: Settings) -> TrialRow:
+    """One row of the table; settings are those of the run that was best (they change under PBT)."""
+    outcome = read_outcome(storage, out, name)
+    best: tuple[float, int, str, Settings] | None = None
+    curve: list[tuple[int, float]] = []
+    decode_cpu_s, run = 0.0, trial_run(out, name)
+    for run, about in generations(storage, out, name):
+        for row in read_metrics(storage, run):
+            decode_cpu_s += float(row.get("decode_cpu_s", 0.0))
+            if METRIC in row:
+                curve.append((int(row["epoch"]), float(row[METRIC])))
+                if best is None or row[METRIC] > best[0]:
+                    best = (float(row[METRIC]), int(row["epoch"]), run, about["settings"])
+    return TrialRow(
+        trial=name,
+        settings=best[3] if best else settings,
+        status=outcome["status"] or ("unfinished" if curve else "waiting"),
+        best_val_top1=best[0] if best else None,
+        best_epoch=best[1] if best else None,
+        epochs=curve[-1][0] if curve else 0,
+        run=best[2] if best else run,
+        decode_cpu_s=round(decode_cpu_s, 2),
+        error=": ".join(part for part in (outcome["error_class"], outcome["error_text"]) if part),
+        curve=tuple(curve),
+    )
+
+
+def write_table(storage: Storage, out: str, rows: Iterable[TrialRow]) -> None:
+    """trials.jsonl, best first."""
+    lines = (json.dumps(asdict(row)) for row in rows)
+    storage.put(join(out, "trials.jsonl"), ("\n".join(lines) + "\n").encode())
+
+
+def print_table(rows: Sequence[TrialRow]) -> None:
+    """The table for people."""
+    paths = sorted({path for row in rows for path in row.settings})
+    header = ["trial", *paths, "best val top-1", "epoch", "epochs", "status"]
+    lines = [header]
+    for row in rows:
+        cells = [_text(row.settings.get(path, "")) for path in paths]
+        score = "-" if row.best_val_top1 is None else f"{row.best_val_top1:.4f}"
+        epoch = "-" if row.best_epoch is None else str(row.best_epoch)
+        lines.append([row.trial, *cells, score, epoch, str(row.epochs), row.status])
+    widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
+    for line in lines:
+        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+    for row in rows:
+        if row.error:
+            print(f"trial {row.trial}: {row.error}")
+
+
+def _text(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def ranked(rows: Iterable[TrialRow]) -> list[TrialRow]:
+    """Best first; trials that failed come last, whatever they reached before: their settings do not work."""
+
+    def key(row: TrialRow) -> tuple[bool, float, str]:
+        return row.status == "failed", -(row.best_val_top1 if row.best_val_top1 is not None else -1.0), row.trial
+
+    return sorted(rows, key=key)
+
+
+def best_row(rows: Sequence[TrialRow], out: str) -> TrialRow:
+    """The best of ranked trials. Raises JobError if none has a score and has not failed."""
+    scored = [row for row in rows if row.best_val_top1 is not None and row.status != "failed"]
+    if not scored:
+        reasons = "; ".join(f"trial {row.trial}: {row.error}" for row in rows if row.error) or "none has ended an epoch"
+        raise JobError(f"no trial of {out} has a score: {reasons}")
+    return scored[0]

@@ -1,0 +1,340 @@
+"""`kinoray tune`: plan the trials, let Ray Tune run as many at a time as the cluster holds, say which was best.
+
+Everything that counts is in the trials' own run folders; Tune's folder, OUT/ray, holds nothing that a sweep needs.
+Easy to break: a trial must end by itself when Tune stops it, since what a killed one leaves keeps its CPUs.
+
+    sweep.json     what all starts of the sweep must share
+    trials/ID/     one run folder a trial, see trial.py
+    trials.jsonl   one line a trial, best first; tune.json: totals; best.yaml: the best settings; tune.html: a page
+"""
+
+import json
+import os
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import ray
+import yaml
+from ray import tune as ray_tune
+
+from kinoray.catalog.table import Catalog, load_catalog
+from kinoray.cluster.autoscaler import has_autoscaler
+from kinoray.cluster.connect import connect, require_fit
+from kinoray.config.file import to_yaml
+from kinoray.config.shared import CacheConfig, ResourcesConfig, digest
+from kinoray.console import format_duration
+from kinoray.errors import ClusterError, ConfigError, JobError
+from kinoray.storage.objects import Storage, absolute, arrow_filesystem, join
+from kinoray.storage.records import parse_record
+from kinoray.train.config import TrainConfig
+from kinoray.train.gate import open_desk
+from kinoray.train.runfolder import run_settings
+from kinoray.train.verb import check_training
+from kinoray.tune.cache import drop_cache, shared_cache
+from kinoray.tune.config import TuneConfig, train_config
+from kinoray.tune.fit import trials_at_once
+from kinoray.tune.page import TrialRow, tune_page
+from kinoray.tune.search import make_scheduler, optuna_searcher, planned_trials, require_optuna
+from kinoray.tune.space import Axis, Settings, apply, grid_trials, parse_space
+from kinoray.tune.table import (
+    REPEATED,
+    best_row,
+    known_trials,
+    print_table,
+    ranked,
+    read_outcome,
+    read_trial,
+    write_outcome,
+    write_table,
+)
+from kinoray.tune.trial import METRIC, TrialContext, TrialRun, generations
+
+__all__ = ["tune"]
+
+_TUNE_ENV = {
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # CSV and TensorBoard files of Tune's own beside our run folders
+    "RAY_AIR_NEW_OUTPUT": "0",  # tables of its own on stdout, which verbose=0 does not turn off
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # Ctrl-C ends the sweep as it ends every job; it can go on
+}
+_MAX_CHECKS = 64  # networks that are built before Ray starts, to find options that they refuse
+
+
+def tune(config: TuneConfig) -> dict[str, Any]:
+    """Run the sweep to its end, or go on with the one in config.out; returns what tune.json holds.
+
+    Raises:
+        ConfigError: the space names no setting, or values that it refuses; or config.out holds another sweep.
+        CatalogError: as for train.
+        ClusterError: not even one trial fits the cluster.
+        JobError: no trial has a score.
+        StorageError: out cannot be read or written.
+    """
+    start_s = time.monotonic()
+    config = replace(config, catalog=absolute(config.catalog), out=absolute(config.out).rstrip("/"))
+    storage, axes, base = Storage(config.storage), parse_space(config.space), train_config(config)
+    if config.search == "optuna":
+        require_optuna()
+    catalog = load_catalog(storage, config.catalog)
+    trials = planned_trials(config, axes)
+    tried = [*_corners(axes), *trials.values()]
+    _check_trials(base, tried, catalog)
+    if base.cache.gb:
+        base = shared_cache(base, trials.values() or _combinations(axes))
+    _claim_sweep(storage, config, catalog)
+    known = trials or known_trials(storage, config.out)
+    status = {name: _ended(storage, config.out, name) for name in known}
+    num_trials = len(trials) or config.num_trials
+    print(
+        f"tune: {num_trials} trials (search {config.search}, scheduler {config.scheduler}), "
+        f"{sum(map(bool, status.values()))} have ended already; to {config.out}",
+        flush=True,
+    )
+    if len(status) < num_trials or not all(status.values()):
+        _run_trials(storage, config, base, axes, trials, status)
+        if base.cache.gb:
+            drop_cache(base)
+    known = trials or known_trials(storage, config.out)
+    rows = [read_trial(storage, config.out, name, settings) for name, settings in known.items()]
+    return _finish(storage, config, axes, rows, time.monotonic() - start_s)
+
+
+def _corners(axes: Sequence[Axis]) -> list[Settings]:
+    """The first and the last value of every axis."""
+    return [
+        {axis.path: axis.values[end] if axis.values else axis.clip((axis.low, axis.high)[end]) for axis in axes}
+        for end in (0, -1)
+    ]
+
+
+def _combinations(axes: Sequence[Axis]) -> list[Settings]:
+    """What Optuna may choose, as far as it can be listed: every combination of lists, with one value of each range."""
+    return grid_trials([replace(axis, values=axis.values or (axis.at(0.0),)) for axis in axes])
+
+
+def _check_trials(base: TrainConfig, tried: Sequence[Settings], catalog: Catalog) -> None:
+    """Refuse what some trial would fail of, before anything starts."""
+    checked: set[str] = set()
+    for settings in tried:
+        config = apply(base, settings)
+        key = digest([to_yaml(config.model), to_yaml(config.clip), config.split, config.val_split])
+        if key not in checked and len(checked) < _MAX_CHECKS:
+            checked.add(key)
+            check_training(config, catalog)
+
+
+def _claim_sweep(storage: Storage, config: TuneConfig, catalog: Catalog) -> None:
+    """Make config.out this sweep's folder, or check that it is; only the number of trials may grow."""
+    ours = run_settings(config, catalog)
+    for name in ("space", "search", "scheduler", "grace", "reduction_factor", "perturb_epochs", "search_seed"):
+        ours[name] = getattr(config, name)
+    uri = join(config.out, "sweep.json")
+    text = json.dumps(ours, indent=1, sort_keys=True)
+    if storage.put_if_absent(uri, text.encode()):
+        return
+    theirs = parse_record(storage.read(uri), uri, dict)
+    if theirs == json.loads(text):
+        return
+    names = [name for name in sorted(set(theirs) | set(ours)) if theirs.get(name) != json.loads(text).get(name)]
+    changes = [f"{name} is {theirs.get(name)!r} there, {ours.get(name)!r} here" for name in names[:4]]
+    more = f" and {len(names) - 4} more" if len(names) > 4 else ""
+    raise ConfigError(
+        f"out {config.out} holds a sweep with other settings: {'; '.join(changes)}{more}; go on with the same "
+        "settings, or give another --out"
+    )
+
+
+def _ended(storage: Storage, out: str, name: str) -> str:
+    """finished, stopped or failed; "" for a trial that has to be run (on)."""
+    outcome = read_outcome(storage, out, name)
+    return "" if outcome["error_class"] in REPEATED else outcome["status"]
+
+
+class _Watch(ray_tune.Callback):  # type: ignore[misc]
+    """Writes down how trials end, and says what happens."""
+
+    def __init__(self, storage: Storage, base: TrainConfig, desk: Any, ended: set[str]) -> None:
+        self._storage, self._base, self._desk, self._ended = storage, base, desk, ended
+        self._best = 0.0
+
+    def on_trial_result(self, iteration: int, trials: Any, trial: Any, result: Any, **info: Any) -> None:
+        self._best = max(self._best, result[METRIC])
+        if result.get("replayed"):
+            return
+        done = sum(other.is_finished() for other in trials)
+        print(
+            f"tune: trial {trial} epoch {result['epoch']}: val top-1 {result[METRIC]:.3f} (best {self._best:.3f}); "
+            f"{done} of {len(trials)} trials have ended",
+            flush=True,
+        )
+
+    def on_trial_complete(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
+        result = trial.last_result
+        epochs = apply(self._base, dict(trial.config["choice"]["settings"])).optim.epochs
+        status = "failed" if "error_class" in result else "finished" if result["epoch"] >= epochs else "stopped"
+        self._end(str(trial), status, result.get("error_class", ""), result.get("error_text", ""))
+
+    def on_trial_error(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
+        error = trial.get_pickled_error()
+        reason = " ".join(str(error).split()) or "its process died"
+        self._end(str(trial), "failed", "JobError", reason[-300:])
+
+    def _end(self, name: str, status: str, error_class: str, error_text: str) -> None:
+        self._desk.leave.remote(name)  # PBT: a trial whose process died holds its place no longer
+        if name in self._ended:
+            return
+        outcome = {"status": status, "error_class": error_class, "error_text": error_text}
+        write_outcome(self._storage, self._base.out, name, outcome)
+        print(f"tune: trial {name} {status}{': ' if error_text else ''}{error_text}", flush=True)
+
+
+def _room(resources: ResourcesConfig) -> int:
+    """How many trials the cluster holds; where it has shrunk to nothing, nodes for one are brought up first."""
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    try:
+        return trials_at_once(nodes, resources)
+    except ClusterError:
+        if not has_autoscaler():
+            raise
+        require_fit(resources, decode_cpus=resources.decode_tasks)
+        return trials_at_once([node["Resources"] for node in ray.nodes() if node["Alive"]], resources)
+
+
+def _run_trials(
+    storage: Storage,
+    config: TuneConfig,
+    base: TrainConfig,
+    axes: Sequence[Axis],
+    trials: Mapping[str, Settings],
+    status: Mapping[str, str],
+) -> None:
+    """Run what has not ended, under Ray Tune."""
+    os.environ.update(_TUNE_ENV)
+    connect(config.resources)
+    num_trials = len(trials) or config.num_trials
+    at_once = min(_room(config.resources), config.max_concurrent or num_trials, num_trials)
+    if at_once < num_trials:
+        print(f"tune: {at_once} trials at a time", flush=True)
+    is_pbt = config.scheduler == "pbt"
+    desk = open_desk(at_once)
+    context = TrialContext(base=base, desk=desk, interval=config.perturb_epochs if is_pbt else 0)
+    ended = {name for name, how in status.items() if how}
+    if trials:
+        choices = _choices(storage, config, trials, status)
+        space, search = {"choice": ray_tune.grid_search(choices)}, {}
+    else:
+        space, search = {}, _optuna(storage, config, axes, status)
+    filesystem, path = arrow_filesystem(config.storage, join(config.out, "ray"))
+    tuner = ray_tune.Tuner(
+        # A driver waits for its workers and takes no CPU; Tune refuses a claim of nothing: one byte of memory.
+        ray_tune.with_resources(ray_tune.with_parameters(TrialRun, context=context), {"memory": 1}),
+        param_space=space,
+        tune_config=ray_tune.TuneConfig(
+            scheduler=make_scheduler(config, axes, _most_epochs(base, trials)),
+            # All trials of a PBT population must be there at once; they take turns at the desk.
+            max_concurrent_trials=None if is_pbt else at_once,
+            trial_name_creator=_trial_name,
+            trial_dirname_creator=_trial_name,
+            **search,
+        ),
+        run_config=ray_tune.RunConfig(
+            name=f"{time.time_ns()}",  # never Tune's own snapshot: it may lag behind the run folders
+            storage_path=path,
+            storage_filesystem=filesystem,
+            callbacks=[_Watch(storage, base, desk, ended)],
+            failure_config=ray_tune.FailureConfig(max_failures=config.max_failures),
+            verbose=0,
+        ),
+    )
+    try:
+        tuner.fit()
+    finally:
+        ray.kill(desk)
+
+
+def _trial_name(trial: Any) -> str:
+    return str(trial.config["choice"]["trial"])
+
+
+def _most_epochs(base: TrainConfig, trials: Mapping[str, Settings]) -> int:
+    return max(apply(base, settings).optim.epochs for settings in [{}, *trials.values()])
+
+
+def _choices(
+    storage: Storage, config: TuneConfig, trials: Mapping[str, Settings], status: Mapping[str, str]
+) -> list[dict[str, Any]]:
+    """What Tune is to run. ASHA and PBT compare with trials that have ended: those are shown to them once more."""
+    choices = []
+    for name, settings in sorted(trials.items(), key=lambda item: not status.get(item[0])):  # stable: ended ones first
+        ended = bool(status.get(name))
+        if status.get(name) == "failed" or (ended and config.scheduler == "fifo"):
+            continue
+        runs = generations(storage, config.out, name)
+        newest = dict(runs[-1][1]["settings"]) if runs else settings
+        choices.append({"trial": name, "settings": newest, "ended": ended})
+    return choices
+
+
+def _optuna(storage: Storage, config: TuneConfig, axes: Sequence[Axis], status: Mapping[str, str]) -> dict[str, Any]:
+    """The searcher, told what is known, and how many trials it is asked for."""
+    ended: dict[str, tuple[Settings, float | None]] = {}
+    open_trials = []
+    for name, settings in known_trials(storage, config.out).items():
+        if status.get(name):
+            ended[name] = settings, read_trial(storage, config.out, name, settings).best_val_top1
+        else:
+            open_trials.append(settings)
+    searcher = optuna_searcher(config, axes, ended, open_trials)
+    return {"search_alg": searcher, "num_samples": config.num_trials - len(ended)}
+
+
+def _finish(
+    storage: Storage, config: TuneConfig, axes: Sequence[Axis], rows: list[TrialRow], took_s: float
+) -> dict[str, Any]:
+    """Write the tables, the best settings and the page."""
+    rows = ranked(rows)
+    write_table(storage, config.out, rows)
+    best = best_row(rows, config.out)
+    base = train_config(config)
+    status: dict[str, int] = {}
+    for row in rows:
+        status[row.status] = status.get(row.status, 0) + 1
+    summary: dict[str, Any] = {
+        "out": config.out,
+        "catalog": config.catalog,
+        "search": config.search,
+        "scheduler": config.scheduler,
+        "grace_epochs": config.grace,
+        "trials": len(rows),
+        "status": status,
+        "best": {"trial": best.trial, "settings": best.settings, "val_top1": best.best_val_top1, "run": best.run},
+        "decode_cpu_s": round(sum(row.decode_cpu_s for row in rows), 2),
+        "took_s": round(took_s, 1),
+    }
+    storage.put(join(config.out, "best.yaml"), _best_yaml(base, best).encode())
+    storage.put(join(config.out, "tune.html"), tune_page(summary, axes, rows).encode())
+    storage.put(join(config.out, "tune.json"), json.dumps(summary, indent=1).encode() + b"\n")
+    print_table(rows)
+    settings = ", ".join(f"{path}={value}" for path, value in best.settings.items())
+    print(
+        f"tune: {len(rows)} trials ({', '.join(f'{number} {how}' for how, number in status.items())}) in "
+        f"{format_duration(took_s)}; best is {best.trial} ({settings}), val top-1 {best.best_val_top1:.3f}; "
+        f"{join(config.out, 'best.yaml')}, {join(config.out, 'tune.html')}",
+        flush=True,
+    )
+    unsettled = [row.trial for row in rows if row.status in ("unfinished", "waiting")]
+    if unsettled:
+        raise JobError(f"{len(unsettled)} trials of {config.out} have not ended; the same command goes on")
+    return summary
+
+
+def _best_yaml(base: TrainConfig, best: TrialRow) -> str:
+    """The best trial's settings as `kinoray train --config` takes them: all but --out."""
+    tree = yaml.safe_load(to_yaml(apply(replace(base, cache=CacheConfig()), best.settings)))
+    del tree["out"]
+    found = f"trial {best.trial}, epoch {best.best_epoch}, val top-1 {best.best_val_top1}"
+    head = f"# Best of the sweep {base.out!r}: {found}.\n"
+    if "-g" in best.run.rpartition("/")[2]:
+        head += f"# Its weights come from several settings, one after the other (PBT): go on from {best.run!r}.\n"
+    return head + str(yaml.safe_dump(tree, sort_keys=False, allow_unicode=True))

@@ -1,0 +1,232 @@
+"""Decoded frames on this node's disk, shared by all decode tasks of a sweep: each video is decoded once for all trials.
+
+What is kept for a video is what all samplings of the sweep see of it in one epoch: cut, scaled, as uint8, with its
+flow. Trials with the same seed draw the same cut, and frames that nest (see sample.py), so they share one file;
+what is scored is the same in every epoch and is kept once. A run that reads from the cache gets the bytes that decoding
+would have given it: with or without the cache a training is the same to the last bit.
+
+Nothing is ever evicted: the epochs that every trial begins with are the most used ones, and a cache that always throws
+away what it needs next is worse than one that is full. What no longer fits is decoded as without a cache. Easy to
+break: a file may be cut, damaged or half written at any time; each frame is checked against its checksum when it is
+read, and a bad file is deleted and made again.
+"""
+
+import fcntl
+import json
+import os
+import struct
+import uuid
+import zlib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from kinoray.config.shared import CacheConfig, ClipConfig, SampleConfig, digest
+from kinoray.errors import StorageError
+from kinoray.video.bank import FrameBank
+from kinoray.video.sink import clip_frame_bytes
+
+__all__ = ["FrameCache", "cache_folder", "grid_name"]
+
+_MAGIC = b"kinofrm2"
+_HEAD = struct.Struct("<8sII")  # magic, length and checksum of the description
+_LOCKS = 256
+_CHECKED_BYTES = 4096
+
+
+def grid_name(sample: SampleConfig) -> str:
+    """`16x6` for 16 segments of 6 frames."""
+    return f"{sample.num_segments}x{sample.frames_per_segment}"
+
+
+def cache_folder(config: CacheConfig) -> Path:
+    """The folder on this node: config.folder, or one of this user's own in the system's temporary folder."""
+    return Path(config.folder or os.path.join(os.environ.get("TMPDIR", "/tmp"), f"kinoray-cache-{os.getuid()}"))
+
+
+@dataclass(frozen=True, slots=True)
+class FrameCache:
+    """Reads and writes the cache; small, and picklable to decode tasks."""
+
+    config: CacheConfig
+    clip: ClipConfig
+    """What the clips of this run are; every other setting of the sweep's clips is the same but the sampling."""
+    with_flow: bool
+    _root: Path = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_root", cache_folder(self.config))
+
+    @property
+    def samples(self) -> list[SampleConfig]:
+        """The samplings that a file serves: config.grids, and this run's own."""
+        own = grid_name(self.clip.sample)
+        names = sorted({*self.config.grids, own}) if own in self.config.grids else [own]
+        return [_sample(name) for name in names]
+
+    def key(self, video: Mapping[str, Any], seed: int, epoch: int | None) -> str:
+        """Names the frames: 32 hex digits of all that decides their bytes. `video` is a row of references."""
+        clip = asdict(self.clip)
+        del clip["sample"]
+        draw = None if epoch is None else [seed, epoch, video["video_id"]]
+        reference = [video[name] for name in ("uri", "offset", "length", "sha256")]
+        grids = [grid_name(sample) for sample in self.samples]
+        parts = [reference, clip, self.with_flow, draw, grids]
+        return digest(parts) + digest([*parts, "second half"])
+
+    def load(self, key: str, frames: np.ndarray, flow: np.ndarray | None) -> bool:
+        """Read this run's clip into frames and flow, shaped as Clip has them; False: it is not there.
+
+        A file that is not what was written is deleted; what the arrays hold is then undefined.
+        """
+        path = self._path(key)
+        try:
+            descriptor = os.open(path, os.O_RDONLY)
+        except OSError:
+            return False
+        try:
+            with suppress(ValueError, LookupError, TypeError):  # a description that is none of ours
+                if self._read(descriptor, frames, flow):
+                    return True
+        finally:
+            os.close(descriptor)
+        self._remove(path)
+        return False
+
+    def _read(self, descriptor: int, frames: np.ndarray, flow: np.ndarray | None) -> bool:
+        head = os.pread(descriptor, _HEAD.size, 0)
+        if len(head) < _HEAD.size:
+            return False
+        magic, length, checksum = _HEAD.unpack(head)
+        text = os.pread(descriptor, min(length, 2**24), _HEAD.size)
+        if magic != _MAGIC or len(text) != length or zlib.crc32(text) != checksum:
+            return False
+        about = json.loads(text)
+        rows = frames.reshape(-1, *frames.shape[2:])
+        flows = None if flow is None else flow.reshape(-1, *flow.shape[2:])
+        size = rows[0].nbytes + (0 if flows is None else flows[0].nbytes)
+        if about["frame_bytes"] != size:
+            return False
+        start = _HEAD.size + length
+        first: dict[int, int] = {}
+        for row, place in enumerate(about["places"][grid_name(self.clip.sample)]):
+            if place in first:
+                rows[row] = rows[first[place]]
+                if flows is not None:
+                    flows[row] = flows[first[place]]
+                continue
+            first[place] = row
+            parts = [rows[row]] if flows is None else [rows[row], flows[row]]
+            if os.preadv(descriptor, [part.data for part in parts], start + place * size) != size:
+                return False
+            if _checksum(parts) != about["checksums"][place]:
+                return False
+        return True
+
+    def add(self, key: str, bank: FrameBank) -> bool:
+        """Keep a bank for `samples`; False if there is no room for it. A reader sees a whole file or none."""
+        flows = bank.flow if bank.flow is not None else [None] * len(bank.frames)
+        parts = [[frame] if flow is None else [frame, flow] for frame, flow in zip(bank.frames, flows, strict=True)]
+        about = {
+            "frame_bytes": sum(part.nbytes for part in parts[0]),
+            "checksums": [_checksum(frame) for frame in parts],
+            "places": {
+                grid_name(sample): places.tolist() for sample, places in zip(self.samples, bank.places, strict=True)
+            },
+        }
+        text = json.dumps(about).encode()
+        size = _HEAD.size + len(text) + len(parts) * int(about["frame_bytes"])
+        path = self._path(key)
+        if not self._count(size):
+            return False
+        temp = path.with_name(f"{path.name}.{uuid.uuid4().hex}.part")
+        try:
+            path.parent.mkdir(exist_ok=True)
+            with temp.open("wb") as file:
+                file.write(_HEAD.pack(_MAGIC, len(text), zlib.crc32(text)) + text)
+                for frame in parts:
+                    for part in frame:
+                        file.write(np.ascontiguousarray(part).data)
+            temp.replace(path)  # not flushed: after a power cut the checksums tell
+        except OSError:  # the disk is full, although the cache is not
+            temp.unlink(missing_ok=True)
+            self._count(-size)
+            return False
+        return True
+
+    def has_room(self) -> bool:
+        """Whether one more video fits, as far as one can tell before it is decoded."""
+        size = clip_frame_bytes(self.clip, with_flow=self.with_flow)
+        most = max(sample.num_segments * sample.frames_per_segment for sample in self.samples)
+        return self._count(0, most * size)
+
+    @contextmanager
+    def lock(self, key: str) -> Iterator[None]:
+        """Held by whoever decodes for this key: others wait for it, and then find the file."""
+        self._prepare()
+        with self._locked(f"lock-{int(key[:8], 16) % _LOCKS:03d}"):
+            yield
+
+    @contextmanager
+    def _locked(self, name: str) -> Iterator[int]:
+        descriptor = os.open(self._root / name, os.O_RDWR | os.O_CREAT, 0o600)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)  # let go by the kernel if this process dies
+            yield descriptor
+        finally:
+            os.close(descriptor)
+
+    def _prepare(self) -> None:
+        """Make the folder, for this user alone."""
+        self._root.mkdir(parents=True, exist_ok=True, mode=0o700)
+        if self._root.stat().st_uid != os.getuid():
+            raise StorageError(f"cache.folder {self._root} belongs to another user; name another folder")
+
+    def _count(self, change: int, room: int = 0) -> bool:
+        """Change the number of bytes in use, unless they and `room` would be more than config.gb."""
+        self._prepare()
+        with self._locked("used") as descriptor:
+            text = os.pread(descriptor, 32, 0)
+            used = int(text) if text.strip().isdigit() else self._measured()
+            if change >= 0 and used + change + room > self.config.gb * 1e9:
+                return False
+            if change or not text:
+                os.pwrite(descriptor, f"{max(0, used + change):32d}".encode(), 0)
+        return True
+
+    def _measured(self) -> int:
+        """Bytes of the files there, of writers that died as well."""
+        return sum(path.stat().st_size for path in self._root.glob("??/*"))
+
+    def _remove(self, path: Path) -> None:
+        with suppress(OSError):  # another process was faster
+            path.unlink()
+        with self._locked("used") as descriptor:  # it may be shorter than what was counted for it
+            os.pwrite(descriptor, f"{self._measured():32d}".encode(), 0)
+
+    def _path(self, key: str) -> Path:
+        return self._root / key[:2] / f"{key}.frames"
+
+
+def _sample(name: str) -> SampleConfig:
+    segments, _, frames = name.partition("x")
+    return SampleConfig(num_segments=int(segments), frames_per_segment=int(frames))
+
+
+def _checksum(parts: list[np.ndarray]) -> list[int]:
+    """Two sums over 64-bit words, the second by place, as in Fletcher's checksum: an eighth of the time of a CRC.
+
+    Any flipped bit, lost stretch or swapped block of 4 KiB changes one of them.
+    """
+    plain = placed = 0
+    for part in parts:
+        raw = np.ascontiguousarray(part).reshape(-1).view(np.uint8)
+        whole = len(raw) // _CHECKED_BYTES * _CHECKED_BYTES
+        sums = raw[:whole].view(np.uint64).reshape(-1, _CHECKED_BYTES // 8).sum(axis=1)  # modulo 2^64, as all of it
+        plain += int(sums.sum()) + zlib.crc32(raw[whole:].data)
+        placed += plain + int((sums * np.arange(1, len(sums) + 1, dtype=np.uint64)).sum())
+    return [plain % 2**64, placed % 2**64]

@@ -1,0 +1,305 @@
+"""A video file in memory: opened, its stream chosen, its packets listed and checked against the limits.
+
+Whatever goes wrong inside libav becomes one of our MediaErrors, named by the stage in which it happened; libav's own
+error types stay in here, and its log is off. Only the given bytes are ever read: formats that refer to other files
+are not on the list, no protocol is allowed, and opening a second file is refused.
+"""
+
+import io
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NoReturn, Self
+
+import av
+import numpy as np
+
+from kinoray.config.shared import DecodeConfig
+from kinoray.errors import (
+    EmptyMedia,
+    MediaError,
+    MediaOverBudget,
+    NoVideoStream,
+    UndecodableVideo,
+    UnreadableContainer,
+)
+from kinoray.video.budget import MAX_STREAMS, check_boxes, check_index
+from kinoray.video.claim import claimed_frames
+from kinoray.video.plan import PacketTable
+
+__all__ = ["LIBAV_ERRORS", "Media", "check_size_bytes", "media_stage"]
+
+_FORMATS = ("mov", "mp4", "m4a", "3gp", "matroska", "webm", "avi", "mpegts", "mpeg", "flv", "asf", "ogg")
+"""Containers that hold everything themselves. No playlists, concat lists, image sequences or network protocols."""
+_TIMED_FORMATS = ("mov", "mp4", "matroska", "webm", "mpegts", "mpeg", "flv", "ogg")
+"""Containers that store when a frame is shown. AVI and ASF do not: the times that libav makes up there are wrong."""
+_MAX_DEMUX_ERRORS = 64
+"""Damaged places in the container after which the rest is given up."""
+_MAX_SCALED_PIXELS = 2**25
+"""Scaling the short side of a 16 x 1,000,000 frame to 256 would take 12 GB."""
+_MAX_EXPANSION = 4
+"""Packets may be compressed in the container, or share their bytes: times the size of the file that all may take."""
+_KEEP_BYTES = 64 * 2**20
+"""Packets of larger files are not kept beside the file itself, but read again when they are decoded."""
+
+LIBAV_ERRORS = (av.FFmpegError, OSError, ValueError, LookupError, MemoryError, ArithmeticError, RuntimeError)
+"""What PyAV is known to raise on damaged input: its own tree, and bare Python errors from its wrappers."""
+
+
+@contextmanager
+def media_stage(error: type[MediaError], what: str) -> Iterator[None]:
+    """Turn anything that libav raises inside into `error`, on one line: what was done, and libav's reason."""
+    try:
+        yield
+    except LIBAV_ERRORS as cause:
+        reason = getattr(cause, "strerror", None) or str(cause) or type(cause).__name__
+        raise error(f"{what}: {' '.join(str(reason).split())}") from cause
+
+
+def check_size_bytes(size_bytes: int, config: DecodeConfig) -> None:
+    """Refuse a file for its size alone.
+
+    Raises:
+        EmptyMedia: it has no bytes.
+        MediaOverBudget: it has more than decode.max_bytes.
+    """
+    if not size_bytes:
+        raise EmptyMedia("the file has 0 bytes; fetch it again or drop it from the list")
+    if size_bytes > config.max_bytes:
+        raise MediaOverBudget(f"{size_bytes:,} bytes are more than decode.max_bytes = {config.max_bytes:,}")
+
+
+def _refuse_io(*_: Any) -> NoReturn:
+    raise PermissionError("a media file may not open another file")
+
+
+class Media:
+    """One video file. Use it in a `with` block.
+
+    Args:
+        reach: share of the frames that will be passed for certain before the last one that is wanted.
+
+    Raises (when made):
+        EmptyMedia, UnreadableContainer, NoVideoStream, UndecodableVideo (no decoder, no packets), MediaOverBudget.
+    """
+
+    table: PacketTable
+    """The packets, and which frame each one carries."""
+
+    def __init__(self, data: bytes, config: DecodeConfig, reach: float = 0.0) -> None:
+        check_size_bytes(len(data), config)
+        check_boxes(data)
+        self._data, self._config = data, config
+        self._container = self._open()
+        try:
+            self._stream = self._choose_stream()
+            check_index(self._stream, len(data), config, by_groups=self.decodes_by_groups(), reach=reach)
+            with media_stage(UnreadableContainer, "the container's packets cannot be read"):
+                self._packets: list[Any] | None = self._list_packets()
+            self._check_duration()
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Give back what libav holds."""
+        self._container.close()
+
+    def _open(self) -> Any:
+        size = f"{len(self._data):,} bytes"
+        with media_stage(UnreadableContainer, f"{size} are no video file of a known format, or its index is lost"):
+            return av.open(
+                io.BytesIO(self._data),
+                options=self._codec_options(),  # libav decodes a first frame by itself
+                container_options={
+                    "format_whitelist": ",".join(_FORMATS),
+                    "protocol_whitelist": "none",
+                    "max_streams": str(MAX_STREAMS),
+                },
+                metadata_errors="replace",
+                io_open=_refuse_io,
+                buffer_size=2**18,
+            )
+
+    def _choose_stream(self) -> Any:
+        """The video stream with the most pixels that is not a cover picture."""
+        cover = av.stream.Disposition.attached_pic
+        streams = [stream for stream in self._container.streams.video if not stream.disposition & cover]
+        if not streams:
+            kinds = ", ".join(sorted({stream.type for stream in self._container.streams})) or "no stream at all"
+            raise NoVideoStream(f"no video stream: the file holds {kinds}")
+        decodable = [stream for stream in streams if stream.codec_context is not None]
+        if not decodable:
+            raise UndecodableVideo("no decoder for the video stream's codec")
+        best = max(decodable, key=lambda stream: stream.codec_context.width * stream.codec_context.height)
+        context = best.codec_context
+        self.check_size(context.width, context.height)
+        context.thread_count, context.thread_type = 1, "NONE"
+        context.options = self._codec_options()
+        return best
+
+    def check_size(self, width: int, height: int) -> None:
+        """Refuse a frame that is too large.
+
+        Raises:
+            MediaOverBudget: it has more pixels than decode.max_pixels.
+        """
+        if width * height > self._config.max_pixels:
+            raise MediaOverBudget(
+                f"{width} x {height} = {width * height:,} pixels are more than decode.max_pixels = "
+                f"{self._config.max_pixels:,}"
+            )
+
+    def check_scaled_size(self, width: int, height: int) -> None:
+        """Refuse to enlarge a very thin frame into a very large one.
+
+        Raises:
+            MediaOverBudget: scaled to width x height it would have more than 2^25 pixels.
+        """
+        if width * height > _MAX_SCALED_PIXELS:
+            raise MediaOverBudget(
+                f"a frame of this shape, scaled to {width} x {height}, has {width * height:,} pixels, more than "
+                f"{_MAX_SCALED_PIXELS:,}; view.resize=stretch keeps it small"
+            )
+
+    def _codec_options(self) -> dict[str, str]:
+        """Frames may be larger than the header says: libav itself refuses what is clearly over the limit.
+
+        Not exactly at the limit, since it counts rows rounded up to 64 pixels.
+        """
+        return {"max_pixels": str(self._config.max_pixels * 5 // 4 + 2**16)}
+
+    def _demux(self, container: Any) -> Iterator[Any]:
+        """The stream's packets. Reading goes on after a damaged place; one that is cut short at the end is left out."""
+        for other in container.streams:
+            if other.index != self._stream.index:
+                other.discard = av.stream.Discard.all
+        stream = container.streams[self._stream.index]
+        errors, held = 0, None
+        while errors <= _MAX_DEMUX_ERRORS:
+            try:
+                for packet in container.demux(stream):
+                    if not packet.size:  # repeats the last frame, or marks the end
+                        continue
+                    if held is not None:
+                        yield held
+                    held = packet
+                break
+            except MemoryError as cause:
+                raise MediaOverBudget("the container's packets take more memory than there is") from cause
+            except LIBAV_ERRORS:
+                errors += 1
+        if held is not None and not held.is_corrupt:
+            yield held
+
+    def _list_packets(self) -> list[Any] | None:
+        """Fill the table; returns the packets themselves where they are small enough to keep."""
+        kept: list[Any] | None = [] if len(self._data) <= _KEEP_BYTES else None
+        pts, keyframe, shown = [], [], []
+        hides = self.codec == "vp8"  # its hidden frames are packets of their own; bit 4 of the first byte says "show"
+        first: int | None = None
+        end = size_bytes = 0
+        for packet in self._demux(self._container):
+            size_bytes += packet.size
+            self._check_expansion(size_bytes)
+            pts.append(packet.pts)
+            keyframe.append(packet.is_keyframe)
+            shown.append(not packet.is_discard and not (hides and not memoryview(packet)[0] & 0x10))
+            if packet.pts is not None and shown[-1]:
+                first = packet.pts if first is None else min(first, packet.pts)
+                end = max(end, packet.pts + (packet.duration or 0))
+            if kept is not None:
+                kept.append(packet)
+        if not pts:
+            raise UndecodableVideo("the container opens, but holds no packet of the video stream")
+        timed = any(name in _TIMED_FORMATS for name in self._container.format.name.split(","))
+        self.table = PacketTable(pts, np.array(keyframe), np.array(shown), times_stored=timed)
+        if not self.table.num_frames:
+            raise UndecodableVideo(f"none of the {len(pts)} video packets carries a frame that is to be shown")
+        self._span = (first or 0, end)
+        return kept
+
+    def _check_expansion(self, size_bytes: int) -> None:
+        limit = _MAX_EXPANSION * len(self._data) + 2**20
+        if size_bytes > limit:
+            raise MediaOverBudget(
+                f"the packets of a file of {len(self._data):,} bytes take more than {limit:,}: they are compressed in "
+                "the container, or share their bytes"
+            )
+
+    def _check_duration(self) -> None:
+        if self.duration_s > self._config.max_duration_s:
+            raise MediaOverBudget(
+                f"{self.duration_s:,.1f} s are more than decode.max_duration_s = {self._config.max_duration_s:,g}"
+            )
+
+    @property
+    def stream_index(self) -> int:
+        """Number of the chosen stream in the container."""
+        return int(self._stream.index)
+
+    @property
+    def context(self) -> Any:
+        """libav's decoder for the stream."""
+        return self._stream.codec_context
+
+    @property
+    def codec(self) -> str:
+        """Name of the codec: h264, hevc, vp9, ..."""
+        return str(self.context.codec.canonical_name)
+
+    @property
+    def container(self) -> str:
+        """The kind of file, as libav calls it: mov/mp4, matroska/webm, mpegts, ..."""
+        return "/".join(str(self._container.format.name).split(",")[:2])
+
+    @property
+    def duration_s(self) -> float:
+        """From the first frame's start to the last frame's end by the packets; by the frame rate where they lie."""
+        if self.table.timed:
+            first, end = self._span
+            return float((end - first) * self._stream.time_base)
+        rate = float(self._stream.average_rate or 0)
+        return self.table.num_frames / rate if rate else 0.0
+
+    @property
+    def claimed_frames(self) -> int | None:
+        """Frames that the header promises; None where it makes no promise."""
+        return claimed_frames(self._stream, self.table, self.duration_s)
+
+    def packets(self, begin: int, end: int) -> Iterator[tuple[int, Any]]:
+        """(place, packet) for the places begin .. end - 1 of the table."""
+        if self._packets is not None:
+            yield from enumerate(self._packets[begin:end], begin)
+            return
+        with self._open() as container:
+            for place, packet in enumerate(self._demux(container)):
+                if place >= end:
+                    break
+                if place >= begin:
+                    yield place, packet
+
+    def decodes_by_groups(self) -> bool:
+        """Whether decoding may begin at any key frame with the certainty that frames come out exactly."""
+        return self.codec in ("h264", "hevc")
+
+    def leaves_out_exactly(self) -> bool:
+        """Whether frames that nobody refers to can be left out, packet by packet, and all others stay exact.
+
+        H.264 and HEVC only: dav1d and vp9 lose wanted frames then. Not HEVC with temporal layers, where libav takes
+        frames that only a higher layer refers to for frames that nobody refers to.
+        """
+        return self.codec == "h264" or (self.codec == "hevc" and _hevc_layers(self.context.extradata or b"") == 1)
+
+
+def _hevc_layers(extradata: bytes) -> int:
+    """Number of temporal layers that an HEVC header announces: hvcC (MP4, Matroska) or VPS (MPEG-TS); 0 if unknown."""
+    if len(extradata) > 22 and extradata[0] == 1:
+        return extradata[21] >> 3 & 7
+    vps = extradata.find(b"\x00\x00\x01\x40\x01")
+    return (extradata[vps + 6] >> 1 & 7) + 1 if 0 <= vps < len(extradata) - 6 else 0

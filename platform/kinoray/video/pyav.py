@@ -1,0 +1,257 @@
+"""Reading wanted frames with PyAV: decode what the plan asks for, scale straight from YUV to planar RGB or YUV 4:2:0.
+
+Frames come out bit for bit as from a plain decode of the whole file. That is checked as far as it can be: where a
+planned frame is missing or anything is flagged as damaged, the file is decoded again from its start, leaving nothing
+out, and what is reported is what that gave.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+
+from kinoray.config.shared import DecodeConfig
+from kinoray.errors import MediaOverBudget, UndecodableVideo
+from kinoray.video.budget import check_memory
+from kinoray.video.media import LIBAV_ERRORS, Media
+from kinoray.video.plan import FrameSink, Reading, Run
+from kinoray.video.scale import FrameScaler
+
+__all__ = ["PyavVideo"]
+
+_MAX_RATE = 1000
+
+
+class _TimesLie(Exception):
+    """Frames come out with times that no packet has, or in another order, and nothing is damaged: count them."""
+
+
+@dataclass(slots=True)
+class _Tally:
+    """What one pass over the packets saw."""
+
+    decoded: int = 0
+    corrupt: set[int] = field(default_factory=set)
+    refused: list[int] = field(default_factory=list)
+    kept: set[int] = field(default_factory=set)
+
+
+class PyavVideo(Media):
+    """A video file whose frames can be read. Raises what Media raises when it is made."""
+
+    def __init__(self, data: bytes, config: DecodeConfig, reach: float = 0.0) -> None:
+        super().__init__(data, config, reach)
+        self._scaler = FrameScaler(config.frames, self.codec)
+        self._first: tuple[int, int, int] | None = None  # quarter turns, width and height of the first frame
+        self._timed = self.table.timed
+        self.num_frames = self.table.num_frames
+        """Frames in the video. What the packets promise, until a `read` finds out that fewer come out."""
+
+    @property
+    def rotation(self) -> int:
+        """Degrees counterclockwise by which the first frame is turned for display: 0, 90, 180 or 270.
+
+        Raises:
+            UndecodableVideo: no frame can be decoded.
+        """
+        return 90 * self._first_frame()[0]
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(width, height) of the first frame, as displayed. Raises what `rotation` raises."""
+        turns, width, height = self._first_frame()
+        return (height, width) if turns % 2 else (width, height)
+
+    def _first_frame(self) -> tuple[int, int, int]:
+        if self._first is None:
+            tally = _Tally()
+            places = min(self.table.num_packets, self._config.max_frames)
+            next(self._frames([Run(0, places)], None, tally), None)
+            if self._first is None:
+                raise UndecodableVideo(self._no_frame(tally))
+        return self._first
+
+    def _no_frame(self, tally: _Tally) -> str:
+        return (
+            f"the container opens, but no frame comes out of {self.table.num_packets} {self.codec} packets "
+            f"({len(tally.refused)} refused by the decoder)"
+        )
+
+    def read(self, wanted: np.ndarray, sink: FrameSink) -> Reading:
+        """Put the frames with these numbers (int64, sorted, each once, at least one) into the sink.
+
+        A wanted frame that does not come out is replaced by the nearest earlier frame that did (the first one, if
+        there is no earlier) and counted as corrupt. Where num_frames is less after the call than it was before, the
+        sink may have gaps: choose frames again from that many.
+
+        Raises:
+            UndecodableVideo: no frame at all comes out, or it cannot be converted.
+            MediaOverBudget: more packets than decode.max_frames would have to be decoded, or a frame is too large.
+        """
+        if self._timed:
+            try:
+                return self._read_by_time(wanted, sink)
+            except _TimesLie:
+                self._timed = False
+        return self._read_by_count(wanted, sink)
+
+    def _read_by_time(self, wanted: np.ndarray, sink: FrameSink) -> Reading:
+        whole = self.table.runs_in_order(wanted)
+        by_groups = self.decodes_by_groups()
+        leave_out = ~self.table.wanted_packets(wanted) if self.leaves_out_exactly() else None
+        first = _Tally()
+        runs = self.table.runs_for(wanted) if by_groups else whole
+        self.check_frames(runs)
+        self._collect(runs, leave_out, wanted, sink, first, {})
+        missing = set(wanted.tolist()) - first.kept
+        if not missing and not first.corrupt and not first.refused:
+            return Reading(first.decoded, self.table.num_headless)
+        # Damage, or key frame flags that promise more than they keep.
+        self.check_frames(whole)
+        second = _Tally()
+        stand_ins: dict[int, Any] = dict.fromkeys(missing)
+        self._collect(whole, None, wanted, sink, second, stand_ins)
+        missing -= second.kept
+        for index in missing:
+            if stand_ins[index] is None:
+                raise UndecodableVideo(self._no_frame(second))
+            self._put(index, stand_ins[index], sink)
+        corrupt = second.corrupt | missing | {int(self.table.frame_of[place]) for place in second.refused}
+        return Reading(first.decoded + second.decoded, len(corrupt - {-1}) + self.table.num_headless)
+
+    def _collect(
+        self,
+        runs: list[Run],
+        leave_out: np.ndarray | None,
+        wanted: np.ndarray,
+        sink: FrameSink,
+        tally: _Tally,
+        stand_ins: dict[int, Any],
+    ) -> None:
+        """Decode the runs and put the wanted frames; for each key of stand_ins hold the nearest earlier frame."""
+        index_of_time = self.table.index_of_time()
+        wanted_set = set(wanted.tolist())
+        last = -1
+        for frame in self._frames(runs, leave_out, tally):
+            index = index_of_time.get(frame.pts)
+            if index is not None and index < 0:
+                continue
+            whole = not tally.refused and not tally.corrupt
+            if index is None or (whole and index <= last):
+                raise _TimesLie
+            last = index
+            if frame.is_corrupt:
+                tally.corrupt.add(index)
+            if index in wanted_set:
+                self._put(index, frame, sink)
+                tally.kept.add(index)
+            for missing, held in stand_ins.items():
+                if held is None or index < missing:
+                    stand_ins[missing] = frame
+
+    def _read_by_count(self, wanted: np.ndarray, sink: FrameSink) -> Reading:
+        """For times that tell nothing: the k-th frame out of the decoder is frame k."""
+        tally = _Tally()
+        wanted_set = set(wanted.tolist())
+        self.check_frames([Run(0, int(wanted[-1]) + 1)])
+        for index, frame in enumerate(self._frames([Run(0, self.table.num_packets)], None, tally)):
+            if frame.is_corrupt:
+                tally.corrupt.add(index)
+            if index in wanted_set:
+                self._put(index, frame, sink)
+            if index >= wanted[-1]:
+                return Reading(tally.decoded, len(tally.corrupt) + len(tally.refused))
+        if not tally.decoded:
+            raise UndecodableVideo(self._no_frame(tally))
+        self.num_frames = tally.decoded
+        return Reading(tally.decoded, len(tally.corrupt) + len(tally.refused))
+
+    @property
+    def frame_rate(self) -> Fraction:
+        """Mean frames per second, as the container claims; 25 where it claims nothing usable."""
+        claimed = self._stream.average_rate or self._stream.base_rate
+        return Fraction(claimed) if claimed and 0 < claimed <= _MAX_RATE else Fraction(25)
+
+    @property
+    def time_base(self) -> Fraction:
+        """Seconds in one unit of the frames' times."""
+        return Fraction(self._stream.time_base)
+
+    def shown_frames(self) -> Iterator[Any]:
+        """Every frame that is shown, in order, as libav gives it; frames that do not decode are left out.
+
+        Raises:
+            UndecodableVideo: no frame comes out.
+            MediaOverBudget: more packets than decode.max_frames, or a frame is too large.
+        """
+        whole = [Run(0, self.table.num_packets)]
+        self.check_frames(whole)
+        index_of_time = self.table.index_of_time() if self._timed else {}
+        tally = _Tally()
+        for frame in self._frames(whole, None, tally):
+            if index_of_time.get(frame.pts, 0) >= 0:
+                yield frame
+        if not tally.decoded:
+            raise UndecodableVideo(self._no_frame(tally))
+
+    def check_frames(self, runs: list[Run]) -> None:
+        """Refuse a plan before it is carried out.
+
+        Raises:
+            MediaOverBudget: it sends more packets to the decoder than decode.max_frames.
+        """
+        packets = sum(run.end - run.begin for run in runs)
+        if packets > self._config.max_frames:
+            raise MediaOverBudget(
+                f"{packets:,} frames to decode are more than decode.max_frames = {self._config.max_frames:,}"
+            )
+
+    def _frames(self, runs: list[Run], leave_out: np.ndarray | None, tally: _Tally) -> Iterator[Any]:
+        """Decode run after run. Where `leave_out` (bool [P]) is true, a frame that nobody refers to is left out."""
+        for run in runs:
+            self.context.flush_buffers()
+            self.context.skip_frame, leaves_out = "DEFAULT", False
+            for place, packet in self.packets(run.begin, run.end):
+                if leave_out is not None and leave_out[place] != leaves_out:  # libav takes 3 us to be told
+                    leaves_out = not leaves_out
+                    self.context.skip_frame = "NONREF" if leaves_out else "DEFAULT"
+                yield from self._decode(packet, place, tally)
+            yield from self._decode(None, -1, tally)  # what the decoder still holds back
+
+    def _decode(self, packet: Any, place: int, tally: _Tally) -> list[Any]:
+        try:
+            frames: list[Any] = self.context.decode(packet)
+        except MemoryError as cause:
+            raise MediaOverBudget("a frame takes more memory than there is") from cause
+        except LIBAV_ERRORS:
+            check_memory(self.context.width, self.context.height)
+            tally.refused.append(place)
+            return []
+        for frame in frames:
+            self.check_size(frame.width, frame.height)
+        tally.decoded += len(frames)
+        if frames and self._first is None:
+            self._first = _quarter_turns(frames[0]), frames[0].width, frames[0].height
+        return frames
+
+    def _put(self, index: int, frame: Any, sink: FrameSink) -> None:
+        """Scale one frame and hand it on in displayed orientation, as decode.frames wants it."""
+        turns = _quarter_turns(frame)
+        across = turns % 2 == 1
+        shown = (frame.height, frame.width) if across else (frame.width, frame.height)
+        height, width = sink.scaled_size(*shown)
+        self.check_scaled_size(width, height)
+        planes = self._scaler.planes(frame, *((width, height) if across else (height, width)))
+        first, second, third = (_turned(plane, turns) for plane in planes)
+        sink.put(index, (first, second, third))
+
+
+def _quarter_turns(frame: Any) -> int:
+    """Quarter turns counterclockwise from the stored to the displayed picture. Mirroring in the matrix is ignored."""
+    return int(round(frame.rotation / 90) % 4)
+
+
+def _turned(pixels: np.ndarray, turns: int) -> np.ndarray:
+    return np.rot90(pixels, turns) if turns else pixels

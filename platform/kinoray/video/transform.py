@@ -1,0 +1,103 @@
+"""Which part of a frame the model sees: one scaling, one cut, one mirror, chosen once a clip.
+
+A crop of a smaller region "resized to crop_px" is written as a larger scaling followed by a cut of exactly crop_px:
+the decoder scales once, straight from YUV, and no second resize follows.
+"""
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from kinoray.config.shared import ViewConfig
+from kinoray.video.protocol import Crops
+
+__all__ = ["View", "crop_views", "test_view", "train_view"]
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """Scale the frame to height x width, cut size x size at (top, left), then mirror it if flip. All in pixels."""
+
+    height: int
+    width: int
+    top: int
+    left: int
+    size: int
+    flip: bool
+
+    def __post_init__(self) -> None:
+        inside = 0 <= self.top <= self.height - self.size and 0 <= self.left <= self.width - self.size
+        if self.size < 1 or not inside:
+            raise ValueError(
+                f"a cut of {self.size} x {self.size} at ({self.top}, {self.left}) is not inside "
+                f"{self.height} x {self.width}"
+            )
+
+
+def _resized(config: ViewConfig, width: int, height: int, step: int) -> tuple[int, int]:
+    """(height, width) of a width x height frame after view.resize, multiples of `step` (which divides resize_px)."""
+    if width < 1 or height < 1:
+        raise ValueError(f"a frame must have at least 1 x 1 pixels, got {width} x {height}")
+    if config.resize == "stretch":
+        return config.resize_px, config.resize_px
+    scale = config.resize_px / min(width, height)
+    tall, wide = (step * round(side * scale / step) for side in (height, width))
+    return max(config.resize_px, tall), max(config.resize_px, wide)
+
+
+def test_view(config: ViewConfig, width: int, height: int, step: int = 1) -> View:  # noqa: PT028  (no test)
+    """Resize, then the centre crop: the view of testing and labelling. width x height is the frame as displayed.
+
+    All numbers are multiples of `step`, which must divide resize_px and crop_px: 2 where chroma is subsampled.
+    """
+    tall, wide = _resized(config, width, height, step)
+    size = config.crop_px
+    top, left = (step * ((side - size) // (2 * step)) for side in (tall, wide))
+    return View(height=tall, width=wide, top=top, left=left, size=size, flip=False)
+
+
+test_view.__test__ = False  # type: ignore[attr-defined]  # pytest must not collect it where a test imports it
+
+
+def crop_views(config: ViewConfig, width: int, height: int, crops: Crops, step: int = 1) -> list[View]:
+    """Resize, then one or more cuts: the views of a protocol. width x height and step as for `test_view`.
+
+    center: `test_view`. three: left, centre, right; top, centre, bottom where the frame is taller than wide
+    (SlowFast). ten: top left, top right, bottom left, bottom right, centre, then the same five mirrored (TSN).
+    """
+    centre = test_view(config, width, height, step)
+    bottom, right = centre.height - centre.size, centre.width - centre.size
+    if crops == "center":
+        return [centre]
+    if crops == "three":
+        if height > width:
+            return [replace(centre, top=top) for top in (0, centre.top, bottom)]
+        return [replace(centre, left=left) for left in (0, centre.left, right)]
+    corners = [replace(centre, top=top, left=left) for top in (0, bottom) for left in (0, right)]
+    five = [*corners, centre]
+    return [*five, *(replace(view, flip=True) for view in five)]
+
+
+def train_view(config: ViewConfig, width: int, height: int, rng: np.random.Generator, step: int = 1) -> View:
+    """A random crop for training, as in TSN: scale, place and flip are drawn from rng, once for the whole clip.
+
+    The crop's height and width are each a fraction (view.train_scales) of the resized frame's short side, at most one
+    place of the list apart, so that shapes are distorted a little and never much. width x height and step as for
+    `test_view`.
+    """
+    tall, wide = _resized(config, width, height, step)
+    short = min(tall, wide)
+    scales = config.train_scales
+    pairs = [(a, b) for a in range(len(scales)) for b in range(len(scales)) if abs(a - b) <= 1]
+    row, column = pairs[int(rng.integers(len(pairs)))]
+    size = config.crop_px
+    scaled_height = max(size, step * round(tall * size / (scales[row] * short) / step))
+    scaled_width = max(size, step * round(wide * size / (scales[column] * short) / step))
+    return View(
+        height=scaled_height,
+        width=scaled_width,
+        top=step * int(rng.integers((scaled_height - size) // step + 1)),
+        left=step * int(rng.integers((scaled_width - size) // step + 1)),
+        size=size,
+        flip=bool(rng.random() < 0.5) and config.train_flip,
+    )
