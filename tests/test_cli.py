@@ -1,15 +1,19 @@
 """The command line: one tree as flags and file, wrong settings refused in one line before anything starts."""
 
 import dataclasses
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import tyro
 import yaml
 
+from kinoray import __version__
 from kinoray.cli import VERBS, main
 from kinoray.config.file import config_from_mapping, load_config, to_yaml
+from kinoray.config.help import settings_of
 from kinoray.config.shared import ResourcesConfig, digest, parse_options
 from kinoray.errors import ConfigError
 from kinoray.network.build import require_known_model
@@ -93,12 +97,67 @@ def test_flags_win_over_the_file_and_the_file_over_defaults(tmp_path: Path, caps
 
 @pytest.mark.parametrize("verb", list(VERBS))
 def test_every_verb_explains_itself(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as stop:
-        main([verb, "--help"])
-    assert stop.value.code == 0
+    assert main([verb, "--help"]) == 0
+    short = capsys.readouterr().out
+    assert "Example: kinoray" in short
+    assert "--config" in short
+    assert main(["help", verb]) == 0
+    assert capsys.readouterr().out == short
+    assert main([verb, "--help-all"]) == 0
+    full = capsys.readouterr().out
+    assert set(short.splitlines()) - set(full.splitlines()) <= {
+        line for line in short.splitlines() if line.endswith(" settings.")
+    }
+    assert max(map(len, full.splitlines())) <= 110
+
+
+@pytest.mark.parametrize("verb", list(VERBS))
+def test_help_names_the_flags_that_are_parsed(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """tyro, which parses them, says what they are."""
+    with pytest.raises(SystemExit):
+        tyro.cli(VERBS[verb].config(), args=["--help"], prog="kinoray")
+    flag = re.compile(r"(?<![\w-])--[a-z][a-z0-9.-]*")
+    parsed = set()
+    for line in capsys.readouterr().out.splitlines():
+        if line[1:3] == " -":  # behind the box
+            parsed.update(flag.findall(line.strip("|\u2502 ").split("   ")[0]))
+    explained = {name for setting in settings_of(VERBS[verb].config()) for name in flag.findall(setting.flag)}
+    assert explained == parsed - {"--help"}
+
+
+@pytest.mark.parametrize("verb", list(VERBS))
+def test_what_matters_of_a_verb_are_settings_of_it(verb: str) -> None:
+    settings = list(settings_of(VERBS[verb].config()))
+    assert set(VERBS[verb].main) <= {setting.path for setting in settings}
+    assert len({setting.path for setting in settings if setting.is_needed} | set(VERBS[verb].main)) <= 6
+    assert all(setting.text for setting in settings)
+
+
+def test_the_overview_has_every_verb_once(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["help"]) == 0
     text = capsys.readouterr().out
-    assert "Example: kinoray" in text
-    assert "--config" in text
+    assert re.findall(r"^  ([a-z]+) ", text, re.MULTILINE) == [
+        name
+        for wish in dict.fromkeys(verb.wish for verb in VERBS.values())
+        for name in VERBS
+        if VERBS[name].wish == wish
+    ]
+    assert max(map(len, text.splitlines())) <= 110
+    assert main(["--help"]) == 0
+    assert capsys.readouterr().out == text
+
+
+@pytest.mark.parametrize("word", ["-V", "--version", "version"])
+def test_the_version_is_said(word: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([word]) == 0
+    assert capsys.readouterr().out == f"kinoray {__version__}\n"
+
+
+@pytest.mark.parametrize(("typed", "meant"), [("lable", "label"), ("trian", "train"), ("reprot", "report")])
+def test_a_near_miss_gets_a_suggestion(typed: str, meant: str, capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments in ([typed, "x"], ["help", typed], [typed, "--help"]):
+        assert main(arguments) == 2
+        assert f"unknown verb {typed!r}; did you mean {meant}?" in one_line(capsys)
 
 
 def test_print_config_round_trips(tmp_path: Path) -> None:

@@ -38,7 +38,7 @@ def test_the_printed_command_line_gives_the_config_that_was_run(
     recipe = make_recipe(DemoConfig(out=out, seed=7, epochs=3), f"{out}/videos", "s3://bucket", storage)
     assert [name for name, _ in steps(recipe)] == ["pack", "train", "evaluate", "label", "report"]
     for name, config in steps(recipe):
-        assert isinstance(config, VERBS[name].config)
+        assert isinstance(config, VERBS[name].config())
         words = shlex.split(command_line(name, config))
         assert words[:2] == ["kinoray", name]
         assert main([*words[1:], "--print-config"]) == 0

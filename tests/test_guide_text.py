@@ -53,7 +53,7 @@ def parse(verb: str, flags: list[str], folder: Path) -> None:
     assert verb in VERBS
     own, sent = (flags[: flags.index("--")], flags[flags.index("--") :]) if "--" in flags else (flags, [])
     if "--config" in own:
-        fields = {field.name for field in dataclasses.fields(VERBS[verb].config)}
+        fields = {field.name for field in dataclasses.fields(VERBS[verb].config())}
         (folder / "config.yaml").write_text(yaml.safe_dump({key: REQUIRED[key] for key in fields & set(REQUIRED)}))
         own[own.index("--config") + 1] = str(folder / "config.yaml")
     own = [word for word in own if word != "--print-config"]

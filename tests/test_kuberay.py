@@ -167,7 +167,7 @@ def test_the_job_fits_into_the_nodes_that_it_starts_with(verb: str, tmp_path: Pa
     """By the rule of kinoray.cluster.connect.require_fit, which looks at the nodes that are there at the start."""
     file = tmp_path / "config.yaml"
     file.write_text(of_kind(verb, "ConfigMap")["data"][f"{verb}.yaml"], encoding="utf-8")
-    config = load_config(VERBS[verb].config, str(file))
+    config = load_config(VERBS[verb].config(), str(file))
     resources = config.resources
     workers = cluster_spec(verb)["workerGroupSpecs"]
     assert all(group["replicas"] == group["minReplicas"] <= group["maxReplicas"] for group in workers)

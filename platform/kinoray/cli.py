@@ -5,133 +5,289 @@ Exit codes: 0 done, 1 the job failed, 2 a setting is wrong (nothing was started)
 
 import contextlib
 import dataclasses
+import difflib
 import importlib
-import inspect
 import io
 import os
 import re
 import sys
+import typing
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import tyro
-
 from kinoray import __version__
-from kinoray.capacity.config import BenchConfig, PlanConfig
-from kinoray.cluster.config import JobsConfig, LogsConfig, StopConfig, SubmitConfig
-from kinoray.config.file import load_config, to_yaml
-from kinoray.demo.config import AblateConfig, DemoConfig
-from kinoray.doctor.config import DoctorConfig
 from kinoray.errors import ConfigError, KinorayError
-from kinoray.evaluation.config import CalibrateConfig, CompareConfig, EnsembleConfig, EvaluateConfig
-from kinoray.label.config import LabelConfig, VacuumConfig
-from kinoray.library.config import CorrectConfig, ExportConfig, LabelsConfig, ReportConfig, TraceConfig
-from kinoray.network.config import ModelVerbConfig
-from kinoray.pack.config import PackConfig
-from kinoray.train.config import RunsConfig, TrainConfig
-from kinoray.train.presets import PRESETS
-from kinoray.tune.config import TuneConfig
 
 __all__ = ["VERBS", "Verb", "main"]
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Verb:
-    """A verb's config tree, the function that runs it (`module:name`), and its line in the overview."""
+    """A verb: what a person wants of it, where its settings and its function are, and its line in the overview."""
 
-    config: type[Any]
+    wish: str
+    """The heading under which the overview has it."""
+    settings: str
+    """`module:class` of its config tree, imported when the verb is asked for."""
     function: str
+    """`module:name` of what runs it."""
     summary: str
+    main: tuple[str, ...] = ()
+    """Settings that `--help` explains besides those that are needed; `--help-all` explains all."""
     gives_code: bool = False
     """The function returns the exit code."""
 
+    def config(self) -> type[Any]:
+        """The class of its config tree."""
+        return typing.cast("type[Any]", _load(self.settings))
+
+
+_LABELS, _NETWORK, _BEFORE, _CLUSTER, _TRY = (
+    "Get labels",
+    "Make a network",
+    "Know before you pay",
+    "On a cluster",
+    "Try it",
+)
 
 VERBS: Mapping[str, Verb] = {
-    "doctor": Verb(
-        DoctorConfig, "kinoray.doctor.verb:doctor", "what is wrong with videos, a machine, a store or a cluster"
+    "label": Verb(
+        wish=_LABELS,
+        settings="kinoray.label.config:LabelConfig",
+        function="kinoray.label.verb:label",
+        summary="any videos -> one result row each, exactly once",
+        main=("protocol", "resources.num_workers"),
     ),
-    "pack": Verb(PackConfig, "kinoray.pack.verb:pack", "videos -> tar shards and a catalog in object storage"),
-    "train": Verb(TrainConfig, "kinoray.train.verb:train", "catalog -> checkpoints, with Ray Data and Ray Train"),
-    "tune": Verb(TuneConfig, "kinoray.tune.verb:tune", "many trainings with other settings -> the best of them"),
+    "labels": Verb(
+        wish=_LABELS,
+        settings="kinoray.library.config:LabelsConfig",
+        function="kinoray.library.labels:labels",
+        summary="result tables: filter, join, sort; as table, CSV or Parquet",
+        main=("label", "status", "sort", "format"),
+    ),
+    "report": Verb(
+        wish=_LABELS,
+        settings="kinoray.library.config:ReportConfig",
+        function="kinoray.library.report.verb:report",
+        summary="results -> a static site to look at, filter and correct",
+        main=("out", "catalog", "max_videos", "frames_per_video"),
+    ),
+    "correct": Verb(
+        wish=_LABELS,
+        settings="kinoray.library.config:CorrectConfig",
+        function="kinoray.library.correct:correct",
+        summary="results + corrections -> a labelled catalog",
+        main=("corrections", "accept_score", "val_fraction"),
+    ),
+    "export": Verb(
+        wish=_LABELS,
+        settings="kinoray.library.config:ExportConfig",
+        function="kinoray.library.export:export",
+        summary="results -> FiftyOne, Label Studio, Datumaro, JSONL, CSV",
+        main=("copy_videos",),
+    ),
+    "vacuum": Verb(
+        wish=_LABELS,
+        settings="kinoray.label.config:VacuumConfig",
+        function="kinoray.label.vacuum:vacuum",
+        summary="remove what killed labelling jobs left behind",
+        main=("older_than_h", "dry_run"),
+    ),
+    "pack": Verb(
+        wish=_NETWORK,
+        settings="kinoray.pack.config:PackConfig",
+        function="kinoray.pack.verb:pack",
+        summary="videos -> tar shards and a catalog in object storage",
+        main=("val_fraction", "transcode", "resources.num_workers"),
+    ),
+    "train": Verb(
+        wish=_NETWORK,
+        settings="kinoray.train.config:TrainConfig",
+        function="kinoray.train.verb:train",
+        summary="catalog -> checkpoints, with Ray Data and Ray Train",
+        main=("init_from", "model.factory", "optim.epochs"),
+    ),
+    "tune": Verb(
+        wish=_NETWORK,
+        settings="kinoray.tune.config:TuneConfig",
+        function="kinoray.tune.verb:tune",
+        summary="many trainings with other settings -> the best of them",
+        main=("space", "num_trials", "search"),
+    ),
     "evaluate": Verb(
-        EvaluateConfig, "kinoray.evaluation.verb:evaluate", "checkpoint + labelled catalog -> exact accuracy"
+        wish=_NETWORK,
+        settings="kinoray.evaluation.config:EvaluateConfig",
+        function="kinoray.evaluation.verb:evaluate",
+        summary="checkpoint + labelled catalog -> exact accuracy",
+        main=("split", "protocol"),
     ),
     "calibrate": Verb(
-        CalibrateConfig,
-        "kinoray.evaluation.calibrate:calibrate",
-        "labelled catalog -> temperature and early-exit margins",
-    ),
-    "ensemble": Verb(
-        EnsembleConfig, "kinoray.evaluation.ensemble:ensemble", "several evaluations -> their averaged scores"
+        wish=_NETWORK,
+        settings="kinoray.evaluation.config:CalibrateConfig",
+        function="kinoray.evaluation.calibrate:calibrate",
+        summary="labelled catalog -> temperature and early-exit margins",
+        main=("split", "protocol"),
     ),
     "compare": Verb(
-        CompareConfig, "kinoray.evaluation.compare:compare", "two evaluations -> what changed, as one HTML page"
+        wish=_NETWORK,
+        settings="kinoray.evaluation.config:CompareConfig",
+        function="kinoray.evaluation.compare:compare",
+        summary="two evaluations -> what changed, as one HTML page",
+        main=("out", "max_videos", "frames_per_video"),
     ),
-    "label": Verb(LabelConfig, "kinoray.label.verb:label", "any videos -> one result row each, exactly once"),
-    "labels": Verb(
-        LabelsConfig, "kinoray.library.labels:labels", "result tables: filter, join, sort; as table, CSV or Parquet"
+    "ensemble": Verb(
+        wish=_NETWORK,
+        settings="kinoray.evaluation.config:EnsembleConfig",
+        function="kinoray.evaluation.ensemble:ensemble",
+        summary="several evaluations -> their averaged scores",
+        main=("weights",),
     ),
-    "vacuum": Verb(VacuumConfig, "kinoray.label.vacuum:vacuum", "remove what killed labelling jobs left behind"),
-    "export": Verb(
-        ExportConfig, "kinoray.library.export:export", "results -> FiftyOne, Label Studio, Datumaro, JSONL, CSV"
+    "runs": Verb(
+        wish=_NETWORK,
+        settings="kinoray.train.config:RunsConfig",
+        function="kinoray.train.runs:runs",
+        summary="trainings in storage: how they stand, and their best",
+        main=("json",),
     ),
-    "correct": Verb(CorrectConfig, "kinoray.library.correct:correct", "results + corrections -> a labelled catalog"),
-    "bench": Verb(BenchConfig, "kinoray.capacity.bench:bench", "how fast your own videos are labelled, and what binds"),
-    "plan": Verb(PlanConfig, "kinoray.capacity.plan:plan", "measured rates -> nodes, hours and cost for a library"),
-    "runs": Verb(RunsConfig, "kinoray.train.runs:runs", "trainings in storage: how they stand, and their best"),
-    "trace": Verb(TraceConfig, "kinoray.library.trace:trace", "where the time of a labelling or a training went"),
-    "report": Verb(
-        ReportConfig, "kinoray.library.report.verb:report", "results -> a static site to look at, filter and correct"
+    "trace": Verb(
+        wish=_NETWORK,
+        settings="kinoray.library.config:TraceConfig",
+        function="kinoray.library.trace:trace",
+        summary="where the time of a labelling or a training went",
+        main=("to",),
     ),
-    "model": Verb(ModelVerbConfig, "kinoray.network.verb:describe_model", "a network's parameters and operations"),
+    "doctor": Verb(
+        wish=_BEFORE,
+        settings="kinoray.doctor.config:DoctorConfig",
+        function="kinoray.doctor.verb:doctor",
+        summary="what is wrong with videos, a machine, a store or a cluster",
+        main=("source", "bucket", "address", "out", "sample"),
+    ),
+    "bench": Verb(
+        wish=_BEFORE,
+        settings="kinoray.capacity.config:BenchConfig",
+        function="kinoray.capacity.bench:bench",
+        summary="how fast your own videos are labelled, and what binds",
+        main=("out", "videos"),
+    ),
+    "plan": Verb(
+        wish=_BEFORE,
+        settings="kinoray.capacity.config:PlanConfig",
+        function="kinoray.capacity.plan:plan",
+        summary="measured rates -> nodes, hours and cost for a library",
+        main=("catalog", "deadline", "videos"),
+    ),
     "submit": Verb(
-        SubmitConfig, "kinoray.cluster.submit:submit", "run a verb as a job on a cluster, and follow it", True
+        wish=_CLUSTER,
+        settings="kinoray.cluster.config:SubmitConfig",
+        function="kinoray.cluster.submit:submit",
+        summary="run a verb as a job on a cluster, and follow it",
+        main=("flags", "address", "run_id", "code"),
+        gives_code=True,
     ),
-    "jobs": Verb(JobsConfig, "kinoray.cluster.jobs:jobs", "submitted jobs: how they stand, and what came of them"),
-    "logs": Verb(LogsConfig, "kinoray.cluster.jobs:logs", "what a submitted job has printed"),
-    "stop": Verb(StopConfig, "kinoray.cluster.jobs:stop", "stop a submitted job, and wait for its end", True),
-    "demo": Verb(DemoConfig, "kinoray.demo.verb:demo", "all of the above on a small generated set"),
+    "jobs": Verb(
+        wish=_CLUSTER,
+        settings="kinoray.cluster.config:JobsConfig",
+        function="kinoray.cluster.jobs:jobs",
+        summary="submitted jobs: how they stand, and what came of them",
+        main=("address", "json"),
+    ),
+    "logs": Verb(
+        wish=_CLUSTER,
+        settings="kinoray.cluster.config:LogsConfig",
+        function="kinoray.cluster.jobs:logs",
+        summary="what a submitted job has printed",
+        main=("address", "follow"),
+    ),
+    "stop": Verb(
+        wish=_CLUSTER,
+        settings="kinoray.cluster.config:StopConfig",
+        function="kinoray.cluster.jobs:stop",
+        summary="stop a submitted job, and wait for its end",
+        main=("address",),
+        gives_code=True,
+    ),
+    "demo": Verb(
+        wish=_TRY,
+        settings="kinoray.demo.config:DemoConfig",
+        function="kinoray.demo.verb:demo",
+        summary="all of the above on a small generated set",
+        main=("out", "storage", "epochs"),
+    ),
     "ablate": Verb(
-        AblateConfig, "kinoray.demo.ablate_verb:ablate", "table 2 of the paper, TSN and TSM, on a small set"
+        wish=_TRY,
+        settings="kinoray.demo.config:AblateConfig",
+        function="kinoray.demo.ablate_verb:ablate",
+        summary="table 2 of the paper, TSN and TSM, on a small set",
+        main=("seeds", "quick"),
+    ),
+    "model": Verb(
+        wish=_TRY,
+        settings="kinoray.network.config:ModelVerbConfig",
+        function="kinoray.network.verb:describe_model",
+        summary="a network's parameters and operations",
+        main=("describe", "options"),
     ),
 }
 
 
+def _load(name: str) -> Any:
+    """What `module:name` names."""
+    module, _, attribute = name.partition(":")
+    return getattr(importlib.import_module(module), attribute)
+
+
 def _overview() -> str:
-    lines = [
-        "usage: kinoray VERB [OPTIONS]",
-        "",
-        "Video classification at library scale on Ray.",
-        "",
-        *(f"  {name:<10}{verb.summary}" for name, verb in VERBS.items()),
-        "",
-        "kinoray VERB --help explains a verb's settings. Each setting is a flag and a key of --config FILE.yaml;",
-        "kinoray VERB ... --print-config prints the whole tree as such a file and stops.",
-    ]
+    lines = ["usage: kinoray VERB [OPTIONS]", "", "Video classification at library scale on Ray."]
+    for wish in dict.fromkeys(verb.wish for verb in VERBS.values()):
+        lines.extend(["", f"{wish}:"])
+        lines.extend(f"  {name:<11}{verb.summary}" for name, verb in VERBS.items() if verb.wish == wish)
+    lines.extend(
+        [
+            "",
+            "kinoray help VERB explains what matters of a verb, kinoray VERB --help-all all of its settings. Each is a",
+            "flag and a key of --config FILE.yaml; kinoray VERB ... --print-config prints such a file and stops.",
+        ]
+    )
     return "\n".join(lines)
+
+
+def _explain(name: str, *, every: bool) -> str:
+    from kinoray.config.help import verb_help
+
+    presets = f"--preset NAME ({', '.join(_presets())}; likewise), " if name in _WITH_PRESETS else ""
+    return verb_help(name, VERBS[name].config(), VERBS[name].main, presets, every=every)
+
+
+_WITH_PRESETS = ("train", "tune")
+
+
+def _presets() -> Mapping[str, Any]:
+    return typing.cast("Mapping[str, Any]", _load("kinoray.train.presets:PRESETS"))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line (default: sys.argv) and return its exit code; never a traceback for a foreseen error."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    if not arguments or arguments[0] in ("-h", "--help"):
-        print(_overview())
-        return 0 if arguments else 2
-    if arguments[0] == "--version":
+    name, rest = (arguments[0], arguments[1:]) if arguments else ("help", [])
+    if name in ("-V", "--version", "version"):
         print(f"kinoray {__version__}")
         return 0
-    name, rest = arguments[0], arguments[1:]
     try:
-        if name not in VERBS:
-            raise ConfigError(f"unknown verb {name!r}; there are {', '.join(VERBS)}")
-        config, print_only = _parse(name, rest)
-        if print_only:
-            print(to_yaml(config), end="")
+        if name in ("-h", "--help", "--help-all", "help"):
+            print(_explain(_known(rest[0]), every=name == "--help-all") if rest else _overview())
+            return 0 if arguments else 2
+        flags = rest[: rest.index("--")] if "--" in rest else rest
+        if asked := {"-h", "--help", "--help-all"} & set(flags):
+            print(_explain(_known(name), every="--help-all" in asked))
             return 0
-        if isinstance(config, SubmitConfig):
+        config, print_only = _parse(_known(name), rest)
+        if print_only:
+            print(_load("kinoray.config.file:to_yaml")(config), end="")
+            return 0
+        if name == "submit":
             config = _with_settings(config)
-        module, _, function = VERBS[name].function.partition(":")
-        result = getattr(importlib.import_module(module), function)(config)
+        result = _load(VERBS[name].function)(config)
     except ConfigError as error:
         return _fail(name, error, 2)
     except KinorayError as error:
@@ -143,6 +299,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     return int(result) if VERBS[name].gives_code else 0
+
+
+def _known(name: str) -> str:
+    """The verb's name, if it is one.
+
+    Raises:
+        ConfigError: with the verb that may be meant.
+    """
+    if name in VERBS:
+        return name
+    near = difflib.get_close_matches(name, VERBS, n=1)
+    meant = f"did you mean {near[0]}?" if near else f"there are {', '.join(VERBS)}"
+    raise ConfigError(f"unknown verb {name!r}; {meant}")
 
 
 def _fail(name: str, error: KinorayError, code: int) -> int:
@@ -158,11 +327,15 @@ def _parse(name: str, arguments: list[str]) -> tuple[Any, bool]:
     print_only = "--print-config" in arguments
     arguments = [argument for argument in arguments if argument != "--print-config"]
     arguments, path = _take(arguments, "--config", "the name of a YAML file")
-    arguments, preset = _take(arguments, "--preset", f"one of {', '.join(PRESETS)}")
-    cls = VERBS[name].config
+    arguments, preset = _take(arguments, "--preset", f"one of {', '.join(_presets())}")
+    cls = VERBS[name].config()
     if preset and path:
         raise ConfigError("--preset and --config exclude each other; --preset NAME --print-config makes a file")
-    default = load_config(cls, path) if path else _preset(name, preset) if preset else None
+    default = None
+    if path:
+        default = _load("kinoray.config.file:load_config")(cls, path)
+    elif preset:
+        default = _preset(name, preset)
     try:
         return _parse_flags(name, [*arguments, *submitted], default), print_only
     except ConfigError as error:
@@ -172,30 +345,27 @@ def _parse(name: str, arguments: list[str]) -> tuple[Any, bool]:
         return _parse_flags(name, reordered, default), print_only
 
 
-def _with_settings(config: SubmitConfig) -> SubmitConfig:
+def _with_settings(config: Any) -> Any:
     """`submit` with the whole config of the verb that it sends; a wrong setting is found before anything is sent."""
     submitted, _ = _parse(config.verb, list(config.flags))
-    return dataclasses.replace(config, settings=to_yaml(submitted))
+    return dataclasses.replace(config, settings=_load("kinoray.config.file:to_yaml")(submitted))
 
 
 def _parse_flags(name: str, arguments: list[str], default: Any) -> Any:
-    cls = VERBS[name].config
-    presets = f", --preset NAME ({', '.join(PRESETS)}; likewise)" if issubclass(cls, TrainConfig) else ""
-    help_text = f"{inspect.getdoc(cls)}\n\nAlso: --config FILE.yaml (settings; flags win){presets}, --print-config."
+    import tyro  # takes a fifth of a second, which the overview need not wait for
+
     messages = io.StringIO()
     try:
         with contextlib.redirect_stderr(messages):
-            config = tyro.cli(cls, args=arguments, default=default, prog=f"kinoray {name}", description=help_text)
-    except SystemExit as stop:
-        if not stop.code:  # --help
-            raise
+            config = tyro.cli(VERBS[name].config(), args=arguments, default=default, prog=f"kinoray {name}")
+    except SystemExit:
         raise ConfigError(_one_line(messages.getvalue())) from None
-    return config if default is None else _with_options(config, default)
+    return config if default is None or name not in _WITH_PRESETS else _with_options(config, default)
 
 
 def _with_options(config: Any, default: Any) -> Any:
     """Options of the network that flags name join those of the file or preset, as all other flags do."""
-    if not isinstance(config, TrainConfig) or config.model.factory != default.model.factory:
+    if config.model.factory != default.model.factory:
         return config
     options = {**default.model.options, **config.model.options}
     return dataclasses.replace(config, model=dataclasses.replace(config.model, options=options))
@@ -215,13 +385,13 @@ def _source_first(arguments: list[str]) -> list[str]:
 
 def _preset(name: str, preset: str) -> Any:
     """The verb's config with a preset's recipe in it."""
-    cls = VERBS[name].config
-    if not issubclass(cls, TrainConfig):
-        raise ConfigError(f"--preset is for train and tune, not for {name}")
-    if preset not in PRESETS:
-        raise ConfigError(f"--preset must be one of {', '.join(PRESETS)}, got {preset!r}")
-    recipe = PRESETS[preset]()
-    return cls(**{field.name: getattr(recipe, field.name) for field in dataclasses.fields(TrainConfig)})
+    if name not in _WITH_PRESETS:
+        raise ConfigError(f"--preset is for {' and '.join(_WITH_PRESETS)}, not for {name}")
+    presets = _presets()
+    if preset not in presets:
+        raise ConfigError(f"--preset must be one of {', '.join(presets)}, got {preset!r}")
+    recipe = presets[preset]()
+    return VERBS[name].config()(**{field.name: getattr(recipe, field.name) for field in dataclasses.fields(recipe)})
 
 
 def _take(arguments: list[str], flag: str, what: str) -> tuple[list[str], str]:

@@ -1,0 +1,168 @@
+"""A verb's settings as text: the few that matter for `--help`, all of them for `--help-all`.
+
+The text is read from the config tree itself: the name, type and default of each field, and the docstring below it.
+What is easy to break: flags here are named as tyro names them; a test compares the two.
+"""
+
+import ast
+import dataclasses
+import inspect
+import shutil
+import textwrap
+import types
+import typing
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+import tyro
+
+__all__ = ["Setting", "settings_of", "verb_help"]
+
+_INDENT = 26
+_WIDEST = 110
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Setting:
+    """One setting of a verb."""
+
+    path: str
+    """`optim.lr`: its place in the config tree."""
+    flag: str
+    """`--optim.lr FLOAT`, or the placeholder of a positional argument."""
+    text: str
+    """Its docstring, as one paragraph."""
+    default: str
+    """`0.002`, or `needed`; empty where the docstring says what happens without it."""
+    group: str
+    """What the part of the tree that it is in is for; empty for the verb's own settings."""
+
+    @property
+    def is_needed(self) -> bool:
+        """Whether a command line without it is refused."""
+        return self.default == "needed"
+
+    def lines(self, width: int) -> list[str]:
+        """The flag in the left column, the text in the right one."""
+        note = f" ({self.default})" if self.is_needed else f" (default: {self.default})" if self.default else ""
+        text = textwrap.wrap(self.text + note, width - _INDENT)
+        left = f"  {self.flag}"
+        if len(left) > _INDENT - 2:
+            return [left, *(" " * _INDENT + line for line in text)]
+        return [left.ljust(_INDENT) + text[0], *(" " * _INDENT + line for line in text[1:])]
+
+
+def settings_of(cls: type[Any], prefix: str = "", group: str = "") -> Iterator[Setting]:
+    """All settings of a config tree, in the order of its fields; those of a part of the tree come where the part is."""
+    hints = typing.get_type_hints(cls, include_extras=True)
+    texts = _docstrings(cls)
+    for field in dataclasses.fields(cls):
+        hint, notes = _plain(hints[field.name])
+        if tyro.conf.Suppress in notes:
+            continue
+        path = f"{prefix}{field.name}"
+        if dataclasses.is_dataclass(hint):
+            yield from settings_of(typing.cast("type[Any]", hint), f"{path}.", texts[field.name].rstrip("."))
+            continue
+        yield Setting(
+            path=path,
+            flag=_flag(path, hint, notes),
+            text=texts[field.name],
+            default=_default(field, texts[field.name]),
+            group=group,
+        )
+
+
+def verb_help(name: str, cls: type[Any], main: tuple[str, ...], extra: str, *, every: bool) -> str:
+    """What `kinoray NAME --help` prints, or with `every` what --help-all does.
+
+    Args:
+        main: paths of the settings that matter most.
+        extra: one more line about flags that are no settings.
+    """
+    width = min(shutil.get_terminal_size().columns, _WIDEST)
+    everything = list(settings_of(cls))
+    shown = [item for item in everything if every or item.path in main or item.is_needed]
+    needed = [item.flag for item in everything if item.is_needed]
+    lines = [
+        *textwrap.wrap(f"usage: kinoray {name} {' '.join(needed)} [OPTIONS]", width, subsequent_indent=" " * 10),
+        "",
+    ]
+    for paragraph in (inspect.getdoc(cls) or "").split("\n\n"):
+        is_list = any(line.startswith(" ") for line in paragraph.split("\n"))
+        hang = "    " if paragraph.startswith("Example:") else ""
+        wrapped = textwrap.wrap(paragraph, width, subsequent_indent=hang, break_on_hyphens=False)
+        lines.extend(paragraph.split("\n") if is_list else wrapped)
+        lines.append("")
+    group = ""
+    for item in shown:
+        if item.group != group and every:
+            group = item.group
+            lines.extend(["", *textwrap.wrap(f"{group}:", width)])
+        lines.extend(item.lines(width))
+    lines.append("")
+    if not every and len(shown) < len(everything):
+        lines.append(f"kinoray {name} --help-all explains all {len(everything)} settings.")
+    lines.extend(textwrap.wrap(f"Also: --config FILE.yaml (settings; flags win), {extra}--print-config.", width))
+    return "\n".join(lines)
+
+
+def _docstrings(cls: type[Any]) -> dict[str, str]:
+    """The text below each field, also of fields that it inherits."""
+    found: dict[str, str] = {}
+    for base in reversed(cls.__mro__):
+        if not dataclasses.is_dataclass(base):
+            continue
+        (body,) = ast.parse(textwrap.dedent(inspect.getsource(base))).body
+        assert isinstance(body, ast.ClassDef)
+        for field, after in zip(body.body, body.body[1:], strict=False):
+            is_text = isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
+            if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name) and is_text:
+                found[field.target.id] = " ".join(str(after.value.value).split())  # type: ignore[attr-defined]
+    return found
+
+
+def _plain(hint: Any) -> tuple[Any, tuple[Any, ...]]:
+    """A type without what tyro is told of it, and that."""
+    if get_origin(hint) is Annotated:
+        return hint.__origin__, hint.__metadata__
+    return hint, ()
+
+
+def _flag(path: str, hint: Any, notes: tuple[Any, ...]) -> str:
+    told = {name: getattr(note, name, None) for note in notes for name in ("metavar", "aliases") if hasattr(note, name)}
+    value = told.get("metavar") or _value(hint)
+    if tyro.conf.Positional in notes:
+        return str(value)
+    flag = "--" + path.replace("_", "-")
+    names = [flag, *(told.get("aliases") or ())]
+    if hint is bool:
+        group, _, last = flag[2:].rpartition(".")
+        return f"{', '.join(names)}, --{group + '.' if group else ''}no-{last}"
+    return f"{', '.join(names)} {value}"
+
+
+def _value(hint: Any) -> str:
+    """`FLOAT`, `{off,exact}`, `TEXT [TEXT ...]`: what a flag of this type takes."""
+    origin, args = get_origin(hint), get_args(hint)
+    if origin is Literal:
+        return "{" + ",".join(map(str, args)) + "}"
+    if origin in (Union, types.UnionType):
+        return "|".join("none" if arg is type(None) else _value(_plain(arg)[0]) for arg in args)
+    if origin is tuple:
+        one = _value(_plain(args[0])[0])
+        return f"{one} [{one} ...]"
+    return {int: "INT", float: "FLOAT", str: "TEXT"}.get(hint, "VALUE")
+
+
+def _default(field: "dataclasses.Field[Any]", text: str) -> str:
+    if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
+        return "needed"
+    value = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+    if value in ("", None, (), {}) or "Default:" in text:
+        return ""
+    if isinstance(value, bool):
+        return "on" if value else ""
+    if isinstance(value, tuple):
+        return " ".join(map(str, value))
+    return str(value)
