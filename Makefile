@@ -20,7 +20,7 @@ demo: setup
 	$(BIN)/kinoray demo
 
 test: setup
-	$(PYTEST)
+	$(PYTEST) $(PYTEST_ARGS)
 
 test-slow: setup
 	$(PYTEST) -m slow --timeout 3000

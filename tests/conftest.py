@@ -5,7 +5,7 @@ import subprocess
 import sys
 import urllib.request
 import uuid
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 
 import boto3
@@ -16,6 +16,23 @@ from ports import free_port, wait_until
 from radosgw import missing_programs, radosgw
 
 ROOT = Path(__file__).resolve().parents[1]
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--no-skips", action="store_true", help="a skipped test fails, unless it is about a GPU")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    report = yield
+    if report.skipped and item.config.getoption("--no-skips") and isinstance(report.longrepr, tuple):
+        reason = report.longrepr[2]
+        if "GPU" not in reason and not hasattr(report, "wasxfail"):
+            report.outcome = "failed"
+            report.longrepr = f"{item.nodeid}: {reason}; --no-skips allows no skip but for a GPU"
+    return report
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -12,12 +12,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from packaging.specifiers import SpecifierSet
 
 from kinoray.cli import main
 from kinoray.demo.videos import make_video
 from kinoray.doctor.config import DoctorConfig
 from kinoray.doctor.host import PACKAGES, host_facts, ray_temp_folder
-from kinoray.doctor.machine import REQUIRED, _decoder_check, host_checks, version_checks
+from kinoray.doctor.machine import _decoder_check, host_checks, required_versions, version_checks
 from kinoray.doctor.section import Check, checked, clock_check, over_nodes
 from kinoray.doctor.verb import doctor
 
@@ -40,7 +41,7 @@ def test_this_machine_is_told_as_it_is(tmp_path: Path, capsys: pytest.CaptureFix
     checks = {check["name"]: check for check in machine["checks"]}
     for backend in ("pyav", "decord"):
         assert checks[f"decoder {backend}"]["status"] == "ok"
-    assert {"gpus", "cores", "memory", "shared memory", "disk", "open files", "python", *REQUIRED} <= set(checks)
+    assert {"gpus", "cores", "memory", "shared memory", "disk", "open files", *required_versions()} <= set(checks)
     assert json.loads((tmp_path / "doctor.json").read_text()) == json.loads(json.dumps(record))
     assert not (tmp_path / "bad.parquet").exists()
     said = capsys.readouterr().out
@@ -59,13 +60,19 @@ def test_the_required_versions_are_those_of_the_project() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     stated = [*project["dependencies"], *project["optional-dependencies"]["torchcodec"]]
     split = [re.fullmatch(r"([\w-]+)(?:\[[^]]*\])?(.*)", text) for text in stated]
-    wanted = {match[1]: match[2] for match in split if match}
-    assert {name: wanted[name] for name in REQUIRED} == REQUIRED
+    wanted = {match[1]: SpecifierSet(match[2]) for match in split if match}
+    found = required_versions()
+    assert set(found) == {"python", *PACKAGES}
+    assert {name: wanted[name] for name in PACKAGES} == {name: found[name] for name in PACKAGES}
+    assert found["python"] == SpecifierSet(project["requires-python"])
 
 
 def facts(**changes: Any) -> dict[str, Any]:
     """Of a machine on which all is well."""
-    packages = {name: text.partition(",")[0].removeprefix(">=") for name, text in REQUIRED.items()}
+    least = {
+        name: [one.version for one in wanted if one.operator == ">="] for name, wanted in required_versions().items()
+    }
+    packages = {name: least[name][0] for name in PACKAGES}
     space = {"size_bytes": 10**12, "free_bytes": 5 * 10**11}
     return {
         "hostname": "node",

@@ -33,6 +33,7 @@ ROOMS = [
     "demo",
     "doctor",
     "cli",
+    "__main__",
 ]
 
 # Who may import ray, besides cluster/: what runs on Ray, or is called by it.

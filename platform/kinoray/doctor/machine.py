@@ -3,40 +3,27 @@
 What is easy to break: it needs no Ray, and a broken library here is a finding, never an end of the checkup.
 """
 
-import operator
-import re
 from collections.abc import Iterator, Mapping
+from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 
 from kinoray.config.shared import ClipConfig, DecodeConfig, SampleConfig, ViewConfig
 from kinoray.console import many
 from kinoray.demo.videos import make_video
-from kinoray.doctor.host import host_facts
-from kinoray.doctor.section import Check, Section, checked, format_bytes
+from kinoray.doctor.host import PACKAGES, host_facts
+from kinoray.doctor.section import Check, Section, Status, checked, format_bytes
 from kinoray.errors import ConfigError, DecoderStartFailed, MediaError
 from kinoray.video.sandbox.pool import Sandbox
 
-__all__ = ["REQUIRED", "gpu_facts", "host_checks", "machine_section", "version_checks"]
-
-REQUIRED: Mapping[str, str] = {
-    "ray": ">=2.60,<3",
-    "torch": ">=2.11,!=2.13.0",
-    "torchvision": ">=0.26",
-    "pyarrow": ">=20",
-    "av": ">=18",
-    "decord": ">=0.6.0",
-    "numpy": ">=2.0",
-    "torchcodec": ">=0.10",
-}
-"""The versions of pyproject.toml, which an environment that was made by hand may miss."""
+__all__ = ["gpu_facts", "host_checks", "machine_section", "required_versions", "version_checks"]
 
 _EXTRAS = ("torchcodec",)
-_PYTHON = ">=3.11"
-_COMPARE = {">=": operator.ge, "<": operator.lt, "!=": operator.ne}
 _NVIDIA = "/proc/driver/nvidia/gpus"
 
 _STORE_SHARE = 0.3  # of the free memory, which Ray's object store takes
@@ -59,39 +46,43 @@ def machine_section() -> Section:
     return checked("machine", checks, **facts, gpus=gpus)
 
 
+def required_versions() -> dict[str, SpecifierSet]:
+    """What kinoray's own package demands of PACKAGES and of python; empty where it was not installed as a package."""
+    try:
+        package = metadata.metadata("kinoray")
+    except metadata.PackageNotFoundError:
+        return {}
+    found = {"python": SpecifierSet(package["Requires-Python"])}
+    for text in package.get_all("Requires-Dist", []):
+        requirement = Requirement(text)
+        is_wanted = requirement.marker is None or any(requirement.marker.evaluate({"extra": name}) for name in _EXTRAS)
+        if is_wanted and requirement.name in PACKAGES:
+            found[requirement.name] = requirement.specifier
+    return found
+
+
 def version_checks(facts: Mapping[str, Any]) -> Iterator[Check]:
-    """Python and the packages against REQUIRED. `facts` are those of host_facts."""
-    fits = _satisfies(facts["python"], _PYTHON)
-    yield Check("python", "ok" if fits else "wrong", facts["python"], "" if fits else f"install Python {_PYTHON}")
-    for name, wanted in REQUIRED.items():
+    """Python and the packages against what kinoray demands. `facts` are those of host_facts."""
+    required = required_versions()
+    if not required:
+        yield Check("python", "ok", facts["python"])
+        remedy = "pip install kinoray, or pip install --editable . in its sources, to have versions compared"
+        yield Check("packages", "warning", "kinoray is not installed here, so no version is compared", remedy)
+        return
+    wanted = required.pop("python")
+    fits = wanted.contains(facts["python"], prereleases=True)
+    yield Check("python", "ok" if fits else "wrong", facts["python"], "" if fits else f"install Python {wanted}")
+    for name, wanted in required.items():
         found = facts["packages"][name]
         if found is None and name in _EXTRAS:
             yield Check(name, "ok", f"not installed; it is an extra (pip install '{name}{wanted}')")
         elif found is None:
             yield Check(name, "wrong", "not installed", f"pip install '{name}{wanted}'")
-        elif _satisfies(found, wanted):
+        elif wanted.contains(found, prereleases=True):
             yield Check(name, "ok", found)
         else:
-            status = "warning" if name in _EXTRAS else "wrong"
-            yield Check(name, status, f"{found}, which is not {wanted}", f"pip install '{name}{wanted}'")  # type: ignore[arg-type]
-
-
-def _satisfies(version: str, wanted: str) -> bool:
-    """Whether `2.15.0+cpu` is `>=2.11,!=2.13.0`; what follows the numbers does not count."""
-    found = _numbers(version)
-    for condition in wanted.split(","):
-        sign = next(sign for sign in _COMPARE if condition.startswith(sign))
-        other = _numbers(condition.removeprefix(sign))
-        length = max(len(found), len(other))
-        pad = [*found, *[0] * (length - len(found))], [*other, *[0] * (length - len(other))]
-        if not _COMPARE[sign](*pad):
-            return False
-    return True
-
-
-def _numbers(version: str) -> list[int]:
-    match = re.match(r"\d+(\.\d+)*", version)
-    return [int(part) for part in match.group().split(".")] if match else []
+            status: Status = "warning" if name in _EXTRAS else "wrong"
+            yield Check(name, status, f"{found}, which is not {wanted}", f"pip install '{name}{wanted}'")
 
 
 def gpu_facts() -> dict[str, Any]:
