@@ -1,11 +1,11 @@
 """The inside of a decoder process: take one request after the other, decode, put the frames into shared memory.
 
-`python -m kinoray.video.sandbox.child SOCKET INPUT OUTPUT PARENT`: three inherited descriptors, and the parent's
-process id. What is easy to break: nothing here may import torch or ray, and what goes back is JSON and raw arrays,
-never a pickle, since this process reads what strangers made.
+`python -m kinoray.video.sandbox.child SOCKET INPUT OUTPUT PARENT BACKEND`: three inherited descriptors, the parent's
+process id and the decode.backend. What is easy to break: nothing here may import torch or ray, and what goes back is
+JSON and raw arrays, never a pickle, since this process reads what strangers made. And nothing can be imported or opened
+any more once it reads them (jail.py).
 """
 
-import ctypes
 import errno
 import importlib
 import json
@@ -13,6 +13,7 @@ import math
 import mmap
 import os
 import pickle
+import platform
 import resource
 import signal
 import socket
@@ -21,11 +22,16 @@ import time
 import traceback
 from collections.abc import Callable
 from dataclasses import asdict
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
 from typing import Any
 
+import cv2
 import numpy as np
 
 from kinoray.errors import KinorayError
+from kinoray.sandbox import jail
 from kinoray.video.bank import decode_bank
 from kinoray.video.clip import decode_clip, probe, thumbnails
 from kinoray.video.transcode import transcode
@@ -36,7 +42,6 @@ __all__ = ["MESSAGE_BYTES", "OutputSpace", "main"]
 MESSAGE_BYTES = 2**16
 """Longest request or answer; frames and files go another way."""
 
-_PR_SET_PDEATHSIG = 1
 _TEXT_LENGTH = 2000
 _ALIGN_BYTES = 64
 _GROW_BYTES = 2**20
@@ -157,7 +162,39 @@ _OPERATIONS: dict[str, Callable[[OutputSpace, bytes, dict[str, Any]], dict[str, 
 }
 
 
-_MODULES = {"decord": "decord", "torchcodec": "torchcodec.decoders"}
+_MODULES = {
+    "pyav": (),
+    "decord": ("decord",),
+    "torchcodec": ("torchcodec.decoders", "torchcodec.transforms"),
+}
+_LATE = ("av.subtitles.codeccontext", "av.subtitles.stream", "av.subtitles.subtitle", "numpy.ma")
+"""Modules that libraries import in the middle of their work: PyAV for files with subtitles, numpy for np.unique.
+tests/test_jail.py finds those that are missing here."""
+
+
+class _Absent(MetaPathFinder):
+    """Says again why a back end could not be imported, where decoding asks for it."""
+
+    def __init__(self, package: str, error: Exception) -> None:
+        self._package, self._error = package, error
+
+    def find_spec(self, name: str, path: object, target: ModuleType | None = None) -> ModuleSpec | None:
+        if name == self._package:
+            raise self._error
+        return None
+
+
+def _load(backend: str) -> None:
+    """Import all that decoding uses; what its libraries look up on the machine, they look up now."""
+    for module in _LATE:
+        importlib.import_module(module)
+    cv2.setNumThreads(1)  # OpenCV looks for processors and for plugins of its thread pool
+    platform.machine()  # keeps what it found, for x264_options
+    for module in _MODULES[backend]:
+        try:
+            importlib.import_module(module)
+        except (ImportError, OSError, RuntimeError) as error:
+            sys.meta_path.insert(0, _Absent(module.partition(".")[0], error))
 
 
 class _Decoder:
@@ -166,12 +203,10 @@ class _Decoder:
     def __init__(self, input_fd: int, output_fd: int) -> None:
         self._input = input_fd
         self._space = OutputSpace(output_fd)
-        self._backends: set[str] = {"pyav"}
         self._idle_bytes = _address_space() - self._space.size_bytes
 
     def answer(self, request: dict[str, Any]) -> dict[str, Any]:
         """What came of a request: the result, or `error` and `text`."""
-        self._load(request["backend"])
         self._space.clear()
         limit = self._idle_bytes + self._space.size_bytes + request["size_bytes"] + request["memory_bytes"]
         try:
@@ -183,17 +218,6 @@ class _Decoder:
             return _refusal(error)
         finally:
             resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
-
-    def _load(self, backend: str) -> None:
-        """Import a back end before its memory is measured: what its libraries take is not a video's doing."""
-        if backend not in self._backends:
-            self._backends.add(backend)
-            before = _address_space()
-            try:
-                importlib.import_module(_MODULES[backend])
-            except (ImportError, OSError, RuntimeError):
-                return  # decoding says so, with what to do about it
-            self._idle_bytes += _address_space() - before
 
     def _read(self, size_bytes: int) -> bytes:
         parts, offset = [], 0
@@ -212,10 +236,9 @@ def _refusal(error: Exception) -> dict[str, Any]:
         return {"error": "memory", "text": ""}
     if isinstance(error, KinorayError):
         return {"error": type(error).__name__, "text": str(error)[:_TEXT_LENGTH]}
-    place = traceback.extract_tb(error.__traceback__)[-1]
-    text = (
-        f"{type(error).__name__} in {os.path.basename(place.filename)}:{place.lineno}: {' '.join(str(error).split())}"
-    )
+    frame, line = list(traceback.walk_tb(error.__traceback__))[-1]  # extract_tb would read the source
+    file = os.path.basename(frame.f_code.co_filename)
+    text = f"{type(error).__name__} in {file}:{line}: {' '.join(str(error).split())}"
     return {"error": "unexpected", "text": text[:_TEXT_LENGTH]}
 
 
@@ -224,24 +247,24 @@ def _address_space() -> int:
         return int(file.read().split()[0]) * mmap.PAGESIZE
 
 
-def _tie_to(parent: int) -> None:
-    """Die with the parent, however it dies; let it handle the terminal's Ctrl-C; be the first to go if memory ends."""
-    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    if os.getppid() != parent:  # it died before the line above
-        os._exit(0)
+def _prepare() -> None:
+    """Let the parent handle the terminal's Ctrl-C; be the first to go if memory ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     with open("/proc/self/oom_score_adj", "w", encoding="ascii") as file:
         file.write("1000")
 
 
 def main() -> None:
     """Serve until the parent closes its end of the socket."""
-    socket_fd, input_fd, output_fd, parent = (int(text) for text in sys.argv[1:])
-    _tie_to(parent)
+    socket_fd, input_fd, output_fd, parent = (int(text) for text in sys.argv[1:5])
+    backend = sys.argv[5]
+    jail.die_with(parent)
+    _prepare()
+    _load(backend)
     decoder = _Decoder(input_fd, output_fd)
     with socket.socket(fileno=socket_fd) as connection:
-        connection.send(json.dumps({"ready": os.getpid()}).encode())
+        layers = jail.enter(socket_fd, input_fd, output_fd, parent, threads=backend != "pyav")
+        connection.send(json.dumps({"ready": os.getpid(), "layers": layers}).encode())
         while message := connection.recv(MESSAGE_BYTES):
             begin_s = time.process_time()
             answer = decoder.answer(pickle.loads(message))

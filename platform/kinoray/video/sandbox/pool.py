@@ -165,7 +165,7 @@ class Sandbox:
     ) -> Answer:
         check_size_bytes(len(data), config)  # before gigabytes are copied
         for left in reversed(range(_TRIES)):
-            with self._process(new=left == 0) as process:
+            with self._process(new=left == 0, backend=config.backend) as process:
                 try:
                     answer = process.ask(operation, data, config, arguments, patience=patience)
                     with self._lock:
@@ -177,10 +177,10 @@ class Sandbox:
         raise AssertionError("the last try returns or raises")
 
     @contextmanager
-    def _process(self, *, new: bool) -> Iterator[DecoderProcess]:
+    def _process(self, *, new: bool, backend: str = "pyav") -> Iterator[DecoderProcess]:
         """An idle process, or a new one. It is kept for later only if it answered."""
         with self._room:
-            process = self._idle_process(new)
+            process = self._idle_process(new, backend)
             with self._lock:
                 self._busy.add(process)
             try:
@@ -193,14 +193,17 @@ class Sandbox:
                 if not process.is_usable:
                     process.kill()
 
-    def _idle_process(self, new: bool) -> DecoderProcess:
-        """The process used last that is still alive: one that died while it had nothing to do harms no video."""
+    def _idle_process(self, new: bool, backend: str = "pyav") -> DecoderProcess:
+        """The process used last if it is alive and of that back end, else a new one in its place.
+
+        One that died while it had nothing to do harms no video.
+        """
         while True:
             with self._lock:
                 process = self._idle.pop() if self._idle else None
             if process is None:
-                return start_decoder()
-            if new or not process.is_alive():
+                return start_decoder(backend)
+            if new or process.backend != backend or not process.is_alive():
                 process.kill()
                 new = False
                 continue

@@ -107,20 +107,20 @@ def _starter() -> _Starter:
         return _starters[-1]
 
 
-def start_decoder() -> "DecoderProcess":
-    """A new decoder process, ready for its first video.
+def start_decoder(backend: str) -> "DecoderProcess":
+    """A new decoder process, ready for its first video. `backend` is a decode.backend.
 
     Raises:
         DecoderStartFailed: three in a row did not start.
     """
     for _ in range(_START_TRIES - 1):
         with contextlib.suppress(DecoderStartFailed):
-            return DecoderProcess()
-    return DecoderProcess()
+            return DecoderProcess(backend)
+    return DecoderProcess(backend)
 
 
 class DecoderProcess:
-    """A running decoder process; used by one thread at a time.
+    """A running decoder process for one decode.backend; used by one thread at a time.
 
     Raises (when made):
         DecoderStartFailed: it could not be started.
@@ -129,7 +129,10 @@ class DecoderProcess:
     is_usable = True
     """False while it is asked, and after that if it did not answer in full."""
 
-    def __init__(self) -> None:
+    def __init__(self, backend: str = "pyav") -> None:
+        self.backend = backend
+        self.layers: dict[str, str] = {}
+        """Layer of its jail (jail.LAYERS) -> why it is not in force here; "" where it is."""
         self._owner = os.getpid()
         self._input, self._output = os.memfd_create("kinoray-video"), _output_file()
         self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -156,7 +159,15 @@ class DecoderProcess:
         env = {name: os.environ[name] for name in _INHERITED if name in os.environ}
         env |= _CHILD_ENV | {"PYTHONPATH": os.pathsep.join(dict.fromkeys(path))}
         return subprocess.Popen(
-            [_PYTHON, "-P", "-m", "kinoray.video.sandbox.child", *map(str, descriptors), str(os.getpid())],
+            [
+                _PYTHON,
+                "-P",
+                "-m",
+                "kinoray.video.sandbox.child",
+                *map(str, descriptors),
+                str(os.getpid()),
+                self.backend,
+            ],
             pass_fds=descriptors,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
@@ -172,6 +183,7 @@ class DecoderProcess:
             raise _start_failed(f"it was not ready within {_START_DEADLINE_S:g} s") from error
         if not message:
             raise _start_failed(self._last_words())
+        self.layers = json.loads(message)["layers"]
 
     @property
     def pid(self) -> int:
@@ -188,6 +200,8 @@ class DecoderProcess:
     ) -> Answer:
         """Have one of the child's operations done on a file, within `patience` times decode.deadline_s.
 
+        The process must be one for config.backend.
+
         Raises:
             DecoderLost: no answer, or one that shows that the process must be replaced; `kill` it.
             KinorayError: what the operation raised.
@@ -197,7 +211,6 @@ class DecoderProcess:
             "operation": operation,
             "size_bytes": len(data),
             "memory_bytes": config.max_memory_mb * 2**20,
-            "backend": config.backend,
             "arguments": arguments,
         }
         self.is_usable = False
