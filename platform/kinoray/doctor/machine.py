@@ -3,7 +3,7 @@
 What is easy to break: it needs no Ray, and a broken library here is a finding, never an end of the checkup.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
@@ -19,9 +19,11 @@ from kinoray.demo.videos import make_video
 from kinoray.doctor.host import PACKAGES, host_facts
 from kinoray.doctor.section import Check, Section, Status, checked, format_bytes
 from kinoray.errors import ConfigError, DecoderStartFailed, MediaError
+from kinoray.video.sandbox.jail import SETUID_CAPABILITIES
 from kinoray.video.sandbox.pool import Sandbox
+from kinoray.video.sandbox.process import start_decoder
 
-__all__ = ["gpu_facts", "host_checks", "machine_section", "required_versions", "version_checks"]
+__all__ = ["gpu_facts", "host_checks", "jail_checks", "machine_section", "required_versions", "version_checks"]
 
 _EXTRAS = ("torchcodec",)
 _NVIDIA = "/proc/driver/nvidia/gpus"
@@ -42,7 +44,8 @@ def machine_section() -> Section:
     """Everything about this machine; takes seconds, since torch is loaded and clips are decoded."""
     facts = host_facts()
     gpus = gpu_facts()
-    checks = [*version_checks(facts), *_gpu_checks(gpus), *_decoder_checks(), *host_checks(facts)]
+    decoders = [*_decoder_checks(), *jail_checks(_jail_layers())]
+    checks = [*version_checks(facts), *_gpu_checks(gpus), *decoders, *host_checks(facts)]
     return checked("machine", checks, **facts, gpus=gpus)
 
 
@@ -153,6 +156,58 @@ def _decoder_check(backend: Any, data: bytes, greys: np.ndarray) -> Check:
         text = f"frames of a test clip are off by {worst:.0f} grey levels: they are others, or their colours are wrong"
         return Check(name, "wrong" if is_default else "warning", text, remedy)
     return Check(name, "ok", f"4 frames of a test clip, at most {worst:.1f} grey levels off")
+
+
+_LAYERS = {
+    "system calls": "system calls are filtered",
+    "network": "a network namespace of its own",
+    "files": "Landlock",
+    "root folder": "an empty root folder",
+    "user": "not root",
+    "capabilities": "no capabilities",
+}
+_SECCOMP = "a kernel, or a container's profile, that allows seccomp"
+
+
+def _jail_layers() -> dict[str, str]:
+    """What a decoder process says of its jail; nothing where none can start, which the checks of the decoders tell."""
+    try:
+        process = start_decoder(DecodeConfig().backend)
+    except DecoderStartFailed:
+        return {}
+    process.kill()
+    return process.layers
+
+
+def jail_checks(layers: Mapping[str, str]) -> Iterator[Check]:
+    """What a decoder process cannot reach, and which layers hold that. `layers` are a DecoderProcess's."""
+    if layers:
+        remedy = f"{_SECCOMP} or user namespaces (sysctl user.max_user_namespaces)"
+        yield _jail_check("network", "none", "it could use it", any, ("system calls", "network"), layers, remedy)
+        remedy = f"{_SECCOMP}, Landlock (Linux 5.13) or user namespaces"
+        names = ("system calls", "files", "root folder")
+        yield _jail_check("files", "none", "it could open those of its user", any, names, layers, remedy)
+        text = "it could start some, and reach its user's processes"
+        yield _jail_check("programs", "none, and no other processes", text, any, ("system calls",), layers, _SECCOMP)
+        remedy = f"run as another user, or leave the container its {', '.join(SETUID_CAPABILITIES)}"
+        yield _jail_check("rights", "none", "more than it needs", all, ("user", "capabilities"), layers, remedy)
+
+
+def _jail_check(
+    what: str,
+    held: str,
+    lost: str,
+    enough: Callable[[Iterable[bool]], bool],
+    names: tuple[str, ...],
+    layers: Mapping[str, str],
+    remedy: str,
+) -> Check:
+    reasons = [layers[name] for name in names if layers[name]]
+    if not enough(not layers[name] for name in names):
+        return Check(f"decoder's {what}", "warning", f"{lost} ({'; '.join(reasons)})", remedy)
+    there = [_LAYERS[name] for name in names if not layers[name]]
+    absent = [f"not: {_LAYERS[name]}, {layers[name]}" for name in names if layers[name]]
+    return Check(f"decoder's {what}", "ok", f"{held} ({'; '.join([*there, *absent])})")
 
 
 def host_checks(facts: Mapping[str, Any]) -> list[Check]:

@@ -13,7 +13,7 @@ import struct
 import sys
 from collections.abc import Mapping, Sequence
 
-__all__ = ["LAYERS", "die_with", "enter"]
+__all__ = ["LAYERS", "SETUID_CAPABILITIES", "die_with", "enter"]
 
 LAYERS = ("system calls", "network", "files", "root folder", "user", "capabilities")
 """What `enter` reports on: the filter of system calls, a network namespace of its own, Landlock, a root folder without
@@ -24,7 +24,8 @@ _CLONE_NEWUSER, _CLONE_NEWIPC, _CLONE_NEWNET = 0x10000000, 0x08000000, 0x4000000
 _CLONE_THREAD = 0x00010000
 _CLONE_NEW = 0x7E020080  # all namespaces
 _CAPABILITIES_V3 = 0x20080522
-_SETUID_CAPABILITIES = {"CAP_KILL": 5, "CAP_SETGID": 6, "CAP_SETUID": 7}
+SETUID_CAPABILITIES = {"CAP_KILL": 5, "CAP_SETGID": 6, "CAP_SETUID": 7}
+"""What root needs to become another user, and its parent to end a process of that user."""
 _LANDLOCK_CREATE_RULESET, _LANDLOCK_RESTRICT_SELF = 444, 446
 _SECCOMP_SET_MODE_FILTER, _SECCOMP_TSYNC, _SECCOMP_SPEC_ALLOW = 1, 1, 4
 _F_GETFD, _F_GETFL, _F_DUPFD_CLOEXEC, _AT_EMPTY_PATH = 1, 3, 1030, 0x1000
@@ -154,8 +155,8 @@ def _become_nobody() -> str:
     found = ctypes.create_string_buffer(24)
     _libc.capget(struct.pack("=Ii", _CAPABILITIES_V3, 0), found)
     (held,) = struct.unpack_from("=I", found)
-    missing = [name for name, bit in _SETUID_CAPABILITIES.items() if not held >> bit & 1]
-    if missing:  # CAP_KILL: the parent, which has the same ones, must be able to end another user's process
+    missing = [name for name, bit in SETUID_CAPABILITIES.items() if not held >> bit & 1]
+    if missing:
         return f"root without {', '.join(missing)}"
     try:
         os.setgroups([])

@@ -1,0 +1,252 @@
+"""A decoder process whose `probe` does what an attacker's code would do in its place, and says what came of it.
+
+Run as `python jail_attacks.py LACKS ARGUMENTS`, where ARGUMENTS are those of kinoray.video.sandbox.child and LACKS names what
+the machine refuses (commas between): `filter` (seccomp), `namespaces`, `landlock`. The kernel refuses them here, by a
+filter of our own that comes first. All else is the real child.
+"""
+
+import ctypes
+import mmap
+import os
+import platform
+import resource
+import socket
+import struct
+import sys
+import threading
+from collections.abc import Callable
+from typing import Any
+
+from kinoray.sandbox import child
+
+LIBC = ctypes.CDLL(None, use_errno=True)
+LIBC.syscall.restype = ctypes.c_long
+LIBC.mmap.restype = ctypes.c_void_p
+
+AT_FDCWD = -100
+X32 = 0x40000000
+NUMBERS = {  # x86_64, aarch64
+    "open_by_handle_at": (304, 265),
+    "process_vm_readv": (310, 270),
+    "process_vm_writev": (311, 271),
+    "kcmp": (312, 272),
+    "userfaultfd": (323, 282),
+    "bpf": (321, 280),
+    "perf_event_open": (298, 241),
+    "keyctl": (250, 219),
+    "execveat": (322, 281),
+    "clone": (56, 220),
+    "unshare": (272, 97),
+    "name_to_handle_at": (303, 264),
+    "seccomp": (317, 277),
+    "rt_sigqueueinfo": (129, 138),
+    "rt_tgsigqueueinfo": (297, 240),
+}
+LACKS = {"filter": ("seccomp",), "namespaces": ("unshare",), "landlock": ("landlock_create_ruleset",)}
+
+
+def number(name: str) -> int:
+    """The number of a system call on this machine."""
+    newer = {
+        "pidfd_send_signal": 424,
+        "io_uring_setup": 425,
+        "open_tree": 428,
+        "pidfd_open": 434,
+        "clone3": 435,
+        "openat2": 437,
+        "pidfd_getfd": 438,
+        "landlock_create_ruleset": 444,
+        "memfd_secret": 447,
+    }
+    if name in newer:
+        return newer[name]
+    return NUMBERS[name][platform.machine() == "aarch64"]
+
+
+def refuse(names: list[str]) -> None:
+    """Have the kernel answer EPERM to these calls from now on, as a container's profile does."""
+    program = [(0x20, 0, 0, 0)]
+    for name in names:
+        program += [(0x15, 0, 1, number(name)), (0x06, 0, 0, 0x00050001)]
+    program.append((0x06, 0, 0, 0x7FFF0000))
+    code = ctypes.create_string_buffer(b"".join(struct.pack("=HBBI", *one) for one in program))
+    header = ctypes.create_string_buffer(struct.pack("@HP", len(program), ctypes.addressof(code)))
+    LIBC.prctl(38, 1, 0, 0, 0)
+    if LIBC.syscall(number("seccomp"), 1, 0, header):
+        raise OSError(ctypes.get_errno(), "the kernel has no seccomp")
+
+
+def call(name: str, *arguments: Any) -> Callable[[], int]:
+    """A system call by its number."""
+    return lambda: LIBC.syscall(number(name), *arguments)
+
+
+def attacks(parent: int, port: int, unix: str, readable: str, folder: str, input_fd: int) -> dict[str, Any]:
+    """Name -> what gives -1 and sets errno if it is refused."""
+    address = struct.pack("=HH4s8x", socket.AF_INET, socket.htons(port), bytes([127, 0, 0, 1]))
+    path, new = readable.encode(), f"{folder}/new".encode()
+    buffer = ctypes.create_string_buffer(64)
+    vector = struct.pack("@PN", ctypes.addressof(buffer), 8)
+    limit = struct.pack("=QQ", 2**40, 2**40)
+
+    def connect() -> int:
+        descriptor = LIBC.socket(socket.AF_INET, socket.SOCK_STREAM, 0)
+        return descriptor if descriptor < 0 else LIBC.connect(descriptor, address, len(address))
+
+    def connect_unix() -> int:
+        descriptor = LIBC.socket(socket.AF_UNIX, socket.SOCK_STREAM, 0)
+        name = struct.pack("=H", socket.AF_UNIX) + unix.encode() + b"\0"
+        return descriptor if descriptor < 0 else LIBC.connect(descriptor, name, len(name))
+
+    def fork() -> int:
+        made = LIBC.fork()
+        if made == 0:
+            os._exit(0)
+        return made
+
+    parent_file = f"/proc/{parent}"
+    return {
+        "connect": connect,
+        "connect to a unix socket": connect_unix,
+        "socketpair": lambda: LIBC.socketpair(socket.AF_UNIX, socket.SOCK_STREAM, 0, buffer),
+        "netlink": lambda: LIBC.socket(socket.AF_NETLINK, socket.SOCK_RAW, 0),
+        "raw packets": lambda: LIBC.socket(socket.AF_PACKET, socket.SOCK_RAW, 0),
+        "execve": lambda: LIBC.execve(b"/bin/true", None, None),
+        "execveat": call("execveat", AT_FDCWD, b"/bin/true", None, None, 0),
+        "fork": fork,
+        "clone": call("clone", 17, None, None, None, None),
+        "clone with its own network": call("clone", 0x40010000, None, None, None, None),
+        "clone3": call("clone3", buffer, 64),
+        "open": lambda: LIBC.open(path, os.O_RDONLY),
+        "openat": lambda: LIBC.openat(AT_FDCWD, path, os.O_RDONLY),
+        "openat2": call("openat2", AT_FDCWD, path, struct.pack("=QQQ", 0, 0, 0), 24),
+        "open for writing": lambda: LIBC.open(path, os.O_WRONLY),
+        "create": lambda: LIBC.open(new, os.O_WRONLY | os.O_CREAT, 0o600),
+        "open by handle": call("open_by_handle_at", AT_FDCWD, buffer, 0),
+        "name to handle": call("name_to_handle_at", AT_FDCWD, path, buffer, buffer, 0),
+        "open the terminal": lambda: LIBC.open(b"/dev/tty", os.O_RDWR),
+        "the parent's environment": lambda: LIBC.open(f"{parent_file}/environ".encode(), os.O_RDONLY),
+        "the parent's memory": lambda: LIBC.open(f"{parent_file}/mem".encode(), os.O_RDWR),
+        "own memory as a file": lambda: LIBC.open(b"/proc/self/mem", os.O_RDWR),
+        "ptrace": lambda: LIBC.ptrace(16, parent, None, None),
+        "process_vm_readv": call("process_vm_readv", parent, vector, 1, vector, 1, 0),
+        "process_vm_writev": call("process_vm_writev", parent, vector, 1, vector, 1, 0),
+        "kcmp": call("kcmp", os.getpid(), parent, 0, 0, 0),
+        "kill": lambda: LIBC.kill(parent, 0),
+        "kill all": lambda: LIBC.kill(-1, 0),
+        "tgkill": lambda: LIBC.tgkill(parent, parent, 0),
+        "sigqueue": call("rt_sigqueueinfo", parent, 10, buffer),
+        "sigqueue to a thread": call("rt_tgsigqueueinfo", parent, parent, 10, buffer),
+        "pidfd_open": call("pidfd_open", parent, 0),
+        "pidfd_getfd": call("pidfd_getfd", 0, 0, 0),
+        "pidfd_send_signal": call("pidfd_send_signal", 0, 0, None, 0),
+        "limits of the parent": lambda: LIBC.prlimit(parent, resource.RLIMIT_AS, limit, None),
+        "more open files": lambda: LIBC.setrlimit(resource.RLIMIT_NOFILE, limit),
+        "core files": lambda: LIBC.setrlimit(resource.RLIMIT_CORE, limit),
+        "unshare": lambda: LIBC.unshare(0x10000000),
+        "setns": lambda: LIBC.setns(0, 0),
+        "mount": lambda: LIBC.mount(b"none", b"/", b"tmpfs", 0, None),
+        "open_tree": call("open_tree", AT_FDCWD, b"/", 0),
+        "chroot": lambda: LIBC.chroot(b".."),
+        "chdir": lambda: LIBC.chdir(b"/"),
+        "io_uring": call("io_uring_setup", 4, buffer),
+        "userfaultfd": call("userfaultfd", 0),
+        "bpf": call("bpf", 0, buffer, 64),
+        "perf_event_open": call("perf_event_open", buffer, 0, -1, -1, 0),
+        "keyctl": call("keyctl", 0, 0, 0, 0, 0),
+        "another filter": call("seccomp", 2, 0, buffer),
+        "chmod": lambda: LIBC.chmod(path, 0o777),
+        "unlink": lambda: LIBC.unlink(path),
+        "rename": lambda: LIBC.rename(path, new),
+        "link": lambda: LIBC.link(path, new),
+        "symlink": lambda: LIBC.symlink(path, new),
+        "mkdir": lambda: LIBC.mkdir(new, 0o700),
+        "truncate": lambda: LIBC.truncate(path, 0),
+        "type into the terminal": lambda: LIBC.ioctl(0, 0x5412, b"x"),
+        "dumpable again": lambda: LIBC.prctl(4, 1, 0, 0, 0),
+        "live on without the parent": lambda: LIBC.prctl(1, 0, 0, 0, 0),
+        "setuid": lambda: LIBC.setuid(0),
+        "setsid": lambda: LIBC.setsid(),
+        "renice": lambda: LIBC.setpriority(0, 0, -20),
+        "shared memory of System V": lambda: LIBC.shmget(1, 4096, 0o1600),
+        "memfd_create": lambda: LIBC.memfd_create(b"x", 0),
+        "memfd_secret": call("memfd_secret", 0),
+        "pipe": lambda: LIBC.pipe(buffer),
+        "dup2": lambda: LIBC.dup2(0, 50),
+        "signals by descriptor": lambda: LIBC.fcntl(0, 8, parent),
+        "seals": lambda: LIBC.fcntl(input_fd, 1033, 8),
+        "write to standard output": lambda: LIBC.write(1, b"x", 1),
+        "write to the input": lambda: LIBC.pwrite(input_fd, b"x", 1, 0),
+        "truncate the input": lambda: LIBC.ftruncate(input_fd, 0),
+        "send descriptors": lambda: LIBC.sendmsg(0, buffer, 0),
+        "receive descriptors": lambda: LIBC.recvmsg(0, buffer, 0),
+    }
+
+
+def outcome(action: Callable[[], int]) -> int:
+    """The errno; 0 if it was not refused."""
+    ctypes.set_errno(0)
+    return ctypes.get_errno() if action() == -1 else 0
+
+
+def x32_open(path: str) -> int:
+    """open() by the number that it has in the x32 ABI, which uses the same entry of the kernel."""
+    return outcome(lambda: LIBC.syscall(X32 | 2, path.encode(), 0))
+
+
+def call_as_32_bit() -> int:
+    """getpid() by int 0x80: the numbers of i386, among which those allowed mean other calls."""
+    code = b"\xb8\x14\x00\x00\x00\xcd\x80\xc3"  # mov eax, 20; int 0x80; ret
+    page = mmap.mmap(-1, 4096, prot=mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC)
+    page.write(code)
+    address = ctypes.addressof(ctypes.c_char.from_buffer(page))
+    return int(ctypes.CFUNCTYPE(ctypes.c_int)(address)())
+
+
+def start_thread() -> str:
+    """Empty if it ran."""
+    ran: list[int] = []
+    thread = threading.Thread(target=ran.append, args=(1,))
+    try:
+        thread.start()
+    except RuntimeError as error:
+        return str(error)
+    thread.join()
+    return "" if ran else "it did not run"
+
+
+EVENTS: list[str] = []
+"""What Python imported or opened."""
+
+
+def remember(event: str, arguments: tuple[Any, ...]) -> None:
+    """An audit hook."""
+    if event in ("import", "open", "ctypes.dlopen"):
+        EVENTS.append(f"{event} {arguments[0]}")
+
+
+def look(_: object, data: bytes, arguments: dict[str, Any]) -> dict[str, Any]:
+    """What stands in place of the child's own `probe`."""
+    what = arguments.pop("what")
+    if what == "32 bit":
+        return {"arrays": {}, "pid": call_as_32_bit()}
+    if what == "events":
+        seen = EVENTS.copy()
+        EVENTS.clear()
+        return {"arrays": {}, "events": seen}
+    if what == "abort":
+        LIBC.abort()
+    if what == "world":
+        loaded = {name.partition(".")[0] for name in sys.modules}
+        return {"arrays": {}, "environment": dict(os.environ), "modules": sorted(loaded), "uid": os.getuid()}
+    found = {name: outcome(action) for name, action in attacks(input_fd=int(sys.argv[2]), **arguments).items()}
+    return {"arrays": {}, "found": found, "x32": x32_open(arguments["readable"]), "thread": start_thread()}
+
+
+if __name__ == "__main__":
+    lacks = [name for lack in sys.argv.pop(1).split(",") if lack for name in LACKS[lack]]
+    if lacks:
+        refuse(lacks)
+    child._OPERATIONS["probe"] = look
+    sys.addaudithook(remember)
+    child.main()
