@@ -243,10 +243,39 @@ def look(_: object, data: bytes, arguments: dict[str, Any]) -> dict[str, Any]:
     return {"arrays": {}, "found": found, "x32": x32_open(arguments["readable"]), "thread": start_thread()}
 
 
+INFO = {"duration_s": 1.0, "fps": 30.0, "num_frames": 30, "width": 64, "height": 48, "codec": "h264", "rotation": 0}
+INFO |= {"claimed_frames": None, "num_keyframes": 1, "container": "mov/mp4"}
+ANSWER: dict[str, Any] = {"arrays": {}, "info": INFO, "counts": [30, 30, 0], "views": []}
+
+
+def lie(space: Any, data: bytes, _: dict[str, Any]) -> dict[str, Any]:
+    """An answer to `decode_clip` that no decoder gives; the video says which."""
+    what = data.decode()
+    if what == "depth":  # written as JSON by ourselves: the encoder would fail first
+        child.json.dumps = lambda *_, **__: "[" * 60_000
+        return {}
+    if what == "size":
+        os.ftruncate(int(sys.argv[3]), 2**50)
+        return ANSWER | {"arrays": {"frames": [0, "|u1", [2**42]]}}
+    if what == "job error":
+        return {"error": "StorageUnavailable", "text": "the store is down"}
+    arrays = {name: space.place(name, space.empty(name, (1, 1), child.np.int64)) for name in ("frames", "indices")}
+    lies: dict[str, dict[str, Any]] = {
+        "no frames": {},
+        "words for numbers": {"arrays": arrays, "info": INFO | {"width": "wide"}},
+        "other fields": {"arrays": arrays, "info": INFO | {"more": 1}},
+        "two counts": {"arrays": arrays, "counts": [30, 30]},
+        "a list": {"arrays": arrays, "info": [1]},
+        "a bad cut": {"arrays": arrays, "views": [{"height": 1}]},
+        "infinite count": {"arrays": arrays, "counts": [float("inf"), 1, 1]},
+    }
+    return ANSWER | lies[what]
+
+
 if __name__ == "__main__":
     lacks = [name for lack in sys.argv.pop(1).split(",") if lack for name in LACKS[lack]]
     if lacks:
         refuse(lacks)
-    child._OPERATIONS["probe"] = look
+    child._OPERATIONS |= {"probe": look, "decode_clip": lie}
     sys.addaudithook(remember)
     child.main()

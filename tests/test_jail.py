@@ -23,7 +23,7 @@ from kinoray.config.shared import ClipConfig, DecodeConfig, SampleConfig, ViewCo
 from kinoray.demo.videos import make_broken, make_video
 from kinoray.doctor.machine import jail_checks
 from kinoray.errors import DecoderCrashed, MediaError
-from kinoray.video.clip import decode_clip
+from kinoray.video.clip import thumbnails
 from kinoray.video.protocol import ViewsConfig
 from kinoray.video.sandbox.jail import LAYERS
 from kinoray.video.sandbox.pool import Sandbox
@@ -41,16 +41,27 @@ def good() -> bytes:
 
 
 @pytest.fixture
-def hostile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Start]:
-    """Starts decoder processes whose `probe` is an attack; `lacks` names layers that the kernel refuses them."""
-    script, made = Path(__file__).with_name("jail_attacks.py"), []
+def arm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """From now on, decoder processes have attacks in place of two operations; the kernel refuses them layers."""
+    script = Path(__file__).with_name("jail_attacks.py")
 
-    def start(lacks: str = "", backend: str = "pyav") -> DecoderProcess:
-        python = tmp_path / f"python-{len(made)}"
+    def use(lacks: str) -> None:
+        python = tmp_path / "python"
         command = shlex.join([sys.executable, str(script), lacks])
         python.write_text(f'#!/bin/sh\nshift 3\nexec {command} "$@"\n')  # without -P -m kinoray.video.sandbox.child
         python.chmod(0o755)
         monkeypatch.setattr("kinoray.video.sandbox.process._PYTHON", str(python))
+
+    return use
+
+
+@pytest.fixture
+def hostile(arm: Callable[[str], None]) -> Iterator[Start]:
+    """Starts one such decoder process; `lacks` names what the kernel refuses it."""
+    made = []
+
+    def start(lacks: str = "", backend: str = "pyav") -> DecoderProcess:
+        arm(lacks)
         made.append(DecoderProcess(backend))
         return made[-1]
 
@@ -186,32 +197,28 @@ def test_the_real_decoder_is_in_the_jail_as_it_says(good: bytes) -> None:
         assert len(list(Path(f"/proc/{process.pid}/fd").iterdir())) <= 7  # 3, 3, and Python's map of the output
 
 
-@pytest.mark.parametrize("lacks", ["filter", "filter,namespaces,landlock", "namespaces,landlock"])
-def test_a_decoder_works_with_the_layers_that_there_are(
-    lacks: str, hostile: Start, good: bytes, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    process = hostile(lacks)
+@pytest.mark.parametrize("lacks", ["filter,namespaces,landlock", "namespaces,landlock"])
+def test_a_decoder_works_with_the_layers_that_there_are(lacks: str, arm: Callable[[str], None], good: bytes) -> None:
+    arm(lacks)
     refused = {"filter": ("system calls",), "namespaces": ("network", "root folder"), "landlock": ("files",)}
     names = {name for lack in lacks.split(",") for name in refused[lack]}
-    assert all("Operation not permitted" in process.layers[name] for name in names)
     with Sandbox(1) as sandbox:
-        found = sandbox.decode_clip(good, CLIP, with_flow=True)
-    expected = decode_clip(good, CLIP, with_flow=True)
-    assert np.array_equal(found.frames, expected.frames)
-    assert found.flow is not None
-    assert np.array_equal(found.flow, expected.flow)
+        found = sandbox.thumbnails(good, DecodeConfig(), 3, 24)
+        (process,) = sandbox._idle
+    assert {name for name in LAYERS if "Operation not permitted" in process.layers[name]} == names
+    assert np.array_equal(found, thumbnails(good, DecodeConfig(), 3, 24))
 
 
 def test_a_process_serves_one_back_end_and_is_replaced_for_another(good: bytes) -> None:
-    decord = ClipConfig(sample=CLIP.sample, view=CLIP.view, decode=DecodeConfig(backend="decord"))
+    decord = DecodeConfig(backend="decord")
     with Sandbox(1) as sandbox:
         pids = []
-        for config in (CLIP, CLIP, decord, decord, CLIP):
-            sandbox.decode_clip(good, config, with_flow=False)
+        for config in (DecodeConfig(), DecodeConfig(), decord, decord):
+            sandbox.thumbnails(good, config, 2, 24)
             (process,) = sandbox._idle
-            assert process.backend == config.decode.backend
+            assert process.backend == config.backend
             pids.append(process.pid)
-    assert pids[0] == pids[1] != pids[2] == pids[3] != pids[4]
+    assert pids[0] == pids[1] != pids[2] == pids[3]
 
 
 def with_subtitles() -> bytes:
@@ -255,6 +262,25 @@ def test_nothing_is_imported_or_opened_once_the_jail_is_closed(backend: Any, hos
             with suppress(MediaError):
                 process.ask(operation, video, decode, arguments)
     assert ask(process, "events").fields["events"] == []
+
+
+LIES = ("depth", "size", "job error", "no frames", "words for numbers", "two counts")
+MORE_LIES = ("other fields", "a list", "a bad cut", "infinite count")
+
+
+@pytest.mark.parametrize("lies", [LIES, pytest.param(MORE_LIES, marks=pytest.mark.slow)], ids=["few", "more"])
+def test_a_decoder_that_lies_harms_its_video_only(
+    lies: tuple[str, ...], arm: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arm("")
+    monkeypatch.setattr("kinoray.video.sandbox.pool._TRIES", 1)
+    with Sandbox(1) as sandbox:
+        for lie in lies:
+            with pytest.raises(
+                DecoderCrashed, match=r"^the decoder process gave an answer that makes no sense \(\w+: "
+            ):
+                sandbox.decode_clip(lie.encode(), CLIP, with_flow=False)
+            assert sandbox.pids() == []  # it is replaced
 
 
 # What doctor says

@@ -8,11 +8,10 @@ process holds one video at a time, so that a death has exactly one cause.
 import os
 import threading
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import fields
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypeVar, get_type_hints
 
 import numpy as np
 
@@ -21,12 +20,14 @@ from kinoray.video.bank import FrameBank
 from kinoray.video.clip import Clip, VideoInfo
 from kinoray.video.media import check_size_bytes
 from kinoray.video.protocol import ViewsConfig
-from kinoray.video.sandbox.process import Answer, DecoderLost, DecoderProcess, start_decoder
+from kinoray.video.sandbox.process import NONSENSE, Answer, DecoderLost, DecoderProcess, makes_no_sense, start_decoder
 from kinoray.video.transcode import Transcoded
 from kinoray.video.transform import View
 from kinoray.video.views import ViewClips
 
 __all__ = ["Sandbox", "shared_sandbox"]
+
+_Result = TypeVar("_Result")
 
 _TRIES = 2
 _TRANSCODE_PATIENCE = 10  # every frame is decoded and encoded
@@ -89,44 +90,51 @@ class Sandbox:
             DecoderStartFailed: no process can be started.
         """
         arguments = {"config": config, "with_flow": with_flow, "rng": rng}
-        answer = self._ask("decode_clip", data, config.decode, arguments)
-        num_frames, frames_decoded, frames_corrupt = answer.fields["counts"]
-        if rng is not None:
-            rng.bit_generator.state = answer.fields["rng"]
-        return Clip(
-            frames=answer.arrays["frames"],
-            flow=answer.arrays.get("flow"),
-            indices=answer.arrays["indices"],
-            num_frames=num_frames,
-            frames_decoded=frames_decoded,
-            frames_corrupt=frames_corrupt,
-            info=_video_info(answer),
-            partners=answer.arrays.get("partners"),
-            view=next(iter(_views(answer)), None),
-        )
+
+        def read(answer: Answer) -> Clip:
+            num_frames, frames_decoded, frames_corrupt = _counts(answer)
+            clip = Clip(
+                frames=answer.arrays["frames"],
+                flow=answer.arrays.get("flow"),
+                indices=answer.arrays["indices"],
+                num_frames=num_frames,
+                frames_decoded=frames_decoded,
+                frames_corrupt=frames_corrupt,
+                info=_video_info(answer),
+                partners=answer.arrays.get("partners"),
+                view=next(iter(_views(answer)), None),
+            )
+            if rng is not None:
+                rng.bit_generator.state = answer.fields["rng"]
+            return clip
+
+        return self._ask("decode_clip", data, config.decode, arguments, read)
 
     def decode_views(
         self, data: bytes, config: ClipConfig, views: ViewsConfig, *, with_flow: bool, first_window: int = 0
     ) -> ViewClips:
         """kinoray.video.views.decode_views in a decoder process. Raises what decode_clip raises."""
         arguments = {"config": config, "views": views, "with_flow": with_flow, "first_window": first_window}
-        answer = self._ask("decode_views", data, config.decode, arguments)
-        num_frames, frames_decoded, frames_corrupt = answer.fields["counts"]
-        return ViewClips(
-            frames=answer.arrays["frames"],
-            flow=answer.arrays.get("flow"),
-            indices=answer.arrays["indices"],
-            windows=answer.arrays["windows"],
-            first_window=first_window,
-            num_windows=answer.fields["num_windows"],
-            mirrored=answer.fields["mirrored"],
-            num_frames=num_frames,
-            frames_decoded=frames_decoded,
-            frames_corrupt=frames_corrupt,
-            info=_video_info(answer),
-            partners=answer.arrays.get("partners"),
-            cuts=_views(answer),
-        )
+
+        def read(answer: Answer) -> ViewClips:
+            num_frames, frames_decoded, frames_corrupt = _counts(answer)
+            return ViewClips(
+                frames=answer.arrays["frames"],
+                flow=answer.arrays.get("flow"),
+                indices=answer.arrays["indices"],
+                windows=answer.arrays["windows"],
+                first_window=first_window,
+                num_windows=int(answer.fields["num_windows"]),
+                mirrored=bool(answer.fields["mirrored"]),
+                num_frames=num_frames,
+                frames_decoded=frames_decoded,
+                frames_corrupt=frames_corrupt,
+                info=_video_info(answer),
+                partners=answer.arrays.get("partners"),
+                cuts=_views(answer),
+            )
+
+        return self._ask("decode_views", data, config.decode, arguments, read)
 
     def decode_bank(
         self,
@@ -139,38 +147,59 @@ class Sandbox:
     ) -> FrameBank:
         """kinoray.video.bank.decode_bank in a decoder process; the generator is used up. Raises as decode_clip."""
         arguments = {"config": config, "samples": list(samples), "with_flow": with_flow, "rng": rng}
-        answer = self._ask("decode_bank", data, config.decode, arguments)
         ends = np.cumsum([sample.num_segments * sample.frames_per_segment for sample in samples])[:-1]
-        places = np.split(answer.arrays["places"], ends)
-        return FrameBank(answer.arrays["frames"], answer.arrays.get("flow"), places, answer.fields["exact"])
+
+        def read(answer: Answer) -> FrameBank:
+            places = np.split(answer.arrays["places"], ends)
+            return FrameBank(answer.arrays["frames"], answer.arrays.get("flow"), places, bool(answer.fields["exact"]))
+
+        return self._ask("decode_bank", data, config.decode, arguments, read)
 
     def probe(self, data: bytes, config: DecodeConfig) -> VideoInfo:
         """kinoray.video.clip.probe in a decoder process. Raises what decode_clip raises."""
-        return _video_info(self._ask("probe", data, config, {"config": config}))
+        return self._ask("probe", data, config, {"config": config}, _video_info)
 
     def thumbnails(self, data: bytes, config: DecodeConfig, num_frames: int, height: int) -> list[np.ndarray]:
         """kinoray.video.clip.thumbnails in a decoder process. Raises what decode_clip raises."""
         arguments = {"config": config, "num_frames": num_frames, "height": height}
-        answer = self._ask("thumbnails", data, config, arguments)
-        return [answer.arrays[str(number)] for number in range(num_frames)]
+
+        def read(answer: Answer) -> list[np.ndarray]:
+            return [answer.arrays[str(number)] for number in range(num_frames)]
+
+        return self._ask("thumbnails", data, config, arguments, read)
 
     def transcode(self, data: bytes, config: DecodeConfig) -> Transcoded:
         """kinoray.video.transcode.transcode, in ten times decode.deadline_s. Raises what decode_clip raises."""
-        answer = self._ask("transcode", data, config, {"config": config}, patience=_TRANSCODE_PATIENCE)
-        encoded = answer.arrays["data"].tobytes()
-        return Transcoded(encoded, _video_info(answer), answer.fields["frames_lost"])
+
+        def read(answer: Answer) -> Transcoded:
+            encoded = answer.arrays["data"].tobytes()
+            return Transcoded(encoded, _video_info(answer), int(answer.fields["frames_lost"]))
+
+        return self._ask("transcode", data, config, {"config": config}, read, patience=_TRANSCODE_PATIENCE)
 
     def _ask(
-        self, operation: str, data: bytes, config: DecodeConfig, arguments: dict[str, Any], *, patience: int = 1
-    ) -> Answer:
+        self,
+        operation: str,
+        data: bytes,
+        config: DecodeConfig,
+        arguments: dict[str, Any],
+        read: Callable[[Answer], _Result],
+        *,
+        patience: int = 1,
+    ) -> _Result:
         check_size_bytes(len(data), config)  # before gigabytes are copied
         for left in reversed(range(_TRIES)):
             with self._process(new=left == 0, backend=config.backend) as process:
                 try:
                     answer = process.ask(operation, data, config, arguments, patience=patience)
+                    try:
+                        result, cpu_s = read(answer), float(answer.fields["cpu_s"])
+                    except NONSENSE as cause:
+                        process.is_usable = False
+                        raise DecoderLost(makes_no_sense(cause)) from cause
                     with self._lock:
-                        self.cpu_s += float(answer.fields["cpu_s"])
-                    return answer
+                        self.cpu_s += cpu_s
+                    return result
                 except DecoderLost as lost:
                     if not left:
                         raise type(lost.error)(f"{lost.error} (tried {_TRIES} times)") from lost
@@ -211,12 +240,24 @@ class Sandbox:
 
 
 def _video_info(answer: Answer) -> VideoInfo:
-    found = answer.fields["info"]
-    return VideoInfo(**{field.name: found[field.name] for field in fields(VideoInfo)})
+    return _record(VideoInfo, answer.fields["info"])
 
 
 def _views(answer: Answer) -> tuple[View, ...]:
-    return tuple(View(**view) for view in answer.fields["views"])
+    return tuple(_record(View, view) for view in answer.fields["views"])
+
+
+def _record(kind: type[_Result], found: dict[str, Any]) -> _Result:
+    """A dataclass of numbers and words from JSON."""
+    for name, hint in get_type_hints(kind).items():
+        if not isinstance(found[name], hint):
+            raise TypeError(f"{name} = {found[name]!r}")
+    return kind(**found)
+
+
+def _counts(answer: Answer) -> tuple[int, int, int]:
+    num_frames, frames_decoded, frames_corrupt = (int(count) for count in answer.fields["counts"])
+    return num_frames, frames_decoded, frames_corrupt
 
 
 def _kill_all(processes: list[DecoderProcess]) -> None:

@@ -28,10 +28,10 @@ import numpy as np
 
 from kinoray import errors
 from kinoray.config.shared import DecodeConfig
-from kinoray.errors import DecoderCrashed, DecoderStartFailed, DecodeTimeout, MediaError, MediaOverBudget
+from kinoray.errors import ConfigError, DecoderCrashed, DecoderStartFailed, DecodeTimeout, MediaError, MediaOverBudget
 from kinoray.video.sandbox.child import MESSAGE_BYTES
 
-__all__ = ["Answer", "DecoderLost", "DecoderProcess", "start_decoder"]
+__all__ = ["NONSENSE", "Answer", "DecoderLost", "DecoderProcess", "makes_no_sense", "start_decoder"]
 
 _PYTHON = os.path.abspath(sys.executable)  # relative where PATH is, and a decoder starts in /
 _START_TRIES = 3
@@ -48,6 +48,9 @@ _CHILD_ENV = {
     "MALLOC_TRIM_THRESHOLD_": str(2**26),
 }
 _DTYPES = ("|u1", "|i1", "<i8")
+
+NONSENSE = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError)
+"""What is raised where an answer is not what an operation gives: its process is replaced, and the video refused."""
 
 Start = Callable[[], "subprocess.Popen[bytes]"]
 
@@ -207,10 +210,11 @@ class DecoderProcess:
             KinorayError: what the operation raised.
         """
         deadline = time.monotonic() + patience * config.deadline_s
+        memory_bytes = config.max_memory_mb * 2**20
         request = {
             "operation": operation,
             "size_bytes": len(data),
-            "memory_bytes": config.max_memory_mb * 2**20,
+            "memory_bytes": memory_bytes,
             "arguments": arguments,
         }
         self.is_usable = False
@@ -231,21 +235,30 @@ class DecoderProcess:
         try:
             fields = json.loads(message)
             refusal = _error_of(fields, config)
-            arrays = {name: self._read_array(*place) for name, place in fields.pop("arrays", {}).items()}
-        except (ValueError, KeyError, TypeError, AttributeError) as cause:
-            reason = f"the decoder process gave an answer that makes no sense ({type(cause).__name__}: {cause})"
-            raise DecoderLost(DecoderCrashed(reason)) from cause
+            arrays = self._read_arrays(fields.pop("arrays", {}), memory_bytes + len(data))
+        except NONSENSE as cause:
+            raise DecoderLost(makes_no_sense(cause)) from cause
         self.is_usable = not isinstance(refusal, DecoderLost)
         if refusal is not None:
             raise refusal
         return Answer(fields, arrays)
 
-    def _read_array(self, offset: int, dtype: str, shape: list[int]) -> np.ndarray:
+    def _read_arrays(self, places: dict[str, Any], room_bytes: int) -> dict[str, np.ndarray]:
+        """Copies of the arrays that an answer names; a decoder may not fill this process's memory."""
+        arrays = {}
+        for name, place in places.items():
+            arrays[name] = self._read_array(*place, room_bytes=room_bytes)
+            room_bytes -= arrays[name].nbytes
+        return arrays
+
+    def _read_array(self, offset: int, dtype: str, shape: list[int], *, room_bytes: int) -> np.ndarray:
         if dtype not in _DTYPES or not all(isinstance(side, int) and side >= 0 for side in (offset, *shape)):
             raise ValueError(f"array of dtype {dtype} and shape {shape} at {offset}")
         size_bytes = math.prod(shape) * np.dtype(dtype).itemsize
         if offset + size_bytes > os.fstat(self._output).st_size:
             raise ValueError(f"array of shape {shape} at {offset} ends behind the shared file")
+        if size_bytes > room_bytes:
+            raise ValueError(f"array of shape {shape}, where {room_bytes} bytes are left of decode.max_memory_mb")
         array = np.empty(shape, dtype)
         view, done = array.data.cast("B"), 0
         while done < size_bytes:
@@ -301,6 +314,12 @@ def _ending(code: int | None) -> str:
     return f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
 
 
+def makes_no_sense(cause: Exception) -> DecoderCrashed:
+    """The error of a video for which the answer raised one of NONSENSE."""
+    reason = " ".join(str(cause).split())[:200]
+    return DecoderCrashed(f"the decoder process gave an answer that makes no sense ({type(cause).__name__}: {reason})")
+
+
 def _error_of(fields: dict[str, Any], config: DecodeConfig) -> Exception | None:
     """The error that a decoder named, to be raised here, if it named one."""
     if "error" not in fields:
@@ -311,9 +330,10 @@ def _error_of(fields: dict[str, Any], config: DecodeConfig) -> Exception | None:
         return DecoderLost(MediaOverBudget(reason))
     if kind == "unexpected":
         return DecoderCrashed(f"the decoder failed unexpectedly: {text}")
-    if kind not in errors.__all__:
+    found = getattr(errors, kind) if kind in errors.__all__ else None
+    if found is None or not issubclass(found, (MediaError, ConfigError)):  # no video may say that the store is down
         raise ValueError(f"error {kind!r}")
-    error: Exception = getattr(errors, kind)(text)
+    error: Exception = found(text)
     return error
 
 
