@@ -180,6 +180,8 @@ def test_a_decoder_has_no_torch_no_ray_and_no_credentials(
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "canary-of-the-test")
     sandbox.decode_clip(good, CLIP, with_flow=True)
     (pid,) = idle_pids(sandbox)
+    if os.geteuid() != 0:
+        pytest.skip("only root sees into a decoder; tests/test_jail.py asks from inside")
     maps = Path(f"/proc/{pid}/maps").read_text()
     assert "libtorch" not in maps
     assert "_raylet" not in maps
