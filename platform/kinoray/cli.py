@@ -10,9 +10,11 @@ import importlib
 import io
 import os
 import re
+import shlex
 import sys
 import typing
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from kinoray import __version__
@@ -336,6 +338,7 @@ def _parse(name: str, arguments: list[str]) -> tuple[Any, bool]:
         default = _load("kinoray.config.file:load_config")(cls, path)
     elif preset:
         default = _preset(name, preset)
+    _require_own_word(name, arguments, default, path)
     try:
         return _parse_flags(name, [*arguments, *submitted], default), print_only
     except ConfigError as error:
@@ -343,6 +346,30 @@ def _parse(name: str, arguments: list[str]) -> tuple[Any, bool]:
         if reordered == arguments:
             raise
         return _parse_flags(name, reordered, default), print_only
+
+
+def _require_own_word(name: str, arguments: list[str], default: Any, path: str) -> None:
+    """Refuse networks that only a config in a run folder names: the folder may be a stranger's.
+
+    Raises:
+        ConfigError: one does not ship with kinoray, and no flag says it again.
+    """
+    folders = {Path(path).parent, Path(path).resolve().parent}
+    if not path or not any((folder / file).exists() for folder in folders for file in _RUN_FILES):
+        return
+    flag, named = "--allow-factory", list(getattr(default, "allow_factory", ()))
+    if name in _WITH_PRESETS:
+        flag, named = "--model.factory", [default.model.factory]
+    for factory in named:
+        if factory in arguments or f"{flag}={factory}" in arguments:
+            continue
+        if _load("kinoray.network.build:is_shipped")(factory):
+            continue
+        raise ConfigError(
+            f"--config {path} lies in a run folder and names the network {factory!r}, which does not ship with "
+            "kinoray; nothing of it was imported, since its code would run with your rights. If you trust it, add "
+            f"{flag} {shlex.quote(factory)}"
+        )
 
 
 def _with_settings(config: Any) -> Any:
@@ -411,6 +438,7 @@ def _take(arguments: list[str], flag: str, what: str) -> tuple[list[str], str]:
     return rest, value
 
 
+_RUN_FILES = ("run.json", "sweep.json")  # what kinoray writes beside config.yaml and best.yaml
 _FRAME = "\u2502\u256d\u256e\u2570\u256f"  # what tyro draws its boxes with, where the output can show it
 _RULE = re.compile("[-\u2500]{3,}")
 

@@ -130,7 +130,7 @@ def _measure(config: BenchConfig, alone: Labelling, labelling: Labelling) -> _Ro
     """Workers alone, decode, model, job, one after the other."""
     start = measure_start(alone, config.resources)
     job, num_workers = labelling.job, config.resources.num_workers
-    model, _ = load_model(job.storage, job.checkpoint)
+    model, _ = load_model(job.storage, job.checkpoint, job.allow_factory)
     with_flow = bool(model.input_spec.flow_channels)
     keep = 4 * job.scorer.batch_size
     decode = decode_loop(job, labelling.catalog.table, num_workers, with_flow=with_flow, keep=keep)

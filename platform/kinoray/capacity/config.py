@@ -5,7 +5,14 @@ from typing import Annotated, Literal
 
 import tyro
 
-from kinoray.config.shared import InferenceConfig, ResourcesConfig, StorageConfig, require
+from kinoray.config.shared import (
+    AllowedFactories,
+    InferenceConfig,
+    OwnDecodeConfig,
+    ResourcesConfig,
+    StorageConfig,
+    require,
+)
 from kinoray.video.protocol import ProtocolName, ViewAverage
 
 __all__ = ["BenchConfig", "PlanConfig"]
@@ -35,6 +42,8 @@ class BenchConfig:
     """A checkpoint, or a run folder (its best checkpoint)."""
     out: str = ""
     """File or s3:// object for the measured rates, as JSON. Default: they are printed only."""
+    allow_factory: AllowedFactories = ()
+    """As in `kinoray label`."""
     videos: int = 256
     """Videos that are measured, spread evenly over the catalog; all of them if there are fewer."""
     rounds: int = 1
@@ -63,6 +72,10 @@ class BenchConfig:
     """Clips a forward pass."""
     unit_size: int = 64
     """Videos a unit of work; the job needs three units a worker to be measured, so less where `videos` is small."""
+    decode: OwnDecodeConfig = field(default_factory=OwnDecodeConfig)
+    """What a video may cost, and what decodes it, as in `kinoray label`."""
+    flow_weights: str = ""
+    """As in `kinoray label`."""
     inference: InferenceConfig = field(default_factory=InferenceConfig)
     """How the model runs."""
     storage: StorageConfig = field(default_factory=StorageConfig)

@@ -124,7 +124,7 @@ def model_loop(job: LabelJob, clips: Sequence[Clip], num_clips: int, num_workers
 
 def _warm_scorer(job: LabelJob, clips: Sequence[Clip]) -> ClipScorer[None]:
     """The prepared network, after its first batch, which is slower."""
-    model, meta = load_model(job.storage, job.checkpoint)
+    model, meta = load_model(job.storage, job.checkpoint, job.allow_factory)
     scorer = ClipScorer[None](model, job.clip, job.scorer, num_classes=len(meta.labels), device=job.device)
     _put(scorer, itertools.islice(itertools.cycle(clips), job.scorer.batch_size))
     return scorer

@@ -1,12 +1,22 @@
 """The settings that decide the numbers a model is fed from a video: frames, decoding, views, flow."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from typing import Literal
 
 from kinoray.config.check import require
 from kinoray.errors import ConfigError
 
-__all__ = ["ClipConfig", "DecodeConfig", "FlowConfig", "SampleConfig", "ViewConfig"]
+__all__ = [
+    "ClipConfig",
+    "DecodeConfig",
+    "DecodeLimits",
+    "FlowConfig",
+    "OwnDecodeConfig",
+    "SampleConfig",
+    "ViewConfig",
+]
+
+Backend = Literal["pyav", "decord", "torchcodec"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -27,22 +37,9 @@ class SampleConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class DecodeConfig:
-    """How bytes become frames. Back ends differ by 1-2 grey levels, so the choice is part of the digest."""
+class DecodeLimits:
+    """What one video may cost; one that asks for more is quarantined. Always the user's, never a checkpoint's."""
 
-    backend: Literal["pyav", "decord", "torchcodec"] = "pyav"
-    """`pyav` decodes only what the wanted frames need; the others are there for comparison (docs/decoders.md)."""
-    frames: Literal["rgb", "yuv420"] = "rgb"
-    """What decoding hands over: `rgb`, or `yuv420` (4:2:0, BT.601), which is quicker to make and half as large; the
-    model's device converts it. Colours differ by about one grey level from rgb, flow is estimated on Y. pyav only."""
-    scale_on: Literal["decoder", "device"] = "decoder"
-    """Where frames are scaled, cut and mirrored: by the `decoder`, or on the model's `device`, to which they then go in
-    their own size. That saves the decoders work at 340 x 256 with frames yuv420 (a fifth of a clip) and moves no more
-    bytes; frames of 1280 x 720 are ten times as large as scaled ones, so there it costs time and memory: a clip must
-    fit into max_memory_mb. Flow then comes from the device too (flow.estimator tvl1 or raft). pyav only."""
-    device: Literal["cpu", "cuda"] = "cpu"
-    """`cuda`: the GPU's own decoder (NVDEC) through torchcodec, in the process that runs the model and so without the
-    sandbox's walls: for videos that one trusts (docs/decoders.md). What it does not take goes to backend pyav."""
     max_pixels: int = 2**25
     """Largest frame, in pixels; larger videos are quarantined after the probe."""
     max_duration_s: float = 4 * 3600.0
@@ -59,6 +56,28 @@ class DecodeConfig:
     def __post_init__(self) -> None:
         for name in ("max_pixels", "max_duration_s", "max_bytes", "max_frames", "max_memory_mb", "deadline_s"):
             require(getattr(self, name) > 0, f"decode.{name}", "greater than 0", getattr(self, name))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DecodeConfig(DecodeLimits):
+    """How bytes become frames. Back ends differ by 1-2 grey levels, so the choice is part of the digest."""
+
+    backend: Backend = "pyav"
+    """`pyav` decodes only what the wanted frames need; the others are there for comparison (docs/decoders.md)."""
+    frames: Literal["rgb", "yuv420"] = "rgb"
+    """What decoding hands over: `rgb`, or `yuv420` (4:2:0, BT.601), which is quicker to make and half as large; the
+    model's device converts it. Colours differ by about one grey level from rgb, flow is estimated on Y. pyav only."""
+    scale_on: Literal["decoder", "device"] = "decoder"
+    """Where frames are scaled, cut and mirrored: by the `decoder`, or on the model's `device`, to which they then go in
+    their own size. That saves the decoders work at 340 x 256 with frames yuv420 (a fifth of a clip) and moves no more
+    bytes; frames of 1280 x 720 are ten times as large as scaled ones, so there it costs time and memory: a clip must
+    fit into max_memory_mb. Flow then comes from the device too (flow.estimator tvl1 or raft). pyav only."""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """`cuda`: the GPU's own decoder (NVDEC) through torchcodec, in the process that runs the model and so without the
+    sandbox's walls: for videos that one trusts (docs/decoders.md). What it does not take goes to backend pyav."""
+
+    def __post_init__(self) -> None:
+        DecodeLimits.__post_init__(self)  # super() does not work in a dataclass with slots
         fits = self.frames == "rgb" or self.backend == "pyav"
         require(fits, "decode.frames", f"rgb with decode.backend {self.backend}", self.frames)
         fits = self.scale_on == "decoder" or self.backend == "pyav"
@@ -66,6 +85,14 @@ class DecodeConfig:
         plain = self.backend == "pyav" and self.frames == "rgb" and self.scale_on == "decoder"
         expected = "cpu unless decode.backend is pyav, decode.frames rgb and decode.scale_on decoder"
         require(plain or self.device == "cpu", "decode.device", expected, self.device)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OwnDecodeConfig(DecodeLimits):
+    """The part of decoding that a job sets for itself, whatever its checkpoint says: limits and back end."""
+
+    backend: Backend = "pyav"
+    """What decodes. Back ends differ by 1-2 grey levels: one that the network was not trained with is said."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -142,3 +169,26 @@ class ClipConfig:
                 "decoded; set flow.estimator to tvl1 to find the flow on the device too"
             )
         return scales or finds_flow
+
+    def decoded_by(self, own: OwnDecodeConfig, *, device: Literal["cpu", "cuda"], flow_weights: str) -> "ClipConfig":
+        """The same numbers from a video, but limits, back end, device and files are those of the job that decodes.
+
+        Raises:
+            ConfigError: the back end cannot make these frames, weights for the flow are missing or have no use, or one
+                clip is larger than the limits allow.
+        """
+        decode = replace(self.decode, **{item.name: getattr(own, item.name) for item in fields(own)}, device=device)
+        if self.flow.estimator == "raft" and not flow_weights:
+            raise ConfigError(
+                "flow_weights must name the weights of raft, which finds the flow for this network: add --flow-weights "
+                f"FILE (it was trained with {self.flow.weights!r})"
+            )
+        clip = replace(self, decode=decode, flow=replace(self.flow, weights=flow_weights))
+        size, sides = clip.sample, clip.view
+        expected = f"at least {sides.resize_px**2:,}: frames are scaled to {sides.resize_px} px"
+        require(sides.resize_px**2 <= own.max_pixels, "decode.max_pixels", expected, own.max_pixels)
+        num_frames = size.num_segments * size.frames_per_segment
+        needed_mb = 5 * num_frames * sides.crop_px**2 // 2**20  # three channels of colour, two of flow
+        expected = f"at least {needed_mb:,}: a clip has {num_frames:,} frames of {sides.crop_px} x {sides.crop_px} px"
+        require(needed_mb <= own.max_memory_mb, "decode.max_memory_mb", expected, own.max_memory_mb)
+        return clip

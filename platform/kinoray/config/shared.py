@@ -15,19 +15,30 @@ import yaml
 from tyro.constructors import PrimitiveConstructorSpec
 
 from kinoray.config.check import require
-from kinoray.config.clip import ClipConfig, DecodeConfig, FlowConfig, SampleConfig, ViewConfig
+from kinoray.config.clip import (
+    ClipConfig,
+    DecodeConfig,
+    DecodeLimits,
+    FlowConfig,
+    OwnDecodeConfig,
+    SampleConfig,
+    ViewConfig,
+)
 from kinoray.errors import ConfigError
 
 __all__ = [
+    "AllowedFactories",
     "AugmentConfig",
     "CacheConfig",
     "ClipConfig",
     "DecodeConfig",
+    "DecodeLimits",
     "FlowConfig",
     "InferenceConfig",
     "ModelConfig",
     "ModelOptions",
     "OptimConfig",
+    "OwnDecodeConfig",
     "ResourcesConfig",
     "SampleConfig",
     "StorageConfig",
@@ -90,6 +101,10 @@ ModelOptions = Annotated[
         str_from_instance=lambda value: [f"{key}={json.dumps(item)}" for key, item in value.items()],
     ),
 ]
+
+
+AllowedFactories = tyro.conf.UseAppendAction[tuple[str, ...]]
+"""`PACKAGE:FUNCTION` as often as it is given: networks that a checkpoint may name though kinoray does not have them."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -1,7 +1,7 @@
 """`kinoray calibrate`: label a set whose classes are known, and fit on it what `label --calibration` takes."""
 
 from dataclasses import asdict
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -15,7 +15,6 @@ from kinoray.label.calibration import Calibrated
 from kinoray.label.open import Labelling, label_config, open_labelling
 from kinoray.label.verb import refuse_too_many_bad, run_labelling
 from kinoray.network.anytime import SegmentConsensus
-from kinoray.network.checkpoint import find_checkpoint, load_model
 from kinoray.storage.objects import Storage, absolute, join
 
 __all__ = ["calibrate"]
@@ -34,18 +33,16 @@ def calibrate(config: CalibrateConfig) -> dict[str, Any]:
         TooManyBad: more than max_bad_fraction were quarantined; calibration.json is written all the same.
         KinorayError: as `label`.
     """
-    storage = Storage(config.storage)
-    model, _ = load_model(storage, find_checkpoint(storage, absolute(config.checkpoint)))
-    consensus = cast("SegmentConsensus | None", getattr(model, "segment_consensus", None))
     labelling = open_labelling(
-        label_config(config, source=config.catalog, all_scores=True, segment_scores=consensus is not None),
+        label_config(config, source=config.catalog, all_scores=True),
         "calibrate",
         check=lambda catalog, meta: true_classes(catalog, meta.labels),
+        segments=True,
     )
     totals = run_labelling(labelling, config.resources, "calibrate")
-    calibrated = _fit(labelling, consensus)
+    calibrated = _fit(labelling, labelling.consensus)
     uri = join(absolute(config.out), "calibration.json")
-    storage.put(uri, to_json(calibrated))
+    Storage(config.storage).put(uri, to_json(calibrated))
     _print(calibrated, uri)
     refuse_too_many_bad(totals, config.max_bad_fraction, labelling.ledger.root)
     return asdict(calibrated) | {"uri": uri}

@@ -28,6 +28,9 @@ class EvaluateConfig:
     """A checkpoint, or a run folder (its best checkpoint)."""
     out: str
     """Folder or s3:// prefix for the predictions and evaluation.json."""
+    allow_factory: AllowedFactories = ()
+    """PACKAGE:FUNCTION of a network of your own that the checkpoint names: its code runs here with your rights. Without
+    it only networks that ship with kinoray are built. May be given several times."""
     split: str = "val"
     """Split to score; empty for all of the catalog."""
     protocol: ProtocolName = "center"
@@ -47,6 +50,10 @@ class EvaluateConfig:
     """Videos a unit of work."""
     max_bad_fraction: float = 0.2
     """More quarantined videos than this share make the job exit non-zero."""
+    decode: OwnDecodeConfig = field(default_factory=OwnDecodeConfig)
+    """What a video may cost, and what decodes it, as in `kinoray label`."""
+    flow_weights: str = ""
+    """As in `kinoray label`."""
     inference: InferenceConfig = field(default_factory=InferenceConfig)
     """How the model runs."""
     storage: StorageConfig = field(default_factory=StorageConfig)
@@ -77,6 +84,9 @@ class CalibrateConfig:
     """A checkpoint, or a run folder (its best checkpoint)."""
     out: str
     """Folder or s3:// prefix for the predictions and calibration.json."""
+    allow_factory: AllowedFactories = ()
+    """PACKAGE:FUNCTION of a network of your own that the checkpoint names: its code runs here with your rights. Without
+    it only networks that ship with kinoray are built. May be given several times."""
     split: str = "val"
     """Split to fit on; empty for all of the catalog."""
     protocol: ProtocolName = "center"
@@ -87,6 +97,10 @@ class CalibrateConfig:
     """Clips a forward pass."""
     max_bad_fraction: float = 0.2
     """More quarantined videos than this share make the job exit non-zero."""
+    decode: OwnDecodeConfig = field(default_factory=OwnDecodeConfig)
+    """What a video may cost, and what decodes it, as in `kinoray label`."""
+    flow_weights: str = ""
+    """As in `kinoray label`."""
     inference: InferenceConfig = field(default_factory=InferenceConfig)
     """How the model runs."""
     storage: StorageConfig = field(default_factory=StorageConfig)

@@ -40,6 +40,9 @@ class LabelConfig:
     """A checkpoint, or a run folder (its best checkpoint)."""
     out: str
     """Folder or s3:// prefix for the result table."""
+    allow_factory: AllowedFactories = ()
+    """PACKAGE:FUNCTION of a network of your own that the checkpoint names: its code runs here with your rights. Without
+    it only networks that ship with kinoray are built. May be given several times."""
     split: str = ""
     """Only this split of the catalog; empty for all of it."""
     protocol: ProtocolName = "center"
@@ -92,6 +95,10 @@ class LabelConfig:
     """Videos a unit of work: what is committed at once, and what at most is done again after a kill."""
     max_bad_fraction: float = 0.2
     """More quarantined videos than this share make the job exit non-zero (the table is complete all the same)."""
+    decode: OwnDecodeConfig = field(default_factory=OwnDecodeConfig)
+    """What a video may cost, and what decodes it; never taken from the checkpoint."""
+    flow_weights: str = ""
+    """For networks that were trained with flow.estimator raft: file or s3:// address of raft's weights."""
     inference: InferenceConfig = field(default_factory=InferenceConfig)
     """How the model runs."""
     storage: StorageConfig = field(default_factory=StorageConfig)

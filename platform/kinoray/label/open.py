@@ -16,11 +16,11 @@ from kinoray.label.calibration import Calibrated, load_calibration
 from kinoray.label.config import LabelConfig
 from kinoray.label.stage import LabelJob
 from kinoray.label.table import Ledger, Plan, find_labellings, labelling_id, row_keys
-from kinoray.network.anytime import EarlyExit
+from kinoray.network.anytime import EarlyExit, SegmentConsensus
 from kinoray.network.batch_size import CPU_BATCH
-from kinoray.network.build import InputSpec, check_clip, compile_advice
-from kinoray.network.checkpoint import CheckpointMeta, find_checkpoint, load_model
-from kinoray.network.scorer import ScorerConfig, check_scorer
+from kinoray.network.build import VideoModel, check_clip, compile_advice, is_shipped, trusted_network
+from kinoray.network.checkpoint import CheckpointMeta, find_checkpoint, load_meta, load_model
+from kinoray.network.scorer import ScorerConfig, check_scorer, segment_consensus
 from kinoray.storage.objects import Storage, absolute, join
 from kinoray.video.protocol import PROTOCOLS
 
@@ -38,6 +38,8 @@ class Labelling:
     job: LabelJob
     ledger: Ledger
     plan: Plan
+    consensus: SegmentConsensus | None
+    """How the network makes one answer of its segments; None for one that sees them together, and with config.plan."""
 
 
 def label_config(config: Any, **changes: Any) -> LabelConfig:
@@ -48,26 +50,40 @@ def label_config(config: Any, **changes: Any) -> LabelConfig:
 
 
 def open_labelling(
-    config: LabelConfig, task: str, *, check: Callable[[Catalog, CheckpointMeta], object] | None = None
+    config: LabelConfig,
+    task: str,
+    *,
+    check: Callable[[Catalog, CheckpointMeta], object] | None = None,
+    segments: bool = False,
 ) -> Labelling:
     """Find and check everything that a labelling needs, and pin its plan; Ray is not started.
+
+    With config.plan no network is built, and what only the network knows is not checked.
 
     Args:
         task: the verb, for the lines that are printed.
         check: called before anything is written; raises what it finds wrong.
+        segments: store the logits of each segment if the network sees them one by one.
 
     Raises:
         KinorayError: as `label`.
     """
     storage = Storage(config.storage)
-    checkpoint = find_checkpoint(storage, absolute(config.checkpoint))
-    model, meta = load_model(storage, checkpoint)  # here first: what is wrong with it is said before workers start
-    clip = _clip(config, meta.clip, model.input_spec)
+    checkpoint = find_checkpoint(
+        storage, absolute(config.checkpoint), warn=lambda line: print(f"{task}: {line}", flush=True)
+    )
+    model, meta = _open_model(storage, checkpoint, config, task)
+    consensus = None if model is None else segment_consensus(model)
+    if segments:
+        config = replace(config, segment_scores=consensus is not None)
+    clip = _clip(config, meta.clip, task)
     views = PROTOCOLS[config.protocol].views(config.view_average, config.windows)
     calibration = load_calibration(storage, config.calibration, meta.model_digest) if config.calibration else None
     answer = _answer_rule(config, len(meta.labels), calibration)
     scorer = _scorer_config(config, clip, calibration)
-    check_scorer(model, scorer, len(meta.labels))
+    if model is not None:
+        _check_clip(config, model, clip)
+        check_scorer(model, scorer, len(meta.labels))
     settings = {
         "clip": asdict(clip),
         "views": asdict(views),
@@ -93,6 +109,7 @@ def open_labelling(
         storage=storage,
         root=ledger.root,
         checkpoint=checkpoint,
+        allow_factory=config.allow_factory,
         model_digest=meta.model_digest,
         config_digest=digest(settings),
         run_id=uuid.uuid4().hex[:16],
@@ -108,26 +125,51 @@ def open_labelling(
     if views.num_views > 1:
         print(f"{task}: protocol {config.protocol}, {views.num_views} views of each video", flush=True)
     clips = -(-len(catalog) // config.resources.num_workers) * views.num_views
-    if job.device == "cpu" and (advice := compile_advice(model.input_spec, clip, config.inference, clips)):
-        print(f"{task}: {advice}", flush=True)
-    return Labelling(catalog=catalog, keys=keys, meta=meta, job=job, ledger=ledger, plan=plan)
+    _say_advice(model, job, config, clips, task)
+    return Labelling(catalog=catalog, keys=keys, meta=meta, job=job, ledger=ledger, plan=plan, consensus=consensus)
 
 
-def _clip(config: LabelConfig, trained: ClipConfig, spec: InputSpec) -> ClipConfig:
-    """What each view holds.
+def _open_model(
+    storage: Storage, checkpoint: str, config: LabelConfig, task: str
+) -> tuple[VideoModel | None, CheckpointMeta]:
+    """The network, so that what is wrong with it is said before workers start; none with config.plan.
+
+    One that does not ship with kinoray is named before it is imported.
+    """
+    meta = load_meta(storage, checkpoint)
+    network = trusted_network(meta.model, checkpoint, config.allow_factory)
+    if config.plan:
+        return None, meta
+    if not is_shipped(network.factory):
+        options = f" with options {dict(network.options)!r:.500}" if network.options else ""
+        print(f"{task}: imports {network.factory}{options}, which {checkpoint} names and you allow", flush=True)
+    return load_model(storage, checkpoint, config.allow_factory)
+
+
+def _clip(config: LabelConfig, trained: ClipConfig, task: str) -> ClipConfig:
+    """What each view holds: numbers as in training, limits and back end as this job has them.
 
     Raises:
-        ConfigError: the model cannot be fed with that.
+        ConfigError: the two do not go together.
     """
     clip = PROTOCOLS[config.protocol].clip(trained)
     if config.num_segments is not None:
         clip = replace(clip, sample=replace(clip.sample, num_segments=config.num_segments))
-    clip = replace(clip, decode=replace(clip.decode, device=config.decode_device))
+    before, now = trained.decode.backend, config.decode.backend
+    if before != now:
+        print(
+            f"{task}: videos are decoded by {now}; the network was trained with {before}, whose frames differ by 1-2 "
+            f"grey levels (--decode.backend {before})",
+            flush=True,
+        )
+    return clip.decoded_by(config.decode, device=config.decode_device, flow_weights=config.flow_weights)
+
+
+def _check_clip(config: LabelConfig, model: VideoModel, clip: ClipConfig) -> None:
     try:
-        check_clip(spec, clip)
+        check_clip(model.input_spec, clip)
     except ConfigError as error:
         raise ConfigError(f"protocol {config.protocol}: {error}") from None
-    return clip
 
 
 def _answer_rule(config: LabelConfig, num_classes: int, calibration: Calibrated | None) -> AnswerRule:
@@ -158,6 +200,14 @@ def _scorer_config(config: LabelConfig, clip: ClipConfig, calibration: Calibrate
         segment_logits=config.segment_scores,
         early_exit=early_exit,
     )
+
+
+def _say_advice(model: VideoModel | None, job: LabelJob, config: LabelConfig, clips: int, task: str) -> None:
+    """Whether compiling pays, where that is known."""
+    if model is None or job.device != "cpu":
+        return
+    if advice := compile_advice(model.input_spec, job.clip, config.inference, clips):
+        print(f"{task}: {advice}", flush=True)
 
 
 def _say_others(storage: Storage, out: str, root: str, task: str) -> None:

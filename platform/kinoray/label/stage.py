@@ -55,6 +55,8 @@ class LabelJob:
     answer: AnswerRule = field(default_factory=AnswerRule)
     views: ViewsConfig = field(default_factory=ViewsConfig)
     device: str = "cpu"
+    allow_factory: tuple[str, ...] = ()
+    """Networks that do not ship with kinoray, and that the checkpoint may name."""
 
 
 def pack_unit(unit: Unit, rows: pa.Table) -> dict[str, Any]:
@@ -164,7 +166,7 @@ class LabelUnits:
     def _load(self) -> ClipScorer[Place]:
         if self.scorer is None:
             job = self.job
-            model, meta = load_model(job.storage, job.checkpoint)
+            model, meta = load_model(job.storage, job.checkpoint, job.allow_factory)
             if meta.model_digest != job.model_digest:
                 raise CheckpointMismatch(
                     f"{job.checkpoint} was replaced while the job ran: model {meta.model_digest}, "

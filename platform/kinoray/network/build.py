@@ -1,9 +1,15 @@
-"""How a model gets in: an import string, a factory, a Protocol. The platform never imports models/ by name."""
+"""How a model gets in: an import string, a factory, a Protocol. The platform never imports models/ by name.
+
+What is easy to break: a checkpoint is somebody's data. It may choose among the networks that ship, by plain options;
+any other name in it is imported only if the user gave the same name on the command line (`trusted_network`).
+"""
 
 import importlib
 import inspect
 import logging
-from collections.abc import Iterator, Mapping
+import math
+import re
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
 from typing import Any, Protocol, cast
 
@@ -12,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from kinoray.config.shared import ClipConfig, InferenceConfig, ModelConfig
-from kinoray.errors import ConfigError, ModelError
+from kinoray.errors import CheckpointCorrupt, ConfigError, ModelError
 
 __all__ = [
     "SHORT_NAMES",
@@ -20,10 +26,13 @@ __all__ = [
     "InputSpec",
     "VideoModel",
     "build_model",
+    "build_outline",
     "check_clip",
     "compile_advice",
+    "is_shipped",
     "prepare_model",
     "require_known_model",
+    "trusted_network",
     "without_start_weights",
 ]
 
@@ -50,6 +59,11 @@ SHORT_NAMES: Mapping[str, str] = {
     "two_stream_i3d": "video_baselines:two_stream_i3d",
 }
 """Short names for the networks that ship with kinoray; anything else is `package:function`."""
+
+_SHIPPED = frozenset(SHORT_NAMES) | frozenset(SHORT_NAMES.values())
+_IMPORT_STRING = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*", re.ASCII)
+_PLAIN_TEXT = re.compile(r"[\w.-]{1,100}(:[\w.-]{1,100})?", re.ASCII)  # `timm:NAME`; no path, no URL, no hub
+_MAX_OPTION = 2**31
 
 _PREPARE = "vcm_sdd.inference"
 _LOG = logging.getLogger(__name__)
@@ -87,6 +101,49 @@ class VideoModel(Protocol):
     def parameters(self) -> Iterator[nn.Parameter]: ...
 
 
+def is_shipped(factory: str) -> bool:
+    """Whether it is one of kinoray's own networks, by its short or its full name, letter by letter."""
+    return factory in _SHIPPED
+
+
+def trusted_network(config: ModelConfig, where: str, allowed: Collection[str]) -> ModelConfig:
+    """The network that the checkpoint at `where` names, as it may be built. Nothing is imported here.
+
+    Of a network that ships, options are plain numbers and names: none is a path or an address. Start weights are left
+    out, since the checkpoint's replace them. Another network is the user's word, in `allowed`, and so are its options.
+
+    Raises:
+        ConfigError: the network does not ship and is not allowed; the message says how to allow it.
+        CheckpointCorrupt: what it names is no network at all, or an option is not plain.
+    """
+    name = config.factory
+    if is_shipped(name):
+        config = without_start_weights(config)
+        for option, value in config.options.items():
+            if not (_PLAIN_TEXT.fullmatch(option) and _is_plain(value)):
+                raise CheckpointCorrupt(
+                    f"{where}: option {option[:100]!r} of {name} must be a number, true, false or a plain name, found "
+                    f"{str(value)[:100]!r}; a checkpoint may name no file and no address"
+                )
+        return config
+    if len(name) > 200 or not _IMPORT_STRING.fullmatch(name):
+        raise CheckpointCorrupt(f"{where} names {name[:200]!r} as its network, which is no package:function")
+    if name not in allowed:
+        raise ConfigError(
+            f"allow_factory: {where} names the network {name}, which does not ship with kinoray; nothing of it was "
+            f"imported, since its code would run with your rights. If you trust it, add --allow-factory {name}"
+        )
+    return without_start_weights(config)
+
+
+def _is_plain(value: object) -> bool:
+    if isinstance(value, str):
+        return _PLAIN_TEXT.fullmatch(value) is not None
+    if isinstance(value, float):
+        return math.isfinite(value)
+    return value is None or (isinstance(value, int) and abs(value) < _MAX_OPTION)
+
+
 def _factory(name: str) -> Any:
     target = SHORT_NAMES.get(name, name)
     module_name, colon, function = target.partition(":")
@@ -120,6 +177,20 @@ def build_model(config: ModelConfig, num_classes: int) -> VideoModel:
     except TypeError as error:
         raise ModelError(f"{config.factory} cannot be built with options {dict(config.options)}: {error}") from error
     return cast(VideoModel, model)
+
+
+def build_outline(config: ModelConfig, num_classes: int) -> nn.Module:
+    """A network that ships, without memory: names and shapes of its weights, whatever their size.
+
+    Raises:
+        ConfigError, ModelError: it cannot be built with these options.
+    """
+    try:
+        with torch.device("meta"):
+            return cast(nn.Module, build_model(config, num_classes))
+    except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError) as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise ModelError(f"{config.factory} cannot be built with options {dict(config.options)}: {reason}") from error
 
 
 def without_start_weights(config: ModelConfig) -> ModelConfig:

@@ -3,6 +3,9 @@
 A checkpoint is a folder. `checkpoint.json` is written last and names every other file with its size and sha256, so a
 checkpoint is whole or absent: never write it before the files it names, never delete it after them.
 
+It may be a stranger's. What is easy to break: its text chooses among the networks that ship, and nothing else
+(kinoray.network.build.trusted_network); sizes are compared before bytes are read, and shapes before memory is taken.
+
     model.safetensors        weights
     train_state.safetensors  what training needs to go on (optimizer moments and more), if it was given
     checkpoint.json          CheckpointMeta, and the digests
@@ -11,25 +14,42 @@ checkpoint is whole or absent: never write it before the files it names, never d
 import dataclasses
 import hashlib
 import json
+import logging
 import math
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, cast
 
 import safetensors.torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from kinoray.config.file import config_from_mapping
-from kinoray.config.shared import ClipConfig, ModelConfig, digest
-from kinoray.errors import CheckpointCorrupt, CheckpointMismatch, CheckpointNotFound, ConfigError, ObjectNotFound
-from kinoray.network.build import VideoModel, build_model, without_start_weights
+from kinoray.config.shared import digest
+from kinoray.errors import CheckpointCorrupt, CheckpointError, CheckpointMismatch, CheckpointNotFound
+from kinoray.network.build import VideoModel, build_model, build_outline, is_shipped, trusted_network
+from kinoray.network.checkpoint_files import (
+    FORMAT,
+    META_FILE,
+    MODEL_FILE,
+    TRAIN_FILE,
+    CheckpointMeta,
+    Shaped,
+    model_digest,
+    read_document,
+    read_shapes,
+    read_tensors,
+    require_digests,
+)
 from kinoray.storage.objects import Storage, join
 
 __all__ = [
+    "META_FILE",
+    "MODEL_FILE",
+    "TRAIN_FILE",
     "CheckpointMeta",
+    "Shaped",
     "best_of",
+    "choose_checkpoint",
     "delete_checkpoint",
     "find_checkpoint",
     "list_checkpoints",
@@ -38,40 +58,13 @@ __all__ = [
     "load_model_state",
     "load_train_state",
     "load_weights",
+    "newest_checkpoint",
     "require_weights",
     "save_checkpoint",
+    "weight_shapes",
 ]
 
-FORMAT = 1
-MODEL_FILE, TRAIN_FILE, META_FILE = "model.safetensors", "train_state.safetensors", "checkpoint.json"
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class CheckpointMeta:
-    """What is known about a checkpoint besides its weights."""
-
-    model: ModelConfig
-    """The network; with the labels it is enough to build it again."""
-    clip: ClipConfig
-    """What it was fed."""
-    labels: tuple[str, ...]
-    """Class names, index = label_id."""
-    epoch: int
-    """Whole epochs trained."""
-    step: int
-    """Optimizer steps taken."""
-    epoch_steps: int = 0
-    """Those of them that belong to the epoch after `epoch`; above 0 the checkpoint is one inside that epoch."""
-    samples: int
-    """Videos trained on, counted over all epochs; unreadable ones not counted."""
-    metrics: dict[str, float] = dataclasses.field(default_factory=dict)
-    """Metrics of the last epoch; val_top1 decides which checkpoint is best."""
-    catalog_digest: str = ""
-    """Catalog that it was trained on."""
-    run_digest: str = ""
-    """Settings that a resumed run must share."""
-    model_digest: str = ""
-    """Names the weights and the network; save_checkpoint fills it in."""
+_LOG = logging.getLogger(__name__)
 
 
 def _sha256(path: Path) -> str:
@@ -107,43 +100,11 @@ def save_checkpoint(
         files = {MODEL_FILE: _write_tensors(storage, join(uri, MODEL_FILE), model_state, Path(folder))}
         if train_state is not None:
             files[TRAIN_FILE] = _write_tensors(storage, join(uri, TRAIN_FILE), train_state, Path(folder))
-    name = digest([files[MODEL_FILE]["sha256"], dataclasses.asdict(meta.model)])
-    saved = dataclasses.replace(meta, model_digest=name)
+    saved = dataclasses.replace(meta, model_digest=model_digest(files[MODEL_FILE]["sha256"], meta.model))
     body = {"format": FORMAT, "files": files, "meta": dataclasses.asdict(saved)}
     text = json.dumps({**body, "digest": digest(body)}, indent=1, sort_keys=True)
     storage.put(join(uri, META_FILE), text.encode())
     return saved
-
-
-def _read_document(storage: Storage, uri: str) -> dict[str, Any]:
-    """The JSON of the checkpoint at uri, its own digest checked."""
-    where = join(uri, META_FILE)
-    try:
-        data = storage.read(where)
-    except ObjectNotFound as error:
-        raise CheckpointNotFound(f"{uri} is not a checkpoint: {META_FILE} is not there") from error
-    try:
-        document = json.loads(data)
-        body = {name: document[name] for name in ("format", "files", "meta")}
-        found, expected = digest(body), document["digest"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointCorrupt(f"{where} cannot be read ({error}); take another checkpoint of the run") from error
-    if found != expected:
-        raise CheckpointCorrupt(
-            f"{where} was changed after it was written: digest {found}, expected {expected}; take another checkpoint"
-        )
-    if body["format"] != FORMAT:
-        raise CheckpointMismatch(f"{where} has format {body['format']}, this version reads {FORMAT}; upgrade kinoray")
-    return body
-
-
-def _meta_of(document: Mapping[str, Any], uri: str) -> CheckpointMeta:
-    try:
-        return config_from_mapping(CheckpointMeta, document["meta"])
-    except ConfigError as error:
-        raise CheckpointMismatch(
-            f"{join(uri, META_FILE)} was written by another version of kinoray: {error}"
-        ) from error
 
 
 def load_meta(storage: Storage, uri: str) -> CheckpointMeta:
@@ -154,33 +115,17 @@ def load_meta(storage: Storage, uri: str) -> CheckpointMeta:
         CheckpointCorrupt: it was damaged.
         CheckpointMismatch: another version of kinoray wrote it.
     """
-    return _meta_of(_read_document(storage, uri), uri)
+    return read_document(storage, uri).meta
 
 
-def _load_tensors(storage: Storage, uri: str, name: str) -> dict[str, Tensor]:
-    entry = _read_document(storage, uri)["files"].get(name)
-    where = join(uri, name)
-    if entry is None:
-        raise CheckpointNotFound(f"{uri} was saved without {name}, so training cannot go on from it")
-    try:
-        data = storage.read(where)
-    except ObjectNotFound as error:
-        raise CheckpointCorrupt(f"{where} is gone, but {META_FILE} names it; take another checkpoint") from error
-    found = hashlib.sha256(data).hexdigest()
-    if found != entry["sha256"]:
-        raise CheckpointCorrupt(
-            f"{where} does not match its digest: {len(data)} bytes, sha256 {found[:16]}..., expected "
-            f"{entry['size_bytes']} bytes, sha256 {entry['sha256'][:16]}...; take another checkpoint of the run"
-        )
-    try:
-        return safetensors.torch.load(data)
-    except SafetensorError as error:
-        raise CheckpointCorrupt(f"{where} is not a safetensors file: {error}") from error
+def weight_shapes(storage: Storage, uri: str) -> dict[str, Shaped]:
+    """Names and shapes of the weights, which are not read. Raises CheckpointNotFound, CheckpointCorrupt."""
+    return read_shapes(storage, read_document(storage, uri), MODEL_FILE)
 
 
 def load_model_state(storage: Storage, uri: str) -> dict[str, Tensor]:
     """The weights, on the CPU. Raises CheckpointNotFound, CheckpointCorrupt."""
-    return _load_tensors(storage, uri, MODEL_FILE)
+    return read_tensors(storage, read_document(storage, uri), MODEL_FILE)
 
 
 def load_train_state(storage: Storage, uri: str) -> dict[str, Tensor]:
@@ -190,7 +135,7 @@ def load_train_state(storage: Storage, uri: str) -> dict[str, Tensor]:
         CheckpointNotFound: no checkpoint, or one that was saved without it.
         CheckpointCorrupt: it was damaged.
     """
-    return _load_tensors(storage, uri, TRAIN_FILE)
+    return read_tensors(storage, read_document(storage, uri), TRAIN_FILE)
 
 
 def _some(names: list[str]) -> str:
@@ -203,7 +148,7 @@ def load_weights(module: nn.Module, state: Mapping[str, Tensor], what: str) -> N
     module.load_state_dict(dict(state))
 
 
-def require_weights(module: nn.Module, state: Mapping[str, Tensor], what: str) -> None:
+def require_weights(module: nn.Module, state: Mapping[str, Shaped], what: str) -> None:
     """Check that the weights are the module's, by name and shape.
 
     Raises:
@@ -218,7 +163,7 @@ def require_weights(module: nn.Module, state: Mapping[str, Tensor], what: str) -
     shapes = [
         f"{name} is {list(state[name].shape)}, the model's is {list(tensor.shape)}"
         for name, tensor in sorted(wanted.items())
-        if name in state and state[name].shape != tensor.shape
+        if name in state and tuple(state[name].shape) != tuple(tensor.shape)
     ]
     if shapes:
         problems.append(_some(shapes))
@@ -226,43 +171,69 @@ def require_weights(module: nn.Module, state: Mapping[str, Tensor], what: str) -
         raise CheckpointMismatch(f"{what} does not fit the model: {'; '.join(problems)}")
 
 
-def load_model(storage: Storage, uri: str) -> tuple[VideoModel, CheckpointMeta]:
+def load_model(storage: Storage, uri: str, allowed: Collection[str] = ()) -> tuple[VideoModel, CheckpointMeta]:
     """Build the network that the checkpoint names, with its weights, in eval mode on the CPU.
+
+    Args:
+        allowed: networks that do not ship with kinoray and may be imported all the same, as `package:function`.
 
     Raises:
         CheckpointNotFound, CheckpointCorrupt: as load_model_state.
         CheckpointMismatch: the weights are not those of the network that the factory builds now.
+        ConfigError: the network does not ship with kinoray and is not allowed; nothing of it was imported.
         ConfigError, ModelError: the factory is not there, or refuses the options.
     """
-    meta = load_meta(storage, uri)
-    model = build_model(without_start_weights(meta.model), len(meta.labels))
+    document = read_document(storage, uri)
+    meta, num_classes = document.meta, len(document.meta.labels)
+    config = trusted_network(meta.model, uri, allowed)
+    shapes = read_shapes(storage, document, MODEL_FILE)
+    if is_shipped(config.factory):  # the memory that its options ask for must be that of the weights in the file
+        require_weights(build_outline(config, num_classes), shapes, uri)
+    model = build_model(config, num_classes)
     module = cast(nn.Module, model)
-    load_weights(module, load_model_state(storage, uri), uri)
+    require_weights(module, shapes, uri)
+    load_weights(module, read_tensors(storage, document, MODEL_FILE), uri)
     module.eval()
     return model, meta
 
 
-def _whole(storage: Storage, run: str) -> Iterator[str]:
-    """Uris of the folders under run/checkpoints/ whose checkpoint.json and all files it names are there, in full."""
+_Found = tuple[str, CheckpointMeta]
+
+
+def _scan(storage: Storage, run: str) -> tuple[list[_Found], list[CheckpointError]]:
+    """Checkpoints under run/checkpoints/: the whole ones, oldest first, and what is wrong with each of the others.
+
+    Whole: checkpoint.json is sound, and the files it names are there in their full size.
+    """
     prefix = join(run, "checkpoints") + "/"
     sizes = {info.uri: info.size_bytes for info in storage.list(prefix)}
+    found: list[_Found] = []
+    broken: list[CheckpointError] = []
     for uri in sorted(sizes):
         folder, _, name = uri.rpartition("/")
         if name != META_FILE:
             continue
-        files = _read_document(storage, folder)["files"]
-        if all(sizes.get(f"{folder}/{file}") == entry["size_bytes"] for file, entry in files.items()):
-            yield folder
+        try:
+            document = read_document(storage, folder)
+        except CheckpointNotFound:  # deleted meanwhile
+            continue
+        except CheckpointError as error:
+            broken.append(error)
+            continue
+        cut = [file for file, entry in document.files.items() if sizes.get(join(folder, file)) != entry.size_bytes]
+        if cut:
+            broken.append(CheckpointCorrupt(f"{join(folder, cut[0])} is not there in its full size"))
+        else:
+            found.append((folder, document.meta))
+    return sorted(found, key=lambda item: (item[1].epoch, item[1].step)), broken
 
 
 def list_checkpoints(storage: Storage, run: str) -> list[tuple[str, CheckpointMeta]]:
     """Whole checkpoints of a run folder as (uri, meta), oldest first; none if there is no such folder.
 
-    Raises:
-        CheckpointCorrupt, CheckpointMismatch: a checkpoint.json cannot be read.
+    Broken ones are left out: `find_checkpoint` and `newest_checkpoint` say so.
     """
-    found = [(uri, load_meta(storage, uri)) for uri in _whole(storage, run)]
-    return sorted(found, key=lambda item: (item[1].epoch, item[1].step))
+    return _scan(storage, run)[0]
 
 
 def best_of(checkpoints: list[tuple[str, CheckpointMeta]]) -> tuple[str, CheckpointMeta]:
@@ -270,26 +241,73 @@ def best_of(checkpoints: list[tuple[str, CheckpointMeta]]) -> tuple[str, Checkpo
 
     A checkpoint inside an epoch comes after all others: it was not scored, and is there to go on from.
     """
-
-    def rank(item: tuple[str, CheckpointMeta]) -> tuple[bool, float, int, int]:
-        meta = item[1]
-        return meta.epoch_steps == 0, meta.metrics.get("val_top1", -math.inf), meta.epoch, meta.step
-
-    return max(checkpoints, key=rank)
+    return max(checkpoints, key=_rank)
 
 
-def find_checkpoint(storage: Storage, uri: str) -> str:
+def _rank(item: tuple[str, CheckpointMeta]) -> tuple[bool, float, int, int]:
+    meta = item[1]
+    return meta.epoch_steps == 0, meta.metrics.get("val_top1", -math.inf), meta.epoch, meta.step
+
+
+def choose_checkpoint(
+    storage: Storage,
+    run: str,
+    order: Callable[[list[_Found]], list[_Found]],
+    *,
+    resumable: bool = False,
+    warn: Callable[[str], object] = _LOG.warning,
+) -> _Found | None:
+    """The first of the run's checkpoints in `order` whose files have the digests that they should; None without any.
+
+    Args:
+        order: sorts and selects; it gets the whole ones, oldest first.
+        resumable: training must be able to go on from it.
+        warn: is told of each broken one that is left out.
+
+    Raises:
+        CheckpointError: some are there, but none is sound.
+    """
+    found, broken = _scan(storage, run)
+    files = (MODEL_FILE, TRAIN_FILE) if resumable else (MODEL_FILE,)
+    chosen = None
+    for uri, meta in order(found):
+        try:
+            require_digests(storage, read_document(storage, uri), files)
+        except CheckpointError as error:
+            broken.append(error)
+        else:
+            chosen = uri, meta
+            break
+    if broken and chosen is None:
+        more = f", and {len(broken) - 1} more are broken" if len(broken) > 1 else ""
+        raise type(broken[0])(f"{run} has no sound checkpoint: {broken[0]}{more}")
+    for reason in broken:
+        warn(f"a broken checkpoint is left out: {reason}")
+    return chosen
+
+
+def newest_checkpoint(storage: Storage, run: str, warn: Callable[[str], object] = _LOG.warning) -> _Found | None:
+    """Where training goes on: the newest sound checkpoint of the run. Arguments and errors as choose_checkpoint."""
+    return choose_checkpoint(storage, run, lambda found: found[::-1], resumable=True, warn=warn)
+
+
+def find_checkpoint(storage: Storage, uri: str, warn: Callable[[str], object] = _LOG.warning) -> str:
     """The checkpoint at uri itself, or the best (by val_top1, else the newest) of the run folder at uri.
+
+    In a run folder broken ones are left out, and `warn` is told.
 
     Raises:
         CheckpointNotFound: neither is there.
-        CheckpointCorrupt, CheckpointMismatch: a checkpoint.json cannot be read.
+        CheckpointCorrupt, CheckpointMismatch: no checkpoint of the run is sound.
     """
     if storage.exists(join(uri, META_FILE)):
         return uri
-    if found := list_checkpoints(storage, uri):
-        return best_of(found)[0]
-    raise CheckpointNotFound(f"{uri} is neither a checkpoint nor a run folder with a whole checkpoint in checkpoints/")
+    chosen = choose_checkpoint(storage, uri, lambda found: sorted(found, key=_rank, reverse=True), warn=warn)
+    if chosen is None:
+        raise CheckpointNotFound(
+            f"{uri} is neither a checkpoint nor a run folder with a whole checkpoint in checkpoints/"
+        )
+    return chosen[0]
 
 
 def delete_checkpoint(storage: Storage, uri: str) -> None:

@@ -24,7 +24,7 @@ from kinoray.network.forward import Forward, Launched, collate_for
 from kinoray.storage.objects import Storage
 from kinoray.video.clip import Clip
 
-__all__ = ["ClipAnswer", "ClipScorer", "ScorerConfig", "check_scorer"]
+__all__ = ["ClipAnswer", "ClipScorer", "ScorerConfig", "check_scorer", "segment_consensus"]
 
 Ticket = TypeVar("Ticket")
 
@@ -65,7 +65,7 @@ def check_scorer(model: VideoModel, config: ScorerConfig, num_classes: int) -> N
     Raises:
         ConfigError: saying which option, and why.
     """
-    consensus = _consensus(model)
+    consensus = segment_consensus(model)
     if (config.early_exit or config.segment_logits) and consensus is None:
         name = "early_exit" if config.early_exit else "segment_scores"
         raise ConfigError(
@@ -86,7 +86,8 @@ def check_scorer(model: VideoModel, config: ScorerConfig, num_classes: int) -> N
         )
 
 
-def _consensus(model: VideoModel) -> SegmentConsensus | None:
+def segment_consensus(model: VideoModel) -> SegmentConsensus | None:
+    """How the network makes one answer of its segments; None for one that sees them together."""
     return cast("SegmentConsensus | None", getattr(model, "segment_consensus", None))
 
 
@@ -128,7 +129,7 @@ class ClipScorer(Generic[Ticket]):
         storage: Storage | None = None,
     ) -> None:
         self._config, spec = config, model.input_spec
-        self._consensus = _consensus(model)
+        self._consensus = segment_consensus(model)
         self._num_segments = clip.sample.num_segments
         finish = None
         if clip.on_device(with_flow=spec.flow_channels > 0):

@@ -7,7 +7,14 @@ from torch import nn
 
 from kinoray.config.shared import ModelConfig
 from kinoray.network.build import VideoModel
-from kinoray.network.checkpoint import find_checkpoint, load_meta, load_model_state, load_weights
+from kinoray.network.checkpoint import (
+    find_checkpoint,
+    load_meta,
+    load_model_state,
+    load_weights,
+    require_weights,
+    weight_shapes,
+)
 from kinoray.network.parts import classifier_names
 from kinoray.storage.objects import Storage
 
@@ -25,15 +32,15 @@ def start_from(storage: Storage, uri: str, model: VideoModel, config: ModelConfi
     """
     where = find_checkpoint(storage, uri)
     meta = load_meta(storage, where)
-    state = load_model_state(storage, where)
-    own = model.state_dict()
+    shapes, own = weight_shapes(storage, where), model.state_dict()
+    classifier = classifier_names(model, config, len(labels)) if meta.labels != tuple(labels) else frozenset[str]()
     left_out: list[str] = []
-    if meta.labels != tuple(labels):
-        for name in sorted(classifier_names(model, config, len(labels))):
-            found = f"{list(state[name].shape)} there" if name in state else "not there"
-            left_out.append(f"{name} ({found}, {list(own[name].shape)} here)")
-            state[name] = own[name]
-    load_weights(cast(nn.Module, model), state, where)
+    for name in sorted(classifier):
+        found = f"{list(shapes[name].shape)} there" if name in shapes else "not there"
+        left_out.append(f"{name} ({found}, {list(own[name].shape)} here)")
+    kept = {name: own[name] for name in classifier}
+    require_weights(cast(nn.Module, model), shapes | kept, where)  # before they are read: they may be huge
+    load_weights(cast(nn.Module, model), load_model_state(storage, where) | kept, where)
     taken = f"train: starts from {where}: {len(own) - len(left_out)} of {len(own)} weights"
     why = f"; left out, as its {len(meta.labels)} classes are not these {len(labels)}: {', '.join(left_out)}"
     return taken + (why if left_out else "")

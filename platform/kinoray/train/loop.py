@@ -36,7 +36,7 @@ from kinoray.errors import (
     TrainingDiverged,
 )
 from kinoray.network.build import VideoModel, build_model, without_start_weights
-from kinoray.network.checkpoint import CheckpointMeta, list_checkpoints, load_model_state, load_train_state
+from kinoray.network.checkpoint import CheckpointMeta, load_model_state, load_train_state, newest_checkpoint
 from kinoray.network.parts import backbone_names
 from kinoray.storage.objects import Storage, join
 from kinoray.train.augment import Augmenter
@@ -132,9 +132,8 @@ class _Worker:
         return catalog
 
     def _newest(self) -> tuple[str, CheckpointMeta] | None:
-        """The newest whole checkpoint."""
-        found = list_checkpoints(self.storage, self.config.out)
-        return found[-1] if found else None
+        """The newest sound checkpoint; broken ones after it are named."""
+        return newest_checkpoint(self.storage, self.config.out, warn=lambda line: self._say(f"train: {line}"))
 
     def _model(self, *, fresh: bool) -> VideoModel:
         torch.manual_seed(self.optim.seed)  # the same weights on all ranks

@@ -83,7 +83,11 @@ class Recorder:
         uri = checkpoint_uri(self._config.out, meta.epoch, meta.step)
         save_checkpoint(self._storage, uri, model_state=state.weights, meta=meta, train_state=state.train)
         prune_checkpoints(
-            self._storage, self._config.out, self._config.keep_checkpoints, keep_best=self._config.keep_best
+            self._storage,
+            self._config.out,
+            self._config.keep_checkpoints,
+            keep_best=self._config.keep_best,
+            written=(meta.epoch, meta.step),
         )
 
     def _loss_rows(self, epoch: int, history: Tensor) -> list[dict[str, float | int]]:

@@ -17,6 +17,7 @@ trained again after a failure replace what the first try wrote.
 
 import json
 import re
+import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -29,7 +30,7 @@ from kinoray.catalog.table import Catalog
 from kinoray.config.file import to_yaml
 from kinoray.config.shared import as_settings, digest
 from kinoray.errors import ConfigError, ObjectNotFound, StorageError
-from kinoray.network.checkpoint import best_of, delete_checkpoint, list_checkpoints
+from kinoray.network.checkpoint import META_FILE, best_of, delete_checkpoint, list_checkpoints
 from kinoray.storage.objects import Storage, join
 from kinoray.storage.records import parse_lines
 from kinoray.train.config import TrainConfig
@@ -209,13 +210,20 @@ def stopped_early(metrics: Sequence[Mapping[str, Any]], config: TrainConfig) -> 
     return bool(config.patience and scores) and len(scores) - 1 - scores.index(max(scores)) >= config.patience
 
 
-def prune_checkpoints(storage: Storage, out: str, keep: int, keep_best: int = 1) -> None:
+def prune_checkpoints(
+    storage: Storage, out: str, keep: int, keep_best: int = 1, *, written: tuple[int, int] | None = None
+) -> None:
     """Delete all checkpoints but the newest, the newest `keep` of those after epochs, and the `keep_best` best ones.
 
     With them goes what writers that were killed have left: files in a folder of ours without checkpoint.json. So this
-    must not run while a checkpoint is being written.
+    must not run while a checkpoint is being written. Those that cannot be read stay: what they hold may be wanted.
+
+    Args:
+        written: (epoch, step) of the newest that the run has. Later ones are those that it could not go on from: they
+            stay until they are written anew, and take no place from the others.
     """
-    found = list_checkpoints(storage, out)
+    last = written or (sys.maxsize, sys.maxsize)
+    found = [item for item in list_checkpoints(storage, out) if (item[1].epoch, item[1].step) <= last]
     if not found:
         return
     after_epochs = [item for item in found if not item[1].epoch_steps]
@@ -224,7 +232,10 @@ def prune_checkpoints(storage: Storage, out: str, keep: int, keep_best: int = 1)
     for _ in range(min(keep_best, len(scored))):
         kept.add(best_of(scored)[0])
         scored.remove(best_of(scored))
-    folders = {info.uri.rpartition("/")[0] for info in storage.list(join(out, "checkpoints") + "/")}
-    broken = {uri for uri in folders if _OURS.fullmatch(uri.rpartition("/")[2])} - {uri for uri, _ in found}
-    for uri in sorted(broken | {uri for uri, _ in found if uri not in kept}):
+    there = {info.uri for info in storage.list(join(out, "checkpoints") + "/")}
+    folders = {uri.rpartition("/")[0] for uri in there}
+    unfinished = {
+        uri for uri in folders if _OURS.fullmatch(uri.rpartition("/")[2]) and join(uri, META_FILE) not in there
+    }
+    for uri in sorted(unfinished | {uri for uri, _ in found if uri not in kept}):
         delete_checkpoint(storage, uri)

@@ -27,7 +27,7 @@ from kinoray.console import format_duration
 from kinoray.errors import CatalogError, ClusterError, ConfigError, JobError, KinorayError
 from kinoray.network.batch import FLOW_CHANNELS
 from kinoray.network.build import build_model, check_clip, require_known_model, without_start_weights
-from kinoray.network.checkpoint import CheckpointMeta, best_of, list_checkpoints
+from kinoray.network.checkpoint import CheckpointMeta, best_of, list_checkpoints, newest_checkpoint
 from kinoray.storage.objects import Storage, absolute, arrow_filesystem, join
 from kinoray.train.config import TrainConfig
 from kinoray.train.curves import draw_curves
@@ -61,39 +61,40 @@ def train(config: TrainConfig, gate: Gate | None = None) -> dict[str, Any]:
     require_known_model(config.model)  # before anything is read: a wrong name is the first thing to say
     catalog = load_catalog(storage, config.catalog)
     num_train, num_val = check_training(config, catalog)
-    found = list_checkpoints(storage, config.out)
-    if init_from and not found:
+    broken: list[str] = []
+    newest = newest_checkpoint(storage, config.out, warn=broken.append)
+    if init_from and newest is None:
         _check_start(storage, config, catalog)
     claim_run(storage, config, catalog)
-    if not _is_finished(storage, config, found):
+    if newest is None or not _is_finished(storage, config, newest):
         sizes = f"{num_train} videos, {num_val} to score, {len(catalog.labels)} classes"
         print(f"train: {sizes}, {config.optim.epochs} epochs, to {config.out}", flush=True)
-        found = _train_on(storage, config, catalog, gate)
+        newest = _train_on(storage, config, catalog, gate)  # its first worker says what is broken
     else:
-        print(f"train: {config.out} is finished ({found[-1][1].epoch} epochs); nothing is left to do", flush=True)
-    return _result(config, found, time.monotonic() - start_s)
+        for line in broken:
+            print(f"train: {line}")
+        print(f"train: {config.out} is finished ({newest[1].epoch} epochs); nothing is left to do", flush=True)
+    return _result(storage, config, newest, time.monotonic() - start_s)
 
 
-def _train_on(
-    storage: Storage, config: TrainConfig, catalog: Catalog, gate: Gate | None
-) -> list[tuple[str, CheckpointMeta]]:
-    """Run the workers, keep status.json true meanwhile, draw the curves; the checkpoints that are there then."""
+def _train_on(storage: Storage, config: TrainConfig, catalog: Catalog, gate: Gate | None) -> tuple[str, CheckpointMeta]:
+    """Run the workers, keep status.json true meanwhile, draw the curves; the newest checkpoint then."""
     with Heartbeat(storage, config.out) as heart:
         stopped = _run_workers(config, catalog, gate)
         found = list_checkpoints(storage, config.out)
-        heart.stopped = not _is_finished(storage, config, found)
+        heart.stopped = not found or not _is_finished(storage, config, found[-1])
         draw_curves(storage, config.out)
         if heart.stopped and not stopped:  # Ray Train ends a run on Ctrl-C without an error
             done = f"{found[-1][1].epoch if found else 0} of {config.optim.epochs} epochs"
             raise JobError(f"training was stopped after {done}; the same command goes on")
-    return found
+    return found[-1]
 
 
-def _is_finished(storage: Storage, config: TrainConfig, found: list[tuple[str, CheckpointMeta]]) -> bool:
+def _is_finished(storage: Storage, config: TrainConfig, newest: tuple[str, CheckpointMeta]) -> bool:
     """Whether the last epoch is done, or the one after which patience was out."""
-    if not found or found[-1][1].epoch >= config.optim.epochs:
-        return bool(found)
-    epoch = found[-1][1].epoch
+    epoch = newest[1].epoch
+    if epoch >= config.optim.epochs:
+        return True
     return stopped_early([row for row in read_metrics(storage, config.out) if row["epoch"] <= epoch], config)
 
 
@@ -245,11 +246,11 @@ def _as_ours(error: TrainingFailedError, config: TrainConfig) -> KinorayError:
     )
 
 
-def _result(config: TrainConfig, found: list[tuple[str, CheckpointMeta]], took_s: float) -> dict[str, Any]:
+def _result(storage: Storage, config: TrainConfig, last: tuple[str, CheckpointMeta], took_s: float) -> dict[str, Any]:
     """Totals of the run, printed and returned."""
-    newest_uri, newest = found[-1]
-    best_uri, best = best_of(found)
-    rows = read_metrics(Storage(config.storage), config.out)
+    newest_uri, newest = last
+    best_uri, best = best_of(list_checkpoints(storage, config.out))
+    rows = read_metrics(storage, config.out)
     totals: dict[str, Any] = {
         "run": config.out,
         "epochs": newest.epoch,

@@ -25,7 +25,7 @@ from kinoray.config.shared import digest
 from kinoray.errors import ConfigError
 from kinoray.train.config import TrainConfig
 
-__all__ = ["Axis", "Settings", "apply", "draw_trials", "grid_trials", "parse_space", "trial_id"]
+__all__ = ["Axis", "Settings", "apply", "draw_trials", "grid_trials", "parse_space", "require_of_space", "trial_id"]
 
 Settings = dict[str, Any]
 """Values by setting path, such as {"optim.lr": 0.002}."""
@@ -48,6 +48,12 @@ class Axis:
     """How a range is drawn from; "" for a list that was given as one."""
     low: float = 0.0
     high: float = 0.0
+
+    def allows(self, value: Any) -> bool:
+        """Whether it is one of the values, or lies in the range."""
+        if value in self.values:
+            return True
+        return bool(self.scale) and type(value) in (int, float) and self.low <= value <= self.high
 
     def draw(self, rng: np.random.Generator) -> Any:
         """One value."""
@@ -171,6 +177,24 @@ def apply(base: TrainConfig, settings: Settings) -> TrainConfig:
 def _known(branch: Any, folders: Sequence[str]) -> str:
     where = ".".join(folders) or "the tree"
     return f"{where} has {', '.join(sorted(branch))}" if isinstance(branch, dict) else f"{where} is a value"
+
+
+def require_of_space(axes: Sequence[Axis], settings: object, where: str) -> Settings:
+    """Settings that were read back from a sweep's folder: only what the space names, and values out of it.
+
+    Whoever writes there could else choose the network, and so code.
+
+    Raises:
+        ConfigError: naming the first that is none of the space.
+    """
+    known = {axis.path: axis for axis in axes}
+    if not isinstance(settings, dict):
+        raise ConfigError(f"{where}: settings must be a mapping, found {str(settings)[:100]!r}")
+    for path, value in settings.items():
+        if path not in known or not known[path].allows(value):
+            text = f"{path}={value}"[:200]
+            raise ConfigError(f"{where} holds a trial with {text!r}, which is not in this sweep's space; remove it")
+    return settings
 
 
 def trial_id(settings: Settings) -> str:

@@ -10,7 +10,7 @@ from kinoray.storage.objects import Storage, join
 from kinoray.storage.records import parse_record
 from kinoray.train.runfolder import read_metrics
 from kinoray.tune.page import TrialRow
-from kinoray.tune.space import Settings
+from kinoray.tune.space import Axis, Settings, require_of_space
 from kinoray.tune.trial import METRIC, generations, trial_run
 
 __all__ = [
@@ -21,6 +21,7 @@ __all__ = [
     "ranked",
     "read_outcome",
     "read_trial",
+    "require_own_trials",
     "write_outcome",
     "write_table",
 ]
@@ -52,6 +53,18 @@ def known_trials(storage: Storage, out: str) -> dict[str, Settings]:
         if rest == "trial.json" and "-g" not in name:
             found[name] = parse_record(storage.read(info.uri), info.uri, lambda record: dict(record["settings"]))
     return found
+
+
+def require_own_trials(storage: Storage, out: str, axes: Sequence[Axis]) -> None:
+    """Refuse a sweep's folder with a trial.json that this sweep cannot have written.
+
+    Raises:
+        ConfigError: it holds a setting or a value that is not in the space.
+    """
+    for info in storage.list(join(out, "trials") + "/"):
+        if info.uri.endswith("/trial.json"):
+            settings = parse_record(storage.read(info.uri), info.uri, lambda record: record["settings"])
+            require_of_space(axes, settings, info.uri)
 
 
 def read_trial(storage: Storage, out: str, name: str, settings: Settings) -> TrialRow:

@@ -20,7 +20,14 @@ from ray import tune
 
 from kinoray.catalog.table import load_catalog
 from kinoray.errors import CheckpointNotFound, KinorayError
-from kinoray.network.checkpoint import list_checkpoints, load_model_state, load_train_state, save_checkpoint
+from kinoray.network.checkpoint import (
+    CheckpointMeta,
+    choose_checkpoint,
+    list_checkpoints,
+    load_model_state,
+    load_train_state,
+    save_checkpoint,
+)
 from kinoray.storage.objects import Storage, join
 from kinoray.storage.records import parse_record
 from kinoray.train.config import TrainConfig
@@ -196,10 +203,15 @@ def copy_checkpoint(storage: Storage, source: str, epoch: int, config: TrainConf
     """
     catalog = load_catalog(storage, config.catalog)
     claim_run(storage, config, catalog)
-    first_of_epoch = {meta.epoch: (uri, meta) for uri, meta in reversed(list_checkpoints(storage, source))}
-    if not first_of_epoch:
+
+    def order(found: list[tuple[str, CheckpointMeta]]) -> list[tuple[str, CheckpointMeta]]:
+        first_of_epoch = {item[1].epoch: item for item in reversed(found)}
+        return [first_of_epoch[key] for key in sorted(first_of_epoch, key=lambda key: (key != epoch, -key))]
+
+    chosen = choose_checkpoint(storage, source, order, resumable=True)
+    if chosen is None:
         raise CheckpointNotFound(f"{source} has no whole checkpoint to go on from")
-    uri, meta = first_of_epoch.get(epoch) or first_of_epoch[max(first_of_epoch)]
+    uri, meta = chosen
     save_checkpoint(
         storage,
         checkpoint_uri(config.out, meta.epoch, meta.step),

@@ -46,6 +46,7 @@ from kinoray.tune.table import (
     ranked,
     read_outcome,
     read_trial,
+    require_own_trials,
     write_outcome,
     write_table,
 )
@@ -83,6 +84,7 @@ def tune(config: TuneConfig) -> dict[str, Any]:
     if base.cache.gb:
         base = shared_cache(base, trials.values() or _combinations(axes))
     _claim_sweep(storage, config, catalog)
+    require_own_trials(storage, config.out, axes)
     known = trials or known_trials(storage, config.out)
     status = {name: _ended(storage, config.out, name) for name in known}
     num_trials = len(trials) or config.num_trials
