@@ -25,6 +25,7 @@ from kinoray.network.checkpoint import (
     save_checkpoint,
 )
 from kinoray.storage.objects import Storage, join
+from tiny_models import OWN_NETWORKS
 
 META = CheckpointMeta(
     model=ModelConfig(factory="tiny_models:mean_colour", options={"flow_channels": 2}),
@@ -91,7 +92,7 @@ def test_a_loaded_model_is_the_saved_one_in_eval_mode(tmp_path: Path) -> None:
     uri = str(tmp_path / "one")
     state = tiny_state()
     save_checkpoint(Storage(), uri, model_state=state, meta=META)
-    model, meta = load_model(Storage(), uri)
+    model, meta = load_model(Storage(), uri, OWN_NETWORKS)
     assert meta.labels == META.labels
     assert not cast(nn.Module, model).training
     rgb, flow = torch.randn(2, 1, 2, 3, 4, 4), torch.randn(2, 1, 2, 2, 4, 4)
@@ -105,7 +106,7 @@ def test_weights_of_another_network_are_refused_by_name(tmp_path: Path) -> None:
     state = {"classify.weight": torch.zeros(4, 5), "extra": torch.zeros(1)}
     save_checkpoint(Storage(), uri, model_state=state, meta=META)
     with pytest.raises(CheckpointMismatch) as caught:
-        load_model(Storage(), uri)
+        load_model(Storage(), uri, OWN_NETWORKS)
     message = str(caught.value)
     assert uri in message
     assert "1 weights of the model are missing (classify.bias)" in message

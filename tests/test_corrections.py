@@ -33,6 +33,7 @@ from kinoray.train.config import TrainConfig
 from label_models import save_untrained
 from small_sets import LABELS, catalog_of, colour_set, colour_video
 from small_tables import label_library, ledger_in, library
+from tiny_models import OWN_NETWORKS
 
 CATALOG = library(20)
 Row = dict[str, Any]
@@ -287,7 +288,15 @@ def test_label_then_correct_then_pack_gives_the_labels_and_the_bytes(ray_local: 
     original = colour_set(storage, source, train=9, val=3, broken=(5,))
     checkpoint = save_untrained(storage, str(tmp_path / "run"), LABELS, CLIP, "tiny_models:mean_colour")
     resources = ResourcesConfig(num_workers=1)
-    totals = label(LabelConfig(source=source, checkpoint=checkpoint, out=str(tmp_path / "out"), resources=resources))
+    totals = label(
+        LabelConfig(
+            allow_factory=OWN_NETWORKS,
+            source=source,
+            checkpoint=checkpoint,
+            out=str(tmp_path / "out"),
+            resources=resources,
+        )
+    )
     ledger = Ledger(storage, totals["root"])
     truth = dict(zip(original.table["video_id"].to_pylist(), original.table["label"].to_pylist(), strict=True))
     changes = {video_id: label for video_id, label in truth.items() if video_id != "v000"} | {"v001": "__bad__"}
@@ -320,7 +329,15 @@ def test_a_network_is_trained_on_from_the_corrected_catalog(ray_local: None, tmp
     original = colour_set(storage, source, train=24, val=12)
     checkpoint = save_untrained(storage, str(tmp_path / "run"), LABELS, CLIP, "tiny_models:mean_colour")
     resources = ResourcesConfig(num_workers=1, decode_tasks=1)
-    totals = label(LabelConfig(source=source, checkpoint=checkpoint, out=str(tmp_path / "out"), resources=resources))
+    totals = label(
+        LabelConfig(
+            allow_factory=OWN_NETWORKS,
+            source=source,
+            checkpoint=checkpoint,
+            out=str(tmp_path / "out"),
+            resources=resources,
+        )
+    )
     truth = dict(zip(original.table["video_id"].to_pylist(), original.table["label"].to_pylist(), strict=True))
     file = write_csv(Ledger(storage, totals["root"]), tmp_path / "c.csv", truth)
     second = str(tmp_path / "second")

@@ -54,7 +54,7 @@ from kinoray.video.views import decode_views
 from label_models import save_untrained
 from small_sets import set_in
 from test_yuv420 import scenery
-from tiny_models import Spec
+from tiny_models import OWN_NETWORKS, Spec
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 SAMPLE = SampleConfig(num_segments=2, frames_per_segment=3)
@@ -457,12 +457,15 @@ def test_a_labelling_worker_labels_videos_of_different_sizes_with_it(tmp_path: P
         (tmp_path / "videos" / f"{number}.mp4").write_bytes(data)
     checkpoint = save_untrained(Storage(), str(tmp_path / "checkpoint"), ("a", "b", "c"), clip, "label_models:mixing")
     source = str(tmp_path / "videos")
-    labelling = open_labelling(LabelConfig(source=source, checkpoint=checkpoint, out=str(tmp_path / "out")), "label")
+    labelling = open_labelling(
+        LabelConfig(allow_factory=OWN_NETWORKS, source=source, checkpoint=checkpoint, out=str(tmp_path / "out")),
+        "label",
+    )
     assert labelling.job.clip == clip
     worker, (unit,) = LabelUnits(labelling.job), labelling.plan.units
     (result,) = worker(pa.Table.from_pylist([pack_unit(unit, labelling.catalog.table)])).to_pylist()
     assert (result["error_class"], result["quarantined"], result["rows"]) == ("", 0, 3)
-    model, _ = load_model(Storage(), checkpoint)
+    model, _ = load_model(Storage(), checkpoint, OWN_NETWORKS)
     rows = pa.concat_tables(labelling.ledger.read_units(labelling.plan.units)).to_pylist()
     clips = [decode_clip(Path(row["uri"]).read_bytes(), clip, with_flow=True) for row in rows]
     assert len({one.frames.shape for one in clips}) == 3

@@ -26,6 +26,7 @@ from kinoray.label.stage import LabelUnits, pack_unit
 from kinoray.label.table import read_predictions
 from kinoray.storage.objects import Storage
 from label_models import save_untrained
+from tiny_models import OWN_NETWORKS
 
 LABELS = tuple(class_names())
 LOCAL = Storage(StorageConfig())
@@ -141,6 +142,7 @@ def test_evaluate_scores_the_split_and_writes_all_numbers(
     save_catalog(LOCAL, str(tmp_path / "set" / "catalog.parquet"), catalog)
     checkpoint = save_untrained(LOCAL, str(tmp_path / "run"), LABELS, CLIP, "label_models:mixing")
     config = EvaluateConfig(
+        allow_factory=OWN_NETWORKS,
         catalog=str(tmp_path / "set"),
         checkpoint=checkpoint,
         out=str(tmp_path / "eval"),
@@ -188,6 +190,7 @@ def small_evaluation(folder: Path) -> EvaluateConfig:
     rows = [(str(path), path.parent.name, "val") for path in sorted(videos.rglob("*.mp4"))]
     save_catalog(LOCAL, str(folder / "set" / "catalog.parquet"), catalog_with(folder, rows))
     return EvaluateConfig(
+        allow_factory=OWN_NETWORKS,
         catalog=str(folder / "set"),
         checkpoint=save_untrained(LOCAL, str(folder / "run"), LABELS, CLIP, "label_models:mixing"),
         out=str(folder / "1"),
@@ -200,6 +203,7 @@ def label_here(config: EvaluateConfig) -> None:
     """Commit all units of an evaluation by a worker of this process, so that `evaluate` needs no Ray."""
     labelling = open_labelling(
         LabelConfig(
+            allow_factory=OWN_NETWORKS,
             source=config.catalog,
             checkpoint=config.checkpoint,
             out=config.out,

@@ -30,6 +30,7 @@ from kinoray.label.verb import label
 from kinoray.storage.objects import Storage, join
 from label_models import save_untrained
 from small_sets import LABELS, catalog_of, colour_video
+from tiny_models import OWN_NETWORKS
 
 CLIP = ClipConfig(sample=SampleConfig(num_segments=1, frames_per_segment=2), view=ViewConfig(resize_px=36, crop_px=32))
 NUM_BASES = 24
@@ -116,6 +117,7 @@ def label_calmly(
     storage = Storage(server)
     library = make_library(storage, join(bucket, "set"), num_videos, padding_bytes=padding_bytes)
     config = LabelConfig(
+        allow_factory=OWN_NETWORKS,
         source=library.uri,
         checkpoint=save_untrained(storage, join(bucket, "run"), LABELS, CLIP, "label_models:mixing"),
         out=join(bucket, "calm"),
@@ -151,6 +153,7 @@ def start_driver(cluster: Cluster, config: LabelConfig, logs: Path) -> Driver:
     """`kinoray label` with these settings, as a process that joins the cluster."""
     logs.mkdir()
     command = [sys.executable, "-m", "kinoray.cli", "label", config.source, "--checkpoint", config.checkpoint]
+    command += ["--allow-factory", "label_models:mixing"]
     command += ["--out", config.out, "--unit-size", str(config.unit_size), "--window-s", str(config.window_s)]
     command += ["--resources.num-workers", "2", "--resources.decode-tasks", "1"]
     command += ["--resources.address", cluster.address, "--storage.endpoint-url", str(config.storage.endpoint_url)]

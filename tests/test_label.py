@@ -53,6 +53,7 @@ from kinoray.network.scorer import ScorerConfig
 from kinoray.storage.objects import Storage, join
 from kinoray.video.clip import decode_clip
 from label_models import save_untrained
+from tiny_models import OWN_NETWORKS
 
 CLIP = ClipConfig(sample=SampleConfig(num_segments=1, frames_per_segment=2), view=ViewConfig(resize_px=36, crop_px=32))
 LABELS = tuple(class_names())
@@ -86,7 +87,14 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def config_of(source: Path | str, checkpoint: str, out: Path | str, **changes: Any) -> LabelConfig:
-    config = LabelConfig(source=str(source), checkpoint=checkpoint, out=str(out), unit_size=UNIT_SIZE, resources=TWO)
+    config = LabelConfig(
+        allow_factory=OWN_NETWORKS,
+        source=str(source),
+        checkpoint=checkpoint,
+        out=str(out),
+        unit_size=UNIT_SIZE,
+        resources=TWO,
+    )
     return replace(config, **changes)
 
 
@@ -154,6 +162,7 @@ class Bench:
         self.ledger = Ledger(storage, str(root))
         self.plan: Plan = self.ledger.plan(self.catalog.digest, row_keys(self.catalog.table), unit_size)
         self.job = LabelJob(
+            allow_factory=OWN_NETWORKS,
             storage=storage,
             root=str(root),
             checkpoint=checkpoint,
@@ -419,6 +428,7 @@ def test_a_killed_driver_loses_nothing_and_repeats_only_what_was_in_flight(
     out = tmp_path / "out"
     held = Held(tmp_path, hold_after=6)
     command = [sys.executable, "-m", "kinoray.cli", "label", str(library), "--checkpoint", held.checkpoint]
+    command += ["--allow-factory", "label_models:mixing"]
     command += ["--out", str(out), "--unit-size", str(UNIT_SIZE), "--resources.num-workers", "2"]
     with (tmp_path / "log").open("w") as log:
         driver = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)

@@ -24,6 +24,7 @@ from kinoray.storage.objects import Storage
 from kinoray.train.config import TrainConfig
 from label_models import save_untrained
 from small_sets import LABELS, colour_video
+from tiny_models import OWN_NETWORKS
 
 CLIP = ClipConfig(sample=SampleConfig(num_segments=1, frames_per_segment=2), view=ViewConfig(resize_px=36, crop_px=32))
 STORAGE = Storage(StorageConfig())
@@ -51,6 +52,7 @@ def result_of(
     catalog, ledger = catalog_of_source(STORAGE, str(videos)), Ledger(STORAGE, str(root))
     (unit,) = ledger.plan(catalog.digest, row_keys(catalog.table), NUM_VIDEOS).units
     job = LabelJob(
+        allow_factory=OWN_NETWORKS,
         storage=STORAGE,
         root=str(root),
         checkpoint=checkpoint,
@@ -90,7 +92,7 @@ def test_a_size_that_is_written_down_is_taken(videos: Path, checkpoint: str, tmp
 
 
 def test_on_a_cpu_it_names_the_labelling_of_the_default(videos: Path, checkpoint: str, tmp_path: Path) -> None:
-    config = LabelConfig(source=str(videos), checkpoint=checkpoint, out=str(tmp_path))
+    config = LabelConfig(allow_factory=OWN_NETWORKS, source=str(videos), checkpoint=checkpoint, out=str(tmp_path))
     given, found = (open_labelling(replace(config, batch_size=size), "label").ledger.root for size in (CPU_BATCH, 0))
     assert found == given
     other = open_labelling(replace(config, batch_size=3), "label").ledger.root

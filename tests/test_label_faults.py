@@ -15,6 +15,7 @@ from kinoray.label.table import read_predictions
 from kinoray.label.verb import label
 from kinoray.storage.objects import Storage, join
 from label_models import save_untrained
+from tiny_models import OWN_NETWORKS
 
 CLIP = ClipConfig(sample=SampleConfig(num_segments=1, frames_per_segment=2), view=ViewConfig(resize_px=36, crop_px=32))
 LABELS = tuple(class_names())
@@ -41,6 +42,7 @@ def test_a_faulty_store_changes_no_row(
     def run(config: StorageConfig, out: str) -> dict[str, Any]:
         return label(
             LabelConfig(
+                allow_factory=OWN_NETWORKS,
                 source=join(bucket, "library/"),
                 checkpoint=checkpoint,
                 out=join(bucket, out),

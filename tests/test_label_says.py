@@ -33,6 +33,7 @@ from kinoray.library.trace import trace
 from kinoray.storage.objects import Storage
 from label_models import save_untrained
 from ports import wait_until
+from tiny_models import OWN_NETWORKS
 
 CLIP = ClipConfig(sample=SampleConfig(num_segments=1, frames_per_segment=2), view=ViewConfig(resize_px=36, crop_px=32))
 LABELS = tuple(class_names())
@@ -53,7 +54,12 @@ def config(library: Path, tmp_path: Path) -> LabelConfig:
     checkpoint = save_untrained(LOCAL, str(tmp_path / "run"), LABELS, CLIP, "label_models:mixing")
     one = ResourcesConfig(num_workers=1)
     return LabelConfig(
-        source=str(library), checkpoint=checkpoint, out=str(tmp_path / "out"), unit_size=4, resources=one
+        allow_factory=OWN_NETWORKS,
+        source=str(library),
+        checkpoint=checkpoint,
+        out=str(tmp_path / "out"),
+        unit_size=4,
+        resources=one,
     )
 
 
@@ -163,6 +169,7 @@ def test_workers_log_units_and_refusals_as_json_with_their_ids(config: LabelConf
     """In a Ray of the command's own, since Ray sets logging up once for all processes of a driver."""
     folder = Path(tempfile.mkdtemp(prefix="kr-"))  # Ray's sockets need a short path
     command = [sys.executable, "-m", "kinoray.cli", "label", config.source, "--checkpoint", config.checkpoint]
+    command += ["--allow-factory", "label_models:mixing"]
     command += ["--out", config.out, "--unit-size", "4", "--workers", "1", "--resources.logs", "json"]
     try:
         subprocess.run(command, env={**os.environ, "RAY_TMPDIR": str(folder)}, check=True, timeout=200)

@@ -28,6 +28,7 @@ from kinoray.label.table import PREDICTION_SCHEMA, Ledger, Plan, Unit
 from kinoray.label.verb import run_labelling
 from kinoray.storage.objects import Storage
 from label_models import save_untrained
+from tiny_models import OWN_NETWORKS
 
 CLIP = ClipConfig(sample=SampleConfig(num_segments=1, frames_per_segment=2), view=ViewConfig(resize_px=36, crop_px=32))
 LABELS = ("blue", "green", "red")
@@ -89,6 +90,7 @@ def made_up_catalog(num_rows: int) -> Catalog:
 
 def config_in(folder: Path, unit_size: int) -> LabelConfig:
     return LabelConfig(
+        allow_factory=OWN_NETWORKS,
         source=str(folder / "catalog.parquet"),
         checkpoint=str(folder / "checkpoint"),
         out=str(folder / "out"),

@@ -43,6 +43,7 @@ from kinoray.tune.config import TuneConfig
 from label_models import save_untrained
 from small_sets import LABELS, colour_set, colour_video
 from test_resume import assert_bit_for_bit, curve_of
+from tiny_models import OWN_NETWORKS
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
@@ -204,6 +205,7 @@ def test_label_loses_a_node(
 ) -> None:
     storage = Storage(server)
     calm = LabelConfig(
+        allow_factory=OWN_NETWORKS,
         source=join(base, "videos"),
         checkpoint=join(base, "run"),
         out=join(base, "calm-labels"),

@@ -74,6 +74,7 @@ from kinoray.video.sandbox.pool import shared_sandbox
 from small_sets import LABELS, catalog_of
 from small_tables import label_library, ledger_in, library
 from test_checkpoint import META, tiny_state
+from tiny_models import OWN_NETWORKS
 from vcm_sdd.weights import read_state
 
 LOCAL = Storage()
@@ -289,14 +290,14 @@ READERS: dict[str, Callable[[Path, bytes], object]] = {
     "a video": decoded,
     "members of a shard": tar_members,
     "an archive": read_as("x.tar", lambda folder, uri: list(open_archive(LOCAL, uri))),
-    "checkpoint.json": read_as(META_FILE, lambda folder, uri: load_model(LOCAL, str(folder))),
+    "checkpoint.json": read_as(META_FILE, lambda folder, uri: load_model(LOCAL, str(folder), OWN_NETWORKS)),
     "checkpoint.json of a run": read_as(
         f"checkpoints/one/{META_FILE}", lambda folder, uri: list_checkpoints(LOCAL, str(folder))
     ),
     "the best checkpoint": read_as(
         f"checkpoints/one/{META_FILE}", lambda folder, uri: find_checkpoint(LOCAL, str(folder))
     ),
-    "weights": checkpoint_with(MODEL_FILE, lambda uri: load_model(LOCAL, uri)),
+    "weights": checkpoint_with(MODEL_FILE, lambda uri: load_model(LOCAL, uri, OWN_NETWORKS)),
     "weights to start from": checkpoint_with(MODEL_FILE, start_weights),
     "optimizer": checkpoint_with(TRAIN_FILE, lambda uri: load_train_state(LOCAL, uri)),
     "files beside a checkpoint": read_as(".metadata", lambda folder, uri: load_model_state(LOCAL, str(folder))),

@@ -31,6 +31,7 @@ from kinoray.video.sandbox.pool import Sandbox
 from kinoray.video.transform import crop_views
 from kinoray.video.views import ViewClips, decode_views
 from label_models import save_untrained
+from tiny_models import OWN_NETWORKS
 
 LOCAL = Storage(StorageConfig())
 LABELS = ("a", "b", "c", "d")
@@ -191,6 +192,7 @@ class Bench:
         self.ledger = Ledger(LOCAL, str(root))
         self.plan = self.ledger.plan(self.catalog.digest, row_keys(self.catalog.table), 2)
         job = LabelJob(
+            allow_factory=OWN_NETWORKS,
             storage=LOCAL,
             root=str(root),
             checkpoint=checkpoint,
@@ -291,7 +293,7 @@ def test_a_protocol_is_another_labelling_unless_it_means_the_same(
 ) -> None:
     trained = replace(CLIP, sample=SampleConfig(num_segments=8, frames_per_segment=6))
     run = save_untrained(LOCAL, str(tmp_path / "run"), LABELS, trained, "label_models:mixing")
-    config = LabelConfig(source=str(library), checkpoint=run, out=str(tmp_path / "out"))
+    config = LabelConfig(allow_factory=OWN_NETWORKS, source=str(library), checkpoint=run, out=str(tmp_path / "out"))
     roots = {name: open_labelling(replace(config, protocol=name), "label").ledger.root for name in PROTOCOLS}
     assert roots["center"] == roots["8x6"]
     assert len(set(roots.values())) == len(PROTOCOLS) - 1
@@ -305,7 +307,9 @@ def test_a_protocol_is_another_labelling_unless_it_means_the_same(
 
 def test_a_protocol_that_the_network_cannot_be_fed_with_is_refused(library: Path, tmp_path: Path) -> None:
     run = save_untrained(LOCAL, str(tmp_path / "run"), LABELS, CLIP, "label_models:two_segments")
-    config = LabelConfig(source=str(library), checkpoint=run, out=str(tmp_path / "out"), protocol="25x10")
+    config = LabelConfig(
+        allow_factory=OWN_NETWORKS, source=str(library), checkpoint=run, out=str(tmp_path / "out"), protocol="25x10"
+    )
     with pytest.raises(ConfigError, match=r"protocol 25x10: clip.sample.num_segments must be 2 for this model, got 25"):
         open_labelling(config, "label")
     assert not (tmp_path / "out").exists()

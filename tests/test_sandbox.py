@@ -18,7 +18,7 @@ import pytest
 
 from conftest import wait_until
 from decode_reference import moving
-from kinoray.config.shared import ClipConfig, DecodeConfig, SampleConfig, ViewConfig
+from kinoray.config.shared import ClipConfig, DecodeConfig, OwnDecodeConfig, SampleConfig, ViewConfig
 from kinoray.decode import clip as decode
 from kinoray.demo.videos import BROKEN_KINDS, make_broken, make_video
 from kinoray.errors import (
@@ -40,6 +40,7 @@ from kinoray.video.sandbox.pool import Sandbox, shared_sandbox
 from kinoray.video.sandbox.process import DecoderProcess
 from kinoray.video.transcode import transcode
 from label_models import save_untrained
+from tiny_models import OWN_NETWORKS
 
 CLIP = ClipConfig(sample=SampleConfig(num_segments=4, frames_per_segment=2), view=ViewConfig(resize_px=40, crop_px=32))
 MEMORY_MB = 48
@@ -425,7 +426,16 @@ def test_a_labelling_with_poison_labels_every_good_video(
         (videos / f"good-05-{name}.mp4").write_bytes(data)
     clip = clip_config(max_memory_mb=MEMORY_MB)
     checkpoint = save_untrained(Storage(), str(tmp_path / "checkpoint"), ("a", "b"), clip, "label_models:mixing")
-    label(LabelConfig(source=str(videos), checkpoint=checkpoint, out=str(tmp_path / "out"), max_bad_fraction=0.5))
+    label(
+        LabelConfig(
+            allow_factory=OWN_NETWORKS,
+            source=str(videos),
+            checkpoint=checkpoint,
+            out=str(tmp_path / "out"),
+            max_bad_fraction=0.5,
+            decode=OwnDecodeConfig(max_memory_mb=MEMORY_MB),
+        )
+    )
     rows = read_predictions(Storage(), str(tmp_path / "out")).to_pylist()
     assert len(rows) == 14
     for row in rows:

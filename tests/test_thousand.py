@@ -30,6 +30,7 @@ from kinoray.storage.objects import Storage, join
 from kinoray.video.clip import decode_clip
 from label_models import save_untrained
 from small_sets import COLOURS, LABELS
+from tiny_models import OWN_NETWORKS
 
 pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.usefixtures("ray_local")]
 
@@ -161,7 +162,11 @@ def test_of_1000_videos_each_has_its_row_and_no_good_one_is_lost(tmp_path: Path)
     checkpoint = save_untrained(LOCAL, str(tmp_path / "checkpoint"), LABELS, CLIP, "tiny_models:mean_colour")
     counts = label(
         LabelConfig(
-            source=str(tmp_path / "library"), checkpoint=checkpoint, out=str(tmp_path / "labels"), resources=TWO
+            allow_factory=OWN_NETWORKS,
+            source=str(tmp_path / "library"),
+            checkpoint=checkpoint,
+            out=str(tmp_path / "labels"),
+            resources=TWO,
         )
     )
     assert (counts["labelled"], counts["quarantined"], counts["skipped"]) == (NUM_VIDEOS - NUM_BROKEN, NUM_BROKEN, 0)

@@ -51,6 +51,7 @@ from kinoray.train.verb import train
 from kinoray.video.clip import Clip, decode_clip
 from kinoray.video.sample import clip_rng
 from small_sets import colour_set, set_in
+from tiny_models import OWN_NETWORKS
 
 CLIP = ClipConfig(sample=SampleConfig(num_segments=1, frames_per_segment=2), view=ViewConfig(resize_px=32, crop_px=24))
 
@@ -306,7 +307,7 @@ def assert_equals_plain_training(result: dict[str, Any], config: TrainConfig) ->
         assert row["val_loss"] == pytest.approx(expected["val_loss"], abs=1e-5)
         assert row["val_top1"] == expected["val_top1"]
         assert (row["unreadable"], row["val_unreadable"], row["val_videos"]) == (1, 1, 6)
-    trained, meta = load_model(Storage(), result["newest"])
+    trained, meta = load_model(Storage(), result["newest"], OWN_NETWORKS)
     for name, value in model.state_dict().items():
         torch.testing.assert_close(trained.state_dict()[name], value, atol=1e-5, rtol=0)
     assert (meta.epoch, meta.step, meta.samples) == (3, 9, 48)
@@ -384,7 +385,7 @@ def test_vcm_sdd_trains_on_s3_and_the_checkpoint_scores_what_the_metrics_say(
     rows = read_metrics(storage, config.out)
     assert [row["epoch"] for row in rows] == [1, 2]
     # BatchNorm's statistics differ between ranks while training: what is scored must be what is saved.
-    model, meta = load_model(storage, result["newest"])
+    model, meta = load_model(storage, result["newest"], OWN_NETWORKS)
     val = catalog.select("val")
     clips = [decode_clip(data, config.clip, with_flow=True) for data in read_videos(storage, references(val.table))]  # type: ignore[arg-type]
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):

@@ -28,6 +28,7 @@ from kinoray.video.sample import view_indices
 from kinoray.video.views import decode_views
 from kinoray.video.windows import cut_windows
 from label_models import save_untrained
+from tiny_models import OWN_NETWORKS
 
 LOCAL = Storage(StorageConfig())
 LABELS = ("left", "right", "up")
@@ -132,6 +133,7 @@ def labelled(library: Path, root: Path, clip: ClipConfig, views: ViewsConfig, **
     ledger.pin_job({"checkpoint": checkpoint, "views": {"windows": views.windows is not None}})
     plan = ledger.plan(catalog.digest, row_keys(catalog.table), 2)
     job = LabelJob(
+        allow_factory=OWN_NETWORKS,
         storage=LOCAL,
         root=ledger.root,
         checkpoint=checkpoint,

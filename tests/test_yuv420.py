@@ -50,7 +50,7 @@ from kinoray.video.transform import View, crop_views, test_view, train_view
 from kinoray.video.views import decode_views
 from label_models import save_untrained
 from small_sets import set_in
-from tiny_models import Spec
+from tiny_models import OWN_NETWORKS, Spec
 
 YUV = DecodeConfig(frames="yuv420")
 CLIP = ClipConfig(
@@ -445,7 +445,12 @@ def test_a_labelling_worker_follows_the_checkpoint_and_equals_a_plain_loop(tmp_p
     checkpoint = save_untrained(Storage(), str(tmp_path / "checkpoint"), labels, CLIP, "label_models:mixing")
     assert load_meta(Storage(), checkpoint).clip.decode == YUV
     config = LabelConfig(
-        source=str(tmp_path / "videos"), checkpoint=checkpoint, out=str(tmp_path / "out"), protocol="5x3", batch_size=15
+        allow_factory=OWN_NETWORKS,
+        source=str(tmp_path / "videos"),
+        checkpoint=checkpoint,
+        out=str(tmp_path / "out"),
+        protocol="5x3",
+        batch_size=15,
     )
     labelling = open_labelling(config, "label")
     assert labelling.job.clip == CLIP
@@ -457,7 +462,7 @@ def test_a_labelling_worker_follows_the_checkpoint_and_equals_a_plain_loop(tmp_p
         (result,) = worker(pa.Table.from_pylist([pack_unit(unit, rows)])).to_pylist()
         assert (result["error_class"], result["quarantined"]) == ("", 0)
     table = pa.concat_tables(labelling.ledger.read_units(labelling.plan.units)).sort_by("uri")
-    model, _ = load_model(Storage(), checkpoint)
+    model, _ = load_model(Storage(), checkpoint, OWN_NETWORKS)
     views = PROTOCOLS["5x3"].views(config.view_average)
     for row in table.to_pylist():
         clips = list(decode_views(Path(row["uri"]).read_bytes(), CLIP, views, with_flow=True).clips())
@@ -493,7 +498,7 @@ def test_a_run_trains_on_it_says_so_in_its_checkpoint_and_is_scored_on_it(tmp_pa
     last = read_metrics(Storage(), config.out)[-1]
     assert (last["unreadable"], last["val_videos"]) == (0, 6)
     checkpoint = find_checkpoint(Storage(), config.out)
-    model, meta = load_model(Storage(), checkpoint)
+    model, meta = load_model(Storage(), checkpoint, OWN_NETWORKS)
     assert meta.clip == config.clip
     rows = load_catalog(Storage(), config.catalog).select("val")
     clips = [decode_clip(data, meta.clip, with_flow=True) for data in read_videos(Storage(), references(rows.table))]  # type: ignore[arg-type]

@@ -12,6 +12,12 @@ from kinoray.config.shared import StorageConfig
 from kinoray.storage.objects import Storage, join
 from ports import wait_until
 
+OWN_NETWORKS = (
+    *("tiny_models:mean_colour", "tiny_models:deadly", "tiny_models:mortal"),
+    *("label_models:mixing", "label_models:two_segments", "label_models:wrong"),
+)
+"""What tests allow a checkpoint to name, as a user does with --allow-factory."""
+
 
 @dataclass(frozen=True)
 class Spec:

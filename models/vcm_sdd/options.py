@@ -6,6 +6,8 @@ from typing import Literal, get_args, get_origin, get_type_hints
 
 __all__ = ["HeadOptions"]
 
+_MAX_RADIUS = 64
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class HeadOptions:
@@ -37,7 +39,7 @@ class HeadOptions:
     metric: Literal["box", "l1", "l2"] = "box"
     """Distance that decides who is a neighbour: the largest, the sum, or the root of the squares of the steps."""
     radius: int = 2
-    """Neighbours are at most this many cells away (the paper: 2)."""
+    """Neighbours are at most this many cells away (the paper: 2); at most 64, as its table grows with the cube."""
     self_loop: bool = True
     """A node is its own neighbour (distance 0 is at most 2)."""
     share_stc: bool = True
@@ -62,6 +64,8 @@ class HeadOptions:
         smallest = 0 if self.self_loop else 1
         if self.radius < smallest:
             raise ValueError(f"radius must be at least {smallest} with self_loop={self.self_loop}, got {self.radius}")
+        if self.radius > _MAX_RADIUS:
+            raise ValueError(f"radius must be at most {_MAX_RADIUS}, got {self.radius}")
 
 
 def _check_type(name: str, hint: object, value: object) -> None:

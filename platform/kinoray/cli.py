@@ -359,7 +359,8 @@ def _require_own_word(name: str, arguments: list[str], default: Any, path: str) 
         return
     flag, named = "--allow-factory", list(getattr(default, "allow_factory", ()))
     if name in _WITH_PRESETS:
-        flag, named = "--model.factory", [default.model.factory]
+        flag = "--model.factory"
+        named = [] if _take(arguments, flag, "a network")[1] else [default.model.factory]
     for factory in named:
         if factory in arguments or f"{flag}={factory}" in arguments:
             continue

@@ -154,8 +154,10 @@ def _parsed(data: bytes, where: str, make: Callable[[dict[str, Any]], T]) -> T:
     """`parse_record` of a checkpoint's file. Raises CheckpointCorrupt."""
     try:
         return parse_record(data, where, make)
-    except (ChecksumMismatch, RecursionError) as error:
+    except ChecksumMismatch as error:
         raise CheckpointCorrupt(f"{error}, or take another checkpoint of the run") from error
+    except RecursionError as error:
+        raise CheckpointCorrupt(f"{where} is nested too deeply; take another checkpoint of the run") from error
 
 
 def _body(document: dict[str, Any], where: str) -> tuple[dict[str, _Entry], Any]:
