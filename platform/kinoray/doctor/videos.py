@@ -23,9 +23,9 @@ _LONG_GOP = 4 * TRANSCODE.gop
 _REMEDIES = {
     "AccessDenied": "grant reading them to the credentials that the jobs will have",
     "ChecksumMismatch": "upload the shard or file again: it is not what was packed",
-    "DecodeTimeout": "cut them, or raise --clip.decode.deadline-s",
+    "DecodeTimeout": "cut them, or raise --decode.deadline-s (in train --clip.decode.deadline-s)",
     "DecoderCrashed": "leave them out; each costs a decoder process, and no other video",
-    "MediaOverBudget": "cut them, or raise the limit that the reason names (--clip.decode.max-...)",
+    "MediaOverBudget": "cut them, or raise the limit that the reason names (--decode.max-..., in train --clip.decode.max-...)",
     "NoVideoStream": "leave them out: they hold sound only",
     "ObjectNotFound": "correct the list, or upload them",
     "UndecodableVideo": "fetch them again, or convert them: their container opens, their pictures do not decode",
