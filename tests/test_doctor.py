@@ -248,7 +248,7 @@ def test_what_is_over_the_byte_limit_is_refused_unread(tmp_path: Path) -> None:
     assert record["bad"]["examples"] == [f"b: MediaOverBudget: {reason}"]
     assert {
         "found": "1 bad video of class MediaOverBudget",
-        "remedy": "cut them, or raise the limit that the reason names (--decode.max-..., in train --clip.decode.max-...)",
+        "remedy": "cut them, or raise the limit that it names (--decode.max-..., in train --clip.decode.max-...)",
     } in record["warnings"]
 
 

@@ -25,7 +25,7 @@ _REMEDIES = {
     "ChecksumMismatch": "upload the shard or file again: it is not what was packed",
     "DecodeTimeout": "cut them, or raise --decode.deadline-s (in train --clip.decode.deadline-s)",
     "DecoderCrashed": "leave them out; each costs a decoder process, and no other video",
-    "MediaOverBudget": "cut them, or raise the limit that the reason names (--decode.max-..., in train --clip.decode.max-...)",
+    "MediaOverBudget": "cut them, or raise the limit that it names (--decode.max-..., in train --clip.decode.max-...)",
     "NoVideoStream": "leave them out: they hold sound only",
     "ObjectNotFound": "correct the list, or upload them",
     "UndecodableVideo": "fetch them again, or convert them: their container opens, their pictures do not decode",
