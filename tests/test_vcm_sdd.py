@@ -78,6 +78,7 @@ class TestFactory:
             ({"eps": 0}, "eps must lie between 0 and 1, got 0"),
             ({"eps": float("nan")}, "eps must be a finite number, got nan"),
             ({"radius": -1}, "radius must be at least 0 with self_loop=True, got -1"),
+            ({"radius": 65}, "radius must be at most 64, got 65"),
             ({"radius": 0, "self_loop": False}, "radius must be at least 1 with self_loop=False, got 0"),
         ],
     )
