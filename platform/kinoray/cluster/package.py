@@ -13,11 +13,10 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-import yaml
-
 from kinoray import __version__
 from kinoray.cluster.config import SubmitConfig
 from kinoray.config.shared import digest
+from kinoray.config.yaml_text import parse_yaml
 from kinoray.errors import ConfigError
 
 __all__ = ["build_folder", "check_settings", "entrypoint", "metadata", "read_settings", "runtime_env"]
@@ -36,10 +35,7 @@ _SIGNED = re.compile(r"[?&](X-Amz-Signature|X-Amz-Credential|Signature|AWSAccess
 
 def read_settings(config: SubmitConfig) -> dict[str, Any]:
     """The verb's config as a mapping."""
-    try:
-        content = yaml.safe_load(config.settings)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"settings must be YAML: {' '.join(str(error).split())}") from error
+    content = parse_yaml(config.settings, "settings")
     if not isinstance(content, dict):
         raise ConfigError(f"settings must be the config of {config.verb} as YAML; give its flags after `--`")
     return content

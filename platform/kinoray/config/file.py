@@ -6,12 +6,11 @@ Unknown keys and values of a wrong type are refused with the field's full name; 
 import dataclasses
 import types
 import typing
-from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
 import tyro
-import yaml
 
+from kinoray.config.yaml_text import MAX_CHARS, dump_yaml, parse_yaml
 from kinoray.errors import ConfigError
 
 __all__ = ["config_from_mapping", "load_config", "to_yaml"]
@@ -26,11 +25,11 @@ def load_config(cls: type[T], path: str) -> T:
         ConfigError: the file is missing or no YAML mapping, a key is unknown, or a value is wrong.
     """
     try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"--config {path}: {error.strerror or error}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--config {path} is not YAML: {' '.join(str(error).split())}") from error
+        with open(path, encoding="utf-8") as file:
+            text = file.read(MAX_CHARS + 1)
+    except (OSError, ValueError) as error:  # ValueError: not UTF-8, or a zero byte in the path
+        raise ConfigError(f"--config {path}: {getattr(error, 'strerror', None) or error}") from error
+    content = parse_yaml(text, f"--config {path}")
     if not isinstance(content, dict):
         raise ConfigError(f"--config {path} must hold a mapping of settings, found {type(content).__name__}")
     try:
@@ -39,46 +38,55 @@ def load_config(cls: type[T], path: str) -> T:
         raise ConfigError(f"--config {path}: {error}") from error
 
 
-def config_from_mapping(cls: type[T], content: dict[str, Any], prefix: str = "") -> T:
-    """Build the dataclass `cls` from nested mappings. Raises ConfigError naming the field."""
+def config_from_mapping(cls: type[T], content: dict[str, Any], prefix: str = "", *, complete: bool = False) -> T:
+    """Build the dataclass `cls` from nested mappings. Raises ConfigError naming the field.
+
+    A required field that is left out stays open (tyro.MISSING), for flags to give; it is refused where `complete`.
+    """
     hints = typing.get_type_hints(cls, include_extras=False)
     fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
     for key in content:
         if key not in fields:
             known = ", ".join(sorted(fields))
-            raise ConfigError(f"{prefix}{key} is not a setting; there are {known}")
+            raise ConfigError(f"{prefix}{key!s:.80} is not a setting; there are {known}")
     values: dict[str, Any] = {
-        name: _convert(hints[name], content[name], f"{prefix}{name}") for name in fields if name in content
+        name: _convert(hints[name], content[name], f"{prefix}{name}", complete) for name in fields if name in content
     }
     for name, field in fields.items():
         missing = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
         if missing and name not in values:
+            if complete:
+                raise ConfigError(f"{prefix}{name} is missing")
             values[name] = tyro.MISSING
     return cls(**values)
 
 
-def _convert(hint: Any, value: Any, name: str) -> Any:
+def _convert(hint: Any, value: Any, name: str, complete: bool) -> Any:
     """`value` as the type that the field declares, or ConfigError."""
     origin, args = get_origin(hint), get_args(hint)
     if dataclasses.is_dataclass(hint) and isinstance(value, dict):
-        return config_from_mapping(typing.cast(type, hint), value, prefix=f"{name}.")
+        return config_from_mapping(typing.cast(type, hint), value, prefix=f"{name}.", complete=complete)
     if origin in (Union, types.UnionType):
         if value is None and type(None) in args:
             return None
         hint = next(arg for arg in args if arg is not type(None))
-        return _convert(hint, value, name)
+        return _convert(hint, value, name, complete)
+    if hint is Any:
+        return value
     if origin is Literal and value in args:
         return value
-    if origin is tuple and isinstance(value, list):
-        return tuple(_convert(args[0], item, f"{name}[{index}]") for index, item in enumerate(value))
+    if origin is tuple and isinstance(value, list) and (args[-1] is Ellipsis or len(args) == len(value)):
+        kinds = [args[0]] * len(value) if args[-1] is Ellipsis else args
+        items = enumerate(zip(kinds, value, strict=True))
+        return tuple(_convert(kind, item, f"{name}[{index}]", complete) for index, (kind, item) in items)
     if origin is dict and isinstance(value, dict):
-        return value
+        return {key: _convert(args[1], item, f"{name}.{key!s:.80}", complete) for key, item in value.items()}
     if hint is float and isinstance(value, int | float) and not isinstance(value, bool):
         return float(value)
     if hint in (int, str, bool) and type(value) is hint:
         return value
     expected = " or ".join(map(repr, args)) if origin is Literal else _words(hint)
-    raise ConfigError(f"{name} must be {expected}, got {value!r}")
+    raise ConfigError(f"{name} must be {expected}, got {value!r:.200}")
 
 
 def _words(hint: Any) -> str:
@@ -91,7 +99,7 @@ def _words(hint: Any) -> str:
 
 def to_yaml(config: Any) -> str:
     """The whole tree as YAML that `--config` reads back to an equal config; required fields not given are left out."""
-    return yaml.safe_dump(_plain(config), sort_keys=False, allow_unicode=True)
+    return dump_yaml(_plain(config))
 
 
 def _plain(value: Any) -> Any:

@@ -11,7 +11,6 @@ from dataclasses import asdict, dataclass, field
 from typing import Annotated, Any, Literal
 
 import tyro
-import yaml
 from tyro.constructors import PrimitiveConstructorSpec
 
 from kinoray.config.check import require
@@ -24,6 +23,7 @@ from kinoray.config.clip import (
     SampleConfig,
     ViewConfig,
 )
+from kinoray.config.yaml_text import parse_yaml
 from kinoray.errors import ConfigError
 
 __all__ = [
@@ -84,10 +84,7 @@ def parse_options(items: Sequence[str]) -> dict[str, Any]:
         key, equals, value = item.partition("=")
         if not (key and equals):
             raise ConfigError(f"model.options must be KEY=VALUE, got {item!r}")
-        try:
-            options[key] = yaml.safe_load(value)
-        except yaml.YAMLError as error:
-            raise ConfigError(f"model.options.{key}: {value!r} is not YAML") from error
+        options[key] = parse_yaml(value, f"model.options.{key}: {value!r:.80}")
     return options
 
 

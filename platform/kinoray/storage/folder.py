@@ -23,10 +23,12 @@ _UNAVAILABLE = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOSPC, errno.ED
 class FolderStore:
     """The operations of `storage.Storage` on local paths. Raises only StorageError and its kinds."""
 
-    def read(self, path: str) -> bytes:
-        """All bytes of a regular file."""
+    def read(self, path: str, max_bytes: int | None = None) -> bytes:
+        """All bytes of a regular file; ChecksumMismatch for one of more than `max_bytes`."""
         with _translated(path):
-            _require_file(path)
+            size_bytes = _require_file(path).st_size
+            if max_bytes is not None and size_bytes > max_bytes:
+                raise ChecksumMismatch(f"{path} has {size_bytes} bytes, at most {max_bytes} are expected here")
             return Path(path).read_bytes()
 
     def read_range(self, path: str, offset: int, length: int) -> bytes:

@@ -89,10 +89,13 @@ class Storage:
     config: StorageConfig = field(default_factory=StorageConfig)
     """Where s3:// leads."""
 
-    def read(self, uri: str) -> bytes:
-        """All bytes of the object. A cut or stalled answer is continued from its last good byte."""
+    def read(self, uri: str, *, max_bytes: int | None = None) -> bytes:
+        """All bytes of the object. A cut or stalled answer is continued from its last good byte.
+
+        One of more than `max_bytes` is a ChecksumMismatch before any of it is read.
+        """
         store, name = self._locate(uri)
-        return store.read(name)
+        return store.read(name, max_bytes)
 
     def read_range(self, uri: str, offset: int, length: int) -> bytes:
         """Exactly `length` bytes from byte `offset` on; an object that ends before is a ChecksumMismatch."""

@@ -1,21 +1,115 @@
 """Reading back what kinoray and others wrote: JSON and Parquet, of which nothing can run code when it is read.
 
+Whatever lies in a folder may come from a stranger, so size, depth and values are bounded before anybody looks at them,
+and a name that is joined to a folder is a name and no path.
+
 What is easy to break: Ray registers Arrow types whose values are pickles, in every process of a job. A table that
 holds one must be refused before any value of it is looked at.
 """
 
 import json
+import math
+import re
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from kinoray.config.file import config_from_mapping
 from kinoray.errors import ChecksumMismatch
+from kinoray.storage.objects import Storage
 
-__all__ = ["parse_lines", "parse_record", "parse_table"]
+__all__ = [
+    "MAX_RECORD_BYTES",
+    "as_name",
+    "is_name",
+    "parse_json",
+    "parse_lines",
+    "parse_record",
+    "parse_table",
+    "read_record",
+    "record_of",
+]
 
 T = TypeVar("T")
+
+MAX_RECORD_BYTES = 64 * 2**20
+"""The largest JSON file that is read; plans of large libraries have a bound of their own."""
+_MAX_DEPTH = 64  # lists and objects inside each other; ours have five
+_MAX_CONTAINERS = 4_000_000  # each takes 60 to 200 bytes of memory, and may be two bytes of text
+_MAX_WHOLE = 2**63
+_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,199}")
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
+
+
+def parse_json(data: bytes | str) -> Any:
+    """The value of a JSON text: no deeper than 64, whole numbers of 64 bits, finite ones, each key once, whole text.
+
+    Raises:
+        ValueError: it is none, with the reason.
+    """
+    raw = data.encode("utf-8") if isinstance(data, str) else data  # a lone surrogate is a ValueError, too
+    if raw.count(b"[") + raw.count(b"{") > _MAX_CONTAINERS:
+        raise ValueError(f"more than {_MAX_CONTAINERS} lists and objects")
+    try:
+        value = json.loads(
+            raw.decode("utf-8-sig"),
+            object_pairs_hook=_object,
+            parse_int=_whole,
+            parse_float=_finite,
+            parse_constant=_refuse_constant,
+        )
+    except RecursionError:
+        raise ValueError(f"lists and objects lie deeper than {_MAX_DEPTH} in each other") from None
+    _check(value, texts=_SURROGATE.search(raw) is not None)
+    return value
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"the key {next(name for name in names if names.count(name) > 1)!r:.80} is there twice")
+    return found
+
+
+def _whole(text: str) -> int:
+    value = int(text) if len(text) <= 20 else _MAX_WHOLE
+    if not -_MAX_WHOLE <= value < _MAX_WHOLE:
+        raise ValueError(f"the whole number {text:.30} does not fit 64 bits")
+    return value
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"the number {text:.30} is too large")
+    return value
+
+
+def _refuse_constant(text: str) -> NoReturn:
+    raise ValueError(f"{text} is no number of JSON")
+
+
+def _check(value: Any, *, texts: bool) -> None:
+    """Refuse what lies too deep, and with `texts` what is no Unicode; without recursion, so that depth cannot hurt."""
+    level = [value]
+    for _ in range(_MAX_DEPTH + 1):
+        below: list[Any] = []
+        for item in level:
+            if isinstance(item, dict):
+                below.extend(item.values())
+                if texts:
+                    below.extend(item)
+            elif isinstance(item, list):
+                below.extend(item)
+            elif texts and isinstance(item, str):
+                item.encode("utf-8")
+        level = below if texts else [item for item in below if isinstance(item, dict | list)]
+        if not level:
+            return
+    raise ValueError(f"lists and objects lie deeper than {_MAX_DEPTH} in each other")
 
 
 def parse_record(data: bytes, uri: str, make: Callable[[dict[str, Any]], T]) -> T:
@@ -25,10 +119,25 @@ def parse_record(data: bytes, uri: str, make: Callable[[dict[str, Any]], T]) -> 
         ChecksumMismatch: it is no JSON, or not the object that `make` takes.
     """
     try:
-        return make(json.loads(data))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        record = parse_json(data)
+        if not isinstance(record, dict):
+            raise TypeError(f"expected an object, found {type(record).__name__}")
+        return make(record)
+    except (ValueError, LookupError, TypeError, AttributeError, OverflowError) as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         raise ChecksumMismatch(f"{uri} does not hold what kinoray wrote ({reason}); restore or remove it") from error
+
+
+def read_record(
+    storage: Storage, uri: str, make: Callable[[dict[str, Any]], T], max_bytes: int = MAX_RECORD_BYTES
+) -> T:
+    """`parse_record` of a file, which is not read where it is larger than `max_bytes`. Raises StorageError."""
+    return parse_record(storage.read(uri, max_bytes=max_bytes), uri, make)
+
+
+def record_of(cls: type[T]) -> Callable[[dict[str, Any]], T]:
+    """Makes `cls`, a dataclass, of a JSON object: every field of its declared type, none missing, none unknown."""
+    return lambda record: config_from_mapping(cls, record, complete=True)
 
 
 def parse_lines(data: bytes, uri: str) -> list[dict[str, Any]]:
@@ -36,6 +145,18 @@ def parse_lines(data: bytes, uri: str) -> list[dict[str, Any]]:
     return [
         parse_record(line, f"{uri} line {number}", dict) for number, line in enumerate(data.splitlines(), 1) if line
     ]
+
+
+def is_name(text: object) -> bool:
+    """Whether it may be joined to a folder: one component of a path, of plain characters, not hidden, not long."""
+    return isinstance(text, str) and _NAME.fullmatch(text) is not None
+
+
+def as_name(text: object, what: str) -> str:
+    """The text, where `is_name` holds for it; else a ValueError that calls it `what`."""
+    if not is_name(text):
+        raise ValueError(f"{what} {text!r:.80} is not a name (letters, digits, . _ -; no leading dot, at most 200)")
+    return str(text)
 
 
 def parse_table(data: bytes, columns: Sequence[str] | None = None) -> pa.Table:

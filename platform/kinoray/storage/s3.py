@@ -76,9 +76,9 @@ class S3Store:
         self._custom_endpoint = not _is_aws(endpoint)
         self._retries = Retries(config.retry_s, endpoint)
 
-    def read(self, name: str) -> bytes:
-        """All bytes of the object."""
-        return self._guard(name, lambda: self._read(name, None))
+    def read(self, name: str, max_bytes: int | None = None) -> bytes:
+        """All bytes of the object; ChecksumMismatch for one of more than `max_bytes`."""
+        return self._guard(name, lambda: self._read(name, None, max_bytes))
 
     def read_range(self, name: str, offset: int, length: int) -> bytes:
         """Exactly `length` bytes from byte `offset` on, or ChecksumMismatch."""
@@ -155,7 +155,7 @@ class S3Store:
                 self._client = _make_client(self._config)  # a new session reads the credentials again
         return self._retries.run(name, lambda: getattr(self._client, operation)(**arguments))
 
-    def _read(self, name: str, span: tuple[int, int] | None) -> bytes:
+    def _read(self, name: str, span: tuple[int, int] | None, max_bytes: int | None = None) -> bytes:
         def ask(**request: Any) -> Any:
             return self._run(name, "get_object", request)
 
@@ -168,6 +168,7 @@ class S3Store:
             *_split(name),
             span,
             size_of=size_of,
+            max_bytes=max_bytes,
             retry_s=config.retry_s,
             stall_timeout_s=config.stall_timeout_s,
         )

@@ -54,6 +54,7 @@ def read_object(
     span: tuple[int, int] | None,
     *,
     size_of: Callable[[], int],
+    max_bytes: int | None = None,
     retry_s: float,
     stall_timeout_s: float,
 ) -> bytes:
@@ -62,6 +63,7 @@ def read_object(
     Args:
         ask: boto3's get_object, with retries of its own.
         size_of: tells the object's size by another request; called for whole objects that nothing else can vouch for.
+        max_bytes: a larger object is a ChecksumMismatch, and its body is not read.
         retry_s: for how long a body that breaks off again and again is asked for.
         stall_timeout_s: silence in a body after which its connection is left; also how long a slow one is watched.
 
@@ -73,7 +75,7 @@ def read_object(
     error: Exception | None = None
     for _ in range(_WHOLE_TRIES):
         try:
-            return _Read(ask, bucket, key, span, size_of, retry_s, stall_timeout_s).run()
+            return _Read(ask, bucket, key, span, size_of, max_bytes, retry_s, stall_timeout_s).run()
         except _WrongError as reason:
             again = isinstance(error, _WrongError) and error.data == reason.data
             if again and len(reason.data) == size_of():
@@ -95,12 +97,13 @@ class _Read:
         key: str,
         span: tuple[int, int] | None,
         size_of: Callable[[], int],
+        max_bytes: int | None,
         retry_s: float,
         stall_timeout_s: float,
     ) -> None:
         self._get, self._target = ask, {"Bucket": bucket, "Key": key}
         self._uri = f"s3://{bucket}/{key}"
-        self._size_of = size_of
+        self._size_of, self._max_bytes = size_of, max_bytes
         self._retry_s, self._stall_timeout_s = retry_s, stall_timeout_s
         self._ranged = span is not None
         self._offset = span[0] if span else 0
@@ -172,6 +175,11 @@ class _Read:
             self._check_range(answer.get("ContentRange", ""), first)
         if self._length is None:
             self._length = int(answer["ContentLength"])
+            if self._max_bytes is not None and self._length > self._max_bytes:
+                answer["Body"].close()
+                raise ChecksumMismatch(
+                    f"{self._uri} has {self._length} bytes, at most {self._max_bytes} are expected here"
+                )
             crc32 = answer.get("ChecksumCRC32", "")
             self._crc32 = "" if "-" in crc32 else crc32  # "...-3" is a checksum of the parts' checksums
             self._md5 = _md5_of(answer)

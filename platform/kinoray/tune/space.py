@@ -18,10 +18,10 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
-import yaml
 
 from kinoray.config.file import config_from_mapping, to_yaml
 from kinoray.config.shared import digest
+from kinoray.config.yaml_text import parse_yaml
 from kinoray.errors import ConfigError
 from kinoray.train.config import TrainConfig
 
@@ -104,10 +104,7 @@ def _axis(path: str, spec: Any) -> Axis:
 
 
 def _yaml(text: str, entry: str) -> Any:
-    try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{entry}: {text!r} is not YAML") from error
+    return parse_yaml(text, f"{entry}: {text!r:.80}")
 
 
 def _scalar(text: str, entry: str) -> Any:
@@ -153,7 +150,7 @@ def apply(base: TrainConfig, settings: Settings) -> TrainConfig:
     Raises:
         ConfigError: there is no such setting, or it does not take the value; the message names both.
     """
-    tree: dict[str, Any] = yaml.safe_load(to_yaml(base))
+    tree: dict[str, Any] = parse_yaml(to_yaml(base), "settings")
     for path, value in settings.items():
         *folders, name = path.split(".")
         branch: Any = tree

@@ -16,7 +16,6 @@ from dataclasses import replace
 from typing import Any
 
 import ray
-import yaml
 from ray import tune as ray_tune
 
 from kinoray.catalog.table import Catalog, load_catalog
@@ -24,6 +23,7 @@ from kinoray.cluster.autoscaler import has_autoscaler
 from kinoray.cluster.connect import connect, require_fit
 from kinoray.config.file import to_yaml
 from kinoray.config.shared import CacheConfig, ResourcesConfig, digest
+from kinoray.config.yaml_text import dump_yaml, parse_yaml
 from kinoray.console import format_duration
 from kinoray.errors import ClusterError, ConfigError, JobError
 from kinoray.storage.objects import Storage, absolute, arrow_filesystem, join
@@ -333,10 +333,10 @@ def _finish(
 
 def _best_yaml(base: TrainConfig, best: TrialRow) -> str:
     """The best trial's settings as `kinoray train --config` takes them: all but --out."""
-    tree = yaml.safe_load(to_yaml(apply(replace(base, cache=CacheConfig()), best.settings)))
+    tree = parse_yaml(to_yaml(apply(replace(base, cache=CacheConfig()), best.settings)), "settings")
     del tree["out"]
     found = f"trial {best.trial}, epoch {best.best_epoch}, val top-1 {best.best_val_top1}"
     head = f"# Best of the sweep {base.out!r}: {found}.\n"
     if "-g" in best.run.rpartition("/")[2]:
         head += f"# Its weights come from several settings, one after the other (PBT): go on from {best.run!r}.\n"
-    return head + str(yaml.safe_dump(tree, sort_keys=False, allow_unicode=True))
+    return head + dump_yaml(tree)
