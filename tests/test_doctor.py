@@ -403,12 +403,12 @@ def test_a_source_without_videos_is_an_error(tmp_path: Path) -> None:
 class Faulty(Storage):
     """A store in which what has a marked name cannot be read."""
 
-    def read(self, uri: str) -> bytes:
+    def read(self, uri: str, *, max_bytes: int | None = None) -> bytes:
         if "denied" in uri:
             raise AccessDenied(f"{uri}: forbidden")
         if "down" in uri:
             raise StorageUnavailable(f"{uri}: still failing")
-        return super().read(uri)
+        return super().read(uri, max_bytes=max_bytes)
 
 
 def test_a_store_that_fails_is_not_blamed_on_the_videos(tmp_path: Path) -> None:

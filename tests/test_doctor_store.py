@@ -71,8 +71,8 @@ class Stale(Storage):
 
     seen: dict[str, bytes] = {}  # noqa: RUF012
 
-    def read(self, uri: str) -> bytes:
-        return self.seen.setdefault(uri, super().read(uri))
+    def read(self, uri: str, *, max_bytes: int | None = None) -> bytes:
+        return self.seen.setdefault(uri, super().read(uri, max_bytes=max_bytes))
 
     def read_range(self, uri: str, offset: int, length: int) -> bytes:
         return self.read(uri)[offset : offset + length]
@@ -89,14 +89,14 @@ class Whole(Storage):
     """Answers a range with the beginning of the object."""
 
     def read_range(self, uri: str, offset: int, length: int) -> bytes:
-        return super().read(uri)[:length]
+        return super().read(uri, max_bytes=max_bytes)[:length]
 
 
 class Short(Storage):
     """Answers a range beyond the end with what there is."""
 
     def read_range(self, uri: str, offset: int, length: int) -> bytes:
-        return super().read(uri)[offset : offset + length]
+        return super().read(uri, max_bytes=max_bytes)[offset : offset + length]
 
 
 class Keeping(Storage):

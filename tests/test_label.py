@@ -144,13 +144,13 @@ def test_equal_scores_rank_by_class_id_and_far_apart_logits_stay_finite() -> Non
 class Faulty(Storage):
     """A store in which what has a marked name cannot be read."""
 
-    def read(self, uri: str) -> bytes:
+    def read(self, uri: str, *, max_bytes: int | None = None) -> bytes:
         name = uri.rpartition("/")[2]
         if name.startswith("denied"):
             raise AccessDenied(f"{uri}: forbidden")
         if name.startswith("down"):
             raise StorageUnavailable(f"{uri}: still failing after 10 attempts")
-        return super().read(uri)
+        return super().read(uri, max_bytes=max_bytes)
 
 
 class Bench:

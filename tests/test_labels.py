@@ -257,9 +257,9 @@ class Counting(Storage):
 
     seen: list[str] = []  # noqa: RUF012  (one test, one list)
 
-    def read(self, uri: str) -> bytes:
+    def read(self, uri: str, *, max_bytes: int | None = None) -> bytes:
         self.seen.append(uri)
-        return super().read(uri)
+        return super().read(uri, max_bytes=max_bytes)
 
 
 def test_a_status_that_a_unit_has_not_is_never_fetched(tmp_path: Path) -> None:

@@ -198,12 +198,12 @@ class Counting(Storage):
     lock = threading.Lock()
     too_many = threading.Event()
 
-    def read(self, uri: str) -> bytes:
+    def read(self, uri: str, *, max_bytes: int | None = None) -> bytes:
         with Counting.lock:
             Counting.num_parts += "/parts/" in uri
             if Counting.num_parts > 64:
                 Counting.too_many.set()
-        return super().read(uri)
+        return super().read(uri, max_bytes=max_bytes)
 
 
 def test_parts_are_read_a_few_ahead_of_who_takes_them_in(tmp_path: Path) -> None:

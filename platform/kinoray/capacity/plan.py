@@ -19,6 +19,7 @@ from kinoray.catalog.table import Catalog, catalog_of_source
 from kinoray.console import format_duration
 from kinoray.errors import ConfigError
 from kinoray.storage.objects import Storage, absolute
+from kinoray.storage.records import MAX_RECORD_BYTES, parse_json
 
 __all__ = ["Library", "calibration", "layout", "load_rates", "plan"]
 
@@ -47,9 +48,9 @@ def load_rates(storage: Storage, uri: str) -> Rates:
         ConfigError: it is not JSON, or a rate is missing or cannot be.
         StorageError: it cannot be read.
     """
-    data = storage.read(absolute(uri))
+    data = storage.read(absolute(uri), max_bytes=MAX_RECORD_BYTES)
     try:
-        record = json.loads(data)
+        record = parse_json(data)
     except ValueError as error:
         raise ConfigError(f"rates: {uri} is not JSON: {error}; take what kinoray bench label --out wrote") from error
     return Rates.from_record(record, uri)

@@ -6,7 +6,6 @@ row that cannot be understood is an error that names file, line and field, never
 
 import csv
 import io
-import json
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,7 +17,7 @@ from kinoray.catalog.kinetics import AnnotationRow, clip_key, key_of_name, windo
 from kinoray.catalog.table import VIDEO_EXTENSIONS
 from kinoray.errors import CatalogError
 from kinoray.storage.objects import Storage, absolute
-from kinoray.storage.records import parse_table
+from kinoray.storage.records import parse_json, parse_table
 
 __all__ = ["read_annotations", "read_label_names"]
 
@@ -67,7 +66,7 @@ def read_label_names(storage: Storage, uri: str) -> dict[int, str]:
     pairs: list[tuple[Any, Any]]
     if text.lstrip().startswith(("[", "{")):
         try:
-            found = json.loads(text)
+            found = parse_json(text)
         except ValueError as error:
             raise CatalogError(f"label_names {uri} is not JSON: {error}") from error
         pairs = list(enumerate(found)) if isinstance(found, list) else list(found.items())
@@ -123,7 +122,7 @@ def _read_jsonl(uri: str, text: str) -> Iterator[_Fields]:
         if not line.strip():
             continue
         try:
-            found = json.loads(line)
+            found = parse_json(line)
         except ValueError as error:
             raise CatalogError(f"{uri} line {number} is not JSON ({error}); expected one object a line") from error
         if not isinstance(found, dict):

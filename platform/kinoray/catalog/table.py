@@ -18,7 +18,7 @@ from kinoray.catalog.read import Reference, read_video, read_videos
 from kinoray.catalog.source import SourceFile, find_files, unique_ids
 from kinoray.errors import CatalogError, ObjectNotFound
 from kinoray.storage.objects import Storage, join
-from kinoray.storage.records import parse_table
+from kinoray.storage.records import parse_json, parse_table
 
 __all__ = [
     "CATALOG_SCHEMA",
@@ -151,7 +151,9 @@ def load_catalog(storage: Storage, uri: str) -> Catalog:
         raise ObjectNotFound(f"{error}; expected a folder that `kinoray pack` finished, or a .parquet") from error
     try:
         found = parse_table(data)
-        labels = json.loads((found.schema.metadata or {}).get(_LABELS_KEY, b"[]"))
+        labels = parse_json((found.schema.metadata or {}).get(_LABELS_KEY, b"[]"))
+        if not isinstance(labels, list) or not all(isinstance(label, str) for label in labels):
+            raise ValueError("its labels are not a list of texts")
     except (pa.ArrowException, OSError, ValueError) as error:
         raise CatalogError(f"{path} is not a catalog: {' '.join(str(error).split())}") from error
     missing = {"video_id", "uri"} - set(found.schema.names)

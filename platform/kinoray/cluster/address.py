@@ -4,7 +4,6 @@ Easy to break: the token goes to no dashboard that does not ask for one. So it i
 cluster is never told what the closed ones' token is. (Ray itself sends it to a GCS that is asked for its dashboard.)
 """
 
-import json
 import os
 import socket
 import urllib.error
@@ -18,6 +17,7 @@ from urllib.parse import urlsplit
 from ray.dashboard.utils import get_address_for_submission_client
 
 from kinoray.errors import ClusterError, ConfigError
+from kinoray.storage.records import parse_json
 
 __all__ = ["find_url", "is_here", "is_open", "only_address"]
 
@@ -108,7 +108,7 @@ def is_open(url: str) -> bool:
     opener = urllib.request.build_opener(_NoRedirect)
     try:
         with opener.open(f"{url}/api/version", timeout=_PROBE_S) as reply:
-            json.loads(reply.read(1 << 16))["ray_version"]
+            parse_json(reply.read(1 << 16))["ray_version"]
             return True
     except urllib.error.HTTPError as error:
         if error.code in (401, 403):

@@ -79,6 +79,11 @@ def _convert(hint: Any, value: Any, name: str, complete: bool) -> Any:
         kinds = [args[0]] * len(value) if args[-1] is Ellipsis else args
         items = enumerate(zip(kinds, value, strict=True))
         return tuple(_convert(kind, item, f"{name}[{index}]", complete) for index, (kind, item) in items)
+    if isinstance(hint, type) and issubclass(hint, tuple) and isinstance(value, list):  # a NamedTuple
+        places = typing.get_type_hints(hint)
+        if len(places) == len(value):
+            pairs = zip(places.items(), value, strict=True)
+            return hint(*(_convert(kind, item, f"{name}.{key}", complete) for (key, kind), item in pairs))
     if origin is dict and isinstance(value, dict):
         return {key: _convert(args[1], item, f"{name}.{key!s:.80}", complete) for key, item in value.items()}
     if hint is float and isinstance(value, int | float) and not isinstance(value, bool):

@@ -26,6 +26,7 @@ from kinoray.demo.binding import BINDING_DIRECTIONS, BINDING_VERSION, binding_cl
 from kinoray.demo.config import AblateConfig
 from kinoray.errors import ConfigError, ObjectNotFound
 from kinoray.storage.objects import Storage, absolute, join
+from kinoray.storage.records import MAX_RECORD_BYTES, parse_json, record_of
 
 __all__ = ["Run", "ablate", "planned_runs", "read_results"]
 
@@ -84,15 +85,14 @@ def read_results(storage: Storage, uri: str) -> list[RunResult]:
         ConfigError: a line is not a result.
     """
     try:
-        lines = storage.read(uri).splitlines()
+        lines = storage.read(uri, max_bytes=MAX_RECORD_BYTES).splitlines()
     except ObjectNotFound:
         return []
     results = []
     for number, line in enumerate(lines, 1):
         try:
-            entry = json.loads(line)
-            results.append(RunResult(**{**entry, "losses": tuple(entry["losses"])}))
-        except (ValueError, TypeError, KeyError) as error:
+            results.append(record_of(RunResult)(parse_json(line)))
+        except (ValueError, TypeError) as error:
             raise ConfigError(
                 f"out: line {number} of {uri} is not a result ({error}); remove it or the file"
             ) from error

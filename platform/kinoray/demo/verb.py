@@ -26,6 +26,7 @@ from kinoray.label.verb import label
 from kinoray.library.report.verb import report
 from kinoray.pack.verb import pack
 from kinoray.storage.objects import Storage, join
+from kinoray.storage.records import parse_json
 from kinoray.train.verb import train
 
 __all__ = ["demo"]
@@ -69,7 +70,7 @@ def _pin(config: DemoConfig, out: Path) -> None:
     path = out / "demo.json"
     try:
         out.mkdir(parents=True, exist_ok=True)
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = parse_json(path.read_bytes())
     except FileNotFoundError:
         path.write_text(json.dumps(settings) + "\n", encoding="utf-8")
         return

@@ -5,7 +5,6 @@
 What is easy to break: nothing is sent to an open cluster on another machine, neither a token nor code.
 """
 
-import json
 import shutil
 import tempfile
 import time
@@ -26,6 +25,7 @@ from kinoray.doctor.machine import host_checks, version_checks
 from kinoray.doctor.nodes import MARK
 from kinoray.doctor.section import Check, Section, checked, clock_check, over_nodes
 from kinoray.errors import ClusterError, ConfigError
+from kinoray.storage.records import parse_record
 
 __all__ = ["cluster_section"]
 
@@ -103,8 +103,7 @@ def _ask_nodes(url: str) -> dict[str, Any]:
     if end.status != "SUCCEEDED" or not lines:
         last = next((line.strip() for line in reversed(output.splitlines()) if line.strip()), end.message)
         raise ClusterError(f"job {run} {end.status.lower()}: {last}; `kinoray logs {run} --address {url}` says more")
-    answer: dict[str, Any] = json.loads(lines[-1])
-    return answer
+    return parse_record(lines[-1].encode(), f"the answer of job {run}", dict)
 
 
 def _copy_modules(folder: Path) -> None:

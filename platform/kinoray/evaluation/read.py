@@ -1,7 +1,6 @@
 """Evaluations read back for comparing and ensembling: the numbers, the catalog and the rows they came from."""
 
-import json
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass, fields
 from typing import Any
 
 import pyarrow as pa
@@ -11,11 +10,35 @@ from kinoray.errors import CatalogError, ConfigError, IncompleteOutput, ObjectNo
 from kinoray.evaluation.summary import ANSWER_COLUMNS, FILE_NAME, Answers, join_answers, true_classes
 from kinoray.label.table import Ledger
 from kinoray.storage.objects import Storage, absolute, join
+from kinoray.storage.records import MAX_RECORD_BYTES, is_name, parse_json, record_of
 
 __all__ = ["Evaluation", "read_evaluation"]
 
-_KEYS = {"labels", "top1", "calibration", "catalog", "split", "catalog_digest"}
-_KEYS |= {"model_digest", "config_digest", "predictions"}
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Stored:
+    """What is used of evaluation.json; it holds more, for people."""
+
+    labels: tuple[str, ...]
+    top1: float | None
+    calibration: dict[str, Any]
+    catalog: str
+    split: str
+    catalog_digest: str
+    model_digest: str
+    config_digest: str
+    predictions: str
+    top1_interval: tuple[float, float] | None = None
+    evaluated: int = 0
+    unreadable: int = 0
+    views: int = 1
+    checkpoint: str = ""
+    members: tuple[str, ...] = ()
+    weights: tuple[float, ...] = ()
+    protocol: str = ""
+
+
+_FIELDS = {field.name: field.default is MISSING for field in fields(_Stored)}  # name -> whether it must be there
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -59,7 +82,8 @@ def read_evaluation(storage: Storage, uri: str, *, catalog: str = "", columns: t
     videos = _catalog(storage, uri, record, catalog)
     root = record["predictions"]
     beside = uri.rpartition("/")[0] if uri.endswith(".json") else uri
-    for moved in (beside, join(beside, root.rpartition("/")[2])):
+    name = root.rpartition("/")[2]
+    for moved in (beside, *([join(beside, name)] if is_name(name) else [])):
         if not storage.exists(join(root, "job.json")) and storage.exists(join(moved, "job.json")):
             root = moved
     ledger = Ledger(storage, root)
@@ -80,15 +104,22 @@ def read_evaluation(storage: Storage, uri: str, *, catalog: str = "", columns: t
 
 def _record(storage: Storage, uri: str) -> dict[str, Any]:
     try:
-        record = json.loads(storage.read(uri))
+        record = parse_json(storage.read(uri, max_bytes=MAX_RECORD_BYTES))
     except ObjectNotFound:
         raise ObjectNotFound(f"there is no {uri}; expected the --out of `kinoray evaluate` or `ensemble`") from None
     except ValueError as error:
         raise ConfigError(f"{uri} is not what evaluate wrote: {error}") from error
-    missing = sorted(_KEYS - set(record)) if isinstance(record, dict) else sorted(_KEYS)
+    found = record if isinstance(record, dict) else {}
+    missing = sorted(name for name, is_needed in _FIELDS.items() if is_needed and name not in found)
     if missing:
         raise ConfigError(f"{uri} lacks {', '.join(missing)}: it is not what this version wrote; evaluate again")
-    return dict(record)
+    try:
+        record_of(_Stored)({name: found[name] for name in _FIELDS if name in found})
+        if not isinstance(found["calibration"].get("ece"), float | int | None):
+            raise ValueError("calibration.ece must be a number")
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"{uri} is not what evaluate wrote: {error}") from error
+    return found
 
 
 def _catalog(storage: Storage, uri: str, record: dict[str, Any], named: str) -> Catalog:

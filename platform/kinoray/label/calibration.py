@@ -1,11 +1,11 @@
 """What `kinoray calibrate` found for a model, read back: the temperature, and margins for stopping early."""
 
-import json
 from dataclasses import dataclass
 
 from kinoray.config.shared import ClipConfig
 from kinoray.errors import CheckpointMismatch, ConfigError
 from kinoray.storage.objects import Storage, absolute
+from kinoray.storage.records import MAX_RECORD_BYTES, parse_json, record_of
 
 __all__ = ["Calibrated", "MarginPoint", "load_calibration"]
 
@@ -71,10 +71,8 @@ def load_calibration(storage: Storage, uri: str, model_digest: str) -> Calibrate
     """
     place = absolute(uri)
     try:
-        record = json.loads(storage.read(place))
-        record["margins"] = tuple(MarginPoint(**point) for point in record["margins"])
-        found = Calibrated(**record | {name: tuple(record[name]) for name in ("nll", "ece")})
-    except (ValueError, TypeError, KeyError) as error:
+        found = record_of(Calibrated)(parse_json(storage.read(place, max_bytes=MAX_RECORD_BYTES)))
+    except (ValueError, TypeError) as error:
         raise ConfigError(f"{place} is not the calibration.json of kinoray calibrate: {error!r}") from error
     if found.model_digest != model_digest:
         raise CheckpointMismatch(

@@ -21,13 +21,14 @@ from kinoray.errors import ChecksumMismatch, IncompleteOutput, ObjectNotFound
 from kinoray.label.plan import Plan, Unit, make_plan
 from kinoray.label.schema import PREDICTION_SCHEMA, WINDOW_SCHEMA
 from kinoray.storage.objects import Storage, join
-from kinoray.storage.records import parse_record, parse_table
+from kinoray.storage.records import MAX_RECORD_BYTES, as_name, parse_table, read_record, record_of
 
 __all__ = ["Commit", "Ledger", "Totals"]
 
 _READERS = 16  # threads that fetch parts and commits, which are small
 _AHEAD = 2 * _READERS  # results that wait for who takes them
 _NUM_EXAMPLES = 10
+_MAX_PLAN_BYTES = 2**30  # of 40 million videos
 _TOTAL_COLUMNS = ["video_id", "row_key", "status", "error_class", "error_text", "frames_corrupt", "frames_missing"]
 _SCHEMAS = {"parts": PREDICTION_SCHEMA, "windows": WINDOW_SCHEMA}
 _Item = TypeVar("_Item")
@@ -53,6 +54,15 @@ class Commit:
     """rows, size_bytes and sha256 of the part of the same name under windows/; None where nothing is cut."""
     times: dict[str, Any] | None = None
     """worker, begin_s, end_s (seconds since 1970, before the commit) and seconds by stage, for `kinoray trace`."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Part:
+    """What a commit says of its windows."""
+
+    rows: int
+    size_bytes: int
+    sha256: str
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -91,13 +101,13 @@ class Ledger:
         """The plan of a catalog, made and stored at the first call: later calls, and jobs at once, get the same one."""
         uri = self._uri("plans", f"{catalog_digest}.json")
         try:
-            return self._read(uri, Plan.from_record)
+            return self._read_plan(uri)
         except ObjectNotFound:
             pass  # the first job on this catalog
         plan = self.draft(catalog_digest, keys, unit_size)
         if self.storage.put_if_absent(uri, _to_json(plan.to_record())):
             return plan
-        return self._read(uri, Plan.from_record)
+        return self._read_plan(uri)
 
     def draft(self, catalog_digest: str, keys: Sequence[str], unit_size: int) -> Plan:
         """The plan that `plan` would store now; nothing is written."""
@@ -108,7 +118,7 @@ class Ledger:
     def plans(self) -> list[Plan]:
         """All plans, oldest first."""
         uris = [info.uri for info in self.storage.list(self._uri("plans") + "/")]
-        plans = list(_in_threads(lambda uri: self._read(uri, Plan.from_record), uris))
+        plans = list(_in_threads(self._read_plan, uris))
         return sorted(plans, key=lambda plan: (plan.sequence, plan.catalog_digest))
 
     def committed(self) -> set[str]:
@@ -119,7 +129,7 @@ class Ledger:
     def find_commit(self, unit_id: str) -> Commit | None:
         """The commit of a unit, or None while it is unfinished."""
         try:
-            return self._read(self._uri("commits", f"{unit_id}.json"), _to_commit)
+            return self._read_commit(unit_id)
         except ObjectNotFound:
             return None
 
@@ -167,7 +177,7 @@ class Ledger:
         if self.storage.put_if_absent(self._uri("commits", f"{unit.unit_id}.json"), _to_json(asdict(commit))):
             self._put_missing(commit, rows, windows)
             return commit
-        winner = self._read(self._uri("commits", f"{unit.unit_id}.json"), _to_commit)
+        winner = self._read_commit(unit.unit_id)
         if winner.part == commit.part:  # ours was stored, and only the store's answer got lost
             self._put_missing(commit, rows, windows)
         else:
@@ -307,8 +317,21 @@ class Ledger:
     def _read_json(self, uri: str) -> dict[str, Any]:
         return self._read(uri, dict)
 
-    def _read(self, uri: str, make: Callable[[dict[str, Any]], _Result]) -> _Result:
-        return parse_record(self.storage.read(uri), uri, make)
+    def _read_plan(self, uri: str) -> Plan:
+        plan = self._read(uri, Plan.from_record, _MAX_PLAN_BYTES)
+        if uri != self._uri("plans", f"{plan.catalog_digest}.json"):
+            raise ChecksumMismatch(f"{uri} is the plan of another catalog ({plan.catalog_digest}); remove it")
+        return plan
+
+    def _read_commit(self, unit_id: str) -> Commit:
+        uri = self._uri("commits", f"{unit_id}.json")
+        commit = self._read(uri, _to_commit)
+        if commit.unit_id != unit_id:
+            raise ChecksumMismatch(f"{uri} is the commit of another unit ({commit.unit_id}); remove it")
+        return commit
+
+    def _read(self, uri: str, make: Callable[[dict[str, Any]], _Result], max_bytes: int = MAX_RECORD_BYTES) -> _Result:
+        return read_record(self.storage, uri, make, max_bytes)
 
 
 def _require_types(found: pa.Schema, schema: pa.Schema) -> None:
@@ -319,7 +342,13 @@ def _require_types(found: pa.Schema, schema: pa.Schema) -> None:
 
 
 def _to_commit(record: dict[str, Any]) -> Commit:
-    return Commit(**record)
+    """What `commit` wrote: a part is a name, since it is joined to a folder, read, deleted and shown."""
+    commit = record_of(Commit)(record)
+    as_name(commit.unit_id, "unit_id")
+    as_name(commit.part, "part")
+    if commit.windows is not None:
+        record_of(_Part)(commit.windows)
+    return commit
 
 
 def _to_json(record: dict[str, Any]) -> bytes:

@@ -15,6 +15,7 @@ import pyarrow as pa
 
 from kinoray.config.shared import digest
 from kinoray.errors import CatalogError
+from kinoray.storage.records import as_name
 
 __all__ = ["Plan", "Unit", "make_plan", "row_keys"]
 
@@ -101,8 +102,19 @@ class Plan:
     @classmethod
     def from_record(cls, record: dict[str, Any]) -> "Plan":
         """What `to_record` gave."""
-        units = tuple(Unit(unit["unit_id"], tuple(unit["keys"]), unit["num_rows"]) for unit in record["units"])
-        return cls(record["catalog_digest"], record["unit_size"], record["sequence"], units)
+        digest, unit_size, sequence = (record[name] for name in ("catalog_digest", "unit_size", "sequence"))
+        if not (type(unit_size) is int and type(sequence) is int and isinstance(record["units"], list)):
+            raise TypeError("unit_size and sequence must be whole numbers, units a list")
+        return cls(as_name(digest, "catalog_digest"), unit_size, sequence, tuple(map(_to_unit, record["units"])))
+
+
+def _to_unit(record: dict[str, Any]) -> Unit:
+    keys, num_rows = record["keys"], record["num_rows"]
+    if type(num_rows) is not int or not isinstance(keys, list) or set(map(type, keys)) != {str}:
+        raise TypeError("num_rows of a unit must be a whole number, its keys a list of texts")
+    if num_rows < len(keys):
+        raise ValueError(f"a unit has {num_rows} rows and {len(keys)} keys")
+    return Unit(as_name(record["unit_id"], "unit_id"), tuple(keys), num_rows)
 
 
 def make_plan(

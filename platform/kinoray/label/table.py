@@ -123,7 +123,8 @@ def read_windows(storage: Storage, out: str) -> pa.Table:
         ConfigError: results of several models or settings are there, and none was named.
     """
     ledger = open_ledger(storage, out)
-    if not ledger.job()["views"]["windows"]:
+    views = ledger.job().get("views")
+    if not isinstance(views, dict) or not views.get("windows"):
         raise ObjectNotFound(f"{ledger.root} was labelled without windows; label with --window-s")
     committed, seen = ledger.committed(), set[str]()
     tables = [WINDOW_SCHEMA.empty_table()]
@@ -138,7 +139,7 @@ def open_ledger(storage: Storage, out: str) -> Ledger:
     """The only labelling in a place that `label` wrote to. Raises as `read_predictions`."""
     roots = find_labellings(storage, out)
     if len(roots) > 1:
-        models = (Ledger(storage, root).job()["checkpoint"] for root in roots)
+        models = (Ledger(storage, root).job().get("checkpoint") for root in roots)
         choices = ", ".join(f"{root} (by {model})" for root, model in zip(roots, models, strict=True))
         raise ConfigError(f"predictions must name one labelling; {out} holds {len(roots)}: {choices}")
     return Ledger(storage, roots[0])

@@ -6,13 +6,14 @@ part after its commit closes the last gap: one of the two always sees the other.
 """
 
 import os
+import re
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
-from kinoray.errors import IncompleteOutput, ObjectNotFound
+from kinoray.errors import IncompleteOutput, ObjectNotFound, StorageError
 from kinoray.label.config import VacuumConfig
 from kinoray.label.table import Commit, Ledger, find_labellings
 from kinoray.storage.objects import ObjectInfo, Storage, absolute, is_s3, join
@@ -24,6 +25,7 @@ _THREADS = 16
 _HOUR_S = 3600.0
 _TEMPORARY = ".kinoray-tmp-"  # how FolderStore names what it has not finished; its listings leave them out
 _MAX_DAMAGE = 10
+_PART = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*-[0-9a-f]{12}\.parquet")  # as Ledger.commit names it
 
 
 @dataclass(slots=True)
@@ -34,6 +36,8 @@ class _Found:
     """Parts that a commit names."""
     young: int = 0
     """Parts and temporary files that nobody names, too young to go."""
+    strange: int = 0
+    """Other files among the parts, which no labelling has written: they stay."""
     parts: list[ObjectInfo] = field(default_factory=list)
     """Parts to remove."""
     temporary: list[ObjectInfo] = field(default_factory=list)
@@ -52,7 +56,8 @@ def vacuum(config: VacuumConfig) -> dict[str, Any]:
     Raises:
         IncompleteOutput: a commit names a part that is gone or changed; all that could be removed was.
         ObjectNotFound: there is no result table.
-        StorageError: a commit cannot be read (then nothing of that labelling is removed), or the store fails.
+        StorageError: a commit cannot be read, or a folder of parts is a link (then nothing of that labelling is
+            removed), or the store fails.
     """
     storage = Storage(config.storage)
     now_s = time.time()
@@ -78,7 +83,7 @@ def vacuum(config: VacuumConfig) -> dict[str, Any]:
 def _look(ledger: Ledger, before_s: float) -> _Found:
     """What is there. Parts are listed first: a commit that comes after the listing cannot make one look unnamed."""
     storage, root = ledger.storage, ledger.root
-    there = {info.uri: info for folder in _FOLDERS for info in storage.list(join(root, folder) + "/")}
+    there = {info.uri: info for folder in _FOLDERS for info in _list(storage, join(root, folder) + "/")}
     found = _Found()
     with ThreadPoolExecutor(_THREADS) as pool:
         for commit in pool.map(ledger.find_commit, sorted(ledger.committed())):
@@ -89,7 +94,9 @@ def _look(ledger: Ledger, before_s: float) -> _Found:
                 else:
                     found.damage.append(_damage(root, uri, size_bytes, info))
     for info in there.values():
-        if info.modified_s < before_s:
+        if not any(_PART.fullmatch(info.uri.removeprefix(join(root, folder) + "/")) for folder in _FOLDERS):
+            found.strange += 1
+        elif info.modified_s < before_s:
             found.parts.append(info)
         else:
             found.young += 1
@@ -99,6 +106,13 @@ def _look(ledger: Ledger, before_s: float) -> _Found:
         else:
             found.young += 1
     return found
+
+
+def _list(storage: Storage, prefix: str) -> Iterator[ObjectInfo]:
+    """What lies in a folder of the labelling. Behind a link lies what somebody else wrote, and may not be removed."""
+    if not is_s3(prefix) and os.path.islink(prefix.rstrip("/")):
+        raise StorageError(f"{prefix} is a link to another folder, where nothing may be removed; vacuum that one's own")
+    return storage.list(prefix)
 
 
 def _named(root: str, commit: Commit | None) -> list[tuple[str, int]]:
@@ -183,6 +197,8 @@ def _say(root: str, found: _Found, num_bytes: int, restored: int, config: Vacuum
     )
     if found.young:
         print(f"vacuum: {root}: {found.young} more are younger than {config.older_than_h:g} h and stay")
+    if found.strange:
+        print(f"vacuum: {root}: {found.strange} files among the parts are none of a labelling's, and stay")
     if restored:
         print(f"vacuum: {root}: {restored} of them were committed meanwhile, and stay")
     for line in found.damage[:_MAX_DAMAGE]:

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from kinoray.catalog.table import Reference, extension, read_videos
-from kinoray.errors import AccessDenied, ConfigError, KinorayError, StorageUnavailable
+from kinoray.errors import AccessDenied, ChecksumMismatch, ConfigError, KinorayError, StorageUnavailable
 from kinoray.storage.objects import Storage
+from kinoray.storage.records import as_name
 
 __all__ = ["copied_videos", "named_videos"]
 
@@ -61,7 +62,11 @@ def _file_name(row: dict[str, Any], data: bytes) -> str:
     stem = re.sub(r"[^A-Za-z0-9_-]", "_", row["video_id"])[:_MAX_STEM]
     known = extension(row["uri"]) if row["offset"] is None else ""
     ending = known if re.fullmatch(r"\.[a-z0-9]{1,8}", known) else _sniffed(data)
-    return f"{stem}-{row['row_key']}{ending}"
+    try:
+        key = as_name(row["row_key"], "row_key")
+    except ValueError as error:
+        raise ChecksumMismatch(f"{row['uri']}: {error}; this table is not what kinoray wrote") from error
+    return f"{stem}-{key}{ending}"
 
 
 def _sniffed(data: bytes) -> str:

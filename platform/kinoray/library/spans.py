@@ -40,7 +40,7 @@ def clock(time_s: float) -> str:
 def bar_line(name: str, seconds: float, whole_s: float) -> str:
     """`decode   12 min 05 s  71 %  #####################`."""
     share = seconds / whole_s if whole_s > 0 else 0.0
-    return f"    {name:<22}{format_duration(seconds):>12} {share:>5.0%}  {'#' * round(share * _BAR)}".rstrip()
+    return f"    {name:<22}{format_duration(seconds):>12} {share:>5.0%}  {'#' * round(min(share, 2.0) * _BAR)}".rstrip()
 
 
 def covered_s(spans: Iterable[Span]) -> float:

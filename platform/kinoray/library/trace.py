@@ -18,10 +18,12 @@ from kinoray.label.table import Commit, Ledger, find_labellings
 from kinoray.library.config import TraceConfig
 from kinoray.library.spans import Span, bar_line, clock, covered_s, trace_events
 from kinoray.storage.objects import Storage, absolute, join
+from kinoray.storage.records import MAX_RECORD_BYTES, parse_lines
 
 __all__ = ["label_spans", "trace", "train_spans"]
 
 _SLOWEST = 5
+_MAX_MOMENT_S = 2**35  # a thousand years after 1970
 _STAGES = ("store", "decode", "model")  # of a unit; its commit is what ends it, so no commit can say how long it took
 
 
@@ -54,24 +56,31 @@ def trace(config: TraceConfig) -> list[Span]:
 
 def label_spans(commits: Sequence[Commit]) -> list[Span]:
     """A span for each unit whose commit says when it was made, by begin."""
-    spans = [
-        Span(
-            name=f"unit {commit.unit_id[:8]}",
-            worker=str(times["worker"]),
-            begin_s=float(times["begin_s"]),
-            end_s=float(times["end_s"]),
-            parts={stage: float(times[stage]) for stage in _STAGES},
-            about={"run": commit.run_id, "unit": commit.unit_id, **commit.counts},
-        )
-        for commit in commits
-        if (times := commit.times) is not None
-    ]
+    spans = [_unit_span(commit, commit.times) for commit in commits if commit.times is not None]
     return sorted(spans, key=lambda span: (span.begin_s, span.worker))
+
+
+def _unit_span(commit: Commit, times: dict[str, Any]) -> Span:
+    try:
+        found = {name: float(times[name]) for name in ("begin_s", "end_s", *_STAGES)}
+        worker = str(times["worker"])
+        if not all(0 <= seconds < _MAX_MOMENT_S for seconds in found.values()):
+            raise ValueError("some are no times")
+    except (ValueError, KeyError, TypeError) as error:
+        raise ChecksumMismatch(f"the commit of unit {commit.unit_id} has times that are not ours: {error!r}") from error
+    return Span(
+        name=f"unit {commit.unit_id[:8]}",
+        worker=worker,
+        begin_s=found["begin_s"],
+        end_s=found["end_s"],
+        parts={stage: found[stage] for stage in _STAGES},
+        about={"run": commit.run_id, "unit": commit.unit_id, **commit.counts},
+    )
 
 
 def _trace_labelling(ledger: Ledger) -> list[Span]:
     commits = list(ledger.commits())
-    jobs = {job["run_id"]: job for job in ledger.jobs()}
+    jobs = {str(job.get("run_id")): job for job in ledger.jobs()}
     spans = label_spans(commits)
     rows = sum(commit.rows for commit in commits)
     print(f"{ledger.root}: {rows} videos in {len(commits)} units")
@@ -103,7 +112,12 @@ def _run_lines(run_id: str, spans: list[Span], job: dict[str, Any] | None) -> li
     if job is None:
         lines.append("  it has no summary: it still runs, or was killed")
     else:
-        lines.append(f"  {format_duration(job['wall_s'])} in all; its first unit began {_after(job, first_s)}")
+        try:
+            lines.append(
+                f"  {format_duration(float(job['wall_s']))} in all; its first unit began {_after(job, first_s)}"
+            )
+        except (ValueError, KeyError, TypeError, OverflowError) as error:
+            raise ChecksumMismatch(f"the summary of run {run_id} is not ours: {error!r}") from error
     lines.append(f"  of {len(workers)} x {format_duration(last_s - first_s)} from the first unit to the last:")
     lines += [bar_line(f"{stage}", waited[stage], whole_s) for stage in _STAGES]
     lines.append(bar_line("rest of the units", max(0.0, busy_s - sum(waited.values())), whole_s))
@@ -129,11 +143,13 @@ def train_spans(storage: Storage, out: str) -> list[Span]:
     """
     uri, spans = join(out, "metrics.jsonl"), []
     try:
-        lines = storage.read(uri).decode().splitlines()
+        rows = parse_lines(storage.read(uri, max_bytes=MAX_RECORD_BYTES), uri)
     except ObjectNotFound:
         return []  # no epoch is done
     try:
-        for row in (json.loads(line) for line in lines if line):
+        for row in rows:
+            if not 0 <= row["time_s"] < _MAX_MOMENT_S:
+                raise ValueError(f"time_s is {row['time_s']!r:.40}")
             begin_s, train_s = row["time_s"] - row["epoch_s"], row.get("train_s", row["epoch_s"])
             parts = {"waiting for decoders": row["decode_wait"] * train_s}
             about = {"epoch": row["epoch"]}

@@ -17,7 +17,7 @@ from kinoray.errors import ConfigError, ObjectNotFound
 from kinoray.network.batch import FLOW_CHANNELS, VideoBatch, model_inputs
 from kinoray.network.build import VideoModel, prepare_model
 from kinoray.storage.objects import Storage, join
-from kinoray.storage.records import parse_record
+from kinoray.storage.records import read_record
 
 __all__ = ["CPU_BATCH", "agreed_batch_size", "auto_batch_size", "largest_batch"]
 
@@ -92,4 +92,4 @@ def agreed_batch_size(storage: Storage, root: str, find: Callable[[], int]) -> i
 
 
 def _read(storage: Storage, uri: str) -> int:
-    return parse_record(storage.read(uri), uri, lambda record: int(record["batch_size"]))
+    return read_record(storage, uri, lambda record: int(record["batch_size"]))

@@ -15,9 +15,11 @@ from ray.exceptions import RayError, RayTaskError
 from kinoray.config.shared import ResourcesConfig
 from kinoray.errors import ConfigError, IncompleteOutput, JobError, KinorayError, StorageUnavailable
 from kinoray.storage.objects import Storage, absolute, join
+from kinoray.storage.records import parse_json
 
 __all__ = ["Job", "committed", "pin_plan", "require_apart", "require_tars", "run_jobs"]
 
+_MAX_PLAN_BYTES = 2**30
 _TASK_RETRIES = 3  # of a job whose worker died, or whose store stayed away
 
 
@@ -52,16 +54,18 @@ def pin_plan(storage: Storage, out: str, pinned: Mapping[str, Any]) -> None:
     uri = join(out, "plan.json")
     if storage.put_if_absent(uri, json.dumps(pinned, indent=1).encode()):
         return
-    pinned = json.loads(json.dumps(pinned))
+    pinned = parse_json(json.dumps(pinned))
     try:
-        there = json.loads(storage.read(uri))
-        if not there["files"]:
+        there = parse_json(storage.read(uri, max_bytes=_MAX_PLAN_BYTES))
+        if not isinstance(there, dict) or not there["files"]:
             raise ValueError("it names no files")
     except (ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"out: {uri} is not the plan of a pack ({error}); choose another folder") from error
     names = [*pinned, *(name for name in there if name not in pinned)]
     changed = [
-        f"{name} was {there.get(name)}, is {pinned.get(name)}" for name in names if there.get(name) != pinned.get(name)
+        f"{name} was {there.get(name)!s:.200}, is {pinned.get(name)!s:.200}"
+        for name in names
+        if there.get(name) != pinned.get(name)
     ]
     if changed:
         raise ConfigError(

@@ -21,6 +21,7 @@ from kinoray.pack.archive import Archive, Member, is_archive, open_archive
 from kinoray.pack.plan import PlannedVideo, cut_evenly, share, split_name
 from kinoray.pack.tar import Examined, ShardWriter, examine
 from kinoray.storage.objects import Storage, join
+from kinoray.storage.records import MAX_RECORD_BYTES, parse_json, record_of
 from kinoray.video.sandbox.pool import shared_sandbox
 
 __all__ = ["FileVerdict", "PackSettings", "Packed", "Unit", "UnitCommit", "pack_unit", "plan_units", "read_unit"]
@@ -158,16 +159,12 @@ def read_unit(storage: Storage, out: str, name: str) -> UnitCommit:
     """
     uri = _commit_uri(out, name)
     try:
-        found = json.loads(storage.read(uri))
-        return UnitCommit(
-            name=found["name"],
-            num_found=found["num_found"],
-            damage=found["damage"],
-            shards=tuple((uri, size_bytes) for uri, size_bytes in found["shards"]),
-            packed=tuple(Packed(*item) for item in found["packed"]),
-            files=tuple(FileVerdict(*item) for item in found["files"]),
-        )
-    except (ValueError, TypeError, KeyError) as error:
+        commit = record_of(UnitCommit)(parse_json(storage.read(uri, max_bytes=MAX_RECORD_BYTES)))
+        shards = {uri for uri, _ in commit.shards}
+        if commit.name != name or any(packed.row.get("uri") not in shards for packed in commit.packed):
+            raise ValueError(f"it is that of {commit.name!r:.80}, or its rows lie in another shard")
+        return commit
+    except (ValueError, TypeError) as error:
         raise CatalogError(f"{uri} is not the commit of a unit ({error}); remove it and pack again") from error
 
 

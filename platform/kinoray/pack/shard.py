@@ -24,6 +24,7 @@ from kinoray.errors import (
 from kinoray.pack.plan import PlannedVideo, ShardPlan
 from kinoray.pack.tar import Examined, ShardWriter, examine
 from kinoray.storage.objects import Storage, join
+from kinoray.storage.records import MAX_RECORD_BYTES, parse_json, record_of
 from kinoray.video.sandbox.pool import shared_sandbox
 
 __all__ = ["ShardCommit", "pack_shard", "read_commit"]
@@ -81,10 +82,11 @@ def read_commit(storage: Storage, out: str, name: str) -> ShardCommit:
     """
     uri = _commit_uri(out, name)
     try:
-        found = json.loads(storage.read(uri))
-        refused = tuple(Refusal(**item) for item in found.pop("refused"))
-        return ShardCommit(**{**found, "rows": tuple(found["rows"]), "refused": refused})
-    except (ValueError, TypeError, KeyError) as error:
+        commit = record_of(ShardCommit)(parse_json(storage.read(uri, max_bytes=MAX_RECORD_BYTES)))
+        if commit.name != name or any(row.get("uri") != commit.uri for row in commit.rows):
+            raise ValueError(f"it is that of {commit.name!r:.80}, or its rows lie in another shard")
+        return commit
+    except (ValueError, TypeError) as error:
         raise CatalogError(f"{uri} is not the commit of a shard ({error}); remove it and pack again") from error
 
 

@@ -34,7 +34,7 @@ __all__ = [
 
 T = TypeVar("T")
 
-MAX_RECORD_BYTES = 64 * 2**20
+MAX_RECORD_BYTES = 256 * 2**20
 """The largest JSON file that is read; plans of large libraries have a bound of their own."""
 _MAX_DEPTH = 64  # lists and objects inside each other; ours have five
 _MAX_CONTAINERS = 4_000_000  # each takes 60 to 200 bytes of memory, and may be two bytes of text
@@ -135,9 +135,18 @@ def read_record(
     return parse_record(storage.read(uri, max_bytes=max_bytes), uri, make)
 
 
-def record_of(cls: type[T]) -> Callable[[dict[str, Any]], T]:
-    """Makes `cls`, a dataclass, of a JSON object: every field of its declared type, none missing, none unknown."""
-    return lambda record: config_from_mapping(cls, record, complete=True)
+def record_of(cls: type[T]) -> Callable[[Any], T]:
+    """Makes `cls`, a dataclass, of a JSON object: every field of its declared type, none missing, none unknown.
+
+    What it returns raises ValueError or TypeError.
+    """
+
+    def make(record: object) -> T:
+        if not isinstance(record, dict):
+            raise TypeError(f"expected an object, found {type(record).__name__}")
+        return config_from_mapping(cls, record, complete=True)
+
+    return make
 
 
 def parse_lines(data: bytes, uri: str) -> list[dict[str, Any]]:

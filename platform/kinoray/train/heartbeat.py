@@ -11,6 +11,7 @@ from types import TracebackType
 
 from kinoray.errors import ObjectNotFound, StorageError, StorageUnavailable
 from kinoray.storage.objects import Storage, join
+from kinoray.storage.records import MAX_RECORD_BYTES, parse_json
 from kinoray.train.runs import BEAT_S, STATUS_FILE, State
 
 __all__ = ["Heartbeat"]
@@ -50,7 +51,7 @@ class Heartbeat:
     def _first_start(self) -> float:
         """When a run that is resumed was started first."""
         try:
-            return float(json.loads(self._storage.read(self._uri))["started_s"])
+            return float(parse_json(self._storage.read(self._uri, max_bytes=MAX_RECORD_BYTES))["started_s"])
         except ObjectNotFound:
             return time.time()
         except (ValueError, KeyError, TypeError) as error:

@@ -32,7 +32,7 @@ from kinoray.config.shared import as_settings, digest
 from kinoray.errors import ConfigError, ObjectNotFound, StorageError
 from kinoray.network.checkpoint import META_FILE, best_of, delete_checkpoint, list_checkpoints
 from kinoray.storage.objects import Storage, join
-from kinoray.storage.records import parse_lines
+from kinoray.storage.records import MAX_RECORD_BYTES, parse_json, parse_lines
 from kinoray.train.config import TrainConfig
 
 __all__ = [
@@ -65,7 +65,7 @@ def run_settings(config: TrainConfig, catalog: Catalog) -> dict[str, Any]:
     for name in ("model", "clip", "augment", "optim"):
         flat |= _flatten(tree[name], f"{name}.")
     flat["catalog.digest"] = catalog.digest
-    settings: dict[str, Any] = json.loads(json.dumps(flat))  # tuples become lists, as they come back from run.json
+    settings: dict[str, Any] = parse_json(json.dumps(flat))  # tuples become lists, as they come back from run.json
     return settings
 
 
@@ -95,7 +95,7 @@ def claim_run(storage: Storage, config: TrainConfig, catalog: Catalog) -> None:
         storage.put(join(config.out, "config.yaml"), to_yaml(config).encode())
         return
     try:
-        theirs = dict(json.loads(storage.read(uri))["settings"])
+        theirs = dict(parse_json(storage.read(uri, max_bytes=MAX_RECORD_BYTES))["settings"])
     except (ValueError, KeyError, TypeError) as error:
         raise StorageError(f"{uri} is damaged ({error}); give another --out") from error
     missing = object()
@@ -124,7 +124,7 @@ def checkpoint_uri(out: str, epoch: int, step: int) -> str:
 def read_metrics(storage: Storage, out: str) -> list[dict[str, Any]]:
     """The epochs of metrics.jsonl, in order; none if there is no such file."""
     try:
-        data = storage.read(join(out, "metrics.jsonl"))
+        data = storage.read(join(out, "metrics.jsonl"), max_bytes=MAX_RECORD_BYTES)
     except ObjectNotFound:
         return []
     return parse_lines(data, join(out, "metrics.jsonl"))
@@ -134,7 +134,7 @@ def add_start(storage: Storage, out: str, start: Mapping[str, Any]) -> None:
     """Append a start of the workers to environment.json."""
     uri = join(out, "environment.json")
     try:
-        starts = json.loads(storage.read(uri))["starts"]
+        starts = list(parse_json(storage.read(uri, max_bytes=MAX_RECORD_BYTES))["starts"])
     except ObjectNotFound:
         starts = []
     except (ValueError, KeyError, TypeError) as error:
@@ -148,7 +148,7 @@ def read_losses(storage: Storage, out: str) -> list[dict[str, Any]]:
     Equal losses are equal bits: JSON keeps all of a float64.
     """
     uris = sorted(info.uri for info in storage.list(join(out, "losses") + "/"))
-    return [row for uri in uris for row in parse_lines(storage.read(uri), uri)]
+    return [row for uri in uris for row in parse_lines(storage.read(uri, max_bytes=MAX_RECORD_BYTES), uri)]
 
 
 def write_losses(storage: Storage, out: str, epoch: int, rows: Sequence[Mapping[str, Any]]) -> None:

@@ -16,6 +16,7 @@ from typing import Any, Literal
 from kinoray.console import format_duration
 from kinoray.errors import KinorayError, ObjectNotFound
 from kinoray.storage.objects import Storage, absolute, join
+from kinoray.storage.records import MAX_RECORD_BYTES, parse_lines, read_record
 from kinoray.train.config import RunsConfig
 
 __all__ = ["BEAT_S", "STATUS_FILE", "RunSummary", "State", "find_runs", "runs"]
@@ -25,6 +26,7 @@ STATUS_FILE = "status.json"
 _SILENT_S = 4 * BEAT_S  # a store that fails for a minute is no dead driver
 _READERS = 16  # requests at a time
 _MAX_CELL = 44
+_MAX_MOMENT_S = 2**35  # a thousand years after 1970
 
 State = Literal["running", "finished", "stopped", "failed", "damaged"]
 
@@ -93,16 +95,16 @@ def _summary(storage: Storage, uri: str, files: dict[str, float], now_s: float) 
     values |= {"epochs_done": 0, "epochs": 0, "model": "?", "started_s": made_s}
     values |= {"best": "", "best_value": None, "best_epoch": None}
     try:
-        settings = json.loads(storage.read(join(uri, "run.json")))["settings"]
+        settings = read_record(storage, join(uri, "run.json"), dict)["settings"]
         values |= {"epochs": int(settings["optim.epochs"]), "model": _model(settings)}
         values |= _progress(_lines(storage, join(uri, "metrics.jsonl")))
         status = _lines(storage, join(uri, STATUS_FILE))
         if status:
-            values |= {"started_s": float(status[0]["started_s"]), "error": str(status[0]["error"])}
+            values |= {"started_s": _moment(status[0]["started_s"]), "error": str(status[0]["error"])}
         state = _state(status[0]["state"] if status else "running", values)
     except KinorayError as error:
         state, values["error"] = "damaged", str(error)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, OverflowError) as error:
         state, values["error"] = "damaged", f"{uri}: run.json, status.json or metrics.jsonl is not ours: {error!r}"
     return RunSummary(state=state, **values)
 
@@ -121,9 +123,16 @@ def _state(said: str, values: dict[str, Any]) -> State:
 def _lines(storage: Storage, uri: str) -> list[dict[str, Any]]:
     """The objects of a file of JSON lines; none if it is not there."""
     try:
-        return [json.loads(line) for line in storage.read(uri).decode().splitlines()]
+        return parse_lines(storage.read(uri, max_bytes=MAX_RECORD_BYTES), uri)
     except ObjectNotFound:
         return []
+
+
+def _moment(value: Any) -> float:
+    """A time that a calendar has."""
+    if not 0 <= float(value) < _MAX_MOMENT_S:
+        raise ValueError(f"started_s is {value!r:.40}")
+    return float(value)
 
 
 def _model(settings: dict[str, Any]) -> str:

@@ -17,6 +17,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from kinoray.page import render_page, visible
+from kinoray.storage.records import parse_json
 from kinoray.tune.space import Axis
 
 __all__ = ["TrialRow", "heat_map", "tune_page"]
@@ -82,7 +83,7 @@ def _ticks(trials: Sequence[TrialRow], path: str) -> tuple[list[str], list[int]]
             places = np.clip(np.searchsorted(edges, numbers, side="right") - 1, 0, _MAX_COLUMNS - 1)
             return [f"{a:.2g} to {b:.2g}" for a, b in itertools.pairwise(edges)], places.tolist()
         return [f"{value:g}" for value in ordered], [ordered.index(value) for value in numbers]
-    labels = [str(json.loads(text)) for text in distinct]
+    labels = [str(parse_json(text)) for text in distinct]
     return labels, [distinct.index(json.dumps(value)) for value in values]
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from kinoray.errors import JobError, ObjectNotFound
 from kinoray.storage.objects import Storage, join
-from kinoray.storage.records import parse_record
+from kinoray.storage.records import read_record
 from kinoray.train.runfolder import read_metrics
 from kinoray.tune.page import TrialRow
 from kinoray.tune.space import Axis, Settings, require_of_space
@@ -38,10 +38,13 @@ def write_outcome(storage: Storage, out: str, name: str, outcome: dict[str, str]
 def read_outcome(storage: Storage, out: str, name: str) -> dict[str, str]:
     """What write_outcome wrote; status "" for a trial that has not ended, or is to be tried again."""
     try:
-        data = storage.read(join(trial_run(out, name), "outcome.json"))
+        return read_record(storage, join(trial_run(out, name), "outcome.json"), _to_outcome)
     except ObjectNotFound:
         return {"status": "", "error_class": "", "error_text": ""}
-    return parse_record(data, join(trial_run(out, name), "outcome.json"), dict)
+
+
+def _to_outcome(record: dict[str, Any]) -> dict[str, str]:
+    return {name: str(record[name]) for name in ("status", "error_class", "error_text")}
 
 
 def known_trials(storage: Storage, out: str) -> dict[str, Settings]:
@@ -51,7 +54,7 @@ def known_trials(storage: Storage, out: str) -> dict[str, Settings]:
     for info in storage.list(prefix):
         name, _, rest = info.uri.removeprefix(prefix).partition("/")
         if rest == "trial.json" and "-g" not in name:
-            found[name] = parse_record(storage.read(info.uri), info.uri, lambda record: dict(record["settings"]))
+            found[name] = read_record(storage, info.uri, lambda record: dict(record["settings"]))
     return found
 
 

@@ -29,7 +29,7 @@ from kinoray.network.checkpoint import (
     save_checkpoint,
 )
 from kinoray.storage.objects import Storage, join
-from kinoray.storage.records import parse_record
+from kinoray.storage.records import parse_record, read_record
 from kinoray.train.config import TrainConfig
 from kinoray.train.gate import Gate, Row
 from kinoray.train.runfolder import checkpoint_uri, claim_run, read_metrics, run_digest
@@ -66,7 +66,7 @@ def generations(storage: Storage, out: str, name: str) -> list[tuple[str, dict[s
         run = trial_run(out, name, len(found))
         if not storage.exists(join(run, "trial.json")):
             return found
-        found.append((run, parse_record(storage.read(join(run, "trial.json")), join(run, "trial.json"), dict)))
+        found.append((run, read_record(storage, join(run, "trial.json"), dict)))
 
 
 class TrialRun(tune.Trainable):  # type: ignore[misc]  # ray has no types
@@ -177,7 +177,8 @@ class TrialRun(tune.Trainable):  # type: ignore[misc]  # ray has no types
 
     def load_checkpoint(self, checkpoint: str) -> None:
         """Go on from another trial's checkpoint with this trial's new settings; nothing to do for its own."""
-        state = json.loads((Path(checkpoint) / "trial.json").read_text())
+        path = Path(checkpoint) / "trial.json"
+        state = parse_record(path.read_bytes(), str(path), dict)
         if state["run"] == self._config.out:
             return
         run = trial_run(self._context.base.out, self.trial_name, self._generation + 1)

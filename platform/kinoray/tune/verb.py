@@ -27,7 +27,7 @@ from kinoray.config.yaml_text import dump_yaml, parse_yaml
 from kinoray.console import format_duration
 from kinoray.errors import ClusterError, ConfigError, JobError
 from kinoray.storage.objects import Storage, absolute, arrow_filesystem, join
-from kinoray.storage.records import parse_record
+from kinoray.storage.records import parse_json, read_record
 from kinoray.train.config import TrainConfig
 from kinoray.train.gate import open_desk
 from kinoray.train.runfolder import run_settings
@@ -135,10 +135,11 @@ def _claim_sweep(storage: Storage, config: TuneConfig, catalog: Catalog) -> None
     text = json.dumps(ours, indent=1, sort_keys=True)
     if storage.put_if_absent(uri, text.encode()):
         return
-    theirs = parse_record(storage.read(uri), uri, dict)
-    if theirs == json.loads(text):
+    theirs = read_record(storage, uri, dict)
+    ours = parse_json(text)  # tuples are lists there
+    if theirs == ours:
         return
-    names = [name for name in sorted(set(theirs) | set(ours)) if theirs.get(name) != json.loads(text).get(name)]
+    names = [name for name in sorted(set(theirs) | set(ours)) if theirs.get(name) != ours.get(name)]
     changes = [f"{name} is {theirs.get(name)!r} there, {ours.get(name)!r} here" for name in names[:4]]
     more = f" and {len(names) - 4} more" if len(names) > 4 else ""
     raise ConfigError(

@@ -27,6 +27,7 @@ import numpy as np
 
 from kinoray.config.shared import CacheConfig, ClipConfig, SampleConfig, digest
 from kinoray.errors import StorageError
+from kinoray.storage.records import parse_json
 from kinoray.video.bank import FrameBank
 from kinoray.video.sink import clip_frame_bytes
 
@@ -105,7 +106,7 @@ class FrameCache:
         text = os.pread(descriptor, min(length, 2**24), _HEAD.size)
         if magic != _MAGIC or len(text) != length or zlib.crc32(text) != checksum:
             return False
-        about = json.loads(text)
+        about = parse_json(text)
         rows = frames.reshape(-1, *frames.shape[2:])
         flows = None if flow is None else flow.reshape(-1, *flow.shape[2:])
         size = rows[0].nbytes + (0 if flows is None else flows[0].nbytes)

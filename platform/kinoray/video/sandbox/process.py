@@ -7,7 +7,6 @@ sends is unpickled or believed without a look.
 
 import contextlib
 import fcntl
-import json
 import math
 import os
 import pickle
@@ -29,6 +28,7 @@ import numpy as np
 from kinoray import errors
 from kinoray.config.shared import DecodeConfig
 from kinoray.errors import ConfigError, DecoderCrashed, DecoderStartFailed, DecodeTimeout, MediaError, MediaOverBudget
+from kinoray.storage.records import parse_json
 from kinoray.video.sandbox.child import MESSAGE_BYTES
 
 __all__ = ["NONSENSE", "Answer", "DecoderLost", "DecoderProcess", "makes_no_sense", "start_decoder"]
@@ -233,7 +233,7 @@ class DecoderProcess:
         if len(data) > _KEEP_INPUT_BYTES:
             os.ftruncate(self._input, 0)
         try:
-            fields = json.loads(message)
+            fields = parse_json(message)
             refusal = _error_of(fields, config)
             arrays = self._read_arrays(fields.pop("arrays", {}), memory_bytes + len(data))
         except NONSENSE as cause:
