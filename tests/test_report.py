@@ -23,8 +23,8 @@ from kinoray.library.report.figures import HISTOGRAM_HEIGHT, histogram_bars
 from kinoray.library.report.numbers import count, join_truth
 from kinoray.library.report.table import choose
 from kinoray.library.report.verb import report
-from kinoray.page import visible
 from kinoray.storage.objects import Storage
+from kinoray.terminal import visible
 from kinoray.video.strips import MAX_FRAME_BYTES, jpeg_uri
 from report_sites import (
     CLASSES,

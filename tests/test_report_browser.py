@@ -16,7 +16,7 @@ import pytest
 
 from browser import Page, find_chromium, open_page
 from kinoray.demo.videos import make_clip, make_video
-from kinoray.page import visible
+from kinoray.terminal import visible
 from report_sites import HOSTILE, Site, Truth, catalog_of, hostile_site, make_site, refused, row
 
 pytestmark = [

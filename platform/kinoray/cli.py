@@ -19,6 +19,7 @@ from typing import Any
 
 from kinoray import __version__
 from kinoray.errors import ConfigError, KinorayError
+from kinoray.terminal import exact_stdout, plain_streams, print_traceback
 
 __all__ = ["VERBS", "Verb", "main"]
 
@@ -270,6 +271,12 @@ def _presets() -> Mapping[str, Any]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line (default: sys.argv) and return its exit code; never a traceback for a foreseen error."""
+    sys.excepthook = print_traceback
+    with plain_streams():
+        return _run(argv)
+
+
+def _run(argv: Sequence[str] | None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     name, rest = (arguments[0], arguments[1:]) if arguments else ("help", [])
     if name in ("-V", "--version", "version"):
@@ -285,7 +292,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         config, print_only = _parse(_known(name), rest)
         if print_only:
-            print(_load("kinoray.config.file:to_yaml")(config), end="")
+            print(_load("kinoray.config.file:to_yaml")(config), end="", file=exact_stdout())
             return 0
         if name == "submit":
             config = _with_settings(config)

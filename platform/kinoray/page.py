@@ -7,22 +7,14 @@ nothing else.
 
 import base64
 import hashlib
-import unicodedata
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from kinoray import __version__
+from kinoray.terminal import visible
 
-__all__ = ["render_page", "visible"]
-
-
-def visible(text: object) -> str:
-    """Text with characters that hide or reorder it (control, format and direction marks) spelled out as `\\u202e`."""
-    return "".join(
-        char if unicodedata.category(char) not in ("Cc", "Cf", "Cs", "Zl", "Zp") else f"\\u{ord(char):04x}"
-        for char in str(text)
-    )
+__all__ = ["render_page"]
 
 
 def render_page(template: str, values: dict[str, object], *, styles: tuple[str, ...], script: str = "") -> str:

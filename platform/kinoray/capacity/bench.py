@@ -7,7 +7,6 @@ cores away; `shared` below is what it can reach, and what it is judged by.
 import json
 import os
 import statistics
-import tempfile
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,6 +26,7 @@ from kinoray.cluster.environment import host
 from kinoray.errors import ConfigError
 from kinoray.label.open import Labelling, label_config, open_labelling
 from kinoray.network.checkpoint import load_model
+from kinoray.storage.leftovers import scratch_folder
 from kinoray.storage.objects import Storage, absolute, join
 
 __all__ = ["bench"]
@@ -62,7 +62,8 @@ def bench(config: BenchConfig) -> dict[str, Any]:
     storage = Storage(config.storage)
     catalog, unit_size = _sample(storage, config)
     rounds = []
-    with tempfile.TemporaryDirectory(prefix="kinoray-bench-") as folder:
+    with scratch_folder("bench") as scratch:
+        folder = str(scratch)
         begin = time.perf_counter()
         labelling = _open(config, folder, catalog, "first", unit_size)
         connect(config.resources)

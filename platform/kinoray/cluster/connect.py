@@ -1,17 +1,24 @@
 """The one place that starts or joins Ray, with the settings that every job shares."""
 
+import atexit
+import contextlib
 import logging
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 
 import ray
 import ray.data
+from ray._private import ray_constants
 
 from kinoray.cluster.autoscaler import bring_nodes, has_autoscaler
 from kinoray.cluster.token import private_token_file
 from kinoray.config.shared import ResourcesConfig
 from kinoray.errors import ClusterError
+from kinoray.storage.leftovers import Claim, reap, sweep
+
+_claims: list[Claim] = []  # on the session folder of a Ray that was started here
 
 __all__ = ["WORKER_ENV", "connect", "disconnect", "quiet_ray", "require_fit", "shortage"]
 
@@ -20,6 +27,7 @@ WORKER_ENV = {
     "RAY_DATA_PARQUET_BIN_PACKING_BYTES": str(32 * 2**20),
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_TRAIN_V2_ENABLED": "1",
+    "RAY_COLOR_PREFIX": "0",  # a stranger's text may not colour the terminal, so Ray does not either
     "RAY_CHDIR_TO_TRIAL_DIR": "0",  # else train workers leave the job's folder, and PYTHONPATH=platform:models with it
 }
 """Environment of every worker; never holds a secret, since the jobs API shows it."""
@@ -61,19 +69,40 @@ def connect(config: ResourcesConfig) -> None:
                 logging_config=_logging(config),
             )
         else:  # "local", so that it never joins a stranger's cluster
-            ray.init(
-                address="local",
-                num_cpus=config.local_cpus,
-                include_dashboard=False,
-                log_to_driver=False,  # errors and progress come to the driver by themselves; the rest is Ray's own
-                logging_level=logging.ERROR,
-                logging_config=_logging(config),
-                runtime_env={"env_vars": WORKER_ENV},
-            )
+            with _on_loopback():
+                ray.init(
+                    address="local",
+                    num_cpus=config.local_cpus,
+                    include_dashboard=False,
+                    log_to_driver=False,  # errors and progress come to the driver by themselves; the rest is Ray's own
+                    logging_level=logging.ERROR,
+                    logging_config=_logging(config),
+                    runtime_env={"env_vars": WORKER_ENV},
+                )
+            _clean_up_after()
     except Exception as error:  # a node that does not start in time is a bare Exception in Ray
         doing = f"resources.address {address!r} cannot be joined" if address else "Ray does not start on this machine"
         raise ClusterError(f"{doing}: {error}") from error
     quiet_ray()  # again: ray.init sets its loggers up anew
+
+
+@contextlib.contextmanager
+def _on_loopback() -> Iterator[None]:
+    """Ray that is started here takes 127.0.0.1 for its node's address, and none of its ports listens elsewhere.
+
+    ray.init replaces a _node_ip_address of 127.0.0.1 by the machine's. This switch, which Ray itself turns off on macOS
+    and Windows so that no firewall asks, is read from the environment when ray is imported, which has happened.
+    """
+    name = ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR
+    saved, ray_constants.ENABLE_RAY_CLUSTER = (os.environ.get(name), ray_constants.ENABLE_RAY_CLUSTER), False
+    os.environ[name] = "0"
+    try:
+        yield
+    finally:
+        given, ray_constants.ENABLE_RAY_CLUSTER = saved
+        os.environ.pop(name)
+        if given is not None:
+            os.environ[name] = given
 
 
 def _makes_token() -> bool:
@@ -92,9 +121,25 @@ def _logging(config: ResourcesConfig) -> "ray.LoggingConfig | None":
     return ray.LoggingConfig(encoding="JSON", log_level="INFO", additional_log_standard_attrs=["name"])
 
 
+def _clean_up_after() -> None:
+    """See to it that nothing of the Ray that was started here outlives this process, and clean up after others."""
+    session = Path(ray._private.worker._global_node.get_session_dir_path())
+    _claims.append(Claim(session))
+    reap("session", str(session))
+    sweep(session.parent)
+
+
+@atexit.register
+def _release() -> None:
+    """At an end that is no kill, the session's folder stays, with its logs, as Ray leaves it."""
+    while _claims:
+        _claims.pop().release()
+
+
 def disconnect() -> None:
     """Leave the cluster; a Ray that `connect` started ends with it."""
     ray.shutdown()
+    _release()
 
 
 def require_fit(config: ResourcesConfig, *, decode_cpus: float = 0.0) -> None:

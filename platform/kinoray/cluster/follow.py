@@ -4,13 +4,13 @@ Easy to break: after a break the output comes from its beginning again; what was
 """
 
 import asyncio
-import sys
 import time
 from contextlib import suppress
 from typing import TextIO
 
 from kinoray.cluster.client import Attempt, JobsClient, NoAnswer
 from kinoray.errors import ClusterError
+from kinoray.terminal import exact_stdout
 
 __all__ = ["follow", "how_it_ended"]
 
@@ -25,7 +25,7 @@ def follow(jobs: JobsClient, attempt: Attempt, *, stream: TextIO | None = None) 
     Raises:
         ClusterError: the cluster gave no answer for five minutes. The job may go on.
     """
-    return asyncio.run(_follow(jobs, attempt, stream or sys.stdout))
+    return asyncio.run(_follow(jobs, attempt, stream or exact_stdout()))
 
 
 async def _follow(jobs: JobsClient, attempt: Attempt, stream: TextIO) -> Attempt | None:

@@ -15,6 +15,7 @@ from kinoray.cluster.config import JobsConfig, LogsConfig, StopConfig
 from kinoray.cluster.follow import follow, how_it_ended
 from kinoray.console import format_duration
 from kinoray.errors import ConfigError
+from kinoray.terminal import exact_stdout
 
 __all__ = ["RunOnCluster", "jobs", "logs", "stop"]
 
@@ -73,7 +74,7 @@ def logs(config: LogsConfig) -> None:
     if number not in tries:
         raise ConfigError(f"attempt must be one of {', '.join(map(str, tries))} for {config.run}, got {number}")
     if not config.follow:
-        print(client.logs(tries[number].submission_id), end="")
+        print(client.logs(tries[number].submission_id), end="", file=exact_stdout())
         return
     end = follow(client, tries[number])
     print(f"kinoray logs: {tries[number].submission_id}: {how_it_ended(end)}", file=sys.stderr)

@@ -5,7 +5,6 @@ A run is one or more tries with the same settings: the first has the run's id as
 """
 
 import sys
-import tempfile
 from pathlib import Path
 
 from kinoray.cluster.client import Attempt, JobsClient
@@ -14,6 +13,7 @@ from kinoray.cluster.follow import follow, how_it_ended
 from kinoray.cluster.package import build_folder, check_settings, entrypoint, metadata, read_settings, runtime_env
 from kinoray.config.shared import digest
 from kinoray.errors import ClusterError, ConfigError
+from kinoray.storage.leftovers import scratch_folder
 
 __all__ = ["submit"]
 
@@ -73,7 +73,7 @@ def _start(jobs: JobsClient, config: SubmitConfig, run: str) -> Attempt:
     """Submit the run's next try."""
     number = max((one.number for one in jobs.run(run)), default=0) + 1
     submission_id = run if number == 1 else f"{run}-try{number}"
-    with tempfile.TemporaryDirectory(prefix="kinoray-submit-") as folder:
+    with scratch_folder("submit") as folder:
         build_folder(Path(folder), config)
         said = metadata(config, run, number)
         is_new = jobs.submit(submission_id, entrypoint(config), runtime_env(Path(folder)), said)

@@ -6,6 +6,7 @@ Unknown keys and values of a wrong type are refused with the field's full name; 
 import dataclasses
 import types
 import typing
+from collections.abc import Mapping
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
 import tyro
@@ -84,7 +85,7 @@ def _convert(hint: Any, value: Any, name: str, complete: bool) -> Any:
         if len(places) == len(value):
             pairs = zip(places.items(), value, strict=True)
             return hint(*(_convert(kind, item, f"{name}.{key}", complete) for (key, kind), item in pairs))
-    if origin is dict and isinstance(value, dict):
+    if origin in (dict, Mapping) and isinstance(value, dict):
         return {key: _convert(args[1], item, f"{name}.{key!s:.80}", complete) for key, item in value.items()}
     if hint is float and isinstance(value, int | float) and not isinstance(value, bool):
         return float(value)
@@ -95,7 +96,7 @@ def _convert(hint: Any, value: Any, name: str, complete: bool) -> Any:
 
 
 def _words(hint: Any) -> str:
-    if dataclasses.is_dataclass(hint) or get_origin(hint) is dict:
+    if dataclasses.is_dataclass(hint) or get_origin(hint) in (dict, Mapping):
         return "a mapping"
     if get_origin(hint) is tuple:
         return "a list"

@@ -18,6 +18,7 @@ import boto3
 
 from kinoray.config.shared import StorageConfig
 from kinoray.errors import ConfigError, StorageUnavailable
+from kinoray.storage.leftovers import reap
 
 __all__ = ["s3_server"]
 
@@ -53,6 +54,7 @@ def s3_server(bucket: str, log: Path) -> Iterator[StorageConfig]:
         subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT) as process,
     ):
         try:
+            reap("process", str(process.pid))
             _wait(process, url, log)
             config = StorageConfig(endpoint_url=url, region="us-east-1", addressing="path")
             boto3.client("s3", endpoint_url=url, region_name=config.region).create_bucket(Bucket=bucket)

@@ -6,7 +6,6 @@ What is easy to break: nothing is sent to an open cluster on another machine, ne
 """
 
 import shutil
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,6 +24,7 @@ from kinoray.doctor.machine import host_checks, version_checks
 from kinoray.doctor.nodes import MARK
 from kinoray.doctor.section import Check, Section, checked, clock_check, over_nodes
 from kinoray.errors import ClusterError, ConfigError
+from kinoray.storage.leftovers import scratch_folder
 from kinoray.storage.records import parse_record
 
 __all__ = ["cluster_section"]
@@ -94,7 +94,7 @@ def _ask_nodes(url: str) -> dict[str, Any]:
     jobs = JobsClient(url, allow_open=True)
     run = f"doctor-{uuid4().hex[:12]}"
     about = {"kinoray_run": run, "kinoray_verb": "doctor", "kinoray_attempt": "1", "kinoray_version": __version__}
-    with tempfile.TemporaryDirectory(prefix="kinoray-doctor-") as folder:
+    with scratch_folder("doctor") as folder:
         _copy_modules(Path(folder))
         jobs.submit(run, f"python -m {_MODULES[-1]}", {"working_dir": folder}, about)
     end = _wait(jobs, run)

@@ -11,8 +11,8 @@ from urllib.parse import quote
 from xml.sax.saxutils import quoteattr
 
 from kinoray.library.rows import BAD_VIDEO
-from kinoray.page import visible
 from kinoray.storage.objects import is_s3
+from kinoray.terminal import visible
 
 __all__ = ["Answers", "Datumaro", "FiftyOne", "Format", "LabelStudio"]
 

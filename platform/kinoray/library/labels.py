@@ -5,7 +5,6 @@ than that many (and a block).
 """
 
 import sys
-import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -20,7 +19,9 @@ from kinoray.label.table import Ledger, open_ledger
 from kinoray.library.config import LabelsConfig
 from kinoray.library.rows import LABEL_SCHEMA, WINDOW_LABEL_SCHEMA, Where, class_names, scan, scan_windows
 from kinoray.library.write import print_table, write_parquet, write_text
+from kinoray.storage.leftovers import scratch_folder
 from kinoray.storage.objects import Storage, absolute
+from kinoray.terminal import exact_stdout
 
 __all__ = ["labels"]
 
@@ -225,9 +226,9 @@ def _limited(tables: Iterator[pa.Table], limit: int | None, seen: _Seen) -> Iter
 def _write(storage: Storage, config: LabelsConfig, tables: Iterator[pa.Table], schema: pa.Schema) -> int:
     kind: Literal["csv", "jsonl"] = "csv" if config.format == "csv" else "jsonl"
     if not config.to:
-        return write_text(tables, schema.names, kind, sys.stdout)
+        return write_text(tables, schema.names, kind, exact_stdout())
     target = absolute(config.to)
-    with tempfile.TemporaryDirectory(prefix="kinoray-labels-") as folder:
+    with scratch_folder("labels") as folder:
         path = Path(folder) / "rows"
         if config.format == "parquet":
             num_rows = write_parquet(tables, schema, path)

@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from kinoray.page import visible
+from kinoray.terminal import visible
 
 __all__ = ["defused", "print_table", "rows_of", "undefused", "write_parquet", "write_text"]
 

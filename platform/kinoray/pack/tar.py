@@ -4,20 +4,20 @@ Shards are plain tar files that WebDataset reads too (`<key>.mp4`, `<key>.json`)
 in the same order must give the same tar, byte for byte, whoever writes it.
 """
 
+import contextlib
 import hashlib
 import io
 import json
 import re
 import tarfile
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, Self
 
 from kinoray.config.shared import DecodeConfig
 from kinoray.pack.plan import PlannedVideo
+from kinoray.storage.leftovers import scratch_folder
 from kinoray.storage.objects import Storage, absolute, join
 from kinoray.video.clip import VideoInfo
 from kinoray.video.transcode import Transcoded
@@ -73,8 +73,8 @@ class ShardWriter:
         self.size_bytes = 0
         """Bytes of them."""
         self._rows: list[dict[str, Any]] = []
-        self._folder = tempfile.TemporaryDirectory(prefix="kinoray-pack-")
-        self._path = Path(self._folder.name) / "shard.tar"
+        self._folder = contextlib.ExitStack()
+        self._path = self._folder.enter_context(scratch_folder("pack")) / "shard.tar"
         self._tar = tarfile.open(self._path, "w", format=tarfile.PAX_FORMAT)  # noqa: SIM115  (closed by close)
 
     def __enter__(self) -> Self:
@@ -86,7 +86,7 @@ class ShardWriter:
     def close(self) -> None:
         """Drop the local file."""
         self._tar.close()
-        self._folder.cleanup()
+        self._folder.close()
 
     def add(self, video: PlannedVideo, examined: Examined, extra: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """Append a video; returns its row of CATALOG_SCHEMA (with `extra`), whose uri `put` fills in."""

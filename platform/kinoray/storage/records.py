@@ -11,6 +11,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NoReturn, TypeVar
 
 import pyarrow as pa
@@ -38,12 +39,11 @@ MAX_RECORD_BYTES = 256 * 2**20
 """The largest JSON file that is read; plans of large libraries have a bound of their own."""
 _MAX_DEPTH = 64  # lists and objects inside each other; ours have five
 _MAX_CONTAINERS = 4_000_000  # each takes 60 to 200 bytes of memory, and may be two bytes of text
-_MAX_WHOLE = 2**63
 _NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,199}")
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
-def parse_json(data: bytes | str) -> Any:
+def parse_json(data: bytes | str, *, bits: int = 64) -> Any:
     """The value of a JSON text: no deeper than 64, whole numbers of 64 bits, finite ones, each key once, whole text.
 
     Raises:
@@ -56,7 +56,7 @@ def parse_json(data: bytes | str) -> Any:
         value = json.loads(
             raw.decode("utf-8-sig"),
             object_pairs_hook=_object,
-            parse_int=_whole,
+            parse_int=partial(_whole, bits=bits),
             parse_float=_finite,
             parse_constant=_refuse_constant,
         )
@@ -74,10 +74,10 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _whole(text: str) -> int:
-    value = int(text) if len(text) <= 20 else _MAX_WHOLE
-    if not -_MAX_WHOLE <= value < _MAX_WHOLE:
-        raise ValueError(f"the whole number {text:.30} does not fit 64 bits")
+def _whole(text: str, bits: int) -> int:
+    value = int(text) if len(text) <= bits else 2**bits  # a digit is more than a bit, and long texts take long
+    if not -(2 ** (bits - 1)) <= value < 2 ** (bits - 1):
+        raise ValueError(f"the whole number {text:.30} does not fit {bits} bits")
     return value
 
 

@@ -18,7 +18,6 @@ trained again after a failure replace what the first try wrote.
 import json
 import re
 import sys
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -31,6 +30,7 @@ from kinoray.config.file import to_yaml
 from kinoray.config.shared import as_settings, digest
 from kinoray.errors import ConfigError, ObjectNotFound, StorageError
 from kinoray.network.checkpoint import META_FILE, best_of, delete_checkpoint, list_checkpoints
+from kinoray.storage.leftovers import scratch_folder
 from kinoray.storage.objects import Storage, join
 from kinoray.storage.records import MAX_RECORD_BYTES, parse_json, parse_lines
 from kinoray.train.config import TrainConfig
@@ -176,7 +176,7 @@ def _event_file(row: Mapping[str, Any], losses: Sequence[Mapping[str, Any]]) -> 
 
     Those are by epoch; loss and rate of the steps are by step, in step/.
     """
-    with tempfile.TemporaryDirectory(prefix="kinoray-") as folder:
+    with scratch_folder("events") as folder:
         with SummaryWriter(folder) as writer:
             for name, number in row.items():
                 if name in ("epoch", "time_s") or not isinstance(number, int | float):

@@ -233,7 +233,7 @@ class DecoderProcess:
         if len(data) > _KEEP_INPUT_BYTES:
             os.ftruncate(self._input, 0)
         try:
-            fields = parse_json(message)
+            fields = parse_json(message, bits=256)  # states of random generators are wide
             refusal = _error_of(fields, config)
             arrays = self._read_arrays(fields.pop("arrays", {}), memory_bytes + len(data))
         except NONSENSE as cause:
