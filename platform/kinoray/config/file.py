@@ -87,7 +87,7 @@ def _convert(hint: Any, value: Any, name: str, complete: bool) -> Any:
             return hint(*(_convert(kind, item, f"{name}.{key}", complete) for (key, kind), item in pairs))
     if origin in (dict, Mapping) and isinstance(value, dict):
         return {key: _convert(args[1], item, f"{name}.{key!s:.80}", complete) for key, item in value.items()}
-    if hint is float and isinstance(value, int | float) and not isinstance(value, bool):
+    if hint is float and isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 2**1024:
         return float(value)
     if hint in (int, str, bool) and type(value) is hint:
         return value

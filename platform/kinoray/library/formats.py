@@ -10,6 +10,7 @@ from typing import Any, Protocol
 from urllib.parse import quote
 from xml.sax.saxutils import quoteattr
 
+from kinoray.errors import ConfigError
 from kinoray.library.rows import BAD_VIDEO
 from kinoray.storage.objects import is_s3
 from kinoray.terminal import visible
@@ -156,6 +157,11 @@ class Datumaro:
         """An item; ids are those of the videos (two catalogs may share one: then the row's key is added)."""
         item_id = row["video_id"] if row["video_id"] not in self._seen else f"{row['video_id']}-{row['row_key']}"
         self._seen.add(item_id)
+        if unknown := [name for name, _ in answers if name not in self._ids]:
+            raise ConfigError(
+                f"predictions: {row['video_id']} has the class {unknown[0]!r}, which job.json does not name; they are "
+                "not of one labelling"
+            )
         said = [
             {"id": index, "type": "label", "attributes": {"score": score}, "group": 0, "label_id": self._ids[name]}
             for index, (name, score) in enumerate(answers)

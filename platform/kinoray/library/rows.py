@@ -100,11 +100,11 @@ def class_names(ledger: Ledger) -> tuple[str, ...]:
         ConfigError: job.json does not name them.
     """
     labels = ledger.job().get("labels")
-    if not isinstance(labels, list) or not labels:
+    if not isinstance(labels, list) or not labels or not all(isinstance(label, str) for label in labels):
         raise ConfigError(
             f"predictions: {ledger.root}/job.json names no classes (labels); label again with this kinoray"
         )
-    return tuple(str(label) for label in labels)
+    return tuple(labels)
 
 
 def is_multi_label(ledger: Ledger) -> bool:

@@ -1,8 +1,8 @@
 """Nothing of a killed command stays: temporary folders, Ray's agents, a server that was started for it.
 
 A folder is its owner's while the owner holds the lock in it; the kernel lets go of a lock when its process dies,
-however it dies. Folders without an owner are removed at the next start, and at once by the reaper: a process of its own that
-waits for the end of its command. It runs this file by itself, so only the standard library is imported here.
+however it dies. Folders without an owner are removed at the next start, and at once by the reaper: a process of its own
+that waits for the end of its command. It runs this file by itself, so only the standard library is imported here.
 
 Easy to break: a lock that is taken after its folder can be seen leaves a moment in which the folder looks abandoned.
 """
@@ -46,11 +46,14 @@ class Claim:
 @contextlib.contextmanager
 def scratch_folder(what: str) -> Iterator[Path]:
     """A temporary folder `kinoray-WHAT-...` that goes with its context, and with this process however it ends."""
+    sweep()
     folder = Path(tempfile.mkdtemp(prefix=f"{_PREFIX}{what}-"))
     try:
         claim = Claim(folder)
         try:
-            yield folder
+            inside = folder / "files"
+            inside.mkdir()
+            yield inside
         finally:
             claim.release()
     finally:

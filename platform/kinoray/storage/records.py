@@ -95,7 +95,9 @@ def _refuse_constant(text: str) -> NoReturn:
 def _check(value: Any, *, texts: bool) -> None:
     """Refuse what lies too deep, and with `texts` what is no Unicode; without recursion, so that depth cannot hurt."""
     level = [value]
-    for _ in range(_MAX_DEPTH + 1):
+    for depth in range(_MAX_DEPTH + 1):
+        if depth == _MAX_DEPTH and any(isinstance(item, dict | list) for item in level):
+            break
         below: list[Any] = []
         for item in level:
             if isinstance(item, dict):

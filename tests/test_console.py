@@ -1,0 +1,164 @@
+"""What is printed only shows: no name, class or error of a stranger moves a terminal's cursor or reorders its text."""
+
+import csv
+import io
+import json
+import os
+import pty
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from kinoray.cli import main
+from kinoray.label.table import Ledger
+from kinoray.storage.objects import Storage
+from kinoray.terminal import PlainStream, exact_stdout, plain_streams, visible
+from small_tables import label_library, ledger_in, library
+
+EVIL = "\x1b]0;owned\x07\x1b[2J\x1b[31mred\x9b5m\r\u202egnp.exe\u200b\x7f\x00"
+MARKS = ["\x1b", "\x07", "\x9b", "\u202e", "\u200b", "\x7f", "\x00", "\x08"]
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("plain text, 100 %, \u00e9\u4e2d\U0001f600", "plain text, 100 %, \u00e9\u4e2d\U0001f600"),
+        ("a\tb\nc\r\nd\n", "a\tb\nc\r\nd\n"),
+        ("a\rb", "a\\u000db"),
+        ("\x1b[2J", "\\u001b[2J"),
+        ("\x9b2J", "\\u009b2J"),
+        ("a\x08\x7fb", "a\\u0008\\u007fb"),
+        ("\u202etxt\u2066\u2069\u061c", "\\u202etxt\\u2066\\u2069\\u061c"),
+        ("a\u2028b\u2029c\x85d", "a\\u2028b\\u2029c\\u0085d"),
+        ("\udcff.mp4", "\\udcff.mp4"),
+        ("\ufeff\u00ad", "\\ufeff\\u00ad"),
+    ],
+)
+def test_a_plain_stream_spells_out_what_a_terminal_would_obey(text: str, shown: str) -> None:
+    below = io.StringIO(newline="")
+    assert PlainStream(below).write(text) == len(text)
+    assert below.getvalue() == shown
+
+
+def test_all_controls_and_direction_marks_are_spelled_out() -> None:
+    controls = [*range(0x20), *range(0x7F, 0xA0)]
+    marks = [
+        0xAD,
+        0x61C,
+        *range(0x200B, 0x2010),
+        *range(0x2028, 0x202F),
+        *range(0x2060, 0x2065),
+        *range(0x2066, 0x2070),
+    ]
+    marks += [0xFEFF, *range(0xFFF9, 0xFFFC), 0xE0001, *range(0xE0020, 0xE0080)]
+    for code in controls + marks:
+        assert visible(f"a{chr(code)}b") == f"a\\u{code:04x}b"
+
+
+def test_streams_are_as_before_after_a_command(capsys: pytest.CaptureFixture[str]) -> None:
+    before = sys.stdout, sys.stderr
+    with plain_streams():
+        with plain_streams():  # a verb that calls another one
+            print("a\x1bb")
+        print("c\x1bd", file=sys.stderr)
+        assert exact_stdout() is before[0]
+    assert (sys.stdout, sys.stderr) == before
+    assert capsys.readouterr() == ("a\\u001bb\n", "c\\u001bd\n")
+    assert main(["evil\x1b[2J"]) == 2
+    assert (sys.stdout, sys.stderr) == before
+    assert capsys.readouterr().err.startswith("kinoray evil\\u001b[2J: ConfigError: unknown verb 'evil\\x1b[2J'")
+
+
+def hostile_table(folder: Path) -> Ledger:
+    """A labelling whose videos, classes, reasons and job have hostile names."""
+    ledger = ledger_in(Storage(), folder)
+    label_library(ledger, library(10, uri=f"s3://{EVIL}"), error_text=EVIL, label_topk=[EVIL], error_class=EVIL)
+    for path in Path(ledger.root, "commits").iterdir():
+        record = json.loads(path.read_text())
+        times = {"worker": EVIL, "begin_s": 1.0, "end_s": 2.0, "store": 0.1, "decode": 0.1, "model": 0.1}
+        path.write_text(json.dumps({**record, "times": times, "run_id": EVIL}))
+    return ledger
+
+
+def on_terminal(code: str, *arguments: str, cwd: Path) -> str:
+    """What a program writes to a terminal, stdout and stderr together."""
+    leader, follower = pty.openpty()
+    command = [sys.executable, "-c", code, *arguments]
+    with subprocess.Popen(command, stdin=follower, stdout=follower, stderr=follower, cwd=cwd) as process:
+        os.close(follower)
+        written = b""
+        while True:
+            try:
+                chunk = os.read(leader, 65536)
+            except OSError:  # the last one that had it open is gone
+                break
+            if not chunk:
+                break
+            written += chunk
+        process.wait(60)
+    os.close(leader)
+    return written.decode("utf-8")
+
+
+COMMANDS = """
+import sys
+from kinoray.cli import main
+folder, evil = sys.argv[1].rsplit("/", 1)[0], open(sys.argv[1]).read()
+columns = ["video_id", "uri", "status", "label", "error_class", "error_text", "label_topk"]
+for line in (
+    ["labels", folder + "/out", "--columns", *columns],
+    ["labels", folder + "/out", "--format", "csv", "--columns", *columns],
+    ["labels", folder + "/out", "--format", "jsonl"],
+    ["labels", folder + "/out", "--label", evil],
+    ["labels", folder + "/" + evil.replace(chr(0), "")],
+    ["trace", folder + "/out"],
+    ["vacuum", folder + "/out"],
+    ["runs", folder],
+    ["runs", folder, "--json"],
+    ["compare", evil, evil, "--out", "x.html"],
+    ["label", "x", "--checkpoint", "x", "--out", "y", "--protocol", evil],
+    ["train", "x", "--out", evil, "--print-config"],
+    ["train", "--config", evil],
+    [evil],
+):
+    print(main(line), line[0].isalpha() and line[0], flush=True)
+import kinoray.train.runs
+def fails(config):
+    raise RuntimeError(evil)
+kinoray.train.runs.runs = fails
+main(["runs", folder])
+"""
+
+
+def test_no_command_sends_a_stranger_s_controls_to_a_terminal(tmp_path: Path) -> None:
+    hostile_table(tmp_path / "out")
+    run = tmp_path / "runs" / "a\x1b[2Jb"
+    run.mkdir(parents=True)
+    settings = {"optim.epochs": 1, "model.factory": EVIL}
+    (run / "run.json").write_text(json.dumps({"settings": settings}))
+    (run / "status.json").write_text(json.dumps({"state": "failed", "started_s": 1.0, "error": EVIL}))
+    (tmp_path / "evil").write_text(EVIL, newline="")
+    shown = on_terminal(COMMANDS, str(tmp_path / "evil"), cwd=tmp_path)
+    assert not [mark for mark in MARKS if mark in shown]
+    assert "\r" not in shown.replace("\r\r\n", "").replace("\r\n", "")  # a terminal's line ends, of CSV, too
+    assert "\\u001b]0;owned\\u0007" in shown
+    assert "RuntimeError: \\u001b]0;owned" in shown
+    for verb in ("labels", "trace", "runs"):
+        assert f"0 {verb}" in shown
+    assert len(shown.splitlines()) > 40
+
+
+def test_csv_and_settings_stay_exact_in_a_pipe(tmp_path: Path) -> None:
+    hostile_table(tmp_path / "out")
+    command = [sys.executable, "-m", "kinoray.cli"]
+    flags = ["labels", str(tmp_path / "out"), "--format", "csv", "--columns", "uri", "error_text"]
+    done = subprocess.run([*command, *flags], capture_output=True, check=True)
+    rows = list(csv.reader(io.StringIO(done.stdout.decode("utf-8"), newline="")))
+    assert {row[1] for row in rows[1:]} == {EVIL}
+    assert rows[1][0].startswith(f"s3://{EVIL}/v0000")
+    done = subprocess.run(
+        [*command, "train", "x", "--out", "a\u202eb", "--print-config"], capture_output=True, check=True
+    )
+    assert "out: a\u202eb\n" in done.stdout.decode("utf-8") or "a\\u202Eb" in done.stdout.decode("utf-8")

@@ -1,0 +1,400 @@
+"""JSON, YAML and names from strangers: bounded and typed before use, each refused with one line that names the file."""
+
+import json
+import os
+import time
+import tracemalloc
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kinoray.cli import main
+from kinoray.config.file import config_from_mapping, load_config, to_yaml
+from kinoray.config.shared import StorageConfig, parse_options
+from kinoray.config.yaml_text import parse_yaml
+from kinoray.errors import ChecksumMismatch, ConfigError, KinorayError
+from kinoray.label.table import Ledger, Plan, read_predictions
+from kinoray.library.copies import copied_videos
+from kinoray.storage.objects import Storage, join
+from kinoray.storage.records import as_name, is_name, parse_json, parse_record, read_record
+from kinoray.train.config import TrainConfig
+from small_tables import label_library, ledger_in, library
+
+DEEP = "[" * 200_000
+BAD_JSON = {
+    "200,000 brackets": DEEP,
+    "200,000 brackets that close": DEEP + "]" * 200_000,
+    "200,000 objects": '{"a":' * 200_000,
+    "deeper than is used": "[" * 65 + "]" * 65,
+    "deeper than is used, behind others": "[" + "[]," * 100 + "[" * 65 + "]" * 65 + "]",
+    "a number of 5,000 digits": '{"a": ' + "9" * 5000 + "}",
+    "a number of 4,000 digits": '{"a": ' + "9" * 4000 + "}",
+    "a number of 65 bits": '{"a": 18446744073709551616}',
+    "a number too large for a float": '{"a": 1e999}',
+    "NaN": '{"a": NaN}',
+    "Infinity": '{"a": -Infinity}',
+    "a key twice": '{"a": 1, "a": 2}',
+    "a key twice, spelled apart": '{"a": 1, "\\u0061": 2}',
+    "half a surrogate pair": '{"a": "\\ud800"}',
+    "half a surrogate pair as a key": '{"\\udfff": 1}',
+    "no JSON": "{a: 1}",
+    "nothing": "",
+    "half": '{"a": [1, 2',
+    "more containers than fit": "[" + "[]," * 4_000_001 + "0]",
+}
+NO_NAMES = [
+    "",
+    ".",
+    "..",
+    "../x",
+    "a/b",
+    "/etc/passwd",
+    "..\\x",
+    ".hidden",
+    "a\x00b",
+    "a\nb",
+    "name\n",
+    "a b",
+    "x" * 201,
+]
+NO_NAMES += ["caf\u00e9", "a\u202eb", "\x1b[2J", "s3://b/x", "~", None, 1, ["a"], {"a": "b"}]
+
+
+@pytest.mark.parametrize("text", BAD_JSON.values(), ids=BAD_JSON)
+def test_json_that_is_not_ours_is_one_error(text: str) -> None:
+    for data in (text, text.encode()):
+        with pytest.raises(ValueError, match=r"."):
+            parse_json(data)
+    with pytest.raises(ChecksumMismatch, match=r"^/x/a\.json does not hold what kinoray wrote \(") as caught:
+        parse_record(text.encode(), "/x/a.json", dict)
+    assert len(str(caught.value)) < 400
+
+
+def test_json_that_is_ours_is_read_as_it_is() -> None:
+    value = {"a": [1, -(2**63), 2**63 - 1, 0.5, 1e308, None, True], "\U0001f600": "\u00e9\x1b\u202e", "b": {"c": {}}}
+    assert parse_json(json.dumps(value)) == value  # the pair of surrogates of an emoji is one character
+    assert parse_json(json.dumps(value, ensure_ascii=False).encode()) == value
+    deep: Any = "end"
+    for _ in range(64):
+        deep = [deep]
+    assert parse_json(json.dumps(deep)) == deep
+    assert parse_json(str(2**100), bits=128) == 2**100
+
+
+@pytest.mark.parametrize("text", ["[]", "1", '"text"', "null", "[[1, 2]]"])
+def test_a_record_is_an_object(text: str) -> None:
+    with pytest.raises(ChecksumMismatch, match="expected an object"):
+        parse_record(text.encode(), "/x/a.json", dict)
+
+
+def test_a_file_that_is_too_large_is_not_read(tmp_path: Path, bucket: str, s3_config: StorageConfig) -> None:
+    path = tmp_path / "huge.json"
+    with path.open("wb") as file:
+        file.truncate(2**40)  # sparse: it takes no disk, and reading it would take all memory
+    remote = join(bucket, "large.json")
+    Storage(s3_config).put(remote, b" " * 2**20)
+    tracemalloc.start()
+    with pytest.raises(ChecksumMismatch, match=f"{path} has {2**40} bytes, at most 268435456 are expected"):
+        read_record(Storage(), str(path), dict)
+    with pytest.raises(ChecksumMismatch, match=f"{remote} has {2**20} bytes, at most 1000 are expected"):
+        read_record(Storage(s3_config), remote, dict, max_bytes=1000)
+    assert tracemalloc.get_traced_memory()[1] < 2**24
+    tracemalloc.stop()
+    assert len(Storage(s3_config).read(remote, max_bytes=2**20)) == 2**20
+
+
+@pytest.mark.parametrize("text", NO_NAMES, ids=repr)
+def test_what_is_joined_to_a_folder_is_a_name(text: object) -> None:
+    assert not is_name(text)
+    with pytest.raises(ValueError, match=r"^part .* is not a name"):
+        as_name(text, "part")
+
+
+@pytest.mark.parametrize("text", ["a", "0f" * 8, "epoch-0001-step-000002", "a_b.c-d", "-", "x" * 200])
+def test_names_of_ours_are_names(text: str) -> None:
+    assert as_name(text, "part") == text
+
+
+def change_first(ledger: Ledger, folder: str, change: Callable[[dict[str, Any]], object]) -> Path:
+    """Change the first record of a folder of the labelling."""
+    path = sorted(Path(ledger.root, folder).iterdir())[0]
+    record = json.loads(path.read_bytes())
+    change(record)
+    path.write_text(json.dumps(record))
+    return path
+
+
+BAD_COMMITS: dict[str, Callable[[dict[str, Any]], object]] = {
+    "part is an object": lambda record: record.update(part={"a": 1}),
+    "part is a list": lambda record: record.update(part=["a"]),
+    "part is null": lambda record: record.update(part=None),
+    "part climbs": lambda record: record.update(part="../../../secret.parquet"),
+    "part is a path": lambda record: record.update(part="/etc/passwd"),
+    "part is hidden": lambda record: record.update(part=".kinoray-tmp-x"),
+    "unit_id climbs": lambda record: record.update(unit_id="../x"),
+    "unit_id is of another unit": lambda record: record.update(unit_id="f" * 16),
+    "rows is a text": lambda record: record.update(rows="many"),
+    "sha256 is missing": lambda record: record.pop("sha256"),
+    "counts are texts": lambda record: record.update(counts={"labelled": "x"}),
+    "windows is a text": lambda record: record.update(windows="x"),
+    "windows lack their checksum": lambda record: record.update(windows={"rows": 1, "size_bytes": 1}),
+    "a field is unknown": lambda record: record.update(run_as="root"),
+}
+
+
+@pytest.mark.parametrize("change", BAD_COMMITS.values(), ids=BAD_COMMITS)
+def test_a_commit_that_is_not_ours_is_refused_by_all_readers(
+    change: Callable[[dict[str, Any]], object], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "secret.parquet").write_bytes(b"secret")
+    ledger = ledger_in(Storage(), tmp_path / "out")
+    label_library(ledger, library(20))
+    path = change_first(ledger, "commits", change)
+    there = sorted(file for file in tmp_path.rglob("*") if file.is_file())
+    with pytest.raises(ChecksumMismatch, match=f"{path}"):
+        read_predictions(Storage(), ledger.root)
+    for line in ("labels", "vacuum", "trace"):
+        flags = ["--older-than-h", "1e-9"] if line == "vacuum" else []
+        assert main([line, str(tmp_path / "out"), *flags]) == 1
+        said = capsys.readouterr().err
+        assert str(path) in said
+        assert said.count("\n") == 1
+    assert sorted(file for file in tmp_path.rglob("*") if file.is_file()) == there
+
+
+BAD_PLANS: dict[str, Callable[[dict[str, Any]], object]] = {
+    "catalog_digest climbs": lambda record: record.update(catalog_digest="../../x"),
+    "catalog_digest is of another catalog": lambda record: record.update(catalog_digest="f" * 16),
+    "unit_id climbs": lambda record: record["units"][0].update(unit_id="../../x"),
+    "unit_id is an object": lambda record: record["units"][0].update(unit_id={}),
+    "keys is a text": lambda record: record["units"][0].update(keys="abc"),
+    "a key is a number": lambda record: record["units"][0]["keys"].append(1),
+    "num_rows is less than the keys": lambda record: record["units"][0].update(num_rows=0),
+    "num_rows is a fraction": lambda record: record["units"][0].update(num_rows=8.5),
+    "units is an object": lambda record: record.update(units={"a": 1}),
+    "a unit is a text": lambda record: record["units"].append("x"),
+    "sequence is a text": lambda record: record.update(sequence="x"),
+}
+
+
+@pytest.mark.parametrize("change", BAD_PLANS.values(), ids=BAD_PLANS)
+def test_a_plan_that_is_not_ours_is_refused(change: Callable[[dict[str, Any]], object], tmp_path: Path) -> None:
+    ledger = ledger_in(Storage(), tmp_path / "out")
+    label_library(ledger, library(20))
+    path = change_first(ledger, "plans", change)
+    with pytest.raises(ChecksumMismatch, match=f"{path}"):
+        ledger.plans()
+
+
+def test_a_plan_comes_back_as_it_was_written(tmp_path: Path) -> None:
+    plan = label_library(ledger_in(Storage(), tmp_path), library(20))
+    assert Plan.from_record(parse_json(json.dumps(plan.to_record()))) == plan
+
+
+@pytest.mark.parametrize("text", [DEEP, "[]", '{"labels": {}}', '{"labels": [1]}', '{"views": 3, "labels": ["a"]}'])
+def test_a_job_that_is_not_ours_ends_in_one_line(text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    ledger = ledger_in(Storage(), tmp_path / "out")
+    label_library(ledger, library(20))
+    Path(ledger.root, "job.json").write_text(text)
+    for line in (["labels", "--windows"], ["labels", "--label", "x"], ["export", "--format", "datumaro", "--to", "x"]):
+        flags = [str(tmp_path / flag) if flag == "x" and line[0] == "export" else flag for flag in line[1:]]
+        assert main([line[0], str(tmp_path / "out"), *flags]) in (1, 2)
+        said = capsys.readouterr().err
+        assert said.startswith(f"kinoray {line[0]}: ")
+        assert said.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("where", "text"),
+    [
+        *((where, text) for where in ("run.json", "metrics.jsonl", "status.json") for text in (DEEP, "[]", "{a}")),
+        ("run.json", '{"settings": []}'),
+        ("run.json", '{"settings": {"optim.epochs": {}, "model.factory": "x"}}'),
+        ("status.json", '{"state": "running", "started_s": 1e300, "error": ""}'),
+        ("status.json", '{"state": ["running"], "started_s": 1, "error": ""}'),
+        ("metrics.jsonl", '{"epoch": "x", "val_top1": {}}'),
+        ("metrics.jsonl", '{"epoch": 1, "loss": NaN}'),
+    ],
+)
+def test_runs_shows_a_run_that_is_not_ours_as_damaged(
+    where: str, text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("bad", "good"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "run.json").write_text('{"settings": {"optim.epochs": 1, "model.factory": "x"}}')
+    (tmp_path / "bad" / where).write_text(text)
+    assert main(["runs", str(tmp_path), "--json"]) == 0
+    states = {Path(run["uri"]).name: run["state"] for run in map(json.loads, capsys.readouterr().out.splitlines())}
+    assert states["good"] == "running"
+    assert states["bad"] == "damaged"
+    assert main(["runs", str(tmp_path)]) == 0  # the table, too
+
+
+def test_vacuum_leaves_alone_what_no_labelling_wrote(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    ledger = ledger_in(Storage(), tmp_path / "out")
+    label_library(ledger, library(20))
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "thesis.tex").write_text("years of work")
+    parts = Path(ledger.root, "parts")
+    (parts / "linked").symlink_to(mine)
+    (parts / "notes.txt").write_text("why")
+    (parts / "deeper").mkdir()
+    (parts / "deeper" / f"a-{'0' * 12}.parquet").write_text("x")
+    (parts / f"a-{'0' * 12}.parquet").write_text("what a killed job left")
+    assert main(["vacuum", str(tmp_path / "out"), "--older-than-h", "1e-9"]) == 0
+    assert "removed 1 parts" in (said := capsys.readouterr().out)
+    assert "3 files among the parts are none of a labelling's, and stay" in said
+    assert (mine / "thesis.tex").read_text() == "years of work"
+    assert (parts / "deeper" / f"a-{'0' * 12}.parquet").exists()
+
+
+def test_vacuum_removes_nothing_behind_a_link(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    mine, theirs = (ledger_in(Storage(), tmp_path / name) for name in ("mine", "theirs"))
+    label_library(mine, library(20))
+    before = sorted(Path(mine.root, "parts").iterdir())
+    Path(theirs.root, "parts").symlink_to(Path(mine.root, "parts"))
+    assert main(["vacuum", str(tmp_path / "theirs"), "--older-than-h", "1e-9"]) == 1
+    assert "is a link to another folder" in capsys.readouterr().err
+    assert sorted(Path(mine.root, "parts").iterdir()) == before
+
+
+@pytest.mark.parametrize("key", ["../../climbed", "/tmp/absolute", "a/b", ""])
+def test_a_row_key_is_no_path_of_a_copied_video(key: str, tmp_path: Path) -> None:
+    video = tmp_path / "a.mp4"
+    video.write_bytes(b"\0\0\0\0ftyp")
+    row = {"video_id": "a", "uri": str(video), "offset": None, "length": None, "row_key": key}
+    with pytest.raises(ChecksumMismatch, match=r"row_key .* is not a name"):
+        list(copied_videos(Storage(), [row], tmp_path / "to" / "deep"))
+    assert sorted(path.name for path in tmp_path.rglob("*") if path.is_file()) == ["a.mp4"]
+
+
+BOMB = "a0: &a0 [x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"a{level}: &a{level} [{', '.join([f'*a{level - 1}'] * 9)}]\n" for level in range(1, 10)
+)
+BAD_YAML = {
+    "aliases of aliases": BOMB,
+    "a long text, many times": f"a: &a {'x' * 10_000}\nb: [{', '.join(['*a'] * 1000)}]",
+    "merges of merges": "a0: &a0 {x: 1}\n"
+    + "".join(f"a{level}: &a{level} {{<<: [{', '.join([f'*a{level - 1}'] * 30)}]}}\n" for level in range(1, 10)),
+    "an alias of itself": "a: &a [*a]",
+    "deep": "[" * 10_000,
+    "deep objects": "{a: " * 10_000,
+    "deep by blocks": "\n".join("  " * level + "- " for level in range(500)),
+    "a key twice": "optim: {lr: 1}\noptim: {lr: 2}",
+    "a key twice in a branch": "optim:\n  lr: 1\n  lr: 2",
+    "a number of 5,000 digits": "a: " + "9" * 5000,
+    "a hexadecimal number of 5,000 digits": "a: 0x" + "f" * 5000,
+    "a day that is none": "a: 2024-99-99",
+    "a day": "a: 2024-01-01",
+    "bytes": "a: !!binary aGVsbG8=",
+    "a set": "a: !!set {b}",
+    "a key that is no text": "1: a",
+    "a key that is a list": "? [a]\n: b",
+    "an object of Python": "a: !!python/object/apply:os.system [id]",
+    "no number": "a: .nan",
+    "without end": "a: .inf",
+    "two documents": "a: 1\n---\nb: 2",
+    "too long": "a: " + "x" * 2**20,
+}
+
+
+@pytest.mark.parametrize("text", BAD_YAML.values(), ids=BAD_YAML)
+def test_yaml_that_is_too_much_is_one_error_and_no_memory(text: str, tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text(text)
+    tracemalloc.start()
+    begin_s = time.process_time()
+    with pytest.raises(ConfigError, match=r"--config .*config\.yaml") as caught:
+        load_config(TrainConfig, str(path))
+    with pytest.raises(ConfigError, match=r"^model\.options\.a"):
+        parse_options([f"a={text}"])
+    assert time.process_time() - begin_s < 20  # the bomb took 60 s; under tracemalloc the longest takes 3
+    assert tracemalloc.get_traced_memory()[1] < 2**27
+    tracemalloc.stop()
+    assert len(str(caught.value)) < 500 + len(str(path))
+    assert "\n" not in str(caught.value)
+
+
+def test_yaml_with_an_alias_that_stays_small_is_read() -> None:
+    text = "base: &base {lr: 0.1, tags: [a, b]}\nfirst: *base\nsecond: {<<: *base, lr: 0.2}\n"
+    found = parse_yaml(text, "x")
+    assert found["first"] == {"lr": 0.1, "tags": ["a", "b"]}
+    assert found["second"] == {"lr": 0.2, "tags": ["a", "b"]}
+
+
+def test_a_value_that_is_there_twice_is_written_out_and_reads_back() -> None:
+    shared = [1, 2]
+    config = config_from_mapping(
+        TrainConfig,
+        {"catalog": "a", "out": "b", "model": {"factory": "x:y", "options": {"a": shared, "b": shared}}},
+    )
+    assert "&" not in (text := to_yaml(config))
+    assert config_from_mapping(TrainConfig, parse_yaml(text, "x")) == config
+
+
+def test_a_whole_number_that_no_float_holds_is_a_wrong_value() -> None:
+    with pytest.raises(ConfigError, match=r"optim\.lr"):
+        config_from_mapping(TrainConfig, {"catalog": "a", "out": "b", "optim": {"lr": 10**400}})
+
+
+@pytest.mark.parametrize("text", [DEEP, "[]", "{}", '{"labels": {}}', "not JSON"])
+def test_evaluations_and_calibrations_that_are_not_ours_end_in_one_line(
+    text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "evaluation.json").write_text(text)
+    assert main(["compare", str(tmp_path), str(tmp_path), "--out", str(tmp_path / "page.html")]) == 2
+    said = capsys.readouterr().err
+    assert "evaluation.json" in said
+    assert said.count("\n") == 1
+
+
+def test_an_evaluation_with_fields_of_other_types_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    good = {"labels": ["a"], "top1": 1.0, "calibration": {"ece": 0.1}, "catalog": "c", "split": "val"}
+    good |= dict.fromkeys(("catalog_digest", "model_digest", "config_digest", "predictions"), "0")
+    for change in (
+        {"labels": "ab"},
+        {"labels": [1]},
+        {"catalog": ["c"]},
+        {"split": None},
+        {"predictions": {}},
+        {"calibration": {"ece": "x"}},
+        {"calibration": []},
+        {"views": "many"},
+        {"weights": {"a": 1}},
+        {"top1_interval": [1, 2, 3]},
+    ):
+        (tmp_path / "evaluation.json").write_text(json.dumps(good | change))
+        assert main(["compare", str(tmp_path), str(tmp_path), "--out", str(tmp_path / "page.html")]) == 2
+        assert f"evaluation.json is not what evaluate wrote: {next(iter(change))}" in capsys.readouterr().err
+
+
+def test_nothing_else_reads_json_or_yaml() -> None:
+    root = Path(__file__).resolve().parents[1]
+    found = {
+        str(path.relative_to(root)): path.read_text(encoding="utf-8")
+        for folder in ("platform", "models", "jobs")
+        for path in (root / folder).rglob("*.py")
+    }
+    loads = {name for name, text in found.items() if "json.load" in text}
+    assert loads <= {"platform/kinoray/storage/records.py", "platform/kinoray/network/checkpoint.py"}
+    assert {name for name, text in found.items() if "import yaml" in text} == {"platform/kinoray/config/yaml_text.py"}
+    assert not [name for name, text in found.items() if "TemporaryDirectory" in text and "checkpoint" not in name]
+
+
+def test_no_error_of_a_record_is_another_error(tmp_path: Path) -> None:
+    """Whatever `make` raises of a value that it does not take."""
+    record = b'{"a": 1e300}'
+    makers: list[Callable[[dict[str, Any]], object]] = [
+        lambda value: value["b"],
+        lambda value: int(value["a"] * 1e300),
+        lambda value: value["a"].lower(),
+        lambda value: [][int(value["a"] > 0)],
+    ]
+    for make in makers:
+        with pytest.raises(KinorayError):
+            parse_record(record, os.fspath(tmp_path), make)
