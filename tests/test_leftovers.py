@@ -1,4 +1,4 @@
-"""Nothing of a killed command stays: processes, scratch folders, Ray's session folder. And a local Ray is on loopback."""
+"""Nothing of a killed command stays: processes, scratch folders, Ray's session folder. A local Ray is on loopback."""
 
 import fcntl
 import os
@@ -69,11 +69,15 @@ def temp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_a_scratch_folder_goes_with_its_context(temp: Path) -> None:
-    with pytest.raises(RuntimeError, match="inside"), scratch_folder("test") as folder:
-        assert list(folder.iterdir()) == []  # the lock lies outside: some send or list the whole folder
-        (folder / "a").write_text("x")
-        assert [path.name.startswith("kinoray-test-") for path in temp.iterdir()] == [True]
-        raise RuntimeError("inside")
+    def fail() -> None:
+        with scratch_folder("test") as folder:
+            assert list(folder.iterdir()) == []  # the lock lies outside: some send or list the whole folder
+            (folder / "a").write_text("x")
+            assert [path.name.startswith("kinoray-test-") for path in temp.iterdir()] == [True]
+            raise RuntimeError("inside")
+
+    with pytest.raises(RuntimeError, match="inside"):
+        fail()
     assert list(temp.iterdir()) == []
 
 
@@ -127,7 +131,10 @@ def test_a_server_that_was_started_for_a_command_ends_with_it(number: signal.Sig
 
 
 @pytest.mark.ray
-@pytest.mark.parametrize("to_group", [False, True], ids=["the command", "its whole group"])
+@pytest.mark.parametrize(
+    "to_group",
+    [pytest.param(False, id="the command"), pytest.param(True, id="its whole group", marks=pytest.mark.slow)],
+)
 def test_a_killed_command_leaves_neither_processes_nor_folders(to_group: bool, tmp_path: Path) -> None:
     with tempfile.TemporaryDirectory(prefix="kr", dir="/tmp") as temp:  # a socket's path has no more than 107 bytes
         environment = {**os.environ, "TMPDIR": temp, "RAY_TMPDIR": temp}

@@ -1,6 +1,6 @@
 """`kinoray <verb>`: parse one config tree, run one function, turn errors into one line and an exit code.
 
-Exit codes: 0 done, 1 the job failed, 2 a setting is wrong (nothing was started), 130 interrupted.
+Exit codes: 0 done, 1 the job failed, 2 a setting is wrong (nothing was started), 128 + signal (130: Ctrl-C).
 """
 
 import contextlib
@@ -11,11 +11,14 @@ import io
 import os
 import re
 import shlex
+import signal
 import sys
+import threading
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from types import FrameType
+from typing import Any, NoReturn
 
 from kinoray import __version__
 from kinoray.errors import ConfigError, KinorayError
@@ -272,8 +275,28 @@ def _presets() -> Mapping[str, Any]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line (default: sys.argv) and return its exit code; never a traceback for a foreseen error."""
     sys.excepthook = print_traceback
-    with plain_streams():
+    with plain_streams(), _ended_by_signals():
         return _run(argv)
+
+
+@contextlib.contextmanager
+def _ended_by_signals() -> Iterator[None]:
+    """SIGTERM, and a terminal that closes, end a command as Ctrl-C does: what it has opened is closed, in order."""
+    numbers = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) is signal.SIG_DFL]
+    if threading.current_thread() is not threading.main_thread():
+        numbers = []
+
+    def end(number: int, _: FrameType | None) -> NoReturn:
+        raise SystemExit(128 + number)
+
+    for number in numbers:
+        signal.signal(number, end)
+    try:
+        yield
+    finally:
+        for number in numbers:
+            if signal.getsignal(number) is end:  # else it is Ray's by now
+                signal.signal(number, signal.SIG_DFL)
 
 
 def _run(argv: Sequence[str] | None) -> int:

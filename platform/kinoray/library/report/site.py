@@ -133,7 +133,7 @@ class Site:
     def _remove_others(self, written: set[str]) -> None:
         for info in list(self.storage.list(join(self.out, "data/"))):
             name = info.uri.rpartition("/")[2]
-            if _DATA_FILE.fullmatch(name) and name not in written:
+            if info.uri == join(self.out, "data", name) and _DATA_FILE.fullmatch(name) and name not in written:
                 self.storage.delete(info.uri)
 
 
