@@ -13,6 +13,7 @@ from kinoray.doctor.config import DoctorConfig
 from kinoray.doctor.section import Check
 from kinoray.doctor.store import _PROMISES, _removed, _tried, store_section
 from kinoray.errors import ConfigError
+from kinoray.storage.folder import Skipped
 from kinoray.storage.objects import ObjectInfo, Storage
 
 
@@ -71,7 +72,7 @@ class Stale(Storage):
 
     seen: dict[str, bytes] = {}  # noqa: RUF012
 
-    def read(self, uri: str, *, max_bytes: int | None = None) -> bytes:
+    def read(self, uri: str, *, max_bytes: int = 2**40) -> bytes:
         return self.seen.setdefault(uri, super().read(uri, max_bytes=max_bytes))
 
     def read_range(self, uri: str, offset: int, length: int) -> bytes:
@@ -81,8 +82,8 @@ class Stale(Storage):
 class Forgetful(Storage):
     """Lists everything but the last object."""
 
-    def list(self, prefix: str) -> Iterator[ObjectInfo]:
-        yield from list(super().list(prefix))[:-1]
+    def list(self, prefix: str, *, skipped: Skipped | None = None) -> Iterator[ObjectInfo]:
+        yield from list(super().list(prefix, skipped=skipped))[:-1]
 
 
 class Whole(Storage):

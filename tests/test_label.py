@@ -144,7 +144,7 @@ def test_equal_scores_rank_by_class_id_and_far_apart_logits_stay_finite() -> Non
 class Faulty(Storage):
     """A store in which what has a marked name cannot be read."""
 
-    def read(self, uri: str, *, max_bytes: int | None = None) -> bytes:
+    def read(self, uri: str, *, max_bytes: int = 2**40) -> bytes:
         name = uri.rpartition("/")[2]
         if name.startswith("denied"):
             raise AccessDenied(f"{uri}: forbidden")

@@ -17,6 +17,7 @@ from kinoray.errors import ChecksumMismatch, ConfigError, IncompleteOutput, Obje
 from kinoray.label.config import VacuumConfig
 from kinoray.label.table import WINDOW_SCHEMA, Ledger, Plan, read_predictions, row_keys
 from kinoray.label.vacuum import vacuum
+from kinoray.storage.folder import Skipped
 from kinoray.storage.objects import ObjectInfo, Storage, join
 from small_tables import label_library, ledger_in, library, rows_for
 
@@ -147,8 +148,8 @@ class Meddled(Storage):
     moment: str = ""
     act: Callable[[], object] = lambda: None
 
-    def list(self, prefix: str) -> Iterator[ObjectInfo]:
-        found = list(Storage.list(self, prefix))
+    def list(self, prefix: str, *, skipped: Skipped | None = None) -> Iterator[ObjectInfo]:
+        found = list(Storage.list(self, prefix, skipped=skipped))
         if self.moment == "parts were listed" and prefix.endswith("/parts/"):
             self.act()
         if self.moment == "commits were listed" and prefix.endswith("/commits/"):

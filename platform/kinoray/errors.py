@@ -8,9 +8,11 @@
         AccessDenied            no credentials, or the credentials may not do this
         StorageUnavailable      still failing after all retries
         ChecksumMismatch        bytes arrived, but not the ones that were written
+        ObjectTooLarge          more bytes than the reader takes; they were not read
       CatalogError              a table of videos is empty, lacks a column or names a video twice
       MediaError                one video is bad; becomes a quarantine row, never ends a job
         EmptyMedia              no bytes at all
+        InvalidReference        the catalog's row cannot be: no such place, length or time
         UnreadableContainer     not a video file, or its index is lost
         NoVideoStream           a media file without pictures
         UndecodableVideo        a container that opens, but gives no frame
@@ -50,6 +52,7 @@ __all__ = [
     "DecoderStartFailed",
     "EmptyMedia",
     "IncompleteOutput",
+    "InvalidReference",
     "JobError",
     "KinorayError",
     "MediaError",
@@ -57,6 +60,7 @@ __all__ = [
     "ModelError",
     "NoVideoStream",
     "ObjectNotFound",
+    "ObjectTooLarge",
     "StorageError",
     "StorageUnavailable",
     "TooManyBad",
@@ -98,6 +102,10 @@ class ChecksumMismatch(StorageError):
     """Bytes arrived, but not those that were written."""
 
 
+class ObjectTooLarge(StorageError):
+    """More bytes than the reader takes."""
+
+
 class CatalogError(KinorayError):
     """A table of videos is empty, lacks a column, or names a video twice."""
 
@@ -108,6 +116,10 @@ class MediaError(KinorayError):
 
 class EmptyMedia(MediaError):
     """The file has no bytes."""
+
+
+class InvalidReference(MediaError):
+    """The catalog's row says what cannot be: of where the bytes are, or of when the clip begins and ends."""
 
 
 class UnreadableContainer(MediaError):

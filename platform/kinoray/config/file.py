@@ -11,12 +11,14 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
 import tyro
 
+from kinoray.config.files import read_file, translated
 from kinoray.config.yaml_text import MAX_CHARS, dump_yaml, parse_yaml
-from kinoray.errors import ConfigError
+from kinoray.errors import ConfigError, StorageError
 
 __all__ = ["config_from_mapping", "load_config", "to_yaml"]
 
 T = TypeVar("T")
+_MAX_BYTES = 4 * MAX_CHARS
 
 
 def load_config(cls: type[T], path: str) -> T:
@@ -26,10 +28,12 @@ def load_config(cls: type[T], path: str) -> T:
         ConfigError: the file is missing or no YAML mapping, a key is unknown, or a value is wrong.
     """
     try:
-        with open(path, encoding="utf-8") as file:
-            text = file.read(MAX_CHARS + 1)
-    except (OSError, ValueError) as error:  # ValueError: not UTF-8, or a zero byte in the path
-        raise ConfigError(f"--config {path}: {getattr(error, 'strerror', None) or error}") from error
+        with translated(path):
+            text = read_file(path, _MAX_BYTES).decode()
+    except StorageError as error:
+        raise ConfigError(f"--config {error}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"--config {path} is not UTF-8 text: {error}") from error
     content = parse_yaml(text, f"--config {path}")
     if not isinstance(content, dict):
         raise ConfigError(f"--config {path} must hold a mapping of settings, found {type(content).__name__}")

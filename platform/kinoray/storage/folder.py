@@ -4,62 +4,61 @@ What is easy to break: nothing may be visible under its final name before all of
 """
 
 import contextlib
-import errno
+import heapq
 import os
 import shutil
 import stat
 import uuid
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
+from typing import BinaryIO
 
-from kinoray.errors import AccessDenied, ChecksumMismatch, ObjectNotFound, StorageError, StorageUnavailable
+from kinoray.config.files import open_file, read_file, read_file_range, translated
+from kinoray.errors import ObjectNotFound, StorageError, StorageUnavailable
 
-__all__ = ["FolderStore"]
+__all__ = ["FolderStore", "Skipped"]
 
+_COPY_BYTES = 2**20
 _TEMP_PREFIX = ".kinoray-tmp-"  # left out of listings: what a killed writer leaves behind
-_UNAVAILABLE = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE}
+
+
+Skipped = Callable[[str, str], None]
+"""Told of a folder below the listed one that is left out, and why."""
 
 
 class FolderStore:
     """The operations of `storage.Storage` on local paths. Raises only StorageError and its kinds."""
 
-    def read(self, path: str, max_bytes: int | None = None) -> bytes:
-        """All bytes of a regular file; ChecksumMismatch for one of more than `max_bytes`."""
-        with _translated(path):
-            size_bytes = _require_file(path).st_size
-            if max_bytes is not None and size_bytes > max_bytes:
-                raise ChecksumMismatch(f"{path} has {size_bytes} bytes, at most {max_bytes} are expected here")
-            return Path(path).read_bytes()
+    def read(self, path: str, max_bytes: int) -> bytes:
+        """All bytes of a regular file of at most max_bytes."""
+        with translated(path):
+            return read_file(path, max_bytes)
 
     def read_range(self, path: str, offset: int, length: int) -> bytes:
         """Exactly `length` bytes from byte `offset` on, or ChecksumMismatch."""
-        with _translated(path):
-            size_bytes = _require_file(path).st_size
-            with open(path, "rb") as file:
-                file.seek(offset)
-                data = file.read(length)
-        if len(data) != length:
-            raise ChecksumMismatch(
-                f"{path} is too short: bytes {offset} .. {offset + length} were asked for, it has {size_bytes}; "
-                "it was cut or replaced after its catalog was made"
-            )
-        return data
+        with translated(path):
+            return read_file_range(path, offset, length)
 
     def put(self, path: str, data: bytes) -> None:
         """Replace or make the file, with its folders."""
-        with _translated(path), _aside(path, lambda temp: temp.write_bytes(data)) as temp:
+        with translated(path), _aside(path, lambda temp: temp.write_bytes(data)) as temp:
             os.replace(temp, path)
 
     def put_file(self, path: str, source: Path) -> None:
         """Replace or make the file with a copy of another."""
-        with _translated(str(source)):
-            _require_file(source)
-        with _translated(path), _aside(path, lambda temp: shutil.copyfile(source, temp)) as temp:
+        with (
+            translated(str(source)),
+            open_file(source) as descriptor,
+            open(descriptor, "rb", closefd=False) as file,
+            translated(path),
+            _aside(path, partial(_copy, file)) as temp,
+        ):
             os.replace(temp, path)
 
     def put_if_absent(self, path: str, data: bytes) -> bool:
         """Make the file unless it exists; the file system makes a hard link for exactly one of several writers."""
-        with _translated(path), _aside(path, lambda temp: temp.write_bytes(data)) as temp:
+        with translated(path), _aside(path, lambda temp: temp.write_bytes(data)) as temp:
             try:
                 os.link(temp, path)
             except FileExistsError:
@@ -67,29 +66,26 @@ class FolderStore:
                 return temp.stat().st_nlink == 2
             return True
 
-    def list(self, prefix: str) -> Iterator[tuple[str, int, float, str]]:
-        """(path, size, time, "") of all files whose path starts with prefix, sorted by path."""
+    def list(self, prefix: str, skipped: Skipped | None) -> Iterator[tuple[str, int, float, str]]:
+        """(path, size, time, "") of all files whose path starts with prefix, sorted by path; each folder's once."""
         folder = prefix[: prefix.rfind("/") + 1]
-        with _translated(prefix):
+        with translated(folder):
             there = os.path.isdir(folder or ".")
-            paths = [path for path in _walk(folder, set()) if path.startswith(prefix)] if there else []
+        paths = [path for path in _walk(folder, skipped) if path.startswith(prefix)] if there else []
         for path in sorted(paths):
-            with _translated(path):
-                try:
-                    info = os.stat(path) if os.path.exists(path) else os.lstat(path)  # a dangling link is itself
-                except FileNotFoundError:
-                    continue  # deleted since the folder was read
-            yield path, info.st_size if stat.S_ISREG(info.st_mode) else 0, info.st_mtime, ""
+            found = _size_and_time(path)
+            if found is not None:
+                yield path, *found, ""
 
     def stat(self, path: str) -> tuple[int, float, str]:
         """(size, time, "") of a regular file."""
-        with _translated(path):
+        with translated(path):
             info = _require_file(path)
         return info.st_size, info.st_mtime, ""
 
     def delete(self, path: str) -> None:
         """Remove the file if it is there."""
-        with _translated(path):
+        with translated(path):
             Path(path).unlink(missing_ok=True)
 
 
@@ -101,18 +97,68 @@ def _require_file(path: str | Path) -> os.stat_result:
     return info
 
 
-def _walk(folder: str, parents: set[tuple[int, int]]) -> Iterator[str]:
-    """Paths of everything below folder that is not a folder; links to folders are followed, but not in circles."""
-    info = os.stat(folder or ".")
-    here = (info.st_dev, info.st_ino)
-    if here in parents:
-        return
-    with os.scandir(folder or ".") as entries:
-        for entry in entries:
-            if entry.is_dir():
-                yield from _walk(f"{folder}{entry.name}/", parents | {here})
-            elif not entry.name.startswith(_TEMP_PREFIX):
-                yield folder + entry.name
+def _size_and_time(path: str) -> tuple[int, float] | None:
+    """Size (0 for what is no regular file) and time of what a folder lists; None if it was deleted since."""
+    try:
+        info = os.stat(path)
+    except OSError:
+        try:
+            info = os.lstat(path)  # a link that leads nowhere, or to itself, is itself
+        except FileNotFoundError:
+            return None
+        except OSError:  # its folder may be listed, but not looked into; who reads it will say so
+            return 0, 0.0
+    return info.st_size if stat.S_ISREG(info.st_mode) else 0, info.st_mtime
+
+
+def _walk(root: str, skipped: Skipped | None) -> Iterator[str]:
+    """Paths of everything below root that is not a folder. Links to folders are followed, but lead to each only once.
+
+    Real folders come before linked ones, and both in the order of their names, so that it is always the same of its
+    names under which the files of a folder are listed. A stack of our own: trees may be deeper than Python recurses.
+    """
+    seen: set[tuple[int, int]] = set()
+    folders, links = [(root, False)], list[str]()
+    while folders or links:
+        folder, is_linked = folders.pop() if folders else (heapq.heappop(links), True)
+        try:
+            with translated(folder):
+                info = os.stat(folder or ".")
+                place = (info.st_dev, info.st_ino)
+                if is_linked and place in seen:  # not asked of real folders: some file systems have no true inodes
+                    if skipped:
+                        skipped(folder, "it is listed under another name, too")
+                    continue
+                with os.scandir(folder or ".") as entries:
+                    found = sorted(entries, key=lambda entry: entry.name)
+        except StorageError as error:
+            if folder != root and isinstance(error, ObjectNotFound):
+                continue  # deleted since its name was read
+            if skipped is None or folder == root or isinstance(error, StorageUnavailable):
+                raise
+            skipped(folder, str(error))
+            continue
+        seen.add(place)
+        for entry in reversed(found):  # so that the first one is the next that is popped
+            if not _is_folder(entry):
+                if not entry.name.startswith(_TEMP_PREFIX):
+                    yield folder + entry.name
+            elif entry.is_symlink():
+                heapq.heappush(links, f"{folder}{entry.name}/")
+            else:
+                folders.append((f"{folder}{entry.name}/", is_linked))
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself, or into a folder that may not be looked into
+        return False
+
+
+def _copy(source: BinaryIO, target: Path) -> None:
+    with target.open("wb") as file:
+        shutil.copyfileobj(source, file, _COPY_BYTES)
 
 
 @contextlib.contextmanager
@@ -136,21 +182,3 @@ def _flush(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-@contextlib.contextmanager
-def _translated(path: str) -> Iterator[None]:
-    """Turn the operating system's errors into ours, with the path in the message."""
-    try:
-        yield
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise ObjectNotFound(f"{path}: no such file") from error
-    except IsADirectoryError as error:
-        raise ObjectNotFound(f"{path} is a folder, a file is expected") from error
-    except PermissionError as error:
-        raise AccessDenied(f"{path}: {error.strerror or 'permission denied'}") from error
-    except ValueError as error:  # a zero byte in the path
-        raise ObjectNotFound(f"{path!r} is not a path: {error}") from error
-    except OSError as error:
-        kind = StorageUnavailable if error.errno in _UNAVAILABLE else StorageError
-        raise kind(f"{path}: {error.strerror or error}") from error

@@ -14,14 +14,16 @@ from urllib.parse import urlparse
 
 import pyarrow.fs as pafs
 
+from kinoray.config.files import FILE_SCHEME, local_path
 from kinoray.config.shared import StorageConfig
 from kinoray.errors import ConfigError, ObjectNotFound
-from kinoray.storage.folder import FolderStore
+from kinoray.storage.folder import FolderStore, Skipped
 from kinoray.storage.s3 import S3Store, endpoint_of
 
 __all__ = ["ObjectInfo", "Storage", "absolute", "arrow_filesystem", "is_s3", "join"]
 
 _SCHEME = "s3://"
+_MAX_READ_BYTES = 2**34  # of what is no video: tables, records and lists are never near it
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,8 +54,8 @@ def join(base: str, *parts: str) -> str:
 
 
 def absolute(uri: str) -> str:
-    """The uri as every process understands it: local paths made absolute (a last "/" is kept), s3:// unchanged."""
-    if is_s3(uri):
+    """The uri as every process understands it: local paths made absolute (a last "/" is kept), the others unchanged."""
+    if is_s3(uri) or uri.startswith(FILE_SCHEME):
         return uri
     path = os.path.abspath(os.path.expanduser(uri))
     return path + "/" if uri.endswith("/") and path != "/" else path
@@ -82,6 +84,7 @@ class Storage:
         AccessDenied: no credentials were found, or they may not do this.
         StorageUnavailable: the store kept failing until the retries were used up.
         ChecksumMismatch: bytes arrived, but not those that were written, or fewer than there should be.
+        ObjectTooLarge: it has more bytes than are allowed.
         StorageError: anything else that the store refused.
         ConfigError: the uri or the endpoint is malformed.
     """
@@ -89,10 +92,10 @@ class Storage:
     config: StorageConfig = field(default_factory=StorageConfig)
     """Where s3:// leads."""
 
-    def read(self, uri: str, *, max_bytes: int | None = None) -> bytes:
+    def read(self, uri: str, *, max_bytes: int = _MAX_READ_BYTES) -> bytes:
         """All bytes of the object. A cut or stalled answer is continued from its last good byte.
 
-        One of more than `max_bytes` is a ChecksumMismatch before any of it is read.
+        One of more than max_bytes is ObjectTooLarge, and is not read.
         """
         store, name = self._locate(uri)
         return store.read(name, max_bytes)
@@ -119,14 +122,15 @@ class Storage:
         store, name = self._locate(uri)
         return store.put_if_absent(name, data)
 
-    def list(self, prefix: str) -> Iterator[ObjectInfo]:
+    def list(self, prefix: str, *, skipped: Skipped | None = None) -> Iterator[ObjectInfo]:
         """All objects whose uri starts with `prefix` ("dir/" for a folder), at any depth, sorted by uri.
 
-        Nothing there is an empty listing; a missing bucket is ObjectNotFound.
+        Nothing there is an empty listing; a missing bucket is ObjectNotFound. A folder below the prefix that may not be
+        listed is an error, or is left out and `skipped` is told.
         """
         store, name = self._locate(prefix, is_prefix=True)
         start = prefix[: len(prefix) - len(name)]
-        for found, size_bytes, modified_s, etag in store.list(name):
+        for found, size_bytes, modified_s, etag in store.list(name, skipped):
             yield ObjectInfo(start + found, size_bytes, modified_s, etag)
 
     def exists(self, uri: str) -> bool:
@@ -151,9 +155,10 @@ class Storage:
     def _locate(self, uri: str, *, is_prefix: bool = False) -> tuple[S3Store | FolderStore, str]:
         """The store that holds the uri, and its name there: a path, or `bucket/key`."""
         if not is_s3(uri):
-            if "://" in uri:
+            path = local_path(uri)
+            if path is uri and "://" in uri:
                 raise ConfigError(f"{uri}: only s3:// addresses and local paths are understood")
-            return _folder, uri
+            return _folder, path
         name = uri[len(_SCHEME) :]
         bucket, _, key = name.partition("/")
         if not bucket:

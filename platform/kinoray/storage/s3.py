@@ -21,6 +21,7 @@ import boto3
 import botocore.exceptions as aws
 from botocore.config import Config
 
+from kinoray.config.files import open_file, translated
 from kinoray.config.shared import StorageConfig
 from kinoray.errors import (
     AccessDenied,
@@ -30,6 +31,7 @@ from kinoray.errors import (
     ObjectNotFound,
     StorageError,
 )
+from kinoray.storage.folder import Skipped
 from kinoray.storage.s3_read import read_object
 from kinoray.storage.s3_retry import DIGEST_CODES, Retries, code_of, pauses, status_of
 
@@ -58,6 +60,7 @@ _CREDENTIAL_ERRORS = (
     aws.ProfileNotFound,
 )
 _EXPIRED_CODES = {"ExpiredToken", "ExpiredTokenException", "RequestExpired", "TokenRefreshRequired"}
+_ARCHIVED = "InvalidObjectState"  # a 403 of one object in Glacier, which says nothing of the credentials
 _DENIED_CODES = _EXPIRED_CODES | {"InvalidToken", "InvalidAccessKeyId"}
 
 
@@ -76,15 +79,15 @@ class S3Store:
         self._custom_endpoint = not _is_aws(endpoint)
         self._retries = Retries(config.retry_s, endpoint)
 
-    def read(self, name: str, max_bytes: int | None = None) -> bytes:
-        """All bytes of the object; ChecksumMismatch for one of more than `max_bytes`."""
+    def read(self, name: str, max_bytes: int) -> bytes:
+        """All bytes of an object of at most max_bytes."""
         return self._guard(name, lambda: self._read(name, None, max_bytes))
 
     def read_range(self, name: str, offset: int, length: int) -> bytes:
         """Exactly `length` bytes from byte `offset` on, or ChecksumMismatch."""
         if length == 0:
             return b""
-        return self._guard(name, lambda: self._read(name, (offset, length)))
+        return self._guard(name, lambda: self._read(name, (offset, length), length))
 
     def put(self, name: str, data: bytes) -> None:
         """Replace or make the object; the server checks a checksum of the data."""
@@ -94,20 +97,18 @@ class S3Store:
 
     def put_file(self, name: str, path: Path) -> None:
         """Replace or make the object from a local file, in parts that the server checks one by one."""
-        try:
-            size_bytes = path.stat().st_size
+        with translated(str(path)), open_file(path) as descriptor:
+            size_bytes = os.fstat(descriptor).st_size
             if size_bytes <= _PART_BYTES:
-                self.put(name, path.read_bytes())
+                self.put(name, os.pread(descriptor, _PART_BYTES, 0))
             else:
-                self._guard(name, lambda: self._put_parts(name, path, size_bytes))
-        except OSError as error:
-            raise StorageError(f"{path}: {error.strerror or error}") from error
+                self._guard(name, lambda: self._put_parts(name, descriptor, size_bytes))
 
     def put_if_absent(self, name: str, data: bytes) -> bool:
         """Make the object unless it exists; the server decides (If-None-Match: *)."""
         return self._guard(name, lambda: self._put_if_absent(name, data))
 
-    def list(self, prefix: str) -> Iterator[tuple[str, int, float, str]]:
+    def list(self, prefix: str, skipped: Skipped | None = None) -> Iterator[tuple[str, int, float, str]]:
         """(bucket/key, size, time, etag) of all objects below `bucket/prefix`, in the order of their keys."""
         bucket, key = _split(prefix)
         more: dict[str, str] = {}
@@ -155,7 +156,7 @@ class S3Store:
                 self._client = _make_client(self._config)  # a new session reads the credentials again
         return self._retries.run(name, lambda: getattr(self._client, operation)(**arguments))
 
-    def _read(self, name: str, span: tuple[int, int] | None, max_bytes: int | None = None) -> bytes:
+    def _read(self, name: str, span: tuple[int, int] | None, max_bytes: int) -> bytes:
         def ask(**request: Any) -> Any:
             return self._run(name, "get_object", request)
 
@@ -167,8 +168,8 @@ class S3Store:
             ask,
             *_split(name),
             span,
-            size_of=size_of,
             max_bytes=max_bytes,
+            size_of=size_of,
             retry_s=config.retry_s,
             stall_timeout_s=config.stall_timeout_s,
         )
@@ -199,16 +200,14 @@ class S3Store:
                 return False
             raise
 
-    def _put_parts(self, name: str, path: Path, size_bytes: int) -> None:
+    def _put_parts(self, name: str, descriptor: int, size_bytes: int) -> None:
         part_bytes = max(_PART_BYTES, -(-size_bytes // 10_000))  # S3 takes at most 10,000 parts
         algorithm = {} if self._custom_endpoint else {"ChecksumAlgorithm": "CRC32"}
         writer = {"writer": uuid4().hex}
         upload_id = self._call(name, "create_multipart_upload", Metadata=writer, **algorithm)["UploadId"]
 
         def put_part(offset: int) -> dict[str, Any]:
-            with path.open("rb") as file:
-                file.seek(offset)
-                data = file.read(part_bytes)
+            data = os.pread(descriptor, part_bytes, offset)
             number = {"PartNumber": offset // part_bytes + 1}
             answer = self._call(
                 name, "upload_part", Body=data, UploadId=upload_id, **number, **algorithm, **self._checksum(data)
@@ -260,6 +259,10 @@ class S3Store:
             raise BucketNotFound(f"s3://{name}: there is no bucket {bucket!r}") from error
         if status == 404:
             raise ObjectNotFound(f"s3://{name}: no such object") from error
+        if code == _ARCHIVED:
+            raise StorageError(
+                f"s3://{name} is archived, and must be restored before it can be read ({text})"
+            ) from error
         if status in (401, 403) or code in _DENIED_CODES:
             what = "have expired" if code in _EXPIRED_CODES else "may not do this"
             raise AccessDenied(f"s3://{name}: the credentials {what} ({text})") from error

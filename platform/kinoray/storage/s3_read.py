@@ -18,7 +18,7 @@ from typing import Any
 import botocore.exceptions as aws
 import urllib3.exceptions
 
-from kinoray.errors import ChecksumMismatch, StorageError, StorageUnavailable
+from kinoray.errors import ChecksumMismatch, ObjectTooLarge, StorageError, StorageUnavailable
 from kinoray.storage.s3_retry import pauses, status_of
 
 __all__ = ["read_object"]
@@ -53,8 +53,8 @@ def read_object(
     key: str,
     span: tuple[int, int] | None,
     *,
+    max_bytes: int,
     size_of: Callable[[], int],
-    max_bytes: int | None = None,
     retry_s: float,
     stall_timeout_s: float,
 ) -> bytes:
@@ -62,12 +62,13 @@ def read_object(
 
     Args:
         ask: boto3's get_object, with retries of its own.
+        max_bytes: the most that a whole object may have.
         size_of: tells the object's size by another request; called for whole objects that nothing else can vouch for.
-        max_bytes: a larger object is a ChecksumMismatch, and its body is not read.
         retry_s: for how long a body that breaks off again and again is asked for.
         stall_timeout_s: silence in a body after which its connection is left; also how long a slow one is watched.
 
     Raises:
+        ObjectTooLarge: it has more than max_bytes; nothing of it was read.
         ChecksumMismatch: shorter than asked for, or wrong, or replaced, at every try.
         StorageUnavailable: the answer was cut too often.
         What `ask` raises: no answer.
@@ -75,7 +76,7 @@ def read_object(
     error: Exception | None = None
     for _ in range(_WHOLE_TRIES):
         try:
-            return _Read(ask, bucket, key, span, size_of, max_bytes, retry_s, stall_timeout_s).run()
+            return _Read(ask, bucket, key, span, max_bytes, size_of, retry_s, stall_timeout_s).run()
         except _WrongError as reason:
             again = isinstance(error, _WrongError) and error.data == reason.data
             if again and len(reason.data) == size_of():
@@ -96,14 +97,14 @@ class _Read:
         bucket: str,
         key: str,
         span: tuple[int, int] | None,
+        max_bytes: int,
         size_of: Callable[[], int],
-        max_bytes: int | None,
         retry_s: float,
         stall_timeout_s: float,
     ) -> None:
         self._get, self._target = ask, {"Bucket": bucket, "Key": key}
         self._uri = f"s3://{bucket}/{key}"
-        self._size_of, self._max_bytes = size_of, max_bytes
+        self._max_bytes, self._size_of = max_bytes, size_of
         self._retry_s, self._stall_timeout_s = retry_s, stall_timeout_s
         self._ranged = span is not None
         self._offset = span[0] if span else 0
@@ -175,10 +176,10 @@ class _Read:
             self._check_range(answer.get("ContentRange", ""), first)
         if self._length is None:
             self._length = int(answer["ContentLength"])
-            if self._max_bytes is not None and self._length > self._max_bytes:
+            if self._length > self._max_bytes:
                 answer["Body"].close()
-                raise ChecksumMismatch(
-                    f"{self._uri} has {self._length} bytes, at most {self._max_bytes} are expected here"
+                raise ObjectTooLarge(
+                    f"{self._uri} has {self._length:,} bytes, {self._max_bytes:,} are allowed; it was not read"
                 )
             crc32 = answer.get("ChecksumCRC32", "")
             self._crc32 = "" if "-" in crc32 else crc32  # "...-3" is a checksum of the parts' checksums
@@ -209,7 +210,7 @@ class _Read:
             with contextlib.suppress(AttributeError):  # an empty body has given its connection back
                 body.set_socket_timeout(self._stall_timeout_s)
             since, before = time.monotonic(), self._received
-            while chunk := body.read(_CHUNK_BYTES):
+            while self._received <= (self._length or 0) and (chunk := body.read(_CHUNK_BYTES)):
                 self._chunks.append(chunk)
                 self._received += len(chunk)
                 watched_s = time.monotonic() - since

@@ -1,0 +1,147 @@
+"""Opening local files that somebody else named: regular files only, never more bytes than asked for, never a wait.
+
+What is easy to break: between a look at a name and opening it, anything can take its place. So the name is opened
+first, in a way that waits for nothing, and what was opened is looked at. Every local name that a user, a list or a
+catalog gives is opened here.
+"""
+
+import contextlib
+import errno
+import os
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+from urllib.parse import quote_from_bytes, unquote_to_bytes
+
+from kinoray.errors import (
+    AccessDenied,
+    ChecksumMismatch,
+    KinorayError,
+    ObjectNotFound,
+    ObjectTooLarge,
+    StorageError,
+    StorageUnavailable,
+)
+
+__all__ = ["FILE_SCHEME", "local_path", "local_uri", "open_file", "read_file", "read_file_range", "translated"]
+
+FILE_SCHEME = "file://"
+"""What the uri of a file begins with whose name is not UTF-8: `file:///videos/a%FF.mp4` can be written to a table."""
+
+_FLAGS = os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC  # a pipe without a writer, or a modem, would wait
+_PART_BYTES = 2**16
+_UNAVAILABLE = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE}
+
+
+def local_uri(path: str) -> str:
+    """The path as a uri that any table can hold: itself, or percent-encoded behind file:// if it is not UTF-8."""
+    try:
+        path.encode()
+    except UnicodeEncodeError:  # Python stands surrogates for bytes that are not UTF-8
+        return FILE_SCHEME + quote_from_bytes(os.fsencode(path))
+    return path
+
+
+def local_path(uri: str) -> str:
+    """The path that `local_uri` was made of; also of a file:// uri that another tool wrote."""
+    if not uri.startswith(FILE_SCHEME):
+        return uri
+    return os.fsdecode(unquote_to_bytes(uri[len(FILE_SCHEME) :].removeprefix("localhost")))
+
+
+@contextlib.contextmanager
+def open_file(path: str | Path) -> Iterator[int]:
+    """A descriptor of a regular file, to read from; closed behind the body.
+
+    Raises:
+        ObjectNotFound: there is none, or what is there is no regular file.
+    """
+    try:
+        descriptor = os.open(path, _FLAGS)
+    except OSError as error:
+        if error.errno != errno.ENXIO:  # a socket
+            raise
+        raise ObjectNotFound(f"{path} is not a regular file") from error
+    try:
+        info = os.fstat(descriptor)
+        if not stat.S_ISREG(info.st_mode):
+            kind = "a folder, a file is expected" if stat.S_ISDIR(info.st_mode) else "not a regular file"
+            raise ObjectNotFound(f"{path} is {kind}")
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def read_file(path: str | Path, max_bytes: int) -> bytes:
+    """All bytes of a regular file.
+
+    Raises:
+        ObjectTooLarge: it has more than max_bytes; none, or only so many, were read.
+        ChecksumMismatch: it grew or shrank meanwhile.
+    """
+    with open_file(path) as descriptor, open(descriptor, "rb", closefd=False) as file:
+        size_bytes = os.fstat(descriptor).st_size
+        if size_bytes > max_bytes:
+            raise ObjectTooLarge(f"{path} has {size_bytes:,} bytes, {max_bytes:,} are allowed; it was not read")
+        if not size_bytes:  # files of /proc do not say how long they are, and some have no end
+            return _read_to_end(path, file, max_bytes)
+        data = file.read(size_bytes + 1)
+    if len(data) != size_bytes:
+        what = "more" if len(data) > size_bytes else f"{len(data):,}"
+        raise ChecksumMismatch(
+            f"{path} had {size_bytes:,} bytes when it was opened, and {what} came: somebody writes to it; "
+            "run the same command again when it is finished"
+        )
+    return data
+
+
+def _read_to_end(path: str | Path, file: BinaryIO, max_bytes: int) -> bytes:
+    data = bytearray()
+    while part := file.read(_PART_BYTES):
+        data += part
+        if len(data) > max_bytes:
+            raise ObjectTooLarge(f"{path} goes on behind byte {max_bytes:,}, the last one that is allowed")
+    return bytes(data)
+
+
+def read_file_range(path: str | Path, offset: int, length: int) -> bytes:
+    """Exactly `length` bytes from byte `offset` on.
+
+    Raises:
+        ChecksumMismatch: the file ends before.
+    """
+    data = b""
+    with open_file(path) as descriptor, open(descriptor, "rb", closefd=False) as file:
+        size_bytes = os.fstat(descriptor).st_size
+        if offset + length <= size_bytes:  # compared first: what a table claims may be anything
+            file.seek(offset)
+            data = file.read(length)
+    if len(data) != length:
+        raise ChecksumMismatch(
+            f"{path} is too short: bytes {offset} .. {offset + length} were asked for, it has {size_bytes}; "
+            "it was cut or replaced after its catalog was made"
+        )
+    return data
+
+
+@contextlib.contextmanager
+def translated(path: str) -> Iterator[None]:
+    """Turn the operating system's errors into ours, with the path in the message."""
+    try:
+        yield
+    except KinorayError:
+        raise
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise ObjectNotFound(f"{path}: no such file") from error
+    except IsADirectoryError as error:
+        raise ObjectNotFound(f"{path} is a folder, a file is expected") from error
+    except PermissionError as error:
+        raise AccessDenied(f"{path}: {error.strerror or 'permission denied'}") from error
+    except ValueError as error:  # a zero byte in the path
+        raise ObjectNotFound(f"{path!r} is not a path: {error}") from error
+    except MemoryError as error:
+        raise StorageError(f"{path}: no memory for its bytes") from error
+    except OSError as error:
+        kind = StorageUnavailable if error.errno in _UNAVAILABLE else StorageError
+        raise kind(f"{path}: {error.strerror or error}") from error
