@@ -217,7 +217,7 @@ def make_site(folder: Path, rows: list[dict[str, Any]], catalog: Catalog | None 
     config = ReportConfig(
         predictions=write_predictions(folder / "labels", predictions(rows), unit_size=max(3, len(rows) // 5)),
         out=str(folder / "report"),
-        catalog=str(folder / "set") if catalog else "",
+        catalog=str(folder / "set" / "catalog.parquet") if catalog else "",
         **settings,
     )
     totals = report(config)

@@ -1,5 +1,6 @@
 """Small sets of real H.264 videos that a linear classifier on the mean colour can learn."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +26,12 @@ def catalog_of(rows: list[dict[str, object]]) -> Catalog:
     """A catalog of rows that name only some of the columns."""
     arrays = [pa.array([row.get(field.name) for row in rows], field.type) for field in CATALOG_SCHEMA]
     return Catalog(pa.table(arrays, schema=CATALOG_SCHEMA), LABELS)
+
+
+def save_as_pack(storage: Storage, uri: str, catalog: Catalog) -> None:
+    """Write a catalog where a folder is to be known as a pack's: beside the record that a pack ends with."""
+    save_catalog(storage, join(uri, "catalog.parquet"), catalog)
+    storage.put(join(uri, "pack.json"), json.dumps({"catalog_digest": catalog.digest}).encode())
 
 
 def colour_set(storage: Storage, uri: str, *, train: int, val: int, broken: tuple[int, ...] = ()) -> Catalog:
@@ -53,7 +60,7 @@ def colour_set(storage: Storage, uri: str, *, train: int, val: int, broken: tupl
     for number, content in enumerate(shards):
         storage.put(join(uri, f"shard-{number}.bin"), bytes(content))
     catalog = catalog_of(rows)
-    save_catalog(storage, join(uri, "catalog.parquet"), catalog)
+    save_as_pack(storage, uri, catalog)
     return catalog
 
 

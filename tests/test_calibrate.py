@@ -47,7 +47,9 @@ def config(tmp_path: Path) -> CalibrateConfig:
     save_catalog(LOCAL, str(tmp_path / "set" / "catalog.parquet"), catalog_of_source(LOCAL, str(tmp_path / "list.csv")))
     options = {"backbone": "tiny", "heads": 4, "consensus": "probs"}
     run = save_untrained(LOCAL, str(tmp_path / "run"), LABELS, CLIP, "vcm_sdd", **options)
-    return CalibrateConfig(catalog=str(tmp_path / "set"), checkpoint=run, out=str(tmp_path / "calibration"))
+    return CalibrateConfig(
+        catalog=str(tmp_path / "set" / "catalog.parquet"), checkpoint=run, out=str(tmp_path / "calibration")
+    )
 
 
 def test_the_file_holds_what_the_stored_segments_give_and_label_uses_it(

@@ -27,7 +27,7 @@ from kinoray.catalog.table import (
     save_catalog,
 )
 from kinoray.config.shared import StorageConfig
-from kinoray.errors import CatalogError, ChecksumMismatch, KinorayError, ObjectNotFound
+from kinoray.errors import CatalogError, ChecksumMismatch, InvalidReference, KinorayError, ObjectNotFound
 from kinoray.storage.objects import Storage, join
 
 STORAGE = Storage()
@@ -64,7 +64,7 @@ def test_a_saved_catalog_is_the_same_catalog(
 ) -> None:
     storage = Storage(s3_config)
     base = str(tmp_path) if where == "folder" else request.getfixturevalue("bucket")
-    catalog = make_catalog(10)
+    catalog = make_catalog(10, uri=[join(base, f"v{i}.mp4") for i in range(10)])
     save_catalog(storage, join(base, "catalog.parquet"), catalog)
     for uri in (base, join(base, "catalog.parquet")):
         loaded = load_catalog(storage, uri)
@@ -229,11 +229,13 @@ def test_a_csv_that_is_not_text_is_named(tmp_path: Path) -> None:
         catalog_of_source(STORAGE, str(tmp_path / "list.csv"))
 
 
-def test_a_catalog_in_the_folder_wins(tmp_path: Path) -> None:
+def test_a_packs_catalog_stands_for_its_folder(tmp_path: Path) -> None:
     write_files(tmp_path, "a.mp4")
-    save_catalog(STORAGE, str(tmp_path / "catalog.parquet"), make_catalog(3))
-    assert catalog_of_source(STORAGE, str(tmp_path)).digest == make_catalog(3).digest
-    assert catalog_of_source(STORAGE, str(tmp_path / "catalog.parquet")).digest == make_catalog(3).digest
+    catalog = make_catalog(3, uri=[str(tmp_path / "shards" / "x.tar")] * 3)
+    save_catalog(STORAGE, str(tmp_path / "catalog.parquet"), catalog)
+    (tmp_path / "pack.json").write_text('{"catalog_digest": "x"}')
+    assert catalog_of_source(STORAGE, str(tmp_path)).digest == catalog.digest
+    assert catalog_of_source(STORAGE, str(tmp_path / "catalog.parquet")).digest == catalog.digest
 
 
 def test_nothing_to_label_is_an_error(tmp_path: Path) -> None:
@@ -249,12 +251,24 @@ def test_nothing_to_label_is_an_error(tmp_path: Path) -> None:
         catalog_of_source(STORAGE, str(tmp_path / "texts" / "a.txt"))
 
 
-def test_a_name_that_is_not_utf8_stays_in_the_catalog(tmp_path: Path) -> None:
-    (Path(str(tmp_path)) / "bad\udcff.mp4").write_bytes(b"x")
+def test_a_name_that_is_not_utf8_is_percent_encoded_and_read(tmp_path: Path) -> None:
+    """Beside a name that looks like its encoding, and a folder of that kind."""
+    (tmp_path / "bad\udcff.mp4").write_bytes(b"x")
+    (tmp_path / "bad%FF.mp4").write_bytes(b"y")
+    (tmp_path / "\udce9 %").mkdir()
+    (tmp_path / "\udce9 %" / "a\udc80.mp4").write_bytes(b"z")
     catalog = catalog_of_source(STORAGE, str(tmp_path))
-    assert catalog.table.column("uri").to_pylist() == [f"{tmp_path}/bad\\udcff.mp4"]
-    (answer,) = read_videos(STORAGE, references(catalog.table))
-    assert isinstance(answer, ObjectNotFound)
+    answers = dict(zip(catalog.table["uri"].to_pylist(), read_videos(STORAGE, references(catalog.table)), strict=True))
+    assert answers == {
+        f"{tmp_path}/bad%FF.mp4": b"y",
+        f"file://{tmp_path}/bad%FF.mp4": b"x",
+        f"file://{tmp_path}/%E9%20%25/a%80.mp4": b"z",
+    }
+    save_catalog(STORAGE, str(tmp_path / "x.parquet"), catalog)
+    assert load_catalog(STORAGE, str(tmp_path / "x.parquet")).digest == catalog.digest
+    (tmp_path / "list.csv").write_text(f"path\nfile://{tmp_path}/bad%FF.mp4\n")
+    (answer,) = read_videos(STORAGE, references(catalog_of_source(STORAGE, str(tmp_path / "list.csv")).table))
+    assert answer == b"x"
 
 
 # --- ids
@@ -313,9 +327,31 @@ def shard(tmp_path: Path) -> tuple[str, bytes]:
     return str(tmp_path / "shard"), data
 
 
-def test_a_reference_needs_both_ends() -> None:
-    with pytest.raises(ValueError, match="offset and length go together"):
-        Reference("x", offset=3)
+@pytest.mark.parametrize(
+    ("place", "message"),
+    [
+        ({"offset": 3}, "offset and length go together, got 3 and None"),
+        ({"length": 3}, "offset and length go together, got None and 3"),
+        ({"offset": -1, "length": 3}, "offset -1 and length 3 can be no part of an object"),
+        ({"offset": 0, "length": -3}, "offset 0 and length -3 can be no part"),
+        ({"offset": 2**63 - 2, "length": 5}, "can be no part"),
+        ({"uri": ""}, "'' is no address"),
+        ({"uri": "/a\0b"}, "is no address"),
+        ({"uri": "s3://"}, "is no address"),
+        ({"uri": "s3:///key"}, "is no address"),
+        ({"uri": "https://host/a.mp4"}, "only s3:// addresses and local paths"),
+    ],
+)
+def test_a_reference_that_cannot_be_is_the_answer_for_its_video_only(
+    place: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    write_files(tmp_path, "a.mp4")
+    good = Reference(str(tmp_path / "a.mp4"))
+    bad = Reference(**({"uri": str(tmp_path / "a.mp4")} | place))
+    before, answer, after = read_videos(STORAGE, [good, bad, good])
+    assert before == after == b"a.mp4"
+    assert isinstance(answer, InvalidReference)
+    assert message in str(answer)
 
 
 def test_every_checksum_is_compared(shard: tuple[str, bytes]) -> None:

@@ -13,7 +13,7 @@ import yaml
 
 from conftest import bucket_at, config_at
 from decode_reference import moving
-from kinoray.catalog.table import Catalog, catalog_of_source, save_catalog
+from kinoray.catalog.table import Catalog, catalog_of_source
 from kinoray.cli import main
 from kinoray.config.shared import StorageConfig, digest
 from kinoray.demo.videos import make_video
@@ -27,6 +27,7 @@ from kinoray.label.table import PREDICTION_SCHEMA, Ledger, labelling_id, read_pr
 from kinoray.library.config import ReportConfig
 from kinoray.library.report.verb import report
 from kinoray.storage.objects import Storage, join
+from small_sets import save_as_pack
 
 LOCAL = Storage(StorageConfig())
 LABELS = ("ant", "bee", "cat", "dog", "<i>eel</i>", "fly")
@@ -56,7 +57,7 @@ def catalog_at(
     rows = [f"v{n:03d}.mp4,{labels[(5 * n + n // 4) % len(labels)]},val" for n in range(first, first + num)]
     storage.put(join(folder, "list.csv"), "\n".join(["path,label,split", *rows]).encode())
     catalog = catalog_of_source(storage, join(folder, "list.csv"))
-    save_catalog(storage, join(folder, "catalog.parquet"), catalog)
+    save_as_pack(storage, folder, catalog)
     return folder
 
 
@@ -204,10 +205,12 @@ def test_an_evaluation_that_is_gone_changed_or_moved_is_told(tmp_path: Path) -> 
     with pytest.raises(ObjectNotFound, match=r"its catalog is gone .* --catalog"):
         ensemble(config)
     (tmp_path / "two").rename(tmp_path / "moved")
-    moved = replace(config, evaluations=(one.uri, str(tmp_path / "moved")), catalog=str(tmp_path / "new"))
+    moved = replace(
+        config, evaluations=(one.uri, str(tmp_path / "moved")), catalog=str(tmp_path / "new" / "catalog.parquet")
+    )
     assert ensemble(moved)["evaluated"] == 20
     catalog_at(str(tmp_path / "new"), 19)
-    with pytest.raises(CatalogError, match=r"one was made with another catalog \(.*\) than .*new holds now"):
+    with pytest.raises(CatalogError, match=r"one was made with another catalog \(.*\) than .*new.* holds now"):
         ensemble(moved)
     (tmp_path / "old").mkdir()
     (tmp_path / "old" / "evaluation.json").write_text('{"top1": 0.5}')
@@ -350,7 +353,7 @@ def test_nothing_in_a_page_comes_from_a_name(tmp_path: Path) -> None:
     table = table.set_column(0, catalog.table.schema.field(0), pa.array(ids))
     assert table.schema.names[0] == "video_id"
     hostile = Catalog(table.cast(catalog.table.schema), tuple(names[x] for x in catalog.labels))
-    save_catalog(LOCAL, join(source, "catalog.parquet"), hostile)
+    save_as_pack(LOCAL, source, hostile)
     a, b = (evaluated(str(tmp_path / f"{seed}"), source, seed, labels=HOSTILE) for seed in (1, 2))
     compare(CompareConfig(a=a.uri, b=b.uri, out=str(tmp_path / "p.html"), frames_per_video=0, title=HOSTILE[0]))
     text = (tmp_path / "p.html").read_text()

@@ -66,7 +66,9 @@ def write_csv(ledger: Ledger, path: Path, changes: dict[str, str]) -> str:
 
 
 def rows_in(out: str | Path) -> dict[str, Row]:
-    return {row["video_id"]: row for row in load_catalog(Storage(), str(out)).table.to_pylist()}
+    return {
+        row["video_id"]: row for row in load_catalog(Storage(), join(str(out), "catalog.parquet")).table.to_pylist()
+    }
 
 
 def test_corrections_and_confident_answers_become_a_catalog(
@@ -98,7 +100,7 @@ def test_corrections_and_confident_answers_become_a_catalog(
     counts = {"corrected": 2, "changed": 1, "kept": 0, "accepted": len(confident), "bad": 1, "unreadable": 4}
     assert totals.items() >= counts.items()
     assert totals["unlabelled"] == 20 - 2 - len(confident) - 1 - 4
-    assert load_catalog(Storage(), out).labels == LABELS
+    assert load_catalog(Storage(), join(out, "catalog.parquet")).labels == LABELS
     record = json.loads((tmp_path / "set" / "corrections.json").read_text())
     assert record.items() >= counts.items()
     assert record["predictions"] == ledger.root
@@ -146,7 +148,7 @@ def test_new_classes_come_last_and_videos_without_a_split_are_shared_out(ledger:
         out=str(tmp_path / "set"),
     )
     totals = correct(config)
-    catalog = load_catalog(Storage(), str(tmp_path / "set"))
+    catalog = load_catalog(Storage(), str(tmp_path / "set" / "catalog.parquet"))
     assert catalog.labels == (*LABELS, "a new one")
     assert rows_in(tmp_path / "set")["v0000"]["label_id"] == 3
     assert set(totals["splits"]) == {"train", "val"}
@@ -184,7 +186,7 @@ HEAD = "video_id,row_key,label\n"
     ("text", "message"),
     [
         ("video_id,label\nv0000,red\n", r"c.csv line 1: there is no column row_key, found 'video_id,label'"),
-        ("", r"c.csv line 1: there is no column row_key, found ''"),
+        ("", r"c.csv line 1: there is no column row_key; expected .*, found ''"),
         (
             HEAD + "v0000,KEY0,red\nv0001,KEY1,pink\n",
             r"c.csv line 3, column label: there is no class 'pink'; there are",
@@ -194,9 +196,9 @@ HEAD = "video_id,row_key,label\n"
         (HEAD + "v0000,0123456789abcdef,red\n", r"line 2, column row_key: '0123456789abcdef' is no row of .*\(1 of 1"),
         (HEAD + "v0000,KEY0,red\nv0000,KEY0,blue\n", r"line 3, column label: video v0000 is 'blue' here and 'red' in "),
         (HEAD + "v0001,KEY0,red\n", r"line 2, column video_id: it says 'v0001', but row_key \w+ is 'v0000'"),
-        (HEAD + "v0000,KEY0\n", r"c.csv line 2: it has more or fewer cells"),
-        (HEAD + "v0000,KEY0,red,more\n", r"c.csv line 2: it has more or fewer cells"),
-        (HEAD + 'v0000,KEY0,"red\n', r"c.csv line 2: not a CSV \(unexpected end of data\)"),
+        (HEAD + "v0000,KEY0\n", r"c.csv line 2: 2 cells are fewer than the 3 columns"),
+        (HEAD + "v0000,KEY0,red,more\n", r"c.csv line 2: 4 cells are more than the 3 columns"),
+        (HEAD + 'v0000,KEY0,"red\n', r"c.csv line 2, cell 3: a quote is not closed in its line"),
     ],
 )
 def test_what_is_wrong_with_a_file_is_named_by_line_and_column_and_nothing_is_written(
@@ -215,7 +217,7 @@ def test_what_is_wrong_with_a_file_is_named_by_line_and_column_and_nothing_is_wr
 def test_a_file_that_is_no_text_and_settings_that_ask_for_nothing_are_refused(ledger: Ledger, tmp_path: Path) -> None:
     (tmp_path / "c.csv").write_bytes(b"row_key,label\n\xff\xfe,red\n")
     config = CorrectConfig(predictions=ledger.root, corrections=(str(tmp_path / "c.csv"),), out=str(tmp_path / "set"))
-    with pytest.raises(CatalogError, match=r"c.csv is not UTF-8 text"):
+    with pytest.raises(CatalogError, match=r"c.csv line 2 is not UTF-8 text"):
         correct(config)
     with pytest.raises(ConfigError, match="corrections must be one or more files, or --accept-score be given"):
         CorrectConfig(predictions="x", out="y")
@@ -266,7 +268,9 @@ def test_whole_videos_of_unknown_size_are_spread_over_shards_and_one_that_is_gon
         rows.append({"video_id": f"v{index}", "uri": str(source / f"v{index}.mp4"), "label": "red", "label_id": 2})
     (source / "v3.mp4").unlink()
     save_catalog(storage, str(tmp_path / "set" / "catalog.parquet"), catalog_of(rows))
-    config = PackConfig(source=str(tmp_path / "set"), out=str(tmp_path / "packed"), shard_mb=1, max_bad_fraction=0.5)
+    config = PackConfig(
+        source=str(tmp_path / "set" / "catalog.parquet"), out=str(tmp_path / "packed"), shard_mb=1, max_bad_fraction=0.5
+    )
     totals = pack(replace(config, resources=ResourcesConfig(num_workers=1)))
     assert (totals["packed"], totals["quarantined"], totals["reasons"]) == (4, 1, {"ObjectNotFound": 1})
     assert totals["shards"] == 3
@@ -306,7 +310,11 @@ def test_label_then_correct_then_pack_gives_the_labels_and_the_bytes(ray_local: 
     )
     assert (done["corrected"], done["bad"], done["unreadable"], done["unlabelled"]) == (9, 1, 1, 1)
 
-    packed = pack(PackConfig(source=str(tmp_path / "second"), out=str(tmp_path / "packed"), resources=resources))
+    packed = pack(
+        PackConfig(
+            source=str(tmp_path / "second" / "catalog.parquet"), out=str(tmp_path / "packed"), resources=resources
+        )
+    )
     catalog = load_catalog(storage, str(tmp_path / "packed"))
     assert (packed["packed"], packed["quarantined"], catalog.labels) == (9, 0, LABELS)
     expected = {video_id: label for video_id, label in changes.items() if video_id not in ("v001", "v005")}
@@ -314,7 +322,11 @@ def test_label_then_correct_then_pack_gives_the_labels_and_the_bytes(ray_local: 
     assert {row["video_id"]: row["label"] for row in rows} == expected
     assert all(row["sha256"] and str(tmp_path / "packed") in row["uri"] for row in rows)
     assert bytes_of(storage, catalog) == {name: bytes_of(storage, original)[name] for name in expected}
-    again = pack(PackConfig(source=str(tmp_path / "second"), out=str(tmp_path / "packed"), resources=resources))
+    again = pack(
+        PackConfig(
+            source=str(tmp_path / "second" / "catalog.parquet"), out=str(tmp_path / "packed"), resources=resources
+        )
+    )
     assert again == packed
 
 
@@ -345,7 +357,7 @@ def test_a_network_is_trained_on_from_the_corrected_catalog(ray_local: None, tmp
     assert (done["corrected"], done["splits"]) == (36, {"train": 24, "val": 12})
     best = train(
         TrainConfig(
-            catalog=second,
+            catalog=join(second, "catalog.parquet"),
             out=str(tmp_path / "trained"),
             init_from=checkpoint,
             model=ModelConfig(factory="tiny_models:mean_colour"),
@@ -380,12 +392,12 @@ def test_corrections_on_s3(bucket: str, s3_config: StorageConfig) -> None:
         storage=s3_config,
     )
     assert correct(config)["videos"] == 1
-    assert load_catalog(storage, join(bucket, "set")).table["video_id"].to_pylist() == ["v0003"]
+    assert load_catalog(storage, join(bucket, "set", "catalog.parquet")).table["video_id"].to_pylist() == ["v0003"]
 
 
 def test_row_keys_of_the_new_catalog_are_its_own(ledger: Ledger, tmp_path: Path) -> None:
     """Without --catalog, sizes are not known: the corrected catalog is labelled as new inputs, never mixed up."""
     correct(CorrectConfig(predictions=ledger.root, accept_score=0.0, out=str(tmp_path / "set")))
-    catalog = load_catalog(Storage(), str(tmp_path / "set"))
+    catalog = load_catalog(Storage(), str(tmp_path / "set" / "catalog.parquet"))
     assert catalog.table.schema.field("label").type == pa.string()
     assert not set(row_keys(catalog.table)) & set(row_keys(CATALOG.table))

@@ -360,6 +360,7 @@ def test_a_block_holds_clips_of_any_size_and_says_what_is_unreadable(tmp_path: P
         (tmp_path / name).write_bytes(data)
     schema = {"video_id": pa.string(), "uri": pa.string(), "offset": pa.int64(), "length": pa.int64()}
     rows = [{"video_id": name, "uri": str(tmp_path / name), "row": number} for number, name in enumerate(names)]
+    schema |= {"time_start_s": pa.float64(), "time_end_s": pa.float64()}
     block = pa.Table.from_pylist(rows, schema=pa.schema({**schema, "sha256": pa.string(), "row": pa.int64()}))
     columns = DecodeTask(storage=Storage(), clip=by_device(), with_flow=True, epoch=1)(block)
     assert columns["ok"].tolist() == [True, False, True]

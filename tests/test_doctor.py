@@ -17,7 +17,7 @@ import pytest
 
 from kinoray import errors
 from kinoray.catalog.source import find_files, unique_ids
-from kinoray.catalog.table import CATALOG_SCHEMA, Catalog, Reference, catalog_of_source, save_catalog
+from kinoray.catalog.table import CATALOG_SCHEMA, Catalog, Reference, catalog_of_source
 from kinoray.cli import main
 from kinoray.config.shared import ClipConfig, DecodeConfig, SampleConfig, StorageConfig, ViewConfig
 from kinoray.console import many
@@ -34,6 +34,7 @@ from kinoray.pack.plan import make_plan
 from kinoray.pack.shard import pack_shard
 from kinoray.storage.objects import Storage, join
 from kinoray.video.clip import VideoInfo
+from small_sets import save_as_pack
 
 LOCAL = Storage()
 CLIP = ClipConfig(sample=SampleConfig(num_segments=4, frames_per_segment=2), view=ViewConfig(resize_px=36, crop_px=32))
@@ -178,7 +179,7 @@ def test_members_of_shards_are_read_and_copies_across_splits_are_named(tmp_path:
     plan = make_plan(source, find_files(LOCAL, source), shard_bytes=2**20, val_fraction=0.0)
     rows = [row for shard in plan.shards for row in pack_shard(LOCAL, out, shard, DecodeConfig()).rows]
     arrays = [pa.array([row.get(field.name) for row in rows], field.type) for field in CATALOG_SCHEMA]
-    save_catalog(LOCAL, join(out, "catalog.parquet"), Catalog(pa.table(arrays, schema=CATALOG_SCHEMA), plan.labels))
+    save_as_pack(LOCAL, out, Catalog(pa.table(arrays, schema=CATALOG_SCHEMA), plan.labels))
 
     record = doctor(config_of(out))
     source_numbers, probe = record["source"], record["probe"]
@@ -403,7 +404,7 @@ def test_a_source_without_videos_is_an_error(tmp_path: Path) -> None:
 class Faulty(Storage):
     """A store in which what has a marked name cannot be read."""
 
-    def read(self, uri: str, *, max_bytes: int | None = None) -> bytes:
+    def read(self, uri: str, *, max_bytes: int = 2**40) -> bytes:
         if "denied" in uri:
             raise AccessDenied(f"{uri}: forbidden")
         if "down" in uri:

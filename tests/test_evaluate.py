@@ -143,7 +143,7 @@ def test_evaluate_scores_the_split_and_writes_all_numbers(
     checkpoint = save_untrained(LOCAL, str(tmp_path / "run"), LABELS, CLIP, "label_models:mixing")
     config = EvaluateConfig(
         allow_factory=OWN_NETWORKS,
-        catalog=str(tmp_path / "set"),
+        catalog=str(tmp_path / "set" / "catalog.parquet"),
         checkpoint=checkpoint,
         out=str(tmp_path / "eval"),
         resources=ResourcesConfig(num_workers=1),
@@ -191,7 +191,7 @@ def small_evaluation(folder: Path) -> EvaluateConfig:
     save_catalog(LOCAL, str(folder / "set" / "catalog.parquet"), catalog_with(folder, rows))
     return EvaluateConfig(
         allow_factory=OWN_NETWORKS,
-        catalog=str(folder / "set"),
+        catalog=str(folder / "set" / "catalog.parquet"),
         checkpoint=save_untrained(LOCAL, str(folder / "run"), LABELS, CLIP, "label_models:mixing"),
         out=str(folder / "1"),
         protocol="5x3",

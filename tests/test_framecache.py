@@ -78,6 +78,7 @@ def block_of(tmp_path: Path, videos: list[bytes]) -> pa.Table:
         video = {"video_id": f"v{row}", "uri": str(path), "offset": None, "length": None, "sha256": None, "row": row}
         rows.append(video)
     fields = {"video_id": pa.string(), "uri": pa.string(), "offset": pa.int64(), "length": pa.int64()}
+    fields |= {"time_start_s": pa.float64(), "time_end_s": pa.float64()}
     return pa.Table.from_pylist(rows, schema=pa.schema({**fields, "sha256": pa.string(), "row": pa.int64()}))
 
 

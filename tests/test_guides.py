@@ -98,7 +98,7 @@ def check_labelling(checkout: Path, storage: Storage, said: list[str]) -> None:
     assert f" of {NUM_VIDEOS} videos are labelled already" in said[2]
     assert rows_in(f"{BUCKET}/labels/library", storage) == NUM_VIDEOS
     assert "UnreadableContainer" in said[3]
-    assert len(load_catalog(storage, f"{BUCKET}/sets/second")) == NUM_VIDEOS - 1
+    assert len(load_catalog(storage, f"{BUCKET}/sets/second/catalog.parquet")) == NUM_VIDEOS - 1
     (run,) = find_runs(storage, f"{BUCKET}/runs/second")
     assert run.state == "finished"
     assert len(json.loads((checkout / "handover" / "tasks.json").read_text())) == NUM_VIDEOS - 1
@@ -110,7 +110,7 @@ def check_labels(checkout: Path, storage: Storage, said: list[str]) -> None:
         assert sum(1 for row in csv.DictReader(file) if row["catalog_split"] in ("train", "val")) == NUM_VIDEOS - 1
     assert len(json.loads((checkout / "handover" / "tasks.json").read_text())) == NUM_VIDEOS - 1
     for name in ("second", "third"):
-        assert len(load_catalog(Storage(), str(checkout / "sets" / name))) == NUM_VIDEOS - 1
+        assert len(load_catalog(Storage(), str(checkout / "sets" / name / "catalog.parquet"))) == NUM_VIDEOS - 1
     assert (checkout / "runs" / "second" / "metrics.jsonl").is_file()
 
 

@@ -21,7 +21,7 @@ from conftest import bucket_at, config_at
 from faulty_s3 import FaultyS3, faulty_s3
 from kills import Driver, Gate, Reader, kill_while_labelling, member_reads
 from kills_cluster import Cluster, ray_cluster
-from kinoray.catalog.table import Catalog, save_catalog
+from kinoray.catalog.table import Catalog
 from kinoray.config.shared import ClipConfig, ResourcesConfig, SampleConfig, StorageConfig, ViewConfig
 from kinoray.demo.videos import make_broken
 from kinoray.label.config import LabelConfig
@@ -29,7 +29,7 @@ from kinoray.label.table import Ledger, find_labellings, read_predictions, read_
 from kinoray.label.verb import label
 from kinoray.storage.objects import Storage, join
 from label_models import save_untrained
-from small_sets import LABELS, catalog_of, colour_video
+from small_sets import LABELS, catalog_of, colour_video, save_as_pack
 from tiny_models import OWN_NETWORKS
 
 CLIP = ClipConfig(sample=SampleConfig(num_segments=1, frames_per_segment=2), view=ViewConfig(resize_px=36, crop_px=32))
@@ -79,7 +79,7 @@ def make_library(storage: Storage, uri: str, num_videos: int, *, padding_bytes: 
             for video_id, offset, length in members[name]
         ]
     catalog = catalog_of(rows)
-    save_catalog(storage, join(uri, "catalog.parquet"), catalog)
+    save_as_pack(storage, uri, catalog)
     return Library(uri, catalog, members)
 
 

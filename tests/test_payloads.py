@@ -284,7 +284,7 @@ def damaged_run(folder: Path, uri: str) -> object:
 
 
 READERS: dict[str, Callable[[Path, bytes], object]] = {
-    "catalog.parquet": read_as("catalog.parquet", lambda folder, uri: catalog_of_source(LOCAL, str(folder))),
+    "catalog.parquet": read_as("catalog.parquet", lambda folder, uri: load_catalog(LOCAL, str(folder))),
     "a .parquet of videos": read_as("x.parquet", lambda folder, uri: load_catalog(LOCAL, uri)),
     "a .csv of videos": read_as("x.csv", lambda folder, uri: catalog_of_source(LOCAL, uri)),
     "a video": decoded,

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from faulty_s3 import FaultyS3, Request, faulty_s3
-from kinoray.catalog.table import Catalog, save_catalog
+from kinoray.catalog.table import Catalog
 from kinoray.config.shared import (
     ClipConfig,
     ModelConfig,
@@ -43,7 +43,7 @@ from kinoray.train.runfolder import read_losses, read_metrics
 from kinoray.train.runs import find_runs
 from kinoray.train.snapshot import HISTORY, Snapshot
 from kinoray.train.verb import train
-from small_sets import LABELS, catalog_of, colour_set, colour_video, set_in
+from small_sets import LABELS, catalog_of, colour_set, colour_video, save_as_pack, set_in
 from test_train import assert_equals_plain_training
 from test_train import make_config as plain_config
 
@@ -224,7 +224,7 @@ def files_set(storage: Storage, uri: str, num_videos: int) -> Catalog:
         storage.put(video, colour_video(LABELS[index % 3], index))
         rows.append({"video_id": f"v{index}", "uri": video, "label_id": index % 3, "split": "train"})
     catalog = catalog_of(rows)
-    save_catalog(storage, join(uri, "catalog.parquet"), catalog)
+    save_as_pack(storage, uri, catalog)
     return catalog
 
 

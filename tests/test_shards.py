@@ -13,6 +13,7 @@ import pytest
 
 from kinoray.catalog.quarantine import Refusal, count_reasons, load_quarantine, save_quarantine
 from kinoray.catalog.source import SourceFile, find_files
+from kinoray.config.files import local_uri
 from kinoray.config.shared import DecodeConfig
 from kinoray.demo.videos import make_broken, make_demo_set
 from kinoray.errors import CatalogError, ObjectNotFound
@@ -27,7 +28,7 @@ STORAGE = Storage()
 def plan_of(
     *names: str, size_bytes: int = 1000, shard_bytes: int = 10**6, val_fraction: float = 0.0, source: str = "/set"
 ) -> PackPlan:
-    files = [SourceFile(name, f"/set/{name}", size_bytes) for name in names]
+    files = [SourceFile(name, local_uri(f"/set/{name}"), size_bytes) for name in names]
     return make_plan(source, files, shard_bytes=shard_bytes, val_fraction=val_fraction)
 
 
@@ -82,7 +83,7 @@ def test_what_is_no_video_by_its_place_is_refused_with_a_reason() -> None:
         "/set/__MACOSX/walk/a.mp4": "HiddenFile",
         "/set/.git/x/y": "HiddenFile",
         "/set/readme": "NoClassFolder",
-        "/set/bad\\udcff/x.mp4": "UnusableName",
+        "file:///set/bad%FF/x.mp4": "UnusableName",
     }
     assert {refusal.stage for refusal in plan.refused} == {"list"}
     assert plan.num_found == 7

@@ -414,6 +414,7 @@ def test_a_bank_and_a_cache_give_the_bytes_that_decoding_gives(tmp_path: Path) -
     (tmp_path / "v.mp4").write_bytes(data)
     row = {"video_id": "v", "uri": str(tmp_path / "v.mp4"), "offset": None, "length": None, "sha256": None, "row": 0}
     names = {"video_id": pa.string(), "uri": pa.string(), "offset": pa.int64(), "length": pa.int64()}
+    names |= {"time_start_s": pa.float64(), "time_end_s": pa.float64()}
     block = pa.Table.from_pylist([row], schema=pa.schema({**names, "sha256": pa.string(), "row": pa.int64()}))
     cache = CacheConfig(gb=1, folder=str(tmp_path / "cache"), grids=("1x2", "2x2", "4x2"))
     for epoch in (None, 1, 2):

@@ -4,8 +4,6 @@ A format is known by its content, since names lie (`train.csv` may be a space-se
 row that cannot be understood is an error that names file, line and field, never a row left out.
 """
 
-import csv
-import io
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,7 +12,9 @@ from typing import Any
 import pyarrow as pa
 
 from kinoray.catalog.kinetics import AnnotationRow, clip_key, key_of_name, window_of_key
+from kinoray.catalog.source import UNLABELLED_SPLITS
 from kinoray.catalog.table import VIDEO_EXTENSIONS
+from kinoray.catalog.tables import cells_of, decode_text, parse_records, parse_table_text, text_lines, unquoted
 from kinoray.errors import CatalogError
 from kinoray.storage.objects import Storage, absolute
 from kinoray.storage.records import parse_json, parse_table
@@ -22,7 +22,6 @@ from kinoray.storage.records import parse_json, parse_table
 __all__ = ["read_annotations", "read_label_names"]
 
 _SPLIT_NAMES = {"validation": "val", "validate": "val", "valid": "val", "training": "train", "testing": "test"}
-_UNLABELLED = {"test", "holdout", "unlabelled"}
 _PATH_FIELDS = ("path", "video", "uri", "video_path")
 _REMEDY = (
     "expected label,youtube_id,time_start,time_end[,split] (Kinetics), path,label[,split], lines `path label`, JSON "
@@ -62,7 +61,7 @@ def read_label_names(storage: Storage, uri: str) -> dict[int, str]:
         CatalogError: it is none of these, or names a number twice.
         StorageError: it cannot be read.
     """
-    text = _decode(uri, storage.read(uri))
+    text = decode_text(uri, storage.read(uri))
     pairs: list[tuple[Any, Any]]
     if text.lstrip().startswith(("[", "{")):
         try:
@@ -72,9 +71,7 @@ def read_label_names(storage: Storage, uri: str) -> dict[int, str]:
         pairs = list(enumerate(found)) if isinstance(found, list) else list(found.items())
         pairs = [(value, key) if isinstance(value, int) else (key, value) for key, value in pairs]
     else:
-        lines = [line.strip() for line in text.splitlines() if line.strip()]
-        numbered = [re.fullmatch(r"(\d+)\s*[,\t ]\s*(.+)", line) for line in lines]
-        pairs = [(m[1], m[2].strip('"')) for m in numbered if m] if all(numbered) else list(enumerate(lines))
+        pairs = _numbered_lines(uri, text)
     names: dict[int, str] = {}
     for number, name in pairs:
         if not str(number).isdigit() or not isinstance(name, str) or int(number) in names:
@@ -85,11 +82,20 @@ def read_label_names(storage: Storage, uri: str) -> dict[int, str]:
     return names
 
 
-def _decode(uri: str, data: bytes) -> str:
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise CatalogError(f"{uri} is not UTF-8 text ({error}); {_REMEDY}") from error
+def _numbered_lines(uri: str, text: str) -> list[tuple[Any, Any]]:
+    """(number, name) of each line: counted from 0, or as the lines say."""
+    lines = [(number, line.strip()) for number, line in enumerate(text_lines(text), 1) if line.strip()]
+    numbered = [re.fullmatch(r"(\d+)\s*([,\t ])\s*(.+)", line) for _, line in lines]
+    names = [
+        unquoted(f"label_names {uri} line {at}", match[3] if all(numbered) and match else line)
+        for (at, line), match in zip(lines, numbered, strict=True)
+    ]
+    if all(numbered):
+        return [(match[1], name) for match, name in zip(numbered, names, strict=True) if match]
+    odd = next(at for (at, _), match in zip(lines, numbered, strict=True) if match is None)
+    if any(match and match[2] != " " for match in numbered):  # such as a header: it would be the first class
+        raise CatalogError(f"label_names {uri} line {odd} has no number, but others have; remove the line or number it")
+    return list(enumerate(names))
 
 
 def _read_fields(uri: str, data: bytes) -> Iterator[_Fields]:
@@ -97,14 +103,22 @@ def _read_fields(uri: str, data: bytes) -> Iterator[_Fields]:
     if data.startswith(b"PAR1"):
         yield from _read_parquet(uri, data)
         return
-    text = _decode(uri, data)
-    head = next((line.strip() for line in text.splitlines() if line.strip()), "")
+    text = decode_text(uri, data)
+    head = next((line.strip() for line in text_lines(text) if line.strip()), "")
     if head.startswith("{"):
         yield from _read_jsonl(uri, text)
+    elif _is_header(head):
+        yield from _read_table(uri, text)
     elif "," in head and not (_LISTED.fullmatch(head) and "," not in _LISTED.sub(r"\g<path>", head)):
         yield from _read_csv(uri, text)
     else:
         yield from _read_list(uri, text)
+
+
+def _is_header(line: str) -> bool:
+    cells = {cell.strip(' "') for cell in re.split("[,;\t]", line.lower())}
+    names_clip = bool({"youtube_id", *_PATH_FIELDS} & cells) and not any(map(_is_video, cells))
+    return names_clip or line.lower().startswith("sep=")
 
 
 def _read_parquet(uri: str, data: bytes) -> Iterator[_Fields]:
@@ -118,7 +132,7 @@ def _read_parquet(uri: str, data: bytes) -> Iterator[_Fields]:
 
 
 def _read_jsonl(uri: str, text: str) -> Iterator[_Fields]:
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text_lines(text), 1):
         if not line.strip():
             continue
         try:
@@ -130,33 +144,27 @@ def _read_jsonl(uri: str, text: str) -> Iterator[_Fields]:
         yield number, {str(key).lower(): value for key, value in found.items()}
 
 
+def _read_table(uri: str, text: str) -> Iterator[_Fields]:
+    """With a header that names a clip."""
+    for record in parse_table_text(uri, text, ("youtube_id", *_PATH_FIELDS), _REMEDY).records:
+        yield record.line, record.cells
+
+
 def _read_csv(uri: str, text: str) -> Iterator[_Fields]:
-    """With a header that names a clip, or rows `path,label[,split]` without one."""
-    rows = csv.reader(io.StringIO(text, newline=""))
-    names: list[str] | None = None
-    try:
-        for row in rows:
-            if not any(cell.strip() for cell in row):
-                continue
-            if names is None:
-                names = [cell.strip().lower() for cell in row]
-                if {"youtube_id", *_PATH_FIELDS} & set(names):
-                    continue
-                if not _is_video(row[0].strip()):
-                    raise CatalogError(f"{uri} line {rows.line_num}: found {','.join(row)[:100]!r}; {_REMEDY}")
-                names = ["path", "label", "split"]
-            if len(row) > len(names):
-                raise CatalogError(
-                    f"{uri} line {rows.line_num}: {len(row)} fields, expected at most {len(names)} "
-                    f"({','.join(names)}); put quotes around a name that holds a comma"
-                )
-            yield rows.line_num, dict(zip(names, row, strict=False))
-    except csv.Error as error:
-        raise CatalogError(f"{uri} line {rows.line_num} is not CSV ({error}); {_REMEDY}") from error
+    """Rows `path,label[,split]` without a header; the first one says how many cells there are."""
+    lines = text_lines(text)
+    start, head = next((index, line) for index, line in enumerate(lines) if line.strip())
+    where = f"{uri} line {start + 1}"
+    cells = cells_of(where, head)
+    if not _is_video(cells[0].strip()):
+        raise CatalogError(f"{where}: found {head[:100]!r}; {_REMEDY}")
+    names = ["path", "label", "split"][: len(cells)]
+    for record in parse_records(uri, lines, start, names, ","):
+        yield record.line, record.cells
 
 
 def _read_list(uri: str, text: str) -> Iterator[_Fields]:
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text_lines(text), 1):
         if not line.strip():
             continue
         match = _LISTED.fullmatch(line.strip())
@@ -189,9 +197,9 @@ def _row(uri: str, line: int, fields: Mapping[str, Any], label_names: Mapping[in
         raise CatalogError(f"{where}: time_start {start} and time_end {end}; expected 0 <= time_start < time_end")
     split = _split(where, uri, _text(fields, "split"))
     label = _label(where, _text(fields, "label"), label_names)
-    if label is None and split not in _UNLABELLED:
+    if label is None and split not in UNLABELLED_SPLITS:
         raise CatalogError(
-            f"{where}: the label is empty; only the splits {', '.join(sorted(_UNLABELLED))} may have none"
+            f"{where}: the label is empty; only the splits {', '.join(sorted(UNLABELLED_SPLITS))} may have none"
         )
     return AnnotationRow(uri, line, key, label, split, start, end)
 

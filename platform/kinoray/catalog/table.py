@@ -7,21 +7,25 @@ how Parquet encodes it.
 import hashlib
 import io
 import json
+import os
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from kinoray.catalog.read import Reference, read_video, read_videos
-from kinoray.catalog.source import SourceFile, find_files, unique_ids
-from kinoray.errors import CatalogError, ObjectNotFound
-from kinoray.storage.objects import Storage, join
-from kinoray.storage.records import parse_json, parse_table
+from kinoray.catalog.read import Reference, read_video, read_videos, time_problem
+from kinoray.catalog.source import SourceFile, find_files, unique_ids, warn
+from kinoray.config.files import local_path, local_uri
+from kinoray.errors import CatalogError, ChecksumMismatch, ObjectNotFound
+from kinoray.storage.objects import Storage, absolute, is_s3, join
+from kinoray.storage.records import parse_json, parse_record, parse_table
 
 __all__ = [
     "CATALOG_SCHEMA",
+    "REFERENCE_COLUMNS",
     "VIDEO_EXTENSIONS",
     "Catalog",
     "Reference",
@@ -61,6 +65,9 @@ CATALOG_SCHEMA: pa.Schema = pa.schema(
 )
 """Columns of a catalog. offset and length are null for a whole object; status is `packed` (probed) or `listed`."""
 
+REFERENCE_COLUMNS = ("uri", "offset", "length", "sha256", "time_start_s", "time_end_s")
+"""What `references` needs of a table."""
+
 VIDEO_EXTENSIONS = frozenset(
     {".mp4", ".mkv", ".webm", ".avi", ".mov", ".m4v", ".ts", ".mpg", ".mpeg", ".flv", ".wmv", ".3gp"}
 )
@@ -68,6 +75,7 @@ VIDEO_EXTENSIONS = frozenset(
 
 _LABELS_KEY = b"kinoray.labels"
 _DIGEST_ROWS = 4096
+_PACK_RECORD = "pack.json"  # the last thing that a pack writes
 
 
 @dataclass(frozen=True)
@@ -132,17 +140,24 @@ def _counts(splits: list[str | None]) -> dict[str, int]:
 
 
 def references(table: pa.Table) -> list[Reference]:
-    """Where the bytes of each row are, in the order of the rows; needs uri, offset, length and sha256."""
-    columns = [table.column(name).to_pylist() for name in ("uri", "offset", "length", "sha256")]
-    return [Reference(*row) for row in zip(*columns, strict=True)]
+    """Where the bytes of each row are, in the order of the rows; needs REFERENCE_COLUMNS."""
+    columns = [table.column(name).to_pylist() for name in REFERENCE_COLUMNS]
+    return [
+        Reference(uri, offset, length, sha256, time_problem(start_s, end_s))
+        for uri, offset, length, sha256, start_s, end_s in zip(*columns, strict=True)
+    ]
 
 
 def load_catalog(storage: Storage, uri: str) -> Catalog:
     """The catalog in a .parquet, or of a folder that `kinoray pack` wrote. Columns it lacks are null.
 
+    Only a .parquet that is named itself may refer to what lies outside of its folder: who names a folder may not know
+    what a table in it refers to. Addresses that are not absolute start at the table's folder.
+
     Raises:
         ObjectNotFound: there is none.
-        CatalogError: it is not Parquet, lacks video_id or uri, or holds values of a wrong type.
+        CatalogError: it is not Parquet, lacks video_id or uri, holds values of a wrong type, or refers to what lies
+            outside of the folder.
     """
     path = uri if uri.endswith(".parquet") else join(uri, "catalog.parquet")
     try:
@@ -166,11 +181,44 @@ def load_catalog(storage: Storage, uri: str) -> Catalog:
             else pa.nulls(found.num_rows, field.type)
             for field in CATALOG_SCHEMA
         ]
+        place = CATALOG_SCHEMA.get_field_index("uri")
+        columns[place] = _absolute_uris(columns[place], path.rpartition("/")[0])
         catalog = Catalog(pa.table(columns, schema=CATALOG_SCHEMA), tuple(labels))
         catalog.table.validate(full=True)
     except (pa.ArrowException, CatalogError) as error:
         raise CatalogError(f"{path}: {error}") from error
+    if path != uri:
+        _require_inside(path, catalog)
     return catalog
+
+
+def _absolute_uris(uris: pa.ChunkedArray, folder: str) -> pa.ChunkedArray:
+    if all(uri is None or uri.startswith("/") or "://" in uri or not uri for uri in uris.unique().to_pylist()):
+        return uris
+    start = absolute(folder or ".")
+    found = [
+        uri if not uri or uri.startswith("/") or "://" in uri else local_uri(absolute(join(start, uri)))
+        for uri in uris.to_pylist()
+    ]
+    return pa.chunked_array([pa.array(found, pa.string())])
+
+
+def _require_inside(path: str, catalog: Catalog) -> None:
+    """Raise CatalogError for a row whose bytes lie outside of the folder of its table, also by way of a link."""
+    root = absolute(path).rpartition("/")[0]
+    real_root = "" if is_s3(root) else os.path.realpath(root)
+    uris = catalog.table.column("uri")
+    for uri in uris.unique().to_pylist():
+        if is_s3(root) or is_s3(uri):
+            inside = uri.startswith(f"{root}/")
+        else:
+            inside = "\0" not in uri and os.path.realpath(local_path(uri)).startswith(f"{real_root.rstrip('/')}/")
+        if not inside:
+            row = uris.to_pylist().index(uri)
+            raise CatalogError(
+                f"{path} row {row} ({catalog.table.column('video_id')[row].as_py()}) refers to {uri}, which lies "
+                f"outside of {root}; if you trust this table, name it itself: {path}"
+            )
 
 
 def save_catalog(storage: Storage, uri: str, catalog: Catalog) -> None:
@@ -196,11 +244,34 @@ def catalog_of_source(storage: Storage, source: str) -> Catalog:
     return catalog_of_files(source, find_files(storage, source))
 
 
-def is_catalog(storage: Storage, source: str) -> bool:
-    """Whether it is a .parquet or the folder of a pack, and not a .csv or a folder of videos."""
+def is_catalog(storage: Storage, source: str, *, say: Callable[[str], None] = warn) -> bool:
+    """Whether it is a .parquet or the folder of a finished pack, and not a .csv or a folder of videos.
+
+    Only a pack's catalog stands for its folder: one that lies among videos, by whatever way it came there, must not
+    take their place. `say` is told of it.
+
+    Raises:
+        StorageError: it cannot be read.
+    """
     if source.endswith(".parquet"):
         return True
-    return not source.lower().endswith(".csv") and storage.exists(join(source, "catalog.parquet"))
+    table = join(source, "catalog.parquet")
+    if source.lower().endswith(".csv") or not storage.exists(table):
+        return False
+    if _is_pack(storage, join(source, _PACK_RECORD)):
+        return True
+    say(
+        f"{table} is ignored and the videos of its folder are listed, since no finished pack lies there (it would have "
+        f"a {_PACK_RECORD}); to use that table, name it itself: {table}"
+    )
+    return False
+
+
+def _is_pack(storage: Storage, uri: str) -> bool:
+    try:
+        return isinstance(parse_record(storage.read(uri), uri, dict).get("catalog_digest"), str)
+    except (ObjectNotFound, ChecksumMismatch):
+        return False
 
 
 def catalog_of_files(source: str, files: list[SourceFile]) -> Catalog:
@@ -210,12 +281,14 @@ def catalog_of_files(source: str, files: list[SourceFile]) -> Catalog:
         CatalogError: nothing there is a video.
     """
     if not source.lower().endswith(".csv"):
-        num_found = len(files)
+        num_found, names = len(files), {file.name for file in files}
         files = [file for file in files if extension(file.name) in VIDEO_EXTENSIONS]
         if not files:
             there = f"{num_found} files, but none" if num_found else "nothing"
             known = " ".join(sorted(VIDEO_EXTENSIONS))
-            raise CatalogError(f"{source}: found {there} that is a catalog or a video ({known})")
+            table = join(source, "catalog.parquet")
+            stray = f"; name the table itself to use it: {table}" if "catalog.parquet" in names else ""
+            raise CatalogError(f"{source}: found {there} that is a catalog or a video ({known}){stray}")
     if not files:
         raise CatalogError(f"{source} lists no video")
     return _listed(files)
@@ -232,8 +305,7 @@ def _listed(files: list[SourceFile]) -> Catalog:
     label_ids = {label: index for index, label in enumerate(labels)}
     columns = {
         "video_id": unique_ids([file.name for file in files]),
-        # A name that is not UTF-8 cannot be written to a table: its row stays, and reading it will fail by name.
-        "uri": [file.uri.encode(errors="backslashreplace").decode() for file in files],
+        "uri": [file.uri for file in files],
         "label": [file.label for file in files],
         "label_id": [None if file.label is None else label_ids[file.label] for file in files],
         "split": [file.split for file in files],

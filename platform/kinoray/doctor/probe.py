@@ -98,7 +98,7 @@ def probe_all(storage: Storage, videos: Sequence[Video], decode: DecodeConfig, n
     small = [video for video in videos if (video.size_bytes or 0) <= decode.max_bytes]
     progress = Progress(len(small), "doctor: probed", "videos")
     results: dict[str, Probed] = {}
-    for video, outcome in _worked(storage, small, probe, num_decoders):
+    for video, outcome in _worked(storage, small, probe, num_decoders, decode.max_bytes):
         found = Probed(video=video, error=outcome, stage="read") if isinstance(outcome, KinorayError) else outcome
         results[video.video_id] = found
         progress.update(1, bad=found.error is not None)
@@ -148,7 +148,7 @@ def measure(
             finally:
                 sandboxes.put(meter)
 
-        for video, outcome in _worked(storage, videos, decode, num_decoders):
+        for video, outcome in _worked(storage, videos, decode, num_decoders, clip.decode.max_bytes):
             if isinstance(outcome, KinorayError):
                 outcome = DecodeCost(video_id=video.video_id, error=outcome)
             results.append(outcome)
@@ -198,13 +198,13 @@ class _Meter:
 
 
 def _worked(
-    storage: Storage, videos: Sequence[Video], work: Callable[[Video, bytes], T], num_threads: int
+    storage: Storage, videos: Sequence[Video], work: Callable[[Video, bytes], T], num_threads: int, max_bytes: int
 ) -> Iterator[tuple[Video, T | KinorayError]]:
     """(video, what `work` makes of its bytes, or why they could not be read), in order, a few in memory at a time."""
     pending: deque[tuple[Video, Future[T] | KinorayError]] = deque()
     with ThreadPoolExecutor(num_threads, thread_name_prefix="doctor") as pool:
         try:
-            blobs = read_videos(storage, [video.reference for video in videos])
+            blobs = read_videos(storage, [video.reference for video in videos], max_bytes=max_bytes)
             for video, data in zip(videos, blobs, strict=True):
                 if isinstance(data, StorageUnavailable):
                     raise data

@@ -14,8 +14,16 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from kinoray.catalog.source import SourceFile, find_files, unique_ids
-from kinoray.catalog.table import VIDEO_EXTENSIONS, Catalog, catalog_of_files, extension, is_catalog, load_catalog
+from kinoray.catalog.source import UNLABELLED_SPLITS, SourceFile, find_files, unique_ids
+from kinoray.catalog.table import (
+    VIDEO_EXTENSIONS,
+    Catalog,
+    catalog_of_files,
+    extension,
+    is_catalog,
+    load_catalog,
+    references,
+)
 from kinoray.config.shared import DecodeConfig
 from kinoray.console import many
 from kinoray.doctor.section import Section, Warn, format_bytes, table
@@ -28,6 +36,7 @@ __all__ = ["Inventory", "choose_sample", "open_source", "source_section"]
 _EXAMPLES = 5
 _FEW_VIDEOS = 10  # of a class, to train on
 _SHOWN_EXTENSIONS = 12
+_SLICE_ROWS = 4096
 _IGNORED_BY_SYSTEMS = (".ds_store", "thumbs.db", "desktop.ini")
 
 
@@ -45,6 +54,8 @@ class Inventory:
     """Files of a folder that are no videos by their names."""
     num_renamed: int = 0
     """Files whose video_id carries a digest, since it would be too long or another file's, too."""
+    notes: tuple[str, ...] = ()
+    """What was left out of the listing, and why."""
     places: Mapping[tuple[str | None, str | None], int]
     """(label, split) -> videos: the catalog's, or what `pack` would make of a folder; empty if nothing is labelled."""
 
@@ -56,12 +67,13 @@ def open_source(storage: Storage, source: str) -> Inventory:
         CatalogError: nothing there is a video, or the list is malformed.
         StorageError: it cannot be listed or read.
     """
-    if is_catalog(storage, source):
+    notes: list[str] = []
+    if is_catalog(storage, source, say=notes.append):
         catalog = load_catalog(storage, source)
         if not len(catalog):
             raise CatalogError(f"{source}: the catalog is empty: it has no video at all")
         return Inventory(source=source, kind="catalog", catalog=catalog, places=_places_of(catalog))
-    files = find_files(storage, source)
+    files = find_files(storage, source, say=notes.append)
     catalog = catalog_of_files(source, files)
     if source.lower().endswith(".csv"):
         places, videos, others = _places_of(catalog), files, []
@@ -77,6 +89,7 @@ def open_source(storage: Storage, source: str) -> Inventory:
         others=tuple(others),
         num_renamed=sum(unique_ids([file.name])[0] != own for file, own in zip(videos, ids, strict=True)),
         places=places,
+        notes=tuple(notes),
     )
 
 
@@ -111,7 +124,13 @@ def source_section(inventory: Inventory, decode: DecodeConfig) -> Section:
         length if size is None else size
         for size, length in zip(rows.column("size_bytes").to_pylist(), rows.column("length").to_pylist(), strict=True)
     ]
-    known = [size for size in sizes if size is not None]
+    known = [size for size in sizes if size is not None and size >= 0]
+    problems = [
+        reference.problem
+        for start in range(0, len(rows), _SLICE_ROWS)  # rows as Python's objects take much more memory
+        for reference in references(rows.slice(start, _SLICE_ROWS))
+        if reference.problem
+    ]
     suffixes = Counter(extension(uri.as_py()) or "(none)" for uri in rows.column("uri"))
     other_suffixes = Counter(extension(file.name) or "(none)" for file in inventory.others)
     values: dict[str, Any] = {
@@ -122,6 +141,8 @@ def source_section(inventory: Inventory, decode: DecodeConfig) -> Section:
         "video_bytes": sum(known),
         "num_size_unknown": len(sizes) - len(known),
         "by_extension": dict(suffixes.most_common()),
+        "num_malformed": len(problems),
+        "malformed_example": problems[0] if problems else "",
         "num_empty": sum(size == 0 for size in known),
         "num_over_max_bytes": sum(size > decode.max_bytes for size in known),
         "largest_bytes": max(known, default=0),
@@ -184,7 +205,9 @@ def _labels(inventory: Inventory) -> dict[str, Any] | None:
     return {
         "from": "folders, as kinoray pack reads them" if inventory.kind == "folder" else inventory.kind,
         "num_classes": len(labels),
-        "num_unlabelled": sum(count for (label, _), count in counts.items() if label is None),
+        "num_unlabelled": sum(
+            count for (label, split), count in counts.items() if label is None and split not in UNLABELLED_SPLITS
+        ),
         "splits": splits,
         "classes": {label: in_training[label] for label in labels},
         "not_in_train": [label for label in labels if not in_training[label]] if "train" in splits else [],
@@ -225,6 +248,10 @@ def _lines(values: dict[str, Any]) -> list[str]:
 
 def _warnings(inventory: Inventory, values: dict[str, Any], decode: DecodeConfig) -> list[Warn]:
     found: list[Warn] = []
+    found += [Warn(text, "it is left out by label and pack, too") for text in inventory.notes]
+    if values["num_malformed"]:
+        text = f"{many(values['num_malformed'], 'row')} of the catalog that say what cannot be, such as: "
+        found.append(Warn(text + values["malformed_example"], "mend them: they will be quarantined"))
     if values["num_empty"]:
         text = f"{many(values['num_empty'], 'video')} with 0 bytes, or not there at all"
         found.append(Warn(text, "fetch them again, or drop them from the list: they will be quarantined"))

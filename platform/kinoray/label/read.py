@@ -64,7 +64,7 @@ class VideoReader:
             self._decoder = DeviceDecoder(self._decoder)  # here, so that a machine without a GPU is an error of the job
         pending: deque[Future[DecodedVideo | MediaError] | KinorayError] = deque()
         wanted = references(rows)
-        arriving = iter(read_videos(self._storage, wanted))
+        arriving = iter(read_videos(self._storage, wanted, max_bytes=self._clip.decode.max_bytes))
         try:
             for uri in (reference.uri for reference in wanted):
                 with self._clock.timing("store"):

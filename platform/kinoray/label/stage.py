@@ -15,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
+from kinoray.catalog.table import REFERENCE_COLUMNS
 from kinoray.cluster.events import log_event
 from kinoray.config.shared import ClipConfig
 from kinoray.errors import CheckpointMismatch, KinorayError, MediaError
@@ -32,7 +33,7 @@ from kinoray.video.protocol import ViewsConfig
 
 __all__ = ["UNIT_COLUMNS", "LabelJob", "LabelUnits", "pack_unit"]
 
-UNIT_COLUMNS = ("video_id", "uri", "offset", "length", "sha256")
+UNIT_COLUMNS = ("video_id", *REFERENCE_COLUMNS)
 """Columns of a catalog that a worker needs."""
 
 

@@ -4,9 +4,7 @@ What is easy to break: a correction belongs to a row_key, which names the very f
 that is not known is an error with its line, never a row that is left out in silence.
 """
 
-import csv
 import hashlib
-import io
 import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 
 from kinoray.catalog.table import CATALOG_SCHEMA, Catalog, catalog_of_source, save_catalog
+from kinoray.catalog.tables import decode_text, parse_table_text
 from kinoray.errors import CatalogError
 from kinoray.label.table import Ledger, open_ledger, row_keys
 from kinoray.library.config import CorrectConfig
@@ -119,29 +118,20 @@ def read_corrections(storage: Storage, uris: Sequence[str], labels: Sequence[str
 
 
 def _read_file(storage: Storage, uri: str, classes: set[str]) -> Iterator[Correction]:
-    try:
-        text = storage.read(absolute(uri)).decode("utf-8-sig")
-        reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
-        columns = [(name or "").strip() for name in reader.fieldnames or ()]
-        reader.fieldnames = columns
-        for name in ("row_key", "label"):
-            if name not in columns:
-                raise CatalogError(
-                    f"{uri} line 1: there is no column {name}, found {','.join(columns)!r}; expected the CSV that a "
-                    "report lets you download, or one with the columns row_key,label"
-                )
-        for line in reader:
-            yield _correction(uri, reader.line_num, line, classes)
-    except UnicodeDecodeError as error:
-        raise CatalogError(f"{uri} is not UTF-8 text: {error}") from error
-    except csv.Error as error:
-        raise CatalogError(f"{uri} line {reader.reader.line_num}: not a CSV ({error})") from error
+    text = decode_text(uri, storage.read(absolute(uri)))
+    expected = "expected the CSV that a report lets you download, or one with the columns row_key,label"
+    table = parse_table_text(uri, text, ("row_key", "label"), f"there is no column row_key; {expected}")
+    for name in ("row_key", "label"):
+        if name not in table.columns:
+            raise CatalogError(
+                f"{uri} line 1: there is no column {name}, found {','.join(table.columns)!r}; {expected}"
+            )
+    for record in table.records:
+        yield _correction(uri, record.line, record.cells, classes)
 
 
-def _correction(uri: str, number: int, line: Mapping[str | None, Any], classes: set[str]) -> Correction:
+def _correction(uri: str, number: int, line: Mapping[str, str], classes: set[str]) -> Correction:
     where = f"{uri} line {number}"
-    if None in line or None in line.values():
-        raise CatalogError(f"{where}: it has more or fewer cells than the first line names columns; mend the line")
     row_key, label = line["row_key"].strip(), line["label"]
     if not row_key:
         raise CatalogError(f"{where}, column row_key: it is empty; it must name a row of the result table")
@@ -272,4 +262,5 @@ def _report(out: str, totals: dict[str, Any]) -> None:
     )
     if totals["repeated"]:
         print(f"correct: {totals['repeated']} corrections were there twice, with the same label")
-    print(f"correct: wrote {join(out, 'catalog.parquet')}; train on it with: kinoray train {out} --out RUN", flush=True)
+    catalog = join(out, "catalog.parquet")
+    print(f"correct: wrote {catalog}; train on it with: kinoray train {catalog} --out RUN", flush=True)

@@ -65,7 +65,7 @@ VERDICT_SCHEMA: pa.Schema = pa.schema(
 )
 """subject is `row`, `file` (also a member) or `archive`; number is the line, or the place in archive or part."""
 
-_READ_ERRORS = {"DamagedArchive", "ObjectNotFound", "ChecksumMismatch", "StorageError"}
+_READ_ERRORS = {"DamagedArchive", "ObjectNotFound", "ChecksumMismatch", "StorageError", "AccessDenied"}
 _BEST = ("packed", "leak", "too_short", "unreadable")  # what a row gets of the verdicts on its files
 
 

@@ -13,14 +13,23 @@ from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
 from kinoray.catalog.kinetics import Wanted, judge_name, key_of_name, printable
-from kinoray.catalog.read import Reference, read_videos
+from kinoray.catalog.read import Reference, read_videos, require_access
 from kinoray.catalog.source import SourceFile
 from kinoray.config.shared import DecodeConfig
-from kinoray.errors import AccessDenied, CatalogError, DamagedArchive, KinorayError, MediaError, StorageUnavailable
+from kinoray.errors import (
+    AccessDenied,
+    CatalogError,
+    ChecksumMismatch,
+    DamagedArchive,
+    KinorayError,
+    MediaError,
+    StorageError,
+    StorageUnavailable,
+)
 from kinoray.pack.archive import Archive, Member, is_archive, open_archive
 from kinoray.pack.plan import PlannedVideo, cut_evenly, share, split_name
 from kinoray.pack.tar import Examined, ShardWriter, examine
-from kinoray.storage.objects import Storage, join
+from kinoray.storage.objects import Storage, is_s3, join
 from kinoray.storage.records import MAX_RECORD_BYTES, parse_json, record_of
 from kinoray.video.sandbox.pool import shared_sandbox
 
@@ -139,9 +148,11 @@ def pack_unit(
     with ExitStack() as stack:
         packer = _Packer(storage, out, unit, clips, replaced, settings, stack)
         if unit.is_archive:
-            archive = open_archive(storage, unit.files[0].uri)
-            packer.pack_archive(archive)
-            damage, num_found = archive.damage, archive.num_members
+            damage, num_found = _archive_problem(storage, unit.files[0].uri), 0
+            if not damage:
+                archive = open_archive(storage, unit.files[0].uri)
+                packer.pack_archive(archive)
+                damage, num_found = archive.damage, archive.num_members
         else:
             packer.pack_files()
         packer.finish()
@@ -166,6 +177,23 @@ def read_unit(storage: Storage, out: str, name: str) -> UnitCommit:
         return commit
     except (ValueError, TypeError) as error:
         raise CatalogError(f"{uri} is not the commit of a unit ({error}); remove it and pack again") from error
+
+
+def _archive_problem(storage: Storage, uri: str) -> str:
+    """Why none of an archive can be read; empty if it can, or its reader is to say so.
+
+    Raises:
+        StorageUnavailable, AccessDenied: the store is at fault, or the credentials are.
+    """
+    try:
+        storage.read_range(uri, 0, 1)
+    except ChecksumMismatch:
+        return ""
+    except StorageError as error:
+        if isinstance(error, StorageUnavailable) or (isinstance(error, AccessDenied) and is_s3(uri)):
+            raise
+        return f"at its start: {error}"
+    return ""
 
 
 def _commit_uri(out: str, name: str) -> str:
@@ -220,7 +248,8 @@ class _Packer:
         wanted = [
             file for file, key, verdict, _ in judged if self._is_read(key, verdict) and file.size_bytes <= max_bytes
         ]
-        blobs = read_videos(self._storage, [Reference(file.uri) for file in wanted])
+        outcomes: list[KinorayError | None] = []
+        blobs = read_videos(self._storage, [Reference(file.uri) for file in wanted], max_bytes=max_bytes)
         for file, key, verdict, reason in judged:
             uri = printable(file.uri)
             if verdict:
@@ -228,14 +257,17 @@ class _Packer:
                 continue
             read = self._is_read(key, verdict) and file.size_bytes <= max_bytes
             data = next(blobs) if read else b""
+            if read:
+                outcomes.append(data if isinstance(data, KinorayError) else None)
             if self._is_taken(uri, None, key, file.size_bytes):
                 continue
-            if isinstance(data, StorageUnavailable | AccessDenied):
+            if isinstance(data, StorageUnavailable):
                 raise data
             if isinstance(data, KinorayError):
                 self._refuse(uri, None, key, data)
                 continue
             self._pack(uri, None, key, PlannedVideo("", file.name, file.uri, 0, None, None, ""), data)
+        require_access([file.uri for file in wanted], outcomes)
 
     def _is_read(self, key: str, verdict: str) -> bool:
         return not verdict and key not in self._replaced

@@ -11,8 +11,8 @@ from dataclasses import asdict, dataclass
 from typing import TypeVar
 
 from kinoray.catalog.quarantine import Refusal
-from kinoray.catalog.read import Reference
-from kinoray.catalog.source import SourceFile, unique_ids
+from kinoray.catalog.read import Reference, time_problem
+from kinoray.catalog.source import UNLABELLED_SPLITS, SourceFile, unique_ids
 from kinoray.catalog.table import Catalog, extension
 from kinoray.config.shared import digest
 from kinoray.errors import CatalogError
@@ -67,11 +67,13 @@ class PlannedMember(PlannedVideo):
     offset: int | None
     length: int | None
     sha256: str | None
+    row_problem: str = ""
+    """As of a Reference."""
 
     @property
     def reference(self) -> Reference:
         """Where its bytes are, and what they must be."""
-        return Reference(self.uri, self.offset, self.length, self.sha256)
+        return Reference(self.uri, self.offset, self.length, self.sha256, self.row_problem)
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,14 +120,14 @@ def make_plan(source: str, files: Sequence[SourceFile], *, shard_bytes: int, val
     names = [file.name for file in files]
     ids = dict(zip(names, unique_ids(names), strict=True))
     is_csv = source.lower().endswith(".csv")
+    places: Sequence[tuple[str | None, str | None] | str]
     places = _places_from_rows(source, files) if is_csv else places_in_folders(names)
-    kept: list[tuple[SourceFile, str, str]] = []
+    kept: list[tuple[SourceFile, str | None, str]] = []
     refused: list[Refusal] = []
     for file, place in zip(files, places, strict=True):
         if isinstance(place, str) or not _is_text(file.name):
             error_class, text = (place, _REASONS[place]) if isinstance(place, str) else _UNUSABLE
-            uri = file.uri.encode(errors="backslashreplace").decode()
-            refused.append(Refusal(ids[file.name], uri, error_class, text, "list"))
+            refused.append(Refusal(ids[file.name], file.uri, error_class, text, "list"))
         else:
             label, split = place
             kept.append((file, label, split or ("val" if share("val", file.name) < val_fraction else "train")))
@@ -134,10 +136,18 @@ def make_plan(source: str, files: Sequence[SourceFile], *, shard_bytes: int, val
         raise CatalogError(
             f"{source}: found {what}; expected folders of one class each, such as {source}/walking/a.mp4"
         )
-    labels = tuple(sorted({label for _, label, _ in kept}))
+    labels = tuple(sorted({label for _, label, _ in kept if label is not None}))
     label_ids = {label: index for index, label in enumerate(labels)}
     videos = [
-        PlannedVideo(ids[file.name], file.name, file.uri, file.size_bytes, label, label_ids[label], split)
+        PlannedVideo(
+            ids[file.name],
+            file.name,
+            file.uri,
+            file.size_bytes,
+            label,
+            None if label is None else label_ids[label],
+            split,
+        )
         for file, label, split in kept
     ]
     shards = [
@@ -164,8 +174,8 @@ def plan_of_catalog(source: str, catalog: Catalog, *, shard_bytes: int, val_frac
     for row, key in zip(rows, keys, strict=True):
         split = row["split"] or ("val" if share("val", row["video_id"]) < val_fraction else "train")
         name = key if row["offset"] is not None else key + extension(row["uri"])
-        size_bytes = row["length"] if row["length"] is not None else row["size_bytes"] or 0
-        place = (row["offset"], row["length"], row["sha256"])
+        size_bytes = max(0, row["length"] if row["length"] is not None else row["size_bytes"] or 0)
+        place = (row["offset"], row["length"], row["sha256"], time_problem(row["time_start_s"], row["time_end_s"]))
         videos.append(PlannedMember(key, name, row["uri"], size_bytes, row["label"], row["label_id"], split, *place))
     splits = {split: [video for video in videos if video.split == split] for split in sorted({v.split for v in videos})}
     for split, members in splits.items():
@@ -186,11 +196,14 @@ _REASONS = {
 _UNUSABLE = ("UnusableName", "its name is not UTF-8; rename it")
 
 
-def _places_from_rows(source: str, files: Sequence[SourceFile]) -> list[tuple[str, str | None]]:
+def _places_from_rows(source: str, files: Sequence[SourceFile]) -> list[tuple[str | None, str | None]]:
     places = []
     for file in files:
-        if file.label is None:
-            raise CatalogError(f"{source}: {file.name} has no label; expected the columns path,label[,split]")
+        if file.label is None and file.split not in UNLABELLED_SPLITS:
+            raise CatalogError(
+                f"{source}: {file.name} has no label; expected the columns path,label[,split], and a label in each row "
+                f"whose split is not {' or '.join(sorted(UNLABELLED_SPLITS))}"
+            )
         places.append((file.label, file.split))
     return places
 

@@ -11,10 +11,9 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from kinoray.catalog.quarantine import Refusal
-from kinoray.catalog.read import read_videos
+from kinoray.catalog.read import read_videos, require_access
 from kinoray.config.shared import DecodeConfig
 from kinoray.errors import (
-    AccessDenied,
     CatalogError,
     KinorayError,
     MediaError,
@@ -54,7 +53,8 @@ def pack_shard(
     The original bytes are packed, or what transcode.py makes of them if `transcoded`.
 
     Raises:
-        StorageUnavailable, AccessDenied: the store is at fault, not a video; nothing was committed.
+        StorageUnavailable, AccessDenied: the store is at fault, not a video (AccessDenied: none of them may be read);
+            nothing was committed.
         DecoderStartFailed: the machine is.
     """
     rows: list[dict[str, Any]] = []
@@ -95,15 +95,17 @@ def _examined(
 ) -> Iterator[tuple[PlannedVideo, Examined | Refusal]]:
     small = [video for video in shard.videos if video.size_bytes <= decode.max_bytes]
     sandbox = shared_sandbox(1)
-    blobs = read_videos(storage, [video.reference for video in small])
+    outcomes: list[KinorayError | None] = []
+    blobs = read_videos(storage, [video.reference for video in small], max_bytes=decode.max_bytes)
     for video in shard.videos:
         if video.size_bytes > decode.max_bytes:  # not even read
             text = f"{video.uri} has {video.size_bytes} bytes; decode.max_bytes allows {decode.max_bytes}"
             yield video, _refuse(video, MediaOverBudget(text), "list")
             continue
         data = next(blobs)
-        if isinstance(data, StorageUnavailable | AccessDenied):
+        if isinstance(data, StorageUnavailable):
             raise data
+        outcomes.append(data if isinstance(data, KinorayError) else None)
         if isinstance(data, KinorayError):
             yield video, _refuse(video, data, "read")
             continue
@@ -111,6 +113,7 @@ def _examined(
             yield video, examine(sandbox, data, decode, transcoded=transcoded)
         except MediaError as error:
             yield video, _refuse(video, error, "probe")
+    require_access([video.uri for video in small], outcomes)
 
 
 def _refuse(video: PlannedVideo, error: KinorayError, stage: str) -> Refusal:

@@ -14,12 +14,12 @@ from typing import Any
 import pyarrow as pa
 
 from kinoray.catalog.quarantine import Refusal, count_reasons, save_quarantine
-from kinoray.catalog.source import find_files
+from kinoray.catalog.source import find_files, stat_size
 from kinoray.catalog.table import CATALOG_SCHEMA, Catalog, is_catalog, load_catalog, save_catalog
 from kinoray.cluster.connect import connect, require_fit
 from kinoray.config.shared import DecodeConfig
 from kinoray.console import Progress
-from kinoray.errors import IncompleteOutput, ObjectNotFound, TooManyBad
+from kinoray.errors import IncompleteOutput, TooManyBad
 from kinoray.pack.config import PackConfig
 from kinoray.pack.job import Job, committed, pin_plan, require_apart, require_tars, run_jobs
 from kinoray.pack.kinetics import pack_kinetics, transcode_record
@@ -84,10 +84,7 @@ def _with_sizes(storage: Storage, catalog: Catalog) -> Catalog:
         uri, offset, size_bytes = row
         if offset is not None or size_bytes is not None:
             return size_bytes
-        try:
-            return storage.stat(uri).size_bytes
-        except ObjectNotFound:
-            return 0
+        return stat_size(storage, uri)
 
     with ThreadPoolExecutor(_THREADS) as pool:
         sizes = pa.array(list(pool.map(size_of, zip(*columns, strict=True))), pa.int64())

@@ -66,7 +66,8 @@ class DecodeTask:
         places = [(frames[index], None if flow is None else flow[index]) for index in range(count)]
         cached = [cache is not None and cache.load(self._key(cache, videos[i]), *places[i]) for i in range(count)]
         missing = [index for index in range(count) if not cached[index]]
-        found = read_videos(self.storage, references(block.take(missing))) if missing else iter(())
+        wanted = references(block.take(missing)) if missing else []
+        found = read_videos(self.storage, wanted, max_bytes=self.clip.decode.max_bytes)
         for index, data in zip(missing, found, strict=True):
             try:
                 if isinstance(data, KinorayError):

@@ -35,7 +35,7 @@ def decode_raw(task: "DecodeTask", block: pa.Table) -> dict[str, np.ndarray]:
     count = block.num_rows
     clips: list[Clip | None] = [None] * count
     errors: list[KinorayError | None] = [None] * count
-    found = read_videos(task.storage, references(block))
+    found = read_videos(task.storage, references(block), max_bytes=task.clip.decode.max_bytes)
     for index, (video, data) in enumerate(zip(block.to_pylist(), found, strict=True)):
         try:
             if isinstance(data, KinorayError):

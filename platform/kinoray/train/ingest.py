@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from ray.data.collate_fn import NumpyBatchCollateFn
 
-from kinoray.catalog.table import Catalog
+from kinoray.catalog.table import REFERENCE_COLUMNS, Catalog
 from kinoray.errors import JobError, StorageUnavailable
 from kinoray.network.batch import RawBatch, VideoBatch
 from kinoray.train.decoding import DecodeTask
@@ -31,7 +31,6 @@ _MAX_RUN = 8  # neighbours that stay together
 _BLOCK_BYTES = 96 * 2**20  # decoded clips that one task hands over at a time
 _BLOCK_ROWS = 8
 _STORE_SHARE = 0.5  # of the object store, for the clips of all ranks that wait to be used
-_REFERENCE_COLUMNS = ("video_id", "uri", "offset", "length", "sha256")
 
 
 def run_length(catalog: Catalog, batch_size: int) -> int:
@@ -217,7 +216,12 @@ def stream(
 
 
 def _dataset(catalog: Catalog, rows: Rows, task: DecodeTask, decode_tasks: int, local_batch: int) -> ray.data.Dataset:
-    plan = catalog.table.select(_REFERENCE_COLUMNS).take(rows).append_column("row", pa.array(rows)).combine_chunks()
+    plan = (
+        catalog.table.select(["video_id", *REFERENCE_COLUMNS])
+        .take(rows)
+        .append_column("row", pa.array(rows))
+        .combine_chunks()
+    )
     size = max(1, min(_BLOCK_ROWS, local_batch, _BLOCK_BYTES // task.clip_bytes))
     # from_blocks, not from_arrow: that starts a remote task a block to learn what is known here.
     blocks = ray.data.from_blocks([plan.slice(start, size) for start in range(0, len(rows), size)])

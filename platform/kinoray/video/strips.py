@@ -59,7 +59,7 @@ def contact_strips(storage: Storage, references: Sequence[Reference], num_frames
     workers = min(8, os.cpu_count() or 1)
     waiting: deque[Future[Strip]] = deque()
     with Sandbox(workers) as sandbox, ThreadPoolExecutor(workers, thread_name_prefix="strips") as pool:
-        for answer in read_videos(storage, references):
+        for answer in read_videos(storage, references, max_bytes=DecodeConfig().max_bytes):
             if len(waiting) >= 2 * workers:
                 yield waiting.popleft().result()
             waiting.append(pool.submit(_strip, sandbox, answer, num_frames))

@@ -1,0 +1,100 @@
+"""Tables that lie in a folder which a user names: a pack's stands for it, and none leads out of it."""
+
+from pathlib import Path
+
+import pytest
+
+from kinoray.catalog.table import catalog_of_source, load_catalog, save_catalog
+from kinoray.config.shared import (
+    DecodeConfig,
+    StorageConfig,
+)
+from kinoray.doctor.source import open_source, source_section
+from kinoray.errors import (
+    CatalogError,
+)
+from kinoray.storage.objects import Storage, join
+from small_sets import catalog_of
+
+STORAGE = Storage()
+
+
+def stray(folder: Path, uri: str) -> Path:
+    """A library of one video, and a table beside it that names another file."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "a.mp4").write_bytes(b"a")
+    save_catalog(STORAGE, str(folder / "catalog.parquet"), catalog_of([{"video_id": "x", "uri": uri}]))
+    return folder
+
+
+def test_a_table_among_videos_does_not_take_their_place(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = stray(tmp_path / "library", "/etc/passwd")
+    for record in (None, "{}", "[1", '{"catalog_digest": 3}'):
+        if record is not None:
+            (folder / "pack.json").write_text(record)
+        assert catalog_of_source(STORAGE, str(folder)).table["uri"].to_pylist() == [f"{folder}/a.mp4"]
+        said = capsys.readouterr().err
+        assert said.count("\n") == 1
+        assert f"{folder}/catalog.parquet is ignored and the videos of its folder are listed" in said
+        assert f"name it itself: {folder}/catalog.parquet" in said
+    named = catalog_of_source(STORAGE, str(folder / "catalog.parquet"))
+    assert named.table["uri"].to_pylist() == ["/etc/passwd"]
+    inventory = open_source(STORAGE, str(folder))
+    assert "catalog.parquet is ignored" in source_section(inventory, DecodeConfig()).warnings[0].found
+    (folder / "a.mp4").unlink()
+    with pytest.raises(CatalogError, match=r"name the table itself to use it: .*library/catalog\.parquet"):
+        catalog_of_source(STORAGE, str(folder))
+
+
+def test_a_pack_refers_to_nothing_outside_of_itself(tmp_path: Path) -> None:
+    (tmp_path / "secret").write_bytes(b"x")
+    folder = tmp_path / "pack"
+    folder.mkdir()
+    (folder / "link").symlink_to(tmp_path)
+    (folder / "inside").write_bytes(b"x")
+    (folder / "pack.json").write_text('{"catalog_digest": "0"}')
+    outside = [
+        "/etc/passwd",
+        f"{tmp_path}/secret",
+        "../secret",
+        f"{folder}/../secret",
+        f"{folder}/link/secret",
+        f"file://{folder}/..%2Fsecret",
+        f"file://{tmp_path}/secret",
+        f"{folder}-other/x",
+        "s3://bucket/x",
+        "",
+        "http://host/x",
+    ]
+    for uri in outside:
+        rows = [{"video_id": "good", "uri": f"{folder}/inside"}, {"video_id": "bad", "uri": uri}]
+        save_catalog(STORAGE, str(folder / "catalog.parquet"), catalog_of(rows))
+        for load in (catalog_of_source, load_catalog):
+            with pytest.raises(CatalogError, match=r"pack/catalog\.parquet row 1 \(bad\) refers to .* outside of"):
+                load(STORAGE, str(folder))
+        assert len(load_catalog(STORAGE, str(folder / "catalog.parquet"))) == 2
+    for uri in (f"{folder}/inside", f"{folder}/shards/absent.tar", "inside", "./inside", f"file://{folder}/ins%69de"):
+        save_catalog(STORAGE, str(folder / "catalog.parquet"), catalog_of([{"video_id": "v", "uri": uri}]))
+        assert len(load_catalog(STORAGE, str(folder))) == 1
+    (tmp_path / "other-name").symlink_to(folder)
+    assert len(load_catalog(STORAGE, str(tmp_path / "other-name"))) == 1
+
+
+def test_addresses_of_a_table_start_at_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "a.mp4").write_bytes(b"a")
+    save_catalog(STORAGE, "set/x.parquet", catalog_of([{"video_id": "v", "uri": "a.mp4"}]))
+    assert load_catalog(STORAGE, "set/x.parquet").table["uri"].to_pylist() == [f"{tmp_path}/set/a.mp4"]
+
+
+def test_a_pack_in_a_bucket_refers_to_nothing_outside_of_itself(bucket: str, s3_config: StorageConfig) -> None:
+    storage = Storage(s3_config)
+    folder = join(bucket, "pack")
+    storage.put(join(folder, "pack.json"), b'{"catalog_digest": "0"}')
+    for uri in (join(bucket, "other", "x"), f"{folder}-other/x", "s3://other/pack/x", "/etc/passwd"):
+        save_catalog(storage, join(folder, "catalog.parquet"), catalog_of([{"video_id": "v", "uri": uri}]))
+        with pytest.raises(CatalogError, match=r"row 0 \(v\) refers to"):
+            catalog_of_source(storage, folder)
+    save_catalog(storage, join(folder, "catalog.parquet"), catalog_of([{"video_id": "v", "uri": f"{folder}/s.tar"}]))
+    assert len(catalog_of_source(storage, folder)) == 1
