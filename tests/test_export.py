@@ -17,11 +17,12 @@ from typing import Any
 
 import pytest
 
+from kinoray.catalog.table import save_catalog
 from kinoray.config.shared import StorageConfig
 from kinoray.errors import ConfigError
 from kinoray.label.table import Ledger, read_predictions, row_keys
 from kinoray.library.config import CorrectConfig, ExportConfig
-from kinoray.library.copies import copied_videos
+from kinoray.library.copies import Source, copied_videos
 from kinoray.library.correct import correct
 from kinoray.library.export import export
 from kinoray.storage.objects import Storage, join
@@ -58,8 +59,14 @@ def files(tmp_path: Path) -> str:
             rows.append({"video_id": name, "uri": str(videos / f"{name}.mkv")})
     (videos / "s.tar").write_bytes(shard)
     label_library(ledger_in(Storage(), tmp_path / "out"), catalog_of(rows))
+    save_catalog(Storage(), videos_of(str(tmp_path / "out")), catalog_of(rows))
     (videos / "v0002.mkv").unlink()
     return str(tmp_path / "out")
+
+
+def videos_of(out: str) -> str:
+    """The catalog of `files`."""
+    return str(Path(out).parent / "videos.parquet")
 
 
 def aside(folder: Path) -> list[Row]:
@@ -186,7 +193,7 @@ def test_what_label_studio_exports_comes_back_as_corrections(out: str, tmp_path:
 
 def test_videos_are_copied_out_of_shards_and_one_that_is_gone_is_counted(files: str, tmp_path: Path) -> None:
     folder = tmp_path / "handover"
-    config = ExportConfig(predictions=files, format="fiftyone", to=str(folder), copy_videos=True)
+    config = ExportConfig(predictions=files, format="fiftyone", to=str(folder), copy_videos=videos_of(files))
     totals = export(config)
     assert (totals["rows"], totals["exported"], totals["quarantined"], totals["unreadable"]) == (10, 7, 2, 1)
     samples = json.loads((folder / "samples.json").read_text())["samples"]
@@ -198,6 +205,41 @@ def test_videos_are_copied_out_of_shards_and_one_that_is_gone_is_counted(files: 
     gone = [row for row in aside(folder) if row["status"] == "labelled"]
     assert [(row["video_id"], row["error_class"]) for row in gone] == [("v0002", "ObjectNotFound")]
     assert export(config) == totals
+
+
+def test_only_videos_of_the_named_source_are_copied(tmp_path: Path) -> None:
+    """A stranger's table may name any file of its reader; none but those of the source gets into the hand-over."""
+    library = tmp_path / "library"
+    library.mkdir()
+    (library / "a.mp4").write_bytes(b"a")
+    (library / "notes.txt").write_bytes(b"private")
+    (tmp_path / "secret").write_bytes(b"secret")
+    (library / "link.mp4").symlink_to(tmp_path / "secret")  # the user's own link is the user's word
+    hostile = [
+        str(tmp_path / "secret"),
+        f"{library}/../secret",
+        f"file://{tmp_path}/secret",
+        "/etc/passwd",
+        str(library / "notes.txt"),
+    ]
+    rows: list[dict[str, object]] = [
+        {"video_id": "v0000", "uri": str(library / "a.mp4")},
+        {"video_id": "v0001", "uri": str(library / "a.mp4"), "offset": 0, "length": 1},
+        *({"video_id": f"v{index:04d}", "uri": uri} for index, uri in enumerate(hostile, 2)),
+    ]
+    label_library(ledger_in(Storage(), tmp_path / "out"), catalog_of(rows))
+    to = tmp_path / "to"
+    config = ExportConfig(
+        predictions=str(tmp_path / "out"), format="label-studio", to=str(to), copy_videos=str(library)
+    )
+    totals = export(config)
+    good = {row["video_id"] for row in said(str(tmp_path / "out")).values() if row["status"] == "labelled"}
+    assert totals["exported"] == 1
+    assert totals["unreadable"] == len(good) - 1 >= 4
+    assert [path.read_bytes() for path in (to / "videos").iterdir()] == [b"a"]
+    refused = [row for row in aside(to) if row["status"] == "labelled"]
+    assert {row["error_class"] for row in refused} == {"InvalidReference"}
+    assert f"is no video of {library} (copy_videos), so it was not copied" in refused[0]["error_text"]
 
 
 def test_videos_in_shards_need_to_be_copied(files: str, tmp_path: Path) -> None:
@@ -213,7 +255,7 @@ def test_hostile_names_make_no_path(tmp_path: Path) -> None:
     (tmp_path / "video.mp4").write_bytes(b"x")
     place = {"uri": str(tmp_path / "video.mp4"), "offset": None, "length": None}
     rows = [{**place, "video_id": name, "row_key": f"{index:016x}"} for index, name in enumerate(names)]
-    paths = list(copied_videos(Storage(), rows, tmp_path / "copies"))
+    paths = list(copied_videos(Storage(), rows, tmp_path / "copies", Source(Storage(), str(tmp_path))))
     assert len(set(paths)) == len(names)
     for path in paths:
         assert isinstance(path, Path)
@@ -248,7 +290,7 @@ def test_from_s3(bucket: str, s3_config: StorageConfig, tmp_path: Path) -> None:
     config = ExportConfig(
         predictions=join(bucket, "out"), format="label-studio", to=str(tmp_path / "to"), storage=s3_config
     )
-    export(replace(config, copy_videos=True))
+    export(replace(config, copy_videos=bucket))
     assert sorted(path.read_text() for path in (tmp_path / "to" / "videos").iterdir()) == names
     export(config)
     tasks = json.loads((tmp_path / "to" / "tasks.json").read_text())
@@ -288,7 +330,7 @@ print(json.dumps([about, counts, rows]))
 @pytest.mark.slow
 def test_fiftyone_loads_the_dataset(files: str, tmp_path: Path) -> None:
     folder = tmp_path / "handover"
-    export(ExportConfig(predictions=files, format="fiftyone", to=str(folder), copy_videos=True))
+    export(ExportConfig(predictions=files, format="fiftyone", to=str(folder), copy_videos=videos_of(files)))
     about, counts, rows = by_tool("fiftyone", FIFTYONE, str(folder))
     assert about == ["video", list(LABELS), "Classification"]
     truth = said(files)
@@ -337,7 +379,7 @@ print(json.dumps([dataset.media_type() is Video, names, rows]))
 
 @pytest.mark.slow
 def test_datumaro_imports_the_videos(files: str, tmp_path: Path) -> None:
-    export(ExportConfig(predictions=files, format="datumaro", to=str(tmp_path / "to"), copy_videos=True))
+    export(ExportConfig(predictions=files, format="datumaro", to=str(tmp_path / "to"), copy_videos=videos_of(files)))
     is_video, names, rows = by_tool("datumaro", DATUMARO, str(tmp_path / "to"))
     assert is_video
     assert names == list(LABELS)

@@ -169,7 +169,9 @@ def _library(storage: Storage, config: PlanConfig, rates: Rates) -> Library:
 def _library_of(catalog: Catalog, rates: Rates) -> Library:
     table = catalog.table
     sizes = pc.coalesce(table.column("length"), table.column("size_bytes"))
-    mean_bytes, mean_s = pc.mean(sizes).as_py(), pc.mean(table.column("duration_s")).as_py()
+    durations = table.column("duration_s")
+    durations = durations.filter(pc.is_finite(durations))  # a table may hold any number
+    mean_bytes, mean_s = pc.mean(sizes).as_py(), pc.mean(durations).as_py()
     factor, notes = 1.0, []
     if mean_bytes is None:
         notes.append("the catalog names no sizes: videos are taken to be as large as the measured ones")

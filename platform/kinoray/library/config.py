@@ -100,8 +100,11 @@ class ExportConfig:
     """For which tool."""
     to: str
     """Folder on this machine for the files; new or empty, or what an export was writing before."""
-    copy_videos: bool = False
-    """Copy the videos there, too (videos/): these tools cannot read a video inside a shard, nor all of them s3://."""
+    copy_videos: str = ""
+    """Copy the videos there, too (videos/): these tools cannot read a video inside a shard, nor all of them s3://.
+
+    Name what was labelled (folder, prefix, pack or list): only its videos are copied, whatever files the table names.
+    """
     storage: StorageConfig = field(default_factory=StorageConfig)
     """Object storage."""
 
@@ -112,12 +115,12 @@ class CorrectConfig:
 
     Example: kinoray correct labels/library --corrections corrections.csv --accept-score 0.95 --out sets/second
 
-    What it writes is trained on with: kinoray train sets/second --out runs/second --init-from runs/first
+    It is trained on with: kinoray train sets/second/catalog.parquet --out runs/second --init-from runs/first
 
     A correction is a line of the CSV that a report lets you download: row_key and label are what counts. The label
     `__bad__` leaves the video out. A video is in the catalog if it was corrected, has a label in --catalog, or was
     labelled with at least --accept-score, in this order. Classes keep the model's order, so that a network can be
-    trained on from where it is. `kinoray pack sets/second --out ...` copies the videos into shards of their own.
+    trained on from where it is. `kinoray pack sets/second/catalog.parquet --out ...` copies the videos into shards.
     """
 
     predictions: _Table

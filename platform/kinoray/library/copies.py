@@ -10,15 +10,31 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from kinoray.catalog.table import Reference, extension, read_videos
-from kinoray.errors import AccessDenied, ChecksumMismatch, ConfigError, KinorayError, StorageUnavailable
-from kinoray.storage.objects import Storage
+from kinoray.catalog.table import Reference, catalog_of_source, extension, read_videos
+from kinoray.errors import ChecksumMismatch, ConfigError, KinorayError, StorageUnavailable
+from kinoray.storage.objects import Storage, absolute
 from kinoray.storage.records import as_name
 
-__all__ = ["copied_videos", "named_videos"]
+__all__ = ["Source", "copied_videos", "named_videos"]
 
 _MAX_STEM = 100
 _KINDS = ((4, b"ftyp", ".mp4"), (0, b"\x1a\x45\xdf\xa3", ".mkv"), (0, b"RIFF", ".avi"), (0, b"G", ".ts"))
+
+
+class Source:
+    """The videos that a user says were labelled."""
+
+    def __init__(self, storage: Storage, uri: str) -> None:
+        table = catalog_of_source(storage, absolute(uri)).table
+        self._uri = uri
+        columns = [table.column(name).to_pylist() for name in ("uri", "offset", "length")]
+        self._places = set(zip(*columns, strict=True))
+
+    def problem(self, row: dict[str, Any]) -> str:
+        """Why the video of a row is none of these; empty if it is."""
+        if (row["uri"], row["offset"], row["length"]) in self._places:
+            return ""
+        return f"{row['uri']} is no video of {self._uri} (copy_videos), so it was not copied"
 
 
 def named_videos(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
@@ -31,21 +47,25 @@ def named_videos(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
         if row["offset"] is not None:
             raise ConfigError(
                 f"copy_videos: {row['video_id']} lies inside {row['uri']} (byte {row['offset']} on), where no other "
-                "tool reads it; give --copy-videos, or choose the format jsonl or csv"
+                "tool reads it; give --copy-videos SOURCE, or choose the format jsonl or csv"
             )
         yield row["uri"]
 
 
-def copied_videos(storage: Storage, rows: Sequence[dict[str, Any]], folder: Path) -> Iterator[Path | KinorayError]:
+def copied_videos(
+    storage: Storage, rows: Sequence[dict[str, Any]], folder: Path, source: Source
+) -> Iterator[Path | KinorayError]:
     """Copy each row's video into a file in the folder: its path, or why there is none.
 
+    A table can be a stranger's, and name any file that its reader may read: only those that `source` has are copied.
+
     Raises:
-        StorageUnavailable, AccessDenied: the store is at fault, not a video.
+        StorageUnavailable: the store is at fault, not a video.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    places = [Reference(row["uri"], row["offset"], row["length"]) for row in rows]
+    places = [Reference(row["uri"], row["offset"], row["length"], row_problem=source.problem(row)) for row in rows]
     for row, data in zip(rows, read_videos(storage, places), strict=True):
-        if isinstance(data, StorageUnavailable | AccessDenied):
+        if isinstance(data, StorageUnavailable):
             raise data
         if isinstance(data, KinorayError):
             yield data

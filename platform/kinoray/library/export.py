@@ -14,7 +14,7 @@ import pyarrow as pa
 from kinoray.errors import ConfigError, IncompleteOutput, KinorayError
 from kinoray.label.table import Ledger, open_ledger
 from kinoray.library.config import ExportConfig
-from kinoray.library.copies import copied_videos, named_videos
+from kinoray.library.copies import Source, copied_videos, named_videos
 from kinoray.library.formats import Datumaro, FiftyOne, Format, LabelStudio
 from kinoray.library.rows import LABEL_SCHEMA, class_names, is_multi_label, scan
 from kinoray.library.write import rows_of, write_text
@@ -78,6 +78,7 @@ def _export_rows(storage: Storage, config: ExportConfig, ledger: Ledger, folder:
     about = {"model_digest": job.get("model_digest", ""), "config_digest": job.get("config_digest", "")}
     several = is_multi_label(ledger)
     writer = _FORMATS[config.format](folder, class_names(ledger), {**about, "multi_label": several})
+    source = Source(storage, config.copy_videos) if config.copy_videos else None
     totals = {"rows": 0, "exported": 0, "quarantined": 0, "unreadable": 0}
     for rows in _batches(scan(ledger, _COLUMNS)):
         totals["rows"] += len(rows)
@@ -87,7 +88,7 @@ def _export_rows(storage: Storage, config: ExportConfig, ledger: Ledger, folder:
                 totals["quarantined"] += 1
                 _put_aside(side, row)
         places: Iterable[str | Path | KinorayError]
-        places = copied_videos(storage, good, writer.videos) if config.copy_videos else named_videos(good)
+        places = copied_videos(storage, good, writer.videos, source) if source else named_videos(good)
         for row, place in zip(good, places, strict=True):
             if isinstance(place, KinorayError):
                 totals["unreadable"] += 1
