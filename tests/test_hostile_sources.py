@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from kinoray.catalog.quarantine import load_quarantine
-from kinoray.catalog.read import Reference, read_videos, require_access, time_problem
+from kinoray.catalog.read import Reference, is_store_fault, read_videos, time_problem
 from kinoray.catalog.source import find_files
 from kinoray.catalog.table import catalog_of_source, save_catalog
 from kinoray.config.file import load_config
@@ -37,6 +37,7 @@ from kinoray.errors import (
     MediaOverBudget,
     ObjectNotFound,
     ObjectTooLarge,
+    StorageUnavailable,
 )
 from kinoray.label.config import LabelConfig
 from kinoray.label.table import read_predictions
@@ -212,18 +213,14 @@ def test_a_file_that_may_not_be_read_is_refused_and_the_others_packed(library: P
     assert len(commit.rows) == 2
 
 
-def test_denied_objects_end_a_job_only_where_all_are() -> None:
-    """In a bucket it is then the credentials, and what they may not read must not be committed as refused."""
+def test_a_denied_object_is_the_stores_fault_and_a_denied_file_is_its_own() -> None:
+    """Credentials that expired must not be committed as refused videos."""
     denied = AccessDenied("x")
-    for uris, answers in (
-        (["s3://b/x", "s3://b/y"], [denied, b"data"]),
-        (["/x", "/y"], [denied, denied]),
-        ([], []),
-        (["s3://b/x"], [None]),
-    ):
-        require_access(uris, answers)
-    with pytest.raises(AccessDenied):
-        require_access(["s3://b/x", "s3://b/y"], [denied, denied])
+    assert is_store_fault("s3://b/x", denied)
+    assert is_store_fault("/x", StorageUnavailable("x"))
+    assert not is_store_fault("/x", denied)
+    assert not is_store_fault("s3://b/x", ObjectNotFound("x"))
+    assert not is_store_fault("s3://b/x", b"data")
 
 
 # --- sizes

@@ -24,7 +24,7 @@ from kinoray.errors import (
 )
 from kinoray.storage.objects import Storage, is_s3
 
-__all__ = ["Reference", "read_video", "read_videos", "require_access", "time_problem"]
+__all__ = ["Reference", "is_store_fault", "read_video", "read_videos", "time_problem"]
 
 _GAP_BYTES = 64 * 2**10  # tar headers and a small member between two wanted ones cost less than another request
 _WINDOW_BYTES = 32 * 2**20
@@ -129,17 +129,12 @@ def _read_once(storage: Storage, reference: Reference, max_bytes: int) -> bytes:
         raise MediaOverBudget(f"{error} (decode.max_bytes)") from error
 
 
-def require_access(uris: Sequence[str], answers: Sequence[object]) -> None:
-    """Raise where the credentials are at fault: of several objects in S3, none may be read.
+def is_store_fault(uri: str, answer: object) -> bool:
+    """Whether it is no fault of the video: the store is down, or credentials are denied an object.
 
-    A local file that may not be read says nothing of the others.
-
-    Raises:
-        AccessDenied: the first one.
+    That a local file may not be read says something of this file only.
     """
-    denied = [answer for answer in answers if isinstance(answer, AccessDenied)]
-    if denied and len(denied) == len(answers) and all(map(is_s3, uris)):
-        raise denied[0]
+    return isinstance(answer, StorageUnavailable) or (isinstance(answer, AccessDenied) and is_s3(uri))
 
 
 def read_videos(

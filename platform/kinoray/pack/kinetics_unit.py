@@ -13,23 +13,21 @@ from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
 from kinoray.catalog.kinetics import Wanted, judge_name, key_of_name, printable
-from kinoray.catalog.read import Reference, read_videos, require_access
+from kinoray.catalog.read import Reference, is_store_fault, read_videos
 from kinoray.catalog.source import SourceFile
 from kinoray.config.shared import DecodeConfig
 from kinoray.errors import (
-    AccessDenied,
     CatalogError,
     ChecksumMismatch,
     DamagedArchive,
     KinorayError,
     MediaError,
     StorageError,
-    StorageUnavailable,
 )
 from kinoray.pack.archive import Archive, Member, is_archive, open_archive
 from kinoray.pack.plan import PlannedVideo, cut_evenly, share, split_name
 from kinoray.pack.tar import Examined, ShardWriter, examine
-from kinoray.storage.objects import Storage, is_s3, join
+from kinoray.storage.objects import Storage, join
 from kinoray.storage.records import MAX_RECORD_BYTES, parse_json, record_of
 from kinoray.video.sandbox.pool import shared_sandbox
 
@@ -190,7 +188,7 @@ def _archive_problem(storage: Storage, uri: str) -> str:
     except ChecksumMismatch:
         return ""
     except StorageError as error:
-        if isinstance(error, StorageUnavailable) or (isinstance(error, AccessDenied) and is_s3(uri)):
+        if is_store_fault(uri, error):
             raise
         return f"at its start: {error}"
     return ""
@@ -248,7 +246,6 @@ class _Packer:
         wanted = [
             file for file, key, verdict, _ in judged if self._is_read(key, verdict) and file.size_bytes <= max_bytes
         ]
-        outcomes: list[KinorayError | None] = []
         blobs = read_videos(self._storage, [Reference(file.uri) for file in wanted], max_bytes=max_bytes)
         for file, key, verdict, reason in judged:
             uri = printable(file.uri)
@@ -257,17 +254,14 @@ class _Packer:
                 continue
             read = self._is_read(key, verdict) and file.size_bytes <= max_bytes
             data = next(blobs) if read else b""
-            if read:
-                outcomes.append(data if isinstance(data, KinorayError) else None)
             if self._is_taken(uri, None, key, file.size_bytes):
                 continue
-            if isinstance(data, StorageUnavailable):
-                raise data
             if isinstance(data, KinorayError):
+                if is_store_fault(file.uri, data):
+                    raise data
                 self._refuse(uri, None, key, data)
                 continue
             self._pack(uri, None, key, PlannedVideo("", file.name, file.uri, 0, None, None, ""), data)
-        require_access([file.uri for file in wanted], outcomes)
 
     def _is_read(self, key: str, verdict: str) -> bool:
         return not verdict and key not in self._replaced

@@ -11,14 +11,13 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from kinoray.catalog.quarantine import Refusal
-from kinoray.catalog.read import read_videos, require_access
+from kinoray.catalog.read import is_store_fault, read_videos
 from kinoray.config.shared import DecodeConfig
 from kinoray.errors import (
     CatalogError,
     KinorayError,
     MediaError,
     MediaOverBudget,
-    StorageUnavailable,
 )
 from kinoray.pack.plan import PlannedVideo, ShardPlan
 from kinoray.pack.tar import Examined, ShardWriter, examine
@@ -53,8 +52,7 @@ def pack_shard(
     The original bytes are packed, or what transcode.py makes of them if `transcoded`.
 
     Raises:
-        StorageUnavailable, AccessDenied: the store is at fault, not a video (AccessDenied: none of them may be read);
-            nothing was committed.
+        StorageUnavailable, AccessDenied: the store is at fault, not a video; nothing was committed.
         DecoderStartFailed: the machine is.
     """
     rows: list[dict[str, Any]] = []
@@ -95,7 +93,6 @@ def _examined(
 ) -> Iterator[tuple[PlannedVideo, Examined | Refusal]]:
     small = [video for video in shard.videos if video.size_bytes <= decode.max_bytes]
     sandbox = shared_sandbox(1)
-    outcomes: list[KinorayError | None] = []
     blobs = read_videos(storage, [video.reference for video in small], max_bytes=decode.max_bytes)
     for video in shard.videos:
         if video.size_bytes > decode.max_bytes:  # not even read
@@ -103,17 +100,15 @@ def _examined(
             yield video, _refuse(video, MediaOverBudget(text), "list")
             continue
         data = next(blobs)
-        if isinstance(data, StorageUnavailable):
-            raise data
-        outcomes.append(data if isinstance(data, KinorayError) else None)
         if isinstance(data, KinorayError):
+            if is_store_fault(video.uri, data):
+                raise data
             yield video, _refuse(video, data, "read")
             continue
         try:
             yield video, examine(sandbox, data, decode, transcoded=transcoded)
         except MediaError as error:
             yield video, _refuse(video, error, "probe")
-    require_access([video.uri for video in small], outcomes)
 
 
 def _refuse(video: PlannedVideo, error: KinorayError, stage: str) -> Refusal:
