@@ -4,8 +4,8 @@ CPU seconds (user and system, of this process and the decoder) of the sandbox ov
 clips of 10 s at 340 x 256 (H.264, about 0.5 MB). Both ways take turns; the median over rounds; what comes out is copied
 into a batch, as its users do. Bar: at most 1.05 for 16 segments x 6 frames and for 8 x 1.
 
-Then what the jail (kinoray/video/sandbox/jail.py) adds: decoders in it and decoders that were started without, in turns. Bar:
-at most 1.02.
+Then what the jail (kinoray/video/sandbox/jail.py) adds: decoders in it and decoders that were started without, in
+turns. Bar: at most 1.02.
 """
 
 import os

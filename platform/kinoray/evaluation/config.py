@@ -6,7 +6,14 @@ from typing import Annotated, Literal
 import tyro
 
 from kinoray.config.check import check_fraction
-from kinoray.config.shared import InferenceConfig, ResourcesConfig, StorageConfig, require
+from kinoray.config.shared import (
+    AllowedFactories,
+    InferenceConfig,
+    OwnDecodeConfig,
+    ResourcesConfig,
+    StorageConfig,
+    require,
+)
 from kinoray.label.config import check_scoring, check_segments
 from kinoray.video.protocol import PROTOCOLS, ProtocolName, ViewAverage
 

@@ -31,9 +31,9 @@ import cv2
 import numpy as np
 
 from kinoray.errors import KinorayError
-from kinoray.sandbox import jail
 from kinoray.video.bank import decode_bank
 from kinoray.video.clip import decode_clip, probe, thumbnails
+from kinoray.video.sandbox import jail
 from kinoray.video.transcode import transcode
 from kinoray.video.views import decode_views
 

@@ -186,7 +186,7 @@ class DecoderProcess:
             raise _start_failed(f"it was not ready within {_START_DEADLINE_S:g} s") from error
         if not message:
             raise _start_failed(self._last_words())
-        self.layers = json.loads(message)["layers"]
+        self.layers = parse_json(message)["layers"]
 
     @property
     def pid(self) -> int:
