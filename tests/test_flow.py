@@ -1,6 +1,13 @@
 """Optical flow against motions that are known, and its int8 form against a slow loop."""
 
+import hashlib
+import itertools
+import json
+import subprocess
+import sys
 import threading
+from collections.abc import Sequence
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -52,6 +59,65 @@ def test_flow_does_not_depend_on_earlier_calls_or_on_opencvs_threads() -> None:
     dis_flow(*other, "ultrafast")
     cv2.setNumThreads(4)
     assert np.array_equal(dis_flow(*pair, "ultrafast"), first)
+
+
+PRESETS = ("ultrafast", "fast", "medium")
+SIDES = (16, 24, 32, 40, 44, 45, 46, 64, 80, 84, 88, 90, 91, 96, 112, 128, 224)
+THIN = ((1000, 16), (16, 1000), (45, 90), (90, 45), (24, 640), (13, 300))  # OpenCV's own choice of levels may crash
+
+
+def squares(sides: Sequence[int]) -> list[tuple[int, int]]:
+    return [(side, side) for side in sides]
+
+
+def digests(shapes: Sequence[Sequence[int]]) -> dict[str, str]:
+    """Of the flow between two pictures that have nothing in common, for each preset and shape."""
+    found = {}
+    for preset, (height, width) in itertools.product(PRESETS, shapes):
+        pair = textured(height, width, 1), textured(height, width, 2)
+        found[f"{preset} {height} x {width}"] = hashlib.sha256(dis_flow(*pair, preset).tobytes()).hexdigest()
+    return found
+
+
+def digests_elsewhere(shapes: Sequence[Sequence[int]]) -> dict[str, str]:
+    """The same in a process that has seen nothing."""
+    script = "import json, sys, test_flow; print(json.dumps(test_flow.digests(json.loads(sys.argv[1]))))"
+    command = [sys.executable, "-c", script, json.dumps(shapes)]
+    done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
+    found: dict[str, str] = json.loads(done.stdout)
+    return found
+
+
+def assert_one_flow_for_each_shape(shapes: list[tuple[int, int]]) -> None:
+    """The first call for a shape, the next ones, and those of other processes after other shapes or none."""
+    in_thread: list[dict[str, str]] = []
+    thread = threading.Thread(target=lambda: in_thread.append(digests(shapes)))  # it has estimators of its own
+    thread.start()
+    thread.join()
+    assert digests(shapes) == digests(shapes[::-1]) == in_thread[0] == digests_elsewhere(shapes[::-1])
+
+
+@pytest.mark.parametrize("shapes", [squares(SIDES), list(THIN)], ids=["squares", "thin"])
+def test_first_and_later_calls_and_other_processes_agree(shapes: list[tuple[int, int]]) -> None:
+    assert_one_flow_for_each_shape(shapes)
+
+
+@pytest.mark.slow
+def test_first_and_later_calls_and_other_processes_agree_for_every_crop() -> None:
+    assert_one_flow_for_each_shape(squares(range(16, 257)))
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("sides", [SIDES, pytest.param(range(12, 400), marks=pytest.mark.slow, id="every crop")])
+def test_flow_is_that_of_opencvs_estimator_once_it_has_settled(preset: str, sides: Sequence[int]) -> None:
+    """Left alone, an estimator changes its levels in its first call, and no more for squares."""
+    cv2.setNumThreads(1)
+    for side in sides:
+        pair = textured(side, side, 1), textured(side, side, 2)
+        settled = cv2.DISOpticalFlow.create(getattr(cv2, f"DISOPTICAL_FLOW_PRESET_{preset.upper()}"))
+        for _ in range(2):
+            settled.calc(np.zeros_like(pair[0]), np.zeros_like(pair[0]), None)
+        assert np.array_equal(dis_flow(*pair, preset), settled.calc(*pair, None)), side
 
 
 def test_threads_do_not_disturb_each_other() -> None:

@@ -1,9 +1,13 @@
 """Optical flow between two frames: OpenCV's DIS, and its int8 form that travels to the model.
 
-The same frames must give the same flow whatever came before them. DIS makes that easy to get wrong: an estimator that
-has seen smaller frames gives another flow for larger ones, so there is one for each shape.
+The same frames must give the same flow whatever came before them. DIS makes that easy to get wrong: for frames whose
+pyramid has fewer levels than the preset's finest one, `calc` chooses both ends of the pyramid itself, from the width
+alone; the finest stays for all later calls, the coarsest is found anew, so that the second call is another estimate
+than the first (and of thin frames the coarsest can have no rows, and the process dies). So the finest level is chosen
+here, where `calc` has nothing to change, and each shape has its estimator.
 """
 
+import math
 import threading
 
 import cv2
@@ -19,13 +23,22 @@ _PRESETS = {
 _estimators = threading.local()  # an estimator keeps buffers between calls, so threads must not share one
 
 
+def _coarsest_scale(shape: tuple[int, ...], patch_px: int) -> int:
+    """The coarsest level of the pyramid, as `calc` finds it (0: the frames themselves)."""
+    widest = math.log2(max(shape) / (4 * patch_px)) + 0.5  # patches move a quarter of the longer side at most
+    return min(int(widest), int(math.log2(max(1, min(shape) // patch_px))))
+
+
 def _estimator(preset: str, shape: tuple[int, ...]) -> cv2.DISOpticalFlow:
-    """This thread's estimator for frames of one shape: after smaller frames, DIS would keep their coarser scales."""
+    """This thread's estimator for frames of one shape."""
     if not hasattr(_estimators, "made"):
         _estimators.made = {}
     made: dict[tuple[str, tuple[int, ...]], cv2.DISOpticalFlow] = _estimators.made
     if (preset, shape) not in made:
-        made[preset, shape] = cv2.DISOpticalFlow.create(_PRESETS[preset])
+        estimator = cv2.DISOpticalFlow.create(_PRESETS[preset])
+        if _coarsest_scale(shape, estimator.getPatchSize()) < estimator.getFinestScale():
+            estimator.setFinestScale(0)  # what `calc` chooses for such frames
+        made[preset, shape] = estimator
     return made[preset, shape]
 
 
