@@ -91,13 +91,22 @@ def test_a_size_that_is_written_down_is_taken(videos: Path, checkpoint: str, tmp
     assert found != rows_of(videos, checkpoint, tmp_path / "eight", 8)
 
 
-def test_on_a_cpu_it_names_the_labelling_of_the_default(videos: Path, checkpoint: str, tmp_path: Path) -> None:
+def test_what_changes_digits_names_the_labelling_and_nothing_else_does(
+    videos: Path, checkpoint: str, tmp_path: Path
+) -> None:
+    """On a CPU that is the number of threads (sums are split among them), on a GPU the batch size."""
     config = LabelConfig(allow_factory=OWN_NETWORKS, source=str(videos), checkpoint=checkpoint, out=str(tmp_path))
-    given, found = (open_labelling(replace(config, batch_size=size), "label").ledger.root for size in (CPU_BATCH, 0))
-    assert found == given
-    other = open_labelling(replace(config, batch_size=3), "label").ledger.root
-    on_gpu = replace(config, batch_size=0, resources=ResourcesConfig(gpus_per_worker=1))
-    assert len({given, other, open_labelling(on_gpu, "label").ledger.root}) == 3
+
+    def roots(on_gpu: bool, sizes: tuple[int, ...] = (8,), cpus: tuple[float, ...] = (1.0,)) -> set[str]:
+        resources = [ResourcesConfig(gpus_per_worker=float(on_gpu), cpus_per_worker=cpu, num_workers=3) for cpu in cpus]
+        configs = [replace(config, batch_size=size, resources=one) for size in sizes for one in resources]
+        return {open_labelling(one, "label").ledger.root for one in configs}
+
+    plain = {open_labelling(replace(config, unit_size=2), "label").ledger.root}
+    assert roots(False, sizes=(0, 1, 3, 8), cpus=(0.5, 1.0, 1.9)) == plain
+    assert len(roots(False, cpus=(1.0, 2.0, 4.0)) | plain) == 3
+    assert len(roots(True, sizes=(0, 1, 3, 8)) | plain) == 5
+    assert len(roots(True, cpus=(1.0, 4.0))) == 1
 
 
 def test_decoding_on_gpus_is_refused_where_there_are_none() -> None:

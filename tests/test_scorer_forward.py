@@ -111,8 +111,8 @@ def test_the_largest_batch_is_the_last_power_of_two_that_fits(room: int, most: i
     assert largest_batch(fits, most) == found
 
 
-def test_on_a_cpu_the_batch_size_is_fixed() -> None:
-    assert auto_batch_size(mean_colour(3), CLIP, InferenceConfig(), "cpu") == CPU_BATCH == 8
+def test_on_a_cpu_each_clip_is_a_batch_of_its_own() -> None:
+    assert auto_batch_size(mean_colour(3), CLIP, InferenceConfig(), "cpu") == CPU_BATCH == 1
 
 
 def test_the_batch_size_of_a_labelling_is_found_once(tmp_path: Path) -> None:

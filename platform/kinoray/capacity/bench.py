@@ -173,7 +173,7 @@ def _rates(
         cpus_per_worker=config.resources.cpus_per_worker,
         decode_tasks=labelling.job.decode_tasks,
         torch_threads=labelling.job.torch_threads,
-        batch_size=config.batch_size,
+        batch_size=labelling.job.scorer.batch_size,
         unit_size=unit_size,
         cores=len(os.sched_getaffinity(0)),
         cpu=str(this["cpu"]),

@@ -69,7 +69,7 @@ class BenchConfig:
     embeddings: bool = False
     """As in `kinoray label`."""
     batch_size: int = 8
-    """Clips a forward pass."""
+    """Clips a forward pass on a GPU; on CPUs each is run by itself."""
     unit_size: int = 64
     """Videos a unit of work; the job needs three units a worker to be measured, so less where `videos` is small."""
     decode: OwnDecodeConfig = field(default_factory=OwnDecodeConfig)

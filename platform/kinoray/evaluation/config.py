@@ -49,8 +49,8 @@ class EvaluateConfig:
     num_segments: int | None = None
     """Segments of each view. Default: as in training, or what the protocol names."""
     batch_size: int = 8
-    """Clips a forward pass; a video is one clip for each view. 0: as many as the GPU's memory holds, found by the first
-    worker and kept for the labelling (8 on CPUs)."""
+    """Clips a forward pass on a GPU; a video is one clip for each view. 0: as many as its memory holds, found by the
+    first worker and kept for the labelling. On CPUs each clip is run by itself: its digits depend on no other then."""
     decode_device: Literal["cpu", "cuda"] = "cpu"
     """`cuda`: decode with the workers' GPUs (NVDEC), where the model runs; see docs/decoders.md."""
     unit_size: int = 64
@@ -101,7 +101,7 @@ class CalibrateConfig:
     num_segments: int | None = None
     """Segments of each video. Default: as in training, or what the protocol names."""
     batch_size: int = 8
-    """Clips a forward pass."""
+    """Clips a forward pass on a GPU; on CPUs each is run by itself."""
     max_bad_fraction: float = 0.2
     """More quarantined videos than this share make the job exit non-zero."""
     decode: OwnDecodeConfig = field(default_factory=OwnDecodeConfig)

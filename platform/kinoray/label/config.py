@@ -94,8 +94,8 @@ class LabelConfig:
     plan: bool = False
     """Say how many videos are done, new and changed, and stop there."""
     batch_size: int = 8
-    """Clips a forward pass; a video is one clip for each view. 0: as many as the GPU's memory holds, found by the first
-    worker and kept for the labelling (8 on CPUs)."""
+    """Clips a forward pass on a GPU; a video is one clip for each view. 0: as many as its memory holds, found by the
+    first worker and kept for the labelling. On CPUs each clip is run by itself: its digits depend on no other then."""
     decode_device: Literal["cpu", "cuda"] = "cpu"
     """`cuda`: decode with the workers' GPUs (NVDEC), where the model runs; see docs/decoders.md."""
     unit_size: int = 64

@@ -84,12 +84,16 @@ def open_labelling(
     if model is not None:
         _check_clip(config, model, clip)
         check_scorer(model, scorer, len(meta.labels))
+    on_gpu = config.resources.gpus_per_worker > 0
+    torch_threads = max(1, int(config.resources.cpus_per_worker))
     settings = {
         "clip": asdict(clip),
         "views": asdict(views),
         "answer": asdict(answer),
         "scorer": asdict(scorer),
         "labels": list(meta.labels),
+        # Sums are split among threads, which rounds them otherwise: a ResNet-50's logits by 4e-5.
+        "torch_threads": None if on_gpu else torch_threads,
     }
     catalog = catalog_of_source(storage, absolute(config.source)).select(config.split)
     if check is not None:
@@ -118,8 +122,8 @@ def open_labelling(
         answer=answer,
         scorer=scorer,
         decode_tasks=config.resources.decode_tasks,
-        torch_threads=max(1, int(config.resources.cpus_per_worker)),
-        device="cuda" if config.resources.gpus_per_worker > 0 else "cpu",
+        torch_threads=torch_threads,
+        device="cuda" if on_gpu else "cpu",
     )
     print(f"{task}: {len(catalog)} videos, {len(meta.labels)} classes, checkpoint {checkpoint}", flush=True)
     if views.num_views > 1:
@@ -191,10 +195,8 @@ def _scorer_config(config: LabelConfig, clip: ClipConfig, calibration: Calibrate
     elif config.early_exit == "margin":
         assert calibration is not None  # LabelConfig checks it
         early_exit = EarlyExit(margin=calibration.margin_for(config.max_changed, clip))
-    # On a CPU 0 is a fixed size, and names the labelling that this size names; a GPU's is for its worker to find.
-    on_gpu = config.resources.gpus_per_worker > 0
     return ScorerConfig(
-        batch_size=config.batch_size or (0 if on_gpu else CPU_BATCH),
+        batch_size=config.batch_size if config.resources.gpus_per_worker > 0 else CPU_BATCH,
         inference=config.inference,
         embeddings=config.embeddings,
         segment_logits=config.segment_scores,

@@ -1,7 +1,8 @@
 """What a labelling worker does: read, decode, run the model and commit, one unit of work after the other.
 
-What is easy to break: batches are formed across the views and videos of a unit in its order, so that a unit gives the
-same digits on any number of workers and after any kill.
+What is easy to break: a video's digits depend on nothing but the settings. On a CPU each clip is run by itself; on a
+GPU batches are formed across the views and videos of a unit in its order, so that at least the same units give the same
+digits on any number of workers and after any kill.
 """
 
 import time

@@ -1,8 +1,10 @@
-"""How many clips a forward pass takes, found out on the device: batch_size 0.
+"""How many clips a forward pass takes: one on a CPU, on a GPU what is asked for, or found out there (batch_size 0).
 
-Logits of another batch size differ in their last digits, so a labelling has one size: the first worker finds it out,
-writes it down, and all others take it, also after a kill and on other GPUs. What is easy to break: what is written is
-never replaced.
+Logits of another batch size differ in their last digits, and so do those of another place in the batch: libraries
+choose their algorithm by the number of rows, and take the last few rows of a product another way than the first. So on
+a CPU, where a batch saves little, each clip is run by itself: then its digits are its own, whatever the unit of work.
+On a GPU a labelling has one size: the first worker finds it out, writes it down, and all others take it, also after a
+kill and on other GPUs. What is easy to break: what is written is never replaced.
 """
 
 import json
@@ -21,8 +23,8 @@ from kinoray.storage.records import read_record
 
 __all__ = ["CPU_BATCH", "agreed_batch_size", "auto_batch_size", "largest_batch"]
 
-CPU_BATCH = 8
-"""Clips a forward pass on a CPU, where a larger one saves nothing."""
+CPU_BATCH = 1
+"""Clips a forward pass on a CPU: no more, or its digits would depend on who is beside it, and where."""
 _MOST = 64  # clips; a GPU is full before
 _SHARE = 0.8  # of the memory that is free: recorded calls and the next batch's inputs come on top
 

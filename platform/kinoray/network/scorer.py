@@ -1,7 +1,7 @@
 """Clips in, in batches that form across videos; the logits of each out, and what else of it is asked for.
 
 What is easy to break: which clips share a batch follows from their order alone, so the same clips give the same digits
-on any machine and after any kill. A batch's answers come with the batch after it, or with `flush`: the device computes
+after any kill; only with batch_size 1 do they not depend on the others (kinoray.network.batch_size). A batch's answers come with the batch after it, or with `flush`: the device computes
 while the host prepares (kinoray.network.forward).
 """
 
@@ -34,7 +34,7 @@ class ScorerConfig:
     """What is run, and what is kept of it."""
 
     batch_size: int = 8
-    """Clips a forward pass; 0 in a job's settings for what the first worker finds (kinoray.network.batch_size)."""
+    """Clips a forward pass: 1 in a job on CPUs; 0 for what the first worker finds (kinoray.network.batch_size)."""
     inference: InferenceConfig = field(default_factory=InferenceConfig)
     """Precision and compiling."""
     embeddings: bool = False
