@@ -11,6 +11,7 @@ import tarfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -112,14 +113,17 @@ def label_calmly(
     *,
     padding_bytes: int = 0,
     window_s: float = 0.0,
+    clip: ClipConfig = CLIP,
+    factory: str = "label_models:mixing",
+    **options: Any,
 ) -> Calm:
-    """Make a library and label it."""
+    """Make a library and label it, by an untrained network."""
     storage = Storage(server)
     library = make_library(storage, join(bucket, "set"), num_videos, padding_bytes=padding_bytes)
     config = LabelConfig(
         allow_factory=OWN_NETWORKS,
         source=library.uri,
-        checkpoint=save_untrained(storage, join(bucket, "run"), LABELS, CLIP, "label_models:mixing"),
+        checkpoint=save_untrained(storage, join(bucket, "run"), LABELS, clip, factory, **options),
         out=join(bucket, "calm"),
         unit_size=unit_size,
         window_s=window_s,
@@ -215,6 +219,7 @@ def kill_and_check(
     *,
     seed: int,
     limit_s: float = 240.0,
+    max_repeated: float = MAX_REPEATED,
 ) -> None:
     """Do a calm job again under kills, with a reader all the time: the table must be the same."""
     storage, gate = Storage(calm.config.storage), Gate()
@@ -238,7 +243,7 @@ def kill_and_check(
     orphans = sum(1 for _ in storage.list(join(ledger.root, "parts") + "/")) - calm.num_units
     print(f"{repeated} of {len(reads)} videos decoded again, {orphans} parts left behind, {reader.num_reads} reads")
     print(f"seconds from a start to its first commit: {first_commits(ledger, driver.started_s)}; {kills}")
-    assert repeated <= MAX_REPEATED * len(reads)
+    assert repeated <= max_repeated * len(reads)
     assert 0 <= orphans <= len(kinds) * 2  # written, and their workers killed before the commit
     assert reader.num_growths >= 3
     assert len(driver.started_s) == 1 + kinds.count("driver")
@@ -271,6 +276,30 @@ def test_many_kills_lose_and_repeat_nothing(
     kinds = (["decoder"] * 2 + ["actor"] * 2 + ["raylet"] * 3 + ["driver"] * 3) * tens
     calm = label_calmly(s3_config, bucket, num_clips, 3)
     kill_and_check(cluster, calm, proxy, tmp_path / "logs", kinds, seed=tens // 2, limit_s=limit_s)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("crop_px", [32, 40, 64, 80, 84, 88, 96, 112, 224])
+def test_undisturbed_and_killed_jobs_agree_in_every_bit(
+    cluster: Cluster,
+    bucket: str,
+    s3_config: StorageConfig,
+    proxy: FaultyS3,
+    ray_local: None,
+    tmp_path: Path,
+    crop_px: int,
+) -> None:
+    """RGB and flow through a real network: two workers with units of two videos, one with units of 64, and kills."""
+    clip = replace(CLIP, view=ViewConfig(resize_px=crop_px + 8, crop_px=crop_px))
+    calm = label_calmly(s3_config, bucket, 24, 2, clip=clip, factory="vcm_sdd", backbone="tiny", scale="dim")
+    scores = calm.table.column("score_topk").to_pylist()
+    assert len({str(row) for row in scores if row}) == 24 - calm.library.num_broken
+    other = replace(calm.config, out=join(bucket, "other"), unit_size=64, resources=ResourcesConfig(num_workers=1))
+    label(other)
+    assert_same(Storage(s3_config), other, calm)
+    kinds = ("decoder", "actor", "decoder", "driver")
+    kill_and_check(cluster, calm, proxy, tmp_path / "logs", kinds, seed=crop_px, max_repeated=1.0)
 
 
 @pytest.mark.slow
