@@ -1,8 +1,8 @@
 """Clips in, in batches that form across videos; the logits of each out, and what else of it is asked for.
 
 What is easy to break: which clips share a batch follows from their order alone, so the same clips give the same digits
-after any kill; only with batch_size 1 do they not depend on the others (kinoray.network.batch_size). A batch's answers come with the batch after it, or with `flush`: the device computes
-while the host prepares (kinoray.network.forward).
+after any kill; only with batch_size 1 do they not depend on the others (kinoray.network.batch_size). A batch's answers
+come with the batch after it, or with `flush`: the device computes while the host prepares (kinoray.network.forward).
 """
 
 from collections import deque
