@@ -1,8 +1,8 @@
 """A decoder process whose `probe` does what an attacker's code would do in its place, and says what came of it.
 
 Run as `python jail_attacks.py LACKS ARGUMENTS`, where ARGUMENTS are those of kinoray.video.sandbox.child and LACKS
-names what the machine refuses (commas between): `filter` (seccomp), `namespaces`, `landlock`. The kernel refuses them here, by a
-filter of our own that comes first. All else is the real child.
+names what the machine refuses (commas between): `filter` (seccomp), `namespaces`, `landlock`. The kernel refuses them
+here, by a filter of our own that comes first. All else is the real child.
 """
 
 import ctypes
