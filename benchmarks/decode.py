@@ -4,9 +4,9 @@
 
 One thread, CPU seconds, rounds in which all forms take turns; a figure is the median of the ratios inside a round.
 `floor` decodes every frame with libav and converts none; `naive` is PyAV in order, wanted frames to RGB at full size,
-then OpenCV; `every frame` is what ray.data.read_videos does: decord, frame by frame, at the target size; `plan yuv420`
-is the plan with decode.frames=yuv420, without what the device does then. Bars for the plan: 1.05 floor (340x256, 16x6),
-1.0 floor (720p, 16x6), 0.30 floor (8x1, GOP 12), 0.75 decord, 0.45 every frame; RGB with flow 1.75 RGB.
+then OpenCV; `every frame` is what ray.data.read_videos does: decord, frame by frame, at the target size. Bars for the
+plan: 1.05 floor (340x256, 16x6), 1.0 floor (720p, 16x6), 0.30 floor (8x1, GOP 12), 0.75 decord, 0.45 every frame; RGB
+with flow 1.75 RGB.
 """
 
 import os
@@ -36,7 +36,7 @@ from kinoray.video.clip import decode_clip, probe
 from kinoray.video.sample import segment_indices
 
 SIDE, FPS, NUM_FRAMES = 256, 30, 300
-FORMS = ("plan", "floor", "decord", "torchcodec", "naive", "every frame", "plan yuv420", "plan + flow")
+FORMS = ("plan", "floor", "decord", "torchcodec", "naive", "every frame", "plan + flow")
 # workload, form -> largest ratio plan / form that is good enough
 BARS = {
     ("340x256 GOP 250 16x6", "floor"): 1.05,
@@ -137,14 +137,12 @@ def forms_for(work: Workload) -> dict[str, Callable[[], object]]:
     """The forms that can be run here."""
     wanted = np.unique(segment_indices(probe(work.data, DecodeConfig()).num_frames, work.sample))
     clip = ClipConfig(sample=work.sample)
-    in_yuv = ClipConfig(sample=work.sample, decode=DecodeConfig(frames="yuv420"))
     forms: dict[str, Callable[[], object]] = {
         "plan": functools.partial(decode_clip, work.data, clip, with_flow=False),
         "floor": functools.partial(floor, work.data),
         "decord": lambda: open_decord(work.data).get_batch(wanted.tolist()).asnumpy(),
         "naive": functools.partial(naive, work.data, wanted),
         "every frame": functools.partial(every_frame, work.data),
-        "plan yuv420": functools.partial(decode_clip, work.data, in_yuv, with_flow=False),
         "plan + flow": functools.partial(decode_clip, work.data, clip, with_flow=True),
     }
     theirs = ClipConfig(sample=work.sample, decode=DecodeConfig(backend="torchcodec"))

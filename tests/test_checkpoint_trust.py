@@ -21,7 +21,6 @@ from kinoray.config.file import config_from_mapping, to_yaml
 from kinoray.config.shared import (
     ClipConfig,
     DecodeConfig,
-    FlowConfig,
     ModelConfig,
     OwnDecodeConfig,
     SampleConfig,
@@ -481,8 +480,6 @@ def test_limits_and_back_end_are_the_users_and_numbers_are_the_checkpoints(
     [
         (replace(CLIP, view=ViewConfig(resize_px=10**6, crop_px=64)), "decode.max_pixels must be at least"),
         (replace(CLIP, sample=SampleConfig(num_segments=10**9)), "decode.max_memory_mb must be at least"),
-        (replace(CLIP, flow=FlowConfig(estimator="raft", weights="/etc/passwd")), "add --flow-weights FILE"),
-        (replace(CLIP, flow=FlowConfig(estimator="raft", weights="s3://a/b")), r"trained with 's3://a/b'"),
     ],
 )
 @pytest.mark.usefixtures("offline")
@@ -493,16 +490,6 @@ def test_a_clip_of_a_checkpoint_opens_nothing_and_has_a_bound(
     for plan in (True, False):
         with pytest.raises(ConfigError, match=message):
             open_labelling(label_settings(videos, uri, plan=plan), "label")
-
-
-def test_weights_for_the_flow_are_the_users(tmp_path: Path, videos: Path) -> None:
-    raft = replace(CLIP, flow=FlowConfig(estimator="raft", weights="/theirs"))
-    uri = make_checkpoint(tmp_path / "raft", "vcm_sdd", TINY, clip=raft)
-    opened = open_labelling(label_settings(videos, uri, flow_weights="/mine"), "label")
-    assert opened.job.clip.flow.weights == "/mine"
-    dis = make_checkpoint(tmp_path / "dis", "vcm_sdd", TINY)
-    with pytest.raises(ConfigError, match=r"flow\.weights must be"):
-        open_labelling(label_settings(videos, dis, flow_weights="/mine"), "label")
 
 
 # Run folders of others

@@ -241,10 +241,8 @@ def test_nothing_is_imported_or_opened_once_the_jail_is_closed(backend: Any, hos
     clip = replace(CLIP, decode=decode)
     samples = [CLIP.sample]
     rngs = [np.random.Generator(kind(5)) for kind in (np.random.PCG64, np.random.MT19937, np.random.SFC64)]
-    planar = replace(CLIP, decode=DecodeConfig(frames="yuv420"))
     works: list[tuple[str, dict[str, Any]]] = [
         *(("decode_clip", {"config": clip, "with_flow": True, "rng": rng}) for rng in rngs),
-        ("decode_clip", {"config": planar, "with_flow": True}),
         ("decode_views", {"config": clip, "views": ViewsConfig(), "with_flow": False}),
         ("decode_bank", {"config": clip, "samples": samples, "with_flow": False}),
         ("thumbnails", {"config": decode, "num_frames": 2, "height": 24}),

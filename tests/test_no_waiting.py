@@ -17,14 +17,12 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import video_baselines as vb
-from kinoray.config.clip import DecodeConfig, FlowConfig
-from kinoray.config.shared import AugmentConfig, ClipConfig, ModelConfig, OptimConfig, SampleConfig, ViewConfig
+from kinoray.config.shared import AugmentConfig, ModelConfig, OptimConfig, SampleConfig
 from kinoray.flow import tvl1
 from kinoray.network.batch import RawBatch, VideoBatch, model_inputs
 from kinoray.network.build import build_model
 from kinoray.network.device_input import DeviceInput
 from kinoray.run.train import augment
-from kinoray.storage.objects import Storage
 from kinoray.train.augment import PHOTOMETRIC, Mix, colour_clip, mix_inputs
 from kinoray.train.config import TrainConfig
 from kinoray.train.replica import Replica
@@ -160,38 +158,25 @@ def test_convolutions_see_channels_last(name: str, backbone: str) -> None:
     assert all(seen)
 
 
-@pytest.mark.parametrize("frames", ["rgb", "yuv420"])
-def test_inputs(frames: str) -> None:
+def test_inputs() -> None:
     shape = (2, 2, 3)
     flow = cuda(*shape, 2, SIZE, SIZE, dtype=torch.int8)
-    if frames == "rgb":
-        batch = VideoBatch(rgb=cuda(*shape, 3, SIZE, SIZE, dtype=torch.uint8), flow=flow)
-    else:
-        batch = VideoBatch(rgb=None, flow=flow, yuv=cuda(*shape, SIZE * 3 // 2, SIZE, dtype=torch.uint8))
+    batch = VideoBatch(rgb=cuda(*shape, 3, SIZE, SIZE, dtype=torch.uint8), flow=flow)
     with on_device(sends=True):
         found = model_inputs(batch, InputSpec(rgb=True, flow_channels=2), "cuda")
     assert [cast(Tensor, x).device.type for x in found.values()] == ["cuda", "cuda"]
 
 
-@pytest.mark.parametrize("frames", ["rgb", "yuv420"])
-def test_scaling_and_flow_on_the_device(frames: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    clip = ClipConfig(
-        sample=SAMPLE,
-        view=ViewConfig(resize_px=72, crop_px=SIZE),
-        decode=DecodeConfig(frames=frames, scale_on="device"),
-        flow=FlowConfig(estimator="tvl1"),
-    )
-    finish = DeviceInput(clip, "cpu", Storage())  # pinned memory and streams need a GPU; what is fed is on it
+def test_flow_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    finish = DeviceInput(20.0, "cpu")  # pinned memory and streams need a GPU; what is fed is on it
     finish._feed = lambda tensors: [torch.empty(x.shape, dtype=x.dtype, device="cuda") for x in tensors]  # type: ignore
     monkeypatch.setattr(tvl1, "_runner", lambda device, shape: partial(tvl1._flow_of_group, step=tvl1._step))
     grid = (2, 3)
-    sizes = [(*grid, 3, 96, 130) if frames == "rgb" else (*grid, 144, 130), (*grid, 1, 96, 130)]
     with unset_fake_temporarily():
         raw = RawBatch(
-            frames=[torch.zeros(sizes[0], dtype=torch.uint8)] * 2,
-            partners=[torch.zeros(sizes[1], dtype=torch.uint8)] * 2,
+            frames=torch.zeros(2, *grid, 3, SIZE, SIZE, dtype=torch.uint8),
+            partners=torch.zeros(2, *grid, 1, SIZE, SIZE, dtype=torch.uint8),
             last=torch.zeros(2, *grid, dtype=torch.bool),
-            views=torch.zeros(2, 6, dtype=torch.int64),
         )
     with on_device():
         batch = finish(raw)

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from decode_reference import moving
-from kinoray.config.shared import ClipConfig, DecodeConfig, SampleConfig, ViewConfig
+from kinoray.config.shared import ClipConfig, SampleConfig, ViewConfig
 from kinoray.demo.videos import make_video
 from kinoray.errors import MediaError
 from kinoray.video.protocol import ViewsConfig
@@ -24,11 +24,10 @@ from kinoray.video.views import decode_views
 from mutations import make_mutant
 
 
-def clip_of(crop_px: int, **decode: Any) -> ClipConfig:
+def clip_of(crop_px: int) -> ClipConfig:
     return ClipConfig(
         sample=SampleConfig(num_segments=2, frames_per_segment=2),
         view=ViewConfig(resize_px=crop_px + 8, crop_px=crop_px),
-        decode=DecodeConfig(**decode),
     )
 
 
@@ -71,12 +70,11 @@ def digest_of(data: bytes, clip: ClipConfig) -> str:
 
 
 def decode_in_order(folder: str, names: Sequence[str], crops: Sequence[int]) -> dict[str, str]:
-    """Name, crop and kind of frames -> digest, in one process."""
+    """Name and crop -> digest, in one process."""
     return {
-        f"{name}, {crop}, {frames}": digest_of((Path(folder) / name).read_bytes(), clip_of(crop, frames=frames))
+        f"{name}, {crop}": digest_of((Path(folder) / name).read_bytes(), clip_of(crop))
         for name in names
         for crop in crops
-        for frames in ("rgb", "yuv420")
     }
 
 

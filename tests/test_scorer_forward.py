@@ -81,7 +81,7 @@ def test_what_is_fed_to_a_device_is_the_collated_batch() -> None:
     both = [replace(clip, flow=flow + number) for number, clip in enumerate(one)]
     for batch in (one, both, both[:1]):
         fed, collated = collate(batch, Feeder("cpu").stacked), collate(batch)
-        for name in ("rgb", "flow", "yuv"):
+        for name in ("rgb", "flow"):
             found, expected = getattr(fed, name), getattr(collated, name)
             assert found is expected is None or torch.equal(found, expected)
 

@@ -74,8 +74,6 @@ class BenchConfig:
     """Videos a unit of work; the job needs three units a worker to be measured, so less where `videos` is small."""
     decode: OwnDecodeConfig = field(default_factory=OwnDecodeConfig)
     """What a video may cost, and what decodes it, as in `kinoray label`."""
-    flow_weights: str = ""
-    """As in `kinoray label`."""
     inference: InferenceConfig = field(default_factory=InferenceConfig)
     """How the model runs."""
     storage: StorageConfig = field(default_factory=StorageConfig)

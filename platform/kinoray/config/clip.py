@@ -4,7 +4,6 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Literal
 
 from kinoray.config.check import require
-from kinoray.errors import ConfigError
 
 __all__ = [
     "ClipConfig",
@@ -64,27 +63,14 @@ class DecodeConfig(DecodeLimits):
 
     backend: Backend = "pyav"
     """`pyav` decodes only what the wanted frames need; the others are there for comparison (docs/decoders.md)."""
-    frames: Literal["rgb", "yuv420"] = "rgb"
-    """What decoding hands over: `rgb`, or `yuv420` (4:2:0, BT.601), which is quicker to make and half as large; the
-    model's device converts it. Colours differ by about one grey level from rgb, flow is estimated on Y. pyav only."""
-    scale_on: Literal["decoder", "device"] = "decoder"
-    """Where frames are scaled, cut and mirrored: by the `decoder`, or on the model's `device`, to which they then go in
-    their own size. That saves the decoders work at 340 x 256 with frames yuv420 (a fifth of a clip) and moves no more
-    bytes; frames of 1280 x 720 are ten times as large as scaled ones, so there it costs time and memory: a clip must
-    fit into max_memory_mb. Flow then comes from the device too (flow.estimator tvl1 or raft). pyav only."""
     device: Literal["cpu", "cuda"] = "cpu"
     """`cuda`: the GPU's own decoder (NVDEC) through torchcodec, in the process that runs the model and so without the
     sandbox's walls: for videos that one trusts (docs/decoders.md). What it does not take goes to backend pyav."""
 
     def __post_init__(self) -> None:
         DecodeLimits.__post_init__(self)  # super() does not work in a dataclass with slots
-        fits = self.frames == "rgb" or self.backend == "pyav"
-        require(fits, "decode.frames", f"rgb with decode.backend {self.backend}", self.frames)
-        fits = self.scale_on == "decoder" or self.backend == "pyav"
-        require(fits, "decode.scale_on", f"decoder with decode.backend {self.backend}", self.scale_on)
-        plain = self.backend == "pyav" and self.frames == "rgb" and self.scale_on == "decoder"
-        expected = "cpu unless decode.backend is pyav, decode.frames rgb and decode.scale_on decoder"
-        require(plain or self.device == "cpu", "decode.device", expected, self.device)
+        fits = self.device == "cpu" or self.backend == "pyav"
+        require(fits, "decode.device", f"cpu with decode.backend {self.backend}", self.device)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -121,11 +107,9 @@ class ViewConfig:
 class FlowConfig:
     """Optical flow from each sampled frame to the frame after it, for models that look at motion."""
 
-    estimator: Literal["dis", "tvl1", "raft"] = "dis"
-    """`dis`: OpenCV's DIS, by the decoder. `tvl1` and `raft` run on the model's device, which is meant for GPUs: TV-L1
-    in fixed steps, about as exact as DIS medium, or torchvision's RAFT with the weights of flow.weights."""
-    weights: str = ""
-    """estimator=raft: file or s3:// address of torchvision's raft_small or raft_large weights, .safetensors or .pth."""
+    estimator: Literal["dis", "tvl1"] = "dis"
+    """`dis`: OpenCV's DIS, by the decoder. `tvl1`: TV-L1 in fixed steps on the model's device, which is meant for GPUs;
+    about as exact as DIS medium."""
     preset: Literal["ultrafast", "fast", "medium"] = "ultrafast"
     """OpenCV DIS preset: end-point error about 0.3 / 0.2 / 0.12 px at 1 : 2 : 10 times the cost."""
     bound_px: float = 20.0
@@ -133,9 +117,6 @@ class FlowConfig:
 
     def __post_init__(self) -> None:
         require(self.bound_px > 0, "flow.bound_px", "greater than 0", self.bound_px)
-        is_raft = self.estimator == "raft"
-        expected = "the weights of raft with flow.estimator raft, empty with others"
-        require(is_raft == bool(self.weights), "flow.weights", expected, self.weights)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -151,39 +132,18 @@ class ClipConfig:
     flow: FlowConfig = field(default_factory=FlowConfig)
     """Optical flow between them."""
 
-    def __post_init__(self) -> None:
-        for name in ("resize_px", "crop_px"):
-            value, is_i420 = getattr(self.view, name), self.decode.frames == "yuv420"
-            require(value % 2 == 0 or not is_i420, f"view.{name}", "even with decode.frames yuv420", value)
+    def flow_on_device(self, *, with_flow: bool) -> bool:
+        """Whether the model's device finds the flow (kinoray.network.device_input), if flow is asked for."""
+        return with_flow and self.flow.estimator != "dis"
 
-    def on_device(self, *, with_flow: bool) -> bool:
-        """Whether the model's device finishes the clips (network/device_input.py): scales them, or finds their flow.
-
-        Raises:
-            ConfigError: it would scale frames whose flow the decoder finds.
-        """
-        scales, finds_flow = self.decode.scale_on == "device", with_flow and self.flow.estimator != "dis"
-        if scales and with_flow and not finds_flow:
-            raise ConfigError(
-                "decode.scale_on must be decoder with flow.estimator dis, which needs scaled frames where they are "
-                "decoded; set flow.estimator to tvl1 to find the flow on the device too"
-            )
-        return scales or finds_flow
-
-    def decoded_by(self, own: OwnDecodeConfig, *, device: Literal["cpu", "cuda"], flow_weights: str) -> "ClipConfig":
-        """The same numbers from a video, but limits, back end, device and files are those of the job that decodes.
+    def decoded_by(self, own: OwnDecodeConfig, *, device: Literal["cpu", "cuda"]) -> "ClipConfig":
+        """The same numbers from a video, but limits, back end and device are those of the job that decodes.
 
         Raises:
-            ConfigError: the back end cannot make these frames, weights for the flow are missing or have no use, or one
-                clip is larger than the limits allow.
+            ConfigError: the back end cannot make these frames, or one clip is larger than the limits allow.
         """
         decode = replace(self.decode, **{item.name: getattr(own, item.name) for item in fields(own)}, device=device)
-        if self.flow.estimator == "raft" and not flow_weights:
-            raise ConfigError(
-                "flow_weights must name the weights of raft, which finds the flow for this network: add --flow-weights "
-                f"FILE (it was trained with {self.flow.weights!r})"
-            )
-        clip = replace(self, decode=decode, flow=replace(self.flow, weights=flow_weights))
+        clip = replace(self, decode=decode)
         size, sides = clip.sample, clip.view
         expected = f"at least {sides.resize_px**2:,}: frames are scaled to {sides.resize_px} px"
         require(sides.resize_px**2 <= own.max_pixels, "decode.max_pixels", expected, own.max_pixels)

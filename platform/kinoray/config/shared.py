@@ -7,7 +7,7 @@ import hashlib
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, is_dataclass
 from typing import Annotated, Any, Literal
 
 import tyro
@@ -43,37 +43,15 @@ __all__ = [
     "SampleConfig",
     "StorageConfig",
     "ViewConfig",
-    "as_settings",
     "digest",
     "parse_options",
     "require",
 ]
 
 
-_ADDED = {"decode": {"scale_on": "decoder", "device": "cpu"}, "flow": {"estimator": "dis", "weights": ""}}
-"""Settings of later versions, with the value that means what was done before: there they name nothing new."""
-
-
-def as_settings(config: Any) -> Any:
-    """A config (or any JSON-able value) as plain values, without settings of later versions that change nothing."""
-    value = asdict(config) if hasattr(config, "__dataclass_fields__") else config
-    if isinstance(value, list | tuple):
-        return [as_settings(item) for item in value]
-    if not isinstance(value, dict):
-        return value
-    plain = {name: as_settings(item) for name, item in value.items()}
-    for name, added in _ADDED.items():
-        if isinstance(plain.get(name), dict):
-            plain[name] = {key: item for key, item in plain[name].items() if key not in added or item != added[key]}
-    return plain
-
-
 def digest(config: Any) -> str:
-    """16 hex digits that name a config (or any JSON-able value): equal settings, equal digest, on every machine.
-
-    Settings that came with later versions count where they are not at their default (see `as_settings`).
-    """
-    value = as_settings(config)
+    """16 hex digits that name a config (or any JSON-able value): equal settings, equal digest, on every machine."""
+    value = asdict(config) if is_dataclass(config) and not isinstance(config, type) else config
     return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()[:16]
 
 

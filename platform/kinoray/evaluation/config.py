@@ -59,8 +59,6 @@ class EvaluateConfig:
     """More quarantined videos than this share make the job exit non-zero."""
     decode: OwnDecodeConfig = field(default_factory=OwnDecodeConfig)
     """What a video may cost, and what decodes it, as in `kinoray label`."""
-    flow_weights: str = ""
-    """As in `kinoray label`."""
     inference: InferenceConfig = field(default_factory=InferenceConfig)
     """How the model runs."""
     storage: StorageConfig = field(default_factory=StorageConfig)
@@ -106,8 +104,6 @@ class CalibrateConfig:
     """More quarantined videos than this share make the job exit non-zero."""
     decode: OwnDecodeConfig = field(default_factory=OwnDecodeConfig)
     """What a video may cost, and what decodes it, as in `kinoray label`."""
-    flow_weights: str = ""
-    """As in `kinoray label`."""
     inference: InferenceConfig = field(default_factory=InferenceConfig)
     """How the model runs."""
     storage: StorageConfig = field(default_factory=StorageConfig)

@@ -104,8 +104,6 @@ class LabelConfig:
     """More quarantined videos than this share make the job exit non-zero (the table is complete all the same)."""
     decode: OwnDecodeConfig = field(default_factory=OwnDecodeConfig)
     """What a video may cost, and what decodes it; never taken from the checkpoint."""
-    flow_weights: str = ""
-    """For networks that were trained with flow.estimator raft: file or s3:// address of raft's weights."""
     inference: InferenceConfig = field(default_factory=InferenceConfig)
     """How the model runs."""
     storage: StorageConfig = field(default_factory=StorageConfig)

@@ -166,7 +166,7 @@ def _clip(config: LabelConfig, trained: ClipConfig, task: str) -> ClipConfig:
             f"grey levels (--decode.backend {before})",
             flush=True,
         )
-    return clip.decoded_by(config.decode, device=config.decode_device, flow_weights=config.flow_weights)
+    return clip.decoded_by(config.decode, device=config.decode_device)
 
 
 def _check_clip(config: LabelConfig, model: VideoModel, clip: ClipConfig) -> None:

@@ -181,7 +181,6 @@ class LabelUnits:
                 replace(job.scorer, batch_size=self._batch_size(model)),
                 num_classes=len(self.labels),
                 device=job.device,
-                storage=job.storage,
             )
         return self.scorer
 

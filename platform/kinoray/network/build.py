@@ -201,7 +201,6 @@ def without_start_weights(config: ModelConfig) -> ModelConfig:
 
 def check_clip(spec: InputSpec, clip: ClipConfig) -> None:
     """Raise ConfigError where the clip's shape is not one that the model accepts, or its flow cannot be found."""
-    clip.on_device(with_flow=spec.flow_channels > 0)
     wanted = {
         "clip.sample.num_segments": (spec.num_segments, clip.sample.num_segments),
         "clip.sample.frames_per_segment": (spec.frames_per_segment, clip.sample.frames_per_segment),

@@ -1,55 +1,45 @@
-"""Clips as decoded -> clips as the network is fed, on its device: scaled, cut, mirrored and with flow found there.
+"""What the network's device does to clips before the network: it gets them from the host, and finds their flow (TV-L1).
 
-What comes out is the batch that decoding on the CPU would have given, up to rounding: uint8 frames of the cut and int8
-flow, so augmentation and normalisation do not know the difference. What is easy to break: flow is found before colours
-are changed, and nothing here may wait for the device.
-
-A View is two small matrices, one for the rows and one for the columns; a frame is scaled, cut and mirrored by
-multiplying with them. So clips of a batch may have different sizes and views, and only the pixels that are kept are
-computed.
+What comes out is the batch that decoding on the CPU would have given, but for the estimator: uint8 frames, int8 flow.
+What is easy to break: flow is found before colours are changed, and nothing here may wait for the device.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import astuple
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from kinoray.config.shared import ClipConfig
 from kinoray.errors import ModelError
 from kinoray.network.batch import FLOW_SCALE, RawBatch, VideoBatch
-from kinoray.storage.objects import Storage
 from kinoray.video.clip import Clip
-from kinoray.video.flow_raft import load_raft
 from kinoray.video.flow_tvl1 import tvl1_flow
 
-__all__ = ["DeviceInput", "Feeder", "collate_raw", "quantised", "scaled", "sent"]
+__all__ = ["DeviceInput", "Feeder", "collate_raw", "quantised", "sent"]
 
-# Shapes: B videos, S segments, T frames a segment, N images, H W pixels
+# Shapes: B videos, S segments, T frames a segment, H W pixels
 
-_SCALED_PIXELS = 2**25  # at a time, of the frames before scaling: in float32 they take 4 bytes each
 _ALIGN_BYTES = 64
 
 
 def collate_raw(clips: Sequence[Clip]) -> RawBatch:
-    """Clips that the device has to finish, in order.
+    """Clips whose flow the device has to find, in order.
 
     Raises:
-        ModelError: there are none, or only some have partners, or a view.
+        ModelError: there are none, one has no partners, or they differ in shape.
     """
     if not clips:
         raise ModelError("a batch needs at least one clip, got none")
+    shapes = sorted({clip.frames.shape for clip in clips})
+    if len(shapes) > 1:
+        raise ModelError(f"clips of a batch must have one shape [S, T, 3, H, W], got {' and '.join(map(str, shapes))}")
     partners = [torch.from_numpy(clip.partners) for clip in clips if clip.partners is not None]
-    views = [astuple(clip.view) for clip in clips if clip.view is not None]
-    for name, found in (("partners", partners), ("a view", views)):
-        if found and len(found) < len(clips):
-            raise ModelError(f"all clips of a batch must have {name} or none, got {len(found)} of {len(clips)}")
+    if len(partners) < len(clips):
+        raise ModelError(f"all clips of a batch must have partners, got {len(partners)} of {len(clips)}")
     return RawBatch(
-        frames=[torch.from_numpy(clip.frames) for clip in clips],
-        partners=partners or None,
-        last=torch.from_numpy(np.stack([clip.last for clip in clips])) if partners else None,
-        views=torch.tensor(views, dtype=torch.int64) if views else None,
+        frames=torch.stack([torch.from_numpy(clip.frames) for clip in clips]),
+        partners=torch.stack(partners),
+        last=torch.from_numpy(np.stack([clip.last for clip in clips])),
     )
 
 
@@ -111,41 +101,9 @@ class Feeder:
 
 def sent(batch: VideoBatch, feed: Feeder) -> VideoBatch:
     """The batch on the feeder's device."""
-    parts = {"rgb": batch.rgb, "flow": batch.flow, "yuv": batch.yuv}
+    parts = {"rgb": batch.rgb, "flow": batch.flow}
     present = {name: x for name, x in parts.items() if x is not None}
     return VideoBatch(**parts | dict(zip(present, feed(list(present.values())), strict=True)))
-
-
-def _weights(begin: Tensor, extent: Tensor, flip: Tensor, size: int, source: int) -> Tensor:
-    """float32 [size, source]: how much of each source pixel goes into each pixel begin .. begin + size of `extent`.
-
-    A triangle as wide as a pixel of the result, at least one of the source, as libswscale's and torch's antialiased
-    bilinear scaling have it.
-    """
-    place = torch.arange(size, device=begin.device)
-    place = torch.where(flip, size - 1 - place, place)
-    ratio = source / extent.float()
-    centre = (begin + place + 0.5) * ratio - 0.5
-    distance = (torch.arange(source, device=begin.device) - centre[:, None]).abs()
-    weights = (1 - distance / ratio.clamp(min=1.0)).clamp(min=0.0)
-    return weights / weights.sum(1, keepdim=True)
-
-
-def scaled(planes: Tensor, view: Tensor, size: int, share: int = 1) -> Tensor:
-    """Planes, uint8 [N, h, w], scaled, cut and mirrored as a view says: uint8 [N, size, size], on their device.
-
-    Args:
-        view: int64 [6], the fields of a View in their order, on the device.
-        share: 2 for chroma planes, whose view has half the numbers (and `size` is half of the cut's).
-    """
-    height, width, top, left, _, flip = view.unbind()
-    rows = _weights(top // share, height // share, torch.zeros_like(flip, dtype=torch.bool), size, planes.shape[1])
-    columns = _weights(left // share, width // share, flip.bool(), size, planes.shape[2])
-    out = torch.empty((len(planes), size, size), dtype=torch.uint8, device=planes.device)
-    step = max(1, _SCALED_PIXELS // (planes.shape[1] * planes.shape[2]))
-    for part, place in zip(torch.split(planes, step), torch.split(out, step), strict=True):
-        place.copy_((rows @ (part.float() @ columns.T)).round_())
-    return out
 
 
 def quantised(flow: Tensor, bound_px: float) -> Tensor:
@@ -154,23 +112,11 @@ def quantised(flow: Tensor, bound_px: float) -> Tensor:
 
 
 class DeviceInput:
-    """Finishes raw batches on a device. `ClipConfig.on_device` says whether it is needed.
+    """Finds the flow of raw batches on a device. `ClipConfig.flow_on_device` says whether it is needed."""
 
-    Args:
-        storage: where flow.weights are read from.
-
-    Raises:
-        ConfigError: flow.weights are not there, or are none of RAFT's.
-    """
-
-    def __init__(self, clip: ClipConfig, device: torch.device | str, storage: Storage) -> None:
-        self._size, self._bound_px = clip.view.crop_px, clip.flow.bound_px
-        self._is_i420 = clip.decode.frames == "yuv420"
-        self._grid = (clip.sample.num_segments, clip.sample.frames_per_segment)
+    def __init__(self, bound_px: float, device: torch.device | str) -> None:
+        self._bound_px = bound_px
         self._feed = Feeder(device)
-        self._estimator: Callable[[Tensor, Tensor], Tensor] = tvl1_flow
-        if clip.flow.estimator == "raft":
-            self._estimator = load_raft(storage, clip.flow.weights, device)
 
     @torch.no_grad()
     def __call__(self, raw: RawBatch) -> VideoBatch:
@@ -178,44 +124,9 @@ class DeviceInput:
 
         Flow is of the frames as they are seen: of mirrored ones, where the view is mirrored.
         """
-        if not len(raw):
-            return self._nothing()
-        small = [x for x in (raw.views, raw.last) if x is not None]
-        num_frames = len(raw.frames)
-        fed = self._feed([*raw.frames, *(raw.partners or []), *small])
-        frames, partners = fed[:num_frames], fed[num_frames : len(fed) - len(small)]
-        if raw.views is not None:
-            views = fed[-len(small)].unbind()
-            frames = [self._cut(x, view) for x, view in zip(frames, views, strict=True)]
-            partners = [self._cut_planes(x, view) for x, view in zip(partners, views[: len(partners)], strict=True)]
-        stacked = torch.stack(frames)
-        flow = self._flow(stacked, torch.stack(partners), fed[-1]) if partners else None
-        return VideoBatch(rgb=None if self._is_i420 else stacked, flow=flow, yuv=stacked if self._is_i420 else None)
-
-    def _nothing(self) -> VideoBatch:
-        shape = (self._size * 3 // 2, self._size) if self._is_i420 else (3, self._size, self._size)
-        frames = torch.empty((0, *self._grid, *shape), dtype=torch.uint8)
-        return VideoBatch(rgb=None if self._is_i420 else frames, flow=None, yuv=frames if self._is_i420 else None)
-
-    def _cut_planes(self, x: Tensor, view: Tensor, share: int = 1) -> Tensor:
-        """[..., h, w] -> [..., size, size]."""
-        size = self._size // share
-        return scaled(x.reshape(-1, *x.shape[-2:]), view, size, share).reshape(*x.shape[:-2], size, size)
-
-    def _cut(self, frames: Tensor, view: Tensor) -> Tensor:
-        """One clip, [S, T, 3, h, w] or I420 [S, T, h * 3 / 2, w]."""
-        if not self._is_i420:
-            return self._cut_planes(frames, view)
-        *lead, rows, width = frames.shape
-        height = rows * 2 // 3
-        luma = self._cut_planes(frames[..., :height, :], view)
-        chroma = self._cut_planes(frames[..., height:, :].reshape(*lead, 2, height // 2, width // 2), view, 2)
-        return torch.cat([luma, chroma.reshape(*lead, self._size // 2, self._size)], -2)
-
-    def _flow(self, frames: Tensor, partners: Tensor, last: Tensor) -> Tensor:
-        """int8 [B, S, T, 2, H, W] from frames, their partners [B, S, T, 1, H, W] and which are a video's last."""
-        own = frames[..., : self._size, :] if self._is_i420 else frames[:, :, :, 1]
-        theirs, swapped = partners[:, :, :, 0], last[..., None, None]
+        frames, partners, last = self._feed([raw.frames, raw.partners, raw.last])
+        own, theirs, swapped = frames[:, :, :, 1], partners[:, :, :, 0], last[..., None, None]
         first, second = torch.where(swapped, theirs, own), torch.where(swapped, own, theirs)
-        flow = self._estimator(first.flatten(0, 2), second.flatten(0, 2))
-        return quantised(flow, self._bound_px).reshape(*frames.shape[:3], *flow.shape[1:])
+        flow = tvl1_flow(first.flatten(0, 2), second.flatten(0, 2))
+        flow = quantised(flow, self._bound_px).reshape(*frames.shape[:3], *flow.shape[1:])
+        return VideoBatch(rgb=frames, flow=flow)

@@ -15,13 +15,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from kinoray.config.shared import ClipConfig, InferenceConfig, StorageConfig
+from kinoray.config.shared import ClipConfig, InferenceConfig
 from kinoray.errors import ConfigError, ModelError
 from kinoray.network.anytime import EarlyExit, RunningAnswer, SegmentConsensus, nested_order
 from kinoray.network.build import VideoModel, prepare_model
 from kinoray.network.device_input import DeviceInput
 from kinoray.network.forward import Forward, Launched, collate_for
-from kinoray.storage.objects import Storage
 from kinoray.video.clip import Clip
 
 __all__ = ["ClipAnswer", "ClipScorer", "ScorerConfig", "check_scorer", "segment_consensus"]
@@ -112,10 +111,6 @@ class ClipScorer(Generic[Ticket]):
     gathered.
 
     Args:
-        storage: where flow.weights are read from; by default this machine's folders and the usual S3.
-
-    Raises:
-        ConfigError: what clip asks of the device is not possible (see kinoray.network.device_input).
     """
 
     def __init__(
@@ -126,14 +121,13 @@ class ClipScorer(Generic[Ticket]):
         *,
         num_classes: int,
         device: str,
-        storage: Storage | None = None,
     ) -> None:
         self._config, spec = config, model.input_spec
         self._consensus = segment_consensus(model)
         self._num_segments = clip.sample.num_segments
         finish = None
-        if clip.on_device(with_flow=spec.flow_channels > 0):
-            finish = DeviceInput(clip, device, storage or Storage(StorageConfig()))
+        if clip.flow_on_device(with_flow=spec.flow_channels > 0):
+            finish = DeviceInput(clip.flow.bound_px, device)
         cast(nn.Module, model).to(device)
         prepared = prepare_model(model, clip, config.inference)
         tap = _Tap(cast(nn.Module, prepared), num_classes) if config.embeddings else None

@@ -15,7 +15,7 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as V
 
 from kinoray.config.shared import AugmentConfig
-from kinoray.network.batch import VideoBatch, yuv420_to_rgb
+from kinoray.network.batch import VideoBatch
 from kinoray.video.sample import clip_rng
 
 __all__ = ["PHOTOMETRIC", "Augmenter", "Mix", "colour_clip", "mix_inputs"]
@@ -61,15 +61,14 @@ class Augmenter:
 
     def colour(self, clips: VideoBatch, video_ids: Sequence[str], epoch: int) -> VideoBatch:
         """The clips with other colours, RGB on the device; the same object if colours are not to be changed."""
-        frames = clips.rgb if clips.rgb is not None else clips.yuv
-        if frames is None or not self._config.changes_colours or not len(clips):
+        if clips.rgb is None or not self._config.changes_colours or not len(clips):
             return clips
         coloured = []
-        for stored, video_id in zip(frames, video_ids, strict=True):
+        for stored, video_id in zip(clips.rgb, video_ids, strict=True):
             # A stream of its own: a cache of decoded clips must not change what is drawn here.
             rng = clip_rng(self._seed, epoch, f"{video_id}\ncolour")
             clip = stored.to(self._device, non_blocking=True)
-            coloured.append(colour_clip(clip if clips.yuv is None else yuv420_to_rgb(clip), self._config, rng))
+            coloured.append(colour_clip(clip, self._config, rng))
         return VideoBatch(rgb=torch.stack(coloured), flow=clips.flow)
 
     def mix(self, num_videos: int, size: int, epoch: int, step: int) -> Mix | None:

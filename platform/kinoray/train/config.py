@@ -89,8 +89,8 @@ class TrainConfig:
         require(on_gpu or precision != "fp16", "optim.precision", "fp32 or bf16 on CPUs (fp16 needs GPUs)", precision)
         decoder, expected = self.clip.decode.device, "cpu in training; label and evaluate have decode_device"
         require(decoder == "cpu", "clip.decode.device", expected, decoder)
-        on_device = self.clip.decode.scale_on == "device" or self.clip.flow.estimator != "dis"
-        expected = "0 with clip.decode.scale_on device and with clip.flow.estimator tvl1 or raft"
+        on_device = self.clip.flow.estimator != "dis"
+        expected = f"0 with clip.flow.estimator {self.clip.flow.estimator}"
         require(not (self.cache.gb and on_device), "cache.gb", expected, self.cache.gb)
         if self.parallel == "fsdp":
             require(precision != "fp16", "optim.precision", "fp32 or bf16 with parallel fsdp", precision)

@@ -12,16 +12,14 @@ from kinoray.catalog.table import read_videos, references
 from kinoray.config.shared import CacheConfig, ClipConfig
 from kinoray.errors import KinorayError, MediaError, StorageError, StorageUnavailable
 from kinoray.storage.objects import Storage
-from kinoray.train.decoding_raw import decode_raw
 from kinoray.video.cache import FrameCache, grid_name
 from kinoray.video.sample import clip_rng
 from kinoray.video.sandbox.pool import Sandbox, shared_sandbox
-from kinoray.video.sink import clip_frame_bytes, frame_shape
+from kinoray.video.sink import clip_frame_bytes
 
 __all__ = ["DecodeTask"]
 
 FLOW_CHANNELS = 2
-_UNKNOWN_SIZE = (720, 1280)  # what a video is taken for whose frames are handed over in their own size
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -41,30 +39,30 @@ class DecodeTask:
     def clip_bytes(self) -> int:
         """Bytes of a decoded clip."""
         sample = self.clip.sample
-        size = _UNKNOWN_SIZE if self.clip.decode.scale_on == "device" else None
-        frame_bytes = clip_frame_bytes(self.clip, with_flow=self.with_flow, size=size)
+        frame_bytes = clip_frame_bytes(self.clip, with_flow=self.with_flow)
         return sample.num_segments * sample.frames_per_segment * frame_bytes
 
     def __call__(self, block: pa.Table) -> dict[str, np.ndarray]:
         """Decode a block of references: one row in, one row out; an unreadable one is zeros, ok=False and a reason.
 
-        Frames are in the column `rgb`, or `yuv` with decode.frames=yuv420, in the shapes of VideoBatch; where the
-        device finishes them, see `kinoray.train.decoding_raw`.
+        The columns are those of VideoBatch, or of RawBatch where the device finds the flow.
         StorageUnavailable is no fault of a video: it ends the block, with that reason in what is left of its rows.
         """
-        if self.clip.on_device(with_flow=self.with_flow):
-            return decode_raw(self, block)
         count, size = block.num_rows, self.clip.view.crop_px
         grid = (count, self.clip.sample.num_segments, self.clip.sample.frames_per_segment)
-        frames = np.zeros((*grid, *frame_shape(self.clip)), np.uint8)
-        flow = np.zeros((*grid, FLOW_CHANNELS, size, size), np.int8) if self.with_flow else None
+        decoded = {"rgb": np.zeros((*grid, 3, size, size), np.uint8)}
+        if self.clip.flow_on_device(with_flow=self.with_flow):
+            decoded["partners"] = np.zeros((*grid, 1, size, size), np.uint8)
+            decoded["last"] = np.zeros(grid, bool)
+        elif self.with_flow:
+            decoded["flow"] = np.zeros((*grid, FLOW_CHANNELS, size, size), np.int8)
         errors: list[KinorayError | None] = [None] * count
         sandbox = shared_sandbox(1)  # a worker runs one task at a time, and keeps its decoder for the next
         begin_s = time.process_time() + sandbox.cpu_s
         cache = FrameCache(self.cache, self.clip, self.with_flow) if self.cache.gb else None
         videos = block.to_pylist()
-        places = [(frames[index], None if flow is None else flow[index]) for index in range(count)]
-        cached = [cache is not None and cache.load(self._key(cache, videos[i]), *places[i]) for i in range(count)]
+        places = [{name: array[index] for name, array in decoded.items()} for index in range(count)]
+        cached = [cache is not None and self._load(cache, videos[index], places[index]) for index in range(count)]
         missing = [index for index in range(count) if not cached[index]]
         wanted = references(block.take(missing)) if missing else []
         found = read_videos(self.storage, wanted, max_bytes=self.clip.decode.max_bytes)
@@ -72,12 +70,11 @@ class DecodeTask:
             try:
                 if isinstance(data, KinorayError):
                     raise data
-                cached[index] = self._decode(sandbox, cache, data, videos[index], *places[index])
+                cached[index] = self._decode(sandbox, cache, data, videos[index], places[index])
             except (MediaError, StorageError) as error:
                 errors[index] = error
-                for array in places[index]:
-                    if array is not None:
-                        array.fill(0)
+                for array in places[index].values():
+                    array.fill(0)
                 if isinstance(error, StorageUnavailable):  # each of the others would wait as long as this one did
                     errors = [error if i >= index and not cached[i] else errors[i] for i in range(count)]
                     break
@@ -88,16 +85,17 @@ class DecodeTask:
             "ok": np.array([error is None for error in errors]),
             "cached": np.array(cached, bool),
             "cpu_s": cpu_s,
-            "yuv" if self.clip.decode.frames == "yuv420" else "rgb": frames,
+            **decoded,
         }
-        if flow is not None:
-            columns["flow"] = flow
         columns["error_class"] = np.array([type(error).__name__ if error else "" for error in errors])
         columns["error_text"] = np.array([str(error) if error else "" for error in errors])
         return columns
 
     def _key(self, cache: FrameCache, video: Mapping[str, Any]) -> str:
         return cache.key(video, self.seed, self.epoch)
+
+    def _load(self, cache: FrameCache, video: Mapping[str, Any], place: Mapping[str, np.ndarray]) -> bool:
+        return cache.load(self._key(cache, video), place["rgb"], place.get("flow"))
 
     def rng(self, video: Mapping[str, Any]) -> np.random.Generator | None:
         """What draws a video's frames and cut; None for the middle frames and the centre crop."""
@@ -109,14 +107,13 @@ class DecodeTask:
         cache: FrameCache | None,
         data: bytes,
         video: Mapping[str, Any],
-        frames: np.ndarray,
-        flow: np.ndarray | None,
+        place: Mapping[str, np.ndarray],
     ) -> bool:
-        """Fill frames and flow; whether they came from the cache after all."""
+        """Fill a clip's arrays; whether they came from the cache after all."""
         if cache is not None and cache.has_room():
             key = self._key(cache, video)
             with cache.lock(key):
-                if cache.load(key, frames, flow):  # another task decoded it while this one waited
+                if self._load(cache, video, place):  # another task decoded it while this one waited
                     return True
                 bank = sandbox.decode_bank(
                     data, self.clip, cache.samples, with_flow=self.with_flow, rng=self.rng(video)
@@ -124,12 +121,12 @@ class DecodeTask:
                 if bank.exact:
                     cache.add(key, bank)
                     own = [grid_name(sample) for sample in cache.samples].index(grid_name(self.clip.sample))
-                    frames.reshape(-1, *frames.shape[2:])[:] = bank.frames[bank.places[own]]
-                    if flow is not None and bank.flow is not None:
-                        flow.reshape(-1, *flow.shape[2:])[:] = bank.flow[bank.places[own]]
+                    for name, rows in (("rgb", bank.frames), ("flow", bank.flow)):
+                        if rows is not None:
+                            place[name][:] = rows[bank.places[own]].reshape(place[name].shape)
                     return False
         clip = sandbox.decode_clip(data, self.clip, with_flow=self.with_flow, rng=self.rng(video))
-        frames[:] = clip.frames
-        if flow is not None:
-            flow[:] = clip.flow
+        found = {"rgb": clip.frames, "flow": clip.flow, "partners": clip.partners, "last": clip.last}
+        for name, array in place.items():
+            array[:] = found[name]
         return False

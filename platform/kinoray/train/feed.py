@@ -49,11 +49,10 @@ class Feed:
     """Why batches ended early on this rank: the store is down, for longer than storage.retry_s."""
 
     def __init__(self, config: TrainConfig, storage: Storage, *, with_flow: bool, device: torch.device) -> None:
-        """Raises ConfigError: what clip asks of the device is not possible (see kinoray.network.device_input)."""
         self._config, self._storage, self._with_flow = config, storage, with_flow
-        needs_device = config.clip.on_device(with_flow=with_flow)
-        self._finish = DeviceInput(config.clip, device, storage) if needs_device else None
-        self._feeder = Feeder(device) if device.type == "cuda" and not needs_device else None
+        finds_flow = config.clip.flow_on_device(with_flow=with_flow)
+        self._finish = DeviceInput(config.clip.flow.bound_px, device) if finds_flow else None
+        self._feeder = Feeder(device) if device.type == "cuda" and not finds_flow else None
         self._rank, self._world_size = dist.get_rank(), dist.get_world_size()
         self._spent = torch.zeros(2, dtype=torch.float64)  # CPU seconds, videos from the cache
 

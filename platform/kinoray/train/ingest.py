@@ -135,7 +135,7 @@ class _Collate(NumpyBatchCollateFn):  # type: ignore[misc]  # ray has no types
         return _Arrived(
             rows=rows,
             kept=rows[ok],
-            clips=_raw_batch(batch, ok) if "frames" in batch else _video_batch(batch, ok),
+            clips=_clips(batch, ok),
             unreadable=tuple(
                 Unreadable(int(row), str(kind), str(text)) for row, kind, text, good in reasons if not good
             ),
@@ -144,20 +144,12 @@ class _Collate(NumpyBatchCollateFn):  # type: ignore[misc]  # ray has no types
         )
 
 
-def _video_batch(batch: dict[str, np.ndarray], ok: np.ndarray) -> VideoBatch:
+def _clips(batch: dict[str, np.ndarray], ok: np.ndarray) -> VideoBatch | RawBatch:
     keep = slice(None) if ok.all() else ok  # a slice copies nothing
-    tensors = {name: _tensor(batch[name][keep]) for name in ("rgb", "yuv", "flow") if name in batch}
-    return VideoBatch(**{"rgb": None, "flow": None} | tensors)
-
-
-def _raw_batch(batch: dict[str, np.ndarray], ok: np.ndarray) -> RawBatch:
-    places = np.flatnonzero(ok).tolist()
-    frames, partners = (
-        [_tensor(batch[name][place]) for place in places] if name in batch else None for name in ("frames", "partners")
-    )
-    last, views = (_tensor(batch[name][ok]) if name in batch else None for name in ("last", "views"))
-    assert frames is not None
-    return RawBatch(frames=frames, partners=partners, last=last, views=views)
+    tensors = {name: _tensor(batch[name][keep]) for name in ("rgb", "flow", "partners", "last") if name in batch}
+    if "partners" in tensors:
+        return RawBatch(tensors["rgb"], tensors["partners"], tensors["last"])
+    return VideoBatch(rgb=tensors["rgb"], flow=tensors.get("flow"))
 
 
 def _tensor(array: np.ndarray) -> torch.Tensor:
@@ -180,7 +172,7 @@ def stream(
     this rank's share of the object store.
 
     Args:
-        finish: what the device does to clips that decoding leaves to it; needed where the task's clip does so.
+        finish: finds flow on the device; needed where the task's clip leaves that to it.
 
     Raises:
         JobError: Ray Data gave other rows than the plan asked for.

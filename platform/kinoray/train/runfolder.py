@@ -19,6 +19,7 @@ import json
 import re
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from tensorboardX import SummaryWriter
 from kinoray.catalog.quarantine import Refusal, load_quarantine, save_quarantine
 from kinoray.catalog.table import Catalog
 from kinoray.config.file import to_yaml
-from kinoray.config.shared import as_settings, digest
+from kinoray.config.shared import digest
 from kinoray.errors import ConfigError, ObjectNotFound, StorageError
 from kinoray.network.checkpoint import META_FILE, best_of, delete_checkpoint, list_checkpoints
 from kinoray.storage.leftovers import scratch_folder
@@ -60,7 +61,7 @@ def run_settings(config: TrainConfig, catalog: Catalog) -> dict[str, Any]:
     Resources, storage, limits and what is kept may differ. optim.epochs may not: the learning rate's course depends
     on it, so more epochs are another training and need another run folder.
     """
-    tree = as_settings(config)
+    tree = asdict(config)
     flat = {name: tree[name] for name in ("split", "val_split", "init_from")}
     for name in ("model", "clip", "augment", "optim"):
         flat |= _flatten(tree[name], f"{name}.")

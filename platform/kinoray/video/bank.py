@@ -24,7 +24,7 @@ class FrameBank:
     """U distinct frames of a video, in one cut, and which of them each sampling takes."""
 
     frames: np.ndarray
-    """uint8 [U, 3, H, W], or I420 [U, H * 3 / 2, W]."""
+    """uint8 [U, 3, H, W]."""
     flow: np.ndarray | None
     """int8 [U, 2, H, W] to the next frame of the video; None if it was not asked for."""
     places: list[np.ndarray]
@@ -49,13 +49,10 @@ def decode_bank(
 
     Raises:
         MediaError: one of its subclasses; any bytes give a bank or that.
-        ConfigError: frames are scaled, or their flow found, on the device.
+        ConfigError: their flow is found on the device.
     """
-    if config.on_device(with_flow=with_flow):
-        raise ConfigError(
-            "cache.gb must be 0 where the device does part of the decoding: decode.scale_on is "
-            f"{config.decode.scale_on}, flow.estimator {config.flow.estimator}"
-        )
+    if config.flow_on_device(with_flow=with_flow):
+        raise ConfigError(f"cache.gb must be 0 with flow.estimator {config.flow.estimator}, which the device computes")
     state = rng.bit_generator.state if rng is not None else {}
     with PyavVideo(data, config.decode, max(reach(sample) for sample in samples)) as video:
         promised = video.num_frames

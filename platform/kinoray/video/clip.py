@@ -4,7 +4,7 @@ Frame numbers and their count come from the packets that are really there, never
 here imports torch or ray: decode workers stay small.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -13,7 +13,6 @@ from kinoray.video.backend import reach, read_frames
 from kinoray.video.pyav import PyavVideo
 from kinoray.video.sample import segment_indices
 from kinoray.video.sink import ClipSink, Empty, new_array
-from kinoray.video.transform import View
 
 __all__ = ["Clip", "VideoInfo", "decode_clip", "probe", "thumbnails", "video_info"]
 
@@ -59,8 +58,7 @@ class Clip:
     """The part of a video that a model is fed, S segments x T frames, and how it came to be."""
 
     frames: np.ndarray
-    """uint8 [S, T, 3, H, W], RGB, H = W = view.crop_px; with decode.frames=yuv420 [S, T, H * 3 / 2, W], I420. With
-    decode.scale_on=device H x W is the video's own size, made even for yuv420."""
+    """uint8 [S, T, 3, H, W], RGB, H = W = view.crop_px."""
     flow: np.ndarray | None
     """int8 [S, T, 2, H, W], (x, y) to the next frame, 127 = flow.bound_px; None if it was not asked for, or is left to
     the device."""
@@ -74,10 +72,8 @@ class Clip:
     """Distinct frames refused or flagged as damaged by the decoder, replaced, or before the first key frame."""
     info: VideoInfo
     partners: np.ndarray | None = None
-    """With a flow.estimator on the device, if flow was asked for: uint8 [S, T, 1, H, W], green or Y of the frame after
-    each frame; of the frame before it where there is none after."""
-    view: View | None = None
-    """decode.scale_on=device: what is still to be done to the frames."""
+    """With a flow.estimator on the device, if flow was asked for: uint8 [S, T, 1, H, W], green of the frame after each
+    frame; of the frame before it where there is none after."""
 
     @property
     def last(self) -> np.ndarray:
@@ -128,9 +124,8 @@ def decode_clip(
     """Decode the sampled frames of a video, scaled, cropped and, if asked for, with optical flow.
 
     Without rng: middle frames and the centre crop (testing). With rng: random frames, scale, place and flip.
-    Flow is estimated on the cropped frames (green plane; Y with yuv420) before the mirror; mirroring negates its x
-    component. With decode.scale_on=device the frames are whole, and with another flow.estimator than dis they come with
-    partners: kinoray.network.device_input makes of them what is said here.
+    Flow is estimated on the cropped frames (green plane) before the mirror; mirroring negates its x component. With
+    another flow.estimator than dis frames come with partners instead, of which network/device_input.py makes the flow.
 
     Args:
         empty: makes the arrays, given "frames", "flow" or "partners", a shape and a dtype, with anything in
@@ -164,7 +159,6 @@ def decode_clip(
             frames_corrupt=reading.frames_corrupt,
             info=video_info(video),
             partners=partners,
-            view=sink.view if config.decode.scale_on == "device" else None,
         )
 
 
@@ -188,7 +182,7 @@ def thumbnails(data: bytes, config: DecodeConfig, num_frames: int, height: int) 
     Raises:
         MediaError: as for `decode_clip`.
     """
-    sample, config = SampleConfig(num_segments=num_frames, frames_per_segment=1), replace(config, frames="rgb")
+    sample = SampleConfig(num_segments=num_frames, frames_per_segment=1)
     with PyavVideo(data, config, reach(sample)) as video:
         while True:
             total = video.num_frames

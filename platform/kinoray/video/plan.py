@@ -24,11 +24,7 @@ class FrameSink(Protocol):
         """(height, width) to which a frame that is shown as width x height has to be scaled."""
 
     def put(self, index: int, planes: tuple[np.ndarray, np.ndarray, np.ndarray]) -> None:
-        """Take one scaled frame, uint8. May come twice; the last counts.
-
-        decode.frames=rgb: red, green and blue, [height, width] each; yuv420: Y [height, width], U and V
-        [height / 2, width / 2] (see kinoray.video.colour).
-        """
+        """Take one scaled frame: red, green and blue, uint8 [height, width] each. May come twice; the last counts."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -43,7 +43,7 @@ class PyavVideo(Media):
 
     def __init__(self, data: bytes, config: DecodeConfig, reach: float = 0.0) -> None:
         super().__init__(data, config, reach)
-        self._scaler = FrameScaler(config.frames, self.codec)
+        self._scaler = FrameScaler()
         self._first: tuple[int, int, int] | None = None  # quarter turns, width and height of the first frame
         self._timed = self.table.timed
         self.num_frames = self.table.num_frames

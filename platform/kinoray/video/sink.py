@@ -1,12 +1,5 @@
-"""Frames -> the array of a clip: cut, kept where they belong, mirrored. Shared by all that decodes.
+"""Frames -> the array of a clip: cut, kept where they belong, mirrored. Shared by all that decodes."""
 
-A frame is uint8 [3, H, W] (decode.frames=rgb) or I420, uint8 [H * 3 / 2, W] (yuv420): H rows of Y, then U, then V, each
-H / 2 x W / 2 and packed, all in BT.601, limited range, a chroma sample in the middle of its 2 x 2 pixels. With
-decode.scale_on=device frames are kept whole, in their own size, and the device does what the clip's view says. What is
-easy to break: in I420 sizes and places are even, and what moves pixels moves each plane by itself.
-"""
-
-import math
 from collections.abc import Callable
 
 import numpy as np
@@ -15,7 +8,7 @@ from kinoray.config.shared import ClipConfig
 from kinoray.video.flow_dis import dis_flow, quantise
 from kinoray.video.transform import View, test_view, train_view
 
-__all__ = ["ClipSink", "Empty", "clip_frame_bytes", "frame_shape", "i420_planes", "mirror", "new_array"]
+__all__ = ["ClipSink", "Empty", "clip_frame_bytes", "mirror", "new_array"]
 
 Empty = Callable[[str, tuple[int, ...], type[np.generic]], np.ndarray]
 """Makes an array by name, shape and dtype, with anything in it."""
@@ -26,36 +19,21 @@ def new_array(_: str, shape: tuple[int, ...], dtype: type[np.generic]) -> np.nda
     return np.empty(shape, dtype)
 
 
-def frame_shape(config: ClipConfig, size: tuple[int, int] | None = None) -> tuple[int, ...]:
-    """(3, H, W), or (H * 3 / 2, W) of I420, of frames of this (height, width); the cut's if none is given."""
-    height, width = size or (config.view.crop_px, config.view.crop_px)
-    return (height * 3 // 2, width) if config.decode.frames == "yuv420" else (3, height, width)
-
-
-def clip_frame_bytes(config: ClipConfig, *, with_flow: bool, size: tuple[int, int] | None = None) -> int:
-    """Bytes of one decoded frame of this (height, width), with its flow or, if the device finds that, its partner."""
-    height, width = size or (config.view.crop_px, config.view.crop_px)
-    planes = 0 if not with_flow else 2 if config.flow.estimator == "dis" else 1
-    return math.prod(frame_shape(config, size)) + planes * height * width
-
-
-def i420_planes(frame: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Y [H, W], U and V [H / 2, W / 2] of a frame [H * 3 / 2, W]: views, if it lies in one piece."""
-    height, width = frame.shape[0] * 2 // 3, frame.shape[1]
-    chroma = frame[height:].reshape(2, height // 2, width // 2)
-    return frame[:height], chroma[0], chroma[1]
+def clip_frame_bytes(config: ClipConfig, *, with_flow: bool) -> int:
+    """Bytes of one decoded frame, with its flow or, if the device finds that, its partner."""
+    flow_planes = 0 if not with_flow else 2 if config.flow.estimator == "dis" else 1
+    return (3 + flow_planes) * config.view.crop_px**2
 
 
 def mirror(rows: np.ndarray) -> None:
-    """Left becomes right, in place (the array may be where the caller wants it): frames, flow or partners [N, C, H, W],
-    or I420 [N, H * 3 / 2, W]. The x component of flow is not negated."""
+    """Left becomes right, in place (the array may be where the caller wants it): frames, flow or partners [N, C, H, W].
+    The x component of flow is not negated."""
     for row in rows:
-        for plane in (row,) if rows.ndim == 4 else i420_planes(row):
-            plane[...] = plane[..., ::-1].copy()
+        row[...] = row[..., ::-1].copy()
 
 
 class ClipSink:
-    """Cuts scaled frames, or keeps whole ones, where they belong: of successors only what flow looks at (green, or Y).
+    """Cuts scaled frames and keeps them where they belong: of successors only what flow looks at, the green plane.
 
     `frames` is there once the size of the first frame is known.
     """
@@ -67,8 +45,6 @@ class ClipSink:
     ) -> None:
         self._indices = indices.reshape(-1)
         self._config, self._rng, self._empty = config, rng, empty
-        self._is_i420 = config.decode.frames == "yuv420"
-        self._size, self._kept = (0, 0), (slice(0), slice(0))  # of what is put in, and its part that is kept
         self._filled: set[int] = set()
         self.view: View | None = None
         unique, first = np.unique(self._indices, return_index=True)
@@ -85,44 +61,29 @@ class ClipSink:
     def scaled_size(self, width: int, height: int) -> tuple[int, int]:
         """See FrameSink; the first frame decides."""
         if self.view is None:
-            view, step = self._config.view, 2 if self._is_i420 else 1
-            drawn = (
-                test_view(view, width, height, step)
-                if self._rng is None
-                else train_view(view, width, height, self._rng, step)
-            )
-            self.begin(drawn, width, height)
-        return self._size
+            config = self._config.view
+            if self._rng is None:
+                self.begin(test_view(config, width, height))
+            else:
+                self.begin(train_view(config, width, height, self._rng))
+        assert self.view is not None
+        return self.view.height, self.view.width
 
-    def begin(self, view: View, width: int, height: int) -> None:
-        """Cut this view out of the frames, the first of which is shown as width x height."""
+    def begin(self, view: View) -> None:
+        """Cut this view out of the frames."""
         self.view = view
-        if self._config.decode.scale_on == "device":
-            step = 2 if self._is_i420 else 1
-            self._size = step * -(-height // step), step * -(-width // step)
-            top, left, kept = 0, 0, self._size
-        else:
-            self._size = view.height, view.width
-            top, left, kept = view.top, view.left, (view.size, view.size)
-        self._kept = slice(top, top + kept[0]), slice(left, left + kept[1])
-        self.frames = self._empty("frames", (len(self._indices), *frame_shape(self._config, kept)), np.uint8)
+        self._rows = slice(view.top, view.top + view.size)
+        self._columns = slice(view.left, view.left + view.size)
+        self.frames = self._empty("frames", (len(self._indices), 3, view.size, view.size), np.uint8)
 
     def put(self, index: int, planes: tuple[np.ndarray, np.ndarray, np.ndarray]) -> None:
         """See FrameSink."""
-        rows, columns = self._kept
         slot = self._slot.get(index)
         if slot is None:
-            self._grey[index] = planes[0 if self._is_i420 else 1][rows, columns].copy()
+            self._grey[index] = planes[1][self._rows, self._columns].copy()
             return
-        if self._is_i420:
-            luma, *chroma = i420_planes(self.frames[slot])
-            luma[...] = planes[0][rows, columns]
-            halves = slice(rows.start // 2, rows.stop // 2), slice(columns.start // 2, columns.stop // 2)
-            for place, plane in zip(chroma, planes[1:], strict=True):
-                place[...] = plane[halves]
-        else:
-            for channel, plane in enumerate(planes):
-                self.frames[slot, channel] = plane[rows, columns]
+        for channel, plane in enumerate(planes):
+            self.frames[slot, channel] = plane[self._rows, self._columns]
         self._filled.add(index)
 
     def finish(self) -> None:
@@ -137,13 +98,12 @@ class ClipSink:
 
     def motion(self) -> tuple[np.ndarray | None, np.ndarray | None]:
         """Flow, int8 [S * T, 2, H, W]; or, where the device finds it, the partners of all frames: uint8 [S * T, 1, H,
-        W], green or Y of the frame after each, at the video's last frame of the frame before. Not mirrored yet."""
+        W], green of the frame after each, at the video's last frame of the frame before. Not mirrored yet."""
         return (self._flow(), None) if self._config.flow.estimator == "dis" else (None, self._partners())
 
     def _partners(self) -> np.ndarray:
-        rows, columns = self._kept
-        shape = (rows.stop - rows.start, columns.stop - columns.start)
-        out = self._empty("partners", (len(self._indices), 1, *shape), np.uint8)
+        size = self._config.view.crop_px
+        out = self._empty("partners", (len(self._indices), 1, size, size), np.uint8)
         for index, slot in self._slot.items():
             out[slot, 0] = self._grey_of(self._partner[index])
         self._share(out)
@@ -164,13 +124,11 @@ class ClipSink:
 
     def _grey_of(self, index: int) -> np.ndarray:
         slot = self._slot.get(index)
-        if slot is None:
-            return self._grey[index]
-        return i420_planes(self.frames[slot])[0] if self._is_i420 else self.frames[slot, 1]
+        return self._grey[index] if slot is None else self.frames[slot, 1]
 
     def mirrored(self, flow: np.ndarray | None, partners: np.ndarray | None) -> None:
-        """Mirror the frames, the flow and the partners, in place, if the view says so and the device does not do it."""
-        if self.view is None or not self.view.flip or self._config.decode.scale_on == "device":
+        """Mirror the frames, the flow and the partners, in place, if the view says so."""
+        if self.view is None or not self.view.flip:
             return
         mirror(self.frames)
         if flow is not None:

@@ -34,38 +34,35 @@ class View:
             )
 
 
-def _resized(config: ViewConfig, width: int, height: int, step: int) -> tuple[int, int]:
-    """(height, width) of a width x height frame after view.resize, multiples of `step` (which divides resize_px)."""
+def _resized(config: ViewConfig, width: int, height: int) -> tuple[int, int]:
+    """(height, width) of a width x height frame after view.resize."""
     if width < 1 or height < 1:
         raise ValueError(f"a frame must have at least 1 x 1 pixels, got {width} x {height}")
     if config.resize == "stretch":
         return config.resize_px, config.resize_px
     scale = config.resize_px / min(width, height)
-    tall, wide = (step * round(side * scale / step) for side in (height, width))
+    tall, wide = (round(side * scale) for side in (height, width))
     return max(config.resize_px, tall), max(config.resize_px, wide)
 
 
-def test_view(config: ViewConfig, width: int, height: int, step: int = 1) -> View:  # noqa: PT028  (no test)
-    """Resize, then the centre crop: the view of testing and labelling. width x height is the frame as displayed.
-
-    All numbers are multiples of `step`, which must divide resize_px and crop_px: 2 where chroma is subsampled.
-    """
-    tall, wide = _resized(config, width, height, step)
+def test_view(config: ViewConfig, width: int, height: int) -> View:
+    """Resize, then the centre crop: the view of testing and labelling. width x height is the frame as displayed."""
+    tall, wide = _resized(config, width, height)
     size = config.crop_px
-    top, left = (step * ((side - size) // (2 * step)) for side in (tall, wide))
+    top, left = ((side - size) // 2 for side in (tall, wide))
     return View(height=tall, width=wide, top=top, left=left, size=size, flip=False)
 
 
 test_view.__test__ = False  # type: ignore[attr-defined]  # pytest must not collect it where a test imports it
 
 
-def crop_views(config: ViewConfig, width: int, height: int, crops: Crops, step: int = 1) -> list[View]:
-    """Resize, then one or more cuts: the views of a protocol. width x height and step as for `test_view`.
+def crop_views(config: ViewConfig, width: int, height: int, crops: Crops) -> list[View]:
+    """Resize, then one or more cuts: the views of a protocol. width x height as for `test_view`.
 
     center: `test_view`. three: left, centre, right; top, centre, bottom where the frame is taller than wide
     (SlowFast). ten: top left, top right, bottom left, bottom right, centre, then the same five mirrored (TSN).
     """
-    centre = test_view(config, width, height, step)
+    centre = test_view(config, width, height)
     bottom, right = centre.height - centre.size, centre.width - centre.size
     if crops == "center":
         return [centre]
@@ -78,26 +75,25 @@ def crop_views(config: ViewConfig, width: int, height: int, crops: Crops, step: 
     return [*five, *(replace(view, flip=True) for view in five)]
 
 
-def train_view(config: ViewConfig, width: int, height: int, rng: np.random.Generator, step: int = 1) -> View:
+def train_view(config: ViewConfig, width: int, height: int, rng: np.random.Generator) -> View:
     """A random crop for training, as in TSN: scale, place and flip are drawn from rng, once for the whole clip.
 
     The crop's height and width are each a fraction (view.train_scales) of the resized frame's short side, at most one
-    place of the list apart, so that shapes are distorted a little and never much. width x height and step as for
-    `test_view`.
+    place of the list apart, so that shapes are distorted a little and never much. width x height as for `test_view`.
     """
-    tall, wide = _resized(config, width, height, step)
+    tall, wide = _resized(config, width, height)
     short = min(tall, wide)
     scales = config.train_scales
     pairs = [(a, b) for a in range(len(scales)) for b in range(len(scales)) if abs(a - b) <= 1]
     row, column = pairs[int(rng.integers(len(pairs)))]
     size = config.crop_px
-    scaled_height = max(size, step * round(tall * size / (scales[row] * short) / step))
-    scaled_width = max(size, step * round(wide * size / (scales[column] * short) / step))
+    scaled_height = max(size, round(tall * size / (scales[row] * short)))
+    scaled_width = max(size, round(wide * size / (scales[column] * short)))
     return View(
         height=scaled_height,
         width=scaled_width,
-        top=step * int(rng.integers((scaled_height - size) // step + 1)),
-        left=step * int(rng.integers((scaled_width - size) // step + 1)),
+        top=int(rng.integers(scaled_height - size + 1)),
+        left=int(rng.integers(scaled_width - size + 1)),
         size=size,
         flip=bool(rng.random() < 0.5) and config.train_flip,
     )

@@ -33,8 +33,7 @@ class ViewClips:
     """
 
     frames: np.ndarray
-    """uint8 [C, U, 3, H, W], or I420 [C, U, H * 3 / 2, W]: the U distinct frames of all temporal views, in order, in
-    each cut; with decode.scale_on=device [1, U, ...], whole frames."""
+    """uint8 [C, U, 3, H, W]: the U distinct frames of all temporal views, in order, in each cut."""
     flow: np.ndarray | None
     """int8 [C, U, 2, H, W] to the next frame of the video; None if it was not asked for, or is left to the device."""
     indices: np.ndarray
@@ -56,16 +55,10 @@ class ViewClips:
     info: VideoInfo
     partners: np.ndarray | None = None
     """uint8 [C, U, 1, H, W], as in Clip, where the device finds the flow."""
-    cuts: tuple[View, ...] = ()
-    """decode.scale_on=device: the C cuts that are still to be made."""
-
-    @property
-    def _num_cuts(self) -> int:
-        return len(self.cuts) or len(self.frames)
 
     def __len__(self) -> int:
         """Number of views."""
-        return len(self.indices) * self._num_cuts * (1 + self.mirrored)
+        return len(self.indices) * len(self.frames) * (1 + self.mirrored)
 
     def clips(self) -> Iterator[Clip]:
         """The views one after the other: for each temporal view of each window all cuts, then all cuts mirrored."""
@@ -73,17 +66,15 @@ class ViewClips:
         for indices in self.indices:
             places = np.searchsorted(unique, indices.reshape(-1))
             for flip in range(1 + self.mirrored):
-                for cut in range(self._num_cuts):
+                for cut in range(len(self.frames)):
                     yield self._clip(indices, places, cut, bool(flip))
 
     def _clip(self, indices: np.ndarray, places: np.ndarray, cut: int, flip: bool) -> Clip:
-        view = replace(self.cuts[cut], flip=flip) if self.cuts else None
-        place, copy = (0, False) if view else (cut, flip)
         frames, flow, partners = (
-            None if rows is None else _chosen(rows[place], places, copy=copy)
+            None if rows is None else _chosen(rows[cut], places, copy=flip)
             for rows in (self.frames, self.flow, self.partners)
         )
-        if copy:
+        if flip:
             for rows in (frames, flow, partners):
                 if rows is not None:
                     mirror(rows)
@@ -102,7 +93,6 @@ class ViewClips:
             frames_corrupt=self.frames_corrupt,
             info=self.info,
             partners=partners,
-            view=view,
         )
 
 
@@ -115,7 +105,7 @@ def _chosen(rows: np.ndarray, places: np.ndarray, *, copy: bool) -> np.ndarray:
 
 
 class _CutsSink:
-    """Hands each scaled frame to one sink for each cut; where the device makes the cuts, whole frames to one sink."""
+    """Hands each scaled frame to one sink for each cut."""
 
     def __init__(
         self, unique: np.ndarray, num_frames: int, config: ClipConfig, views: ViewsConfig, empty: Empty
@@ -124,17 +114,16 @@ class _CutsSink:
         self.mirrored = views.crops == "ten"
         self._num_cuts = NUM_CROPS[views.crops] // (1 + self.mirrored)
         self._arrays: dict[str, np.ndarray] = {}
-        self._num_sinks = 1 if config.decode.scale_on == "device" else self._num_cuts
         self._sinks = [
             ClipSink(unique, num_frames, config, None, lambda *array, cut=cut: self._part(cut, *array))
-            for cut in range(self._num_sinks)
+            for cut in range(self._num_cuts)
         ]
-        self.cuts: list[View] = []
+        self._cuts: list[View] = []
 
     def _part(self, cut: int, name: str, shape: tuple[int, ...], dtype: type[np.generic]) -> np.ndarray:
         """A cut's part of the array of that name, which is made for all cuts at once: space is asked for once."""
         if name not in self._arrays:
-            self._arrays[name] = self._empty(name, (self._num_sinks, *shape), dtype)
+            self._arrays[name] = self._empty(name, (self._num_cuts, *shape), dtype)
         part: np.ndarray = self._arrays[name][cut]
         return part
 
@@ -143,11 +132,10 @@ class _CutsSink:
         return self._sinks[0].wanted(with_flow=with_flow)
 
     def scaled_size(self, width: int, height: int) -> tuple[int, int]:
-        if not self.cuts:
-            step = 2 if self._config.decode.frames == "yuv420" else 1
-            self.cuts = crop_views(self._config.view, width, height, self._views.crops, step)[: self._num_cuts]
-            for sink, cut in zip(self._sinks, self.cuts, strict=False):  # fewer sinks where the device cuts
-                sink.begin(cut, width, height)
+        if not self._cuts:
+            self._cuts = crop_views(self._config.view, width, height, self._views.crops)[: self._num_cuts]
+            for sink, cut in zip(self._sinks, self._cuts, strict=True):
+                sink.begin(cut)
         return self._sinks[0].scaled_size(width, height)
 
     def put(self, index: int, planes: tuple[np.ndarray, np.ndarray, np.ndarray]) -> None:
@@ -191,8 +179,7 @@ def decode_views(
                 raise UndecodableVideo(
                     f"window {first_window} is gone: {num_frames} frames, fewer than before, make {len(every)} windows"
                 )
-            size = video.size[::-1] if config.decode.scale_on == "device" else None
-            at_once = _windows_at_once(config, views, size, with_flow=with_flow)
+            at_once = _windows_at_once(config, views, with_flow=with_flow)
             windows = every[first_window : first_window + at_once]
             indices = window_indices(windows, sample, views.temporal)
             sink = _CutsSink(np.unique(indices), num_frames, config, views, empty)
@@ -213,14 +200,12 @@ def decode_views(
             frames_corrupt=reading.frames_corrupt,
             info=video_info(video),
             partners=arrays.get("partners"),
-            cuts=tuple(sink.cuts) if config.decode.scale_on == "device" else (),
         )
 
 
-def _windows_at_once(config: ClipConfig, views: ViewsConfig, size: tuple[int, int] | None, *, with_flow: bool) -> int:
-    """How many windows' frames (whole ones of this height and width, or all cuts), flow included, fit into
-    _WINDOWS_BYTES; at least one."""
+def _windows_at_once(config: ClipConfig, views: ViewsConfig, *, with_flow: bool) -> int:
+    """How many windows' frames, all cuts and flow included, fit into _WINDOWS_BYTES; at least one."""
     sample = config.sample
     num_frames = sample.num_segments * sample.frames_per_segment * views.temporal
-    num_frames *= 1 if size else NUM_CROPS[views.crops]
-    return max(1, _WINDOWS_BYTES // (num_frames * clip_frame_bytes(config, with_flow=with_flow, size=size)))
+    num_frames *= NUM_CROPS[views.crops]
+    return max(1, _WINDOWS_BYTES // (num_frames * clip_frame_bytes(config, with_flow=with_flow)))

@@ -109,7 +109,6 @@ def _decode_clip(space: OutputSpace, data: bytes, arguments: dict[str, Any]) -> 
         "arrays": {name: space.place(name, array) for name, array in arrays.items() if array is not None},
         "counts": [clip.num_frames, clip.frames_decoded, clip.frames_corrupt],
         "info": asdict(clip.info),
-        "views": [asdict(clip.view)] if clip.view else [],
         "rng": None if rng is None else rng.bit_generator.state,
     }
 
@@ -122,7 +121,6 @@ def _decode_views(space: OutputSpace, data: bytes, arguments: dict[str, Any]) ->
         "arrays": {name: space.place(name, array) for name, array in arrays.items() if array is not None},
         "counts": [views.num_frames, views.frames_decoded, views.frames_corrupt],
         "info": asdict(views.info),
-        "views": [asdict(cut) for cut in views.cuts],
         "num_windows": views.num_windows,
         "mirrored": views.mirrored,
     }

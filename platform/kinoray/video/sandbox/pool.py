@@ -22,7 +22,6 @@ from kinoray.video.media import check_size_bytes
 from kinoray.video.protocol import ViewsConfig
 from kinoray.video.sandbox.process import NONSENSE, Answer, DecoderLost, DecoderProcess, makes_no_sense, start_decoder
 from kinoray.video.transcode import Transcoded
-from kinoray.video.transform import View
 from kinoray.video.views import ViewClips
 
 __all__ = ["Sandbox", "shared_sandbox"]
@@ -102,7 +101,6 @@ class Sandbox:
                 frames_corrupt=frames_corrupt,
                 info=_video_info(answer),
                 partners=answer.arrays.get("partners"),
-                view=next(iter(_views(answer)), None),
             )
             if rng is not None:
                 rng.bit_generator.state = answer.fields["rng"]
@@ -131,7 +129,6 @@ class Sandbox:
                 frames_corrupt=frames_corrupt,
                 info=_video_info(answer),
                 partners=answer.arrays.get("partners"),
-                cuts=_views(answer),
             )
 
         return self._ask("decode_views", data, config.decode, arguments, read)
@@ -241,10 +238,6 @@ class Sandbox:
 
 def _video_info(answer: Answer) -> VideoInfo:
     return _record(VideoInfo, answer.fields["info"])
-
-
-def _views(answer: Answer) -> tuple[View, ...]:
-    return tuple(_record(View, view) for view in answer.fields["views"])
 
 
 def _record(kind: type[_Result], found: dict[str, Any]) -> _Result:
