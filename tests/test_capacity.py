@@ -13,10 +13,10 @@ from kinoray.capacity.config import PlanConfig
 from kinoray.capacity.estimate import Conditions, Rates, Site, Work, estimate, fewest_nodes, job_s, unit_s, work_of
 from kinoray.capacity.nodes import gpu_seconds, parse_duration, parse_gpu_rates, parse_node
 from kinoray.capacity.plan import plan
-from kinoray.capacity.sim import Simulation, simulate
 from kinoray.catalog.table import save_catalog
 from kinoray.errors import ConfigError, ObjectNotFound
 from kinoray.storage.objects import Storage
+from simulated_labelling import Simulation, simulate
 from small_sets import catalog_of
 
 WORK = Work(decode_cpu_s=0.1, model_s=0.2, model_cpu_s=0.2, decoders=2, threads=1, batch=8, unit=64, commit_s=0.05)

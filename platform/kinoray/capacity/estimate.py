@@ -9,7 +9,7 @@ and drains that pipe once. On a node of C cores with W workers a unit takes at l
 
 n = bytes / network; d: CPU seconds to decode a video, e = d / min(D, C); m: seconds of the model, c: CPU seconds among
 them. Stages that take about as long wait for each other now and then, so the time is not the largest of these but
-a soft maximum of them, (sum of their 6th powers) ^ (1/6): within 15 % of the simulation in kinoray.capacity.sim.
+a soft maximum of them, (sum of their 6th powers) ^ (1/6), within 15 % of a simulation (tests/simulated_labelling.py).
 
 What is easy to break: on shared cores the seconds of decoding and of the model add up; only stages with resources of
 their own (a GPU) run beside each other for nothing.

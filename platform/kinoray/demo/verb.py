@@ -7,18 +7,20 @@ from what it finds, so the demo does too: over a finished folder it only makes t
 import contextlib
 import dataclasses
 import json
+import logging
 import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import boto3
+
 from kinoray.cluster.connect import disconnect
 from kinoray.config.shared import StorageConfig
 from kinoray.console import Progress, format_duration
 from kinoray.demo.config import DemoConfig
 from kinoray.demo.recipe import Recipe, command_line, make_recipe, make_videos
-from kinoray.demo.server import s3_server
 from kinoray.demo.videos import class_names
 from kinoray.errors import ConfigError
 from kinoray.evaluation.verb import evaluate
@@ -29,9 +31,17 @@ from kinoray.storage.objects import Storage, join
 from kinoray.storage.records import parse_json
 from kinoray.train.verb import train
 
-__all__ = ["demo"]
+__all__ = ["demo", "s3_server"]
 
 BUCKET = "kinoray-demo"
+_S3_ENVIRONMENT = {
+    "AWS_ACCESS_KEY_ID": "demo",
+    "AWS_SECRET_ACCESS_KEY": "demo",
+    "AWS_EC2_METADATA_DISABLED": "true",
+    "NO_PROXY": "127.0.0.1",
+    "no_proxy": "127.0.0.1",
+}
+_S3_UNSET = ("AWS_PROFILE", "AWS_SESSION_TOKEN", "AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3")
 
 
 def demo(config: DemoConfig) -> dict[str, Any]:
@@ -98,9 +108,43 @@ def _base(config: DemoConfig, out: Path) -> Iterator[tuple[str, StorageConfig]]:
     if config.storage == "local":
         yield str(out), StorageConfig()
         return
-    with s3_server(BUCKET, out / "s3-server.log") as storage:
+    with s3_server(BUCKET) as storage:
         print(f"demo: an S3 server runs at {storage.endpoint_url}; what it holds ends with the demo", flush=True)
         yield f"s3://{BUCKET}", storage
+
+
+@contextlib.contextmanager
+def s3_server(bucket: str) -> Iterator[StorageConfig]:
+    """moto's S3 server in a thread, with one bucket: the settings that lead to it. What it holds ends with it.
+
+    Its keys take the place of the user's in the environment of this process, and of those that it starts, meanwhile.
+
+    Raises:
+        ConfigError: moto's server is not installed.
+    """
+    try:
+        from moto.server import ThreadedMotoServer
+    except ImportError as error:
+        raise ConfigError("storage s3 needs the server of the s3-demo extra: pip install 'kinoray[s3-demo]'") from error
+    logging.getLogger("werkzeug").setLevel(logging.WARNING)  # else a line a request
+    saved = {name: os.environ.get(name) for name in (*_S3_UNSET, *_S3_ENVIRONMENT)}
+    for name in _S3_UNSET:
+        os.environ.pop(name, None)
+    os.environ.update(_S3_ENVIRONMENT)
+    server = ThreadedMotoServer("127.0.0.1", port=0, verbose=False)
+    server.start()
+    try:
+        host, port = server.get_host_and_port()
+        config = StorageConfig(endpoint_url=f"http://{host}:{port}", region="us-east-1", addressing="path")
+        boto3.client("s3", endpoint_url=config.endpoint_url, region_name=config.region).create_bucket(Bucket=bucket)
+        yield config
+    finally:
+        server.stop()
+        for name, value in saved.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
 
 
 class _Steps:
