@@ -1,23 +1,20 @@
 """The ablation study: its set keeps its promises, its arithmetic is right, its job resumes."""
 
-import json
+import importlib
 import math
 import re
+import sys
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import pytest
-import torch
 
-from kinoray.cli import main
-from kinoray.config.shared import ModelConfig, OptimConfig, ResourcesConfig
-from kinoray.demo.ablate_fit import ClipBlock, ClipSet, fit, whole_video_order
-from kinoray.demo.ablate_page import doc_page, table_page
-from kinoray.demo.ablate_rows import ROWS, Row, RunResult, tabulate
-from kinoray.demo.ablate_set import CLIP, make_block
-from kinoray.demo.ablate_verb import ablate, planned_runs, read_results
+from kinoray.catalog.table import load_catalog
+from kinoray.cli import guarded
+from kinoray.config.shared import ClipConfig, FlowConfig, SampleConfig, ViewConfig
 from kinoray.demo.binding import (
     BINDING_THINGS,
     CARD_PX,
@@ -29,24 +26,24 @@ from kinoray.demo.binding import (
     binding_clip,
     binding_truth,
     drawing,
+    make_binding_set,
     picture,
 )
-from kinoray.demo.config import AblateConfig
 from kinoray.demo.videos import make_video
-from kinoray.errors import ConfigError
-from kinoray.run.ablate import verb as job
+from kinoray.network.build import build_model
 from kinoray.storage.objects import Storage
+from kinoray.train.config import TrainConfig
+from kinoray.tune.page import TrialRow
+from kinoray.tune.space import apply, trial_id
+from kinoray.tune.study import ROWS, Row, study_page, study_trials
 from kinoray.video.clip import decode_clip
-from vcm_sdd import vcm_sdd
+from small_sets import set_in
 
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """As in the job: small steps on several threads mostly wait for one another."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+CLIP = ClipConfig(
+    sample=SampleConfig(num_segments=2, frames_per_segment=4),
+    view=ViewConfig(resize_px=SIDE_PX, crop_px=SIDE_PX, train_scales=(1.0,), train_flip=False),
+    flow=FlowConfig(preset="medium", bound_px=4.0),
+)
 
 
 # ---- the set: ceilings by construction
@@ -188,344 +185,171 @@ def test_drawings_can_be_told_apart_across_the_splits() -> None:
     assert right / (len(BINDING_THINGS) * NUM_DRAWINGS) > 0.97
 
 
-# ---- training in memory
-
-
-def colour_block(num_videos: int, seed: int) -> ClipBlock:
-    """Two classes by mean colour; frame number f of a video is f all over in red."""
-    rng = np.random.default_rng(seed)
-    labels = np.arange(num_videos, dtype=np.int64) % 2
-    frames = rng.integers(0, 60, (num_videos, 2, 4, 3, 16, 16)).astype(np.uint8)
-    frames += (labels * 150).astype(np.uint8)[:, None, None, None, None, None]
-    frames[:, :, :, 0] = np.arange(8).reshape(2, 4, 1, 1)
-    return ClipBlock(frames, np.zeros((num_videos, 2, 4, 2, 16, 16), np.int8), labels)
-
-
-def test_blocks_are_addressed_as_one_table() -> None:
-    blocks = [colour_block(3, 0), colour_block(4, 1)]
-    clips = ClipSet(blocks)
-    assert (len(clips), clips.num_segments, clips.frames_per_segment, clips.crop_px) == (7, 2, 4, 16)
-    assert clips.labels.tolist() == [0, 1, 0, 0, 1, 0, 1]
-    spec = vcm_sdd(num_classes=2, backbone="tiny", heads=4).input_spec
-    batch = clips.batch([5, 2], spec)
-    assert batch.rgb is not None
-    assert np.array_equal(batch.rgb[0].numpy(), blocks[1].frames[2])
-    assert np.array_equal(batch.rgb[1].numpy(), blocks[0].frames[2])
-
-
-def test_a_run_learns_and_repeats_to_the_digit() -> None:
-    train, test = ClipSet([colour_block(64, 0)]), ClipSet([colour_block(10, 1), colour_block(11, 2)])
-    model = ModelConfig(factory="tiny_models:mean_colour")
-    optim = OptimConfig(epochs=20, lr=0.1, seed=3)
-    first = fit(model, train, test, optim, num_classes=2, one_sequence=False)
-    assert first.predicted.tolist() == test.labels.tolist()
-    assert first.losses[-1] < 0.1 < first.losses[0]
-    assert first.num_params == 8
-    second = fit(model, train, test, optim, num_classes=2, one_sequence=False)
-    assert second.losses == first.losses
-    whole = fit(model, train, test, optim, num_classes=2, one_sequence=True)
-    assert whole.predicted.tolist() == test.labels.tolist()
-
-
-class FrameNumbers(torch.nn.Module):
-    """Records the frame numbers that it is fed (see colour_block)."""
-
-    seen: list[list[int]]
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.input_spec = vcm_sdd(num_classes=2, backbone="tiny", heads=4).input_spec
-        self.weight = torch.nn.Parameter(torch.zeros(2))
-        self.seen = []
-
-    def forward(self, *, rgb: torch.Tensor, flow: torch.Tensor) -> torch.Tensor:
-        mean, std = (torch.tensor(value)[0] for value in (self.input_spec.rgb_mean, self.input_spec.rgb_std))
-        numbers = ((rgb[..., 0, -1, -1] * std + mean) * 255).round().int()
-        self.seen.extend(numbers.flatten(1).tolist())
-        return self.weight.expand(len(rgb), 2)
-
-
-@pytest.mark.parametrize("one_sequence", [False, True])
-def test_frames_of_training_and_testing(one_sequence: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    network = FrameNumbers()
-    monkeypatch.setattr("kinoray.demo.ablate_fit.build_model", lambda config, num_classes: network)
-    train, test = ClipSet([colour_block(40, 0)]), ClipSet([colour_block(2, 1)])
-    fit(ModelConfig(), train, test, OptimConfig(epochs=2), num_classes=2, one_sequence=one_sequence)
-    training, testing = network.seen[:80], network.seen[80:]
-    for frames in training:
-        assert [frame // 2 for frame in frames] == [0, 1, 2, 3]  # one of each of 4 slots of 2
-    assert {tuple(frames) for frames in training} > {(0, 2, 4, 6), (1, 3, 5, 7)}
-    whole = [[0, 2, 4, 6], [1, 3, 5, 7]] * 2
-    assert testing == (whole if one_sequence else [[0, 1, 2, 3, 4, 5, 6, 7]] * 2)
-
-
-class Marks(torch.nn.Module):
-    """Records where the one bright pixel of frames and flow is: [B, (y, x)] of both."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.input_spec = vcm_sdd(num_classes=2, backbone="tiny", heads=4).input_spec
-        self.weight = torch.nn.Parameter(torch.zeros(2))
-        self.seen: list[tuple[list[list[int]], list[list[int]]]] = []
-
-    def forward(self, *, rgb: torch.Tensor, flow: torch.Tensor) -> torch.Tensor:
-        places = []
-        for x in (rgb, flow):
-            brightest = x.flatten(-2).argmax(dim=-1).flatten(1)
-            assert (brightest == brightest[:, :1]).all()  # the same in all frames and channels
-            places.append([list(divmod(number, x.shape[-1])) for number in brightest[:, 0].tolist()])
-        self.seen.append((places[0], places[1]))
-        return self.weight.expand(len(rgb), 2)
-
-
-def test_training_videos_are_moved_around_the_edges_with_their_flow(monkeypatch: pytest.MonkeyPatch) -> None:
-    network = Marks()
-    monkeypatch.setattr("kinoray.demo.ablate_fit.build_model", lambda config, num_classes: network)
-    block = colour_block(64, 0)
-    frames, flow = np.zeros_like(block.frames), np.zeros_like(block.flow)
-    frames[..., 3, 5], flow[..., 4, 2] = 255, 127
-    clips = ClipSet([ClipBlock(frames, flow, block.labels)])
-    fit(ModelConfig(), clips, clips, OptimConfig(epochs=1, batch_size=64), num_classes=2, one_sequence=False)
-    (rgb, flows), *testing = network.seen
-    assert [[(y + 1) % 16, (x - 3) % 16] for y, x in rgb] == flows
-    assert len({tuple(place) for place in rgb}) > 40
-    assert all(place == [3, 5] for places, _ in testing for place in places)
-
-
-def test_whole_video_order_spreads_every_clip_over_the_video() -> None:
-    assert whole_video_order(2, 4).tolist() == [[0, 2, 4, 6], [1, 3, 5, 7]]
-    assert whole_video_order(3, 2).tolist() == [[0, 3], [1, 4], [2, 5]]
-    assert whole_video_order(1, 4).tolist() == [[0, 1, 2, 3]]
-
-
-def test_notes_of_the_network_describe_its_stc() -> None:
-    torch.manual_seed(0)
-    assert vcm_sdd(num_classes=2, backbone="tiny", heads=4, stc=False).notes(num_frames=4, crop_px=64) == {}
-    identity = vcm_sdd(num_classes=2, backbone="tiny", heads=4, radius=0).notes(num_frames=4, crop_px=64)
-    assert identity == {"stc_self_weight": 1.0, "stc_effective_neighbours": 1.0}
-    blur = vcm_sdd(num_classes=2, backbone="tiny", heads=4)
-    assert blur.head.rgb_stc is not None
-    with torch.no_grad():
-        blur.head.rgb_stc.w_g.zero_()  # equal weights for all neighbours
-    notes = blur.notes(num_frames=4, crop_px=64)
-    reach = [sum(abs(a - b) <= 2 for b in range(4)) for a in range(4)]
-    sizes = [a * b * c for a in reach for b in reach for c in reach]
-    assert notes["stc_effective_neighbours"] == pytest.approx(np.mean(sizes), rel=1e-6)
-    assert notes["stc_self_weight"] == pytest.approx(np.mean([1 / size for size in sizes]), rel=1e-6)
-
-
 # ---- the table
 
+OPTIONS = {"backbone": "tiny", "heads": 4}
 
-def result(row: str, scale: str | None, seed: int, top1: float, **notes: float) -> RunResult:
-    return RunResult(
-        row=row,
-        scale=scale,  # type: ignore[arg-type]
-        seed=seed,
-        digest="d",
-        top1=top1,
-        mover_top1=top1 + 1,
-        direction_top1=top1 + 2,
-        losses=(2.0, 1.0),
-        num_params=10,
-        cpu_s=60.0,
-        notes=notes,
+
+def trial(row: Row, scale: str, seed: int, *top1: float, status: str = "finished") -> TrialRow:
+    """A trial with these accuracies after its epochs, percent."""
+    settings = row.settings(scale, seed, OPTIONS)
+    return TrialRow(
+        trial=trial_id(settings),
+        settings=settings,
+        status=status,
+        best_val_top1=max(top1) / 100,
+        best_epoch=1,
+        epochs=len(top1),
+        run="run",
+        decode_cpu_s=0.0,
+        error="",
+        curve=tuple((epoch, value / 100) for epoch, value in enumerate(top1, 1)),
     )
 
 
-STUDY = [
-    result("tsn_rgb", None, 0, 24.0),
-    result("tsn_flow", None, 0, 31.0),
-    result("tsm_rgb", None, 0, 26.0),
-    result("neither", None, 2, 46.0),
-    result("neither", None, 0, 44.0),
-    result("neither", None, 1, 45.0),
-    result("stc", None, 0, 45.5, stc_self_weight=0.9, stc_effective_neighbours=1.5),
-    result("mff", "frobenius", 0, 64.0),
-    result("mff", "dim", 0, 96.0),
-    result("mff", "dim", 1, 98.0),
-    result("both", "frobenius", 0, 70.5, stc_self_weight=0.75, stc_effective_neighbours=3.0),
-    result("both", "dim", 0, 95.0, stc_self_weight=0.5, stc_effective_neighbours=2.0),
-    result("both", "dim", 1, 92.0, stc_self_weight=1.0, stc_effective_neighbours=1.0),
+TSN, _, _, NEITHER, STC, MFF, BOTH = ROWS
+FOUND = [
+    trial(TSN, "dim", 0, 24.0),
+    trial(NEITHER, "dim", 1, 99.0, 45.0),  # the last epoch counts, not the best one
+    trial(NEITHER, "dim", 0, 44.0),
+    trial(STC, "dim", 0, 45.5),
+    trial(STC, "dim", 1, 90.0, status="failed"),
+    trial(MFF, "frobenius", 0, 64.0),
+    trial(MFF, "dim", 0, 96.0),
+    trial(MFF, "dim", 1, 98.0),
+    trial(BOTH, "dim", 0, 95.0),
+    trial(BOTH, "dim", 1, 92.0),
 ]
 
 
-def test_the_table_is_means_and_sample_deviations() -> None:
-    study = tabulate(STUDY)
-    neither = study.scores["neither", None]
-    assert neither.values == (44.0, 45.0, 46.0)  # by seed, not by line
-    assert (neither.mean, neither.spread, neither.mover, neither.direction) == (45.0, 1.0, 46.0, 47.0)
-    both = study.scores["both", "dim"]
-    assert (both.mean, both.spread) == (93.5, pytest.approx(3 / math.sqrt(2)))
-    assert both.notes == {"stc_self_weight": 0.75, "stc_effective_neighbours": 1.5}
-    assert study.scores["mff", "frobenius"].spread is None
-    assert study.gain("mff", "neither", "frobenius") == 19.0
-    assert study.gain("mff", "neither", "dim") == 52.0
-    assert study.gain("both_random", "mff", "dim") is None
-    assert table_page(study).splitlines() == [
+def test_the_table_is_means_and_sample_deviations_and_differences_of_equal_seeds() -> None:
+    assert study_page(FOUND, OPTIONS, (0, 1)).splitlines() == [
         "| top-1, % | scale as printed | scale sqrt(d) | paper, K400 |",
         "| --- | ---: | ---: | ---: |",
         "| TSN, RGB | 24.0 | same | 71.3 |",
-        "| TSN, flow | 31.0 | same | - |",
-        "| TSM, RGB | 26.0 | same | 75.1 |",
-        "| No_STC No_MFF | 45.0 +- 1.0 | same | 71.7 |",
+        "| TSN, flow | - | same | - |",
+        "| TSM, RGB | - | same | 75.1 |",
+        "| No_STC No_MFF | 44.5 +- 0.7 | same | 71.7 |",
         "| STC No_MFF | 45.5 | same | 73.9 |",
         "| No_STC MFF | 64.0 | 97.0 +- 1.4 | 78.5 |",
-        "| STC MFF | 70.5 | 93.5 +- 2.1 | 80.1 |",
-        "| STC MFF, random STC init | - | - | - |",
+        "| STC MFF | - | 93.5 +- 2.1 | 80.1 |",
+        "",
+        "| points | scale as printed | scale sqrt(d) | paper, K400 |",
+        "| --- | ---: | ---: | ---: |",
+        "| STC No_MFF over No_STC No_MFF | +1.5 | same | +2.2 |",
+        "| No_STC MFF over No_STC No_MFF | +20.0 | +52.5 +- 0.7 | +6.8 |",
+        "| STC MFF over No_STC MFF | - | -3.5 +- 3.5 | +1.6 |",
+        "| STC MFF over No_STC No_MFF | - | +49.0 +- 2.8 | +8.4 |",
     ]
 
 
-def test_checks_say_what_came_out() -> None:
-    found = {check.name: (check.value, check.ok) for check in tabulate(STUDY).checks}
-    assert found == {
-        "tsn_rgb_below_ceiling": (24.0, True),
-        "tsn_flow_below_ceiling": (31.0, False),
-        "neither_below_late_fusion": (45.0, True),
-        "mff_gain_frobenius": (19.0, False),
-        "near_stc_harmless_frobenius": (6.5, False),
-        "mff_gain_dim": (52.0, True),
-        "near_stc_harmless_dim": (-3.5, True),
-    }
-    assert tabulate([]).checks == ()
-
-
-def test_the_page_is_made_of_the_results(tmp_path: Path) -> None:
-    config = AblateConfig(out=str(tmp_path / "somewhere"), seeds=(0, 1))
-    page = doc_page(tabulate(STUDY), config, CLIP, STUDY)
-    assert table_page(tabulate(STUDY)) in page
-    assert "--seeds 0 1 --doc docs/ablation.md" in page
-    assert "+19.0 points with the scale as printed, +52.0 with sqrt(d)" in page
-    assert "| No_STC MFF, sqrt(d) | 96.0 / 98.0 | 98.0 | 99.0 | - | - |" in page
-    assert "| STC MFF, sqrt(d) | 95.0 / 92.0 | 94.5 | 95.5 | 0.750 | 1.50 |" in page
-    assert "the scale decides" in page
-    assert "13 runs took 13 minutes of CPU" in page
-    assert str(tmp_path) not in page
-    assert page.isascii()
-    assert "{" not in page
-    partial = doc_page(tabulate(STUDY[:5]), config, CLIP, STUDY[:5])  # a study of which half is there still has a page
-    assert "STC with MFF" not in partial
+def test_trials_are_networks_that_exist_and_differ_and_more_seeds_keep_those_before() -> None:
+    trials = study_trials(OPTIONS, (0, 1))
+    assert len(trials) == 2 * 9
+    assert [settings["optim.seed"] for settings in trials] == [0] * 9 + [1] * 9
+    assert trials[:9] == study_trials(OPTIONS, (0,))
+    base = TrainConfig(catalog="c", out="o")
+    for settings in trials[:9]:
+        model = apply(base, settings).model
+        assert model.options["backbone"] == "tiny"
+        network = build_model(model, 8)
+        assert network.input_spec.rgb or network.input_spec.flow_channels
+    assert {settings["model.factory"] for settings in trials if "model.options.heads" in settings} == {"vcm_sdd"}
 
 
 # ---- the job
 
 
-def test_rows_name_networks_that_exist_and_differ() -> None:
-    runs = planned_runs(AblateConfig(out="out"))
-    assert len(runs) == 33
-    assert len({run.digest for run in runs}) == 33
-    assert [run.optim.seed for run in runs] == sorted(run.optim.seed for run in runs)
-    one = planned_runs(AblateConfig(out="elsewhere", doc="x.md", seeds=(2,), resources=ResourcesConfig(num_workers=1)))
-    assert {run.digest for run in one} == {run.digest for run in runs if run.optim.seed == 2}
-    for changed in (
-        AblateConfig(out="out", num_train=800),
-        AblateConfig(out="out", data_seed=1),
-        AblateConfig(out="out", optim=OptimConfig(lr=1e-3)),
-        AblateConfig(out="out", quick=True),
-    ):
-        assert not {run.digest for run in planned_runs(changed)} & {run.digest for run in runs}
+@pytest.fixture
+def job(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "jobs"))
+    return importlib.import_module("ablate")
+
+
+def run(job: Any, *arguments: str) -> int:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["ablate.py", *arguments])
+        return cast(int, guarded("ablate", job.main))
 
 
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--num-train", "12"], "num_train must be a multiple of 8, at least 8, got 12"),
+        (["--num-videos", "12"], "num_videos must be a multiple of 8, got 12"),
         (["--seeds", "0", "0"], r"seeds must be different whole numbers of at least 0, got \(0, 0\)"),
-        (["--optim.precision", "bf16"], "optim.precision must be fp32 in this study, got 'bf16'"),
+        (["--model.factory", "tsn"], "model.factory must be left out: the rows name it, got 'tsn'"),
+        (["--optim.epochs", "0"], "optim.epochs must be at least 1, got 0"),
     ],
 )
-def test_bad_settings_are_refused(flags: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["ablate", "--out", "out", *flags]) == 2
-    assert re.search(message, capsys.readouterr().err)
+def test_bad_settings_are_refused(job: Any, flags: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(job, "set", "--out", "out", *flags) == 2
+    assert re.search(f"^kinoray ablate: ConfigError: {message}$", capsys.readouterr().err.strip())
 
 
-def test_results_come_back_as_they_were_written(tmp_path: Path) -> None:
-    uri = str(tmp_path / "results.jsonl")
-    assert read_results(Storage(), uri) == []
-    lines = [json.dumps(job.asdict(item)) for item in STUDY]
-    Path(uri).write_text("\n".join(lines) + "\n", encoding="utf-8")
-    assert read_results(Storage(), uri) == STUDY
-    Path(uri).write_text("\n".join([*lines[:2], lines[2][:-9]]), encoding="utf-8")
-    with pytest.raises(ConfigError, match=r"line 3 of .*results.jsonl is not a result"):
-        read_results(Storage(), uri)
-
-
-def tiny(out: Path, **changes: object) -> AblateConfig:
-    return AblateConfig(
-        **{  # type: ignore[arg-type]
-            "out": str(out),
-            "seeds": (0,),
-            "num_train": 16,
-            "num_test": 8,
-            "optim": OptimConfig(epochs=1, batch_size=8),
-            **changes,
-        }
-    )
-
-
-@pytest.mark.ray
-def test_the_whole_study_runs_and_resumes(ray_local: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    config = tiny(tmp_path, doc=str(tmp_path / "doc.md"))
-    summary = ablate(config)
-    printed = capsys.readouterr().out
-    assert "ablate: making the set: 24/24 videos" in printed
-    assert "11/11 runs" in printed
-    assert printed.count("ok: ") == len(summary["checks"]) == 7
-    results = read_results(Storage(), str(tmp_path / "results.jsonl"))
-    assert {(item.row, item.scale) for item in results} == {(row.name, s) for row in ROWS for s in row.scales()}
-    assert all(item.top1 * 8 % 100 == 0 for item in results)  # 8 test videos, each counted once
-    assert json.loads((tmp_path / "ablation.json").read_text(encoding="utf-8")) == json.loads(json.dumps(summary))
-    assert (tmp_path / "ablation.md").read_text(encoding="utf-8") in (tmp_path / "doc.md").read_text(encoding="utf-8")
-
-    lines = (tmp_path / "results.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
-    stranger = json.dumps({**json.loads(lines[0]), "digest": "of another study", "top1": 99.0}) + "\n"
-    (tmp_path / "results.jsonl").write_text("".join([stranger, *lines[:9]]), encoding="utf-8")
-    again = ablate(config)
-    printed = capsys.readouterr().out
-    assert "9 done already; 1 results of other settings" in printed
-    assert "2/2 runs" in printed
-    written = (tmp_path / "results.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
-    assert written[:10] == [stranger, *lines[:9]]  # what was finished is as it was
-    # Two runs at a time: which of them ends first is not decided.
-    assert by_digest(written[10:]) == by_digest(lines[9:])
-    assert again["scores"] == summary["scores"]
-
-    assert ablate(config)["scores"] == summary["scores"]
-    assert "making the set" not in capsys.readouterr().out
-
-
-def by_digest(lines: list[str]) -> dict[str, dict[str, object]]:
-    """Results by the digest of their settings, without the time they took."""
-    results = [json.loads(line) for line in lines]
-    return {item["digest"]: {name: value for name, value in item.items() if name != "cpu_s"} for item in results}
-
-
-@pytest.mark.ray
-def test_a_run_that_fails_keeps_those_before_it(
-    ray_local: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_the_settings_are_printed_as_a_file_that_is_read_back(
+    job: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    bad = Row("bad", "Bad", "vcm_sdd:vcm_sdd", {"backbone": "resnet7"})
-    monkeypatch.setattr(job, "ROWS", (ROWS[0], bad, ROWS[1]))
-    with pytest.raises(ConfigError, match=r"model.options: backbone must be .* got 'resnet7'"):
-        ablate(tiny(tmp_path, resources=ResourcesConfig(num_workers=1)))
-    assert [item.row for item in read_results(Storage(), str(tmp_path / "results.jsonl"))] == ["tsn_rgb"]
+    assert run(job, "set", "--out", "out", "--seeds", "4", "5", "--print-config") == 0
+    text = capsys.readouterr().out
+    assert "factory: vcm_sdd" in text
+    (tmp_path / "study.yaml").write_text(text)
+    assert run(job, "--config", str(tmp_path / "study.yaml"), "--print-config") == 0
+    assert capsys.readouterr().out == text
 
 
-def test_a_block_is_what_the_platform_decodes() -> None:
-    block = make_block("test", range(3, 5), 0)
-    assert block.labels.tolist() == [3, 4]
-    frames, _ = binding_clip("test", 4)
-    clip = decode_clip(make_video(frames), CLIP, with_flow=True)
-    assert clip.flow is not None
-    assert np.array_equal(block.frames[1], clip.frames)
-    assert np.array_equal(block.flow[1], clip.flow)
-    sampled = frames[clip.indices].transpose(0, 1, 4, 2, 3)  # what was drawn, before H.264
-    assert np.corrcoef(clip.frames.ravel(), sampled.ravel())[0, 1] > 0.9
-    earlier = frames[np.maximum(clip.indices - 2, 0)].transpose(0, 1, 4, 2, 3)
-    assert (
-        np.corrcoef(clip.frames.ravel(), earlier.ravel())[0, 1]
-        < np.corrcoef(clip.frames.ravel(), sampled.ravel())[0, 1]
-    )
+@pytest.mark.ray
+def test_the_study_of_a_packed_set_runs_and_resumes(
+    job: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("kinoray.tune.study.ROWS", (TSN, NEITHER))  # single stream and two; all rows are in `slow`
+    (tmp_path / "set").mkdir()
+    flags = [
+        *(set_in(tmp_path / "set", train=12, val=6), "--out", str(tmp_path / "out"), "--quick"),
+        *("--clip.view.resize-px", "32", "--clip.view.crop-px", "32", "--clip.sample.frames-per-segment", "1"),
+        *("--optim.batch-size", "6", "--resources.num-workers", "1", "--resources.decode-tasks", "1"),
+    ]
+    assert run(job, *flags) == 0
+    out = capsys.readouterr().out
+    assert "tune: 2 trials (search given, scheduler fifo), 0 have ended already" in out
+    page = (tmp_path / "out" / "ablation.md").read_text(encoding="utf-8")
+    assert page in out
+    cells = dict(line.split(" | ")[:2] for line in page.splitlines() if " | " in line)
+    assert float(cells["| TSN, RGB"]) in np.round(np.arange(7) / 6 * 100, 1)  # 6 videos, each counted once
+    assert run(job, *flags) == 0
+    assert "2 have ended already" in capsys.readouterr().out
+    assert (tmp_path / "out" / "ablation.md").read_text(encoding="utf-8") == page
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_the_quick_study_of_the_generated_set_runs_whole(job: Any, tmp_path: Path) -> None:
+    catalog = tmp_path / "set"
+    assert run(job, str(catalog), "--generate", "--num-videos", "16", "--out", str(tmp_path / "out"), "--quick") == 0
+    table = load_catalog(Storage(), str(catalog)).table
+    assert Counter(zip(table["split"].to_pylist(), table["label"].to_pylist(), strict=True)) == {
+        (split, label): 2 for split in ("train", "val") for label in binding_classes()
+    }
+    page = (tmp_path / "out" / "ablation.md").read_text(encoding="utf-8").splitlines()
+    assert len(page) == 2 + len(ROWS) + 1 + 2 + 4
+    assert all(" | - | " not in line.rpartition(" | ")[0] for line in page)
+
+
+def test_the_generated_set_is_whole_or_absent_and_made_once(tmp_path: Path) -> None:
+    left_by_a_kill = tmp_path / "videos.unfinished"
+    left_by_a_kill.mkdir()
+    (left_by_a_kill / "half.mp4").write_bytes(b"half")
+    make_binding_set(tmp_path / "videos", 8)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["videos"]
+    files = sorted(path.relative_to(tmp_path / "videos") for path in (tmp_path / "videos").glob("*/*/*"))
+    assert {str(path.parent) for path in files} == {f"{s}/{c}" for s in ("train", "val") for c in binding_classes()}
+    assert len(files) == 16
+    truth = binding_truth("test", 3)
+    video = tmp_path / "videos" / "val" / binding_classes()[truth.label_id] / "00003.mp4"
+    assert video.read_bytes() == make_video(binding_clip("test", 3)[0])
+    made = video.stat().st_mtime_ns
+    make_binding_set(tmp_path / "videos", 8)
+    assert video.stat().st_mtime_ns == made
 
 
 def test_the_plane_that_flow_looks_at_does_not_show_the_drawing() -> None:

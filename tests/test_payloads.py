@@ -36,7 +36,6 @@ from kinoray.cluster.config import SubmitConfig
 from kinoray.cluster.package import read_settings
 from kinoray.config.file import load_config
 from kinoray.config.shared import CacheConfig, ClipConfig, DecodeConfig, ModelConfig, digest, parse_options
-from kinoray.demo.ablate_verb import read_results
 from kinoray.errors import ConfigError, KinorayError, MediaError
 from kinoray.evaluation.read import read_evaluation
 from kinoray.label.calibration import load_calibration
@@ -321,7 +320,6 @@ READERS: dict[str, Callable[[Path, bytes], object]] = {
     "calibration.json": read_as("calibration.json", lambda folder, uri: load_calibration(LOCAL, uri, "m")),
     "rates.json": read_as("rates.json", lambda folder, uri: load_rates(LOCAL, uri)),
     "corrections .csv": read_as("corrections.csv", lambda folder, uri: read_corrections(LOCAL, [uri], LABELS)),
-    "results.jsonl of a study": read_as("results.jsonl", lambda folder, uri: read_results(LOCAL, uri)),
     "evaluation.json": read_as("evaluation.json", lambda folder, uri: read_evaluation(LOCAL, str(folder))),
     "config .yaml": read_as("config.yaml", lambda folder, uri: load_config(TrainConfig, uri)),
     "frames of a cache": cached_frames,

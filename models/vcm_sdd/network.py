@@ -9,7 +9,6 @@ import math
 from collections.abc import Mapping
 from typing import ClassVar, Literal, cast
 
-import torch
 from torch import Tensor, nn
 
 from vcm_sdd.backbone import Backbone, build_backbones
@@ -158,24 +157,6 @@ class VCMSDD(nn.Module):
         classifier = num_frames * self.head.rgb_classifier.in_features * 1000
         gmac = (segment_macs["rgb backbone"] + classifier) / 1e9
         return f'The paper\'s way to count (its "GFLOPs": MACs of one RGB segment, ImageNet classifier on): {gmac:.2f}'
-
-    @torch.no_grad()
-    def notes(self, *, num_frames: int, crop_px: int) -> dict[str, float]:
-        """What training made of STC on frames of that size, means over the nodes; nothing where STC is off.
-
-        stc_self_weight: s_ii, what a node keeps of itself. stc_effective_neighbours: exp(-sum_j s_ij log s_ij), of how
-        many nodes it becomes a mean; 1 and 1 are the identity. With share_stc=False: of the RGB stream.
-        """
-        if self.head.rgb_stc is None:
-            return {}
-        frame = next(self.parameters()).new_zeros(1, 1, 1, 3, crop_px, crop_px)
-        _, (_, height, width) = self.nodes(self.rgb_backbone, frame)
-        s_NN = self.head.rgb_stc.matrix((num_frames, height, width)).double()
-        entropy_N = torch.special.entr(s_NN).sum(dim=1)
-        return {
-            "stc_self_weight": s_NN.diagonal().mean().item(),
-            "stc_effective_neighbours": entropy_N.exp().mean().item(),
-        }
 
     def _checked(self, rgb: Tensor | None, flow: Tensor | None) -> tuple[Tensor, Tensor]:
         rgb = _checked_input("rgb", rgb, 3)

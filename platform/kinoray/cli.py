@@ -15,7 +15,7 @@ import signal
 import sys
 import threading
 import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
@@ -24,7 +24,7 @@ from kinoray import __version__
 from kinoray.errors import ConfigError, KinorayError
 from kinoray.terminal import exact_stdout, plain_streams, print_traceback
 
-__all__ = ["VERBS", "Verb", "main"]
+__all__ = ["VERBS", "Verb", "guarded", "main", "parse_settings"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -220,13 +220,6 @@ VERBS: Mapping[str, Verb] = {
         summary="all of the above on a small generated set",
         main=("out", "storage", "epochs"),
     ),
-    "ablate": Verb(
-        wish=_TRY,
-        settings="kinoray.demo.config:AblateConfig",
-        function="kinoray.demo.ablate_verb:ablate",
-        summary="table 2 of the paper, TSN and TSM, on a small set",
-        main=("seeds", "quick"),
-    ),
     "model": Verb(
         wish=_TRY,
         settings="kinoray.network.config:ModelVerbConfig",
@@ -258,13 +251,6 @@ def _overview() -> str:
     return "\n".join(lines)
 
 
-def _explain(name: str, *, every: bool) -> str:
-    from kinoray.config.help import verb_help
-
-    presets = f"--preset NAME ({', '.join(_presets())}; likewise), " if name in _WITH_PRESETS else ""
-    return verb_help(name, VERBS[name].config(), VERBS[name].main, presets, every=every)
-
-
 _WITH_PRESETS = ("train", "tune")
 
 
@@ -274,9 +260,47 @@ def _presets() -> Mapping[str, Any]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line (default: sys.argv) and return its exit code; never a traceback for a foreseen error."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    name, rest = (arguments[0], arguments[1:]) if arguments else ("", [])
+    return guarded(name, lambda: _run(name, rest))
+
+
+def _run(name: str, arguments: list[str]) -> int:
+    """Run a verb, or say what there is; returns the exit code."""
+    if name in ("-V", "--version", "version"):
+        print(f"kinoray {__version__}")
+        return 0
+    if name in ("", "-h", "--help", "help"):
+        if not arguments:
+            print(_overview())
+            return 0 if name else 2
+        name, arguments = arguments[0], ["--help"]
+    verb = VERBS[_known(name)]
+    config = parse_settings(name, verb.config(), arguments, verb.main)
+    if config is None:
+        return 0
+    if name == "submit":
+        config = _with_settings(config)
+    result = _load(verb.function)(config)
+    return int(result) if verb.gives_code else 0
+
+
+def guarded(name: str, run: Callable[[], int]) -> int:
+    """What `run` returns, or the exit code of what it raises, said in one line; what it prints only shows."""
     sys.excepthook = print_traceback
     with plain_streams(), _ended_by_signals():
-        return _run(argv)
+        try:
+            return run()
+        except ConfigError as error:
+            return _fail(name, error, 2)
+        except KinorayError as error:
+            return _fail(name, error, 1)
+        except KeyboardInterrupt:
+            print(f"kinoray {name}: interrupted; the same command goes on from here", file=sys.stderr)
+            return 130
+        except BrokenPipeError:  # the reader of our output went away (| head)
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 1
 
 
 @contextlib.contextmanager
@@ -299,40 +323,6 @@ def _ended_by_signals() -> Iterator[None]:
                 signal.signal(number, signal.SIG_DFL)
 
 
-def _run(argv: Sequence[str] | None) -> int:
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    name, rest = (arguments[0], arguments[1:]) if arguments else ("help", [])
-    if name in ("-V", "--version", "version"):
-        print(f"kinoray {__version__}")
-        return 0
-    try:
-        if name in ("-h", "--help", "--help-all", "help"):
-            print(_explain(_known(rest[0]), every=name == "--help-all") if rest else _overview())
-            return 0 if arguments else 2
-        flags = rest[: rest.index("--")] if "--" in rest else rest
-        if asked := {"-h", "--help", "--help-all"} & set(flags):
-            print(_explain(_known(name), every="--help-all" in asked))
-            return 0
-        config, print_only = _parse(_known(name), rest)
-        if print_only:
-            print(_load("kinoray.config.file:to_yaml")(config), end="", file=exact_stdout())
-            return 0
-        if name == "submit":
-            config = _with_settings(config)
-        result = _load(VERBS[name].function)(config)
-    except ConfigError as error:
-        return _fail(name, error, 2)
-    except KinorayError as error:
-        return _fail(name, error, 1)
-    except KeyboardInterrupt:
-        print(f"kinoray {name}: interrupted; the same command goes on from here", file=sys.stderr)
-        return 130
-    except BrokenPipeError:  # the reader of our output went away (| head)
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
-    return int(result) if VERBS[name].gives_code else 0
-
-
 def _known(name: str) -> str:
     """The verb's name, if it is one.
 
@@ -352,30 +342,54 @@ def _fail(name: str, error: KinorayError, code: int) -> int:
     return code
 
 
-def _parse(name: str, arguments: list[str]) -> tuple[Any, bool]:
-    """The verb's config from `--config FILE` and flags (flags win), and whether to print it only."""
+def parse_settings(
+    name: str, cls: type[Any], arguments: list[str], main: tuple[str, ...] = (), command: str = ""
+) -> Any | None:
+    """The config tree of a command line; None where it asked for --help or --print-config, which is printed.
+
+    Args:
+        main: settings that --help explains besides those that are needed.
+        command: how the command is called. Default: `kinoray NAME`.
+
+    Raises:
+        ConfigError: a setting is wrong.
+    """
+    flags = arguments[: arguments.index("--")] if "--" in arguments else arguments
+    if asked := {"-h", "--help", "--help-all"} & set(flags):
+        presets = f"--preset NAME ({', '.join(_presets())}; likewise), " if name in _WITH_PRESETS else ""
+        explain = _load("kinoray.config.help:verb_help")
+        print(explain(command or f"kinoray {name}", cls, main, presets, every="--help-all" in asked))
+        return None
+    config, print_only = _parse(name, cls, arguments)
+    if print_only:
+        print(_load("kinoray.config.file:to_yaml")(config), end="", file=exact_stdout())
+        return None
+    return config
+
+
+def _parse(name: str, cls: type[Any], arguments: list[str]) -> tuple[Any, bool]:
+    """The config from `--config FILE` and flags (flags win), and whether to print it only."""
     end = arguments.index("--") if "--" in arguments else len(arguments)
     arguments, submitted = arguments[:end], arguments[end:]  # what follows `--` are flags of the verb that is submitted
     print_only = "--print-config" in arguments
     arguments = [argument for argument in arguments if argument != "--print-config"]
     arguments, path = _take(arguments, "--config", "the name of a YAML file")
     arguments, preset = _take(arguments, "--preset", f"one of {', '.join(_presets())}")
-    cls = VERBS[name].config()
     if preset and path:
         raise ConfigError("--preset and --config exclude each other; --preset NAME --print-config makes a file")
     default = None
     if path:
         default = _load("kinoray.config.file:load_config")(cls, path)
     elif preset:
-        default = _preset(name, preset)
+        default = _preset(name, cls, preset)
     _require_own_word(name, arguments, default, path)
     try:
-        return _parse_flags(name, [*arguments, *submitted], default), print_only
+        return _parse_flags(name, cls, [*arguments, *submitted], default), print_only
     except ConfigError as error:
         reordered = _source_first(arguments) if str(error).startswith("Missing") else arguments
         if reordered == arguments:
             raise
-        return _parse_flags(name, reordered, default), print_only
+        return _parse_flags(name, cls, reordered, default), print_only
 
 
 def _require_own_word(name: str, arguments: list[str], default: Any, path: str) -> None:
@@ -405,17 +419,17 @@ def _require_own_word(name: str, arguments: list[str], default: Any, path: str) 
 
 def _with_settings(config: Any) -> Any:
     """`submit` with the whole config of the verb that it sends; a wrong setting is found before anything is sent."""
-    submitted, _ = _parse(config.verb, list(config.flags))
+    submitted, _ = _parse(config.verb, VERBS[config.verb].config(), list(config.flags))
     return dataclasses.replace(config, settings=_load("kinoray.config.file:to_yaml")(submitted))
 
 
-def _parse_flags(name: str, arguments: list[str], default: Any) -> Any:
+def _parse_flags(name: str, cls: type[Any], arguments: list[str], default: Any) -> Any:
     import tyro  # takes a fifth of a second, which the overview need not wait for
 
     messages = io.StringIO()
     try:
         with contextlib.redirect_stderr(messages):
-            config = tyro.cli(VERBS[name].config(), args=arguments, default=default, prog=f"kinoray {name}")
+            config = tyro.cli(cls, args=arguments, default=default, prog=f"kinoray {name}")
     except SystemExit:
         raise ConfigError(_one_line(messages.getvalue())) from None
     return config if default is None or name not in _WITH_PRESETS else _with_options(config, default)
@@ -441,15 +455,15 @@ def _source_first(arguments: list[str]) -> list[str]:
     return [arguments[end - 1], *arguments[: end - 1], *arguments[end:]]
 
 
-def _preset(name: str, preset: str) -> Any:
-    """The verb's config with a preset's recipe in it."""
+def _preset(name: str, cls: type[Any], preset: str) -> Any:
+    """The config with a preset's recipe in it."""
     if name not in _WITH_PRESETS:
         raise ConfigError(f"--preset is for {' and '.join(_WITH_PRESETS)}, not for {name}")
     presets = _presets()
     if preset not in presets:
         raise ConfigError(f"--preset must be one of {', '.join(presets)}, got {preset!r}")
     recipe = presets[preset]()
-    return VERBS[name].config()(**{field.name: getattr(recipe, field.name) for field in dataclasses.fields(recipe)})
+    return cls(**{field.name: getattr(recipe, field.name) for field in dataclasses.fields(recipe)})
 
 
 def _take(arguments: list[str], flag: str, what: str) -> tuple[list[str], str]:

@@ -10,7 +10,7 @@ from kinoray.config.shared import require
 
 __all__ = ["JobsConfig", "LogsConfig", "StopConfig", "SubmitConfig", "SubmittedVerb"]
 
-SubmittedVerb = Literal["pack", "train", "tune", "evaluate", "label", "ablate"]
+SubmittedVerb = Literal["pack", "train", "tune", "evaluate", "label"]
 
 _RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,79}")
 _Run = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
@@ -39,7 +39,7 @@ class SubmitConfig:
     """
 
     verb: Annotated[SubmittedVerb, tyro.conf.Positional, tyro.conf.arg(metavar="VERB")]
-    """pack, train, tune, evaluate, label or ablate."""
+    """pack, train, tune, evaluate or label."""
     flags: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="-- FLAGS OF THE VERB")] = ()
     """Its flags, after `--`."""
     address: str = ""

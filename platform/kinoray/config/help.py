@@ -73,8 +73,8 @@ def settings_of(cls: type[Any], prefix: str = "", group: str = "") -> Iterator[S
         )
 
 
-def verb_help(name: str, cls: type[Any], main: tuple[str, ...], extra: str, *, every: bool) -> str:
-    """What `kinoray NAME --help` prints, or with `every` what --help-all does.
+def verb_help(command: str, cls: type[Any], main: tuple[str, ...], extra: str, *, every: bool) -> str:
+    """What `COMMAND --help` prints, or with `every` what --help-all does.
 
     Args:
         main: paths of the settings that matter most.
@@ -85,7 +85,7 @@ def verb_help(name: str, cls: type[Any], main: tuple[str, ...], extra: str, *, e
     shown = [item for item in everything if every or item.path in main or item.is_needed]
     needed = [item.flag for item in everything if item.is_needed]
     lines = [
-        *textwrap.wrap(f"usage: kinoray {name} {' '.join(needed)} [OPTIONS]", width, subsequent_indent=" " * 10),
+        *textwrap.wrap(f"usage: {command} {' '.join(needed)} [OPTIONS]", width, subsequent_indent=" " * 10),
         "",
     ]
     for paragraph in (inspect.getdoc(cls) or "").split("\n\n"):
@@ -102,7 +102,7 @@ def verb_help(name: str, cls: type[Any], main: tuple[str, ...], extra: str, *, e
         lines.extend(item.lines(width))
     lines.append("")
     if not every and len(shown) < len(everything):
-        lines.append(f"kinoray {name} --help-all explains all {len(everything)} settings.")
+        lines.append(f"{command} --help-all explains all {len(everything)} settings.")
     lines.extend(textwrap.wrap(f"Also: --config FILE.yaml (settings; flags win), {extra}--print-config.", width))
     return "\n".join(lines)
 

@@ -13,11 +13,16 @@ Train and test share no background, no card texture and no drawing of a thing.
 import functools
 import hashlib
 import math
+import shutil
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import cv2
 import numpy as np
+
+from kinoray.console import Progress
+from kinoray.demo.videos import make_video
 
 __all__ = [
     "BINDING_DIRECTIONS",
@@ -31,6 +36,7 @@ __all__ = [
     "binding_clip",
     "binding_truth",
     "drawing",
+    "make_binding_set",
     "picture",
 ]
 
@@ -233,3 +239,25 @@ def binding_clip(split: Split, number: int, seed: int = 0) -> tuple[np.ndarray, 
         image = image + _NOISE * rng.standard_normal(image.shape, dtype=np.float32)
         frames[t] = np.clip(image * 255.0 + 0.5, 0, 255).astype(np.uint8)
     return frames, truth
+
+
+def make_binding_set(folder: Path, num_videos: int, seed: int = 0) -> None:
+    """Write `num_videos` H.264 files (a multiple of the classes) of each split, <folder>/train|val/<class>/N.mp4.
+
+    Split val is `test` of the functions above. The folder is whole or absent; one that is there is left as it is.
+    """
+    if folder.exists():
+        return
+    unfinished = folder.with_name(f"{folder.name}.unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    names: dict[Split, str] = {"train": "train", "test": "val"}
+    progress = Progress(num_videos * len(names), "making the set", "videos")
+    for split, name in names.items():
+        for number in range(num_videos):
+            frames, truth = binding_clip(split, number, seed)
+            path = unfinished / name / binding_classes()[truth.label_id] / f"{number:05d}.mp4"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(make_video(frames))
+            progress.update()
+    progress.close()
+    unfinished.rename(folder)

@@ -37,7 +37,7 @@ from kinoray.tune.config import TuneConfig, train_config
 from kinoray.tune.fit import trials_at_once
 from kinoray.tune.page import TrialRow, tune_page
 from kinoray.tune.search import make_scheduler, optuna_searcher, planned_trials, require_optuna
-from kinoray.tune.space import Axis, Settings, apply, grid_trials, parse_space
+from kinoray.tune.space import Axis, Settings, apply, grid_trials, parse_space, trial_id
 from kinoray.tune.table import (
     REPEATED,
     best_row,
@@ -62,8 +62,12 @@ _TUNE_ENV = {
 _MAX_CHECKS = 64  # networks that are built before Ray starts, to find options that they refuse
 
 
-def tune(config: TuneConfig) -> dict[str, Any]:
+def tune(config: TuneConfig, given: Sequence[Settings] = ()) -> dict[str, Any]:
     """Run the sweep to its end, or go on with the one in config.out; returns what tune.json holds.
+
+    Args:
+        given: the settings of each trial, in place of config.space and search: a study, whose trials are no grid. Later
+            calls may bring more trials.
 
     Raises:
         ConfigError: the space names no setting, or values that it refuses; or config.out holds another sweep.
@@ -74,22 +78,25 @@ def tune(config: TuneConfig) -> dict[str, Any]:
     """
     start_s = time.monotonic()
     config = replace(config, catalog=absolute(config.catalog), out=absolute(config.out).rstrip("/"))
-    storage, axes, base = Storage(config.storage), parse_space(config.space), train_config(config)
+    storage, base = Storage(config.storage), train_config(config)
+    axes = _axes_of(given) if given else parse_space(config.space)
     if config.search == "optuna":
         require_optuna()
     catalog = load_catalog(storage, config.catalog)
-    trials = planned_trials(config, axes)
-    tried = [*_corners(axes), *trials.values()]
+    trials = {trial_id(settings): settings for settings in given} or planned_trials(config, axes)
+    tried = [*([] if given else _corners(axes)), *trials.values()]
     _check_trials(base, tried, catalog)
     if base.cache.gb:
         base = shared_cache(base, trials.values() or _combinations(axes))
-    _claim_sweep(storage, config, catalog)
-    require_own_trials(storage, config.out, axes)
+    _claim_sweep(storage, config, catalog, is_study=bool(given))
+    if not given:
+        require_own_trials(storage, config.out, axes)
     known = trials or known_trials(storage, config.out)
     status = {name: _ended(storage, config.out, name) for name in known}
     num_trials = len(trials) or config.num_trials
+    search = "given" if given else config.search
     print(
-        f"tune: {num_trials} trials (search {config.search}, scheduler {config.scheduler}), "
+        f"tune: {num_trials} trials (search {search}, scheduler {config.scheduler}), "
         f"{sum(map(bool, status.values()))} have ended already; to {config.out}",
         flush=True,
     )
@@ -100,6 +107,15 @@ def tune(config: TuneConfig) -> dict[str, Any]:
     known = trials or known_trials(storage, config.out)
     rows = [read_trial(storage, config.out, name, settings) for name, settings in known.items()]
     return _finish(storage, config, axes, rows, time.monotonic() - start_s)
+
+
+def _axes_of(given: Sequence[Settings]) -> tuple[Axis, ...]:
+    """Every setting that any trial names, with the values that it takes."""
+    values: dict[str, dict[str, Any]] = {}
+    for settings in given:
+        for path, value in settings.items():
+            values.setdefault(path, {})[repr(value)] = value
+    return tuple(Axis(path, tuple(values[path].values())) for path in sorted(values))
 
 
 def _corners(axes: Sequence[Axis]) -> list[Settings]:
@@ -126,11 +142,13 @@ def _check_trials(base: TrainConfig, tried: Sequence[Settings], catalog: Catalog
             check_training(config, catalog)
 
 
-def _claim_sweep(storage: Storage, config: TuneConfig, catalog: Catalog) -> None:
+def _claim_sweep(storage: Storage, config: TuneConfig, catalog: Catalog, *, is_study: bool) -> None:
     """Make config.out this sweep's folder, or check that it is; only the number of trials may grow."""
     ours = run_settings(config, catalog)
     for name in ("space", "search", "scheduler", "grace", "reduction_factor", "perturb_epochs", "search_seed"):
         ours[name] = getattr(config, name)
+    if is_study:
+        ours["space"] = ours["search"] = "given"
     uri = join(config.out, "sweep.json")
     text = json.dumps(ours, indent=1, sort_keys=True)
     if storage.put_if_absent(uri, text.encode()):
