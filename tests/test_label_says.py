@@ -28,8 +28,8 @@ from kinoray.label.stage import LabelUnits, pack_unit
 from kinoray.label.table import Ledger, read_predictions
 from kinoray.label.times import StageClock, bound_stage
 from kinoray.label.verb import label
-from kinoray.library.config import TraceConfig
-from kinoray.library.trace import trace
+from kinoray.library.config import LabelsConfig
+from kinoray.library.labels import labels
 from kinoray.storage.objects import Storage
 from label_models import save_untrained
 from ports import wait_until
@@ -142,7 +142,7 @@ def test_progress_metrics_summary_and_manifest_say_the_same(
     assert {path.name for path in (root / "parts").iterdir()} == {Path(part).name for part in manifest["parts"]}
     wait_until(lambda: counted(root.name) == {"labelled": 12, "quarantined": 1}, 60, "the metrics arrive")
     began_s = datetime.fromisoformat(summary["began"]).timestamp()
-    spans = trace(TraceConfig(place=config.out))
+    spans = labels(LabelsConfig(predictions=config.out, summary=True))["spans"]
     assert len(spans) == 4
     for span in spans:
         assert began_s <= span.begin_s <= span.end_s <= began_s + 1 + summary["wall_s"]  # began is in whole seconds

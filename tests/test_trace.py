@@ -1,4 +1,4 @@
-"""`kinoray trace`: spans and shares of labellings and trainings, against numbers that were put in."""
+"""`kinoray labels --summary`, `kinoray runs RUN`: where the time went, against numbers that were put in."""
 
 import json
 from pathlib import Path
@@ -7,10 +7,9 @@ import pytest
 
 from kinoray.cli import main
 from kinoray.config.shared import ModelConfig, OptimConfig, StorageConfig
+from kinoray.label.spans import Span, covered_s, trace_events
 from kinoray.label.table import Commit, Ledger, row_keys
-from kinoray.library.config import TraceConfig
-from kinoray.library.spans import Span, covered_s, trace_events
-from kinoray.library.trace import label_spans, trace
+from kinoray.library.summary import label_spans, summarise
 from kinoray.storage.objects import Storage
 from kinoray.train.config import TrainConfig
 from kinoray.train.runfolder import claim_run, write_metrics
@@ -46,7 +45,7 @@ def labelled(tmp_path: Path) -> Ledger:
 
 
 def test_each_run_of_a_labelling_has_its_shares(labelled: Ledger, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["trace", labelled.root]) == 0
+    assert main(["labels", labelled.root, "--summary"]) == 0
     said = capsys.readouterr().out
     assert "40 videos in 5 units" in said
     assert "1 unit committed without times" in said
@@ -68,9 +67,10 @@ def test_each_run_of_a_labelling_has_its_shares(labelled: Ledger, capsys: pytest
 
 
 def test_the_file_for_a_viewer_has_each_span_where_it_was(labelled: Ledger, tmp_path: Path) -> None:
-    spans = trace(TraceConfig(place=str(tmp_path / "labels"), to=str(tmp_path / "trace.json")))
-    assert len(spans) == 4
-    events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    to = tmp_path / "trace.json"
+    assert main(["labels", str(tmp_path / "labels"), "--summary", "--to", str(to)]) == 0
+    assert len(summarise(LOCAL, labelled.root)) == 4
+    events = json.loads(to.read_text())["traceEvents"]
     names = {event["tid"]: event["args"]["name"] for event in events if event["name"] == "thread_name"}
     assert sorted(names.values()) == ["one/7", "one/8", "two/9"]
     units = [event for event in events if event["ph"] == "X" and event["name"].startswith("unit ")]
@@ -108,13 +108,17 @@ def test_a_training_says_what_its_epochs_were_spent_on(tmp_path: Path, capsys: p
         catalog="set", out=out, model=ModelConfig(factory="tiny_models:mean_colour"), optim=OptimConfig(epochs=2)
     )
     claim_run(LOCAL, settings, catalog)
-    assert main(["trace", out]) == 0
+    assert main(["runs", out]) == 0
     assert "no epoch is done yet" in capsys.readouterr().out
     scored = {"epoch_s": 100.0, "train_s": 80.0, "decode_wait": 0.25, "val_videos": 3}
     write_metrics(LOCAL, out, {"epoch": 1, "step": 1, "time_s": BEGIN_S + 100, **scored})
     unscored = {"epoch_s": 60.0, "train_s": 60.0, "decode_wait": 0.5}
     write_metrics(LOCAL, out, {"epoch": 2, "step": 2, "time_s": BEGIN_S + 200, **unscored})
-    assert main(["trace", out]) == 0
+    assert main(["runs", str(tmp_path)]) == 0
+    assert "waiting for decoders" not in capsys.readouterr().out  # a list of runs stays a list
+    assert main(["runs", out, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["epochs_done"] == 2
+    assert main(["runs", out]) == 0
     said = capsys.readouterr().out
     assert "2 epochs, 2027-01-15 08:00:00 UTC to 2027-01-15 08:03:20 UTC, 3 min 20 s" in said
     for name, seconds, share in (
@@ -131,6 +135,16 @@ def test_a_training_says_what_its_epochs_were_spent_on(tmp_path: Path, capsys: p
     assert "slowest: epoch 1 with 1 min 20 s" in said
 
 
-def test_a_place_with_neither_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["trace", str(tmp_path)]) == 2
-    assert "holds neither a labelling (job.json) nor a training (run.json)" in capsys.readouterr().err
+def test_a_run_whose_metrics_are_damaged_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    catalog = catalog_of([{"video_id": "v", "uri": "u", "split": "train"}])
+    out = tmp_path / "run"
+    claim_run(LOCAL, TrainConfig(catalog="set", out=str(out)), catalog)
+    (out / "metrics.jsonl").write_text('{"epoch": 1}\n')
+    assert main(["runs", str(out)]) == 1
+    said = capsys.readouterr().err
+    assert f"ChecksumMismatch: {out / 'metrics.jsonl'} does not hold what kinoray wrote: KeyError('time_s')" in said
+
+
+def test_a_place_without_a_labelling_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["labels", str(tmp_path), "--summary"]) == 2
+    assert "holds no labelling (job.json); give the --out of kinoray label or evaluate" in capsys.readouterr().err

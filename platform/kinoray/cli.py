@@ -155,13 +155,6 @@ VERBS: Mapping[str, Verb] = {
         summary="trainings in storage: how they stand, and their best",
         main=("json",),
     ),
-    "trace": Verb(
-        wish=_NETWORK,
-        settings="kinoray.library.config:TraceConfig",
-        function="kinoray.library.trace:trace",
-        summary="where the time of a labelling or a training went",
-        main=("to",),
-    ),
     "doctor": Verb(
         wish=_BEFORE,
         settings="kinoray.doctor.config:DoctorConfig",

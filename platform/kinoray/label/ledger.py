@@ -53,7 +53,7 @@ class Commit:
     windows: dict[str, Any] | None = None
     """rows, size_bytes and sha256 of the part of the same name under windows/; None where nothing is cut."""
     times: dict[str, Any] | None = None
-    """worker, begin_s, end_s (seconds since 1970, before the commit) and seconds by stage, for `kinoray trace`."""
+    """worker, begin_s, end_s (seconds since 1970, before the commit) and seconds by stage (labels --summary)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

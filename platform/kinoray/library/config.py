@@ -12,7 +12,6 @@ __all__ = [
     "ExportConfig",
     "LabelsConfig",
     "ReportConfig",
-    "TraceConfig",
 ]
 
 _Table = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="PREDICTIONS")]
@@ -64,6 +63,9 @@ class LabelsConfig:
     """What is printed or written."""
     to: str = ""
     """File or s3:// object to write. Default: print it."""
+    summary: bool = False
+    """Say instead where the labelling's time went: the start, what workers waited for, the slowest units. It may be
+    asked while the job runs; --to then writes the units' spans for https://ui.perfetto.dev."""
     windows: bool = False
     """Rows of the windows of long videos (label --window-s) instead of rows of videos."""
     manifest: bool = False
@@ -182,22 +184,3 @@ class ReportConfig:
         require(bool(self.out), "out", "a folder or s3:// prefix", self.out)
         is_page = self.out.rstrip("/").lower().endswith((".html", ".htm"))
         require(not is_page, "out", "a folder or s3:// prefix (the report is a site now, no single page)", self.out)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class TraceConfig:
-    """Say where the time of a labelling or a training went, from what it left in storage.
-
-    Example: kinoray trace labels/library --to trace.json
-
-    For each run of a labelling: how long until its first unit began, how busy its workers were between their first and
-    last unit, what they waited for, and the slowest units. For a training: starts, waiting for decoders, steps,
-    scoring, and the time between epochs. It may be asked while the job runs.
-    """
-
-    place: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="PLACE")]
-    """What `label` or `evaluate` wrote (--out, or one labelling's folder in it), or a run folder of `train`."""
-    to: str = ""
-    """File or s3:// object for the spans, to be opened in https://ui.perfetto.dev or chrome://tracing."""
-    storage: StorageConfig = field(default_factory=StorageConfig)
-    """Object storage."""

@@ -13,11 +13,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from kinoray.catalog.table import CATALOG_SCHEMA, catalog_of_source
-from kinoray.errors import CatalogError, ConfigError
+from kinoray.errors import CatalogError, ConfigError, ObjectNotFound
 from kinoray.label.manifest import write_manifest
 from kinoray.label.table import Ledger, open_ledger
 from kinoray.library.config import LabelsConfig
 from kinoray.library.rows import LABEL_SCHEMA, WINDOW_LABEL_SCHEMA, Where, class_names, scan, scan_windows
+from kinoray.library.summary import summarise
 from kinoray.library.write import print_table, write_parquet, write_text
 from kinoray.storage.leftovers import scratch_folder
 from kinoray.storage.objects import Storage, absolute
@@ -72,7 +73,7 @@ def labels(config: LabelsConfig) -> dict[str, Any]:
 
     Returns:
         `root`, `rows` (printed or written), `matched` (passed the filters, where all were looked at, else None) and
-        `to`; with --manifest what `write_manifest` gives.
+        `to`; with --manifest what `write_manifest` gives, with --summary the `spans` of the units.
 
     Raises:
         ConfigError: a class or column is unknown, or several labellings are there and none was named.
@@ -80,6 +81,8 @@ def labels(config: LabelsConfig) -> dict[str, Any]:
         KinorayError: the table cannot be read, or the file not be written.
     """
     storage = Storage(config.storage)
+    if config.summary:
+        return _summary(storage, config)
     ledger = open_ledger(storage, absolute(config.predictions))
     if config.manifest:
         return _make_manifest(ledger)
@@ -118,6 +121,17 @@ def labels(config: LabelsConfig) -> dict[str, Any]:
         "matched": seen.matched if is_all else None,
         "to": absolute(config.to) if config.to else "",
     }
+
+
+def _summary(storage: Storage, config: LabelsConfig) -> dict[str, Any]:
+    place = absolute(config.predictions)
+    try:
+        spans = summarise(storage, place, config.to)
+    except ObjectNotFound:
+        raise ConfigError(
+            f"{place} holds no labelling (job.json); give the --out of kinoray label or evaluate"
+        ) from None
+    return {"root": place, "spans": spans}
 
 
 def _make_manifest(ledger: Ledger) -> dict[str, Any]:

@@ -112,7 +112,8 @@ class RunsConfig:
       damaged   its files cannot be read
 
     BEST is the highest top-1 on the validation split, or the lowest loss where none is scored. All of a run's metrics
-    are in its metrics.jsonl, its curves in learning_curves.svg.
+    are in its metrics.jsonl, its curves in learning_curves.svg. Of a single run (PREFIX is its folder) it also says
+    where the time went: waiting for decoders, steps, scoring, and between epochs.
     """
 
     prefix: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="PREFIX")]

@@ -13,13 +13,14 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from kinoray.console import format_duration
-from kinoray.errors import KinorayError, ObjectNotFound
+from kinoray.console import format_duration, many
+from kinoray.errors import ChecksumMismatch, KinorayError, ObjectNotFound
+from kinoray.label.spans import Span, bar_line, clock, covered_s
 from kinoray.storage.objects import Storage, absolute, join
 from kinoray.storage.records import MAX_RECORD_BYTES, parse_lines, read_record
 from kinoray.train.config import RunsConfig
 
-__all__ = ["BEAT_S", "STATUS_FILE", "RunSummary", "State", "find_runs", "runs"]
+__all__ = ["BEAT_S", "STATUS_FILE", "RunSummary", "State", "find_runs", "runs", "train_spans"]
 
 BEAT_S = 30.0
 STATUS_FILE = "status.json"
@@ -60,13 +61,15 @@ class RunSummary:
 
 
 def runs(config: RunsConfig) -> list[RunSummary]:
-    """Print the runs below config.prefix, the newest last, and return them.
+    """Print the runs below config.prefix, the newest last, and return them; of one run, where its time went as well.
 
     Raises:
+        ChecksumMismatch: the metrics.jsonl of that one is not what train wrote.
         StorageError: the prefix cannot be listed.
     """
     prefix = absolute(config.prefix)
-    found = find_runs(Storage(config.storage), prefix)
+    storage = Storage(config.storage)
+    found = find_runs(storage, prefix)
     if config.json:
         for run in found:
             print(json.dumps(asdict(run)))
@@ -74,6 +77,8 @@ def runs(config: RunsConfig) -> list[RunSummary]:
         print(f"no run below {prefix} (a run is a folder that kinoray train has written run.json to)")
     else:
         print(_table(found, prefix))
+        if [run.uri for run in found] == [prefix.rstrip("/")] and found[0].state != "damaged":
+            _print_time(storage, found[0].uri)
     return found
 
 
@@ -185,3 +190,57 @@ def _plain(text: str) -> str:
 def _cell(text: str) -> str:
     text = _plain(text)
     return text if len(text) <= _MAX_CELL else text[: _MAX_CELL - 3] + "..."
+
+
+def train_spans(storage: Storage, out: str) -> list[Span]:
+    """The epochs of a run: a span for training, with the seconds that rank 0 waited for decoders, and one for scoring.
+
+    Raises:
+        ChecksumMismatch: metrics.jsonl is not what train wrote.
+    """
+    uri, spans = join(out, "metrics.jsonl"), []
+    try:
+        lines = storage.read(uri).decode().splitlines()
+    except ObjectNotFound:
+        return []  # no epoch is done
+    try:
+        for row in (json.loads(line) for line in lines if line):
+            begin_s, train_s = row["time_s"] - row["epoch_s"], row.get("train_s", row["epoch_s"])
+            parts = {"waiting for decoders": row["decode_wait"] * train_s}
+            about = {"epoch": row["epoch"]}
+            at_s = begin_s + train_s
+            name = f"epoch {row['epoch']}"
+            spans.append(
+                Span(name=name, worker="training", begin_s=begin_s, end_s=at_s, parts=parts, about={**about, **row})
+            )
+            if "val_videos" in row:
+                about["val_videos"] = row["val_videos"]
+                spans.append(
+                    Span(name=f"{name}, scoring", worker="training", begin_s=at_s, end_s=row["time_s"], about=about)
+                )
+    except (ValueError, KeyError, TypeError) as error:
+        raise ChecksumMismatch(f"{uri} does not hold what kinoray wrote: {error!r}") from error
+    return spans
+
+
+def _print_time(storage: Storage, place: str) -> None:
+    """Where the time of one run went."""
+    spans = train_spans(storage, place)
+    if not spans:
+        print("no epoch is done yet")
+        return
+    epochs = [span for span in spans if span.parts]
+    scoring_s = sum(span.seconds for span in spans if not span.parts)
+    begin_s, end_s = spans[0].begin_s, spans[-1].end_s
+    whole_s, train_s = end_s - begin_s, sum(span.seconds for span in epochs)
+    wait_s = sum(span.parts["waiting for decoders"] for span in epochs)
+    print(f"\n{many(len(epochs), 'epoch')}, {clock(begin_s)} to {clock(end_s)}, {format_duration(whole_s)}")
+    for name, seconds in (
+        ("waiting for decoders", wait_s),
+        ("training steps", train_s - wait_s),
+        ("scoring", scoring_s),
+        ("between epochs", whole_s - covered_s(spans)),
+    ):
+        print(bar_line(name, seconds, whole_s))
+    slowest = max(epochs, key=lambda span: span.seconds)
+    print(f"  slowest: {slowest.name} with {format_duration(slowest.seconds)}")

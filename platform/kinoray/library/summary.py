@@ -1,0 +1,106 @@
+"""Where the time of a labelling went, from its commits alone.
+
+Each says when its unit was begun and done, where, and what the worker waited for.
+
+Easy to break: clocks of several machines are compared here, so a unit may seem to begin before its job.
+"""
+
+import json
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from datetime import datetime
+from typing import Any
+
+from kinoray.console import format_duration, many
+from kinoray.label.spans import Span, bar_line, clock, covered_s, trace_events
+from kinoray.label.table import Commit, Ledger, find_labellings
+from kinoray.storage.objects import Storage, absolute
+
+__all__ = ["label_spans", "summarise"]
+
+_SLOWEST = 5
+_STAGES = ("store", "decode", "model")  # of a unit; its commit is what ends it, so no commit can say how long it took
+
+
+def summarise(storage: Storage, place: str, to: str = "") -> list[Span]:
+    """Print where the time of each run of the labellings in `place` went; the spans of their units, also written to
+    `to` for a trace viewer.
+
+    Raises:
+        ObjectNotFound: there is no labelling.
+        StorageError: it cannot be read, or `to` cannot be written.
+    """
+    spans = [span for root in find_labellings(storage, place) for span in _labelling(Ledger(storage, root))]
+    if to:
+        storage.put(absolute(to), json.dumps(trace_events(spans, place)).encode())
+        print(f"labels: {len(spans)} spans are in {absolute(to)}; open it in https://ui.perfetto.dev")
+    return spans
+
+
+def label_spans(commits: Sequence[Commit]) -> list[Span]:
+    """A span for each unit whose commit says when it was made, by begin."""
+    spans = [
+        Span(
+            name=f"unit {commit.unit_id[:8]}",
+            worker=str(times["worker"]),
+            begin_s=float(times["begin_s"]),
+            end_s=float(times["end_s"]),
+            parts={stage: float(times[stage]) for stage in _STAGES},
+            about={"run": commit.run_id, "unit": commit.unit_id, **commit.counts},
+        )
+        for commit in commits
+        if (times := commit.times) is not None
+    ]
+    return sorted(spans, key=lambda span: (span.begin_s, span.worker))
+
+
+def _labelling(ledger: Ledger) -> list[Span]:
+    commits = list(ledger.commits())
+    jobs = {job["run_id"]: job for job in ledger.jobs()}
+    spans = label_spans(commits)
+    rows = sum(commit.rows for commit in commits)
+    print(f"{ledger.root}: {rows} videos in {len(commits)} units")
+    if len(spans) < len(commits):
+        print(f"  {many(len(commits) - len(spans), 'unit')} committed without times")
+    of_run = defaultdict(list)
+    for span in spans:
+        of_run[span.about["run"]].append(span)
+    for run_id, found in sorted(of_run.items(), key=lambda item: item[1][0].begin_s):
+        for line in _run_lines(run_id, found, jobs.get(run_id)):
+            print(line)
+    return spans
+
+
+def _run_lines(run_id: str, spans: list[Span], job: dict[str, Any] | None) -> list[str]:
+    """What is said of one run of a labelling."""
+    workers = sorted({span.worker for span in spans})
+    nodes = {worker.rpartition("/")[0] for worker in workers}
+    first_s, last_s = min(span.begin_s for span in spans), max(span.end_s for span in spans)
+    own_s = {worker: covered_s(span for span in spans if span.worker == worker) for worker in workers}
+    whole_s, busy_s = (last_s - first_s) * len(workers), sum(own_s.values())
+    waited = Counter[str]()
+    for span in spans:
+        waited.update(span.parts)
+    lines = [
+        f"run {run_id}: {many(len(spans), 'unit')} by {many(len(workers), 'worker')} on {many(len(nodes), 'node')}, "
+        f"{clock(first_s)} to {clock(last_s)}"
+    ]
+    if job is None:
+        lines.append("  it has no summary: it still runs, or was killed")
+    else:
+        lines.append(f"  {format_duration(job['wall_s'])} in all; its first unit began {_after(job, first_s)}")
+    lines.append(f"  of {len(workers)} x {format_duration(last_s - first_s)} from the first unit to the last:")
+    lines += [bar_line(f"{stage}", waited[stage], whole_s) for stage in _STAGES]
+    lines.append(bar_line("rest of the units", max(0.0, busy_s - sum(waited.values())), whole_s))
+    lines.append(bar_line("between units", max(0.0, whole_s - busy_s), whole_s))
+    lines.append("  slowest units:")
+    for span in sorted(spans, key=lambda span: -span.seconds)[:_SLOWEST]:
+        stage = max(_STAGES, key=lambda name: span.parts[name])
+        share = span.parts[stage] / span.seconds if span.seconds > 0 else 0.0
+        lines.append(f"    {span.about['unit']}  {span.seconds:.1f} s, {share:.0%} of it {stage}, on {span.worker}")
+    return lines
+
+
+def _after(job: dict[str, Any], first_s: float) -> str:
+    began_s = datetime.fromisoformat(job["began"]).timestamp()
+    return f"{format_duration(max(0.0, first_s - began_s))} after the job"
