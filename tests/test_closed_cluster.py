@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -61,6 +62,23 @@ class Head:
         process = self.kinoray(*arguments, "--address", self.url) if "--" not in arguments else self.kinoray(*arguments)
         output, _ = process.communicate(timeout=200)
         return process.returncode, output
+
+    def ray(self, *arguments: str) -> tuple[int, str]:
+        """Ray's own command for jobs, with that somebody's token."""
+        done = subprocess.run(
+            [str(Path(sys.executable).parent / "ray"), "job", *arguments, "--address", self.url],
+            env={**self.environment, "RAY_AUTH_MODE": "token"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=200,
+        )
+        return done.returncode, done.stdout
+
+    def jobs(self, run: str) -> list[dict[str, Any]]:
+        """The tries of a run, as the cluster lists them."""
+        found = [job for job in json.loads(self.get("/api/jobs/")) if job["metadata"].get("kinoray_run") == run]
+        return sorted(found, key=lambda job: str(job["submission_id"]))
 
     def submit(self, verb: str, *flags: str, options: tuple[str, ...] = ()) -> tuple[int, str]:
         return self.run("submit", verb, "--address", self.url, *options, "--", *flags)
@@ -168,7 +186,7 @@ def test_wrong_settings_and_strangers_submit_nothing(head: Head, tmp_path: Path)
     stolen.write_text("of another cluster")
     stolen.chmod(0o600)
     other = Head(head.url, {**head.environment, "RAY_AUTH_TOKEN_PATH": str(stolen)}, head.folder, head.process)
-    code, output = other.run("jobs")
+    code, output = other.submit("pack", "s3://b/videos", "--out", "s3://b/set")
     assert code == 1
     assert "does not take the token" in output
     assert head.get("/api/jobs/") == before
@@ -188,17 +206,17 @@ def test_a_submitted_pack_and_its_secrets(head: Head, bucket: str, s3_server: st
     assert "nightly: done" in output
     assert load_catalog(storage, f"{bucket}/set").table.num_rows == num_videos
 
-    code, listed = head.run("jobs", "--json")
-    assert code == 0
-    [row] = [json.loads(line) for line in listed.splitlines() if '"nightly"' in line]
-    assert (row["verb"], row["status"], row["tries"], row["exit_code"]) == ("pack", "SUCCEEDED", 1, 0)
-    assert row["out"] == f"{bucket}/set"
-    code, table = head.run("jobs")
-    assert any(line.split()[:3] == ["nightly", "pack", "succeeded"] for line in table.splitlines())
-    code, said = head.run("logs", "nightly")
-    assert said.strip() in output
+    [job] = head.jobs("nightly")
+    assert (job["submission_id"], job["status"], job["driver_exit_code"]) == ("nightly", "SUCCEEDED", 0)
+    assert (job["metadata"]["kinoray_verb"], job["metadata"]["kinoray_out"]) == ("pack", f"{bucket}/set")
+    code, listed = head.ray("list")
+    assert code == 0, listed
+    assert "nightly" in listed
+    code, said = head.ray("logs", "nightly")
+    assert code == 0, said
+    assert f"pack: found {num_videos} files" in said
 
-    shown = [output, listed, table, said, head.get("/api/jobs/"), head.get("/api/jobs/nightly/logs")]
+    shown = [output, listed, said, head.get("/api/jobs/"), head.get("/api/jobs/nightly/logs")]
     stored = [storage.read(info.uri) for info in storage.list(f"{bucket}/set/")]
     kept = []
     for path in head.folder.rglob("*"):
@@ -227,11 +245,8 @@ def test_a_job_that_fails_gives_its_own_code_and_is_not_tried_again(head: Head, 
     inside = head.submit("pack", str(videos.parent), "--out", str(videos / "set"), options=("--run-id", "inside"))
     assert inside[0] == 2, inside[1]
     assert "a setting is wrong (exit code 2)" in inside[1]
-    rows = [json.loads(line) for line in head.run("jobs", "--json")[1].splitlines()]
-    assert {row["run"]: (row["tries"], row["exit_code"]) for row in rows if row["run"] in ("bad", "inside")} == {
-        "bad": (1, 1),
-        "inside": (1, 2),
-    }
+    for run, expected in (("bad", 1), ("inside", 2)):
+        assert [job["driver_exit_code"] for job in head.jobs(run)] == [expected]
 
 
 def slow_pack(folder: Path) -> tuple[str, ...]:
@@ -264,15 +279,16 @@ def test_a_killed_driver_is_submitted_again_and_goes_on(head: Head, tmp_path: Pa
     first, second = [line for line in output.splitlines() if line.startswith("pack: found")]
     assert ", 0 done already" in first
     assert ", 0 done already" not in second
-    [row] = [json.loads(line) for line in head.run("jobs", "--json")[1].splitlines() if '"again"' in line]
-    assert (row["tries"], row["exit_code"], row["submission_id"]) == (2, 0, "again-try2")
+    tries = head.jobs("again")
+    assert [job["submission_id"] for job in tries] == ["again", "again-try2"]
+    assert (tries[0]["status"], tries[1]["driver_exit_code"]) == ("FAILED", 0)
     config = config_at("http://127.0.0.1:1")
     assert load_catalog(Storage(config), str(tmp_path / "set")).table.num_rows == NUM_VIDEOS
 
 
 @pytest.mark.slow
-def test_watching_ends_without_the_job_and_stop_ends_it(head: Head, tmp_path: Path) -> None:
-    """Ctrl-C leaves it running; the same command follows it; another of its name is refused; stop waits for its end."""
+def test_watching_ends_without_the_job_and_rays_stop_ends_it(head: Head, tmp_path: Path) -> None:
+    """Ctrl-C leaves it running; the same command follows it; another of its name is refused; ray job stop ends it."""
     flags = slow_pack(tmp_path)
     command = ("submit", "pack", "--address", head.url, "--run-id", "watched", "--", *flags)
     process = head.kinoray(*command)
@@ -289,7 +305,7 @@ def test_watching_ends_without_the_job_and_stop_ends_it(head: Head, tmp_path: Pa
     rest, _ = process.communicate(timeout=60)
     assert process.returncode == 130, seen
     assert "the job goes on" in rest
-    assert "kinoray logs watched -f --address" in rest
+    assert "ray job logs watched --follow --address" in rest
     assert head.driver() is not None
     code, output = head.submit("pack", *flags[:-1], "2", options=("--run-id", "watched"))
     assert code == 2
@@ -298,13 +314,8 @@ def test_watching_ends_without_the_job_and_stop_ends_it(head: Head, tmp_path: Pa
     again = head.kinoray(*command)
     assert again.stdout is not None
     assert "watched is running already; following it" in again.stdout.readline()
-    code, output = head.run("stop", "watched")
-    assert code == 0
-    assert "watched: was stopped, after" in output
+    code, output = head.ray("stop", "watched")
+    assert code == 0, output
     again.communicate(timeout=60)
     assert again.returncode == 130
     wait_until(lambda: head.driver() is None, 20, "the driver is gone")
-    assert "had ended before" in head.run("stop", "watched")[1]
-    code, output = head.run("stop", "nobody")
-    assert code == 2
-    assert "run must be one that" in output

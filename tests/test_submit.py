@@ -15,8 +15,7 @@ import yaml
 from conftest import ROOT
 from kinoray.cluster.address import find_url, is_here, is_open
 from kinoray.cluster.client import Attempt, JobsClient
-from kinoray.cluster.config import LogsConfig, SubmitConfig
-from kinoray.cluster.jobs import _runs, _table
+from kinoray.cluster.config import SubmitConfig
 from kinoray.cluster.package import build_folder, check_settings, entrypoint, metadata, runtime_env
 from kinoray.cluster.token import find_token, private_token_file
 from kinoray.config.file import load_config, to_yaml
@@ -148,8 +147,8 @@ def test_nothing_of_the_environment_is_sent(tmp_path: Path, monkeypatch: pytest.
 
 def test_run_ids_are_plain() -> None:
     for wrong in ("a/b", "../x", "a b", "x" * 81, "-x"):
-        with pytest.raises(ConfigError, match="run must be 1 to 80 letters"):
-            LogsConfig(run=wrong)
+        with pytest.raises(ConfigError, match="run_id must be 1 to 80 letters"):
+            SubmitConfig(verb="pack", run_id=wrong)
 
 
 # Where to
@@ -382,17 +381,3 @@ def test_a_token_that_others_can_read_or_that_is_not_there_is_refused(
 def test_which_ends_are_tried_again(changes: dict[str, Any], exit_code: int | None, was_killed: bool) -> None:
     end = attempt(**changes)
     assert (end.exit_code, end.was_killed) == (exit_code, was_killed)
-
-
-def test_tries_of_a_run_are_one_line_and_names_do_nothing_to_the_terminal() -> None:
-    killed = attempt(status="FAILED", driver_code=-9)
-    again = attempt(submission_id="pack-1-try2", number=2, started_s=1012.0, ended_s=1090.0)
-    evil = attempt(run="other", submission_id="other", out="s3://b/\x1b[2J", started_s=1100.0, ended_s=0.0)
-    found = _runs([killed, again, evil], now_s=1105.0)
-    assert [(run.run, run.tries, run.duration_s, run.exit_code) for run in found] == [
-        ("pack-1", 2, 90.0, 0),
-        ("other", 1, 5.0, 0),
-    ]
-    lines = _table(found).splitlines()
-    assert lines[0].split() == ["RUN", "VERB", "STATUS", "TRIES", "STARTED", "TOOK", "EXIT", "OUT"]
-    assert lines[2].endswith("s3://b/?[2J")

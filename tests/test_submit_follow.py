@@ -16,8 +16,8 @@ from typing import Any
 import pytest
 from aiohttp import web
 
-from kinoray.cluster.config import JobsConfig, LogsConfig, StopConfig, SubmitConfig
-from kinoray.cluster.jobs import jobs, logs, stop
+from kinoray.cluster.client import JobsClient
+from kinoray.cluster.config import SubmitConfig
 from kinoray.cluster.package import metadata
 from kinoray.cluster.submit import submit
 from kinoray.config.file import to_yaml
@@ -213,8 +213,9 @@ def test_only_what_was_killed_is_submitted_again(
     said = capsys.readouterr().err
     assert said.count("submitted again") == tries - 1
     assert ("are used up" in said) == (retries > 0 and tries == retries + 1)
-    [listed] = jobs(JobsConfig(address=cluster.url))
-    assert (listed.tries, listed.exit_code, listed.submission_id) == (tries, code, names[tries - 1])
+    known = JobsClient(cluster.url, allow_open=False).run("nightly")
+    assert [one.submission_id for one in known] == names[:tries]
+    assert known[-1].exit_code == code
 
 
 def test_a_head_that_forgot_the_job_gets_it_again(cluster: Cluster, capsys: pytest.CaptureFixture[str]) -> None:
@@ -228,8 +229,8 @@ def test_the_same_command_follows_what_runs_and_goes_on_with_what_ended(
     cluster: Cluster, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert submit(command(cluster, wait=False)) == 0
-    assert "Follow it: kinoray logs nightly -f --address" in capsys.readouterr().err
-    with pytest.raises(ConfigError, match=r"run_id: nightly is running with other settings; stop it \(kinoray stop"):
+    assert "Follow it: the same command again, or ray job logs nightly --follow --address" in capsys.readouterr().err
+    with pytest.raises(ConfigError, match=r"nightly is running with other settings; stop it \(ray job stop nightly\)"):
         submit(command(cluster, shard_mb=1))
     assert submit(command(cluster)) == 0
     assert "nightly is running already; following it" in capsys.readouterr().err
@@ -265,21 +266,6 @@ def test_equal_settings_are_one_run_without_a_name(cluster: Cluster) -> None:
     first, second = [asked["submission_id"] for asked in cluster.submitted]
     assert first != second
     assert all(re.fullmatch("pack-[0-9a-f]{10}", name) for name in (first, second))
-
-
-def test_stopping_and_reading(cluster: Cluster, capsys: pytest.CaptureFixture[str]) -> None:
-    submit(command(cluster, wait=False))
-    capsys.readouterr()
-    logs(LogsConfig(run="nightly", address=cluster.url))
-    assert capsys.readouterr().out == TEXT
-    assert stop(StopConfig(run="nightly", address=cluster.url)) == 0
-    assert capsys.readouterr().out.startswith("nightly: was stopped, after")
-    assert stop(StopConfig(run="nightly", address=cluster.url)) == 0
-    assert "had ended before" in capsys.readouterr().out
-    with pytest.raises(ConfigError, match=r"run must be one that .* knows \(newest first: nightly\), got 'other'"):
-        logs(LogsConfig(run="other", address=cluster.url))
-    with pytest.raises(ConfigError, match="attempt must be one of 1 for nightly, got 4"):
-        logs(LogsConfig(run="nightly", address=cluster.url, attempt=4))
 
 
 def test_a_cluster_that_stays_silent_ends_the_watching_with_an_error(

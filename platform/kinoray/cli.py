@@ -184,28 +184,6 @@ VERBS: Mapping[str, Verb] = {
         main=("flags", "address", "run_id", "code"),
         gives_code=True,
     ),
-    "jobs": Verb(
-        wish=_CLUSTER,
-        settings="kinoray.cluster.config:JobsConfig",
-        function="kinoray.cluster.jobs:jobs",
-        summary="submitted jobs: how they stand, and what came of them",
-        main=("address", "json"),
-    ),
-    "logs": Verb(
-        wish=_CLUSTER,
-        settings="kinoray.cluster.config:LogsConfig",
-        function="kinoray.cluster.jobs:logs",
-        summary="what a submitted job has printed",
-        main=("address", "follow"),
-    ),
-    "stop": Verb(
-        wish=_CLUSTER,
-        settings="kinoray.cluster.config:StopConfig",
-        function="kinoray.cluster.jobs:stop",
-        summary="stop a submitted job, and wait for its end",
-        main=("address",),
-        gives_code=True,
-    ),
     "demo": Verb(
         wish=_TRY,
         settings="kinoray.demo.config:DemoConfig",

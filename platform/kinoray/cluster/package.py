@@ -132,7 +132,7 @@ def entrypoint(config: SubmitConfig) -> str:
 
 
 def metadata(config: SubmitConfig, run: str, number: int) -> dict[str, str]:
-    """What `kinoray jobs` shows, and what tells two submissions with one id apart."""
+    """What the dashboard shows of it, and what tells two submissions with one id apart."""
     settings = read_settings(config)
     return {
         "kinoray_run": run,

@@ -35,12 +35,12 @@ def submit(config: SubmitConfig) -> int:
         _say(f"warning: {jobs.warning}")
     attempt = _running(jobs, run, digest(settings)) or _start(jobs, config, run)
     if not config.wait:
-        _say(f"{run} is {attempt.status.lower()}. {_hints(jobs, run)}")
+        _say(f"{run} is {attempt.status.lower()}. {_hints(jobs, attempt)}")
         return 0
     try:
         return _see_through(jobs, config, attempt)
     except KeyboardInterrupt:
-        _say(f"no longer watched; the job goes on. {_hints(jobs, run)}")
+        _say(f"no longer watched; the job goes on. {_hints(jobs, attempt)}")
         return _INTERRUPTED
 
 
@@ -64,7 +64,8 @@ def _running(jobs: JobsClient, run: str, settings: str) -> Attempt | None:
     if not active:
         return None
     if active[-1].settings != settings:
-        raise ConfigError(f"run_id: {run} is running with other settings; stop it (kinoray stop {run}) or name another")
+        stop = f"ray job stop {active[-1].submission_id}"
+        raise ConfigError(f"run_id: {run} is running with other settings; stop it ({stop}) or name another")
     _say(f"{active[-1].submission_id} is {active[-1].status.lower()} already; following it")
     return active[-1]
 
@@ -86,9 +87,9 @@ def _start(jobs: JobsClient, config: SubmitConfig, run: str) -> Attempt:
     return attempt
 
 
-def _hints(jobs: JobsClient, run: str) -> str:
-    at = f"--address {jobs.url}"
-    return f"Follow it: kinoray logs {run} -f {at}; stop it: kinoray stop {run} {at}"
+def _hints(jobs: JobsClient, attempt: Attempt) -> str:
+    name, at = attempt.submission_id, f"--address {jobs.url}"
+    return f"Follow it: the same command again, or ray job logs {name} --follow {at}; stop it: ray job stop {name} {at}"
 
 
 def _say(text: str) -> None:

@@ -102,7 +102,7 @@ def _ask_nodes(url: str) -> dict[str, Any]:
     lines = [line.removeprefix(MARK) for line in output.splitlines() if line.startswith(MARK)]
     if end.status != "SUCCEEDED" or not lines:
         last = next((line.strip() for line in reversed(output.splitlines()) if line.strip()), end.message)
-        raise ClusterError(f"job {run} {end.status.lower()}: {last}; `kinoray logs {run} --address {url}` says more")
+        raise ClusterError(f"job {run} {end.status.lower()}: {last}; `ray job logs {run} --address {url}` says more")
     return parse_record(lines[-1].encode(), f"the answer of job {run}", dict)
 
 
