@@ -9,9 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torchmetrics.functional.classification import multiclass_confusion_matrix
 
 __all__ = ["Scores", "score", "wilson_interval"]
 
@@ -169,12 +167,8 @@ def score(labels: IntArray, topk: IntArray, num_classes: int, *, unreadable: int
     for name, ids in (("labels", labels), ("topk", topk)):
         if ids.size and not (ids.min() >= 0 and ids.max() < num_classes):
             raise ValueError(f"{name} must be class ids in 0 .. {num_classes - 1}, got {ids.min()} .. {ids.max()}")
-    if num_classes == 1 or not len(labels):  # torchmetrics refuses a single class
-        confusion = np.full((num_classes, num_classes), len(labels), dtype=np.int64)
-    else:
-        first = torch.from_numpy(np.ascontiguousarray(topk[:, 0], dtype=np.int64))
-        truth = torch.from_numpy(np.ascontiguousarray(labels, dtype=np.int64))
-        confusion = multiclass_confusion_matrix(first, truth, num_classes).numpy().astype(np.int64)
+    pairs = labels.astype(np.int64) * num_classes + topk[:, 0]
+    confusion = np.bincount(pairs, minlength=num_classes**2).reshape(num_classes, num_classes).astype(np.int64)
     within = (topk[:, :top] == labels[:, None]).any(axis=1)
     hits = np.bincount(labels[within], minlength=num_classes).astype(np.int64)
     return Scores(confusion, hits, unreadable, missing)
