@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import io
 import re
+import runpy
 import subprocess
 from pathlib import Path
 
@@ -16,7 +17,7 @@ import yaml
 
 from guide_blocks import NOT_RUN, ROOT, commands, fenced, outside, pages, read_page, shell_blocks
 from guide_world import small
-from kinoray.cli import VERBS, main
+from kinoray.cli import VERBS, main, parse_settings
 
 LANGUAGES = {"sh", "json", "yaml", "sql", "csv", "text", "python"}
 INDENTED = re.compile(r"^ {4,}(?:kinoray|python|pip|make|ray|pytest|source|export|aws|kubectl|docker) ", re.MULTILINE)
@@ -44,7 +45,10 @@ def test_every_command_of_kinoray_parses(page: str, tmp_path: Path) -> None:
         for words in commands(block, "kinoray"):
             parse(words[1], words[2:], tmp_path)
         for words in commands(block, "python"):
-            if words[1].startswith("jobs/"):
+            if words[1] == "jobs/ablate.py":
+                cls = runpy.run_path(str(ROOT / words[1]))["AblateConfig"]
+                assert parse_settings("ablate", cls, words[2:]) is not None
+            elif words[1].startswith("jobs/"):
                 parse(Path(words[1]).stem, words[2:], tmp_path)
 
 

@@ -67,7 +67,6 @@ from kinoray.train.runfolder import add_start, claim_run, read_losses, read_metr
 from kinoray.train.runs import find_runs
 from kinoray.tune.space import parse_space
 from kinoray.tune.table import known_trials, read_outcome
-from kinoray.tune.trial import generations
 from kinoray.video.cache import FrameCache
 from kinoray.video.sandbox.pool import shared_sandbox
 from small_sets import LABELS, catalog_of
@@ -307,7 +306,7 @@ READERS: dict[str, Callable[[Path, bytes], object]] = {
     "environment.json": read_as("environment.json", lambda folder, uri: add_start(LOCAL, str(folder), {})),
     "status.json": read_as("status.json", first_start),
     "trial.json": read_as("trials/t1/trial.json", lambda folder, uri: known_trials(LOCAL, str(folder))),
-    "trial.json of a trial": read_as("trials/t1/trial.json", lambda folder, uri: generations(LOCAL, str(folder), "t1")),
+    "trial.json of a trial": read_as("trials/t1/trial.json", lambda folder, uri: known_trials(LOCAL, str(folder))),
     "outcome.json": read_as("trials/t1/outcome.json", lambda folder, uri: read_outcome(LOCAL, str(folder), "t1")),
     "plan.json of a pack": read_as("plan.json", lambda folder, uri: pin_plan(LOCAL, str(folder), {"files": "x"})),
     "commit of a shard": read_as("shards/a.json", lambda folder, uri: read_commit(LOCAL, str(folder), "a")),

@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 from kinoray.cli import main
 from kinoray.config.file import load_config
@@ -29,10 +28,9 @@ from kinoray.config.shared import (
     ViewConfig,
 )
 from kinoray.errors import ClusterError, ConfigError, JobError
-from kinoray.network.checkpoint import list_checkpoints, load_model_state, load_train_state, save_checkpoint
 from kinoray.storage.objects import Storage, join
 from kinoray.train.config import TrainConfig
-from kinoray.train.runfolder import claim_run, read_metrics, run_digest, write_metrics
+from kinoray.train.runfolder import read_metrics, write_metrics
 from kinoray.train.verb import train
 from kinoray.tune.cache import shared_cache
 from kinoray.tune.config import TuneConfig, train_config
@@ -41,11 +39,10 @@ from kinoray.tune.page import TrialRow, heat_map, tune_page
 from kinoray.tune.search import optuna_searcher, planned_trials
 from kinoray.tune.space import Settings, apply, draw_trials, grid_trials, parse_space, trial_id
 from kinoray.tune.table import best_row, ranked, read_trial, write_outcome
-from kinoray.tune.trial import copy_checkpoint, generations, trial_run
+from kinoray.tune.trial import trial_run
 from kinoray.tune.verb import tune
 from ports import wait_until
 from small_sets import colour_set, set_in
-from test_checkpoint import META, tiny_state
 
 CLIP = ClipConfig(sample=SampleConfig(num_segments=1, frames_per_segment=2), view=ViewConfig(resize_px=32, crop_px=24))
 SPACE = {"optim.lr": "0.001,0.05", "clip.sample.num_segments": "1,2"}
@@ -188,8 +185,6 @@ def test_flags_and_files_give_the_same_space(tmp_path: Path, capsys: pytest.Capt
     assert config.scheduler == "fifo"
     assert main(["tune", "set", "--out", "o", "--space", "optim.lr", "--print-config"]) == 2
     assert "space must be PATH=VALUES" in capsys.readouterr().err
-    assert main(["tune", "set", "--out", "o", "--scheduler", "pbt", "--space", "model.options.heads=1,2"]) == 2
-    assert "one of optim.clip_norm, optim.lr, optim.weight_decay at least with scheduler pbt" in capsys.readouterr().err
 
 
 # What fits a cluster
@@ -239,7 +234,6 @@ def test_a_trial_that_cannot_fit_is_refused_with_the_sum() -> None:
         ({"space": {"clip.sample.num_segments": "4,0"}}, "num_segments must be at least 1"),
         ({"space": {"model.options.dropout": "0.1,0.2", "model.options.depth": "1,2"}}, r"options\.depth is not"),
         ({"search": "grid", "space": {"optim.lr": "log:1e-3..1"}}, "add /COUNT"),
-        ({"scheduler": "pbt", "space": {"optim.lr": "0.5"}}, "at least 2 trials"),
     ],
 )
 def test_what_a_trial_would_fail_of_is_refused_first(
@@ -288,16 +282,13 @@ def test_all_samplings_of_a_sweep_share_its_cache(tmp_path: Path) -> None:
 
 def test_the_table_is_what_the_run_folders_say(tmp_path: Path) -> None:
     storage, out = Storage(), str(tmp_path)
-    for generation, values in enumerate([(0.2, 0.5, 0.4), (0.7, 0.6)]):  # the second continues another trial's
-        run = trial_run(out, "abc", generation)
-        storage.put(join(run, "trial.json"), json.dumps({"settings": {"optim.lr": generation + 1.0}}).encode())
-        for number, value in enumerate(values):
-            row = {"epoch": 3 * generation + number + 1, "val_top1": value, "decode_cpu_s": 0.5, "time_s": 1e9}
-            write_metrics(storage, run, row)
+    run = trial_run(out, "abc")
+    for epoch, value in enumerate((0.2, 0.5, 0.4, 0.5, 0.3), 1):
+        write_metrics(storage, run, {"epoch": epoch, "val_top1": value, "decode_cpu_s": 0.5, "time_s": 1e9})
     row = read_trial(storage, out, "abc", {"optim.lr": 1.0})
-    assert (row.best_val_top1, row.best_epoch, row.epochs, row.status) == (0.7, 4, 5, "unfinished")
-    assert (row.settings, row.run, row.decode_cpu_s) == ({"optim.lr": 2.0}, trial_run(out, "abc", 1), 2.5)
-    assert row.curve == ((1, 0.2), (2, 0.5), (3, 0.4), (4, 0.7), (5, 0.6))
+    assert (row.best_val_top1, row.best_epoch, row.epochs, row.status) == (0.5, 2, 5, "unfinished")
+    assert (row.settings, row.run, row.decode_cpu_s) == ({"optim.lr": 1.0}, run, 2.5)
+    assert row.curve == ((1, 0.2), (2, 0.5), (3, 0.4), (4, 0.5), (5, 0.3))
     write_outcome(storage, out, "abc", {"status": "failed", "error_class": "TrainingDiverged", "error_text": "nan"})
     assert read_trial(storage, out, "abc", {}).error == "TrainingDiverged: nan"
     waiting = read_trial(storage, out, "new", {"optim.lr": 3.0})
@@ -310,28 +301,6 @@ def test_the_table_is_what_the_run_folders_say(tmp_path: Path) -> None:
     assert best_row(ranked([failed, poor]), out) == poor
     with pytest.raises(JobError, match="TrainingDiverged: nan"):
         best_row([failed], out)
-
-
-def test_an_exchange_copies_the_whole_checkpoint(small_set: str, tmp_path: Path) -> None:
-    from kinoray.catalog.table import load_catalog
-
-    storage, catalog = Storage(), load_catalog(Storage(), small_set)
-    source, config = str(tmp_path / "good"), TrainConfig(catalog=small_set, out=str(tmp_path / "bad"))
-    moments = {"fc.weight/exp_avg": torch.arange(3.0)}
-    for epoch in (1, 2, 3):
-        state = {name: value + epoch for name, value in tiny_state().items()}
-        uri = join(source, "checkpoints", f"e{epoch}")
-        meta = dataclasses.replace(META, epoch=epoch, step=4 * epoch, run_digest="of the good run")
-        save_checkpoint(storage, uri, model_state=state, train_state=moments, meta=meta)
-    assert copy_checkpoint(storage, source, 2, config) == 2
-    ((uri, meta),) = list_checkpoints(storage, config.out)
-    assert (meta.epoch, meta.step, meta.run_digest) == (2, 8, run_digest(config, catalog))
-    for name, value in tiny_state().items():
-        assert torch.equal(load_model_state(storage, uri)[name], value + 2)
-    assert torch.equal(load_train_state(storage, uri)["fc.weight/exp_avg"], torch.arange(3.0))
-    claim_run(storage, config, catalog)  # it is the run's own now
-    other = dataclasses.replace(config, out=str(tmp_path / "late"))
-    assert copy_checkpoint(storage, source, 9, other) == 3  # the newest, if the one that was meant is gone
 
 
 # The page
@@ -524,42 +493,6 @@ def test_a_killed_sweep_goes_on_and_asha_stops_nothing_before_the_grace_period(s
     for name, text in begun.items():  # what was trained before the kill stayed as it was
         first = text.splitlines()[0]
         assert (trials / name / "metrics.jsonl").read_text().startswith(first)
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(1800)
-def test_pbt_goes_on_from_the_good_trials_checkpoint(small_set: str, tmp_path: Path, ray_local: None) -> None:
-    config = make_config(
-        small_set,
-        str(tmp_path / "sweep"),
-        optim=OptimConfig(epochs=6, batch_size=8),
-        space={"optim.lr": "log:0.00001..0.2/4"},
-        search="grid",
-        scheduler="pbt",
-        perturb_epochs=2,
-        keep_checkpoints=6,
-        resources=ResourcesConfig(num_workers=1, decode_tasks=3, local_cpus=4),  # one at a time: they take turns
-    )
-    summary = tune(config)
-    assert summary["status"] == {"finished": 4}
-    storage, exchanged = Storage(), 0
-    for path in (tmp_path / "sweep" / "trials").glob("*-g*/trial.json"):
-        about = json.loads(path.read_text())
-        run = str(path.parent)
-        copied = [(uri, meta) for uri, meta in list_checkpoints(storage, run) if meta.epoch == about["from_epoch"]]
-        source = [
-            uri for uri, meta in list_checkpoints(storage, about["from_run"]) if meta.epoch == about["from_epoch"]
-        ]
-        assert copied
-        assert source
-        ours, theirs = load_model_state(storage, copied[0][0]), load_model_state(storage, source[0])
-        assert ours.keys() == theirs.keys()
-        assert all(torch.equal(ours[name], theirs[name]) for name in ours)
-        assert read_metrics(storage, run)[0]["epoch"] == about["from_epoch"] + 1
-        assert 0.00001 <= about["settings"]["optim.lr"] <= 0.2
-        exchanged += 1
-    assert exchanged >= 1
-    assert all(generations(storage, config.out, path.name) for path in (tmp_path / "sweep" / "trials").iterdir())
 
 
 @pytest.mark.slow

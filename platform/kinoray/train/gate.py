@@ -33,27 +33,11 @@ class _Run:
 class Desk:
     """The actor behind gates; see Gate for what its methods are for."""
 
-    def __init__(self, num_places: int) -> None:
+    def __init__(self) -> None:
         self._runs: dict[str, _Run] = {}
-        self._holders: set[str] = set()
-        self._num_places = num_places
-        self._changed = asyncio.Condition()
-
-    async def enter(self, name: str) -> None:
-        """Wait until fewer than num_places runs are inside."""
-        async with self._changed:
-            await self._changed.wait_for(lambda: name in self._holders or len(self._holders) < self._num_places)
-            self._holders.add(name)
-
-    async def leave(self, name: str) -> None:
-        """Make room for another run; no harm if it was not inside."""
-        async with self._changed:
-            self._holders.discard(name)
-            self._changed.notify_all()
 
     async def take_over(self, name: str) -> str:
         """A new watcher: what the last one left ends. Returns the placement group of its workers, or ""."""
-        await self.leave(name)
         last = self._runs.pop(name, None)
         if last is None:
             return ""
@@ -97,10 +81,10 @@ class Desk:
             run.verdict.set_result(go_on)
 
 
-def open_desk(num_places: int) -> Any:
-    """An actor handle of a Desk that lets so many runs in at a time, and ends with this process."""
-    # Every run may wait in `ask` and its watcher in `take` or `enter`.
-    return beside_me(Desk, max_concurrency=10_000).remote(num_places)
+def open_desk() -> Any:
+    """An actor handle of a Desk that ends with this process."""
+    # Every run may wait in `ask` and its watcher in `take`.
+    return beside_me(Desk, max_concurrency=10_000).remote()
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,14 +112,6 @@ class Gate:
     def go_on(self, row: Row) -> bool:
         """Called by a worker after an epoch, with the row of metrics.jsonl: whether to train another."""
         return bool(ray.get(self.desk.ask.remote(self.name, dict(row))))
-
-    def enter(self) -> None:
-        """Wait until the cluster has room for this run."""
-        ray.get(self.desk.enter.remote(self.name))
-
-    def leave(self) -> None:
-        """Make room for another run."""
-        ray.get(self.desk.leave.remote(self.name))
 
     def take(self) -> Row | None:
         """Wait for the next epoch's row; None when the run is over."""

@@ -11,10 +11,7 @@ from kinoray.errors import ConfigError
 from kinoray.train.config import TrainConfig
 from kinoray.tune.space import parse_space
 
-__all__ = ["PERTURBED", "SpaceEntries", "TuneConfig", "default_space", "train_config"]
-
-PERTURBED = ("optim.clip_norm", "optim.lr", "optim.weight_decay")
-"""Settings that may change between two epochs of a run: what PBT perturbs."""
+__all__ = ["SpaceEntries", "TuneConfig", "default_space", "train_config"]
 
 
 def _parse_entries(items: list[str]) -> dict[str, Any]:
@@ -77,11 +74,9 @@ class TuneConfig(TrainConfig):
     search: Literal["random", "grid", "optuna"] = "random"
     """Which settings are tried: drawn at random, all combinations of lists, or chosen by Optuna's TPE from the results
     so far (pip install 'kinoray[optuna]')."""
-    scheduler: Literal["asha", "fifo", "pbt"] = "asha"
+    scheduler: Literal["asha", "fifo"] = "asha"
     """asha: stop a trial at a rung (grace_epochs, times reduction_factor, ...) unless it is among the best
-    1/reduction_factor there. fifo: train all to the end. pbt: at every perturb_epochs the worst quarter continues from
-    a copy of a good trial's checkpoint with its settings, of which lr, weight_decay and clip_norm are perturbed if
-    space names them."""
+    1/reduction_factor there. fifo: train all to the end."""
     num_trials: int = 8
     """Trials of a random or Optuna search; a grid has as many as it has."""
     grace_epochs: int | None = None
@@ -90,8 +85,6 @@ class TuneConfig(TrainConfig):
     """
     reduction_factor: float = 3.0
     """ASHA: which share of the trials passes a rung, and how far apart rungs are."""
-    perturb_epochs: int = 4
-    """PBT: epochs between two exchanges of a trial."""
     max_concurrent: int | None = None
     """Trials at a time, at most. Default: as many as the cluster holds."""
     search_seed: int = 0
@@ -99,20 +92,15 @@ class TuneConfig(TrainConfig):
 
     def __post_init__(self) -> None:
         TrainConfig.__post_init__(self)  # super() without arguments fails in a dataclass with slots
-        axes = parse_space(self.space)
+        parse_space(self.space)
         require(bool(self.val_split), "val_split", "a split to compare trials on", self.val_split)
         require(self.eval_every == 1, "eval_every", "1: trials are compared after each epoch", self.eval_every)
         require(self.patience == 0, "patience", "0: scheduler says which trials stop", self.patience)
         require(self.num_trials >= 1, "num_trials", "at least 1", self.num_trials)
         require(self.grace_epochs is None or self.grace_epochs >= 1, "grace_epochs", "at least 1", self.grace_epochs)
         require(self.reduction_factor > 1, "reduction_factor", "greater than 1", self.reduction_factor)
-        require(self.perturb_epochs >= 1, "perturb_epochs", "at least 1", self.perturb_epochs)
         concurrent = self.max_concurrent
         require(concurrent is None or concurrent >= 1, "max_concurrent", "at least 1", concurrent)
-        if self.scheduler == "pbt":
-            require(self.search != "optuna", "search", "random or grid with scheduler pbt", self.search)
-            movable = any(axis.path in PERTURBED for axis in axes)
-            require(movable, "space", f"one of {', '.join(PERTURBED)} at least with scheduler pbt", list(self.space))
 
     @property
     def grace(self) -> int:

@@ -50,7 +50,7 @@ class TrialRow:
     error: str
     """Why it failed."""
     curve: tuple[tuple[int, float], ...]
-    """(epoch, val_top1) of every epoch; under PBT of all runs that the trial trained, one after the other."""
+    """(epoch, val_top1) of every epoch."""
 
 
 def _order(axes: Sequence[Axis]) -> list[str]:

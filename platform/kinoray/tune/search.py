@@ -1,16 +1,14 @@
 """Which settings Ray Tune is given, in what order, and what it stops: the searchers and schedulers of a sweep."""
 
-import random
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ray import tune
-from ray.tune.schedulers import AsyncHyperBandScheduler, PopulationBasedTraining, TrialScheduler
+from ray.tune.schedulers import AsyncHyperBandScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
 from kinoray.errors import ConfigError
-from kinoray.tune.config import PERTURBED, TuneConfig
+from kinoray.tune.config import TuneConfig
 from kinoray.tune.space import Axis, Settings, draw_trials, grid_trials
 from kinoray.tune.space import trial_id as settings_id
 from kinoray.tune.trial import METRIC
@@ -24,18 +22,16 @@ def planned_trials(config: TuneConfig, axes: Sequence[Axis]) -> dict[str, Settin
     """Every trial of the sweep by its id; empty where Optuna chooses them on the way.
 
     Raises:
-        ConfigError: a grid needs lists of values; pbt needs two trials.
+        ConfigError: a grid needs lists of values.
     """
     if config.search == "optuna":
         return {}
     is_grid = config.search == "grid"
     trials = grid_trials(axes) if is_grid else draw_trials(axes, config.num_trials, config.search_seed)
-    if config.scheduler == "pbt" and len(trials) < 2:
-        raise ConfigError(f"scheduler pbt needs at least 2 trials to exchange anything, got {len(trials)}")
     return {settings_id(settings): settings for settings in trials}
 
 
-def make_scheduler(config: TuneConfig, axes: Sequence[Axis], epochs: int) -> TrialScheduler | None:
+def make_scheduler(config: TuneConfig, epochs: int) -> TrialScheduler | None:
     """Tune's scheduler, counting in epochs; None trains all trials to the end."""
     if config.scheduler == "asha":
         return AsyncHyperBandScheduler(
@@ -46,34 +42,7 @@ def make_scheduler(config: TuneConfig, axes: Sequence[Axis], epochs: int) -> Tri
             grace_period=min(config.grace, epochs),
             reduction_factor=config.reduction_factor,
         )
-    if config.scheduler == "pbt":
-        random.seed(config.search_seed)  # Ray perturbs with Python's own generator
-        moved = [axis for axis in axes if axis.path in PERTURBED]
-
-        def keep_inside(new: dict[str, Any]) -> dict[str, Any]:
-            settings = new["choice"]["settings"]
-            settings |= {axis.path: axis.clip(settings[axis.path]) for axis in moved if not axis.values}
-            return new
-
-        return PopulationBasedTraining(
-            time_attr="epoch",
-            metric=METRIC,
-            mode="max",
-            perturbation_interval=config.perturb_epochs,
-            hyperparam_mutations={"choice": {"settings": {axis.path: _mutation(axis) for axis in moved}}},
-            custom_explore_fn=keep_inside,
-            log_config=False,
-        )
     return None
-
-
-def _mutation(axis: Axis) -> Any:
-    """What PBT draws a new value from, now and then; else it multiplies by 0.8 or 1.2, or takes a neighbour."""
-    if axis.values:
-        return list(axis.values)
-    if axis.scale == "int":
-        return tune.randint(int(axis.low), int(axis.high) + 1)
-    return tune.loguniform(axis.low, axis.high) if axis.scale == "log" else tune.uniform(axis.low, axis.high)
 
 
 def require_optuna() -> None:

@@ -70,7 +70,7 @@ class Axis:
         return self.clip(self.low + share * (self.high - self.low))
 
     def clip(self, value: float) -> float | int:
-        """A number moved into the range and rounded; a perturbed one may have left it."""
+        """A number moved into the range and rounded."""
         inside = min(max(value, self.low), self.high)
         return round(inside) if self.scale == "int" else min(max(float(f"{inside:.3g}"), self.low), self.high)
 

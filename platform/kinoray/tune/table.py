@@ -11,7 +11,7 @@ from kinoray.storage.records import read_record
 from kinoray.train.runfolder import read_metrics
 from kinoray.tune.page import TrialRow
 from kinoray.tune.space import Axis, Settings, require_of_space
-from kinoray.tune.trial import METRIC, generations, trial_run
+from kinoray.tune.trial import METRIC, trial_run
 
 __all__ = [
     "REPEATED",
@@ -53,7 +53,7 @@ def known_trials(storage: Storage, out: str) -> dict[str, Settings]:
     found = {}
     for info in storage.list(prefix):
         name, _, rest = info.uri.removeprefix(prefix).partition("/")
-        if rest == "trial.json" and "-g" not in name:
+        if rest == "trial.json":
             found[name] = read_record(storage, info.uri, lambda record: dict(record["settings"]))
     return found
 
@@ -71,27 +71,21 @@ def require_own_trials(storage: Storage, out: str, axes: Sequence[Axis]) -> None
 
 
 def read_trial(storage: Storage, out: str, name: str, settings: Settings) -> TrialRow:
-    """One row of the table; settings are those of the run that was best (they change under PBT)."""
+    """One row of the table."""
     outcome = read_outcome(storage, out, name)
-    best: tuple[float, int, str, Settings] | None = None
-    curve: list[tuple[int, float]] = []
-    decode_cpu_s, run = 0.0, trial_run(out, name)
-    for run, about in generations(storage, out, name):
-        for row in read_metrics(storage, run):
-            decode_cpu_s += float(row.get("decode_cpu_s", 0.0))
-            if METRIC in row:
-                curve.append((int(row["epoch"]), float(row[METRIC])))
-                if best is None or row[METRIC] > best[0]:
-                    best = (float(row[METRIC]), int(row["epoch"]), run, about["settings"])
+    run = trial_run(out, name)
+    metrics = read_metrics(storage, run)
+    curve = [(int(row["epoch"]), float(row[METRIC])) for row in metrics if METRIC in row]
+    best = max(curve, key=lambda point: (point[1], -point[0])) if curve else None
     return TrialRow(
         trial=name,
-        settings=best[3] if best else settings,
+        settings=settings,
         status=outcome["status"] or ("unfinished" if curve else "waiting"),
-        best_val_top1=best[0] if best else None,
-        best_epoch=best[1] if best else None,
+        best_val_top1=best[1] if best else None,
+        best_epoch=best[0] if best else None,
         epochs=curve[-1][0] if curve else 0,
-        run=best[2] if best else run,
-        decode_cpu_s=round(decode_cpu_s, 2),
+        run=run,
+        decode_cpu_s=round(sum(float(row.get("decode_cpu_s", 0.0)) for row in metrics), 2),
         error=": ".join(part for part in (outcome["error_class"], outcome["error_text"]) if part),
         curve=tuple(curve),
     )

@@ -50,7 +50,7 @@ from kinoray.tune.table import (
     write_outcome,
     write_table,
 )
-from kinoray.tune.trial import METRIC, TrialContext, TrialRun, generations
+from kinoray.tune.trial import METRIC, TrialContext, TrialRun
 
 __all__ = ["tune"]
 
@@ -145,7 +145,7 @@ def _check_trials(base: TrainConfig, tried: Sequence[Settings], catalog: Catalog
 def _claim_sweep(storage: Storage, config: TuneConfig, catalog: Catalog, *, is_study: bool) -> None:
     """Make config.out this sweep's folder, or check that it is; only the number of trials may grow."""
     ours = run_settings(config, catalog)
-    for name in ("space", "search", "scheduler", "grace", "reduction_factor", "perturb_epochs", "search_seed"):
+    for name in ("space", "search", "scheduler", "grace", "reduction_factor", "search_seed"):
         ours[name] = getattr(config, name)
     if is_study:
         ours["space"] = ours["search"] = "given"
@@ -175,8 +175,8 @@ def _ended(storage: Storage, out: str, name: str) -> str:
 class _Watch(ray_tune.Callback):  # type: ignore[misc]
     """Writes down how trials end, and says what happens."""
 
-    def __init__(self, storage: Storage, base: TrainConfig, desk: Any, ended: set[str]) -> None:
-        self._storage, self._base, self._desk, self._ended = storage, base, desk, ended
+    def __init__(self, storage: Storage, base: TrainConfig, ended: set[str]) -> None:
+        self._storage, self._base, self._ended = storage, base, ended
         self._best = 0.0
 
     def on_trial_result(self, iteration: int, trials: Any, trial: Any, result: Any, **info: Any) -> None:
@@ -202,7 +202,6 @@ class _Watch(ray_tune.Callback):  # type: ignore[misc]
         self._end(str(trial), "failed", "JobError", reason[-300:])
 
     def _end(self, name: str, status: str, error_class: str, error_text: str) -> None:
-        self._desk.leave.remote(name)  # PBT: a trial whose process died holds its place no longer
         if name in self._ended:
             return
         outcome = {"status": status, "error_class": error_class, "error_text": error_text}
@@ -237,12 +236,11 @@ def _run_trials(
     at_once = min(_room(config.resources), config.max_concurrent or num_trials, num_trials)
     if at_once < num_trials:
         print(f"tune: {at_once} trials at a time", flush=True)
-    is_pbt = config.scheduler == "pbt"
-    desk = open_desk(at_once)
-    context = TrialContext(base=base, desk=desk, interval=config.perturb_epochs if is_pbt else 0)
+    desk = open_desk()
+    context = TrialContext(base=base, desk=desk)
     ended = {name for name, how in status.items() if how}
     if trials:
-        choices = _choices(storage, config, trials, status)
+        choices = _choices(config, trials, status)
         space, search = {"choice": ray_tune.grid_search(choices)}, {}
     else:
         space, search = {}, _optuna(storage, config, axes, status)
@@ -252,9 +250,8 @@ def _run_trials(
         ray_tune.with_resources(ray_tune.with_parameters(TrialRun, context=context), {"memory": 1}),
         param_space=space,
         tune_config=ray_tune.TuneConfig(
-            scheduler=make_scheduler(config, axes, _most_epochs(base, trials)),
-            # All trials of a PBT population must be there at once; they take turns at the desk.
-            max_concurrent_trials=None if is_pbt else at_once,
+            scheduler=make_scheduler(config, _most_epochs(base, trials)),
+            max_concurrent_trials=at_once,
             trial_name_creator=_trial_name,
             trial_dirname_creator=_trial_name,
             **search,
@@ -263,7 +260,7 @@ def _run_trials(
             name=f"{time.time_ns()}",  # never Tune's own snapshot: it may lag behind the run folders
             storage_path=path,
             storage_filesystem=filesystem,
-            callbacks=[_Watch(storage, base, desk, ended)],
+            callbacks=[_Watch(storage, base, ended)],
             failure_config=ray_tune.FailureConfig(max_failures=config.max_failures),
             verbose=0,
         ),
@@ -282,18 +279,14 @@ def _most_epochs(base: TrainConfig, trials: Mapping[str, Settings]) -> int:
     return max(apply(base, settings).optim.epochs for settings in [{}, *trials.values()])
 
 
-def _choices(
-    storage: Storage, config: TuneConfig, trials: Mapping[str, Settings], status: Mapping[str, str]
-) -> list[dict[str, Any]]:
-    """What Tune is to run. ASHA and PBT compare with trials that have ended: those are shown to them once more."""
+def _choices(config: TuneConfig, trials: Mapping[str, Settings], status: Mapping[str, str]) -> list[dict[str, Any]]:
+    """What Tune is to run. ASHA compares with trials that have ended: those are shown to it once more."""
     choices = []
     for name, settings in sorted(trials.items(), key=lambda item: not status.get(item[0])):  # stable: ended ones first
         ended = bool(status.get(name))
         if status.get(name) == "failed" or (ended and config.scheduler == "fifo"):
             continue
-        runs = generations(storage, config.out, name)
-        newest = dict(runs[-1][1]["settings"]) if runs else settings
-        choices.append({"trial": name, "settings": newest, "ended": ended})
+        choices.append({"trial": name, "settings": settings, "ended": ended})
     return choices
 
 
@@ -356,6 +349,4 @@ def _best_yaml(base: TrainConfig, best: TrialRow) -> str:
     del tree["out"]
     found = f"trial {best.trial}, epoch {best.best_epoch}, val top-1 {best.best_val_top1}"
     head = f"# Best of the sweep {base.out!r}: {found}.\n"
-    if "-g" in best.run.rpartition("/")[2]:
-        head += f"# Its weights come from several settings, one after the other (PBT): go on from {best.run!r}.\n"
     return head + dump_yaml(tree)
