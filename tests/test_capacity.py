@@ -312,8 +312,9 @@ def test_a_wrong_setting_names_the_field(rates_file: str, changes: dict[str, Any
 
 
 def test_cpu_nodes_share_their_cores(rates_file: str, capsys: pytest.CaptureFixture[str]) -> None:
-    found = plan(config_of(rates_file, head_room=0.0, retry_fraction=0.0))["nodes"][0]
-    per_node = RATES.job_videos_per_s / RATES.cores * 16  # as many workers a core as in the measured job
+    found = plan(config_of(rates_file, head_room=0.0))["nodes"][0]
+    # As many workers a core as in the measured job; 1 % of the work is done twice.
+    per_node = RATES.job_videos_per_s / RATES.cores * 16 / 1.01
     assert found["videos_per_s"] == pytest.approx(found["nodes"] * per_node, rel=0.01)
     assert found["work_s"] == pytest.approx(NUM_VIDEOS / found["videos_per_s"], rel=0.02)
     assert found["bound"] == "CPU: the model"

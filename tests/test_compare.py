@@ -259,7 +259,7 @@ def test_a_comparison_is_what_plain_loops_count(tmp_path: Path, capsys: pytest.C
     a = evaluated(str(tmp_path / "a"), first, 1, unreadable=("v020", "v021"))
     b = evaluated(str(tmp_path / "b"), second, 2, labels=LABELS[::-1], skill=2.0, unreadable=("v021", "v022", "v023"))
     out = tmp_path / "page.html"
-    config = CompareConfig(a=a.uri, b=b.uri, out=str(out), frames_per_video=0, max_videos=5)
+    config = CompareConfig(a=a.uri, b=b.uri, out=str(out), frames_per_video=0)
     record = compare(config)
 
     both = sorted(a.scores.keys() & b.scores.keys())
@@ -320,8 +320,6 @@ def test_a_comparison_is_what_plain_loops_count(tmp_path: Path, capsys: pytest.C
                 str(tmp_path / "again.html"),
                 "--frames-per-video",
                 "0",
-                "--max-videos",
-                "5",
             ]
         )
         == 0
@@ -355,7 +353,7 @@ def test_nothing_in_a_page_comes_from_a_name(tmp_path: Path) -> None:
     hostile = Catalog(table.cast(catalog.table.schema), tuple(names[x] for x in catalog.labels))
     save_as_pack(LOCAL, source, hostile)
     a, b = (evaluated(str(tmp_path / f"{seed}"), source, seed, labels=HOSTILE) for seed in (1, 2))
-    compare(CompareConfig(a=a.uri, b=b.uri, out=str(tmp_path / "p.html"), frames_per_video=0, title=HOSTILE[0]))
+    compare(CompareConfig(a=a.uri, b=b.uri, out=str(tmp_path / "p.html"), frames_per_video=0))
     text = (tmp_path / "p.html").read_text()
     page = Page(text)
     assert "script" not in page.tags

@@ -29,7 +29,7 @@ from kinoray.doctor.section import format_bytes
 from kinoray.doctor.source import choose_sample, open_source
 from kinoray.doctor.verb import doctor
 from kinoray.doctor.videos import _REMEDIES
-from kinoray.errors import AccessDenied, CatalogError, ConfigError, ObjectNotFound, StorageUnavailable, TooManyBad
+from kinoray.errors import AccessDenied, CatalogError, ObjectNotFound, StorageUnavailable, TooManyBad
 from kinoray.pack.plan import make_plan
 from kinoray.pack.shard import pack_shard
 from kinoray.storage.objects import Storage, join
@@ -397,8 +397,6 @@ def test_a_source_without_videos_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "x.txt").write_text("x")
     with pytest.raises(CatalogError, match="found 1 files, but none"):
         doctor(config_of(tmp_path))
-    with pytest.raises(ConfigError, match="decoders must be at least 1, got 0"):
-        DoctorConfig(source="x", decoders=0)
 
 
 class Faulty(Storage):

@@ -250,13 +250,8 @@ def test_labels_that_are_numbers_are_sorted_as_numbers() -> None:
         ({"annotations": ("x.csv",)}, "annotations must be given with --kinetics only"),
         ({"limit": 3}, "limit must be given with --kinetics only"),
         ({"leaks": "keep"}, "leaks must be given with --kinetics only"),
-        ({"min_clip_fraction": 0.5}, "min_clip_fraction must be given with --kinetics only"),
         ({"kinetics": "k400", "annotations": ("x",), "limit": 0}, "limit must be at least 1"),
         ({"kinetics": "k400", "annotations": ("x",), "val_fraction": 0.5}, "val_fraction must be 0 with --kinetics"),
-        (
-            {"kinetics": "k400", "annotations": ("x",), "min_clip_fraction": 2.0},
-            r"min_clip_fraction must be in 0 \.\. 1",
-        ),
     ],
 )
 def test_settings_that_do_not_go_together_are_refused(change: dict[str, Any], message: str) -> None:
@@ -567,7 +562,7 @@ archive, out = sys.argv[1:]
 clips = {f"{n:011d}_000010_000020": Wanted(f"{n:011d}", "x", 0, "train", 10.0, 20.0) for n in range(300)}
 unit = Unit("archive-00000", (SourceFile("large.tar", archive, 0),), True, False)
 idle = peak()
-commit = pack_unit(Storage(), out, unit, clips, set(), PackSettings(DecodeConfig(), False, 2**26, 0.2))
+commit = pack_unit(Storage(), out, unit, clips, set(), PackSettings(DecodeConfig(), False, 2**26))
 print(len(commit.packed), commit.num_found, len(commit.shards), peak() - idle)
 """
 

@@ -71,7 +71,7 @@ def weights_after(config: TrainConfig, steps: int = 2, **changes: Any) -> dict[s
 
 
 def test_the_rate_drops_at_the_named_epochs() -> None:
-    config = OptimConfig(epochs=5, lr=0.5, schedule="step", step_epochs=(2, 4), step_factor=0.1, warmup_fraction=0.1)
+    config = OptimConfig(epochs=5, lr=0.5, schedule="step", step_epochs=(2, 4), warmup_fraction=0.1)
     rates = [learning_rate(config, step, 20) for step in range(20)]  # 4 steps an epoch, 2 of warm-up
     assert rates[:2] == pytest.approx([0.5 / 3, 1.0 / 3])
     assert rates[2:] == pytest.approx([0.5] * 6 + [0.05] * 8 + [0.005] * 4)

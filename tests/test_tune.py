@@ -465,8 +465,7 @@ def test_a_killed_sweep_goes_on_and_asha_stops_nothing_before_the_grace_period(s
         space={"optim.lr": "0.2,0.1,0.05,0.02,0.0001,0.00001"},
         search="grid",
         grace_epochs=2,
-        reduction_factor=2.0,
-        max_concurrent=1,
+        resources=ResourcesConfig(num_workers=1, decode_tasks=3, local_cpus=4),  # one at a time
     )
     trials = tmp_path / "sweep" / "trials"
     process = start_sweep(config, tmp_path)

@@ -128,8 +128,6 @@ class PlanConfig:
     """Share of every rate that is not counted on."""
     losses_per_node_hour: float = 0.0
     """How often an hour a node is taken away (spot: 0.05 is once in 20 hours); another one then starts."""
-    retry_fraction: float = 0.01
-    """Share of the work that is done twice: retries, and units that two workers do at once."""
     node_start: str = "3min"
     """From asking for a node until its Ray runs."""
     cpu_speed: float = 1.0
@@ -155,6 +153,5 @@ class PlanConfig:
             require(not self.catalog, "mean_duration", "left out with a catalog", self.mean_duration)
         require(0 <= self.head_room < 1, "head_room", "in 0 .. 1, below 1", self.head_room)
         require(self.losses_per_node_hour >= 0, "losses_per_node_hour", "at least 0", self.losses_per_node_hour)
-        require(0 <= self.retry_fraction <= 1, "retry_fraction", "in 0 .. 1", self.retry_fraction)
         require(self.cpu_speed > 0, "cpu_speed", "greater than 0", self.cpu_speed)
         require(self.storage_gbit >= 0, "storage_gbit", "at least 0", self.storage_gbit)

@@ -23,6 +23,8 @@ from kinoray.storage.records import MAX_RECORD_BYTES, parse_json
 
 __all__ = ["Library", "calibration", "layout", "load_rates", "plan"]
 
+_RETRY_FRACTION = 0.01  # of the work is done twice: retries, and units that two workers do at once
+
 _Row = tuple[NodeType, Work, Site, Estimate | None]
 
 _BYTES_PER_GBIT = 1e9 / 8
@@ -114,7 +116,7 @@ def plan(config: PlanConfig) -> dict[str, Any]:
         plan_s=rates.plan_s,
         check_s=rates.check_s,
         losses_per_node_hour=config.losses_per_node_hour,
-        retry_fraction=config.retry_fraction,
+        retry_fraction=_RETRY_FRACTION,
         head_room=config.head_room,
         calibration=measured,
         store_bytes_per_s=config.storage_gbit * _BYTES_PER_GBIT or math.inf,
@@ -191,8 +193,8 @@ def _library_of(catalog: Catalog, rates: Rates) -> Library:
 def _notes(config: PlanConfig, rates: Rates, measured: float) -> list[str]:
     notes = [
         f"a CPU of a node is {config.cpu_speed:g} x a core of {rates.cpu} (cpu_speed)",
-        f"{config.head_room:.0%} of every rate is kept back (head_room); {config.retry_fraction:.0%} of the work is "
-        "done twice (retry_fraction)",
+        f"{config.head_room:.0%} of every rate is kept back (head_room); {_RETRY_FRACTION:.0%} of the work is "
+        "done twice",
         f"a node takes {config.node_start} to start (node_start), a worker {rates.actor_start_s:.0f} s (measured)",
         f"rates are x {measured:.2f}: what the measured job reached of what these formulas give for it",
     ]

@@ -201,9 +201,7 @@ class OptimConfig:
     schedule: Literal["cosine", "step"] = "cosine"
     """After the warm-up: fall along a cosine to zero, or drop at step_epochs."""
     step_epochs: tuple[int, ...] = ()
-    """schedule=step: after so many epochs each the rate is multiplied by step_factor, such as 20 40 of 50 (TSN)."""
-    step_factor: float = 0.1
-    """schedule=step: what the rate is multiplied by."""
+    """schedule=step: after so many epochs each the rate falls to a tenth, such as 20 40 of 50 (TSN)."""
     warmup_fraction: float = 0.1
     """Share of all steps over which the rate rises linearly."""
     backbone_lr_factor: float = 1.0
@@ -244,7 +242,6 @@ class OptimConfig:
         is_step = self.schedule == "step"
         expected = "one or more with schedule step, none with cosine"
         require(is_step == bool(self.step_epochs), "optim.step_epochs", expected, self.step_epochs)
-        require(0 < self.step_factor < 1, "optim.step_factor", "between 0 and 1", self.step_factor)
         require(0 <= self.warmup_fraction < 1, "optim.warmup_fraction", "in 0 .. 1", self.warmup_fraction)
         require(self.backbone_lr_factor >= 0, "optim.backbone_lr_factor", "at least 0", self.backbone_lr_factor)
         require(self.clip_norm >= 0, "optim.clip_norm", "at least 0", self.clip_norm)

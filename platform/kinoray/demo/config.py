@@ -27,8 +27,6 @@ class DemoConfig:
     """Size of the set (6 classes; a quarter is held out)."""
     epochs: int = 10
     """Training epochs."""
-    seed: int = 0
-    """Seeds the videos and the training."""
 
     def __post_init__(self) -> None:
         require(self.videos_per_class >= 4, "videos_per_class", "at least 4", self.videos_per_class)

@@ -43,7 +43,7 @@ def make_recipe(config: DemoConfig, source: str, base: str, storage: StorageConf
     """The steps over the videos in `source`; all they make goes below `base`, but the page to `config.out`."""
     packed, run, labels = join(base, "set"), join(base, "run"), join(base, "labels")
     preset = presets.demo()
-    optim = dataclasses.replace(preset.optim, epochs=config.epochs, seed=config.seed)
+    optim = dataclasses.replace(preset.optim, epochs=config.epochs)
     return Recipe(
         pack=PackConfig(source=source, out=packed, shard_mb=SHARD_MB, val_fraction=VAL_FRACTION, storage=storage),
         train=dataclasses.replace(preset, catalog=packed, out=run, optim=optim, storage=storage),

@@ -46,8 +46,6 @@ class DoctorConfig:
     """Decode with optical flow, too, as networks with a flow stream need it."""
     max_bad_fraction: float = 0.2
     """More bad videos than this share of the sample make the exit code 1."""
-    decoders: int = 2
-    """Videos that are decoded at the same time, in a process each."""
     clip: ClipConfig = field(default_factory=ClipConfig)
     """What would be decoded: frames, sizes, limits."""
     storage: StorageConfig = field(default_factory=StorageConfig)
@@ -58,5 +56,4 @@ class DoctorConfig:
         require(is_known, "bucket", "s3://bucket/prefix or a folder", self.bucket)
         for name in ("sample", "decode_sample", "transcode_sample"):
             require(getattr(self, name) >= 0, name, "at least 0", getattr(self, name))
-        require(self.decoders >= 1, "decoders", "at least 1", self.decoders)
         require(0 <= self.max_bad_fraction <= 1, "max_bad_fraction", "in 0 .. 1", self.max_bad_fraction)

@@ -29,6 +29,8 @@ from kinoray.storage.objects import Storage, absolute, join
 
 __all__ = ["doctor"]
 
+_DECODERS = 2  # videos that are decoded at the same time, in a process each
+
 _TITLES = {
     "machine": "This machine",
     "storage": "Storage",
@@ -103,7 +105,7 @@ def _video_sections(config: DoctorConfig) -> Iterator[tuple[Section, list[Refusa
     inventory = open_source(storage, source)
     num_videos, decode = len(inventory.catalog), config.clip.decode
     yield source_section(inventory, decode), [], 0
-    probed = probe_all(storage, _sample(inventory, config.sample), decode, config.decoders)
+    probed = probe_all(storage, _sample(inventory, config.sample), decode, _DECODERS)
     bad = _bad_of(probed)
     yield probe_section(probed, num_videos, config.clip), bad, len(probed)
     if config.decode_sample:
@@ -124,7 +126,7 @@ def _decoded(
         config.clip,
         with_flow=config.flow,
         transcode_ids=choose_transcoded(chosen, config.transcode_sample),
-        num_decoders=config.decoders,
+        num_decoders=_DECODERS,
     )
     failed = [
         _refusal(found.video, cost.error, "decode")

@@ -15,6 +15,8 @@ from kinoray.video.strips import Strip, contact_strips
 
 __all__ = ["compare"]
 
+_MAX_VIDEOS = 100  # shown of those that became right, and of those that became wrong; the JSON has all
+
 _ABOUT = ["checkpoint", "members", "weights", "protocol", "views", "catalog", "split", "catalog_digest"]
 _ABOUT += ["model_digest", "config_digest"]
 _ABOUT += ["top1", "top1_interval", "top5", "mean_class", "top1_of_all", "coverage", "evaluated", "unreadable"]
@@ -88,7 +90,7 @@ def _print(comparison: Comparison, record: dict[str, Any]) -> None:
 
 
 def _render(config: CompareConfig, a: Evaluation, b: Evaluation, comparison: Comparison, storage: Storage) -> str:
-    gained, lost = comparison.gained[: config.max_videos], comparison.lost[: config.max_videos]
+    gained, lost = comparison.gained[:_MAX_VIDEOS], comparison.lost[:_MAX_VIDEOS]
     strips = _strips(storage, a, [*gained, *lost], config.frames_per_video)
     values: dict[str, object] = {
         "config": config,

@@ -161,17 +161,12 @@ class CompareConfig:
     """The one it is compared with; differences are B less A."""
     out: str = "compare.html"
     """The page (a file or an s3:// object)."""
-    title: str = "kinoray compare"
-    """Heading of the page."""
     catalog: str = ""
     """Where the catalog of both is. Default: where each was when it was evaluated."""
-    max_videos: int = 100
-    """Videos shown of those that became right, and of those that became wrong; the numbers and the JSON have all."""
     frames_per_video: int = 4
     """Frames in each contact strip; 0 for none."""
     storage: StorageConfig = field(default_factory=StorageConfig)
     """Object storage."""
 
     def __post_init__(self) -> None:
-        require(self.max_videos >= 0, "max_videos", "at least 0", self.max_videos)
         require(0 <= self.frames_per_video <= 16, "frames_per_video", "in 0 .. 16", self.frames_per_video)

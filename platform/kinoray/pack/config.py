@@ -48,8 +48,6 @@ class PackConfig:
     """Kinetics: names for labels that are numbers: a name a line, lines `number,name`, or JSON."""
     leaks: Literal["remove", "keep"] = "remove"
     """Kinetics: what to do with clips of train that leak from another split."""
-    min_clip_fraction: float = 0.2
-    """Kinetics: a file that lasts less than this share of its clip's window is too_short."""
     limit: int | None = None
     """Kinetics: only the first so many annotation rows of each split, duplicates and leaks not counted."""
     transcode: bool = False
@@ -71,14 +69,10 @@ class PackConfig:
         require(self.shard_mb >= 1, "shard_mb", "at least 1", self.shard_mb)
         check_fraction("val_fraction", self.val_fraction)
         check_fraction("max_bad_fraction", self.max_bad_fraction)
-        check_fraction("min_clip_fraction", self.min_clip_fraction)
         require(self.limit is None or self.limit >= 1, "limit", "at least 1", self.limit)
         if self.kinetics is None:
             for name, default in (("annotations", ()), ("label_names", ""), ("leaks", "remove"), ("limit", None)):
                 require(getattr(self, name) == default, name, "given with --kinetics only", getattr(self, name))
-            require(
-                self.min_clip_fraction == 0.2, "min_clip_fraction", "given with --kinetics only", self.min_clip_fraction
-            )
         else:
             require(bool(self.annotations), "annotations", "one or more files with --kinetics", self.annotations)
             require(

@@ -102,7 +102,6 @@ def _pinned(config: PackConfig, rows: Sequence[AnnotationRow], units: Sequence[U
         "annotations": digest([row[2:] for row in rows]),
         "limit": config.limit,
         "leaks": config.leaks,
-        "min_clip_fraction": config.min_clip_fraction,
         "shard_mb": config.shard_mb,
         "decode": asdict(config.decode),
         **({"transcode": TRANSCODE.digest} if config.transcode else {}),
@@ -123,7 +122,7 @@ def _pack_units(
     storage: Storage, out: str, config: PackConfig, plan: RowPlan, units: Sequence[Unit], done: set[str]
 ) -> None:
     """Run a task for each unit that has no commit: replacements first, since others need to know what they replace."""
-    settings = PackSettings(config.decode, config.transcode, config.shard_mb * 2**20, config.min_clip_fraction)
+    settings = PackSettings(config.decode, config.transcode, config.shard_mb * 2**20)
     left = [unit for unit in units if unit.name not in done]
     progress = Progress(len(units), "pack", "archives or parts", already=len(units) - len(left))
     replaced: set[str] = set()

@@ -33,6 +33,8 @@ from kinoray.video.sandbox.pool import shared_sandbox
 
 __all__ = ["FileVerdict", "PackSettings", "Packed", "Unit", "UnitCommit", "pack_unit", "plan_units", "read_unit"]
 
+_MIN_CLIP_FRACTION = 0.2  # of its window that a clip must last at least
+
 
 @dataclass(frozen=True, slots=True)
 class Unit:
@@ -55,7 +57,6 @@ class PackSettings:
     decode: DecodeConfig
     transcoded: bool
     shard_bytes: int
-    min_clip_fraction: float
 
 
 class FileVerdict(NamedTuple):
@@ -298,10 +299,9 @@ class _Packer:
         if wanted.time_start_s is None or wanted.time_end_s is None:
             return ""
         window_s = wanted.time_end_s - wanted.time_start_s
-        fraction = self._settings.min_clip_fraction
-        if duration_s >= fraction * window_s:
+        if duration_s >= _MIN_CLIP_FRACTION * window_s:
             return ""
-        return f"{duration_s:.2f} s of a clip of {window_s:g} s; min_clip_fraction is {fraction:g}"
+        return f"{duration_s:.2f} s of a clip of {window_s:g} s; {_MIN_CLIP_FRACTION:.0%} of it must be there"
 
     def _add(self, wanted: Wanted, key: str, video: PlannedVideo, examined: Examined, source_sha256: str) -> None:
         writer = self._writers.get(wanted.split)

@@ -24,6 +24,8 @@ __all__ = [
     "set_rate",
 ]
 
+_STEP_FACTOR = 0.1  # schedule=step: what the rate is multiplied by
+
 # Shapes: B videos, C classes
 
 
@@ -37,7 +39,7 @@ def learning_rate(config: OptimConfig, step: int, num_steps: int) -> float:
         return config.lr * (step + 1) / (num_warmup + 1)
     if config.schedule == "step":
         whole_epochs = step * config.epochs // num_steps
-        return config.lr * config.step_factor ** sum(whole_epochs >= epoch for epoch in config.step_epochs)
+        return config.lr * _STEP_FACTOR ** sum(whole_epochs >= epoch for epoch in config.step_epochs)
     share = (step - num_warmup) / (num_steps - num_warmup)
     return config.lr * 0.5 * (1.0 + math.cos(math.pi * share))
 

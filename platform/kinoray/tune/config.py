@@ -75,20 +75,14 @@ class TuneConfig(TrainConfig):
     """Which settings are tried: drawn at random, all combinations of lists, or chosen by Optuna's TPE from the results
     so far (pip install 'kinoray[optuna]')."""
     scheduler: Literal["asha", "fifo"] = "asha"
-    """asha: stop a trial at a rung (grace_epochs, times reduction_factor, ...) unless it is among the best
-    1/reduction_factor there. fifo: train all to the end."""
+    """asha: stop a trial at a rung (grace_epochs, three times that, ...) unless it is among the best
+    third there. fifo: train all to the end."""
     num_trials: int = 8
     """Trials of a random or Optuna search; a grid has as many as it has."""
     grace_epochs: int | None = None
     """ASHA: no trial is stopped before it. Default: a third of the epochs, but at least 8 (or all, if fewer). Networks
     that bind what moves to where stay flat for 5 to 8 epochs before they learn: an eager scheduler kills the good ones.
     """
-    reduction_factor: float = 3.0
-    """ASHA: which share of the trials passes a rung, and how far apart rungs are."""
-    max_concurrent: int | None = None
-    """Trials at a time, at most. Default: as many as the cluster holds."""
-    search_seed: int = 0
-    """Seeds the search, not the training (optim.seed)."""
 
     def __post_init__(self) -> None:
         TrainConfig.__post_init__(self)  # super() without arguments fails in a dataclass with slots
@@ -98,9 +92,6 @@ class TuneConfig(TrainConfig):
         require(self.patience == 0, "patience", "0: scheduler says which trials stop", self.patience)
         require(self.num_trials >= 1, "num_trials", "at least 1", self.num_trials)
         require(self.grace_epochs is None or self.grace_epochs >= 1, "grace_epochs", "at least 1", self.grace_epochs)
-        require(self.reduction_factor > 1, "reduction_factor", "greater than 1", self.reduction_factor)
-        concurrent = self.max_concurrent
-        require(concurrent is None or concurrent >= 1, "max_concurrent", "at least 1", concurrent)
 
     @property
     def grace(self) -> int:

@@ -15,6 +15,7 @@ from kinoray.tune.trial import METRIC
 
 __all__ = ["make_scheduler", "optuna_searcher", "planned_trials", "require_optuna"]
 
+_REDUCTION_FACTOR = 3  # of ASHA: how far apart rungs are, and that a third passes each
 _TRIES = 200  # draws that have been tried already, after which a space counts as used up
 
 
@@ -27,7 +28,7 @@ def planned_trials(config: TuneConfig, axes: Sequence[Axis]) -> dict[str, Settin
     if config.search == "optuna":
         return {}
     is_grid = config.search == "grid"
-    trials = grid_trials(axes) if is_grid else draw_trials(axes, config.num_trials, config.search_seed)
+    trials = grid_trials(axes) if is_grid else draw_trials(axes, config.num_trials, config.optim.seed)
     return {settings_id(settings): settings for settings in trials}
 
 
@@ -40,7 +41,7 @@ def make_scheduler(config: TuneConfig, epochs: int) -> TrialScheduler | None:
             mode="max",
             max_t=epochs,
             grace_period=min(config.grace, epochs),
-            reduction_factor=config.reduction_factor,
+            reduction_factor=_REDUCTION_FACTOR,
         )
     return None
 
@@ -96,7 +97,7 @@ def optuna_searcher(
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    sampler = optuna.samplers.TPESampler(seed=config.search_seed)
+    sampler = optuna.samplers.TPESampler(seed=config.optim.seed)
     study = optuna.create_study(direction="maximize", sampler=sampler)
     distributions = {axis.path: _distribution(axis) for axis in axes}
     for settings, score in ended.values():

@@ -145,7 +145,7 @@ def _check_trials(base: TrainConfig, tried: Sequence[Settings], catalog: Catalog
 def _claim_sweep(storage: Storage, config: TuneConfig, catalog: Catalog, *, is_study: bool) -> None:
     """Make config.out this sweep's folder, or check that it is; only the number of trials may grow."""
     ours = run_settings(config, catalog)
-    for name in ("space", "search", "scheduler", "grace", "reduction_factor", "search_seed"):
+    for name in ("space", "search", "scheduler", "grace"):
         ours[name] = getattr(config, name)
     if is_study:
         ours["space"] = ours["search"] = "given"
@@ -233,7 +233,7 @@ def _run_trials(
     os.environ.update(_TUNE_ENV)
     connect(config.resources)
     num_trials = len(trials) or config.num_trials
-    at_once = min(_room(config.resources), config.max_concurrent or num_trials, num_trials)
+    at_once = min(_room(config.resources), num_trials)
     if at_once < num_trials:
         print(f"tune: {at_once} trials at a time", flush=True)
     desk = open_desk()
