@@ -252,13 +252,16 @@ class Page(HTMLParser):
         self.text.append(data)
 
 
-def test_a_comparison_is_what_plain_loops_count(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_comparison_is_what_plain_loops_count(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Overlapping sets of videos, classes numbered otherwise, and videos that only one could read."""
     first = catalog_at(str(tmp_path / "set"), 120)
     second = catalog_at(str(tmp_path / "other"), 115, first=10)
     a = evaluated(str(tmp_path / "a"), first, 1, unreadable=("v020", "v021"))
     b = evaluated(str(tmp_path / "b"), second, 2, labels=LABELS[::-1], skill=2.0, unreadable=("v021", "v022", "v023"))
     out = tmp_path / "page.html"
+    monkeypatch.setattr("kinoray.evaluation.compare._MAX_VIDEOS", 5)
     config = CompareConfig(a=a.uri, b=b.uri, out=str(out), frames_per_video=0)
     record = compare(config)
 
