@@ -25,7 +25,7 @@ import numpy as np
 from kinoray.cluster.connect import disconnect
 from kinoray.config.shared import ModelConfig, ResourcesConfig, SampleConfig
 from kinoray.demo.videos import make_demo_set
-from kinoray.evaluation.fit import fit_margins
+from kinoray.evaluation.calibrate import fit_margins
 from kinoray.network.anytime import EarlyExit
 from kinoray.network.checkpoint import find_checkpoint, load_model
 from kinoray.network.scorer import ClipAnswer, ClipScorer, ScorerConfig

@@ -12,9 +12,9 @@ from kinoray.catalog.table import catalog_of_source, save_catalog
 from kinoray.config.shared import ClipConfig, SampleConfig, StorageConfig, ViewConfig
 from kinoray.demo.videos import class_names, make_demo_set
 from kinoray.errors import CheckpointMismatch, ConfigError
-from kinoray.evaluation.calibrate import calibrate
+from kinoray.evaluation.calibrate import calibrate, fit_margins, fit_temperature
 from kinoray.evaluation.config import CalibrateConfig
-from kinoray.evaluation.fit import fit_margins, fit_temperature
+from kinoray.label.calibration import load_calibration
 from kinoray.label.config import LabelConfig
 from kinoray.label.open import label_config, open_labelling
 from kinoray.label.stage import LabelUnits, pack_unit
@@ -58,7 +58,7 @@ def test_the_file_holds_what_the_stored_segments_give_and_label_uses_it(
     commit_here(label_config(config, source=config.catalog, all_scores=True, segment_scores=True))
     found = calibrate(config)
     uri = tmp_path / "calibration" / "calibration.json"
-    assert found["uri"] == str(uri)
+    assert load_calibration(LOCAL, str(uri), found.model_digest) == found
     record = json.loads(uri.read_text())
     assert (record["num_videos"], record["num_segments"], record["frames_per_segment"]) == (18, S, T)
     rows = read_predictions(LOCAL, config.out).to_pylist()
@@ -102,6 +102,6 @@ def test_a_network_that_sees_its_segments_together_gets_a_temperature_only(
     config = replace(config, checkpoint=run)
     commit_here(label_config(config, source=config.catalog, all_scores=True))
     found = calibrate(config)
-    assert found["margins"] == ()
-    assert 0.05 <= found["temperature"] <= 20
-    assert found["nll"][1] <= found["nll"][0]
+    assert found.margins == ()
+    assert 0.05 <= found.temperature <= 20
+    assert found.nll[1] <= found.nll[0]

@@ -18,11 +18,18 @@ from kinoray.cli import main
 from kinoray.config.shared import StorageConfig, digest
 from kinoray.demo.videos import make_video
 from kinoray.errors import CatalogError, CheckpointMismatch, ConfigError, ObjectNotFound
-from kinoray.evaluation.compare import compare
+from kinoray.evaluation.compare import Paired, compare
 from kinoray.evaluation.config import CompareConfig, EnsembleConfig
 from kinoray.evaluation.ensemble import ensemble
-from kinoray.evaluation.paired import Paired
-from kinoray.evaluation.summary import ANSWER_COLUMNS, evaluation_record, join_answers, true_classes, write_evaluation
+from kinoray.evaluation.record import (
+    ANSWER_COLUMNS,
+    EvaluationRecord,
+    Origin,
+    evaluation_record,
+    join_answers,
+    true_classes,
+    write_evaluation,
+)
 from kinoray.label.table import PREDICTION_SCHEMA, Ledger, labelling_id, read_predictions, row_keys
 from kinoray.library.config import ReportConfig
 from kinoray.library.report.verb import report
@@ -112,9 +119,22 @@ def evaluated(
     ledger.finish(plan, ledger.check(plan, row_keys(catalog.table)))
     predictions = pa.concat_tables(ledger.read_units(plan.units, list(ANSWER_COLUMNS)))
     answers = join_answers(catalog, true_classes(catalog, labels), predictions, len(labels))
-    about |= {"catalog": source, "split": "val", "catalog_digest": catalog.digest, "predictions": root}
-    write_evaluation(storage, out, root, evaluation_record(answers, labels, {**about, "checkpoint": f"run-{seed}"}))
+    origin = Origin(
+        **about,
+        catalog=source,
+        split="val",
+        catalog_digest=catalog.digest,
+        predictions=root,
+        checkpoint=f"run-{seed}",
+    )
+    write_evaluation(storage, out, evaluation_record(answers, labels, origin))
     return Made(uri=out, labels=labels, truth=truth, scores=scores)
+
+
+def stored(storage: Storage, out: str) -> EvaluationRecord:
+    """What evaluation.json holds."""
+    uri = join(out, "evaluation.json")
+    return EvaluationRecord.from_json(storage.read(uri), uri)
 
 
 # Ensembles
@@ -151,24 +171,28 @@ def test_an_ensemble_is_the_weighted_mean_of_the_scores(tmp_path: Path, capsys: 
     )
     assert rows["v005"]["error_text"] == f"in {two.uri}: no bytes"
     right = sum(LABELS[int(np.argmax(expected[name]))] == one.truth[name] for name in readable)
-    assert (record["top1"], record["evaluated"], record["unreadable"]) == (right / 38, 38, 2)
-    assert (record["top1_of_all"], record["coverage"]) == (right / 40, 38 / 40)
-    assert record["members"] == [one.uri, two.uri]
+    scores = record.scores
+    assert (scores.top1, scores.evaluated, scores.unreadable) == (right / 38, 38, 2)
+    assert (scores.top1_of_all, scores.coverage) == (right / 40, 38 / 40)
+    assert record.origin.members == (one.uri, two.uri)
     said = capsys.readouterr().out
     assert "40 videos = 38 evaluated + 2 unreadable + 0 missing (coverage 95.0%)" in said
 
     assert ensemble(config) == record  # again: nothing is written twice
     assert len(list(tmp_path.glob("both/*/parts/*"))) == 1
-    assert json.loads((tmp_path / "both" / "evaluation.json").read_text()) == record
+    assert stored(LOCAL, config.out) == record
+    written = json.loads((tmp_path / "both" / "evaluation.json").read_text())
+    assert (written["top1"], written["members"], written["views"]) == (right / 38, [one.uri, two.uri], 2)
+    assert "checkpoint" not in written
     nested = ensemble(EnsembleConfig(evaluations=(config.out, one.uri), out=str(tmp_path / "nested")))
-    assert (nested["evaluated"], nested["views"]) == (38, 3)
+    assert (nested.scores.evaluated, nested.origin.views) == (38, 3)
     totals = report(
         ReportConfig(predictions=config.out, catalog=source, out=str(tmp_path / "page"), frames_per_video=0)
     )
-    assert totals["top1"] == record["top1"]
+    assert totals["top1"] == scores.top1
     page = (tmp_path / "page" / "index.html").read_text()
-    assert f"Calibration error (ECE) {record['calibration']['ece']:.1%}" in page
-    assert page.count('<circle class="right"') == sum(row["videos"] > 0 for row in record["calibration"]["bins"])
+    assert f"Calibration error (ECE) {record.calibration.ece:.1%}" in page
+    assert page.count('<circle class="right"') == sum(row.videos > 0 for row in record.calibration.bins)
 
 
 def test_members_that_do_not_fit_are_named(tmp_path: Path) -> None:
@@ -208,7 +232,7 @@ def test_an_evaluation_that_is_gone_changed_or_moved_is_told(tmp_path: Path) -> 
     moved = replace(
         config, evaluations=(one.uri, str(tmp_path / "moved")), catalog=str(tmp_path / "new" / "catalog.parquet")
     )
-    assert ensemble(moved)["evaluated"] == 20
+    assert ensemble(moved).scores.evaluated == 20
     catalog_at(str(tmp_path / "new"), 19)
     with pytest.raises(CatalogError, match=r"one was made with another catalog \(.*\) than .*new.* holds now"):
         ensemble(moved)
@@ -263,7 +287,7 @@ def test_a_comparison_is_what_plain_loops_count(
     out = tmp_path / "page.html"
     monkeypatch.setattr("kinoray.evaluation.compare._MAX_VIDEOS", 5)
     config = CompareConfig(a=a.uri, b=b.uri, out=str(out), frames_per_video=0)
-    record = compare(config)
+    record = compare(config).summary()
 
     both = sorted(a.scores.keys() & b.scores.keys())
     counts = {
@@ -300,13 +324,12 @@ def test_a_comparison_is_what_plain_loops_count(
     surest = sorted(gained, key=lambda name: -b.scores[name].max())
     assert [flip["video_id"] for flip in record["gained"]] == surest
 
-    assert json.loads((tmp_path / "page.json").read_text()) == record
+    assert json.loads((tmp_path / "page.json").read_text()) == json.loads(json.dumps(record))
     said = capsys.readouterr().out
     assert f"B less A {100 * expected.difference:+.1f} points" in said
     assert f"{counts[False, True]} videos became right, {counts[True, False]} wrong" in said
     assert (
-        "left out: 10 videos only in A, 5 videos only in B, 2 videos scored by A only, 1 videos scored by B only"
-        in said
+        "left out: 10 videos only in A, 5 videos only in B, 2 videos scored by A only, 1 video scored by B only" in said
     )
     page = out.read_text()
     text = " ".join(" ".join(Page(page).text).split())
@@ -403,9 +426,9 @@ def test_ensemble_and_compare_on_s3(moto_server: str) -> None:
     one, two = (evaluated(join(bucket, f"eval{seed}"), source, seed, storage=storage) for seed in (1, 2))
     out = join(bucket, "both")
     record = ensemble(EnsembleConfig(evaluations=(one.uri, two.uri), out=out, storage=storage_config))
-    assert json.loads(storage.read(join(out, "evaluation.json"))) == record
+    assert stored(storage, out) == record
     page = join(bucket, "pages/compare.html")
     found = compare(CompareConfig(a=one.uri, b=out, out=page, frames_per_video=0, storage=storage_config))
-    assert found["videos"] == 20
-    assert json.loads(storage.read(join(bucket, "pages/compare.json"))) == found
+    assert found.paired.total == 20
+    assert json.loads(storage.read(join(bucket, "pages/compare.json"))) == json.loads(json.dumps(found.summary()))
     assert storage.read(page).startswith(b"<!DOCTYPE html>")

@@ -14,11 +14,11 @@ from kinoray.catalog.table import Catalog, catalog_of_source, save_catalog
 from kinoray.config.shared import ClipConfig, ResourcesConfig, SampleConfig, StorageConfig, ViewConfig
 from kinoray.demo.videos import class_names, make_broken, make_demo_set
 from kinoray.errors import CatalogError, CheckpointMismatch, TooManyBad
-from kinoray.evaluation.accuracy import wilson_interval
 from kinoray.evaluation.compare import compare
 from kinoray.evaluation.config import CompareConfig, EnsembleConfig, EvaluateConfig
 from kinoray.evaluation.ensemble import ensemble
-from kinoray.evaluation.summary import confused_classes, evaluation_record, join_answers, true_classes
+from kinoray.evaluation.metrics import Confused, confused_classes, wilson_interval
+from kinoray.evaluation.record import EvaluationRecord, Origin, evaluation_record, join_answers, true_classes
 from kinoray.evaluation.verb import evaluate
 from kinoray.label.config import LabelConfig
 from kinoray.label.open import open_labelling
@@ -29,6 +29,7 @@ from label_models import save_untrained
 from tiny_models import OWN_NETWORKS
 
 LABELS = tuple(class_names())
+NOWHERE = Origin(catalog="", split="x", catalog_digest="", model_digest="", config_digest="", predictions="")
 LOCAL = Storage(StorageConfig())
 CLIP = ClipConfig(sample=SampleConfig(num_segments=1, frames_per_segment=2), view=ViewConfig(resize_px=36, crop_px=32))
 
@@ -38,6 +39,12 @@ def catalog_with(folder: Path, rows: list[tuple[str, str, str]]) -> Catalog:
     lines = ["path,label,split", *(",".join(row) for row in rows)]
     (folder / "list.csv").write_text("\n".join(lines))
     return catalog_of_source(LOCAL, str(folder / "list.csv"))
+
+
+def stored(folder: Path) -> EvaluationRecord:
+    """What evaluation.json of the folder holds."""
+    path = folder / "evaluation.json"
+    return EvaluationRecord.from_json(path.read_bytes(), str(path))
 
 
 def test_classes_are_matched_by_name(tmp_path: Path) -> None:
@@ -94,24 +101,25 @@ def test_scores_agree_with_a_plain_count(tmp_path: Path) -> None:
     evaluated = 200 - unreadable - missing
     right = sum(count for (true, said), count in pairs.items() if true == said)
     assert min(unreadable, missing, right) > 0
-    assert (scores.evaluated, scores.unreadable, scores.missing) == (evaluated, unreadable, missing)
-    assert scores.top1 == right / evaluated
-    assert scores.top5 == top5 / evaluated
-    assert scores.top1_of_all == right / 200
-    assert scores.coverage == evaluated / 200
+    assert (scores.top1.evaluated, scores.unreadable, scores.missing) == (evaluated, unreadable, missing)
+    assert scores.top1.value == right / evaluated
+    assert scores.top5.value == top5 / evaluated
+    assert scores.top1.of_all == right / 200
+    assert scores.top1.coverage == evaluated / 200
     for row in range(7):
         of_class = [video for video in range(200) if truth[video] == row and answers.answered[video]]
-        record = evaluation_record(answers, labels, {"split": "x"})["classes"][row]
+        record = evaluation_record(answers, labels, NOWHERE).classes[row]
         hits = pairs[(row, row)]
-        assert record["videos"] == len(of_class)
-        assert record["top1"] == hits / len(of_class)
-        assert record["top1_interval"] == list(wilson_interval(hits, len(of_class)))
+        assert record.videos == len(of_class)
+        assert record.top1 == hits / len(of_class)
+        assert record.top1_interval == wilson_interval(hits, len(of_class))
         found = [row in by_id[answers.video_ids[video]]["id_topk"] for video in of_class]
-        assert record["top5"] == sum(found) / len(of_class)
+        assert record.top5 == sum(found) / len(of_class)
     firsts = [np.float32(row["score_topk"][0]) for row in rows if row["score_topk"]]
     assert answers.calibration.mean_score == pytest.approx(np.mean(firsts, dtype=np.float64), abs=1e-9)
     wrong = sorted(((-count, *pair) for pair, count in pairs.items() if pair[0] != pair[1]))
-    assert confused_classes(scores, 8) == [(true, said, -count) for count, true, said in wrong[:8]]
+    expected = [Confused(labels[true], labels[said], -count) for count, true, said in wrong[:8]]
+    assert confused_classes(scores.confusion, labels, 8) == expected
 
 
 def test_scores_of_nothing_readable_are_empty_and_not_an_error(tmp_path: Path) -> None:
@@ -120,9 +128,9 @@ def test_scores_of_nothing_readable_are_empty_and_not_an_error(tmp_path: Path) -
     rows = pa.table({"video_id": ["a"], "status": ["quarantined"], "id_topk": nothing[0], "score_topk": nothing[1]})
     answers = join_answers(catalog, np.zeros(1, np.int64), rows, 6)
     scores = answers.scores
-    assert (scores.evaluated, scores.unreadable, scores.top1_of_all) == (0, 1, 0.0)
-    assert confused_classes(scores) == []
-    record = json.loads(json.dumps(evaluation_record(answers, list("abcdef"), {}), allow_nan=False))
+    assert (scores.top1.evaluated, scores.unreadable, scores.top1.of_all) == (0, 1, 0.0)
+    assert confused_classes(scores.confusion, "abcdef", 10) == []
+    record = json.loads(evaluation_record(answers, "abcdef", NOWHERE).to_json(), parse_constant=pytest.fail)
     assert (record["top1"], record["calibration"]["ece"], record["classes"][0]["top1"]) == (None, None, None)
 
 
@@ -157,26 +165,35 @@ def test_evaluate_scores_the_split_and_writes_all_numbers(
     assert {row["uri"] for row in table} == {path for path, _, split in rows if split == "val"}
     right = sum(row["label_topk"][0] == label_of[row["uri"]] for row in table)
     top5 = sum(label_of[row["uri"]] in row["label_topk"] for row in table)
-    assert (result["top1"], result["top5"]) == (right / 18, top5 / 18)
-    assert (result["top1_of_all"], result["coverage"]) == (right / 19, 18 / 19)
-    assert (result["evaluated"], result["unreadable"], result["missing"]) == (18, 1, 0)
-    assert tuple(result["top1_interval"]) == wilson_interval(right, 18)
+    scores = result.scores
+    assert (scores.top1, scores.top5) == (right / 18, top5 / 18)
+    assert (scores.top1_of_all, scores.coverage) == (right / 19, 18 / 19)
+    assert (scores.evaluated, scores.unreadable, scores.missing) == (18, 1, 0)
+    assert scores.top1_interval == wilson_interval(right, 18)
     confusion = np.zeros((6, 6), int)
     for row in table:
         confusion[LABELS.index(label_of[row["uri"]]), LABELS.index(row["label_topk"][0])] += 1
-    assert result["confusion"] == confusion.tolist()
-    assert json.loads((tmp_path / "eval" / "evaluation.json").read_text()) == result
+    written = json.loads((tmp_path / "eval" / "evaluation.json").read_text())
+    assert written["confusion"] == confusion.tolist()
+    assert (written["top1"], written["evaluated"], written["predictions"]) == (
+        right / 18,
+        18,
+        result.origin.predictions,
+    )
+    assert stored(tmp_path / "eval") == result
     assert f"evaluate: top-1 {right / 18:.1%} (95% interval " in said
     assert "19 videos = 18 evaluated + 1 unreadable + 0 missing (coverage 94.7%)" in said
-    for index, label in enumerate(LABELS):
-        assert f"  {label:<13}  {confusion[index, index] / 3:>6.1%} of 3\n" in said
-    first = result["confused"][0]
-    assert f"  {first['true']} -> {first['predicted']}: {first['videos']}\n" in said
+    shares = [f"{confusion[index, index] / 3:.1%}" for index in range(6)]
+    width = max(map(len, shares))
+    for label, share in zip(LABELS, shares, strict=True):
+        assert f"  {label:<13}  {share:>{width}}  of 3\n" in said
+    first = result.confused[0]
+    assert f"  {first.true} -> {first.predicted}: {first.videos}\n" in said
 
     (tmp_path / "eval" / "evaluation.json").unlink()
     with pytest.raises(TooManyBad, match="1 of 19 videos"):
         evaluate(replace(config, max_bad_fraction=0.0))
-    assert json.loads((tmp_path / "eval" / "evaluation.json").read_text()) == result
+    assert stored(tmp_path / "eval") == result
     other = save_untrained(LOCAL, str(tmp_path / "other"), LABELS[:5], CLIP, "label_models:mixing")
     with pytest.raises(CheckpointMismatch, match="has 5 classes, the catalog 6"):
         evaluate(replace(config, checkpoint=other, out=str(tmp_path / "refused")))
@@ -227,20 +244,20 @@ def test_evaluations_with_other_protocols_make_an_ensemble_and_a_comparison(tmp_
     for one in (config, many):
         label_here(one)
     single, record = evaluate(config), evaluate(many)
-    assert (single["views"], record["views"], record["protocol"]) == (1, 30, "10x3")
-    assert single["config_digest"] != record["config_digest"]
+    assert (single.origin.views, record.origin.views, record.origin.protocol) == (1, 30, "10x3")
+    assert single.origin.config_digest != record.origin.config_digest
     members = (config.out, many.out)
     both = ensemble(EnsembleConfig(evaluations=members, out=str(tmp_path / "both")))
-    assert (both["evaluated"], both["views"]) == (12, 31)
+    assert (both.scores.evaluated, both.origin.views) == (12, 31)
     tables = [{row["video_id"]: row for row in read_predictions(LOCAL, out).to_pylist()} for out in members]
     for row in read_predictions(LOCAL, str(tmp_path / "both")).to_pylist():
         mean = sum(np.array(table[row["video_id"]]["scores"]) for table in tables) / 2
         np.testing.assert_allclose(row["scores"], mean, rtol=1e-6)
     found = compare(CompareConfig(a=members[0], b=members[1], out=str(tmp_path / "c.html"), frames_per_video=2))
-    assert found["videos"] == 12
+    assert found.paired.total == 12
     first, second = ([row["id_topk"][0] for row in table.values()] for table in tables)
-    assert found["agreement"] == np.mean([a == b for a, b in zip(first, second, strict=True)])
-    flips = len(found["gained"]) + len(found["lost"])
+    assert found.agreement == np.mean([a == b for a, b in zip(first, second, strict=True)])
+    flips = len(found.gained) + len(found.lost)
     assert (tmp_path / "c.html").read_text().count("data:image/jpeg") == 2 * flips
 
 
@@ -251,14 +268,14 @@ def test_a_protocol_gives_the_same_digits_on_any_number_of_workers_and_after_a_k
 ) -> None:
     config = small_evaluation(tmp_path)
 
-    def digits(workers: int) -> tuple[list[dict[str, object]], dict[str, object]]:
+    def digits(workers: int) -> tuple[list[dict[str, object]], EvaluationRecord]:
         out = str(tmp_path / str(workers))
         record = evaluate(replace(config, out=out, resources=ResourcesConfig(num_workers=workers)))
         table = read_predictions(LOCAL, out).drop_columns(["run_id"]).to_pylist()
-        return table, {name: value for name, value in record.items() if name != "predictions"}
+        return table, replace(record, origin=replace(record.origin, predictions=""))
 
     table, record = digits(1)
-    assert (record["protocol"], record["views"], record["evaluated"]) == ("5x3", 15, 12)
+    assert (record.origin.protocol, record.origin.views, record.scores.evaluated) == ("5x3", 15, 12)
     assert {row["views"] for row in table} == {15}
     assert digits(2) == (table, record)
     shutil.copytree(tmp_path / "2", tmp_path / "4")

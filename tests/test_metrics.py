@@ -2,15 +2,15 @@
 
 import json
 import math
+from dataclasses import asdict
 from fractions import Fraction
 from itertools import product
 
 import numpy as np
 import pytest
 
-from kinoray.evaluation.accuracy import Scores, score, wilson_interval
-from kinoray.evaluation.calibration_error import Calibration, calibrate
-from kinoray.evaluation.paired import Paired, mcnemar_p, pair
+from kinoray.evaluation.compare import Paired, mcnemar_p, pair
+from kinoray.evaluation.metrics import Calibration, Scores, calibration_of, class_counts, score, wilson_interval
 
 
 def random_predictions(num_videos: int, num_classes: int, k: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -34,10 +34,15 @@ def test_counts_equal_a_loop_over_the_videos(num_classes: int, k: int) -> None:
 
     assert scores.confusion.tolist() == confusion
     assert scores.confusion.dtype == np.int64
-    assert scores.top1 == first / 200
-    assert scores.top5 == within / 200
+    assert scores.top1.value == first / 200
+    assert scores.top5.value == within / 200
+    rows = class_counts(scores.confusion, [str(label) for label in range(num_classes)], scores.hits_top5)
     for label in range(num_classes):
-        assert scores.per_class[label] == confusion[label][label] / sum(confusion[label])
+        assert rows[label].recall == confusion[label][label] / sum(confusion[label])
+        assert rows[label].called == sum(row[label] for row in confusion)
+        assert rows[label].within_top5 == sum(
+            true == label and true in ids[:5] for true, ids in zip(labels, topk, strict=True)
+        )
     assert scores.mean_class == pytest.approx(
         sum(confusion[c][c] / sum(confusion[c]) for c in range(num_classes)) / num_classes, abs=1e-15
     )
@@ -54,37 +59,38 @@ def test_scores_of_parts_add_up_to_the_whole(cuts: list[int]) -> None:
     total = sum(parts[1:], start=parts[0])
     assert total.summary() == whole.summary()
     assert total.confusion.tolist() == whole.confusion.tolist()
+    assert total.hits_top5.tolist() == whole.hits_top5.tolist()
 
 
 def test_videos_that_were_not_scored_lower_the_accuracy_of_all_but_not_of_the_evaluated() -> None:
     scores = score(np.array([0, 1, 2, 2]), np.array([[0, 1, 2], [1, 0, 2], [2, 0, 1], [0, 2, 1]]), 3)
     scores += score(np.array([], dtype=np.int64), np.zeros((0, 3), dtype=np.int64), 3, unreadable=3, missing=1)
-    assert (scores.evaluated, scores.unreadable, scores.missing, scores.total) == (4, 3, 1, 8)
-    assert scores.coverage == 0.5
-    assert scores.top1 == 0.75
-    assert scores.top1_of_all == 0.375
-    assert (scores.top5, scores.top5_of_all) == (1.0, 0.5)
+    top1, top5 = scores.top1, scores.top5
+    assert (top1.evaluated, top1.unreadable, top1.missing, top1.total) == (4, 3, 1, 8)
+    assert top1.coverage == 0.5
+    assert top1.value == 0.75
+    assert top1.of_all == 0.375
+    assert (top5.value, top5.of_all) == (1.0, 0.5)
 
 
 def test_a_class_without_videos_has_no_accuracy_and_leaves_the_class_mean_alone() -> None:
     scores = score(np.array([0, 0, 2]), np.array([[0, 1, 2], [1, 0, 2], [2, 0, 1]]), 3)
-    assert scores.per_class[[0, 2]].tolist() == [0.5, 1.0]
-    assert math.isnan(scores.per_class[1])
+    assert [row.recall for row in class_counts(scores.confusion, "abc")] == [0.5, None, 1.0]
     assert scores.mean_class == 0.75
-    assert scores.summary()["per_class"] == [0.5, None, 1.0]
 
 
 def test_nothing_evaluated_is_nan_not_zero() -> None:
     scores = score(np.array([], dtype=np.int64), np.zeros((0, 2), dtype=np.int64), 2, unreadable=4)
-    assert math.isnan(scores.top1)
-    assert scores.top1_of_all == 0.0
-    assert scores.top1_interval == (0.0, 1.0)
-    assert json.loads(json.dumps(scores.summary(), allow_nan=False))["top1"] is None
+    assert math.isnan(scores.top1.value)
+    assert math.isnan(scores.mean_class)
+    assert scores.top1.of_all == 0.0
+    assert scores.top1.interval == (0.0, 1.0)
+    assert json.loads(json.dumps(asdict(scores.summary()), allow_nan=False))["top1"] is None
 
 
 def test_one_class_is_always_right() -> None:
     scores = score(np.zeros(3, dtype=np.int64), np.zeros((3, 1), dtype=np.int64), 1)
-    assert (scores.top1, scores.top5, scores.evaluated) == (1.0, 1.0, 3)
+    assert (scores.top1.value, scores.top5.value, scores.top1.evaluated) == (1.0, 1.0, 3)
 
 
 @pytest.mark.parametrize(("hits", "total"), [(0, 10), (10, 10), (1, 2), (713, 1000), (1, 100000)])
@@ -138,41 +144,41 @@ def test_calibration_error_equals_a_loop_in_float64() -> None:
         (index,) = [m for m in range(15) if m / 15 < confidence <= (m + 1) / 15]
         bins[index].append((confidence, hit))
     gaps = [abs(sum(hit for _, hit in inside) - sum(c for c, _ in inside)) for inside in bins]
-    found = calibrate(first, right)
+    found = calibration_of(first, right)
     assert 0.05 < found.error == pytest.approx(sum(gaps) / 3000, abs=1e-12)
     assert found.mean_score == pytest.approx(first.astype(np.float64).mean(), abs=1e-12)
-    table = found.summary()["bins"]
-    assert [row["videos"] for row in table] == [len(inside) for inside in bins]
+    table = found.summary().bins
+    assert [row.videos for row in table] == [len(inside) for inside in bins]
     for row, inside in zip(table, bins, strict=True):
         if inside:
-            assert row["accuracy"] == sum(hit for _, hit in inside) / len(inside)
-            assert row["mean_score"] == pytest.approx(sum(c for c, _ in inside) / len(inside), abs=1e-12)
+            assert row.accuracy == sum(hit for _, hit in inside) / len(inside)
+            assert row.mean_score == pytest.approx(sum(c for c, _ in inside) / len(inside), abs=1e-12)
         else:
-            assert row["accuracy"] is row["mean_score"] is None
+            assert row.accuracy is row.mean_score is None
 
 
 def test_calibration_of_parts_adds_up_to_the_whole_in_any_order() -> None:
     p, truth = overconfident(500, seed=2)
     first, right = p.max(1), p.argmax(1) == truth
-    whole = calibrate(first, right).summary()
+    whole = calibration_of(first, right).summary()
     for seed in range(5):
         order = np.random.default_rng(seed).permutation(500)
-        parts = [calibrate(first[part], right[part]) for part in np.array_split(order, 4)]
+        parts = [calibration_of(first[part], right[part]) for part in np.array_split(order, 4)]
         assert sum(parts[1:], start=parts[0]).summary() == whole  # exactly
 
 
 def test_bins_are_open_below_and_closed_above() -> None:
-    found = calibrate(np.array([0.0, 2.0**-30, 0.5, 1.0]), np.array([False, False, True, True]))
+    found = calibration_of(np.array([0.0, 2.0**-30, 0.5, 1.0]), np.array([False, False, True, True]))
     assert found.videos.tolist() == [2, 0, 0, 0, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 1]
     assert found.error == pytest.approx((2.0**-30 + 0.5 + 0) / 4, abs=1e-12)
     edges = np.array([m / 15 for m in range(1, 16)])  # as doubles: some are above the fraction, by less than a unit
-    assert (calibrate(edges, np.ones(15, bool)).videos.sum(), len(edges)) == (15, 15)
+    assert (calibration_of(edges, np.ones(15, bool)).videos.sum(), len(edges)) == (15, 15)
 
 
 def test_calibration_of_nothing_is_nan_not_zero() -> None:
-    found = calibrate(np.zeros(0, np.float32), np.zeros(0, bool))
+    found = calibration_of(np.zeros(0, np.float32), np.zeros(0, bool))
     assert math.isnan(found.error)
-    assert json.loads(json.dumps(found.summary(), allow_nan=False))["ece"] is None
+    assert json.loads(json.dumps(asdict(found.summary()), allow_nan=False))["ece"] is None
     assert isinstance(found + found, Calibration)
 
 
@@ -182,7 +188,7 @@ def test_calibration_of_nothing_is_nan_not_zero() -> None:
 )
 def test_scores_that_are_none_are_refused(scores: list[float], right: list[bool], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        calibrate(np.array(scores), np.array(right))
+        calibration_of(np.array(scores), np.array(right))
 
 
 # Two models

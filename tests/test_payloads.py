@@ -37,7 +37,7 @@ from kinoray.cluster.package import read_settings
 from kinoray.config.file import load_config
 from kinoray.config.shared import CacheConfig, ClipConfig, DecodeConfig, ModelConfig, digest, parse_options
 from kinoray.errors import ConfigError, KinorayError, MediaError
-from kinoray.evaluation.read import read_evaluation
+from kinoray.evaluation.record import read_evaluation
 from kinoray.label.calibration import load_calibration
 from kinoray.label.table import PREDICTION_SCHEMA, read_predictions
 from kinoray.library.config import LabelsConfig

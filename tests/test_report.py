@@ -15,7 +15,7 @@ import pytest
 from kinoray.config.shared import StorageConfig
 from kinoray.demo.videos import make_clip, make_video
 from kinoray.errors import CatalogError, ConfigError, ObjectNotFound
-from kinoray.evaluation.accuracy import wilson_interval
+from kinoray.evaluation.metrics import wilson_interval
 from kinoray.label.table import Ledger
 from kinoray.library.config import ReportConfig
 from kinoray.library.report.columns import ROWS_PER_FILE, STRIPS_PER_FILE, id_ranks

@@ -1,11 +1,12 @@
-"""Progress of long work as plain lines, so that it reads the same on a terminal and in a job's log."""
+"""What verbs print: progress of long work and tables, as plain lines that read the same on a terminal and in a log."""
 
 import sys
 import time
 from collections import Counter
+from collections.abc import Collection, Iterable, Sequence
 from typing import TextIO
 
-__all__ = ["Progress", "format_duration", "many"]
+__all__ = ["Progress", "format_duration", "many", "table"]
 
 
 def format_duration(seconds: float) -> str:
@@ -22,6 +23,31 @@ def many(count: int, noun: str) -> str:
     """`1 video`, `2,000 videos`, `3 classes`."""
     ending = "" if count == 1 else "es" if noun.endswith("s") else "s"
     return f"{count:,} {noun}{ending}"
+
+
+def table(
+    rows: Iterable[Sequence[str]], *, head: Sequence[str] = (), right: Collection[int] = (), indent: str = ""
+) -> list[str]:
+    """Lines with columns of equal width, two spaces apart.
+
+    Args:
+        rows: cells, as many in each row as there are columns.
+        head: titles of the columns; none for "no such line".
+        right: places of the columns that stand to the right, as numbers do.
+        indent: what each line begins with.
+    """
+    lines = [list(row) for row in rows]
+    if head:
+        lines.insert(0, list(head))
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return [(indent + "  ".join(_padded(line, widths, right))).rstrip() for line in lines]
+
+
+def _padded(cells: Sequence[str], widths: Sequence[int], right: Collection[int]) -> list[str]:
+    return [
+        cell.rjust(width) if column in right else cell.ljust(width)
+        for column, (cell, width) in enumerate(zip(cells, widths, strict=True))
+    ]
 
 
 class Progress:

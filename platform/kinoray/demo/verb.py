@@ -12,7 +12,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import boto3
 
@@ -23,6 +23,7 @@ from kinoray.demo.config import DemoConfig
 from kinoray.demo.recipe import Recipe, command_line, make_recipe, make_videos
 from kinoray.demo.videos import class_names
 from kinoray.errors import ConfigError
+from kinoray.evaluation.metrics import ScoreSummary
 from kinoray.evaluation.verb import evaluate
 from kinoray.label.verb import label
 from kinoray.library.report.verb import report
@@ -42,6 +43,7 @@ _S3_ENVIRONMENT = {
     "no_proxy": "127.0.0.1",
 }
 _S3_UNSET = ("AWS_PROFILE", "AWS_SESSION_TOKEN", "AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3")
+_T = TypeVar("_T")
 
 
 def demo(config: DemoConfig) -> dict[str, Any]:
@@ -64,7 +66,7 @@ def demo(config: DemoConfig) -> dict[str, Any]:
     steps.print_table()
     _print_results(config, scores, labelled, page["out"])
     return {
-        "top1": scores["top1"],
+        "top1": scores.top1,
         "chance": 1 / len(class_names()),
         "videos": num_videos,
         "labelled": labelled["labelled"],
@@ -195,12 +197,10 @@ def _upload(folder: Path, prefix: str, config: StorageConfig, steps: _Steps) -> 
         result.append(f"{len(paths)} files")
 
 
-def _run(recipe: Recipe, steps: _Steps) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+def _run(recipe: Recipe, steps: _Steps) -> tuple[ScoreSummary, dict[str, Any], dict[str, Any]]:
     """pack, train, evaluate, label, report; returns what the last three gave."""
 
-    def run(
-        verb: str, function: Callable[[Any], dict[str, Any]], config: Any, what: str, show: _Show
-    ) -> dict[str, Any]:
+    def run(verb: str, function: Callable[[Any], _T], config: Any, what: str, show: Callable[[_T], str]) -> _T:
         with steps.step(verb, what, command_line(verb, config)) as result:
             totals = function(config)
             result.append(show(totals))
@@ -215,15 +215,12 @@ def _run(recipe: Recipe, steps: _Steps) -> tuple[dict[str, Any], dict[str, Any],
         lambda _: f"{recipe.train.optim.epochs} epochs",
     )
     what = "score the videos that were held out"
-    scores = run("evaluate", evaluate, recipe.evaluate, what, lambda totals: f"top-1 {totals['top1']:.1%}")
+    scores = run("evaluate", evaluate, recipe.evaluate, what, lambda record: f"top-1 {record.scores.top1:.1%}").scores
     what = "an answer or a reason for every file, where it lies"
     labelled = run("label", label, recipe.label, what, _show_label)
     page_config = dataclasses.replace(recipe.report, predictions=labelled["root"])
     page = run("report", report, page_config, "a site to look at", lambda totals: f"{totals['bytes'] / 1e6:.1f} MB")
     return scores, labelled, page
-
-
-_Show = Callable[[dict[str, Any]], str]
 
 
 def _show_pack(totals: dict[str, Any]) -> str:
@@ -234,10 +231,10 @@ def _show_label(totals: dict[str, Any]) -> str:
     return f"{totals['labelled']} labelled, {totals['quarantined']} quarantined"
 
 
-def _print_results(config: DemoConfig, scores: dict[str, Any], labelled: dict[str, Any], page: str) -> None:
-    low, high = scores["top1_interval"]
+def _print_results(config: DemoConfig, scores: ScoreSummary, labelled: dict[str, Any], page: str) -> None:
+    low, high = scores.top1_interval
     print(
-        f"\n   top-1 {scores['top1']:.1%} on {scores['evaluated']} videos that were held out "
+        f"\n   top-1 {scores.top1:.1%} on {scores.evaluated} videos that were held out "
         f"(95% interval {100 * low:.0f} to {high:.0%}); guessing gives {1 / len(class_names()):.1%}\n"
         f"   {labelled['inputs']} files: {labelled['labelled']} labelled, {labelled['quarantined']} quarantined\n"
         f"   report: {page}\n\n"

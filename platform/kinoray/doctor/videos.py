@@ -10,7 +10,7 @@ from kinoray.console import format_duration, many
 from kinoray.doctor.cost import size_class
 from kinoray.doctor.probe import Probed
 from kinoray.doctor.section import Section, Warn, format_bytes, spread, table
-from kinoray.evaluation.accuracy import wilson_interval
+from kinoray.evaluation.metrics import wilson_interval
 from kinoray.video.clip import VideoInfo
 from kinoray.video.transcode import TRANSCODE
 

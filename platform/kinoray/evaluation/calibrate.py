@@ -1,6 +1,11 @@
-"""`kinoray calibrate`: label a set whose classes are known, and fit on it what `label --calibration` takes."""
+"""`kinoray calibrate`: label a set whose classes are known, and fit on it what `label --calibration` takes.
 
-from dataclasses import asdict
+That is the temperature, and the margins at which a video may stop early; both are stated with what they gave on the
+set. What is easy to break: a margin is fitted by replaying exactly what labelling does, the same order of segments and
+the same rule.
+"""
+
+import math
 from typing import Any
 
 import numpy as np
@@ -9,24 +14,28 @@ from numpy.typing import NDArray
 
 from kinoray.errors import CatalogError
 from kinoray.evaluation.config import CalibrateConfig
-from kinoray.evaluation.fit import fit_margins, fit_temperature, likelihood_and_error, to_json
-from kinoray.evaluation.summary import true_classes
-from kinoray.label.calibration import Calibrated
+from kinoray.evaluation.metrics import calibration_of, wilson_interval
+from kinoray.evaluation.record import true_classes
+from kinoray.label.calibration import Calibrated, MarginPoint
 from kinoray.label.open import Labelling, label_config, open_labelling
 from kinoray.label.verb import refuse_too_many_bad, run_labelling
-from kinoray.network.anytime import SegmentConsensus
+from kinoray.network.anytime import EarlyExit, RunningAnswer, SegmentConsensus, nested_order
 from kinoray.storage.objects import Storage, absolute, join
 
-__all__ = ["calibrate"]
+__all__ = ["MAX_CHANGED", "calibrate", "fit_margins", "fit_temperature", "likelihood_and_error"]
 
+MAX_CHANGED = (0.0, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05)
+"""Shares of changed labels for which a margin is looked for."""
+_MARGINS = np.arange(1, 1001) / 1000
+_LOWEST, _HIGHEST = 0.05, 20.0  # temperatures; a set that the model gets wholly right has no best one
 _COLUMNS = ["row_key", "status", "scores", "segment_logits"]
 
 
-def calibrate(config: CalibrateConfig) -> dict[str, Any]:
+def calibrate(config: CalibrateConfig) -> Calibrated:
     """Label the split, fit temperature and margins, write OUT/calibration.json and print what they give.
 
     Returns:
-        What is in calibration.json, with `uri`.
+        What is in calibration.json.
 
     Raises:
         CatalogError: a video of the split has no label, or none could be read.
@@ -42,10 +51,10 @@ def calibrate(config: CalibrateConfig) -> dict[str, Any]:
     totals = run_labelling(labelling, config.resources, "calibrate")
     calibrated = _fit(labelling, labelling.consensus)
     uri = join(absolute(config.out), "calibration.json")
-    Storage(config.storage).put(uri, to_json(calibrated))
+    Storage(config.storage).put(uri, calibrated.to_json())
     _print(calibrated, uri)
     refuse_too_many_bad(totals, config.max_bad_fraction, labelling.ledger.root)
-    return asdict(calibrated) | {"uri": uri}
+    return calibrated
 
 
 def _fit(labelling: Labelling, consensus: SegmentConsensus | None) -> Calibrated:
@@ -58,7 +67,8 @@ def _fit(labelling: Labelling, consensus: SegmentConsensus | None) -> Calibrated
     smallest = float(np.finfo(np.float32).tiny)
     logits = np.log(np.maximum(np.array([row["scores"] for row in rows], np.float64), smallest))
     temperature = fit_temperature(logits, truth)
-    before, after = (likelihood_and_error(logits, truth, value) for value in (1.0, temperature))
+    nll_before, ece_before = likelihood_and_error(logits, truth, 1.0)
+    nll_after, ece_after = likelihood_and_error(logits, truth, temperature)
     sample = labelling.job.clip.sample
     margins = fit_margins(_segments(rows, sample.num_segments), consensus) if consensus else ()
     return Calibrated(
@@ -67,8 +77,8 @@ def _fit(labelling: Labelling, consensus: SegmentConsensus | None) -> Calibrated
         frames_per_segment=sample.frames_per_segment,
         num_videos=len(rows),
         temperature=temperature,
-        nll=(before[0], after[0]),
-        ece=(before[1], after[1]),
+        nll=(nll_before, nll_after),
+        ece=(ece_before, ece_after),
         margins=margins,
     )
 
@@ -88,3 +98,83 @@ def _print(calibrated: Calibrated, uri: str) -> None:
             f"{point.upper:.2%} with 95% certainty), {point.segments_saved:.0%} of the segments saved"
         )
     print(f"calibrate: written to {uri}; use it with: kinoray label ... --calibration {uri}", flush=True)
+
+
+def fit_temperature(logits: NDArray[np.floating[Any]], truth: NDArray[np.int64]) -> float:
+    """The temperature with the lowest mean negative log-likelihood (Guo et al. 2017, section 4.2), in 0.05 .. 20.
+
+    The likelihood of softmax(b * logits) is concave in b = 1 / temperature; bisection finds where its slope is 0.
+
+    Args:
+        logits: float [N, C].
+        truth: int64 [N], true classes.
+    """
+    x = logits.astype(np.float64)
+    x = x - x.max(axis=1, keepdims=True)
+    right = x[np.arange(len(x)), truth]
+
+    def slope(b: float) -> float:
+        p = np.exp(b * x)
+        p /= p.sum(axis=1, keepdims=True)
+        return float(((p * x).sum(axis=1) - right).mean())  # of the loss, rising in b
+
+    low = math.log(1 / _HIGHEST)
+    high = math.log(1 / _LOWEST)
+    for _ in range(60):
+        middle = (low + high) / 2
+        if slope(math.exp(middle)) < 0:
+            low = middle
+        else:
+            high = middle
+    return math.exp(-(low + high) / 2)
+
+
+def likelihood_and_error(
+    logits: NDArray[np.floating[Any]], truth: NDArray[np.int64], temperature: float
+) -> tuple[float, float]:
+    """Mean negative log-likelihood and expected calibration error at a temperature."""
+    x = logits.astype(np.float64) / temperature
+    x = x - x.max(axis=1, keepdims=True)
+    log_p = x - np.log(np.exp(x).sum(axis=1, keepdims=True))
+    error = calibration_of(np.exp(log_p.max(axis=1)), log_p.argmax(axis=1) == truth).error
+    return float(-log_p[np.arange(len(x)), truth].mean()), error
+
+
+def fit_margins(segments: NDArray[np.floating[Any]], consensus: SegmentConsensus) -> tuple[MarginPoint, ...]:
+    """For each share in MAX_CHANGED the lowest margin that keeps to it, by replaying the labelling of each video.
+
+    Args:
+        segments: float [N, S, C], the network's answer for each segment, in order of time.
+    """
+    num_videos, num_segments, _ = segments.shape
+    stages = EarlyExit(margin=1.0).stages(num_segments)
+    order = nested_order(num_segments)
+    leads = np.empty((num_videos, len(stages)))
+    tops = np.empty((num_videos, len(stages)), np.int64)
+    for video, answers in enumerate(segments.astype(np.float64)):
+        running = RunningAnswer(num_segments, consensus)
+        for segment in order[: stages[0] - 1]:
+            running.add(answers[segment], 1)
+        for place, end in enumerate(stages):
+            running.add(answers[order[end - 1]], 1)
+            leads[video, place] = running.lead
+            tops[video, place] = int(running.logits.argmax())
+    leads[:, -1] = np.inf  # the last stage always stops
+    stops = np.stack([(leads >= margin).argmax(axis=1) for margin in _MARGINS])
+    changed = np.stack([(tops[np.arange(num_videos), stop] != tops[:, -1]).sum() for stop in stops])
+    worst = np.maximum.accumulate(changed[::-1])[::-1]  # of this margin and all above it
+    points = []
+    for share in MAX_CHANGED:
+        fits = np.flatnonzero(worst <= share * num_videos)
+        place = int(fits[0]) if len(fits) else len(_MARGINS) - 1
+        run = np.asarray(stages)[stops[place]].sum()
+        points.append(
+            MarginPoint(
+                max_changed=share,
+                margin=float(_MARGINS[place]),
+                changed=int(changed[place]),
+                upper=wilson_interval(int(changed[place]), num_videos)[1],
+                segments_saved=float(1 - run / (num_videos * num_segments)),
+            )
+        )
+    return tuple(points)

@@ -5,6 +5,8 @@ that one member could not read must not be answered by the others alone, since t
 """
 
 import uuid
+from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -14,14 +16,18 @@ from numpy.typing import NDArray
 
 from kinoray.catalog.table import Catalog
 from kinoray.config.shared import digest
+from kinoray.console import many
 from kinoray.errors import CatalogError, CheckpointMismatch, ConfigError
 from kinoray.evaluation.config import EnsembleConfig
-from kinoray.evaluation.read import Evaluation, read_evaluation
-from kinoray.evaluation.summary import (
+from kinoray.evaluation.record import (
     ANSWER_COLUMNS,
+    Evaluation,
+    EvaluationRecord,
+    Origin,
     evaluation_record,
     join_answers,
     print_evaluation,
+    read_evaluation,
     write_evaluation,
 )
 from kinoray.label.manifest import write_manifest
@@ -37,7 +43,7 @@ _COLUMNS = ("uri", "error_class", "error_text", "scores", *_COUNTS)
 _Row = dict[str, Any]
 
 
-def ensemble(config: EnsembleConfig) -> dict[str, Any]:
+def ensemble(config: EnsembleConfig) -> EvaluationRecord:
     """Average the members' probabilities, commit the table, print the scores and write OUT/evaluation.json.
 
     Returns:
@@ -54,27 +60,41 @@ def ensemble(config: EnsembleConfig) -> dict[str, Any]:
     for other in members[1:]:
         _check_alike(members[0], other)
     weights = np.array(config.weights or [1.0] * len(members))
-    settings = {"ensemble": [member.record["config_digest"] for member in members], "weights": weights.tolist()}
-    model_digest = digest([member.record["model_digest"] for member in members])
-    catalog, labels = members[0].catalog, members[0].labels
-    ledger = Ledger(storage, join(absolute(config.out), labelling_id(model_digest, digest(settings))))
-    about = _about(members, weights, model_digest, digest(settings), ledger.root)
-    about["catalog"] = absolute(config.catalog or about["catalog"])
-    ledger.pin_job({**about, **settings, "labels": list(labels), "checkpoint": about["members"]})
+    settings = {
+        "ensemble": [member.record.origin.config_digest for member in members],
+        "weights": weights.tolist(),
+    }
+    model_digest = digest([member.record.origin.model_digest for member in members])
+    config_digest = digest(settings)
+    catalog = members[0].catalog
+    labels = members[0].labels
+    ledger = Ledger(storage, join(absolute(config.out), labelling_id(model_digest, config_digest)))
+    origin = Origin(
+        members=tuple(member.uri for member in members),
+        weights=tuple(weights.tolist()),
+        views=sum(member.record.origin.views for member in members),
+        catalog=absolute(config.catalog or members[0].record.origin.catalog),
+        split=members[0].record.origin.split,
+        catalog_digest=catalog.digest,
+        model_digest=model_digest,
+        config_digest=config_digest,
+        predictions=ledger.root,
+    )
+    ledger.pin_job(_job(origin, settings, labels))
     keys = row_keys(catalog.table)
     plan = ledger.plan(catalog.digest, keys, _UNIT_SIZE)
-    _commit(ledger, plan, catalog, members, weights / weights.sum(), about)
+    _commit(ledger, plan, catalog, members, weights / weights.sum(), origin)
     ledger.finish(plan, ledger.check(plan, keys))
     write_manifest(ledger, plan)
 
     predictions = pa.concat_tables(ledger.read_units(plan.units, list(ANSWER_COLUMNS)))
     answers = join_answers(catalog, members[0].answers.truth, predictions, len(labels))
-    record = evaluation_record(answers, labels, about)
-    uri = write_evaluation(storage, absolute(config.out), ledger.root, record)
-    print_evaluation("ensemble", answers, labels)
+    record = evaluation_record(answers, labels, origin)
+    uri = write_evaluation(storage, absolute(config.out), record)
+    print_evaluation("ensemble", record)
     for member in members:
-        scores = member.answers.scores
-        print(f"ensemble: alone, top-1 of {scores.evaluated} videos is {scores.top1:.1%}: {member.uri}")
+        alone = member.answers.scores.top1
+        print(f"ensemble: alone, top-1 of {many(alone.evaluated, 'video')} is {alone.value:.1%}: {member.uri}")
     print(f"ensemble: all numbers are in {uri}", flush=True)
     return record
 
@@ -126,7 +146,7 @@ def _commit(
     catalog: Catalog,
     members: list[Evaluation],
     weights: NDArray[np.float64],
-    about: dict[str, Any],
+    origin: Origin,
 ) -> None:
     """Write the units that are not there yet."""
     done = ledger.committed()
@@ -136,8 +156,12 @@ def _commit(
         for member in members
     ]
     run_id = uuid.uuid4().hex[:16]
-    shared: _Row = {"abstained": False, "run_id": run_id}
-    shared |= {name: about[name] for name in ("model_digest", "config_digest")}
+    shared: _Row = {
+        "abstained": False,
+        "run_id": run_id,
+        "model_digest": origin.model_digest,
+        "config_digest": origin.config_digest,
+    }
     for unit in plan.units:
         if unit.unit_id in done:
             continue
@@ -147,10 +171,12 @@ def _commit(
             for member, places in zip(members, rows_of, strict=True)
         ]
         records = [
-            {name: row[name] for name in ("video_id", "uri", "offset", "length")}
-            | {"row_key": key}
-            | _averaged(list(said), members, weights)
-            | shared
+            {
+                **{name: row[name] for name in ("video_id", "uri", "offset", "length")},
+                "row_key": key,
+                **_averaged(list(said), members, weights),
+                **shared,
+            }
             for key, row, *said in zip(unit.keys, rows.to_pylist(), *parts, strict=True)
         ]
         ledger.commit(unit, pa.Table.from_pylist(records, schema=PREDICTION_SCHEMA), run_id)
@@ -158,12 +184,21 @@ def _commit(
 
 def _averaged(said: list[_Row], members: list[Evaluation], weights: NDArray[np.float64]) -> _Row:
     """The columns of one video, from those of all members."""
-    counts = {name: sum(row[name] for row in said) for name in ("views", "segments_run", "frames_decoded")}
-    counts |= {name: max(row[name] for row in said) for name in ("windows", "frames_corrupt", "frames_missing")}
+    counts = {
+        **{name: sum(row[name] for row in said) for name in ("views", "segments_run", "frames_decoded")},
+        **{name: max(row[name] for row in said) for name in ("windows", "frames_corrupt", "frames_missing")},
+    }
     for row, member in zip(said, members, strict=True):
         if row["status"] != "labelled":
-            reason = {"error_class": row["error_class"], "error_text": f"in {member.uri}: {row['error_text']}"}
-            return {"status": row["status"], **counts, "views": 0, "windows": 0, "segments_run": 0, **reason}
+            return {
+                **counts,
+                "status": row["status"],
+                "views": 0,
+                "windows": 0,
+                "segments_run": 0,
+                "error_class": row["error_class"],
+                "error_text": f"in {member.uri}: {row['error_text']}",
+            }
     labels = members[0].labels
     p = np.zeros(len(labels))
     for row, member, weight in zip(said, members, weights, strict=True):
@@ -171,7 +206,8 @@ def _averaged(said: list[_Row], members: list[Evaluation], weights: NDArray[np.f
         p += weight * np.array([scores[label] for label in labels])
     p = np.minimum(p, 1.0)  # weights are rounded
     order = np.argsort(-p, kind="stable")
-    best, known = order[:_TOP], p[p > 0]
+    best = order[:_TOP]
+    known = p[p > 0]
     return {
         "status": "labelled",
         **counts,
@@ -184,18 +220,7 @@ def _averaged(said: list[_Row], members: list[Evaluation], weights: NDArray[np.f
     }
 
 
-def _about(
-    members: list[Evaluation], weights: NDArray[np.float64], model_digest: str, config_digest: str, root: str
-) -> dict[str, Any]:
-    first = members[0].record
-    return {
-        "members": [member.uri for member in members],
-        "weights": weights.tolist(),
-        "views": sum(member.record.get("views", 1) for member in members),
-        "catalog": first["catalog"],
-        "split": first["split"],
-        "catalog_digest": members[0].catalog.digest,
-        "model_digest": model_digest,
-        "config_digest": config_digest,
-        "predictions": root,
-    }
+def _job(origin: Origin, settings: dict[str, Any], labels: Sequence[str]) -> dict[str, Any]:
+    """What job.json says of the labelling."""
+    about = {name: value for name, value in asdict(origin).items() if value is not None}
+    return {**about, **settings, "labels": list(labels), "checkpoint": list(origin.members or ())}

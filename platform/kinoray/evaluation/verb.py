@@ -1,13 +1,14 @@
 """Score a checkpoint: the labelling job on a labelled catalog, then exact counts of what it got right."""
 
 from dataclasses import asdict
-from typing import Any
 
 import pyarrow as pa
 
 from kinoray.evaluation.config import EvaluateConfig
-from kinoray.evaluation.summary import (
+from kinoray.evaluation.record import (
     ANSWER_COLUMNS,
+    EvaluationRecord,
+    Origin,
     evaluation_record,
     join_answers,
     print_evaluation,
@@ -23,11 +24,11 @@ __all__ = ["evaluate"]
 _TOP = 5
 
 
-def evaluate(config: EvaluateConfig) -> dict[str, Any]:
+def evaluate(config: EvaluateConfig) -> EvaluationRecord:
     """Label the split, compare with its labels, print the scores and write OUT/evaluation.json.
 
     Returns:
-        What is in evaluation.json: `kinoray.evaluation.summary.evaluation_record`, and what was evaluated with what.
+        What is in evaluation.json.
 
     Raises:
         CatalogError: a video of the split has no label.
@@ -41,32 +42,33 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         check=lambda catalog, meta: true_classes(catalog, meta.labels),
     )
     totals = run_labelling(labelling, config.resources, "evaluate")
-    ledger, labels = labelling.ledger, labelling.meta.labels
+    ledger = labelling.ledger
+    labels = labelling.meta.labels
     predictions = pa.concat_tables(ledger.read_units(labelling.plan.units, list(ANSWER_COLUMNS)))
     truth = true_classes(labelling.catalog, labels)
     answers = join_answers(labelling.catalog, truth, predictions, len(labels))
-    record = evaluation_record(answers, labels, _about(config, labelling))
-    uri = write_evaluation(ledger.storage, absolute(config.out), ledger.root, record)
-    print_evaluation("evaluate", answers, labels)
+    record = evaluation_record(answers, labels, _origin(config, labelling))
+    uri = write_evaluation(ledger.storage, absolute(config.out), record)
+    print_evaluation("evaluate", record)
     print(f"evaluate: all numbers are in {uri}", flush=True)
     refuse_too_many_bad(totals, config.max_bad_fraction, ledger.root)
     return record
 
 
-def _about(config: EvaluateConfig, labelling: Labelling) -> dict[str, Any]:
+def _origin(config: EvaluateConfig, labelling: Labelling) -> Origin:
     job = labelling.job
-    return {
-        "catalog": absolute(config.catalog),
-        "split": config.split,
-        "catalog_digest": labelling.catalog.digest,
-        "checkpoint": job.checkpoint,
-        "protocol": config.protocol,
-        "views": job.views.num_views,
-        "view_average": job.views.average,
-        "num_segments": job.clip.sample.num_segments,
-        "frames_per_segment": job.clip.sample.frames_per_segment,
-        "inference": asdict(config.inference),
-        "model_digest": job.model_digest,
-        "config_digest": job.config_digest,
-        "predictions": labelling.ledger.root,
-    }
+    return Origin(
+        catalog=absolute(config.catalog),
+        split=config.split,
+        catalog_digest=labelling.catalog.digest,
+        checkpoint=job.checkpoint,
+        protocol=config.protocol,
+        views=job.views.num_views,
+        view_average=job.views.average,
+        num_segments=job.clip.sample.num_segments,
+        frames_per_segment=job.clip.sample.frames_per_segment,
+        inference=asdict(config.inference),
+        model_digest=job.model_digest,
+        config_digest=job.config_digest,
+        predictions=labelling.ledger.root,
+    )

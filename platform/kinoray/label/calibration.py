@@ -1,6 +1,7 @@
-"""What `kinoray calibrate` found for a model, read back: the temperature, and margins for stopping early."""
+"""What `kinoray calibrate` found for a model, written and read here: its temperature and margins for early exit."""
 
-from dataclasses import dataclass
+import json
+from dataclasses import asdict, dataclass
 
 from kinoray.config.shared import ClipConfig
 from kinoray.errors import CheckpointMismatch, ConfigError
@@ -42,6 +43,10 @@ class Calibrated:
     """Expected calibration error at temperature 1, and at this one."""
     margins: tuple[MarginPoint, ...]
     """Empty for a network that does not see its segments one by one."""
+
+    def to_json(self) -> bytes:
+        """The file's bytes."""
+        return json.dumps(asdict(self), indent=1).encode()
 
     def margin_for(self, max_changed: float, clip: ClipConfig) -> float:
         """The margin at which at most this share of the calibration set changed its top-1.

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import cv2
 import numpy as np
 
-from kinoray.evaluation.calibration_error import Calibration
+from kinoray.evaluation.metrics import Calibration
 from kinoray.library.report.numbers import Confusion
 
 __all__ = [
@@ -92,14 +92,15 @@ def reliability_marks(calibration: Calibration) -> list[Mark]:
     """A dot for each bin that has videos, at (mean score, accuracy); well calibrated scores lie on the diagonal."""
     side, total = RELIABILITY_SIDE, max(1, int(calibration.videos.sum()))
     marks = []
-    for item in calibration.summary()["bins"]:
-        if item["videos"]:
+    for item in calibration.summary().bins:
+        if item.mean_score is not None and item.accuracy is not None:
             hint = (
-                f"score {item['low']:.2f} to {item['high']:.2f}: {item['videos']} videos, mean score "
-                f"{item['mean_score']:.3f}, {item['accuracy']:.1%} right"
+                f"score {item.low:.2f} to {item.high:.2f}: {item.videos} videos, mean score {item.mean_score:.3f}, "
+                f"{item.accuracy:.1%} right"
             )
-            radius = 2 + 10 * (item["videos"] / total) ** 0.5
-            x, y = side * item["mean_score"], side * (1 - item["accuracy"])
+            radius = 2 + 10 * (item.videos / total) ** 0.5
+            x = side * item.mean_score
+            y = side * (1 - item.accuracy)
             marks.append(Mark(round(x, 2), round(y, 2), round(radius, 2), hint))
     return marks
 

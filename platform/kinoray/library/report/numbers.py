@@ -13,8 +13,7 @@ import pyarrow.compute as pc
 
 from kinoray.catalog.table import Catalog
 from kinoray.errors import CatalogError
-from kinoray.evaluation.accuracy import wilson_interval
-from kinoray.evaluation.calibration_error import Calibration, calibrate
+from kinoray.evaluation.metrics import Calibration, calibration_of, wilson_interval
 
 __all__ = ["Accuracy", "ClassRow", "Confusion", "Numbers", "count", "join_truth"]
 
@@ -154,7 +153,7 @@ def count(rows: pa.Table, labels: Sequence[str]) -> Numbers:
 
 
 def _calibration(counted: pa.Table) -> Calibration:
-    return calibrate(counted["score"].to_numpy(), counted["right"].to_numpy().astype(bool))
+    return calibration_of(counted["score"].to_numpy(), counted["right"].to_numpy().astype(bool))
 
 
 def _accuracies(rows: pa.Table) -> tuple[pa.Table, Accuracy | None, tuple[Accuracy, ...]]:
