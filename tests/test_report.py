@@ -18,11 +18,9 @@ from kinoray.errors import CatalogError, ConfigError, ObjectNotFound
 from kinoray.evaluation.metrics import wilson_interval
 from kinoray.label.table import Ledger
 from kinoray.library.config import ReportConfig
-from kinoray.library.report.columns import ROWS_PER_FILE, STRIPS_PER_FILE, id_ranks
-from kinoray.library.report.figures import HISTOGRAM_HEIGHT, histogram_bars
-from kinoray.library.report.numbers import count, join_truth
-from kinoray.library.report.table import choose
-from kinoray.library.report.verb import report
+from kinoray.library.report.numbers import choose, count, join_truth
+from kinoray.library.report.site import ROWS_PER_FILE, STRIPS_PER_FILE, id_ranks
+from kinoray.library.report.verb import HISTOGRAM_HEIGHT, histogram_bars, report
 from kinoray.storage.objects import Storage
 from kinoray.terminal import visible
 from kinoray.video.strips import MAX_FRAME_BYTES, jpeg_uri
@@ -68,6 +66,26 @@ def random_rows(number: int, seed: int) -> tuple[list[dict[str, Any]], Truth]:
     return rows, truth
 
 
+def test_a_row_without_any_class_has_no_answer_and_lowers_the_accuracy_of_all() -> None:
+    """label --scores sigmoid leaves a video without a class where none is likely enough."""
+    rows = [
+        row("a", label_topk=["cat"], score_topk=[0.9]),
+        row("b", label_topk=["dog"], score_topk=[0.8]),
+        row("c", label_topk=[], score_topk=[]),
+        refused("d"),
+    ]
+    truth: Truth = [(name, "cat", "val") for name in "abcd"]
+    numbers = count(join_truth(predictions(rows), catalog_of(truth)), CLASSES)
+    assert numbers.accuracy is not None
+    top1 = numbers.accuracy.top1
+    assert (top1.right, top1.evaluated, top1.unreadable, top1.missing) == (1, 2, 1, 1)
+    assert (top1.value, top1.of_all) == (1 / 2, 1 / 4)
+    assert numbers.confusion is not None
+    assert numbers.confusion.counts.tolist() == [[1, 1, 0], [0, 0, 0], [0, 0, 0]]
+    assert numbers.calibration is not None
+    assert numbers.calibration.videos.sum() == 2
+
+
 def test_numbers_equal_plain_loops() -> None:
     rows, truth = random_rows(300, seed=1)
     known = {video_id: (label, split) for video_id, label, split in truth}
@@ -95,23 +113,23 @@ def test_numbers_equal_plain_loops() -> None:
             pairs[label, item["label_topk"][0]] += 1
     assert numbers.confusion is not None
     assert numbers.confusion.counts.tolist() == [[pairs[true, called] for called in CLASSES] for true in CLASSES]
-    assert [(item.split, item.num_right, item.num_labelled, item.num_unreadable) for item in numbers.splits] == [
+    assert [(item.split, item.top1.right, item.top1.evaluated, item.top1.unreadable) for item in numbers.splits] == [
         (split, right[split], total[split], unreadable[split]) for split in ("test", "train", "val")
     ]
     assert numbers.accuracy is not None
     counted = total["val"] + total["test"]
-    assert (numbers.accuracy.split, numbers.accuracy.num_labelled) == ("test + val", counted)
-    assert numbers.accuracy.value == (right["val"] + right["test"]) / counted
-    assert numbers.accuracy.interval == wilson_interval(right["val"] + right["test"], counted)
+    assert (numbers.accuracy.split, numbers.accuracy.top1.evaluated) == ("test + val", counted)
+    assert numbers.accuracy.top1.value == (right["val"] + right["test"]) / counted
+    assert numbers.accuracy.top1.interval == wilson_interval(right["val"] + right["test"], counted)
     for item in numbers.classes:
-        scores = [answer["score_topk"][0] for answer in labelled if answer["label_topk"][0] == item.name]
+        scores = [answer["score_topk"][0] for answer in labelled if answer["label_topk"][0] == item.counts.label]
         assert item.num_predicted == len(scores)
         assert item.mean_score == pytest.approx(float(np.mean(scores)), rel=1e-6)
-        called = sum(pairs[true, item.name] for true in CLASSES)
-        true = sum(pairs[item.name, called] for called in CLASSES)
-        assert (item.precision, item.recall) == (
-            pairs[item.name, item.name] / called,
-            pairs[item.name, item.name] / true,
+        called = sum(pairs[true, item.counts.label] for true in CLASSES)
+        true = sum(pairs[item.counts.label, called] for called in CLASSES)
+        assert (item.counts.precision, item.counts.recall) == (
+            pairs[item.counts.label, item.counts.label] / called,
+            pairs[item.counts.label, item.counts.label] / true,
         )
 
     for name, histogram in (("score", numbers.histogram), ("margin", numbers.margin_histogram)):
@@ -135,7 +153,7 @@ def test_accuracy_counts_training_videos_only_where_there_are_no_others() -> Non
     for truth, expected in cases:
         found = count(join_truth(predictions(rows), catalog_of(truth)), CLASSES).accuracy
         assert found is not None
-        assert (found.split, found.num_right, found.num_labelled) == expected
+        assert (found.split, found.top1.right, found.top1.evaluated) == expected
 
 
 def test_a_class_that_only_the_model_knows_has_its_place_in_the_confusion() -> None:
@@ -218,12 +236,13 @@ def test_the_files_hold_every_row_and_the_numbers_count_all(tmp_path: Path) -> N
     assert f"240 inputs = {sums}: complete." in site.text
     numbers = count(join_truth(predictions(rows), catalog), CLASSES)
     assert numbers.accuracy is not None
-    assert site.totals["top1"] == numbers.accuracy.value
-    low, high = numbers.accuracy.interval
-    assert f"{numbers.accuracy.value:.1%} 95% interval {100 * low:.1f} to {high:.1%}" in site.text
+    assert site.totals["top1"] == numbers.accuracy.top1.value
+    low, high = numbers.accuracy.top1.interval
+    assert f"{numbers.accuracy.top1.value:.1%} 95% interval {100 * low:.1f} to {high:.1%}" in site.text
     for record, item in zip(site.data("site")["classes"], numbers.classes, strict=True):
         assert (record["predicted"], record["meanScore"]) == (item.num_predicted, item.mean_score)
-        assert (record["called"], record["true"], record["right"]) == (item.num_called, item.num_true, item.num_right)
+        counts = item.counts
+        assert (record["called"], record["true"], record["right"]) == (counts.called, counts.videos, counts.right)
 
 
 def test_contact_strips_are_packed_and_show_the_videos(tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ __all__ = [
     "WINDOW_LABEL_SCHEMA",
     "Where",
     "class_names",
+    "first_item",
     "is_multi_label",
     "scan",
     "scan_windows",
@@ -179,13 +180,13 @@ def _promising(ledger: Ledger, units: Sequence[Unit], status: Sequence[str]) -> 
 def _select(table: pa.Table, columns: Sequence[str], where: Where) -> pa.Table:
     for name, source in _FIRST.items():
         if name in columns or name in where.columns:
-            table = table.append_column(LABEL_SCHEMA.field(name), _first(table[source]))
+            table = table.append_column(LABEL_SCHEMA.field(name), first_item(table[source]))
     if where.columns:
         table = table.filter(where.mask(table))
     return table.select(list(columns))
 
 
-def _first(column: pa.ChunkedArray) -> pa.ChunkedArray:
+def first_item(column: pa.ChunkedArray) -> pa.ChunkedArray:
     """First item of each list; null where the list is null or empty."""
     filled = pc.if_else(pc.greater(pc.fill_null(pc.list_value_length(column), 0), 0), column, None)
     return pc.list_element(filled, 0)

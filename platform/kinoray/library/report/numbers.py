@@ -1,7 +1,9 @@
-"""What a report says in numbers: counts, certainty, accuracy with its interval, classes, confusion.
+"""What a report is made of: the rows of a result table, what is still to come, and all that it says in numbers.
 
-Everything covers all rows of the predictions, not only the videos that the site lists. Accuracy is never counted over
-videos that the model was trained on where the catalog names another split.
+What is easy to break: a table may be read while it is being written; what is to come is counted from commits that were
+listed before the rows were read, so no input is lost between the two. The numbers cover all rows, not only the videos
+that the site lists, and accuracy is never counted over videos that the model was trained on where the catalog names
+another split.
 """
 
 from collections.abc import Sequence
@@ -12,60 +14,159 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from kinoray.catalog.table import Catalog
-from kinoray.errors import CatalogError
-from kinoray.evaluation.metrics import Calibration, calibration_of, wilson_interval
+from kinoray.config.shared import digest
+from kinoray.errors import CatalogError, ConfigError
+from kinoray.evaluation.metrics import (
+    Accuracy,
+    Calibration,
+    ClassCounts,
+    calibration_of,
+    class_counts,
+    count_confusion,
+)
+from kinoray.label.table import Ledger, open_ledger, read_predictions
+from kinoray.library.rows import first_item
+from kinoray.storage.objects import Storage
 
-__all__ = ["Accuracy", "ClassRow", "Confusion", "Numbers", "count", "join_truth"]
+__all__ = [
+    "ClassRow",
+    "Confusion",
+    "Numbers",
+    "ResultTable",
+    "SplitAccuracy",
+    "choose",
+    "count",
+    "join_truth",
+    "read_result",
+]
 
 TRAIN_SPLIT = "train"
 NUM_BINS = 20
+_OTHERS_SHARE = 4  # at least a fourth of the list is for videos without an answer, where there are so many
+_COLUMNS = [
+    "video_id",
+    "uri",
+    "offset",
+    "length",
+    "row_key",
+    "status",
+    "error_class",
+    "error_text",
+    "label_topk",
+    "score_topk",
+    "margin",
+    "entropy",
+    "abstained",
+    "model_digest",
+    "config_digest",
+    "run_id",
+]
 
 
-@dataclass(frozen=True, slots=True)
-class Accuracy:
-    """Right answers among the labelled videos of one split (None: all), with a 95% Wilson interval."""
-
-    split: str | None
-    num_right: int
-    num_labelled: int
-    num_unreadable: int
-    interval: tuple[float, float]
-
-    @property
-    def value(self) -> float:
-        """Share of right answers among the videos that could be read."""
-        return self.num_right / self.num_labelled
-
-    @property
-    def value_all(self) -> float:
-        """The same with unreadable videos counted as wrong."""
-        return self.num_right / (self.num_labelled + self.num_unreadable)
+# Rows
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class ClassRow:
-    """One class: what the model called so, and how right it was (0 of 0 without a catalog)."""
+class ResultTable:
+    """What there is of a labelling."""
 
-    name: str
+    rows: pa.Table
+    """PREDICTION_SCHEMA without the columns that a report does not show."""
+    labels: tuple[str, ...]
+    """The model's classes in its order; empty where the labelling does not name them."""
+    num_pending: int
+    """Inputs that have no row yet."""
+    digest: str
+    """Names the labelling and its newest catalog; the same before and after it is finished."""
+
+    @property
+    def num_inputs(self) -> int:
+        """All inputs: those with a row and those to come."""
+        return len(self.rows) + self.num_pending
+
+
+def read_result(storage: Storage, predictions: str) -> ResultTable:
+    """Read all rows that are committed.
+
+    Raises:
+        StorageError: it cannot be read, or nothing was labelled there.
+        ConfigError: results of several models or settings are there.
+        CatalogError: no rows yet.
+    """
+    ledger = open_ledger(storage, predictions)
+    committed = ledger.committed()
+    rows = read_predictions(storage, predictions, columns=_COLUMNS)
+    if not len(rows):
+        raise CatalogError(
+            f"{predictions} holds no finished rows yet; run kinoray label, or wait for its first unit, then this"
+        )
+    plans = ledger.plans()
+    pending = {key for plan in plans for unit in plan.units if unit.unit_id not in committed for key in unit.keys}
+    if pending:
+        pending.difference_update(rows["row_key"].to_pylist())
+    return ResultTable(
+        rows=rows,
+        labels=_labels(ledger),
+        num_pending=len(pending),
+        digest=digest([ledger.labelling_id, plans[-1].catalog_digest if plans else ""]),
+    )
+
+
+def _labels(ledger: Ledger) -> tuple[str, ...]:
+    labels = ledger.job().get("labels", [])
+    if not isinstance(labels, list) or not all(isinstance(label, str) for label in labels):
+        raise ConfigError(f"{ledger.root}/job.json: labels must be a list of class names; label into another --out")
+    return tuple(labels)
+
+
+def choose(rows: pa.Table, most: int) -> pa.Table:
+    """The at most `most` rows to list: labelled ones, least certain first, then the others, every reason in turn.
+
+    Args:
+        rows: what `join_truth` gave.
+    """
+    is_labelled = pc.equal(rows["status"], "labelled")
+    labelled = rows.filter(is_labelled)
+    others = rows.filter(pc.invert(is_labelled))
+    num_others = min(len(others), max(most // _OTHERS_SHARE, most - len(labelled)))
+    labelled = labelled.sort_by([("margin", "ascending"), ("video_id", "ascending")])
+    return pa.concat_tables([labelled.slice(0, most - num_others), _by_turns(others).slice(0, num_others)])
+
+
+def _by_turns(others: pa.Table) -> pa.Table:
+    """The first row of every reason, then the second of each, so that a cut list lacks no reason."""
+    reason = pc.coalesce(others["error_class"], others["status"])
+    others = others.append_column("reason", reason)
+    others = others.sort_by([("reason", "ascending"), ("status", "ascending"), ("video_id", "ascending")])
+    codes = others["reason"].combine_chunks().dictionary_encode().indices.to_numpy()
+    place = np.arange(len(codes))
+    is_first = np.ones(len(codes), bool)
+    is_first[1:] = codes[1:] != codes[:-1]
+    turn = place - np.maximum.accumulate(np.where(is_first, place, 0)) if len(codes) else place
+    return others.take(pa.array(np.argsort(turn, kind="stable"))).drop_columns(["reason"])
+
+
+# Numbers
+
+
+@dataclass(frozen=True, slots=True)
+class SplitAccuracy:
+    """How right the answers are for the videos of one split (None: of all)."""
+
+    split: str | None
+    top1: Accuracy
+
+
+@dataclass(frozen=True, slots=True)
+class ClassRow:
+    """One class: what the model called so, and how right it was."""
+
     num_predicted: int
     """All videos that were called so."""
     mean_score: float | None
     """Their mean first score; None of none."""
-    num_called: int
-    """Those of them that the accuracy counts."""
-    num_true: int
-    """Videos of this true class that the accuracy counts."""
-    num_right: int
-
-    @property
-    def precision(self) -> float | None:
-        """Share of right answers among those that were called so; None of none."""
-        return self.num_right / self.num_called if self.num_called else None
-
-    @property
-    def recall(self) -> float | None:
-        """Share of right answers among those that are so; None of none."""
-        return self.num_right / self.num_true if self.num_true else None
+    counts: ClassCounts
+    """Over the videos that the accuracy counts; 0 of 0 without a catalog."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,8 +192,9 @@ class Numbers:
     margin_histogram: np.ndarray
     """int64 [3, NUM_BINS]: the same of margins."""
     classes: tuple[ClassRow, ...]
-    accuracy: Accuracy | None
-    splits: tuple[Accuracy, ...]
+    accuracy: SplitAccuracy | None
+    """Over the videos that count: not those of the training split where there is another."""
+    splits: tuple[SplitAccuracy, ...]
     confusion: Confusion | None
     calibration: Calibration | None
     """Over the videos that the accuracy counts."""
@@ -104,8 +206,8 @@ def join_truth(table: pa.Table, catalog: Catalog | None) -> pa.Table:
     Raises:
         CatalogError: the catalog has no labels, or none for any of these videos.
     """
-    table = table.append_column("top1", _first(table["label_topk"]))
-    table = table.append_column("score", _first(table["score_topk"]))
+    table = table.append_column("top1", first_item(table["label_topk"]))
+    table = table.append_column("score", first_item(table["score_topk"]))
     truth, split = pa.nulls(len(table), pa.string()), pa.nulls(len(table), pa.string())
     if catalog is not None:
         place = pc.index_in(table["video_id"], value_set=catalog.table["video_id"].combine_chunks())
@@ -120,12 +222,6 @@ def join_truth(table: pa.Table, catalog: Catalog | None) -> pa.Table:
             )
     table = table.append_column("true_label", truth).append_column("split", split)
     return table.append_column("right", pc.equal(table["top1"], table["true_label"]))
-
-
-def _first(column: pa.ChunkedArray) -> pa.ChunkedArray:
-    """First item of each list; null where the list is null or empty."""
-    filled = pc.if_else(pc.greater(pc.fill_null(pc.list_value_length(column), 0), 0), column, None)
-    return pc.list_element(filled, 0)
 
 
 def count(rows: pa.Table, labels: Sequence[str]) -> Numbers:
@@ -156,30 +252,35 @@ def _calibration(counted: pa.Table) -> Calibration:
     return calibration_of(counted["score"].to_numpy(), counted["right"].to_numpy().astype(bool))
 
 
-def _accuracies(rows: pa.Table) -> tuple[pa.Table, Accuracy | None, tuple[Accuracy, ...]]:
-    """The labelled rows that count, their accuracy, and the accuracy of each split."""
+def _accuracies(rows: pa.Table) -> tuple[pa.Table, SplitAccuracy | None, tuple[SplitAccuracy, ...]]:
+    """The answered rows that count, their accuracy, and the accuracy of each split."""
     known = rows.filter(pc.is_valid(rows["true_label"]))
     found = sorted({split for split in pc.unique(known["split"]).to_pylist() if split})
-    per_split = [(name, known.filter(pc.equal(known["split"], name))) for name in found]
-    counted, shown = known, None
+    counted = known
+    shown = None
     if TRAIN_SPLIT in found and len(found) > 1:
         counted = known.filter(pc.fill_null(pc.not_equal(known["split"], TRAIN_SPLIT), True))
-        rest = [name for name in found if name != TRAIN_SPLIT]
-        shown = " + ".join(rest)
+        shown = " + ".join(name for name in found if name != TRAIN_SPLIT)
     elif len(found) == 1:
         shown = found[0]
-    splits = [_accuracy(name, part) for name, part in per_split]
-    labelled = counted.filter(pc.equal(counted["status"], "labelled"))
-    return labelled, _accuracy(shown, counted), tuple(item for item in splits if item)
+    splits = [_accuracy(name, known.filter(pc.equal(known["split"], name))) for name in found]
+    answered = counted.filter(pc.is_valid(counted["top1"]))
+    return answered, _accuracy(shown, counted), tuple(item for item in splits if item)
 
 
-def _accuracy(split: str | None, rows: pa.Table) -> Accuracy | None:
-    labelled = rows.filter(pc.equal(rows["status"], "labelled"))
-    if not len(labelled):
+def _accuracy(split: str | None, rows: pa.Table) -> SplitAccuracy | None:
+    """Of rows with a true class; None where none has an answer, and a row without any class has none."""
+    evaluated = pc.count(rows["top1"]).as_py()
+    if not evaluated:
         return None
-    right = int(pc.sum(labelled["right"]).as_py() or 0)
-    interval = wilson_interval(right, len(labelled))
-    return Accuracy(split, right, len(labelled), len(rows) - len(labelled), interval)
+    unreadable = pc.sum(pc.not_equal(rows["status"], "labelled")).as_py() or 0
+    top1 = Accuracy(
+        right=pc.sum(rows["right"]).as_py() or 0,
+        evaluated=evaluated,
+        unreadable=unreadable,
+        missing=len(rows) - evaluated - unreadable,
+    )
+    return SplitAccuracy(split, top1)
 
 
 def _class_names(labelled: pa.Table, counted: pa.Table, labels: Sequence[str]) -> tuple[str, ...]:
@@ -190,30 +291,30 @@ def _class_names(labelled: pa.Table, counted: pa.Table, labels: Sequence[str]) -
 
 def _class_rows(labelled: pa.Table, names: tuple[str, ...], confusion: Confusion | None) -> tuple[ClassRow, ...]:
     answered = labelled.filter(pc.is_valid(labelled["top1"]))
-    places = pc.index_in(answered["top1"], value_set=pa.array(names, pa.string())).to_numpy()
+    places = _places(answered["top1"], names)
     predicted = np.bincount(places, minlength=len(names)).tolist()
     totals = np.bincount(places, weights=answered["score"].to_numpy(), minlength=len(names)).tolist()
     counts = confusion.counts if confusion else np.zeros((len(names), len(names)), np.int64)
-    called, true, right = (item.tolist() for item in (counts.sum(axis=0), counts.sum(axis=1), counts.diagonal()))
     return tuple(
         ClassRow(
-            name=name,
             num_predicted=predicted[place],
             mean_score=totals[place] / predicted[place] if predicted[place] else None,
-            num_called=called[place],
-            num_true=true[place],
-            num_right=right[place],
+            counts=of_class,
         )
-        for place, name in enumerate(names)
+        for place, of_class in enumerate(class_counts(counts, names))
     )
 
 
 def _confusion(counted: pa.Table, names: tuple[str, ...]) -> Confusion:
-    known = pa.array(names, pa.string())
-    pairs = [pc.index_in(counted[name], value_set=known).to_numpy() for name in ("true_label", "top1")]
-    counts = np.zeros((len(names), len(names)), np.int64)
-    np.add.at(counts, (pairs[0], pairs[1]), 1)
-    return Confusion(names, counts)
+    truth = _places(counted["true_label"], names)
+    first = _places(counted["top1"], names)
+    return Confusion(names, count_confusion(truth, first, len(names)))
+
+
+def _places(column: pa.ChunkedArray, names: tuple[str, ...]) -> np.ndarray:
+    """int64 [N]: the place of each value in the names, all of which are there."""
+    places = pc.index_in(column, value_set=pa.array(names, pa.string()))
+    return np.asarray(places.to_numpy(), np.int64)
 
 
 def _histogram(labelled: pa.Table, name: str) -> np.ndarray:

@@ -1,30 +1,39 @@
 """`kinoray report`: a static site from predictions, with numbers, frames, filters, quarantine and corrections.
 
-What is easy to break: the numbers cover all rows, whatever the site lists of them.
+Figures are made as plain geometry: the template draws them as SVG or table cells, so that names stay escaped text and
+colours follow the reader's light or dark theme. What is easy to break: the numbers cover all rows, whatever the site
+lists of them.
 """
 
+import base64
 from dataclasses import dataclass
 from typing import Any
 
+import cv2
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from kinoray.catalog.table import load_catalog
+from kinoray.console import many
 from kinoray.errors import ConfigError
+from kinoray.evaluation.metrics import Calibration, confused_classes
 from kinoray.library.config import ReportConfig
-from kinoray.library.report.columns import collect_names, site_record
-from kinoray.library.report.figures import confused_pairs, confusion_picture, histogram_bars, reliability_marks, shade
-from kinoray.library.report.numbers import Numbers, count, join_truth
-from kinoray.library.report.site import Site, add_places
-from kinoray.library.report.table import ResultTable, choose, read_result
+from kinoray.library.report.numbers import Confusion, Numbers, ResultTable, choose, count, join_truth, read_result
+from kinoray.library.report.site import Site, add_places, collect_names, site_record
 from kinoray.storage.objects import Storage, absolute, join
 
-__all__ = ["report"]
+__all__ = ["HISTOGRAM_HEIGHT", "histogram_bars", "report"]
+
+HISTOGRAM_WIDTH, HISTOGRAM_HEIGHT = 400.0, 120.0
+RELIABILITY_SIDE = 200.0
+NUM_SHADES = 10
 
 MAX_TABLE_CLASSES = 30
 """Up to so many classes confusion is a table of numbers, above it a picture and the most frequent mistakes."""
 MAX_MISTAKES = 30
 MAX_EXAMPLES = 3
+_KINDS = ("right", "wrong", "unknown")
 
 
 def report(config: ReportConfig) -> dict[str, Any]:
@@ -65,20 +74,24 @@ def report(config: ReportConfig) -> dict[str, Any]:
         "skipped": numbers.num_skipped,
         "shown": len(listed),
         "without_frames": without_frames,
-        "top1": numbers.accuracy.value if numbers.accuracy else None,
+        "top1": numbers.accuracy.top1.value if numbers.accuracy else None,
     }
 
 
 def _print_totals(
     out: str, size: int, result: ResultTable, numbers: Numbers, num_listed: int, without_frames: int
 ) -> None:
-    sums = f"{numbers.num_labelled} labelled + {numbers.num_quarantined} quarantined + {numbers.num_skipped} skipped"
-    pending = f" + {result.num_pending} to come" if result.num_pending else ""
-    print(f"report: {result.num_inputs} inputs = {sums}{pending}")
+    sums = (
+        f"{numbers.num_labelled:,} labelled + {numbers.num_quarantined:,} quarantined + {numbers.num_skipped:,} skipped"
+    )
+    pending = f" + {result.num_pending:,} to come" if result.num_pending else ""
+    print(f"report: {many(result.num_inputs, 'input')} = {sums}{pending}")
     if num_listed < numbers.num_videos:
-        print(f"report: the site lists {num_listed} of them, least certain first (--max-videos); its numbers cover all")
+        print(
+            f"report: the site lists {num_listed:,} of them, least certain first (--max-videos); its numbers cover all"
+        )
     if without_frames:
-        print(f"report: {without_frames} videos could not be read for their frames; the site says why")
+        print(f"report: {many(without_frames, 'video')} could not be read for their frames; the site says why")
     print(f"report: {size / 1e6:.1f} MB; open {join(out, 'index.html')}", flush=True)
 
 
@@ -129,10 +142,10 @@ def _values(
         ],
         "classes": sorted(numbers.classes, key=lambda row: -row.num_predicted),
         "confusion": confusion,
-        "shades": shade(confusion) if confusion and small else None,
-        "picture": confusion_picture(confusion) if confusion and not small else "",
-        "mistakes": confused_pairs(confusion, MAX_MISTAKES) if confusion else [],
-        "reliability": reliability_marks(numbers.calibration) if numbers.calibration else [],
+        "shades": _shade(confusion) if confusion and small else None,
+        "picture": _confusion_picture(confusion) if confusion and not small else "",
+        "mistakes": confused_classes(confusion.counts, confusion.names, MAX_MISTAKES) if confusion else [],
+        "reliability": _reliability_marks(numbers.calibration) if numbers.calibration else [],
         "groups": _groups(rows),
         "origin": {name: _distinct(rows, name) for name in ("model_digest", "config_digest", "run_id")},
     }
@@ -140,3 +153,90 @@ def _values(
 
 def _distinct(rows: pa.Table, name: str) -> list[str]:
     return sorted(value for value in pc.unique(rows[name]).to_pylist() if value)
+
+
+# Figures
+
+
+@dataclass(frozen=True, slots=True)
+class _Bar:
+    """One rectangle of the histogram in drawing units, y downwards; `hint` is what it says under the pointer."""
+
+    x: float
+    y: float
+    width: float
+    height: float
+    kind: str
+    hint: str
+    values: str
+    """The values that it counts, as the site's filters take them: `0.45..0.5`."""
+
+
+def histogram_bars(histogram: np.ndarray, what: str) -> list[_Bar]:
+    """Stacked bars of int64 [3, bins] (right, wrong, unknown over values 0 .. 1); the highest fills the height.
+
+    Args:
+        what: name of the value, for the hints.
+    """
+    num_bins = histogram.shape[1]
+    unit = HISTOGRAM_HEIGHT / max(1, int(histogram.sum(axis=0).max()))
+    width = HISTOGRAM_WIDTH / num_bins
+    bars: list[_Bar] = []
+    for index, column in enumerate(histogram.T.tolist()):
+        floor = HISTOGRAM_HEIGHT
+        counted = ", ".join(f"{n} {kind}" for n, kind in zip(column, _KINDS, strict=True) if n and kind != "unknown")
+        low, high = index / num_bins, (index + 1) / num_bins
+        hint = f"{what} {low:.2f} to {high:.2f}: {sum(column)} videos"
+        for number, kind in zip(column, _KINDS, strict=True):
+            if number:
+                height = number * unit
+                floor -= height
+                hint_here = f"{hint} ({counted})" if counted else hint
+                place = (index * width + 1, round(floor, 2), width - 2, round(height, 2))
+                bars.append(_Bar(*place, kind, hint_here, f"{low:g}..{high:g}"))
+    return bars
+
+
+@dataclass(frozen=True, slots=True)
+class _Mark:
+    """One bin of the reliability plot in drawing units, y downwards: a dot whose area is the bin's share of videos."""
+
+    x: float
+    y: float
+    radius: float
+    hint: str
+
+
+def _reliability_marks(calibration: Calibration) -> list[_Mark]:
+    """A dot for each bin that has videos, at (mean score, accuracy); well calibrated scores lie on the diagonal."""
+    side = RELIABILITY_SIDE
+    total = max(1, int(calibration.videos.sum()))
+    marks = []
+    for item in calibration.summary().bins:
+        if item.mean_score is not None and item.accuracy is not None:
+            hint = (
+                f"score {item.low:.2f} to {item.high:.2f}: {item.videos} videos, mean score {item.mean_score:.3f}, "
+                f"{item.accuracy:.1%} right"
+            )
+            radius = 2 + 10 * (item.videos / total) ** 0.5
+            x = side * item.mean_score
+            y = side * (1 - item.accuracy)
+            marks.append(_Mark(round(x, 2), round(y, 2), round(radius, 2), hint))
+    return marks
+
+
+def _shade(confusion: Confusion) -> list[list[int]]:
+    """For each cell its share of the row as a step 0 .. 10; a count above zero never gets step 0."""
+    share = confusion.counts / np.maximum(confusion.counts.sum(axis=1, keepdims=True), 1)
+    steps: list[list[int]] = np.ceil(share * NUM_SHADES).astype(int).tolist()
+    return steps
+
+
+def _confusion_picture(confusion: Confusion) -> str:
+    """Data URI of a PNG, one pixel a cell: opacity is the share of the row, so that it suits any background."""
+    share = confusion.counts / np.maximum(confusion.counts.sum(axis=1, keepdims=True), 1)
+    bgra = np.zeros((*confusion.counts.shape, 4), np.uint8)
+    bgra[..., :3] = (205, 125, 45)
+    bgra[..., 3] = np.where(confusion.counts > 0, 40 + np.round(share * 215), 0)
+    _, png = cv2.imencode(".png", bgra)
+    return f"data:image/png;base64,{base64.b64encode(png.tobytes()).decode('ascii')}"
