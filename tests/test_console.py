@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 from kinoray.cli import main
+from kinoray.console import PlainStream, exact_stdout, many, plain_streams, shortened, table, visible
 from kinoray.label.table import Ledger
 from kinoray.storage.objects import Storage
-from kinoray.terminal import PlainStream, exact_stdout, plain_streams, visible
 from small_tables import label_library, ledger_in, library
 
 EVIL = "\x1b]0;owned\x07\x1b[2J\x1b[31mred\x9b5m\r\u202egnp.exe\u200b\x7f\x00"
@@ -113,7 +113,7 @@ for line in (
     ["labels", folder + "/out", "--format", "jsonl"],
     ["labels", folder + "/out", "--label", evil],
     ["labels", folder + "/" + evil.replace(chr(0), "")],
-    ["trace", folder + "/out"],
+    ["labels", folder + "/out", "--summary"],
     ["vacuum", folder + "/out"],
     ["runs", folder],
     ["runs", folder, "--json"],
@@ -145,7 +145,7 @@ def test_no_command_sends_a_stranger_s_controls_to_a_terminal(tmp_path: Path) ->
     assert "\r" not in shown.replace("\r\r\n", "").replace("\r\n", "")  # a terminal's line ends, of CSV, too
     assert "\\u001b]0;owned\\u0007" in shown
     assert "RuntimeError: \\u001b]0;owned" in shown
-    for verb in ("labels", "trace", "runs"):
+    for verb in ("labels", "runs"):
         assert f"0 {verb}" in shown
     assert len(shown.splitlines()) > 40
 
@@ -162,3 +162,40 @@ def test_csv_and_settings_stay_exact_in_a_pipe(tmp_path: Path) -> None:
         [*command, "train", "x", "--out", "a\u202eb", "--print-config"], capture_output=True, check=True
     )
     assert "out: a\u202eb\n" in done.stdout.decode("utf-8") or "a\\u202Eb" in done.stdout.decode("utf-8")
+
+
+def test_columns_are_as_wide_as_their_widest_cell_and_numbers_stand_to_the_right() -> None:
+    rows = [("ant", "7", "ok"), ("a longer name", "1,234", "")]
+    assert table(rows, head=("class", "videos", "state"), right=(1,)) == [
+        "class          videos  state",
+        "ant                 7  ok",
+        "a longer name   1,234",
+    ]
+    assert table(rows, right=(0, 1), indent="  ") == ["            ant      7  ok", "  a longer name  1,234"]
+
+
+def test_a_table_of_nothing_is_its_head() -> None:
+    assert table([], head=("node", "hours")) == ["node  hours"]
+    assert table([]) == []
+
+
+def test_a_row_of_other_length_is_our_mistake_and_no_short_table() -> None:
+    with pytest.raises(ValueError, match="zip"):
+        table([("a", "b"), ("c",)])
+
+
+@pytest.mark.parametrize("hostile", ["two\nlines", "\x1b[31mred", "a\u202eb", "tab\there"])
+def test_a_cell_cannot_break_its_line(hostile: str) -> None:
+    lines = table([(hostile, "1"), ("plain", "22")], right=(1,))
+    assert len(lines) == 2
+    assert all(line.isprintable() for line in lines)
+    assert len(lines[0]) == len(lines[1])
+
+
+def test_one_of_a_thing_is_singular() -> None:
+    assert [many(number, "video") for number in (0, 1, 2, 1000)] == ["0 videos", "1 video", "2 videos", "1,000 videos"]
+    assert (many(1, "class"), many(2, "class")) == ("1 class", "2 classes")
+
+
+def test_a_long_text_says_that_it_was_cut() -> None:
+    assert [shortened("0123456789", most) for most in (10, 9)] == ["0123456789", "012345..."]

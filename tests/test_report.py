@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from kinoray.config.shared import StorageConfig
+from kinoray.console import visible
 from kinoray.demo.videos import make_clip, make_video
 from kinoray.errors import CatalogError, ConfigError, ObjectNotFound
 from kinoray.evaluation.metrics import wilson_interval
@@ -22,7 +23,6 @@ from kinoray.library.report.numbers import choose, count, join_truth
 from kinoray.library.report.site import ROWS_PER_FILE, STRIPS_PER_FILE, id_ranks
 from kinoray.library.report.verb import HISTOGRAM_HEIGHT, histogram_bars, report
 from kinoray.storage.objects import Storage
-from kinoray.terminal import visible
 from kinoray.video.strips import MAX_FRAME_BYTES, jpeg_uri
 from report_sites import (
     CLASSES,

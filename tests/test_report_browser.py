@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 
 from browser import Page, find_chromium, open_page
+from kinoray.console import visible
 from kinoray.demo.videos import make_clip, make_video
-from kinoray.terminal import visible
 from report_sites import HOSTILE, Site, Truth, catalog_of, hostile_site, make_site, refused, row
 
 pytestmark = [

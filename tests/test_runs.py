@@ -93,9 +93,9 @@ def test_a_listing_says_how_each_run_stands(
     assert "\x1b" not in table
     lines = {line.split()[0]: line for line in table.splitlines() if line}
     assert "finished" in lines["done"]
-    assert "3/3     val top-1 0.750 (epoch 2)" in lines["done"]
-    assert "1/4     loss 0.500 (epoch 1)" in lines["sweep/t1"]
-    assert "sweep/t1: TooManyBad: 3 of 4 videos are bad ?[31m" in table
+    assert "3/3  val top-1 0.750 (epoch 2)" in lines["done"]
+    assert "1/4  loss 0.500 (epoch 1)" in lines["sweep/t1"]
+    assert "sweep/t1: TooManyBad: 3 of 4 videos are bad \\u001b[31m" in table
     assert find_runs(storage, join(prefix, "done")) == [dataclasses.replace(done, age_s=pytest.approx(0, abs=60))]
 
 

@@ -21,8 +21,8 @@ from types import FrameType
 from typing import Any, NoReturn
 
 from kinoray import __version__
+from kinoray.console import exact_stdout, plain_streams, print_traceback
 from kinoray.errors import ConfigError, KinorayError
-from kinoray.terminal import exact_stdout, plain_streams, print_traceback
 
 __all__ = ["VERBS", "Verb", "guarded", "main", "parse_settings"]
 

@@ -1,12 +1,36 @@
-"""What verbs print: progress of long work and tables, as plain lines that read the same on a terminal and in a log."""
+"""What verbs print: progress, tables and text that only shows. It reads the same on a terminal and in a log.
 
+Names of videos and classes, and decoders' errors, are strangers'. Easy to break: a stream that is data for another
+program (CSV in a pipe) must keep every value as it is; it asks for `exact_stdout`.
+"""
+
+import contextlib
+import re
 import sys
 import time
+import traceback
+import unicodedata
 from collections import Counter
-from collections.abc import Collection, Iterable, Sequence
-from typing import TextIO
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from types import TracebackType
+from typing import Any, TextIO, cast
 
-__all__ = ["Progress", "format_duration", "many", "table"]
+__all__ = [
+    "PlainStream",
+    "Progress",
+    "exact_stdout",
+    "format_duration",
+    "many",
+    "plain_streams",
+    "print_traceback",
+    "shortened",
+    "table",
+    "unfiltered",
+    "visible",
+]
+
+_HIDING = ("Cc", "Cf", "Cs", "Zl", "Zp")
+_LINE_ENDS = re.compile("(\r?\n|\t)")
 
 
 def format_duration(seconds: float) -> str:
@@ -25,10 +49,23 @@ def many(count: int, noun: str) -> str:
     return f"{count:,} {noun}{ending}"
 
 
+def visible(text: object) -> str:
+    """Text with characters that hide or reorder it (control, format and direction marks) spelled out as `\\u202e`."""
+    found = str(text)
+    if found.isprintable():
+        return found
+    return "".join(char if unicodedata.category(char) not in _HIDING else f"\\u{ord(char):04x}" for char in found)
+
+
+def shortened(text: str, most: int) -> str:
+    """Text of at most so many characters; `...` where it was cut."""
+    return text if len(text) <= most else text[: most - 3] + "..."
+
+
 def table(
     rows: Iterable[Sequence[str]], *, head: Sequence[str] = (), right: Collection[int] = (), indent: str = ""
 ) -> list[str]:
-    """Lines with columns of equal width, two spaces apart.
+    """Lines with columns of equal width, two spaces apart. Cells may hold other people's text: it is made visible.
 
     Args:
         rows: cells, as many in each row as there are columns.
@@ -36,9 +73,8 @@ def table(
         right: places of the columns that stand to the right, as numbers do.
         indent: what each line begins with.
     """
-    lines = [list(row) for row in rows]
-    if head:
-        lines.insert(0, list(head))
+    lines = [[visible(cell) for cell in row] for row in ([head] if head else [])]
+    lines += [[visible(cell) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return [(indent + "  ".join(_padded(line, widths, right))).rstrip() for line in lines]
 
@@ -60,8 +96,12 @@ class Progress:
     def __init__(
         self, total: int, task: str, noun: str, *, already: int = 0, every_s: float = 5.0, stream: TextIO | None = None
     ) -> None:
-        self._total, self._task, self._noun, self._already = total, task, noun, already
-        self._every_s, self._stream = every_s, stream or sys.stdout
+        self._total = total
+        self._task = task
+        self._noun = noun
+        self._already = already
+        self._every_s = every_s
+        self._stream = stream or sys.stdout
         self._done = 0
         self._counts: Counter[str] = Counter()
         self._note = ""
@@ -96,3 +136,51 @@ class Progress:
         parts.extend(f"{name} {count}" for name, count in sorted(self._counts.items()) if count)
         parts.extend([self._note] if self._note else [])
         print(", ".join(parts), file=self._stream, flush=True)
+
+
+class PlainStream:
+    """A text stream whose lines are `visible`; everything but writing is the other stream's."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self.stream = stream
+
+    def write(self, text: str) -> int:
+        """Write with all but line ends and tabs spelled out; the length of what was asked for."""
+        parts = _LINE_ENDS.split(text)
+        self.stream.write("".join(part if index % 2 else visible(part) for index, part in enumerate(parts)))
+        return len(text)
+
+    def writelines(self, lines: Iterable[str]) -> None:
+        """`write` each."""
+        for line in lines:
+            self.write(line)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+
+@contextlib.contextmanager
+def plain_streams() -> Iterator[None]:
+    """Within it, stdout and stderr are PlainStreams."""
+    saved = sys.stdout, sys.stderr
+    plain = cast(TextIO, PlainStream(unfiltered(sys.stdout))), cast(TextIO, PlainStream(unfiltered(sys.stderr)))
+    sys.stdout, sys.stderr = plain
+    try:
+        yield
+    finally:
+        sys.stdout, sys.stderr = saved
+
+
+def unfiltered(stream: TextIO) -> TextIO:
+    """The stream below a PlainStream; another one itself."""
+    return stream.stream if isinstance(stream, PlainStream) else stream
+
+
+def exact_stdout() -> TextIO:
+    """stdout for data: exact in a pipe or a file, `visible` on a terminal."""
+    return sys.stdout if sys.stdout.isatty() else unfiltered(sys.stdout)
+
+
+def print_traceback(kind: type[BaseException], error: BaseException, at: TracebackType | None) -> None:
+    """As sys.excepthook: an error that nobody foresaw may hold a stranger's text, too."""
+    print("".join(traceback.format_exception(kind, error, at)), end="", file=PlainStream(unfiltered(sys.stderr)))

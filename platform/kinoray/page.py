@@ -12,7 +12,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from kinoray import __version__
-from kinoray.terminal import visible
+from kinoray.console import visible
 
 __all__ = ["render_page"]
 

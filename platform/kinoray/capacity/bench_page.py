@@ -9,6 +9,7 @@ from kinoray.capacity.config import BenchConfig
 from kinoray.capacity.estimate import Rates
 from kinoray.capacity.job import JobFigures
 from kinoray.capacity.loops import DecodeLoop, ModelLoop
+from kinoray.console import table
 
 __all__ = ["Bounds", "advice", "bounds_of", "print_bench"]
 
@@ -85,10 +86,12 @@ def print_bench(
         ("shared cores", bounds.shared, rates.decode_cpu_s + rates.model_cpu_s, f"both on {rates.cores} cores"),
         ("Ray job", bounds.job, (rates.decode_cpu_s + rates.model_cpu_s) / bounds.cpu_over_job, "all of it"),
     ]
-    print(f"\n{'':<14}{'videos/s':>10}{'clips/s':>10}{'CPU s a video':>15}")
-    for name, rate, cpu_s, note in rows:
-        cpu = "-" if cpu_s is None else f"{cpu_s:.3f}"
-        print(f"{name:<14}{rate:>10.2f}{rate * rates.clips_per_video:>10.2f}{cpu:>15}   {note}")
+    cells = [
+        (name, f"{rate:.2f}", f"{rate * rates.clips_per_video:.2f}", "-" if cpu_s is None else f"{cpu_s:.3f}", note)
+        for name, rate, cpu_s, note in rows
+    ]
+    head = ("", "videos/s", "clips/s", "CPU s a video", "")
+    print("\n" + "\n".join(table(cells, head=head, right=(1, 2, 3))))
     print(f"job / shared cores {bounds.job_over_shared:.2f}, job / min(both) {bounds.job_over_min_both:.2f}")
     print(
         f"start: a worker {times['actor_start_s']:.1f} s, a worker and one unit {times['actor_and_unit_s']:.1f} s; "

@@ -16,7 +16,7 @@ from kinoray.capacity.config import PlanConfig
 from kinoray.capacity.estimate import Conditions, Estimate, Rates, Site, Work, fewest_nodes, unit_s, work_of
 from kinoray.capacity.nodes import NodeType, gpu_seconds, parse_duration, parse_gpu_rates, parse_node
 from kinoray.catalog.table import Catalog, catalog_of_source
-from kinoray.console import format_duration
+from kinoray.console import format_duration, table
 from kinoray.errors import ConfigError
 from kinoray.storage.objects import Storage, absolute
 from kinoray.storage.records import MAX_RECORD_BYTES, parse_json
@@ -250,17 +250,8 @@ def _flags(node: NodeType, work: Work, site: Site, found: Estimate) -> str:
 def _print(config: PlanConfig, rates: Rates, library: Library, rows: Sequence[_Row], notes: Sequence[str]) -> None:
     size_tb = library.num_videos * library.bytes_per_video / 1e12
     print(f"plan: {library.num_videos:,} videos, {size_tb:.2f} TB, within {config.deadline}")
-    print(f"{'node':<12}{'nodes':>7}{'workers':>9}{'videos/s':>10}{'hours':>8}{'cost':>18}   bound by")
-    for node, _, site, found in rows:
-        if found is None:
-            print(f"{node.name:<12}   no number of nodes is enough: starting, planning and checking take too long")
-            continue
-        usd = _usd(node, found)
-        cost = "-" if usd is None else f"{usd:,.2f} usd"
-        print(
-            f"{node.name:<12}{found.nodes:>7}{found.nodes * site.workers:>9}{found.videos_per_s:>10.1f}"
-            f"{found.wall_s / 3600:>8.2f}{cost:>18}   {_bound(node, found)}"
-        )
+    head = ("node", "nodes", "workers", "videos/s", "hours", "cost", "bound by")
+    print("\n".join(table(map(_cells, rows), head=head, right=range(1, 6))))
     print(f"\nplan: {_advice(rows)}")
     for node, work, site, found in rows:
         if found is not None:
@@ -269,6 +260,23 @@ def _print(config: PlanConfig, rates: Rates, library: Library, rows: Sequence[_R
     for note in notes:
         print(f"  - {note}")
     print(flush=True)
+
+
+def _cells(row: _Row) -> Sequence[str]:
+    node, _, site, found = row
+    if found is None:
+        why = "no number of nodes is enough: starting, planning and checking take too long"
+        return node.name, "-", "-", "-", "-", "-", why
+    usd = _usd(node, found)
+    return (
+        node.name,
+        f"{found.nodes:,}",
+        f"{found.nodes * site.workers:,}",
+        f"{found.videos_per_s:,.1f}",
+        f"{found.wall_s / 3600:,.2f}",
+        "-" if usd is None else f"{usd:,.2f} usd",
+        _bound(node, found),
+    )
 
 
 def _advice(rows: Sequence[_Row]) -> str:

@@ -9,8 +9,8 @@ from contextlib import suppress
 from typing import TextIO
 
 from kinoray.cluster.client import Attempt, JobsClient, NoAnswer
+from kinoray.console import exact_stdout
 from kinoray.errors import ClusterError
-from kinoray.terminal import exact_stdout
 
 __all__ = ["follow", "how_it_ended"]
 

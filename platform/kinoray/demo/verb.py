@@ -18,7 +18,7 @@ import boto3
 
 from kinoray.cluster.connect import disconnect
 from kinoray.config.shared import StorageConfig
-from kinoray.console import Progress, format_duration
+from kinoray.console import Progress, format_duration, table
 from kinoray.demo.config import DemoConfig
 from kinoray.demo.recipe import Recipe, command_line, make_recipe, make_videos
 from kinoray.demo.videos import class_names
@@ -170,10 +170,8 @@ class _Steps:
         """One line a step."""
         rows = [(name, format_duration(seconds), result) for name, seconds, result in self.done]
         rows.append(("together", format_duration(sum(seconds for _, seconds, _ in self.done)), ""))
-        width = max(len(time_taken) for _, time_taken, _ in rows)
         print("\n== summary")
-        for name, time_taken, result in rows:
-            print(f"   {name:<10}{time_taken:>{width}}   {result}".rstrip())
+        print("\n".join(table(rows, right=(1,), indent="   ")))
 
 
 def _make_videos(config: DemoConfig, out: Path, steps: _Steps) -> int:

@@ -5,10 +5,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from kinoray.config.shared import ClipConfig
-from kinoray.console import format_duration, many
+from kinoray.console import format_duration, many, table
 from kinoray.doctor.cost import Estimate, cost_class, estimate_total, spread_over_classes
 from kinoray.doctor.probe import DecodeCost, Probed
-from kinoray.doctor.section import Section, Warn, spread, table
+from kinoray.doctor.section import Section, Warn, spread
 from kinoray.video.clip import VideoInfo
 from kinoray.video.transcode import TRANSCODE
 
@@ -136,7 +136,7 @@ def _lines(values: dict[str, Any], totals: Mapping[str, Estimate | None], num_vi
             times.append(f"{1000 * flow['mean']:.1f} ms" if flow["count"] else "-")
         rows.append((name, f"{found['num_probed']:,}", f"{rgb['count']:,}", *times))
     sample = f"{values['num_segments']} x {values['frames_per_segment']} frames"
-    lines = table(head, rows)
+    lines = table(rows, head=head, right=range(1, len(head)))
     for title, key in (("RGB", "rgb"), ("RGB and flow", "rgb_and_flow")):
         total = totals[key]
         if total is not None:

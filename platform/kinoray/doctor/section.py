@@ -19,7 +19,6 @@ __all__ = [
     "format_bytes",
     "over_nodes",
     "spread",
-    "table",
 ]
 
 Status = Literal["ok", "warning", "wrong"]
@@ -130,12 +129,3 @@ def spread(values: Sequence[float]) -> dict[str, float]:
     low, median, p95, high = np.percentile(array, [0, 50, 95, 100])
     numbers = {"min": low, "median": median, "mean": array.mean(), "p95": p95, "max": high, "sum": array.sum()}
     return {"count": len(array), **{name: float(number) for name, number in numbers.items()}}
-
-
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """Lines with columns of equal width: the first to the left, the others to the right."""
-    widths = [max(len(row[column]) for row in [head, *rows]) for column in range(len(head))]
-    return [
-        "  ".join(cell.ljust(width) if not column else cell.rjust(width) for column, (cell, width) in enumerate(cells))
-        for cells in ([*zip(row, widths, strict=True)] for row in [head, *rows])
-    ]

@@ -25,8 +25,8 @@ from kinoray.catalog.table import (
     references,
 )
 from kinoray.config.shared import DecodeConfig
-from kinoray.console import many
-from kinoray.doctor.section import Section, Warn, format_bytes, table
+from kinoray.console import many, table
+from kinoray.doctor.section import Section, Warn, format_bytes
 from kinoray.errors import CatalogError
 from kinoray.pack.plan import places_in_folders
 from kinoray.storage.objects import Storage
@@ -240,7 +240,10 @@ def _lines(values: dict[str, Any]) -> list[str]:
             )
             for split, found in labels["splits"].items()
         ]
-        lines += [f"{many(labels['num_classes'], 'class')} ({labels['from']})", *table(head, rows)]
+        lines += [
+            f"{many(labels['num_classes'], 'class')} ({labels['from']})",
+            *table(rows, head=head, right=range(1, len(head))),
+        ]
     if values["duplicates"] is not None:
         lines.append(f"equal checksums: {many(values['duplicates']['num_extra'], 'video')} the same as others")
     return lines

@@ -6,10 +6,10 @@ from typing import Any
 
 from kinoray.catalog.quarantine import Refusal, count_reasons
 from kinoray.config.shared import ClipConfig
-from kinoray.console import format_duration, many
+from kinoray.console import format_duration, many, table
 from kinoray.doctor.cost import size_class
 from kinoray.doctor.probe import Probed
-from kinoray.doctor.section import Section, Warn, format_bytes, spread, table
+from kinoray.doctor.section import Section, Warn, format_bytes, spread
 from kinoray.evaluation.metrics import wilson_interval
 from kinoray.video.clip import VideoInfo
 from kinoray.video.transcode import TRANSCODE
@@ -114,7 +114,7 @@ def _lines(values: dict[str, Any], infos: Sequence[VideoInfo], num_videos: int) 
         size = f"{width:.0f} x {height:.0f}"
         rows.append((name, f"{len(group):,}", share, size, f"{fps:.3g}", f"{duration:.1f}", f"{distance:.0f}"))
     duration, frames = values["duration_s"], values["num_frames"]
-    lines += table(head, rows)
+    lines += table(rows, head=head, right=range(1, len(head)))
     lines += [
         f"short side in pixels: {_shares(values['sizes'])}",
         f"frames a second: {_shares(values['frame_rates'])}",

@@ -10,10 +10,10 @@ from typing import Any, Protocol
 from urllib.parse import quote
 from xml.sax.saxutils import quoteattr
 
+from kinoray.console import visible
 from kinoray.errors import ConfigError
 from kinoray.library.rows import BAD_VIDEO
 from kinoray.storage.objects import is_s3
-from kinoray.terminal import visible
 
 __all__ = ["Answers", "Datumaro", "FiftyOne", "Format", "LabelStudio"]
 

@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from kinoray.catalog.table import CATALOG_SCHEMA, catalog_of_source
+from kinoray.console import exact_stdout
 from kinoray.errors import CatalogError, ConfigError, ObjectNotFound
 from kinoray.label.manifest import write_manifest
 from kinoray.label.table import Ledger, open_ledger
@@ -22,7 +23,6 @@ from kinoray.library.summary import summarise
 from kinoray.library.write import print_table, write_parquet, write_text
 from kinoray.storage.leftovers import scratch_folder
 from kinoray.storage.objects import Storage, absolute
-from kinoray.terminal import exact_stdout
 
 __all__ = ["labels"]
 

@@ -13,7 +13,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from kinoray.terminal import visible
+from kinoray import console
+from kinoray.console import shortened, visible
 
 __all__ = ["defused", "print_table", "rows_of", "undefused", "write_parquet", "write_text"]
 
@@ -95,17 +96,11 @@ def write_parquet(tables: Iterable[pa.Table], schema: pa.Schema, path: Path) -> 
 
 
 def print_table(table: pa.Table) -> None:
-    """Print it as aligned columns."""
-    rows = [[name.upper() for name in table.column_names]]
-    rows += [[_shown(value) for value in row.values()] for row in rows_of(table)]
-    right = [not _is_text(field.type) for field in table.schema]
-    widths = [max(len(row[column]) for row in rows) for column in range(table.num_columns)]
-    for row in rows:
-        cells = (
-            cell.rjust(width) if to_right else cell.ljust(width)
-            for cell, width, to_right in zip(row, widths, right, strict=True)
-        )
-        print("  ".join(cells).rstrip())
+    """Print it as aligned columns, numbers to the right."""
+    right = [place for place, field in enumerate(table.schema) if not _is_text(field.type)]
+    rows = [[_shown(value) for value in row.values()] for row in rows_of(table)]
+    for line in console.table(rows, head=[name.upper() for name in table.column_names], right=right):
+        print(line)
 
 
 def _is_text(kind: pa.DataType) -> bool:
@@ -119,5 +114,4 @@ def _shown(value: Any) -> str:
         return f"{value:.3f}"
     if isinstance(value, list):
         return _shown(" ".join(_shown(item) for item in value))
-    text = visible(value)
-    return text if len(text) <= _MAX_CELL else text[: _MAX_CELL - 3] + "..."
+    return shortened(visible(value), _MAX_CELL)

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
 
+from kinoray.console import table
+
 __all__ = ["ModelCost", "PartCost", "count_macs", "describe"]
 
 _SEGMENTS, _FRAMES, _SIZE_PX = 16, 6, 224
@@ -65,14 +67,20 @@ class ModelCost:
         views = f"{self.num_segments} segments x {self.frames_per_segment} frames"
         rows = [
             f"{self.model}: {' and '.join(self.streams)}, {self.size_px} x {self.size_px} px, {views}, one view",
-            f"{'part':<20}{'parameters':>14}{'GMAC/segment':>16}{'GMAC/video':>14}{'GFLOP/video':>14}",
         ]
         total = PartCost(name="total", parameters=self.parameters, segment_macs=self.segment_macs, macs=self.macs)
-        rows += [
-            f"{part.name:<20}{part.parameters:>14,}{part.segment_macs / 1e9:>16,.3f}{part.macs / 1e9:>14,.2f}"
-            f"{2 * part.macs / 1e9:>14,.2f}"
+        cells = [
+            (
+                part.name,
+                f"{part.parameters:,}",
+                f"{part.segment_macs / 1e9:,.3f}",
+                f"{part.macs / 1e9:,.2f}",
+                f"{2 * part.macs / 1e9:,.2f}",
+            )
             for part in (*self.parts, total)
         ]
+        head = ("part", "parameters", "GMAC/segment", "GMAC/video", "GFLOP/video")
+        rows += table(cells, head=head, right=range(1, 5))
         rows.append("1 MAC = 2 FLOP. Matrix products and convolutions; decoding and optical flow come on top.")
         return "\n".join([*rows, *self.notes])
 

@@ -4,6 +4,7 @@ import torch
 from torch import nn
 
 from kinoray.config.shared import ModelConfig
+from kinoray.console import table
 from kinoray.errors import ConfigError
 from kinoray.network.build import SHORT_NAMES, build_model, without_start_weights
 from kinoray.network.config import ModelVerbConfig
@@ -19,8 +20,7 @@ def describe_model(config: ModelVerbConfig) -> ModelCost | None:
         ConfigError: no such network or option, or a size that the network does not take.
     """
     if not config.describe:
-        for name, target in SHORT_NAMES.items():
-            print(f"{name:<16}{target}")
+        print("\n".join(table(SHORT_NAMES.items())))
         return None
     model = without_start_weights(ModelConfig(factory=config.describe, options=config.options))
     with torch.device("meta"):  # no memory is taken and nothing computed, whatever the size

@@ -69,7 +69,7 @@ const kinoray = {};
     return (await promise)[number % site.perStripFile];
   };
 
-  // Text with characters that hide or reorder it spelled out; the same as kinoray.page.visible.
+  // Text with characters that hide or reorder it spelled out; the same as kinoray.console.visible.
   const hidden = /[\p{Cc}\p{Cf}\p{Cs}\p{Zl}\p{Zp}]/gu;
   kinoray.visible = (text) =>
     String(text).replace(hidden, (char) => `\\u${char.codePointAt(0).toString(16).padStart(4, "0")}`);

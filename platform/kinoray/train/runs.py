@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from kinoray.console import format_duration, many
+from kinoray.console import format_duration, many, shortened, table, visible
 from kinoray.errors import ChecksumMismatch, KinorayError, ObjectNotFound
 from kinoray.label.spans import Span, bar_line, clock, covered_s
 from kinoray.storage.objects import Storage, absolute, join
@@ -162,34 +162,36 @@ def _progress(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 def _table(found: Sequence[RunSummary], prefix: str) -> str:
     """The runs as aligned columns, errors as lines below them."""
-    rows = [("RUN", "STATUS", "EPOCHS", "BEST", "STARTED", "MODEL")]
-    for run in found:
-        best = ""
-        if run.best_value is not None:
-            name = {"val_top1": "val top-1", "loss": "loss"}[run.best]
-            best = f"{name} {run.best_value:.3f} (epoch {run.best_epoch})"
-        started = time.strftime("%Y-%m-%d %H:%M", time.localtime(run.started_s))
-        name = _plain(run.uri[len(prefix.rstrip("/")) :].strip("/") or ".")
-        rows.append((name, _status(run), f"{run.epochs_done}/{run.epochs}", best, started, _cell(run.model)))
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    problems = [f"{row[0]}: {_plain(run.error)}" for row, run in zip(rows[1:], found, strict=True) if run.error]
-    return "\n".join(lines + ([""] if problems else []) + problems)
+    head = ("RUN", "STATUS", "EPOCHS", "BEST", "STARTED", "MODEL")
+    names = [run.uri[len(prefix.rstrip("/")) :].strip("/") or "." for run in found]
+    rows = [
+        (
+            name,
+            _status(run),
+            f"{run.epochs_done}/{run.epochs}",
+            _best(run),
+            time.strftime("%Y-%m-%d %H:%M", time.localtime(run.started_s)),
+            shortened(visible(run.model), _MAX_CELL),
+        )
+        for name, run in zip(names, found, strict=True)
+    ]
+    lines = table(rows, head=head, right=(2,))
+    problems = [f"{name}: {run.error}" for name, run in zip(names, found, strict=True) if run.error]
+    if problems:
+        lines += ["", *map(visible, problems)]
+    return "\n".join(lines)
+
+
+def _best(run: RunSummary) -> str:
+    if run.best_value is None:
+        return ""
+    name = {"val_top1": "val top-1", "loss": "loss"}[run.best]
+    return f"{name} {run.best_value:.3f} (epoch {run.best_epoch})"
 
 
 def _status(run: RunSummary) -> str:
     ago = f"{format_duration(run.age_s)} ago"
     return {"running": f"running (last sign {ago})", "stopped": f"stopped (last sign {ago})"}.get(run.state, run.state)
-
-
-def _plain(text: str) -> str:
-    """Text that does nothing to a terminal but show."""
-    return "".join(character if character.isprintable() else "?" for character in text)
-
-
-def _cell(text: str) -> str:
-    text = _plain(text)
-    return text if len(text) <= _MAX_CELL else text[: _MAX_CELL - 3] + "..."
 
 
 def train_spans(storage: Storage, out: str) -> list[Span]:

@@ -16,9 +16,9 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from kinoray.console import visible
 from kinoray.page import render_page
 from kinoray.storage.records import parse_json
-from kinoray.terminal import visible
 from kinoray.tune.space import Axis
 
 __all__ = ["TrialRow", "heat_map", "tune_page"]

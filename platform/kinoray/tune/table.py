@@ -5,6 +5,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from typing import Any
 
+from kinoray.console import table
 from kinoray.errors import JobError, ObjectNotFound
 from kinoray.storage.objects import Storage, join
 from kinoray.storage.records import read_record
@@ -100,19 +101,28 @@ def write_table(storage: Storage, out: str, rows: Iterable[TrialRow]) -> None:
 def print_table(rows: Sequence[TrialRow]) -> None:
     """The table for people."""
     paths = sorted({path for row in rows for path in row.settings})
-    header = ["trial", *paths, "best val top-1", "epoch", "epochs", "status"]
-    lines = [header]
-    for row in rows:
-        cells = [_text(row.settings.get(path, "")) for path in paths]
-        score = "-" if row.best_val_top1 is None else f"{row.best_val_top1:.4f}"
-        epoch = "-" if row.best_epoch is None else str(row.best_epoch)
-        lines.append([row.trial, *cells, score, epoch, str(row.epochs), row.status])
-    widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
-    for line in lines:
-        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+    head = ["trial", *paths, "best val top-1", "epoch", "epochs", "status"]
+    cells = [
+        (
+            row.trial,
+            *(_text(row.settings.get(path, "")) for path in paths),
+            "-" if row.best_val_top1 is None else f"{row.best_val_top1:.4f}",
+            "-" if row.best_epoch is None else str(row.best_epoch),
+            str(row.epochs),
+            row.status,
+        )
+        for row in rows
+    ]
+    numbers = [place for place, path in enumerate(paths, 1) if all(_is_number(row.settings.get(path)) for row in rows)]
+    for line in table(cells, head=head, right=[*numbers, *range(len(paths) + 1, len(paths) + 4)]):
+        print(line)
     for row in rows:
         if row.error:
             print(f"trial {row.trial}: {row.error}")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _text(value: Any) -> str:
