@@ -371,9 +371,14 @@ def test_the_page_is_inert_and_has_every_trial() -> None:
     names = {tag for tag, _ in parser.tags}
     assert not names & {"script", "iframe", "object", "link", "form", "a"}
     assert not [attrs for _, attrs in parser.tags if any(name.startswith("on") for name in attrs)]
-    images = [attrs["src"] or "" for tag, attrs in parser.tags if tag == "img"]
-    assert len(images) == 2
-    assert all(image.startswith("data:image/png;base64,") for image in images)
+    assert [attrs["class"] for tag, attrs in parser.tags if tag == "svg"] == ["heat", "curves"]
+    assert not names & {"img", "image", "use", "style-src"}
+    cells = [(attrs["x"], attrs["y"], attrs["fill-opacity"]) for _, attrs in parser.tags if "fill-opacity" in attrs]
+    assert cells == [("200", "20", "0.90"), ("130", "54", "0.10")]  # 50% at 0.1 and "8", 25% at 0.001 and the other
+    assert [attrs["points"] for tag, attrs in parser.tags if tag == "polyline"] == [
+        "0.0,180.0 400.0,100.0",
+        "0.0,180.0 400.0,150.0",
+    ]
     (policy,) = [attrs["content"] for tag, attrs in parser.tags if attrs.get("http-equiv") == "Content-Security-Policy"]
     assert "default-src 'none'" in (policy or "")
     text = "".join(parser.text)
@@ -381,7 +386,7 @@ def test_the_page_is_inert_and_has_every_trial() -> None:
     for row in rows:
         assert row.trial in text
     assert "50.00%" in text
-    assert tune_page(summary, axes, rows_of({(0.1, 4): None})).count("<img") == 0
+    assert tune_page(summary, axes, rows_of({(0.1, 4): None})).count("<svg") == 0
 
 
 # Whole sweeps

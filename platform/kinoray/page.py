@@ -1,12 +1,13 @@
 """Self-contained HTML pages: everything in one file, everything escaped, nothing loaded and nothing run but our own.
 
 Names of videos and classes come from strangers: they reach a page only as escaped text or attribute values, control and
-direction marks are spelled out, and the page's Content-Security-Policy allows its own script and style by hash and
-nothing else.
+direction marks are spelled out, and the page's Content-Security-Policy allows its own style by hash and nothing else.
+A site of several files (the report's) has its style and script beside it, and allows them by a nonce.
 """
 
 import base64
 import hashlib
+from collections.abc import Mapping, Sequence
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
@@ -14,17 +15,47 @@ from markupsafe import Markup
 from kinoray import __version__
 from kinoray.console import visible
 
-__all__ = ["render_page"]
+__all__ = ["asset", "render_page", "render_site_page"]
+
+_NOTHING_ELSE = "base-uri 'none'; form-action 'none'"
 
 
-def render_page(template: str, values: dict[str, object], *, styles: tuple[str, ...], script: str = "") -> str:
+def render_page(template: str, values: Mapping[str, object], *, styles: Sequence[str]) -> str:
     """A template of kinoray/templates as one file.
 
     Args:
-        template: its name; it has the filters visible, percent and number, and `policy`, `style`, `script`, `version`.
-        styles: names of the style sheets, one after the other in the page's style element.
-        script: name of the script; none for "".
+        template: its name; it extends page.html.j2.
+        values: what it needs besides what `_render` gives it.
+        styles: names of the style sheets, one after the other in the page's style element; page.css is the first.
     """
+    style = asset(styles)
+    digest = base64.b64encode(hashlib.sha256(style.encode("utf-8")).digest()).decode("ascii")
+    policy = f"default-src 'none'; img-src data:; style-src 'sha256-{digest}'; {_NOTHING_ELSE}"
+    return _render(template, {**values, "policy": policy, "style": Markup(style)})  # our own files
+
+
+def render_site_page(template: str, values: Mapping[str, object], *, nonce: str) -> str:
+    """A template of kinoray/templates as the page of a site, whose style and scripts lie beside it.
+
+    Args:
+        nonce: what their elements carry; nobody whose text is on the page may foresee it.
+    """
+    policy = (
+        f"default-src 'none'; script-src 'nonce-{nonce}'; style-src 'nonce-{nonce}'; img-src data:; {_NOTHING_ELSE}; "
+        "require-trusted-types-for 'script'; trusted-types kinoray"
+    )
+    return _render(template, {**values, "policy": policy, "nonce": nonce})
+
+
+def asset(names: Sequence[str]) -> str:
+    """Files of kinoray/templates, one after the other."""
+    loader = PackageLoader("kinoray", "templates")
+    environment = Environment(loader=loader, autoescape=True)
+    return "".join(loader.get_source(environment, name)[0] for name in names)
+
+
+def _render(template: str, values: Mapping[str, object]) -> str:
+    """The template with the filters visible, percent and number, and with `version`."""
     environment = Environment(
         loader=PackageLoader("kinoray", "templates"),
         autoescape=True,
@@ -33,27 +64,7 @@ def render_page(template: str, values: dict[str, object], *, styles: tuple[str, 
         lstrip_blocks=True,
     )
     environment.filters.update(visible=visible, percent=_percent, number=_number)
-    style = "".join(_source(environment, name) for name in styles)
-    code = _source(environment, script) if script else ""
-    allowed = f"script-src '{_sha256(code)}'; " if code else ""
-    return environment.get_template(template).render(
-        **values,
-        version=__version__,
-        policy=f"default-src 'none'; img-src data:; style-src '{_sha256(style)}'; {allowed}"
-        "base-uri 'none'; form-action 'none'",
-        style=Markup(style),  # our own files
-        script=Markup(code),
-    )
-
-
-def _source(environment: Environment, name: str) -> str:
-    assert environment.loader is not None
-    return environment.loader.get_source(environment, name)[0]
-
-
-def _sha256(text: str) -> str:
-    """The source expression that allows exactly this inline script or style."""
-    return f"sha256-{base64.b64encode(hashlib.sha256(text.encode('utf-8')).digest()).decode('ascii')}"
+    return environment.get_template(template).render(**values, version=__version__)
 
 
 def _percent(share: float, digits: int = 1) -> str:

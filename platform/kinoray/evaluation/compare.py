@@ -428,7 +428,7 @@ def _render(config: CompareConfig, a: Evaluation, comparison: Comparison, storag
         "gained": [_Card(flip, strips.get(flip.row)) for flip in gained],
         "lost": [_Card(flip, strips.get(flip.row)) for flip in lost],
     }
-    return render_page("compare.html.j2", values, styles=("report.css", "compare.css"))
+    return render_page("compare.html.j2", values, styles=("page.css", "report.css", "compare.css"))
 
 
 def _strips(storage: Storage, a: Evaluation, flips: Sequence[Flip], num_frames: int) -> dict[int, Strip]:

@@ -1,10 +1,9 @@
 """The page of a sweep: a heat map of two settings, learning curves, and every trial, in one file without a script.
 
-Settings and errors hold other people's text: they reach the page only as escaped text, and pictures as PNG.
+Settings and errors hold other people's text: they reach the page only as escaped text. The figures are plain geometry
+here; the template draws them as SVG.
 """
 
-import base64
-import io
 import itertools
 import json
 import math
@@ -13,19 +12,19 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 
-from kinoray.console import visible
 from kinoray.page import render_page
 from kinoray.storage.records import parse_json
 from kinoray.tune.space import Axis
 
 __all__ = ["TrialRow", "heat_map", "tune_page"]
 
+PLOT_WIDTH = 400.0
+PLOT_HEIGHT = 200.0
 _MAX_COLUMNS = 8
 _MAX_LEGEND = 12
-_FIRST_COLUMN, _FIRST_ROW = "optim.lr", "clip.sample.num_segments"
+_FIRST_COLUMN = "optim.lr"
+_FIRST_ROW = "clip.sample.num_segments"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -101,57 +100,68 @@ def heat_map(axes: Sequence[Axis], trials: Sequence[TrialRow]) -> _Grid:
     return _Grid(paths[0], paths[1], columns, rows, values)
 
 
-def _picture(figure: Figure) -> str:
-    FigureCanvasAgg(figure)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110)
-    return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode('ascii')}"
+@dataclass(frozen=True, slots=True)
+class _Cell:
+    """One square of the heat map: where it is, what it says, and how strong its colour is (0 .. 1)."""
+
+    column: int
+    row: int
+    text: str
+    strength: float
 
 
-def _heat_picture(grid: _Grid) -> str:
-    figure = Figure(figsize=(7.0, 1.6 + 0.5 * len(grid.rows)), layout="constrained")
-    axes = figure.add_subplot()
-    image = axes.imshow(100 * grid.values, cmap="viridis", aspect="auto")
-    # No mathematics: a dollar sign in a setting's value is a dollar sign.
-    axes.set_xticks(range(len(grid.columns)), [visible(label)[:30] for label in grid.columns], parse_math=False)
-    axes.set_yticks(range(len(grid.rows)), [visible(label)[:30] for label in grid.rows], parse_math=False)
-    axes.set_xlabel(grid.column_path, parse_math=False)
-    axes.set_ylabel(grid.row_path, parse_math=False)
-    middle = (np.nanmin(grid.values) + np.nanmax(grid.values)) / 2
-    for (row, column), value in np.ndenumerate(grid.values):
-        if not math.isnan(value):
-            ink = "black" if value > middle else "white"
-            axes.text(column, row, f"{100 * value:.1f}", ha="center", va="center", color=ink)
-    figure.colorbar(image, label="best val top-1, %")
-    return _picture(figure)
+def _cells(grid: _Grid) -> list[_Cell]:
+    low = float(np.nanmin(grid.values))
+    span = float(np.nanmax(grid.values)) - low
+    return [
+        _Cell(column, row, f"{100 * value:.1f}", 0.1 + 0.8 * (value - low) / span if span else 0.5)
+        for (row, column), value in np.ndenumerate(grid.values)
+        if not math.isnan(value)
+    ]
 
 
-def _curve_picture(trials: Sequence[TrialRow]) -> str:
-    figure = Figure(figsize=(7.0, 3.6), layout="constrained")
-    axes = figure.add_subplot()
-    for index, row in enumerate(row for row in trials if row.curve):
-        epochs, values = zip(*row.curve, strict=True)
-        strong = index < _MAX_LEGEND
-        style: dict[str, Any] = (
-            {"label": row.trial, "linewidth": 1.4} if strong else {"color": "0.75", "linewidth": 0.8, "zorder": 1}
+@dataclass(frozen=True, slots=True)
+class _Curve:
+    """The accuracies of one trial as the points of an SVG polyline; only the best have a colour and a name."""
+
+    trial: str
+    points: str
+    colour: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Curves:
+    """Learning curves in a drawing of PLOT_WIDTH x PLOT_HEIGHT, y downwards: from epoch 1 to last, 0% to 100%."""
+
+    last_epoch: int
+    curves: list[_Curve]
+
+
+def _learning_curves(trials: Sequence[TrialRow]) -> _Curves:
+    drawn = [row for row in trials if row.curve]
+    last = max(epoch for row in drawn for epoch, _ in row.curve)
+    curves = []
+    for index, row in enumerate(drawn):
+        points = " ".join(
+            f"{PLOT_WIDTH * (epoch - 1) / max(1, last - 1):.1f},{PLOT_HEIGHT * (1 - value):.1f}"
+            for epoch, value in row.curve
         )
-        axes.plot(epochs, [100 * value for value in values], marker=".", **style)
-    axes.set_xlabel("epoch")
-    axes.set_ylabel("val top-1, %")
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize="x-small", ncols=2)
-    return _picture(figure)
+        colour = f"hsl({360 * index // _MAX_LEGEND}, 60%, 50%)" if index < _MAX_LEGEND else ""
+        curves.append(_Curve(row.trial, points, colour))
+    return _Curves(last, curves)
 
 
 def tune_page(summary: dict[str, Any], axes: Sequence[Axis], trials: Sequence[TrialRow]) -> str:
     """The HTML page. `trials` are best first; `summary` is what tune.json holds."""
     is_scored = any(row.best_val_top1 is not None for row in trials)
+    heat = heat_map(axes, trials) if is_scored else None
     values = {
         "summary": summary,
         "paths": _order(axes),
         "trials": trials,
-        "heat": _heat_picture(heat_map(axes, trials)) if is_scored else "",
-        "curves": _curve_picture(trials) if is_scored else "",
-        "is_binned": is_scored and any(" to " in label for label in heat_map(axes, trials).columns),
+        "heat": heat,
+        "cells": _cells(heat) if heat else [],
+        "plot": _learning_curves(trials) if is_scored else None,
+        "is_binned": heat is not None and any(" to " in label for label in heat.columns),
     }
-    return render_page("tune.html.j2", values, styles=("tune.css",))
+    return render_page("tune.html.j2", values, styles=("page.css", "tune.css"))

@@ -13,7 +13,6 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from importlib.resources import files
 from typing import Any
 from urllib.parse import urlencode
 
@@ -24,7 +23,7 @@ import pyarrow.compute as pc
 from kinoray.catalog.table import Reference
 from kinoray.console import Progress
 from kinoray.library.report.numbers import Numbers
-from kinoray.page import render_page
+from kinoray.page import asset, render_site_page
 from kinoray.storage.objects import Storage, join
 from kinoray.video.strips import Strip, contact_strips
 
@@ -44,7 +43,7 @@ STRIPS_PER_FILE = 10
 """So many that a page of 50 needs 5 files in the first order, so few that any other order does not load too much."""
 
 SCRIPTS = ("data", "select", "corrections", "card", "sheet", "view", "keys")
-STYLES = ("report.css", "report_site.css")
+STYLES = ("page.css", "report.css", "report_site.css")
 _STATUSES = ("labelled", "quarantined", "skipped")
 _NUM_CONFUSED = 3
 _DIGITS = 6
@@ -241,8 +240,8 @@ class Site:
 
         for name in _in_threads(self._put_data, counted()):
             written.add(f"{name}.js")
-        self._put("assets/report.css", "".join(_template(name) for name in STYLES).encode())
-        self._put("assets/report.js", "".join(_template(f"report_{name}.js") for name in SCRIPTS).encode())
+        self._put("assets/report.css", asset(STYLES).encode())
+        self._put("assets/report.js", asset([f"report_{name}.js" for name in SCRIPTS]).encode())
         self._put("index.html", self._page(values).encode("utf-8"))
         self._remove_others(written)
         return num_unreadable
@@ -257,12 +256,8 @@ class Site:
         self.num_bytes += len(data)
 
     def _page(self, values: dict[str, object]) -> str:
-        policy = (
-            f"default-src 'none'; script-src 'nonce-{self.nonce}'; style-src 'nonce-{self.nonce}'; img-src data:; "
-            "base-uri 'none'; form-action 'none'; require-trusted-types-for 'script'; trusted-types kinoray"
-        )
-        shared = {"site_policy": policy, "nonce": self.nonce, "build": self.build, "link": _link}
-        return render_page("report.html.j2", values | shared, styles=())
+        shared = {"build": self.build, "link": _link}
+        return render_site_page("report.html.j2", {**values, **shared}, nonce=self.nonce)
 
     def _strip_files(self, num_frames: int) -> Iterator[tuple[str, list[Strip]]]:
         """Names and strips, made in windows of the list, so that they need not fit in memory together."""
@@ -314,7 +309,3 @@ def _strip_record(strip: Strip) -> list[Any] | str:
 def _link(**query: str) -> str:
     """The part of the site's address behind `#` that shows these videos."""
     return "#" + urlencode(query)
-
-
-def _template(name: str) -> str:
-    return files("kinoray").joinpath("templates", name).read_text(encoding="utf-8")
