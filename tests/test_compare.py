@@ -242,6 +242,39 @@ def test_an_evaluation_that_is_gone_changed_or_moved_is_told(tmp_path: Path) -> 
         ensemble(replace(config, evaluations=(str(tmp_path / "old"), one.uri)))
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"top1": "half"}, r"scores\.top1 must be a number, got 'half'"),
+        ({"labels": "abc"}, r"labels must be a list, got 'abc'"),
+        (
+            {"calibration": {"ece": 0.1, "mean_score": 0.2, "bins": [{"low": []}]}},
+            r"calibration\.bins\[0\]\.low must be",
+        ),
+        ({"catalog": 3}, r"origin\.catalog must be text, got 3"),
+        ({"views": None}, r"origin\.views must be a whole number, got None"),
+    ],
+)
+def test_an_evaluation_of_the_wrong_types_is_refused_by_name(
+    tmp_path: Path, changes: dict[str, object], message: str
+) -> None:
+    one = evaluated(str(tmp_path / "one"), catalog_at(str(tmp_path / "set"), 6), 1)
+    path = tmp_path / "one" / "evaluation.json"
+    known = stored(LOCAL, one.uri)
+    path.write_text(json.dumps({**json.loads(path.read_text()), "of a later version": 1}))
+    assert stored(LOCAL, one.uri) == known
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    with pytest.raises(ConfigError, match=f"one/evaluation.json is not what evaluate wrote: {message}"):
+        compare(CompareConfig(a=one.uri, b=one.uri, out=str(tmp_path / "p.html")))
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{", "null", '"x"'])
+def test_what_is_no_evaluation_at_all_is_refused(tmp_path: Path, text: str) -> None:
+    (tmp_path / "evaluation.json").write_text(text)
+    with pytest.raises(ConfigError, match=r"evaluation\.json is not what evaluate wrote: "):
+        compare(CompareConfig(a=str(tmp_path), b=str(tmp_path), out=str(tmp_path / "p.html")))
+
+
 def test_the_command_line_takes_many_evaluations(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command = ["ensemble", "s3://b/one", "two", "three", "--weights", "1", "1.5", "2", "--out", "x", "--print-config"]
     assert main(command) == 0

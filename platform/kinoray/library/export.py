@@ -23,7 +23,7 @@ from kinoray.library.rows import BAD_VIDEO, LABEL_SCHEMA, class_names, is_multi_
 from kinoray.library.write import rows_of, write_text
 from kinoray.storage.objects import Storage, absolute, is_s3
 
-__all__ = ["export"]
+__all__ = ["Datumaro", "FiftyOne", "Format", "LabelStudio", "export"]
 
 Answers = list[tuple[str, float]]
 """(class, score) of a video: one, or any number where the network was trained so."""

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from kinoray.catalog.table import CATALOG_SCHEMA, catalog_of_source
-from kinoray.console import exact_stdout
+from kinoray.console import exact_stdout, many
 from kinoray.errors import CatalogError, ConfigError, ObjectNotFound
 from kinoray.label.manifest import write_manifest
 from kinoray.label.table import Ledger, open_ledger
@@ -44,7 +44,8 @@ class _Joined:
         names = [name for name in CATALOG_SCHEMA.names if name not in _PLACE]
         self.ids = table["video_id"].combine_chunks()
         self.table = table.select(names).rename_columns([_PREFIX + name for name in names]).combine_chunks()
-        self.num_met = self.num_unmet = 0
+        self.num_met = 0
+        self.num_unmet = 0
 
     def keep(self, columns: Sequence[str]) -> None:
         """Only these columns, of those that there are."""
@@ -107,13 +108,15 @@ def labels(config: LabelsConfig) -> dict[str, Any]:
         if joined:
             joined.check()
         print_table(table)
-        print(f"labels: {num_rows} of {seen.matched} rows{'; --limit N shows more' if num_rows < seen.matched else ''}")
+        more = "; --limit N shows more" if num_rows < seen.matched else ""
+        print(f"labels: {num_rows:,} of {many(seen.matched, 'row')}{more}")
     else:
         num_rows = _write(storage, config, tables, schema)
         if joined:
             joined.check()
     if joined and joined.num_unmet:
-        print(f"labels: {joined.num_unmet} rows have no video in {joined.uri}", file=sys.stderr)
+        have = "has" if joined.num_unmet == 1 else "have"
+        print(f"labels: {many(joined.num_unmet, 'row')} {have} no video in {joined.uri}", file=sys.stderr)
     is_all = config.format == "table" or limit is None or bool(config.sort)
     return {
         "root": ledger.root,
@@ -139,7 +142,10 @@ def _make_manifest(ledger: Ledger) -> dict[str, Any]:
     if not plans:
         raise ConfigError(f"manifest: {ledger.root} has no plan yet; run kinoray label first")
     record = write_manifest(ledger, plans[-1])
-    print(f"labels: {record['uri']} names {len(record['parts'])} parts with {record['rows']} rows", flush=True)
+    print(
+        f"labels: {record['uri']} names {many(len(record['parts']), 'part')} with {many(record['rows'], 'row')}",
+        flush=True,
+    )
     return record
 
 
@@ -194,17 +200,22 @@ def _rows(
     ledger: Ledger, config: LabelsConfig, own: Sequence[str], where: Where, joined: _Joined | None, seen: _Seen
 ) -> Iterator[pa.Table]:
     keys = [name for name, _ in _sort_keys(config)]
-    needed = list(dict.fromkeys([*own, *keys, *(["video_id"] if joined else [])]))
-    for table in scan_windows(ledger, needed, where) if config.windows else scan(ledger, needed, where):
+    if joined:
+        keys.append("video_id")
+    needed = list(dict.fromkeys([*own, *keys]))
+    tables = scan_windows(ledger, needed, where) if config.windows else scan(ledger, needed, where)
+    for table in tables:
         seen.matched += len(table)
         yield joined.add(table) if joined else table
 
 
 def _sort_keys(config: LabelsConfig) -> list[tuple[str, str]]:
+    """Columns and directions: what was asked for, then what tells equal rows apart."""
     if not config.sort:
         return []
-    ties = {"video_id": "ascending", **({"window": "ascending"} if config.windows else {})}
-    return list(({config.sort: ""} | ties | {config.sort: "descending" if config.descending else "ascending"}).items())
+    ties = ("video_id", "window") if config.windows else ("video_id",)
+    direction = "descending" if config.descending else "ascending"
+    return [(config.sort, direction), *((name, "ascending") for name in ties if name != config.sort)]
 
 
 def _sorted(tables: Iterator[pa.Table], config: LabelsConfig, limit: int | None) -> Iterator[pa.Table]:
@@ -250,5 +261,5 @@ def _write(storage: Storage, config: LabelsConfig, tables: Iterator[pa.Table], s
             with path.open("w", encoding="utf-8", newline="") as file:
                 num_rows = write_text(tables, schema.names, kind, file)
         storage.put_file(target, path)
-    print(f"labels: {num_rows} rows in {target}", flush=True)
+    print(f"labels: {many(num_rows, 'row')} in {target}", flush=True)
     return num_rows

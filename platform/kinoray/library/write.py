@@ -80,7 +80,8 @@ def _cell(value: Any) -> Any:
 
 def write_parquet(tables: Iterable[pa.Table], schema: pa.Schema, path: Path) -> int:
     """Write the rows as one Parquet file with row groups of a useful size, and return how many there were."""
-    num_rows = held = 0
+    num_rows = 0
+    held = 0
     waiting: list[pa.Table] = []
     with pq.ParquetWriter(path, schema, compression="zstd") as writer:
         for table in tables:
@@ -89,7 +90,8 @@ def write_parquet(tables: Iterable[pa.Table], schema: pa.Schema, path: Path) -> 
             held += len(table)
             if held >= _ROW_GROUP:
                 writer.write_table(pa.concat_tables(waiting).cast(schema), row_group_size=_ROW_GROUP)
-                waiting, held = [], 0
+                waiting = []
+                held = 0
         if waiting:
             writer.write_table(pa.concat_tables(waiting).cast(schema), row_group_size=_ROW_GROUP)
     return num_rows

@@ -146,7 +146,7 @@ def _learning_curves(trials: Sequence[TrialRow]) -> _Curves:
             f"{PLOT_WIDTH * (epoch - 1) / max(1, last - 1):.1f},{PLOT_HEIGHT * (1 - value):.1f}"
             for epoch, value in row.curve
         )
-        colour = f"hsl({360 * index // _MAX_LEGEND}, 60%, 50%)" if index < _MAX_LEGEND else ""
+        colour = f"hsl({150 * index % 360}, 60%, 50%)" if index < _MAX_LEGEND else ""  # far from the one before
         curves.append(_Curve(row.trial, points, colour))
     return _Curves(last, curves)
 
