@@ -28,8 +28,8 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "platform"))
 from kinoray.config.shared import ClipConfig, SampleConfig
 from kinoray.demo.videos import make_video
-from kinoray.sandbox import process
 from kinoray.video.clip import Clip, decode_clip
+from kinoray.video.sandbox import process
 from kinoray.video.sandbox.pool import Sandbox
 
 FPS, SECONDS = 30, 10
@@ -99,7 +99,7 @@ def compare(videos: list[bytes], sandbox: Sandbox, config: ClipConfig, *, with_f
 
 
 OPEN_CHILD = """
-from kinoray.sandbox import child, jail
+from kinoray.video.sandbox import child, jail
 jail.enter = lambda *arguments, **named: {}
 child.main()
 """

@@ -1,6 +1,6 @@
 """A small synthetic copy of Kinetics with its traps: the set is built file by file, each with the verdict it must get.
 
-The verdicts are written down here by hand, where the trap is laid; nothing of kinoray.kinetics is used to find them.
+The verdicts are written down here by hand, where the trap is laid; nothing of kinoray.pack is used to find them.
 """
 
 import gzip

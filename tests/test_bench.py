@@ -215,7 +215,7 @@ from kinoray.config.shared import ResourcesConfig
 from kinoray.capacity.bench import bench
 from kinoray.capacity.watch import CpuWatch
 from kinoray.label.verb import label
-from kinoray.config.verbs import LabelConfig
+from kinoray.label.config import LabelConfig
 from kinoray.capacity.config import BenchConfig
 task, source, checkpoint, out, workers = sys.argv[1:]
 resources = ResourcesConfig(num_workers=int(workers))

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import nn
 
-from kinoray import checkpoint
 from kinoray.config.shared import ClipConfig, ModelConfig, SampleConfig, StorageConfig, ViewConfig
 from kinoray.errors import CheckpointCorrupt, CheckpointMismatch, CheckpointNotFound, ObjectNotFound
+from kinoray.network import checkpoint
 from kinoray.network.checkpoint import (
     CheckpointMeta,
     best_of,

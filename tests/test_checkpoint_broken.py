@@ -21,10 +21,8 @@ from kinoray.network.checkpoint import (
     save_checkpoint,
 )
 from kinoray.storage.objects import Storage, join
-from kinoray.train.config import TrainConfig
 from kinoray.train.runfolder import prune_checkpoints, read_losses
 from kinoray.train.verb import train
-from kinoray.tune.trial import copy_checkpoint
 from small_sets import colour_video, set_in
 from test_checkpoint import META, tiny_state
 from test_train import make_config
@@ -153,16 +151,6 @@ def test_broken_checkpoints_take_no_place_and_stay(run: Path) -> None:
     found = newest_checkpoint(LOCAL, str(run), warn=lambda line: None)
     assert found is not None
     assert found[0] == in_epoch
-
-
-def test_an_exchange_takes_a_sound_checkpoint(tmp_path: Path, run: Path) -> None:
-    catalog = set_in(tmp_path / "set", train=3, val=0)
-    flip(folder_of(run, 2) / TRAIN_FILE)
-    config = TrainConfig(catalog=catalog, out=str(tmp_path / "exploiting"))
-    assert copy_checkpoint(LOCAL, str(run), 2, config) == 3
-    ((uri, _),) = list_checkpoints(LOCAL, config.out)
-    for name, value in tiny_state(3).items():
-        assert torch.equal(load_model_state(LOCAL, uri)[name], value)
 
 
 def test_label_names_what_it_leaves_out(tmp_path: Path, run: Path, capsys: pytest.CaptureFixture[str]) -> None:

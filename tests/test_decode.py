@@ -14,8 +14,8 @@ import pytest
 
 from decode_reference import Collect, moving, plain_decode, remux
 from kinoray.config.shared import ClipConfig, DecodeConfig, FlowConfig, SampleConfig, ViewConfig
-from kinoray.decode import media as decode_media
 from kinoray.demo.videos import make_video
+from kinoray.video import media as decode_media
 from kinoray.video.clip import Clip, decode_clip, probe, thumbnails
 from kinoray.video.flow_dis import dis_flow
 from kinoray.video.pyav import PyavVideo

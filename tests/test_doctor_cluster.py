@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
+from kinoray.cluster import connect as connecting
 from kinoray.doctor.cluster import _closed, _node_checks, cluster_section
 from kinoray.errors import ConfigError
-from kinoray.run import cluster as connecting
 from ports import free_port
 from test_closed_cluster import TOKEN, Head, head  # noqa: F401  (a fixture)
 from test_doctor_machine import facts

@@ -10,8 +10,8 @@ import pytest
 from kinoray.catalog.table import Catalog, read_videos, references
 from kinoray.config.shared import ClipConfig, SampleConfig, ViewConfig
 from kinoray.errors import JobError
-from kinoray.run.train import ingest
 from kinoray.storage.objects import Storage
+from kinoray.train import ingest
 from kinoray.train.decoding import DecodeTask
 from kinoray.train.ingest import epoch_order, rank_part, rank_steps, run_length, stream
 from kinoray.video.clip import decode_clip

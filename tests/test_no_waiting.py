@@ -18,14 +18,14 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import video_baselines as vb
 from kinoray.config.shared import AugmentConfig, ModelConfig, OptimConfig, SampleConfig
-from kinoray.flow import tvl1
 from kinoray.network.batch import RawBatch, VideoBatch, model_inputs
 from kinoray.network.build import build_model
 from kinoray.network.device_input import DeviceInput
-from kinoray.run.train import augment
+from kinoray.train import augment
 from kinoray.train.augment import PHOTOMETRIC, Mix, colour_clip, mix_inputs
 from kinoray.train.config import TrainConfig
 from kinoray.train.replica import Replica
+from kinoray.video import flow_tvl1 as tvl1
 from stand_ins import LeavesDevice, moved, on_device, stand_ins
 from vcm_sdd.backbone import build_backbone
 from vcm_sdd.inference import fold_batch_norms, prepare_for_inference

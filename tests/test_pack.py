@@ -286,7 +286,7 @@ def test_a_killed_driver_leaves_work_that_the_next_run_finishes(
     code = f"""
 from kinoray.config.shared import ResourcesConfig, StorageConfig
 from kinoray.pack.verb import pack
-from kinoray.config.verbs import PackConfig
+from kinoray.pack.config import PackConfig
 pack(PackConfig(source={source!r}, out={out!r}, storage={through!r}, resources=ResourcesConfig(num_workers=1)))
 """
     reached = threading.Event()

@@ -348,7 +348,7 @@ def test_jitter_is_torchvisions_with_one_draw_for_all_frames() -> None:
 
 @pytest.mark.parametrize("name", PHOTOMETRIC)
 def test_randaugments_operations_treat_the_clip_as_one_picture(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from kinoray.run.train import augment
+    from kinoray.train import augment
 
     monkeypatch.setattr(augment, "PHOTOMETRIC", (name,))
     clip = a_clip()

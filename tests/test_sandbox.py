@@ -19,7 +19,6 @@ import pytest
 from conftest import wait_until
 from decode_reference import moving
 from kinoray.config.shared import ClipConfig, DecodeConfig, OwnDecodeConfig, SampleConfig, ViewConfig
-from kinoray.decode import clip as decode
 from kinoray.demo.videos import BROKEN_KINDS, make_broken, make_video
 from kinoray.errors import (
     DecoderCrashed,
@@ -32,10 +31,11 @@ from kinoray.errors import (
 from kinoray.label.config import LabelConfig
 from kinoray.label.table import read_predictions
 from kinoray.label.verb import label
-from kinoray.sandbox import pool as sandbox_module
 from kinoray.storage.objects import Storage
 from kinoray.train.decoding import DecodeTask
+from kinoray.video import clip as decode
 from kinoray.video.clip import Clip
+from kinoray.video.sandbox import pool as sandbox_module
 from kinoray.video.sandbox.pool import Sandbox, shared_sandbox
 from kinoray.video.sandbox.process import DecoderProcess
 from kinoray.video.transcode import transcode

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 from aiohttp import web
 
+from kinoray.cluster import follow as submit_follow
 from kinoray.cluster.client import JobsClient
 from kinoray.cluster.config import SubmitConfig
 from kinoray.cluster.package import metadata
@@ -23,7 +24,6 @@ from kinoray.cluster.submit import submit
 from kinoray.config.file import to_yaml
 from kinoray.errors import ClusterError, ConfigError
 from kinoray.pack.config import PackConfig
-from kinoray.run.submit import follow as submit_follow
 
 TEXT = "".join(f"line {number}\n" for number in range(5))
 DONE: dict[str, Any] = {"status": "SUCCEEDED", "driver_exit_code": 0}

@@ -4,8 +4,8 @@ import cv2
 import numpy as np
 import pytest
 
-from kinoray import transform
 from kinoray.config.shared import ViewConfig
+from kinoray.video import transform
 from kinoray.video.transform import View, crop_views, train_view
 
 STRETCH = ViewConfig()

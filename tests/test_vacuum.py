@@ -11,9 +11,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from kinoray import vacuum as vacuum_module
 from kinoray.config.shared import StorageConfig
 from kinoray.errors import ChecksumMismatch, ConfigError, IncompleteOutput, ObjectNotFound
+from kinoray.label import vacuum as vacuum_module
 from kinoray.label.config import VacuumConfig
 from kinoray.label.table import WINDOW_SCHEMA, Ledger, Plan, read_predictions, row_keys
 from kinoray.label.vacuum import vacuum

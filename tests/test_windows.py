@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 
 from kinoray.catalog.table import catalog_of_source
 from kinoray.config.shared import ClipConfig, ModelConfig, SampleConfig, StorageConfig, ViewConfig
-from kinoray.decode import views as decode_views_module
 from kinoray.demo.videos import make_broken, make_video
 from kinoray.errors import ConfigError, ObjectNotFound, UndecodableVideo
 from kinoray.label.answers import AnswerRule
@@ -22,6 +21,7 @@ from kinoray.network.build import build_model
 from kinoray.network.checkpoint import load_meta
 from kinoray.network.scorer import ScorerConfig
 from kinoray.storage.objects import Storage
+from kinoray.video import views as decode_views_module
 from kinoray.video.clip import decode_clip
 from kinoray.video.protocol import ViewsConfig, WindowsConfig
 from kinoray.video.sample import view_indices

@@ -33,8 +33,6 @@ _MODULES = (
     "kinoray",
     "kinoray.doctor",
     "kinoray.doctor.host",
-    "kinoray.run",
-    "kinoray.run.doctor",
     "kinoray.doctor.nodes",
 )
 _JOB_S = 180.0

@@ -1,6 +1,6 @@
 """Decoding in processes of its own: whatever a video does there is an error of that video here, and of no other.
 
-A `Sandbox` has the functions of kinoray.decode, with the same results and the same errors. A video whose decoder dies,
+A `Sandbox` has the functions of kinoray.video, with the same results and the same errors. A video whose decoder dies,
 hangs or takes too much memory is tried once more, in a new process; then it is refused. What is easy to break: a
 process holds one video at a time, so that a death has exactly one cause.
 """
