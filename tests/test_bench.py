@@ -160,7 +160,7 @@ def test_the_loops_count_what_they_did(library: Path, checkpoint: str, tmp_path:
     assert loop.bytes_read == sum(path.stat().st_size for path in library.rglob("*.mp4"))
     assert loop.cpu_s > 0
     found = model_loop(labelling.job, loop.kept, 13, 2)
-    assert found.clips == 2 * 4  # two threads, each with as many whole batches as its share of 13 has
+    assert found.clips == 2 * 7  # two threads, each with its share of 13 clips, rounded up
     assert found.cpu_s > 0
 
 

@@ -225,7 +225,7 @@ def test_every_network_that_ships_is_built_by_its_short_and_its_full_name(tmp_pa
 @pytest.mark.usefixtures("offline")
 def test_an_option_in_a_checkpoint_is_no_file_and_no_address(value: object, tmp_path: Path) -> None:
     uri = make_checkpoint(tmp_path / "checkpoint", "vcm_sdd", {**TINY, "backbone": value})
-    with pytest.raises(CheckpointCorrupt, match="must be a number, true, false or a plain name"):
+    with pytest.raises(CheckpointCorrupt, match=r"must be a number, true, false or a plain name|does not fit 64 bits"):
         load_model(LOCAL, uri)
 
 
@@ -291,12 +291,12 @@ def set_meta(**values: object) -> Callable[[dict[str, Any]], object]:
         (set_meta(labels="abc"), CheckpointMismatch),
         (set_meta(labels=["a", ["b"], "c"]), CheckpointMismatch),
         (set_meta(epoch=-1), CheckpointMismatch),
-        (set_meta(step=10**400), CheckpointMismatch),
+        (set_meta(step=10**400), CheckpointCorrupt),
         (set_meta(metrics={"val_top1": "1"}), CheckpointMismatch),
         (set_meta(metrics={"val_top1": float("nan")}), (CheckpointMismatch, CheckpointCorrupt)),
         (set_meta(metrics=[1]), CheckpointMismatch),
         (set_meta(model_digest="0" * 16), CheckpointCorrupt),
-        (set_meta(clip={"flow": {"bound_px": 10**400}}), CheckpointMismatch),
+        (set_meta(clip={"flow": {"bound_px": 10**400}}), CheckpointCorrupt),
         (lambda document: document["meta"].pop("labels"), CheckpointMismatch),
         (lambda document: document.update(meta=[]), CheckpointMismatch),
         (lambda document: document.update(files=[]), CheckpointCorrupt),

@@ -37,9 +37,9 @@ def test_the_token_is_made_for_its_owner_only(tmp_path: Path) -> None:
     assert token.stat().st_mode & 0o777 == 0o600
 
 
-def test_verbs_that_watch_jobs_are_there() -> None:
+def test_verbs_of_the_guide_are_there() -> None:
     found = {words[1] for block in shell_blocks(GUIDE) for words in commands(block, "kinoray")}
-    assert {"submit", "jobs", "logs", "stop"} <= found <= set(VERBS)
+    assert {"submit"} <= found <= set(VERBS)
 
 
 def test_rays_own_command_takes_its_options() -> None:

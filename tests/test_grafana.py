@@ -43,7 +43,7 @@ def names_in(texts: list[str]) -> set[str]:
 def registered() -> dict[str, set[str]]:
     """The metrics that kinoray's code makes, as Prometheus names them, with their tags."""
     found: dict[str, set[str]] = {}
-    for path in sorted((ROOT / "platform" / "kinoray" / "run").rglob("*.py")):
+    for path in sorted((ROOT / "platform" / "kinoray").rglob("*.py")):
         tree = ast.parse(path.read_text(encoding="utf-8"))
         imports = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
         classes = {alias.name for node in imports if node.module == "ray.util.metrics" for alias in node.names}

@@ -11,17 +11,14 @@ import io
 import os
 import re
 import shlex
-import signal
 import sys
-import threading
 import typing
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from types import FrameType
-from typing import Any, NoReturn
+from typing import Any
 
 from kinoray import __version__
-from kinoray.console import exact_stdout, plain_streams, print_traceback
+from kinoray.console import ended_by_signals, exact_stdout, plain_streams, print_traceback
 from kinoray.errors import ConfigError, KinorayError
 
 __all__ = ["VERBS", "Verb", "guarded", "main", "parse_settings"]
@@ -139,7 +136,7 @@ VERBS: Mapping[str, Verb] = {
         settings="kinoray.evaluation.config:CompareConfig",
         function="kinoray.evaluation.compare:compare",
         summary="two evaluations -> what changed, as one HTML page",
-        main=("out", "max_videos", "frames_per_video"),
+        main=("out", "frames_per_video"),
     ),
     "ensemble": Verb(
         wish=_NETWORK,
@@ -259,7 +256,7 @@ def _run(name: str, arguments: list[str]) -> int:
 def guarded(name: str, run: Callable[[], int]) -> int:
     """What `run` returns, or the exit code of what it raises, said in one line; what it prints only shows."""
     sys.excepthook = print_traceback
-    with plain_streams(), _ended_by_signals():
+    with plain_streams(), ended_by_signals():
         try:
             return run()
         except ConfigError as error:
@@ -272,26 +269,6 @@ def guarded(name: str, run: Callable[[], int]) -> int:
         except BrokenPipeError:  # the reader of our output went away (| head)
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 1
-
-
-@contextlib.contextmanager
-def _ended_by_signals() -> Iterator[None]:
-    """SIGTERM, and a terminal that closes, end a command as Ctrl-C does: what it has opened is closed, in order."""
-    numbers = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) is signal.SIG_DFL]
-    if threading.current_thread() is not threading.main_thread():
-        numbers = []
-
-    def end(number: int, _: FrameType | None) -> NoReturn:
-        raise SystemExit(128 + number)
-
-    for number in numbers:
-        signal.signal(number, end)
-    try:
-        yield
-    finally:
-        for number in numbers:
-            if signal.getsignal(number) is end:  # else it is Ray's by now
-                signal.signal(number, signal.SIG_DFL)
 
 
 def _known(name: str) -> str:

@@ -6,18 +6,21 @@ program (CSV in a pipe) must keep every value as it is; it asks for `exact_stdou
 
 import contextlib
 import re
+import signal
 import sys
+import threading
 import time
 import traceback
 import unicodedata
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from types import TracebackType
-from typing import Any, TextIO, cast
+from types import FrameType, TracebackType
+from typing import Any, NoReturn, TextIO, cast
 
 __all__ = [
     "PlainStream",
     "Progress",
+    "ended_by_signals",
     "exact_stdout",
     "format_duration",
     "many",
@@ -184,3 +187,23 @@ def exact_stdout() -> TextIO:
 def print_traceback(kind: type[BaseException], error: BaseException, at: TracebackType | None) -> None:
     """As sys.excepthook: an error that nobody foresaw may hold a stranger's text, too."""
     print("".join(traceback.format_exception(kind, error, at)), end="", file=PlainStream(unfiltered(sys.stderr)))
+
+
+@contextlib.contextmanager
+def ended_by_signals() -> Iterator[None]:
+    """SIGTERM, and a terminal that closes, end a command as Ctrl-C does: what it has opened is closed, in order."""
+    numbers = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) is signal.SIG_DFL]
+    if threading.current_thread() is not threading.main_thread():
+        numbers = []
+
+    def end(number: int, _: FrameType | None) -> NoReturn:
+        raise SystemExit(128 + number)
+
+    for number in numbers:
+        signal.signal(number, end)
+    try:
+        yield
+    finally:
+        for number in numbers:
+            if signal.getsignal(number) is end:  # else it is Ray's by now
+                signal.signal(number, signal.SIG_DFL)

@@ -200,13 +200,14 @@ def train_spans(storage: Storage, out: str) -> list[Span]:
     Raises:
         ChecksumMismatch: metrics.jsonl is not what train wrote.
     """
-    uri, spans = join(out, "metrics.jsonl"), []
+    uri = join(out, "metrics.jsonl")
+    spans = []
     try:
-        lines = storage.read(uri).decode().splitlines()
+        rows = parse_lines(storage.read(uri, max_bytes=MAX_RECORD_BYTES), uri)
     except ObjectNotFound:
         return []  # no epoch is done
     try:
-        for row in (json.loads(line) for line in lines if line):
+        for row in rows:
             begin_s, train_s = row["time_s"] - row["epoch_s"], row.get("train_s", row["epoch_s"])
             parts = {"waiting for decoders": row["decode_wait"] * train_s}
             about = {"epoch": row["epoch"]}

@@ -67,7 +67,7 @@ def require_own_trials(storage: Storage, out: str, axes: Sequence[Axis]) -> None
     """
     for info in storage.list(join(out, "trials") + "/"):
         if info.uri.endswith("/trial.json"):
-            settings = read_record(storage, info.uri, lambda record: dict(record["settings"]))
+            settings = read_record(storage, info.uri, lambda record: record["settings"])
             require_of_space(axes, settings, info.uri)
 
 
