@@ -5,6 +5,7 @@ quarantined = rows is checked before the export is called done. Every file has t
 there were, none too; and names of classes come from strangers, so they are data in the XML, too.
 """
 
+import contextlib
 import json
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -269,25 +270,25 @@ def _export_rows(storage: Storage, config: ExportConfig, ledger: Ledger, folder:
     writer = _FORMATS[config.format](folder, class_names(ledger), {**about, "multi_label": several})
     source = Source(storage, config.copy_videos) if config.copy_videos else None
     totals = {"rows": 0, "exported": 0, "quarantined": 0, "unreadable": 0}
-    for rows in _batches(scan(ledger, _COLUMNS)):
-        totals["rows"] += len(rows)
-        good = [row for row in rows if row["status"] == "labelled"]
-        for row in rows:
-            if row["status"] != "labelled":
-                totals["quarantined"] += 1
-                _put_aside(side, row)
-        places: Iterable[str | Path | KinorayError]
-        places = copied_videos(storage, good, writer.videos, source) if source else named_videos(good)
-        for row, place in zip(good, places, strict=True):
-            if isinstance(place, KinorayError):
-                totals["unreadable"] += 1
-                _put_aside(side, {**row, "error_class": type(place).__name__, "error_text": str(place)})
-            else:
-                totals["exported"] += 1
-                names, scores = row["label_topk"] or [], row["score_topk"] or []
-                answers = list(zip(names, scores, strict=True))
-                writer.add(row, answers if several else answers[:1], place)
-    writer.close()
+    with contextlib.closing(writer):
+        for rows in _batches(scan(ledger, _COLUMNS)):
+            totals["rows"] += len(rows)
+            good = [row for row in rows if row["status"] == "labelled"]
+            for row in rows:
+                if row["status"] != "labelled":
+                    totals["quarantined"] += 1
+                    _put_aside(side, row)
+            places: Iterable[str | Path | KinorayError]
+            places = copied_videos(storage, good, writer.videos, source) if source else named_videos(good)
+            for row, place in zip(good, places, strict=True):
+                if isinstance(place, KinorayError):
+                    totals["unreadable"] += 1
+                    _put_aside(side, {**row, "error_class": type(place).__name__, "error_text": str(place)})
+                else:
+                    totals["exported"] += 1
+                    names, scores = row["label_topk"] or [], row["score_topk"] or []
+                    answers = list(zip(names, scores, strict=True))
+                    writer.add(row, answers if several else answers[:1], place)
     return totals
 
 
