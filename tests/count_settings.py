@@ -5,11 +5,10 @@ counts once, and one that is written in the trees of two verbs counts twice. Bel
 """
 
 import ast
-import dataclasses
-import typing
 from pathlib import Path
 
 from kinoray.cli import VERBS
+from kinoray.config.help import settings_of
 
 KINORAY = Path(__file__).resolve().parents[1] / "platform" / "kinoray"
 
@@ -24,17 +23,10 @@ def settings_by_class() -> dict[str, int]:
     return found
 
 
-def num_flags(config: type) -> int:
-    """Settings of a verb, those of the groups in its tree included."""
-    hints = typing.get_type_hints(config)
-    kinds = [hints[field.name] for field in dataclasses.fields(config)]
-    return sum(num_flags(kind) if dataclasses.is_dataclass(kind) else 1 for kind in kinds)
-
-
 if __name__ == "__main__":
     counts = settings_by_class()
     for name, count in sorted(counts.items(), key=lambda item: -item[1]):
         print(f"{count:4} {name}")
     print(f"{sum(counts.values()):4} settings in {len(counts)} classes")
-    flags = {name: num_flags(verb.config) for name, verb in VERBS.items()}
+    flags = {name: len(list(settings_of(verb.config()))) for name, verb in VERBS.items()}
     print(f"flags of {len(flags)} verbs: {', '.join(f'{name} {count}' for name, count in flags.items())}")
