@@ -20,8 +20,7 @@ from kinoray.network.batch import VideoBatch
 from kinoray.network.build import build_model
 from kinoray.train.config import TrainConfig
 from kinoray.train.ingest import rank_part
-from kinoray.train.replica import Replica
-from kinoray.train.snapshot import load_snapshot, take_snapshot
+from kinoray.train.step import Replica
 
 CLIP = ClipConfig(sample=SampleConfig(num_segments=1, frames_per_segment=2), view=ViewConfig(resize_px=32, crop_px=32))
 SIZES = (6, 5, 1, 4)  # videos of each global batch; of one video, one rank has none
@@ -45,7 +44,7 @@ def run_job(folder: Path, name: str, settings: dict[str, Any]) -> None:
     replica = Replica(build_model(model, 3), 3, config, torch.device("cpu"))
     steps = range(len(SIZES))
     if source:
-        load_snapshot(replica, *(load_file(folder / f"{source}.half.{part}") for part in ("weights", "train")), "here")
+        replica.resume(*(load_file(folder / f"{source}.half.{part}") for part in ("weights", "train")), "here")
         steps = range(2, len(SIZES))
     replica.train()
     for step in steps:
@@ -59,8 +58,8 @@ def run_job(folder: Path, name: str, settings: dict[str, Any]) -> None:
         mine = VideoBatch(rgb=clips.rgb[part], flow=clips.flow[part])
         replica.train_step(mine if len(labels[part]) else None, labels[part], 0, 0.003)
     totals = replica.finish()
-    replica.share_buffers()
-    state = take_snapshot(replica, in_epoch=False).weights
+    replica.state.share_buffers()
+    state = replica.snapshot(in_epoch=False).weights
     replica.reset()
     replica.eval()
     if dist.get_rank() == 0:  # the other rank scores nothing, and waits for no one
@@ -72,7 +71,7 @@ def run_job(folder: Path, name: str, settings: dict[str, Any]) -> None:
 
 def keep_state(folder: Path, name: str, replica: Replica) -> None:
     first = dist.get_rank() == 0
-    state = take_snapshot(replica, in_epoch=True, keep=first)
+    state = replica.snapshot(in_epoch=True, keep=first)
     if first:
         save_file(state.weights, folder / f"{name}.half.weights")
         save_file(state.train, folder / f"{name}.half.train")

@@ -16,7 +16,7 @@ from kinoray.errors import CheckpointMismatch, CheckpointNotFound
 from kinoray.network.build import build_model
 from kinoray.network.checkpoint import CheckpointMeta, save_checkpoint
 from kinoray.storage.objects import Storage
-from kinoray.train.finetune import start_from
+from kinoray.train.state import start_from
 
 TINY = ModelConfig(options={"backbone": "tiny", "heads": 2})
 CLIP = ClipConfig(sample=SampleConfig(num_segments=1, frames_per_segment=2), view=ViewConfig(resize_px=40, crop_px=32))

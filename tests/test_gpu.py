@@ -20,7 +20,7 @@ from kinoray.network.batch_size import auto_batch_size
 from kinoray.network.build import VideoModel, build_model
 from kinoray.network.scorer import ClipScorer, ScorerConfig
 from kinoray.train.config import TrainConfig
-from kinoray.train.replica import Replica
+from kinoray.train.step import Replica
 from kinoray.video.clip import Clip, decode_clip
 from kinoray.video.flow_tvl1 import tvl1_flow
 from kinoray.video.protocol import ViewsConfig
@@ -138,7 +138,7 @@ def train(device: str, batches: list[tuple[VideoBatch, Tensor]], lr: float, **se
     for batch, labels in batches:
         replica.train_step(batch, labels, 0, lr)
     replica.finish()
-    return replica.history()[:, 2], bool(replica.optimizer.param_groups[0]["fused"])
+    return replica.history()[:, 2], bool(replica.state.optimizer.param_groups[0]["fused"])
 
 
 @pytest.fixture

@@ -24,7 +24,7 @@ from kinoray.network.device_input import DeviceInput
 from kinoray.train import augment
 from kinoray.train.augment import PHOTOMETRIC, Mix, colour_clip, mix_inputs
 from kinoray.train.config import TrainConfig
-from kinoray.train.replica import Replica
+from kinoray.train.step import Replica
 from kinoray.video import flow_tvl1 as tvl1
 from stand_ins import LeavesDevice, moved, on_device, stand_ins
 from vcm_sdd.backbone import build_backbone

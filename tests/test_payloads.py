@@ -61,10 +61,10 @@ from kinoray.pack.kinetics_unit import read_unit
 from kinoray.pack.shard import read_commit
 from kinoray.storage.objects import Storage, join
 from kinoray.train.config import TrainConfig
-from kinoray.train.finetune import start_from
 from kinoray.train.heartbeat import Heartbeat
 from kinoray.train.runfolder import add_start, claim_run, read_losses, read_metrics
 from kinoray.train.runs import find_runs
+from kinoray.train.state import start_from
 from kinoray.tune.space import parse_space
 from kinoray.tune.table import known_trials, read_outcome
 from kinoray.video.cache import FrameCache

@@ -21,9 +21,9 @@ from kinoray.network.parts import backbone_names, classifier_names
 from kinoray.train.augment import PHOTOMETRIC, Augmenter, Mix, colour_clip, mix_inputs
 from kinoray.train.config import TrainConfig
 from kinoray.train.recipe import class_weights, freeze, learning_rate, loss_sum, make_optimizer
-from kinoray.train.replica import Replica
 from kinoray.train.runfolder import stopped_early
-from kinoray.train.snapshot import load_snapshot, seed_step, take_snapshot
+from kinoray.train.state import seed_step
+from kinoray.train.step import Replica
 
 CLIP = ClipConfig(sample=SampleConfig(num_segments=2, frames_per_segment=2), view=ViewConfig(resize_px=32, crop_px=32))
 TINY = ModelConfig(options={"backbone": "tiny", "heads": 2, "scale": "dim"})
@@ -256,7 +256,7 @@ def test_what_cannot_be_is_refused(settings: dict[str, Any], message: str) -> No
 
 def test_the_average_is_the_recursion_and_is_what_is_scored() -> None:
     replica = make_replica(config_of(ema_decay=0.2))
-    assert replica.average is not None
+    assert replica.state.average is not None
     expected = {name: value.double() for name, value in replica.module.state_dict().items()}
     replica.train()
     for step, decay in enumerate([0.1, 2 / 11, 0.2, 0.2]):  # (1 + t) / (10 + t), at most 0.2
@@ -264,7 +264,7 @@ def test_the_average_is_the_recursion_and_is_what_is_scored() -> None:
         for name, value in replica.module.state_dict().items():
             known = expected[name]
             expected[name] = decay * known + (1 - decay) * value.double() if value.is_floating_point() else value
-    averaged = replica.weights()
+    averaged = replica.state.weights()
     for name, value in expected.items():
         torch.testing.assert_close(averaged[name].double(), value.double(), atol=1e-6, rtol=1e-5, msg=name)
 
@@ -294,13 +294,13 @@ def test_an_average_that_is_saved_and_loaded_goes_on_exactly() -> None:
     straight = make_replica(config)
     steps(straight, range(2))
     straight.finish()
-    saved = take_snapshot(straight, in_epoch=True)
+    saved = straight.snapshot(in_epoch=True)
     steps(straight, range(2, 4))
 
     resumed = make_replica(dataclasses.replace(config, optim=dataclasses.replace(config.optim, seed=5)))
-    load_snapshot(resumed, saved.weights, saved.train, "here")
+    resumed.resume(saved.weights, saved.train, "here")
     steps(resumed, range(2, 4))
-    ends = [take_snapshot(replica, in_epoch=False) for replica in (straight, resumed)]
+    ends = [replica.snapshot(in_epoch=False) for replica in (straight, resumed)]
     for first, second in ((ends[0].weights, ends[1].weights), (ends[0].train, ends[1].train)):
         assert first.keys() == second.keys()
         for name, value in first.items():

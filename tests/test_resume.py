@@ -41,7 +41,7 @@ from kinoray.train.ingest import epoch_order, run_length
 from kinoray.train.recorder import Recorder
 from kinoray.train.runfolder import read_losses, read_metrics
 from kinoray.train.runs import find_runs
-from kinoray.train.snapshot import HISTORY, Snapshot
+from kinoray.train.state import HISTORY, Snapshot
 from kinoray.train.verb import train
 from small_sets import LABELS, catalog_of, colour_set, colour_video, save_as_pack, set_in
 from test_train import assert_equals_plain_training

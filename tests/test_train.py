@@ -45,8 +45,9 @@ from kinoray.network.checkpoint import find_checkpoint, list_checkpoints, load_m
 from kinoray.storage.objects import Storage, join
 from kinoray.train.config import TrainConfig
 from kinoray.train.ingest import epoch_order, run_length
-from kinoray.train.recipe import learning_rate, load_optimizer_state, make_optimizer, optimizer_state
+from kinoray.train.recipe import learning_rate, make_optimizer
 from kinoray.train.runfolder import add_refusals, claim_run, prune_checkpoints, read_metrics, write_metrics
+from kinoray.train.state import load_optimizer_state, optimizer_state
 from kinoray.train.verb import train
 from kinoray.video.clip import Clip, decode_clip
 from kinoray.video.sample import clip_rng

@@ -42,16 +42,15 @@ from kinoray.storage.objects import Storage, join
 from kinoray.train.augment import Augmenter
 from kinoray.train.config import TrainConfig
 from kinoray.train.feed import Feed, Part
-from kinoray.train.finetune import start_from
 from kinoray.train.gate import Gate
 from kinoray.train.ingest import Samples, epoch_order, rank_steps, run_length
 from kinoray.train.pace import Pace, epoch_line
 from kinoray.train.ranks import agreed, from_first
 from kinoray.train.recipe import class_weights, learning_rate
 from kinoray.train.recorder import Recorder
-from kinoray.train.replica import Replica, Totals
 from kinoray.train.runfolder import add_start, read_metrics, run_digest, stopped_early
-from kinoray.train.snapshot import load_snapshot, seed_step, take_snapshot
+from kinoray.train.state import seed_step, start_from
+from kinoray.train.step import Replica, Totals
 from kinoray.train.times import TrainMetrics
 from kinoray.train.upload import Uploader
 
@@ -154,7 +153,7 @@ class _Worker:
         if meta.run_digest != self.run_digest:
             found = f"run {meta.run_digest}, not {self.run_digest}"
             raise CheckpointMismatch(f"{uri} is of another run ({found}); move it out of {self.config.out}")
-        load_snapshot(self.replica, load_model_state(self.storage, uri), load_train_state(self.storage, uri), uri)
+        self.replica.resume(load_model_state(self.storage, uri), load_train_state(self.storage, uri), uri)
         self.epoch, self.epoch_steps = meta.epoch, meta.epoch_steps
         self.samples = meta.samples - self.replica.totals().videos
 
@@ -190,7 +189,7 @@ class _Worker:
             row: dict[str, float | int] = {"epoch": epoch, "step": epoch * num_steps, "samples": self.samples}
             row |= {"loss": trained.loss, "top1": trained.top1, "top5": trained.top5, "unreadable": trained.unreadable}
             row |= {"lr": learning_rate(self.optim, epoch * num_steps - 1, self.optim.epochs * num_steps)}
-            self.replica.share_buffers()
+            self.replica.state.share_buffers()
             if self.val is not None and (epoch % self.config.eval_every == 0 or epoch == self.optim.epochs):
                 scored = self._evaluate(self.val)
                 row |= {"val_loss": scored.loss, "val_top1": scored.top1, "val_top5": scored.top5}
@@ -332,7 +331,7 @@ class _Worker:
             self._say(f"train: no checkpoint at step {step}: the one before is still being written")
             return
         refusals = self._refusals()
-        state = take_snapshot(self.replica, in_epoch=True, keep=self.rank == 0)
+        state = self.replica.snapshot(in_epoch=True, keep=self.rank == 0)
         if self.rank == 0:
             history = self.replica.history()
             samples = self.samples + totals.videos
@@ -342,7 +341,7 @@ class _Worker:
     def _save_epoch(self, row: Mapping[str, float | int], history: Tensor) -> None:
         """Write the epoch and its checkpoint, and wait until it is there."""
         refusals = self._refusals()
-        state = take_snapshot(self.replica, in_epoch=False, keep=self.rank == 0)
+        state = self.replica.snapshot(in_epoch=False, keep=self.rank == 0)
         self._write(lambda: self.recorder.keep_epoch(state, history, row, refusals))
 
     def _write(self, job: Callable[[], object]) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from kinoray.config.shared import OptimConfig
 from kinoray.console import format_duration
-from kinoray.train.replica import Replica
+from kinoray.train.step import Replica
 
 __all__ = ["Pace", "epoch_line"]
 

@@ -1,27 +1,35 @@
-"""The training recipe: learning rates, the optimizer and its state as named tensors, the loss, what is frozen."""
+"""The training recipe (optim.*): learning rates, the optimizer, the loss, what is frozen, what is computed twice.
+
+Easy to break: what is computed twice must move nothing the second time that the first has moved: batch norms'
+statistics stay as they are in it, and torch.utils.checkpoint replays the generators.
+"""
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.checkpoint import checkpoint
 
 from kinoray.config.shared import OptimConfig
-from kinoray.errors import CheckpointMismatch
-from kinoray.train.sharding import like_parameter
+from kinoray.errors import ConfigError
+from kinoray.network.parts import backbone_parts
 
 __all__ = [
+    "Recomputed",
     "batch_norms",
     "class_weights",
     "freeze",
     "learning_rate",
-    "load_optimizer_state",
     "loss_sum",
     "make_optimizer",
-    "optimizer_state",
+    "recompute",
     "set_rate",
+    "trained_parameters",
 ]
 
 _STEP_FACTOR = 0.1  # schedule=step: what the rate is multiplied by
@@ -65,8 +73,8 @@ def make_optimizer(module: nn.Module, config: OptimConfig, backbone: Collection[
 
     On CUDA it is one kernel over all of them; elsewhere torch's plain form, whose digits are other ones.
     """
-    head = [parameter for name, parameter in _trained(module) if name not in backbone]
-    rest = [parameter for name, parameter in _trained(module) if name in backbone]
+    head = [parameter for name, parameter in trained_parameters(module) if name not in backbone]
+    rest = [parameter for name, parameter in trained_parameters(module) if name in backbone]
     groups = [{"params": head, "lr_factor": 1.0}, {"params": rest, "lr_factor": config.backbone_lr_factor}]
     on_cuda = all(parameter.device.type == "cuda" for parameter in (*head, *rest))
     return torch.optim.AdamW(
@@ -83,38 +91,9 @@ def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
         group["lr"] = rate * group["lr_factor"]
 
 
-def _trained(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
+def trained_parameters(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """The parameters that are not frozen, by name."""
     return [(name, parameter) for name, parameter in module.named_parameters() if parameter.requires_grad]
-
-
-def optimizer_state(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The moments as `parameter name/exp_avg` and so on, as they are (sharded ones as shards).
-
-    The optimizer's own form numbers the parameters.
-    """
-    state: dict[str, Tensor] = {}
-    for name, parameter in _trained(module):
-        for key, value in optimizer.state.get(parameter, {}).items():
-            state[f"{name}/{key}"] = torch.as_tensor(value)
-    return state
-
-
-def load_optimizer_state(module: nn.Module, optimizer: torch.optim.Optimizer, state: Mapping[str, Tensor]) -> None:
-    """Put back what optimizer_state gave, made whole.
-
-    Raises:
-        CheckpointMismatch: the state names a parameter that the module does not train.
-    """
-    trained = dict(_trained(module))
-    numbers = [id(parameter) for group in optimizer.param_groups for parameter in group["params"]]
-    index_of = {name: numbers.index(id(parameter)) for name, parameter in trained.items()}
-    moments: dict[int, dict[str, Tensor]] = {}
-    for key, value in state.items():
-        name, _, moment = key.rpartition("/")
-        if name not in index_of:
-            raise CheckpointMismatch(f"the optimizer state is for {name!r}, which this model does not train")
-        moments.setdefault(index_of[name], {})[moment] = like_parameter(value, trained[name])
-    optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
 def class_weights(labels: Tensor, num_classes: int, power: float) -> Tensor:
@@ -147,3 +126,70 @@ def loss_sum(
 
     own = part(labels)
     return own if partners is None else share * own + (1.0 - share) * part(partners)
+
+
+class Recomputed:
+    """The parts of a network that are computed twice; `ran` says whether its forward has called any of them."""
+
+    def __init__(self, parts: list[nn.Module]) -> None:
+        self.ran = False
+        for part in parts:
+            part.forward = self._twice(part, part.forward)
+
+    def _twice(self, part: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
+        def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+            return nullcontext(), _still(part)
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            self.ran = True
+            if not (part.training and torch.is_grad_enabled()):
+                return forward(*args, **kwargs)
+            return checkpoint(forward, *args, use_reentrant=False, context_fn=contexts, **kwargs)
+
+        return run
+
+
+def recompute(module: nn.Module, what: Literal["none", "head", "all"]) -> Recomputed | None:
+    """Make the head, or the head and each block of the backbones, keep no activations inside; None for nothing.
+
+    The head is what the network has beside its backbone_parts; blocks are the members of their nn.Sequential.
+
+    Raises:
+        ConfigError: the network names no backbone_parts, so there is nothing to choose.
+    """
+    if what == "none":
+        return None
+    names = backbone_parts(module)
+    if not names:
+        raise ConfigError(
+            f"optim.recompute must be none for {type(module).__name__}, which names no backbone_parts, got {what!r}"
+        )
+    parts = [child for name, child in module.named_children() if name not in names]
+    if what == "all":
+        for name in names:
+            parts += _blocks(module.get_submodule(name))
+    return Recomputed(parts)
+
+
+def _blocks(module: nn.Module) -> list[nn.Module]:
+    """The members of the outermost nn.Sequential modules; one of plain layers is a block itself."""
+    if isinstance(module, nn.Sequential):
+        has_blocks = any(list(child.children()) for child in module)
+        return list(module) if has_blocks else [module]
+    return [block for child in module.children() for block in _blocks(child)]
+
+
+@contextmanager
+def _still(part: nn.Module) -> Iterator[None]:
+    """Batch norms compute as they do in training, but leave their statistics alone."""
+    norms = batch_norms(part)
+    before = [(norm, norm.momentum, norm.num_batches_tracked) for norm in norms]
+    for norm in norms:
+        norm.momentum = 0.0
+        norm.num_batches_tracked = None
+    try:
+        yield
+    finally:
+        for norm, momentum, count in before:
+            norm.momentum = momentum
+            norm.num_batches_tracked = count

@@ -25,7 +25,7 @@ from kinoray.train.runfolder import (
     write_losses,
     write_metrics,
 )
-from kinoray.train.snapshot import Snapshot
+from kinoray.train.state import Snapshot
 
 __all__ = ["Recorder"]
 

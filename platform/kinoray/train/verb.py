@@ -31,11 +31,11 @@ from kinoray.network.checkpoint import CheckpointMeta, best_of, list_checkpoints
 from kinoray.storage.objects import Storage, absolute, arrow_filesystem, join
 from kinoray.train.config import TrainConfig
 from kinoray.train.curves import draw_curves
-from kinoray.train.finetune import start_from
 from kinoray.train.gate import Gate
 from kinoray.train.heartbeat import Heartbeat
 from kinoray.train.loop import worker_loop
 from kinoray.train.runfolder import claim_run, read_metrics, run_digest, stopped_early
+from kinoray.train.state import start_from
 
 __all__ = ["check_training", "train"]
 

@@ -18,15 +18,21 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
-from kinoray.errors import ConfigError, ModelError
+from kinoray.errors import CheckpointCorrupt, ConfigError, ModelError
 from kinoray.network.batch import FLOW_CHANNELS, VideoBatch, model_inputs
 from kinoray.network.build import VideoModel
 from kinoray.train.augment import Mix, mix_inputs
-from kinoray.train.average import Average
 from kinoray.train.config import TrainConfig
-from kinoray.train.recipe import batch_norms, freeze, loss_sum, make_optimizer, set_rate
-from kinoray.train.recompute import recompute
-from kinoray.train.sharding import full_state, is_sharded, load_full_state, shard
+from kinoray.train.recipe import (
+    batch_norms,
+    freeze,
+    loss_sum,
+    make_optimizer,
+    recompute,
+    set_rate,
+    trained_parameters,
+)
+from kinoray.train.state import HISTORY, Average, Snapshot, TrainState, shard
 
 __all__ = ["Replica", "Totals"]
 
@@ -81,9 +87,12 @@ class Replica:
         backbone: Collection[str] = (),
         class_weights: Tensor | None = None,
     ) -> None:
-        self.module, self.device = cast(nn.Module, model).to(device), device
-        self._spec, self._num_classes = model.input_spec, num_classes
-        self._clip, self._optim = config.clip, config.optim
+        self.module = cast(nn.Module, model).to(device)
+        self.device = device
+        self._spec = model.input_spec
+        self._num_classes = num_classes
+        self._clip = config.clip
+        self._optim = config.optim
         self._weights = None if class_weights is None else class_weights.to(device)
         self._world_size = dist.get_world_size()
         freeze(self.module, config.optim, backbone)
@@ -94,9 +103,12 @@ class Replica:
         if config.optim.compile:
             self.module.compile()
         self._parallel = self._spread(config)
-        self.average = Average(self.module, config.optim.ema_decay) if averages else None
-        self.optimizer = make_optimizer(self.module, config.optim, backbone)
-        self.scaler = torch.amp.GradScaler(device.type, enabled=config.optim.precision == "fp16")
+        self.state = TrainState(
+            module=self.module,
+            average=Average(self.module, config.optim.ema_decay) if averages else None,
+            optimizer=make_optimizer(self.module, config.optim, backbone),
+            scaler=torch.amp.GradScaler(device.type, enabled=config.optim.precision == "fp16"),
+        )
         # Per step: videos, unreadable, loss, top-1 and top-5 hits; pending ones are this rank's, not yet added up.
         self._pending = torch.zeros(5, dtype=torch.float64, device=device)
         self._totals = torch.zeros(5, dtype=torch.float64, device=device)
@@ -125,12 +137,8 @@ class Replica:
     def eval(self) -> None:
         """Get ready to `score` the weights as they are now; all ranks must call it."""
         if self._scorer is not self.module:
-            self._scorer.load_state_dict(self.weights())
+            self._scorer.load_state_dict(self.state.weights())
         self._scorer.eval()
-
-    def weights(self) -> dict[str, Tensor]:
-        """What is scored and saved: the moving average if there is one, else the module's state. All ranks call it."""
-        return full_state(self.module) if self.average is None else self.average.full()
 
     def train_step(
         self, clips: VideoBatch | None, labels: Tensor, unreadable: int, lr: float, mix: Mix | None = None
@@ -139,12 +147,13 @@ class Replica:
 
         `clips` holds the readable videos ([B, ...], B may be 0; None is no video at all), `labels` int64 [B] theirs.
         """
-        if is_sharded(self.module):
-            self.share_buffers()  # as DistributedDataParallel does before each step
+        if isinstance(self.module, FSDPModule):
+            self.state.share_buffers()  # as DistributedDataParallel does before each step
         num_videos = torch.tensor(float(len(labels)), dtype=torch.float64, device=self.device)
         global_videos = self._exchange(num_videos)
-        set_rate(self.optimizer, lr)
-        self.optimizer.zero_grad(set_to_none=True)
+        optimizer, scaler = self.state.optimizer, self.state.scaler
+        set_rate(optimizer, lr)
+        optimizer.zero_grad(set_to_none=True)
         # Where no rank has a readable video the gradient is zero, not 0 / 0.
         scale = self._world_size / global_videos.clamp(min=1.0)
         parts = self._parts(len(labels))
@@ -154,15 +163,15 @@ class Replica:
                     total = self._train_part(clips, labels, videos, mix)
                 else:
                     total = self._forward_nothing()
-                self.scaler.scale(total * scale.to(total.dtype)).backward()  # type: ignore[no-untyped-call]
+                scaler.scale(total * scale.to(total.dtype)).backward()  # type: ignore[no-untyped-call]
         if self._optim.clip_norm > 0:
-            self.scaler.unscale_(self.optimizer)
-            trained = [parameter for parameter in self.module.parameters() if parameter.requires_grad]
+            scaler.unscale_(optimizer)
+            trained = [parameter for _, parameter in trained_parameters(self.module)]
             nn.utils.clip_grad_norm_(trained, self._optim.clip_norm)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        if self.average is not None:
-            self.average.update(self.module)
+        scaler.step(optimizer)
+        scaler.update()
+        if self.state.average is not None:
+            self.state.average.update(self.module)
         self._require_recomputed()
         self._pending[1] += unreadable
         self._stepped = True
@@ -170,7 +179,7 @@ class Replica:
     def _parts(self, count: int) -> list[slice]:
         """Into which the rank's videos are cut for optim.accumulate; under FSDP, equally many on all ranks."""
         size = max(1, -(-count // self._optim.accumulate))
-        number = self._optim.accumulate if is_sharded(self.module) else max(1, -(-count // size))
+        number = self._optim.accumulate if isinstance(self.module, FSDPModule) else max(1, -(-count // size))
         return [slice(index * size, (index + 1) * size) for index in range(number)]
 
     def _synchronised(self, last: bool) -> AbstractContextManager[Any]:
@@ -221,9 +230,30 @@ class Replica:
         """
         return torch.stack(self._history).cpu() if self._history else torch.zeros(0, 5, dtype=torch.float64)
 
-    def restore(self, history: Tensor) -> None:
-        """Count on from where `history` was taken."""
+    def snapshot(self, *, in_epoch: bool, keep: bool = True) -> Snapshot:
+        """Copy the state of this rank; in_epoch adds what the epoch has counted so far (call `finish` before).
+
+        All ranks must call it; one that does not keep the state gets an empty one.
+        """
+        copied = self.state.snapshot(keep=keep)
+        if in_epoch and keep:
+            copied.train[HISTORY] = self.history()
+        return copied
+
+    def resume(self, weights: Mapping[str, Tensor], train: Mapping[str, Tensor], uri: str) -> None:
+        """Go on from where `snapshot` was taken, as the checkpoint at uri kept it; all ranks must call it.
+
+        Raises:
+            CheckpointMismatch: it is of another network, or of a run with another optim.ema_decay.
+            CheckpointCorrupt: the counts of the epoch have another form.
+        """
+        self.state.load(weights, train, uri)
         self.reset()
+        history = train.get(HISTORY)
+        if history is None:
+            return
+        if history.dim() != 2 or history.shape[1] != 5:
+            raise CheckpointCorrupt(f"{uri}: {HISTORY} must be [steps, 5], found {list(history.shape)}")
         for numbers in history.to(self.device, torch.float64):
             self._totals += numbers  # one by one, as they were added then: sums in another order differ in last bits
             self._history.append(numbers)
@@ -234,19 +264,6 @@ class Replica:
         self._totals.zero_()
         self._history.clear()
         self._stepped = False
-
-    def load(self, weights: Mapping[str, Tensor]) -> None:
-        """Make whole weights the module's; a moving average begins with them. All ranks must call it."""
-        load_full_state(self.module, weights)
-        if self.average is not None:
-            self.average.restart(self.module)
-
-    def share_buffers(self) -> None:
-        """Give all ranks the buffers (BatchNorm's statistics) of rank 0, whose they are in a checkpoint."""
-        if self._world_size > 1:
-            averaged = [] if self.average is None else self.average.buffers(self.module)
-            for buffer in [*self.module.buffers(), *averaged]:
-                dist.broadcast(buffer, src=0)
 
     def _exchange(self, videos_now: Tensor) -> Tensor:
         """The sum of videos_now over the ranks; what is pending travels with it, to spare a second round."""
@@ -300,7 +317,7 @@ class Replica:
         """
         if self._world_size > 2 and isinstance(self._parallel, DistributedDataParallel):
             self._forward_nothing().backward()  # type: ignore[no-untyped-call]
-            self.optimizer.zero_grad(set_to_none=True)
+            self.state.optimizer.zero_grad(set_to_none=True)
 
     def _forward_nothing(self) -> Tensor:
         """A zero that depends on all parameters, for a rank without a video; leaves BatchNorm's statistics alone."""
@@ -312,7 +329,8 @@ class Replica:
         statistics = {id(buffer) for norm in momenta for buffer in (norm.running_mean, norm.running_var)}
         others = [buffer for buffer in self.module.buffers() if id(buffer) not in statistics]
         before = [buffer.clone() for buffer in others]
-        sample, size = self._clip.sample, self._clip.view.crop_px
+        sample = self._clip.sample
+        size = self._clip.view.crop_px
         shape = (2, sample.num_segments, sample.frames_per_segment)  # BatchNorm refuses a single value a channel
         # Noise, since a norm has no gradient at zero, and 0 * NaN is NaN.
         noise = torch.Generator().manual_seed(0)
