@@ -50,7 +50,7 @@ from kinoray.pack.config import PackConfig
 from kinoray.pack.verb import pack
 from kinoray.storage.objects import Storage
 from kinoray.train.decoding import DecodeTask
-from kinoray.train.ingest import rank_steps, stream
+from kinoray.train.input import rank_steps, stream
 from kinoray.video.clip import Clip, decode_clip
 from kinoray.video.sandbox.pool import Sandbox
 from sandbox import film

@@ -39,9 +39,9 @@ from kinoray.pack.config import PackConfig
 from kinoray.pack.verb import pack
 from kinoray.storage.objects import Storage
 from kinoray.train.config import TrainConfig
-from kinoray.train.ingest import epoch_order, run_length
+from kinoray.train.input import epoch_order, run_length
 from kinoray.train.recipe import learning_rate, make_optimizer, set_rate
-from kinoray.train.runfolder import read_metrics
+from kinoray.train.runfolder import RunFolder
 from kinoray.train.verb import train
 from kinoray.video.clip import Clip, decode_clip
 from kinoray.video.sample import clip_rng
@@ -164,9 +164,9 @@ def through_ray(config: TrainConfig) -> dict[str, object]:
     train(config)
     disconnect()
     starts = json.loads((Path(config.out) / "environment.json").read_text())["starts"]
-    rows = read_metrics(Storage(), config.out)
-    rates = [row["videos_per_s"] for row in rows]
-    return {"begun_s": starts[0]["time_s"], "rates": rates, "losses": [row["loss"] for row in rows]}
+    rows = RunFolder(Storage(), config.out).epochs()
+    rates = [row.videos_per_s for row in rows]
+    return {"begun_s": starts[0]["time_s"], "rates": rates, "losses": [row.loss for row in rows]}
 
 
 def measure(form: str, catalog: str, out: str, epochs: int, decode_tasks: int) -> dict[str, object]:

@@ -29,7 +29,7 @@ from kinoray.pack.config import PackConfig
 from kinoray.pack.verb import pack
 from kinoray.storage.objects import Storage
 from kinoray.train.config import TrainConfig
-from kinoray.train.runfolder import read_metrics
+from kinoray.train.runfolder import RunFolder
 from kinoray.train.verb import train
 from kinoray.tune.config import TuneConfig
 from kinoray.tune.verb import tune
@@ -102,12 +102,12 @@ def settings(catalog: str, out: Path, num_segments: int, epochs: int) -> dict[st
 
 def decode_cpu_s(run: str) -> float:
     """CPU seconds of the decode tasks of a run folder."""
-    return sum(float(row["decode_cpu_s"]) for row in read_metrics(Storage(), run))
+    return sum(row.decode_cpu_s for row in RunFolder(Storage(), run).epochs())
 
 
-def losses(run: str) -> list[tuple[float, float]]:
+def losses(run: str) -> list[tuple[float | None, float | None]]:
     """Loss and validation loss of every epoch."""
-    return [(row["loss"], row["val_loss"]) for row in read_metrics(Storage(), run)]
+    return [(row.loss, row.val_loss) for row in RunFolder(Storage(), run).epochs()]
 
 
 def main() -> int:

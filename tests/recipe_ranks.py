@@ -19,7 +19,7 @@ from kinoray.config.shared import ClipConfig, ModelConfig, OptimConfig, SampleCo
 from kinoray.network.batch import VideoBatch
 from kinoray.network.build import build_model
 from kinoray.train.config import TrainConfig
-from kinoray.train.ingest import rank_part
+from kinoray.train.input import rank_part
 from kinoray.train.step import Replica
 
 CLIP = ClipConfig(sample=SampleConfig(num_segments=1, frames_per_segment=2), view=ViewConfig(resize_px=32, crop_px=32))

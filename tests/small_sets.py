@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -9,6 +10,7 @@ import pyarrow as pa
 from kinoray.catalog.table import CATALOG_SCHEMA, Catalog, save_catalog
 from kinoray.demo.videos import make_video
 from kinoray.storage.objects import Storage, join
+from kinoray.train.runfolder import EpochRow
 
 COLOURS = {"blue": (40, 40, 200), "green": (40, 200, 40), "red": (200, 40, 40)}
 LABELS = tuple(sorted(COLOURS))
@@ -68,3 +70,10 @@ def set_in(folder: Path, *, train: int, val: int, broken: tuple[int, ...] = ()) 
     """A colour_set in a folder; returns where."""
     colour_set(Storage(), str(folder), train=train, val=val, broken=broken)
     return str(folder)
+
+
+def epoch_row(epoch: int, **changes: Any) -> EpochRow:
+    """What a training writes of an epoch; nothing of it was measured but what is given."""
+    row: dict[str, Any] = {"epoch": epoch, "step": epoch, "samples": 0, "unreadable": 0, "lr": 0.5, "time_s": 1e9}
+    times = dict.fromkeys(("videos_per_s", "decode_wait", "train_s", "decode_cpu_s", "epoch_s"), 0.0)
+    return EpochRow(**(row | times | changes))

@@ -21,7 +21,7 @@ from kinoray.network.checkpoint import (
     save_checkpoint,
 )
 from kinoray.storage.objects import Storage, join
-from kinoray.train.runfolder import prune_checkpoints, read_losses
+from kinoray.train.runfolder import RunFolder
 from kinoray.train.verb import train
 from small_sets import colour_video, set_in
 from test_checkpoint import META, tiny_state
@@ -144,7 +144,7 @@ def test_broken_checkpoints_take_no_place_and_stay(run: Path) -> None:
     save(run, 4)
     flip(folder_of(run, 4) / META_FILE)
     in_epoch = save(run, 2, epoch_steps=5)
-    prune_checkpoints(LOCAL, str(run), keep=1, written=(2, 25))
+    RunFolder(LOCAL, str(run)).prune_checkpoints(keep=1, written=(2, 25))
     kept = {Path(uri).name[:10] for uri, _ in list_checkpoints(LOCAL, str(run))}
     assert kept == {"epoch-0002", "epoch-0003"}
     assert (folder_of(run, 4) / META_FILE).exists()
@@ -173,7 +173,8 @@ def test_a_finished_run_whose_last_checkpoint_broke_is_trained_to_the_same_end(
     config = make_config(set_in(tmp_path / "set", train=9, val=0), str(tmp_path / "run"), val_split="")
     config = dataclasses.replace(config, optim=OptimConfig(epochs=2, batch_size=8, lr=0.05))
     first = train(config)
-    weights, losses = load_model_state(LOCAL, first["newest"]), read_losses(LOCAL, config.out)
+    weights = load_model_state(LOCAL, first["newest"])
+    steps = RunFolder(LOCAL, config.out).steps()
     flip(Path(first["newest"]) / MODEL_FILE)
     capsys.readouterr()
     again = train(config)
@@ -181,7 +182,7 @@ def test_a_finished_run_whose_last_checkpoint_broke_is_trained_to_the_same_end(
     assert again["epochs"] == 2
     for name, value in load_model_state(LOCAL, again["newest"]).items():
         assert torch.equal(value, weights[name]), name
-    assert read_losses(LOCAL, config.out) == losses
+    assert RunFolder(LOCAL, config.out).steps() == steps
     said = capsys.readouterr().out
     assert said.count("a broken checkpoint is left out: ") == 1
     assert f"{first['newest']}/{MODEL_FILE} does not match its digest" in said

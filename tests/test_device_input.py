@@ -38,7 +38,7 @@ from kinoray.storage.objects import Storage
 from kinoray.train.augment import Augmenter
 from kinoray.train.config import TrainConfig
 from kinoray.train.decoding import DecodeTask
-from kinoray.train.runfolder import read_metrics
+from kinoray.train.runfolder import RunFolder
 from kinoray.train.verb import train
 from kinoray.video.bank import decode_bank
 from kinoray.video.clip import Clip, decode_clip
@@ -413,8 +413,8 @@ def test_a_run_trains_on_it_and_is_scored_on_it(tmp_path: Path) -> None:
         resources=ResourcesConfig(num_workers=2, decode_tasks=2),
     )
     train(settings)
-    last = read_metrics(Storage(), settings.out)[-1]
-    assert (last["unreadable"], last["val_videos"]) == (1, 6)
+    last = RunFolder(Storage(), settings.out).epochs()[-1]
+    assert (last.unreadable, last.val_videos) == (1, 6)
     meta = load_meta(Storage(), find_checkpoint(Storage(), settings.out))
     assert meta.clip == settings.clip
     assert meta.metrics["val_top1"] == 1.0

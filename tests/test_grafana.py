@@ -16,8 +16,8 @@ import ray
 from ray.dashboard.modules.metrics.dashboards import default_dashboard_panels
 
 from kinoray.label.times import LabelMetrics, UnitTimes
-from kinoray.train.ingest import Unreadable
-from kinoray.train.times import TrainMetrics
+from kinoray.train.input import Unreadable
+from kinoray.train.metrics import TrainMetrics
 from ports import wait_until
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -11,9 +11,9 @@ from kinoray.catalog.table import Catalog, read_videos, references
 from kinoray.config.shared import ClipConfig, SampleConfig, ViewConfig
 from kinoray.errors import JobError
 from kinoray.storage.objects import Storage
-from kinoray.train import ingest
+from kinoray.train import input as train_input
 from kinoray.train.decoding import DecodeTask
-from kinoray.train.ingest import epoch_order, rank_part, rank_steps, run_length, stream
+from kinoray.train.input import epoch_order, rank_part, rank_steps, run_length, stream
 from kinoray.video.clip import decode_clip
 from kinoray.video.sample import clip_rng
 from small_sets import catalog_of, colour_set
@@ -59,7 +59,7 @@ def test_the_order_is_a_function_of_seed_and_epoch() -> None:
 
 
 def test_rows_are_near_their_shard_and_runs_of_neighbours_stay_together(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ingest, "_WINDOW_ROWS", 100)
+    monkeypatch.setattr(train_input, "_WINDOW_ROWS", 100)
     order = epoch_order(shards_catalog(*[50] * 20), seed=0, epoch=1, run=5)
     runs = order.reshape(-1, 5)
     assert (np.diff(runs, axis=1) == 1).all()  # neighbours, ascending
@@ -181,11 +181,11 @@ def test_the_stream_gives_every_row_once_to_any_number_of_ranks(videos: Catalog,
 @pytest.mark.ray
 def test_a_stream_that_loses_rows_is_noticed(videos: Catalog, ray_local: None, monkeypatch: pytest.MonkeyPatch) -> None:
     task = DecodeTask(storage=Storage(), clip=CLIP, with_flow=False)
-    whole = ingest._dataset
+    whole = train_input._dataset
 
     def loses_the_last(catalog: Catalog, rows: np.ndarray, *args: object) -> object:
         return whole(catalog, rows[:-1], *args)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(ingest, "_dataset", loses_the_last)
+    monkeypatch.setattr(train_input, "_dataset", loses_the_last)
     with pytest.raises(JobError, match=r"broke the plan of the epoch: expected rows \[3, 4, 5\], got rows \[3, 4\]"):
         list(stream(videos, [np.arange(3), np.arange(3, 6)], task, decode_tasks=1, world_size=1))

@@ -61,9 +61,8 @@ from kinoray.pack.kinetics_unit import read_unit
 from kinoray.pack.shard import read_commit
 from kinoray.storage.objects import Storage, join
 from kinoray.train.config import TrainConfig
-from kinoray.train.heartbeat import Heartbeat
-from kinoray.train.runfolder import add_start, claim_run, read_losses, read_metrics
-from kinoray.train.runs import find_runs
+from kinoray.train.runfolder import RunFolder
+from kinoray.train.runs import Heartbeat, find_runs
 from kinoray.train.state import start_from
 from kinoray.tune.space import parse_space
 from kinoray.tune.table import known_trials, read_outcome
@@ -233,7 +232,7 @@ def start_again(folder: Path, uri: str) -> object:
     """What a training that is resumed reads first."""
     catalog = catalog_of([{"video_id": "v", "uri": "u", "split": "train"}])
     config = TrainConfig(catalog="set", out=str(folder), model=ModelConfig(factory="tiny_models:mean_colour"))
-    return claim_run(LOCAL, config, catalog)
+    return RunFolder(LOCAL, str(folder)).claim(config, catalog)
 
 
 def first_start(folder: Path, uri: str) -> object:
@@ -301,9 +300,9 @@ READERS: dict[str, Callable[[Path, bytes], object]] = {
     "files beside a checkpoint": read_as(".metadata", lambda folder, uri: load_model_state(LOCAL, str(folder))),
     "run.json": read_as("run.json", start_again),
     "run.json of a listing": read_as("run.json", damaged_run),
-    "metrics.jsonl": read_as("metrics.jsonl", lambda folder, uri: read_metrics(LOCAL, str(folder))),
-    "losses": read_as("losses/epoch-000001.jsonl", lambda folder, uri: read_losses(LOCAL, str(folder))),
-    "environment.json": read_as("environment.json", lambda folder, uri: add_start(LOCAL, str(folder), {})),
+    "metrics.jsonl": read_as("metrics.jsonl", lambda folder, uri: RunFolder(LOCAL, str(folder)).epochs()),
+    "losses": read_as("losses/epoch-000001.jsonl", lambda folder, uri: RunFolder(LOCAL, str(folder)).steps()),
+    "environment.json": read_as("environment.json", lambda folder, uri: RunFolder(LOCAL, str(folder)).add_start({})),
     "status.json": read_as("status.json", first_start),
     "trial.json": read_as("trials/t1/trial.json", lambda folder, uri: known_trials(LOCAL, str(folder))),
     "trial.json of a trial": read_as("trials/t1/trial.json", lambda folder, uri: known_trials(LOCAL, str(folder))),

@@ -24,6 +24,7 @@ from kinoray.train.recipe import class_weights, freeze, learning_rate, loss_sum,
 from kinoray.train.runfolder import stopped_early
 from kinoray.train.state import seed_step
 from kinoray.train.step import Replica
+from small_sets import epoch_row
 
 CLIP = ClipConfig(sample=SampleConfig(num_segments=2, frames_per_segment=2), view=ViewConfig(resize_px=32, crop_px=32))
 TINY = ModelConfig(options={"backbone": "tiny", "heads": 2, "scale": "dim"})
@@ -467,6 +468,6 @@ def test_mixtures_are_drawn_for_the_step() -> None:
 def test_patience_counts_scorings_without_a_higher_accuracy(
     scores: list[float | None], patience: int, expected: bool
 ) -> None:
-    rows = [{"epoch": i} | ({} if score is None else {"val_top1": score}) for i, score in enumerate(scores)]
+    rows = [epoch_row(number, val_top1=score) for number, score in enumerate(scores, start=1)]
     config = TrainConfig(catalog="c", out="o", patience=patience)
     assert stopped_early(rows, config) is expected

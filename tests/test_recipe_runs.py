@@ -15,7 +15,7 @@ from kinoray.network.checkpoint import list_checkpoints, load_model_state
 from kinoray.storage.objects import Storage, join
 from kinoray.train.config import TrainConfig
 from kinoray.train.presets import k400_paper
-from kinoray.train.runfolder import read_losses
+from kinoray.train.runfolder import RunFolder
 from kinoray.train.verb import train
 from small_sets import set_in
 from test_finetune import CLIP, TINY, saved
@@ -62,7 +62,7 @@ def test_the_papers_recipe_takes_steps(tmp_path: Path, ray_local: None) -> None:
     )
     result = train(config)
     assert (result["epochs"], result["steps"], result["samples"]) == (1, 2, 2)
-    first, second = (row["loss"] for row in read_losses(Storage(), config.out))
+    first, second = (row.loss for row in RunFolder(Storage(), config.out).steps())
     # Of 400 classes that it knows nothing of, a network gives each about 1 / 400.
     assert first == pytest.approx(np.log(400), abs=0.5)
     assert np.isfinite(second)  # one video a batch at a rate for 128: it may be anything

@@ -37,13 +37,13 @@ from kinoray.network.checkpoint import list_checkpoints, load_model_state, load_
 from kinoray.storage.objects import Storage, join
 from kinoray.train.config import TrainConfig
 from kinoray.train.decoding import DecodeTask
-from kinoray.train.ingest import epoch_order, run_length
+from kinoray.train.input import epoch_order, run_length
 from kinoray.train.recorder import Recorder
-from kinoray.train.runfolder import read_losses, read_metrics
+from kinoray.train.runfolder import RunFolder, StepRow
 from kinoray.train.runs import find_runs
 from kinoray.train.state import HISTORY, Snapshot
 from kinoray.train.verb import train
-from small_sets import LABELS, catalog_of, colour_set, colour_video, save_as_pack, set_in
+from small_sets import LABELS, catalog_of, colour_set, colour_video, epoch_row, save_as_pack, set_in
 from test_train import assert_equals_plain_training
 from test_train import make_config as plain_config
 
@@ -76,7 +76,7 @@ def plan_deaths(folder: Path, *deaths: str) -> Path:
     return folder
 
 
-Curve = tuple[list[dict[str, Any]], dict[str, Tensor]]
+Curve = tuple[list[StepRow], dict[str, Tensor]]
 
 
 def curve_of(config: TrainConfig) -> Curve:
@@ -84,11 +84,11 @@ def curve_of(config: TrainConfig) -> Curve:
     storage = Storage(config.storage)
     newest, _ = list_checkpoints(storage, config.out)[-1]
     state = load_model_state(storage, newest)
-    return read_losses(storage, config.out), state | load_train_state(storage, newest)
+    return RunFolder(storage, config.out).steps(), state | load_train_state(storage, newest)
 
 
 def assert_bit_for_bit(found: Curve, expected: Curve) -> None:
-    assert [row["step"] for row in found[0]] == list(range(1, len(expected[0]) + 1))
+    assert [row.step for row in found[0]] == list(range(1, len(expected[0]) + 1))
     assert found[0] == expected[0]
     assert found[1].keys() == expected[1].keys()
     for name, value in expected[1].items():
@@ -107,8 +107,8 @@ def undisturbed(small_set: str, tmp_path_factory: pytest.TempPathFactory, ray_lo
     train(config)
     rows, state = curve_of(config)
     assert len(rows) == 2 * STEPS_AN_EPOCH
-    assert sum(row["videos"] for row in rows) == 2 * 16
-    assert len({row["loss"] for row in rows}) == len(rows)
+    assert sum(row.videos for row in rows) == 2 * 16
+    assert len({row.loss for row in rows}) == len(rows)
     return rows, state
 
 
@@ -268,7 +268,7 @@ def test_what_was_trained_on_is_not_read_again(
     assert times.total() == num_videos
     assert times[1] >= 4 * resumed_at
     rows, _ = curve_of(config)
-    assert [(row["step"], row["videos"]) for row in rows] == [(number, 4) for number in range(1, 16)]
+    assert [(row.step, row.videos) for row in rows] == [(number, 4) for number in range(1, 16)]
 
 
 # --- a store that is down
@@ -313,7 +313,7 @@ def test_a_store_that_fails_one_rank_ends_the_run_for_all(
     config = impatient_config(bucket, s3_config, faulty)
     assert_an_outage_ends_the_run(config, faulty, capsys)
     rows, _ = curve_of(config)
-    assert [row["videos"] for row in rows] == [4, 4, 4, 4, 1]
+    assert [row.videos for row in rows] == [4, 4, 4, 4, 1]
 
 
 @pytest.mark.slow
@@ -371,13 +371,12 @@ def state_of(number: int) -> Snapshot:
 def save_for_ever(storage: Storage, config: TrainConfig, catalog: Catalog) -> None:
     """Write epoch after epoch, from the newest whole checkpoint on, as rank 0 does; ends by being killed."""
     torch.set_num_threads(1)
-    recorder = Recorder(storage, config, catalog, num_steps=1)
+    recorder = Recorder(RunFolder(storage, config.out), config, catalog, num_steps=1)
     found = list_checkpoints(storage, config.out)
     number = found[-1][1].epoch if found else 0
     while True:
         number += 1
-        row = {"epoch": number, "step": number, "samples": number, "loss": 1.0, "time_s": 1e9}
-        recorder.keep_epoch(state_of(number), torch.zeros(1, 5), row, [])
+        recorder.keep_epoch(state_of(number), torch.zeros(1, 5), epoch_row(number, samples=number, loss=1.0), [])
 
 
 def kill_while_saving(storage: Storage, out: str, num_kills: int) -> int:
@@ -411,7 +410,7 @@ def kill_while_saving(storage: Storage, out: str, num_kills: int) -> int:
             assert train_state["optimizer/w0/step"] == meta.epoch
         newest = found[-1][1].epoch
         assert newest > last
-        epochs = [row["epoch"] for row in read_metrics(storage, out)]
+        epochs = [row.epoch for row in RunFolder(storage, out).epochs()]
         assert epochs[:newest] == list(range(1, newest + 1))
         last = newest
     return num_parts

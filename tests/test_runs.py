@@ -20,12 +20,11 @@ from kinoray.config.shared import ModelConfig, OptimConfig, StorageConfig
 from kinoray.errors import StorageError, TooManyBad
 from kinoray.storage.objects import Storage, join
 from kinoray.train.config import RunsConfig, TrainConfig
-from kinoray.train.curves import draw_curves
-from kinoray.train.heartbeat import Heartbeat
-from kinoray.train.runfolder import add_start, claim_run, write_losses, write_metrics
-from kinoray.train.runs import RunSummary, find_runs, runs
+from kinoray.train.recorder import draw_curves
+from kinoray.train.runfolder import RunFolder, StepRow
+from kinoray.train.runs import Heartbeat, RunSummary, find_runs, runs
 from ports import wait_until
-from small_sets import catalog_of
+from small_sets import catalog_of, epoch_row
 
 
 @pytest.fixture(params=["folder", "s3"])
@@ -43,12 +42,12 @@ def start(config: StorageConfig, out: str, *, epochs: int = 4, **options: object
     catalog = catalog_of([{"video_id": f"v{index}", "uri": "u", "split": "train"} for index in range(3)])
     model = ModelConfig(factory="tiny_models:mean_colour", options=cast(dict[str, Any], options))
     settings = TrainConfig(catalog="set", out=out, model=model, optim=OptimConfig(epochs=epochs), storage=config)
-    claim_run(storage, settings, catalog)
+    RunFolder(storage, out).claim(settings, catalog)
     return storage
 
 
 def epoch(storage: Storage, out: str, number: int, **metrics: float) -> None:
-    write_metrics(storage, out, {"epoch": number, "step": number, "time_s": 1e9, **metrics})
+    RunFolder(storage, out).write_epoch(epoch_row(number, **metrics))
 
 
 def test_a_listing_says_how_each_run_stands(
@@ -103,7 +102,7 @@ def test_a_killed_driver_is_told_by_its_silence(tmp_path: Path) -> None:
     out = str(tmp_path / "run")
     storage = start(StorageConfig(), out)
     code = (
-        "import sys, time\nfrom kinoray.train.heartbeat import Heartbeat\n"
+        "import sys, time\nfrom kinoray.train.runs import Heartbeat\n"
         "from kinoray.storage.objects import Storage\n"
         "with Heartbeat(Storage(), sys.argv[1], every_s=0.05):\n    time.sleep(600)\n"
     )
@@ -180,7 +179,7 @@ def test_the_environment_names_versions_commit_and_host_and_no_secret(
     monkeypatch.setenv("SOME_TOKEN", "canary-token")
     for number in (1, 2):
         start_entry = {"time_s": number, "software": software(), "hosts": [host(0)]}
-        add_start(Storage(), str(tmp_path), start_entry)
+        RunFolder(Storage(), str(tmp_path)).add_start(start_entry)
     text = (tmp_path / "environment.json").read_text()
     assert "canary" not in text
     starts = json.loads(text)["starts"]
@@ -192,7 +191,7 @@ def test_the_environment_names_versions_commit_and_host_and_no_secret(
     assert machine["memory_bytes"] == pytest.approx(int(total_kb) * 1024, rel=0.02)
     (tmp_path / "environment.json").write_text("{")
     with pytest.raises(StorageError, match=r"environment\.json is damaged"):
-        add_start(Storage(), str(tmp_path), {})
+        RunFolder(Storage(), str(tmp_path)).add_start({})
 
 
 def test_the_commit_is_that_of_the_folder(tmp_path: Path) -> None:
@@ -214,17 +213,23 @@ def test_the_commit_is_that_of_the_folder(tmp_path: Path) -> None:
 
 def test_curves_show_every_metric_at_its_place(tmp_path: Path) -> None:
     storage, out = Storage(), str(tmp_path)
-    draw_curves(storage, out)
+    draw_curves(RunFolder(storage, out))
     assert not list(tmp_path.iterdir())
     for number in (1, 2):
-        rows: list[dict[str, Any]] = [
-            {"epoch": number, "step": 3000 * (number - 1) + step, "lr": 0.1, "loss": 1.0 / number}
+        rows = [
+            StepRow(
+                epoch=number,
+                step=3000 * (number - 1) + step,
+                videos=8,
+                unreadable=0,
+                lr=0.1,
+                loss=None if step == 8 else 1.0 / number,  # a batch of which nothing could be read
+            )
             for step in range(1, 3001)
         ]
-        rows[7].pop("loss")  # a batch of which nothing could be read
-        write_losses(storage, out, number, rows)
+        RunFolder(storage, out).write_steps(number, rows)
         epoch(storage, out, number, loss=1.0, top1=0.5, val_loss=1.5, val_top1=0.25, val_top5=0.75)
-    draw_curves(storage, out)
+    draw_curves(RunFolder(storage, out))
     picture = ET.parse(tmp_path / "learning_curves.svg").getroot()
     assert picture.tag == "{http://www.w3.org/2000/svg}svg"
     lines = [element for element in picture.iter() if element.get("id", "").startswith("line2d")]

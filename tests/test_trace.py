@@ -12,8 +12,8 @@ from kinoray.label.table import Commit, Ledger, row_keys
 from kinoray.library.summary import label_spans, summarise
 from kinoray.storage.objects import Storage
 from kinoray.train.config import TrainConfig
-from kinoray.train.runfolder import claim_run, write_metrics
-from small_sets import catalog_of
+from kinoray.train.runfolder import RunFolder
+from small_sets import catalog_of, epoch_row
 from small_tables import ledger_in, library, rows_for
 
 LOCAL = Storage(StorageConfig())
@@ -107,13 +107,14 @@ def test_a_training_says_what_its_epochs_were_spent_on(tmp_path: Path, capsys: p
     settings = TrainConfig(
         catalog="set", out=out, model=ModelConfig(factory="tiny_models:mean_colour"), optim=OptimConfig(epochs=2)
     )
-    claim_run(LOCAL, settings, catalog)
+    folder = RunFolder(LOCAL, out)
+    folder.claim(settings, catalog)
     assert main(["runs", out]) == 0
     assert "no epoch is done yet" in capsys.readouterr().out
     scored = {"epoch_s": 100.0, "train_s": 80.0, "decode_wait": 0.25, "val_videos": 3}
-    write_metrics(LOCAL, out, {"epoch": 1, "step": 1, "time_s": BEGIN_S + 100, **scored})
+    folder.write_epoch(epoch_row(1, time_s=BEGIN_S + 100, **scored))
     unscored = {"epoch_s": 60.0, "train_s": 60.0, "decode_wait": 0.5}
-    write_metrics(LOCAL, out, {"epoch": 2, "step": 2, "time_s": BEGIN_S + 200, **unscored})
+    folder.write_epoch(epoch_row(2, time_s=BEGIN_S + 200, **unscored))
     assert main(["runs", str(tmp_path)]) == 0
     assert "waiting for decoders" not in capsys.readouterr().out  # a list of runs stays a list
     assert main(["runs", out, "--json"]) == 0
@@ -138,7 +139,7 @@ def test_a_training_says_what_its_epochs_were_spent_on(tmp_path: Path, capsys: p
 def test_a_run_whose_metrics_are_damaged_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     catalog = catalog_of([{"video_id": "v", "uri": "u", "split": "train"}])
     out = tmp_path / "run"
-    claim_run(LOCAL, TrainConfig(catalog="set", out=str(out)), catalog)
+    RunFolder(LOCAL, str(out)).claim(TrainConfig(catalog="set", out=str(out)), catalog)
     (out / "metrics.jsonl").write_text('{"epoch": 1}\n')
     assert main(["runs", str(out)]) == 1
     said = capsys.readouterr().err

@@ -6,6 +6,7 @@ import math
 import struct
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -44,14 +45,15 @@ from kinoray.network.batch import collate, model_inputs
 from kinoray.network.checkpoint import find_checkpoint, list_checkpoints, load_meta, load_model, save_checkpoint
 from kinoray.storage.objects import Storage, join
 from kinoray.train.config import TrainConfig
-from kinoray.train.ingest import epoch_order, run_length
+from kinoray.train.input import epoch_order, run_length
 from kinoray.train.recipe import learning_rate, make_optimizer
-from kinoray.train.runfolder import add_refusals, claim_run, prune_checkpoints, read_metrics, write_metrics
+from kinoray.train.recorder import write_events
+from kinoray.train.runfolder import RunFolder, StepRow
 from kinoray.train.state import load_optimizer_state, optimizer_state
 from kinoray.train.verb import train
 from kinoray.video.clip import Clip, decode_clip
 from kinoray.video.sample import clip_rng
-from small_sets import colour_set, set_in
+from small_sets import colour_set, epoch_row, set_in
 from tiny_models import OWN_NETWORKS
 
 CLIP = ClipConfig(sample=SampleConfig(num_segments=1, frames_per_segment=2), view=ViewConfig(resize_px=32, crop_px=24))
@@ -122,15 +124,14 @@ def test_a_run_folder_is_resumed_only_with_the_settings_that_decide_the_result(s
     storage, out = Storage(), str(tmp_path / "run")
     config = make_config(small_set, out)
     catalog = load_catalog(storage, small_set)
-    claim_run(storage, config, catalog)
-    claim_run(
-        storage, dataclasses.replace(config, keep_checkpoints=9, resources=ResourcesConfig(num_workers=1)), catalog
-    )
+    folder = RunFolder(storage, out)
+    folder.claim(config, catalog)
+    folder.claim(dataclasses.replace(config, keep_checkpoints=9, resources=ResourcesConfig(num_workers=1)), catalog)
     assert "keep_checkpoints: 2" in (tmp_path / "run" / "config.yaml").read_text()
 
     other = dataclasses.replace(config, optim=dataclasses.replace(config.optim, lr=0.5, epochs=9), val_split="")
     with pytest.raises(ConfigError) as caught:
-        claim_run(storage, other, catalog)
+        folder.claim(other, catalog)
     message = str(caught.value)
     for part in (
         "optim.lr is 0.05 there, 0.5 here",
@@ -142,13 +143,13 @@ def test_a_run_folder_is_resumed_only_with_the_settings_that_decide_the_result(s
 
     options = dataclasses.replace(config, model=ModelConfig(factory="tiny_models:mean_colour"))
     with pytest.raises(ConfigError, match=r"model\.options\.flow_channels is 2 there, not set here"):
-        claim_run(storage, options, catalog)
+        folder.claim(options, catalog)
     half = Catalog(catalog.table.slice(0, 9), catalog.labels)
     with pytest.raises(ConfigError, match=r"catalog\.digest is"):
-        claim_run(storage, config, half)
+        folder.claim(config, half)
     (tmp_path / "run" / "run.json").write_text("{")
     with pytest.raises(StorageError, match=r"run\.json is damaged"):
-        claim_run(storage, config, catalog)
+        folder.claim(config, catalog)
 
 
 def read_events(path: Path) -> list[tuple[str, int, float]]:
@@ -163,29 +164,34 @@ def read_events(path: Path) -> list[tuple[str, int, float]]:
 
 
 def test_an_epoch_that_is_trained_again_replaces_what_it_wrote(tmp_path: Path) -> None:
-    storage, out = Storage(), str(tmp_path)
+    folder = RunFolder(Storage(), str(tmp_path))
     for epoch, loss in [(1, 0.5), (2, 0.25), (3, 9.0), (2, 0.125)]:
-        row = {"epoch": epoch, "loss": loss, "val_top1": 0.75, "videos_per_s": 8.0, "time_s": 1e9}
-        write_metrics(storage, out, row)
+        row = epoch_row(epoch, loss=loss, val_top1=0.75, videos_per_s=8.0)
+        step = StepRow(epoch=epoch, step=epoch, videos=4, unreadable=0, lr=0.5, loss=loss)
+        folder.write_epoch(row)
+        write_events(folder, row, [step])
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
     assert [(json.loads(line)["epoch"], json.loads(line)["loss"]) for line in lines] == [(1, 0.5), (2, 0.125)]
-    assert [row["epoch"] for row in read_metrics(storage, out)] == [1, 2]
+    assert [row.epoch for row in folder.epochs()] == [1, 2]
     files = sorted((tmp_path / "tensorboard").iterdir())
     assert all("tfevents" in path.name for path in files)
-    expected = [("train/loss", 2, 0.125), ("val/top1", 2, 0.75), ("run/videos_per_s", 2, 8.0)]
-    assert read_events(files[1]) == expected
+    found = read_events(files[1])
+    expected = {("train/loss", 2, 0.125), ("val/top1", 2, 0.75), ("run/videos_per_s", 2, 8.0), ("step/loss", 2, 0.125)}
+    assert expected <= set(found)
+    groups = Counter(tag.partition("/")[0] for tag, _, _ in found)
+    assert groups == {"train": 2, "val": 1, "run": 8, "step": 2}  # loss and rate, and what else was measured
 
 
 def test_a_video_is_quarantined_once_with_its_first_reason(tmp_path: Path) -> None:
     def refusal(video_id: str, reason: str) -> Refusal:
         return Refusal(video_id=video_id, uri="u", error_class="EmptyMedia", error_text=reason, stage="train on train")
 
-    storage, out = Storage(), str(tmp_path)
-    add_refusals(storage, out, [])
+    folder = RunFolder(Storage(), str(tmp_path))
+    folder.refuse([])
     assert not list(tmp_path.iterdir())
-    add_refusals(storage, out, [refusal("b", "first"), refusal("b", "second")])
-    add_refusals(storage, out, [refusal("b", "third"), refusal("a", "first")])
-    rows = load_quarantine(storage, join(out, "quarantine.parquet"))
+    folder.refuse([refusal("b", "first"), refusal("b", "second")])
+    folder.refuse([refusal("b", "third"), refusal("a", "first")])
+    rows = load_quarantine(Storage(), folder.quarantine_uri)
     assert [(row.video_id, row.error_text) for row in rows] == [("b", "first"), ("a", "first")]
 
 
@@ -196,7 +202,7 @@ def test_the_newest_checkpoints_and_the_best_one_are_kept(tmp_path: Path) -> Non
     for epoch, top1 in enumerate([0.25, 0.75, 0.5, 0.5, 0.25], start=1):
         meta = dataclasses.replace(META, epoch=epoch, step=epoch, metrics={"val_top1": top1})
         save_checkpoint(storage, join(out, "checkpoints", f"e{epoch}"), model_state=tiny_state(), meta=meta)
-    prune_checkpoints(storage, out, keep=2)
+    RunFolder(storage, out).prune_checkpoints(keep=2)
     assert [meta.epoch for _, meta in list_checkpoints(storage, out)] == [2, 4, 5]
 
 
@@ -383,8 +389,8 @@ def test_vcm_sdd_trains_on_s3_and_the_checkpoint_scores_what_the_metrics_say(
     assert {"run.json", "config.yaml", "metrics.jsonl"} <= names
     assert "tensorboard/events.out.tfevents.0000000002.kinoray" in names
     assert "checkpoints/epoch-0002-step-000006/checkpoint.json" in names
-    rows = read_metrics(storage, config.out)
-    assert [row["epoch"] for row in rows] == [1, 2]
+    rows = RunFolder(storage, config.out).epochs()
+    assert [row.epoch for row in rows] == [1, 2]
     # BatchNorm's statistics differ between ranks while training: what is scored must be what is saved.
     model, meta = load_model(storage, result["newest"], OWN_NETWORKS)
     val = catalog.select("val")
@@ -392,8 +398,8 @@ def test_vcm_sdd_trains_on_s3_and_the_checkpoint_scores_what_the_metrics_say(
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
         logits = model(**model_inputs(collate(clips), model.input_spec, "cpu")).float()
     labels = torch.from_numpy(val.table["label_id"].to_numpy().astype(np.int64))
-    assert meta.metrics["val_loss"] == rows[-1]["val_loss"]
-    assert float(F.cross_entropy(logits, labels)) == pytest.approx(rows[-1]["val_loss"], abs=2e-2)  # bfloat16
+    assert meta.metrics["val_loss"] == rows[-1].val_loss
+    assert float(F.cross_entropy(logits, labels)) == pytest.approx(rows[-1].val_loss, abs=2e-2)  # bfloat16
     assert meta.clip == config.clip
     assert meta.labels == catalog.labels
 

@@ -30,7 +30,7 @@ from kinoray.config.shared import (
 from kinoray.errors import ClusterError, ConfigError, JobError
 from kinoray.storage.objects import Storage, join
 from kinoray.train.config import TrainConfig
-from kinoray.train.runfolder import read_metrics, write_metrics
+from kinoray.train.runfolder import RunFolder
 from kinoray.train.verb import train
 from kinoray.tune.cache import shared_cache
 from kinoray.tune.config import TuneConfig, train_config
@@ -42,7 +42,7 @@ from kinoray.tune.table import best_row, ranked, read_trial, write_outcome
 from kinoray.tune.trial import trial_run
 from kinoray.tune.verb import tune
 from ports import wait_until
-from small_sets import colour_set, set_in
+from small_sets import colour_set, epoch_row, set_in
 
 CLIP = ClipConfig(sample=SampleConfig(num_segments=1, frames_per_segment=2), view=ViewConfig(resize_px=32, crop_px=24))
 SPACE = {"optim.lr": "0.001,0.05", "clip.sample.num_segments": "1,2"}
@@ -284,7 +284,7 @@ def test_the_table_is_what_the_run_folders_say(tmp_path: Path) -> None:
     storage, out = Storage(), str(tmp_path)
     run = trial_run(out, "abc")
     for epoch, value in enumerate((0.2, 0.5, 0.4, 0.5, 0.3), 1):
-        write_metrics(storage, run, {"epoch": epoch, "val_top1": value, "decode_cpu_s": 0.5, "time_s": 1e9})
+        RunFolder(storage, run).write_epoch(epoch_row(epoch, val_top1=value, decode_cpu_s=0.5))
     row = read_trial(storage, out, "abc", {"optim.lr": 1.0})
     assert (row.best_val_top1, row.best_epoch, row.epochs, row.status) == (0.5, 2, 5, "unfinished")
     assert (row.settings, row.run, row.decode_cpu_s) == ({"optim.lr": 1.0}, run, 2.5)
@@ -411,10 +411,10 @@ def test_four_trials_run_where_two_have_room_and_the_best_can_be_trained_again(
         (0.05, 1),
         (0.05, 2),
     ]
-    rows = {line["trial"]: read_metrics(Storage(), line["run"]) for line in lines}
+    rows = {line["trial"]: RunFolder(Storage(), line["run"]).epochs() for line in lines}
     for line in lines:
-        assert [row["epoch"] for row in rows[line["trial"]]] == [1, 2]
-        assert line["best_val_top1"] == max(row["val_top1"] for row in rows[line["trial"]])
+        assert [row.epoch for row in rows[line["trial"]]] == [1, 2]
+        assert line["best_val_top1"] == max(row.val_top1 for row in rows[line["trial"]])
     assert summary["best"]["trial"] == lines[0]["trial"]
     assert summary["decode_cpu_s"] > 0
     # Of 4 trials x 2 epochs x 18 videos, 2 x 12 draws and 6 videos to score are decoded.

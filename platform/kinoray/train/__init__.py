@@ -1,1 +1,1 @@
-"""Catalog -> checkpoint: verb.py starts, feed.py and ingest.py bring batches, loop.py runs epochs, replica.py steps."""
+"""Catalog -> checkpoint: verb.py checks and starts, job.py runs workers, loop.py epochs, step.py a step."""

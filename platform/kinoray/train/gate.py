@@ -5,7 +5,6 @@ say what a trial that died has left behind. Easy to break: a run that is no long
 """
 
 import asyncio
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,17 +13,16 @@ from ray._raylet import PlacementGroupID
 from ray.util.placement_group import PlacementGroup, get_current_placement_group, remove_placement_group
 
 from kinoray.cluster.lines import beside_me
+from kinoray.train.runfolder import EpochRow
 
 __all__ = ["Desk", "Gate", "open_desk"]
-
-Row = Mapping[str, float | int]
 
 
 class _Run:
     """One run: the row that waits for a verdict, and the placement group of the run's workers."""
 
     def __init__(self) -> None:
-        self.rows: asyncio.Queue[Row | None] = asyncio.Queue()
+        self.rows: asyncio.Queue[EpochRow | None] = asyncio.Queue()
         self.verdict: asyncio.Future[bool] | None = None
         self.stopping = False
         self.group = ""
@@ -52,7 +50,7 @@ class Desk:
         """The workers of the run live in this placement group."""
         self._runs[name].group = group
 
-    async def ask(self, name: str, row: Row) -> bool:
+    async def ask(self, name: str, row: EpochRow) -> bool:
         """Show a row; returns, once the watcher has decided, whether to go on."""
         run = self._runs[name]
         if run.stopping:
@@ -61,7 +59,7 @@ class Desk:
         run.rows.put_nowait(row)
         return await run.verdict
 
-    async def take(self, name: str) -> Row | None:
+    async def take(self, name: str) -> EpochRow | None:
         """The next row, once there is one; None after `end`."""
         return await self._runs[name].rows.get()
 
@@ -96,7 +94,8 @@ class Gate:
 
     def take_over(self) -> None:
         """Watch from now on. Workers of a watcher that died lose their place: Ray keeps it until the whole job ends."""
-        if group := ray.get(self.desk.take_over.remote(self.name)):
+        group = ray.get(self.desk.take_over.remote(self.name))
+        if group:
             remove_placement_group(PlacementGroup(PlacementGroupID(bytes.fromhex(group))))
 
     def begin(self) -> None:
@@ -109,13 +108,13 @@ class Gate:
         if group is not None:
             ray.get(self.desk.attach.remote(self.name, group.id.hex()))
 
-    def go_on(self, row: Row) -> bool:
-        """Called by a worker after an epoch, with the row of metrics.jsonl: whether to train another."""
-        return bool(ray.get(self.desk.ask.remote(self.name, dict(row))))
+    def go_on(self, row: EpochRow) -> bool:
+        """Called by a worker after an epoch, with its row: whether to train another."""
+        return bool(ray.get(self.desk.ask.remote(self.name, row)))
 
-    def take(self) -> Row | None:
+    def take(self) -> EpochRow | None:
         """Wait for the next epoch's row; None when the run is over."""
-        row: Row | None = ray.get(self.desk.take.remote(self.name))
+        row: EpochRow | None = ray.get(self.desk.take.remote(self.name))
         return row
 
     def answer(self, go_on: bool) -> None:

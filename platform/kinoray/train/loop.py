@@ -1,7 +1,7 @@
 """What each training worker runs: epochs of steps, an exact evaluation after each, and what rank 0 then writes.
 
 Easy to break: whether a run goes on must be decided from what all ranks share, or some would wait for ever for those
-that stopped.
+that stopped. `_agreed` and `_from_first` are how they decide; every rank must come to each of them, in the same order.
 """
 
 import math
@@ -9,118 +9,107 @@ import socket
 import time
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
-import ray
-import ray.train
-import ray.train.torch
 import torch
 import torch.distributed as dist
-from ray.util.placement_group import get_current_placement_group
 from torch import Tensor
 
 from kinoray.catalog.quarantine import Refusal
 from kinoray.catalog.table import Catalog, load_catalog
-from kinoray.cluster.connect import quiet_ray
 from kinoray.cluster.environment import host, software
 from kinoray.cluster.events import log_event
 from kinoray.errors import (
     CatalogError,
-    CheckpointError,
     CheckpointMismatch,
     ConfigError,
-    ModelError,
-    StorageUnavailable,
+    KinorayError,
     TooManyBad,
     TrainingDiverged,
 )
 from kinoray.network.build import VideoModel, build_model, without_start_weights
-from kinoray.network.checkpoint import CheckpointMeta, load_model_state, load_train_state, newest_checkpoint
+from kinoray.network.checkpoint import CheckpointMeta, load_model_state, load_train_state
 from kinoray.network.parts import backbone_names
-from kinoray.storage.objects import Storage, join
+from kinoray.storage.objects import Storage
 from kinoray.train.augment import Augmenter
 from kinoray.train.config import TrainConfig
-from kinoray.train.feed import Feed, Part
-from kinoray.train.gate import Gate
-from kinoray.train.ingest import Samples, epoch_order, rank_steps, run_length
-from kinoray.train.pace import Pace, epoch_line
-from kinoray.train.ranks import agreed, from_first
+from kinoray.train.input import Feed, Part, Samples, epoch_order, rank_steps, run_length
+from kinoray.train.metrics import Pace, TrainMetrics, epoch_line
 from kinoray.train.recipe import class_weights, learning_rate
-from kinoray.train.recorder import Recorder
-from kinoray.train.runfolder import add_start, read_metrics, run_digest, stopped_early
+from kinoray.train.recorder import Recorder, Uploader
+from kinoray.train.runfolder import EpochRow, RunFolder, run_digest, stopped_early
 from kinoray.train.state import seed_step, start_from
 from kinoray.train.step import Replica, Totals
-from kinoray.train.times import TrainMetrics
-from kinoray.train.upload import Uploader
 
-__all__ = ["worker_loop"]
+__all__ = ["TrainLoop"]
 
-_CHECK_STEPS = {"cpu": 1}  # how often ranks look whether to go on, else 32: it costs a GPU its lead over the CPU
-_FINAL = (
-    ConfigError,
-    CatalogError,
-    CheckpointError,
-    ModelError,
-    StorageUnavailable,  # every request was made again for storage.retry_s, so another start would wait as long again
-    TooManyBad,
-    TrainingDiverged,
-)
+T = TypeVar("T")
+_GPU_CHECK_STEPS = 32  # between two looks whether to go on: they cost a GPU its lead over the CPU
 
 
-def worker_loop(job: Mapping[str, Any]) -> dict[str, str]:
-    """Train to the end, from the newest whole checkpoint on; `job` holds config, catalog_digest, commits, box, gate.
+class TrainLoop:
+    """One rank of the run. Making it builds the network and goes to where the newest checkpoint was taken."""
 
-    Returns `{}`, `stopped` if the gate ended the run, or error_class and error_text of an error that all ranks have and
-    that another try would meet again: Ray Train would start the workers max_failures times over for it.
-    """
-    try:
-        worker = _Worker(job["config"], job["catalog_digest"], job["box"], job["gate"])
-        worker.note_start(job["commits"])
-        if not worker.run():
-            return {"stopped": "by the gate"}
-    except _FINAL as error:
-        return {"error_class": type(error).__name__, "error_text": str(error)}
-    return {}
+    def __init__(
+        self,
+        config: TrainConfig,
+        catalog_digest: str,
+        device: torch.device,
+        *,
+        say: Callable[[str], None],
+        report: Callable[[EpochRow], None],
+        go_on: Callable[[EpochRow], bool] | None,
+    ) -> None:
+        """All ranks must make one together, in an initialised process group.
 
-
-class _Worker:
-    """One rank of the run."""
-
-    def __init__(self, config: TrainConfig, catalog_digest: str, box: Any, gate: Gate | None) -> None:
-        quiet_ray()
-        torch.set_num_threads(max(1, int(config.resources.cpus_per_worker)))
-        self.config, self.optim, self._box, self._gate = config, config.optim, box, gate
+        Args:
+            say: shows a line to who started the run; rank 0's are shown.
+            report: is told each epoch, on every rank.
+            go_on: asked by rank 0 after each epoch whether to train another; None for always.
+        """
+        self.config = config
+        self.optim = config.optim
+        self._show = say
+        self._report = report
+        self._go_on = go_on
         self.storage = Storage(config.storage)
-        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
-        if self.rank == 0 and (place := get_current_placement_group()) is not None:
-            ray.get(box.settle.remote(place.id.hex()))
-        if gate is not None and self.rank == 0:
-            gate.attach()
-        catalog = agreed(lambda: self._catalog(catalog_digest))
+        self.folder = RunFolder(self.storage, config.out)
+        self.rank = dist.get_rank()
+        self.world_size = dist.get_world_size()
+
+        catalog = _agreed(lambda: self._catalog(catalog_digest))
         self.labels = catalog.labels
         self.run_digest = run_digest(config, catalog)
         self.train = Part(catalog, config.split)
         self.val = Part(catalog, config.val_split) if config.val_split else None
         self.num_steps = -(-len(self.train) // self.optim.batch_size)
         self.run_length = run_length(self.train.catalog, self.optim.batch_size)
-        self.recorder, self.uploader = Recorder(self.storage, config, catalog, self.num_steps), Uploader()
-        newest = from_first(self._newest)
-        model = agreed(lambda: self._model(fresh=newest is None))
-        device, with_flow = ray.train.torch.get_device(), model.input_spec.flow_channels > 0
-        self.feed = agreed(lambda: Feed(config, self.storage, with_flow=with_flow, device=device))
-        self.replica = agreed(lambda: self._replica(model, device))
-        self.augmenter = Augmenter(config.augment, self.optim.seed, self.replica.device)
-        self.epoch, self.epoch_steps, self.samples = 0, 0, 0  # whole epochs, steps and videos in them
+        self.recorder = Recorder(self.folder, config, catalog, self.num_steps)
+        self.uploader = Uploader()
+
+        newest = _from_first(self._newest)
+        model = _agreed(lambda: self._model(fresh=newest is None))
+        with_flow = model.input_spec.flow_channels > 0
+        self.feed = _agreed(lambda: Feed(config, self.storage, with_flow=with_flow, device=device))
+        self.replica = _agreed(lambda: self._replica(model, device))
+        self.augmenter = Augmenter(config.augment, self.optim.seed, device)
+        self._check_steps = 1 if device.type == "cpu" else _GPU_CHECK_STEPS
+        self.epoch = 0
+        """Whole epochs that are done."""
+        self.epoch_steps = 0
+        """Steps that are done of the next one."""
+        self.samples = 0
+        """Videos trained on in whole epochs."""
         if newest is not None:
-            agreed(lambda: self._resume(*newest))
-        self._pace = Pace(self.optim, self.num_steps, self.epoch * self.num_steps + self.epoch_steps)
+            _agreed(lambda: self._resume(*newest))
         self._source = newest[0] if newest else ""
+        self._pace = Pace(self.optim, self.num_steps, self.epoch * self.num_steps + self.epoch_steps)
         self._run = config.out.rstrip("/").rpartition("/")[2]
         self._metrics = TrainMetrics(self._run)
 
     def _catalog(self, catalog_digest: str) -> Catalog:
-        if not self.storage.exists(join(self.config.out, "run.json")):
+        if not self.folder.is_claimed():
             raise ConfigError(
                 f"out {self.config.out} is not there on {socket.gethostname()}, where rank {self.rank} runs; on "
                 "several nodes it must be s3:// or a folder that they share"
@@ -132,21 +121,27 @@ class _Worker:
 
     def _newest(self) -> tuple[str, CheckpointMeta] | None:
         """The newest sound checkpoint; broken ones after it are named."""
-        return newest_checkpoint(self.storage, self.config.out, warn=lambda line: self._say(f"train: {line}"))
+        return self.folder.newest(warn=lambda line: self._say(f"train: {line}"))
 
     def _model(self, *, fresh: bool) -> VideoModel:
         torch.manual_seed(self.optim.seed)  # the same weights on all ranks
-        init_from, known = self.config.init_from, without_start_weights(self.config.model)
-        model = build_model(self.config.model if fresh and not init_from else known, len(self.labels))
-        if fresh and init_from:
-            self._say(start_from(self.storage, init_from, model, known, self.labels))
+        known = without_start_weights(self.config.model)
+        if not fresh:
+            return build_model(known, len(self.labels))
+        if not self.config.init_from:
+            return build_model(self.config.model, len(self.labels))
+        model = build_model(known, len(self.labels))
+        self._say(start_from(self.storage, self.config.init_from, model, known, self.labels))
         return model
 
     def _replica(self, model: VideoModel, device: torch.device) -> Replica:
-        optim, num_classes = self.optim, len(self.labels)
-        own_rate = optim.backbone_lr_factor != 1
-        backbone = backbone_names(model, self.config.model, num_classes) if own_rate else frozenset[str]()
-        weights = class_weights(self.train.labels, num_classes, optim.class_balance) if optim.class_balance else None
+        num_classes = len(self.labels)
+        backbone = frozenset[str]()
+        if self.optim.backbone_lr_factor != 1:
+            backbone = backbone_names(model, self.config.model, num_classes)
+        weights = None
+        if self.optim.class_balance:
+            weights = class_weights(self.train.labels, num_classes, self.optim.class_balance)
         return Replica(model, num_classes, self.config, device, backbone=backbone, class_weights=weights)
 
     def _resume(self, uri: str, meta: CheckpointMeta) -> None:
@@ -154,13 +149,21 @@ class _Worker:
             found = f"run {meta.run_digest}, not {self.run_digest}"
             raise CheckpointMismatch(f"{uri} is of another run ({found}); move it out of {self.config.out}")
         self.replica.resume(load_model_state(self.storage, uri), load_train_state(self.storage, uri), uri)
-        self.epoch, self.epoch_steps = meta.epoch, meta.epoch_steps
+        self.epoch = meta.epoch
+        self.epoch_steps = meta.epoch_steps
         self.samples = meta.samples - self.replica.totals().videos
+
+    def _say(self, line: str) -> None:
+        if self.rank == 0 and line:
+            self._show(line)
 
     def note_start(self, commits: Mapping[str, str]) -> None:
         """Say, and write to environment.json, where the run starts from, on what, with which versions."""
-        after = f"epoch {self.epoch}" if self.epoch else ""
-        after = f"step {self.epoch_steps} of epoch {self.epoch + 1}" if self.epoch_steps else after
+        after = ""
+        if self.epoch_steps:
+            after = f"step {self.epoch_steps} of epoch {self.epoch + 1}"
+        elif self.epoch:
+            after = f"epoch {self.epoch}"
         where = f" after {after}, from {self._source}" if after else ""
         self._say(f"train: {self.world_size} workers start on {self.replica.device.type}{where}")
         ranks: list[Any] = [None] * self.world_size
@@ -168,71 +171,83 @@ class _Worker:
         first = ranks[0][1]
         hosts = [about if versions == first else about | {"software": versions} for about, versions in ranks]
         start = {"time_s": time.time(), "after": after, **commits, "software": first, "hosts": hosts}
-        self._write(lambda: add_start(self.storage, self.config.out, start))
+        self._write(lambda: self.folder.add_start(start))
 
-    def _say(self, line: str) -> None:
-        if self.rank == 0 and line:
-            self._box.post.remote(line)
+    # Epochs
 
     def run(self) -> bool:
-        """All epochs that are left; False if the gate ended the run before."""
+        """All epochs that are left; False if go_on ended the run before."""
         with self.uploader:
-            return self._epochs()
-
-    def _epochs(self) -> bool:
-        while self.epoch < self.optim.epochs:
-            start_s, num_videos = time.monotonic(), len(self.train) - self.epoch_steps * self.optim.batch_size
-            epoch, num_steps = self.epoch + 1, self.num_steps
-            trained, wait_s = self._train_epoch(epoch)
-            train_s, history = time.monotonic() - start_s, self.replica.history()
-            self.samples += trained.videos
-            row: dict[str, float | int] = {"epoch": epoch, "step": epoch * num_steps, "samples": self.samples}
-            row |= {"loss": trained.loss, "top1": trained.top1, "top5": trained.top5, "unreadable": trained.unreadable}
-            row |= {"lr": learning_rate(self.optim, epoch * num_steps - 1, self.optim.epochs * num_steps)}
-            self.replica.state.share_buffers()
-            if self.val is not None and (epoch % self.config.eval_every == 0 or epoch == self.optim.epochs):
-                scored = self._evaluate(self.val)
-                row |= {"val_loss": scored.loss, "val_top1": scored.top1, "val_top5": scored.top5}
-                row |= {"val_videos": scored.videos, "val_unreadable": scored.unreadable}
-            row |= {"videos_per_s": max(0, num_videos) / train_s, "decode_wait": wait_s / train_s, "train_s": train_s}
-            row |= self.feed.spent(self.replica.device)
-            row |= {"epoch_s": time.monotonic() - start_s, "time_s": time.time()}
-            # What was not measured (no readable video) is left out: NaN is no JSON.
-            row = {name: value for name, value in row.items() if not math.isnan(value)}
-            self._save_epoch(row, history)
-            self.epoch, self.epoch_steps = epoch, 0
-            self._say(epoch_line(row, self.optim.epochs))
-            self._note_epoch(row, wait_s)
-            ray.train.report(row)
-            if not self._goes_on(row):
-                return False
-            if from_first(lambda: stopped_early(read_metrics(self.storage, self.config.out), self.config)):
-                break
+            while self.epoch < self.optim.epochs:
+                row = self._run_epoch(self.epoch + 1)
+                if not self._goes_on(row):
+                    return False
+                if _from_first(lambda: stopped_early(self.folder.epochs(), self.config)):
+                    break
         return True
 
-    def _note_epoch(self, row: Mapping[str, float | int], wait_s: float) -> None:
-        """Metrics of an epoch, and rank 0's record of it."""
-        train_s = float(row["train_s"])
-        for stage, seconds in (("decode", wait_s), ("step", train_s - wait_s), ("score", row["epoch_s"] - train_s)):
-            self._metrics.spent(stage, seconds)  # type: ignore[arg-type]  # of a tuple of literals
+    def _run_epoch(self, epoch: int) -> EpochRow:
+        """Train what is left of the epoch, score it if it is its turn, and save it."""
+        start_s = time.monotonic()
+        num_videos = max(0, len(self.train) - self.epoch_steps * self.optim.batch_size)
+        trained, wait_s = self._train_epoch(epoch)
+        train_s = time.monotonic() - start_s
+        history = self.replica.history()
+        self.samples += trained.videos
+        self.replica.state.share_buffers()
+        scored = None
+        if self.val is not None and (epoch % self.config.eval_every == 0 or epoch == self.optim.epochs):
+            scored = self._evaluate(self.val)
+        decoding = self.feed.spent(self.replica.device)
+        row = EpochRow(
+            epoch=epoch,
+            step=epoch * self.num_steps,
+            samples=self.samples,
+            loss=_measured(trained.loss),
+            top1=_measured(trained.top1),
+            top5=_measured(trained.top5),
+            unreadable=trained.unreadable,
+            lr=learning_rate(self.optim, epoch * self.num_steps - 1, self.optim.epochs * self.num_steps),
+            val_loss=_measured(scored.loss) if scored else None,
+            val_top1=_measured(scored.top1) if scored else None,
+            val_top5=_measured(scored.top5) if scored else None,
+            val_videos=scored.videos if scored else None,
+            val_unreadable=scored.unreadable if scored else None,
+            videos_per_s=num_videos / train_s,
+            decode_wait=wait_s / train_s,
+            train_s=train_s,
+            decode_cpu_s=decoding.cpu_s,
+            cached=decoding.cached,
+            epoch_s=time.monotonic() - start_s,
+            time_s=time.time(),
+        )
+        self._save_epoch(row, history)
+        self.epoch = epoch
+        self.epoch_steps = 0
+        self._say(epoch_line(row, self.optim.epochs))
+        self._metrics.spent("decode", wait_s)
+        self._metrics.spent("step", train_s - wait_s)
+        self._metrics.spent("score", row.epoch_s - train_s)
         if self.rank == 0:
             self._metrics.epoch(row)
-            log_event("epoch done", {"run": self._run, **row})
+            log_event("epoch done", {"run": self._run, **row.record()})
+        self._report(row)
+        return row
 
-    def _goes_on(self, row: Mapping[str, float | int]) -> bool:
-        """What the gate says to the epoch, on all ranks alike; the last epoch is shown, too."""
-        if self._gate is None:
+    def _goes_on(self, row: EpochRow) -> bool:
+        """What is said to the epoch, on all ranks alike; the last epoch is shown, too."""
+        go_on = self._go_on
+        if go_on is None:
             return True
-        verdict: list[Any] = [self.rank != 0 or self._gate.go_on(row)]
-        dist.broadcast_object_list(verdict, src=0)
-        return bool(verdict[0]) or self.epoch == self.optim.epochs
+        return _from_first(lambda: go_on(row)) or self.epoch == self.optim.epochs
 
     def _train_epoch(self, epoch: int) -> tuple[Totals, float]:
         """Train what is left of an epoch; its totals over all ranks, and the seconds that this rank waited for it."""
-        optim, first, every = self.optim, self.epoch_steps, self.config.checkpoint_every_steps
-        order = epoch_order(self.train.catalog, seed=optim.seed, epoch=epoch, run=self.run_length)
+        first = self.epoch_steps
+        every = self.config.checkpoint_every_steps
+        order = epoch_order(self.train.catalog, seed=self.optim.seed, epoch=epoch, run=self.run_length)
         steps = rank_steps(
-            order, batch_size=optim.batch_size, rank=self.rank, world_size=self.world_size, first_step=first
+            order, batch_size=self.optim.batch_size, rank=self.rank, world_size=self.world_size, first_step=first
         )
         batches = self.feed.batches(self.train, steps, epoch)
         if not first:
@@ -245,12 +260,13 @@ class _Worker:
             if self.feed.outage is not None:
                 self.replica.halt()  # and on with a step without videos: the other ranks wait in its collectives
             wait_s += time.monotonic() - asked_s
-            step = (epoch - 1) * self.num_steps + index
             self._train_step(epoch, index, samples)
-            self._say(self._pace.line(self.replica, epoch, step + 1) if self.rank == 0 else "")
-            if every and (step + 1) % every == 0:
-                self._save_in_epoch(epoch, step + 1)
-            elif (index + 1) % _CHECK_STEPS.get(self.replica.device.type, 32) == 0:
+            num_done = (epoch - 1) * self.num_steps + index + 1
+            if self.rank == 0:
+                self._say(self._pace.line(self.replica, epoch, num_done))
+            if every and num_done % every == 0:
+                self._save_in_epoch(epoch, num_done)
+            elif (index + 1) % self._check_steps == 0:
                 self._require_sound(self.replica.totals(), epoch)
         totals = self.replica.finish()
         self._require_sound(totals, epoch)
@@ -263,23 +279,22 @@ class _Worker:
         seed_step(self.optim.seed, epoch, index, self.rank)
         if samples is None:
             self.replica.train_step(None, self.train.labels[:0], 0, rate)
-        else:
-            labels = self.train.labels[samples.rows]
-            video_ids = self.train.catalog.table["video_id"].take(samples.rows).to_pylist()
-            self._metrics.step(len(video_ids), samples.unreadable)
-            for item in samples.unreadable:
-                name = self.train.catalog.table["video_id"][item.row].as_py()
-                ids = {"run": self._run, "epoch": epoch, "video": name}
-                log_event("unreadable", ids | {"reason": item.error_class, "text": item.error_text}, bad=True)
-            clips = self.augmenter.colour(samples.clips, video_ids, epoch)
-            mix = self.augmenter.mix(len(labels), self.config.clip.view.crop_px, epoch, index)
-            self.replica.train_step(clips, labels, len(samples.unreadable), rate, mix)
+            return
+        labels = self.train.labels[samples.rows]
+        video_ids = self.train.catalog.table["video_id"].take(samples.rows).to_pylist()
+        self._metrics.step(len(video_ids), samples.unreadable)
+        for item in samples.unreadable:
+            name = self.train.catalog.table["video_id"][item.row].as_py()
+            about = {"reason": item.error_class, "text": item.error_text}
+            log_event("unreadable", {"run": self._run, "epoch": epoch, "video": name, **about}, bad=True)
+        clips = self.augmenter.colour(samples.clips, video_ids, epoch)
+        mix = self.augmenter.mix(len(labels), self.config.clip.view.crop_px, epoch, index)
+        self.replica.train_step(clips, labels, len(samples.unreadable), rate, mix)
 
     def _evaluate(self, part: Part) -> Totals:
         """Score the model on every video of the part, each on one rank; totals over all ranks."""
         order = np.arange(len(part), dtype=np.int64)
-        size = self.optim.batch_size
-        steps = rank_steps(order, batch_size=size, rank=self.rank, world_size=self.world_size)
+        steps = rank_steps(order, batch_size=self.optim.batch_size, rank=self.rank, world_size=self.world_size)
         self.replica.reset()
         self.replica.eval()
         for samples in self.feed.batches(part, steps, None):
@@ -290,28 +305,53 @@ class _Worker:
         self._require_stores()
         return totals
 
+    # Whether it is of use to go on
+
     def _require_stores(self) -> None:
         """Raise, on all ranks alike, that the store is down for one of them. Nothing it missed has been saved."""
         if self.replica.halted():
-            agreed(self.feed.check)
+            _agreed(self.feed.check)
 
     def _require_sound(self, totals: Totals, epoch: int) -> None:
         """Raise, on all ranks alike, what makes it useless to go on."""
         self._require_stores()
-        limit, count = self.config.max_bad_fraction, len(self.train)
+        limit = self.config.max_bad_fraction
+        count = len(self.train)
         if totals.unreadable > limit * count:
             refusals = self._refusals()
-            self._write(lambda: self.recorder.refuse(refusals))
-            table = join(self.config.out, "quarantine.parquet")
+            self._write(lambda: self.folder.refuse(refusals))
             raise TooManyBad(
                 f"{totals.unreadable} of {count} training videos could not be read in epoch {epoch}, more than "
-                f"max_bad_fraction = {limit:g}; {table} lists them with the reasons"
+                f"max_bad_fraction = {limit:g}; {self.folder.quarantine_uri} lists them with the reasons"
             )
         if not math.isfinite(totals.loss_sum):
             raise TrainingDiverged(
                 f"the loss is {totals.loss_sum} in epoch {epoch}; lower optim.lr ({self.optim.lr:g}) or "
                 f"optim.clip_norm ({self.optim.clip_norm:g}) and start a new run"
             )
+
+    # What rank 0 writes
+
+    def _save_in_epoch(self, epoch: int, step: int) -> None:
+        """Let a checkpoint be written while training goes on, unless the one before is still under way."""
+        totals = self.replica.finish()
+        self._require_sound(totals, epoch)
+        if not _from_first(self.uploader.ready):
+            self._say(f"train: no checkpoint at step {step}: the one before is still being written")
+            return
+        refusals = self._refusals()
+        state = self.replica.snapshot(in_epoch=True, keep=self.rank == 0)
+        if self.rank == 0:
+            history = self.replica.history()
+            samples = self.samples + totals.videos
+            keep = partial(self.recorder.keep_step, epoch=epoch, samples=samples, refusals=refusals)
+            self.uploader.submit(partial(keep, state, history))
+
+    def _save_epoch(self, row: EpochRow, history: Tensor) -> None:
+        """Write the epoch and its checkpoint, and wait until it is there."""
+        refusals = self._refusals()
+        state = self.replica.snapshot(in_epoch=False, keep=self.rank == 0)
+        self._write(lambda: self.recorder.keep_epoch(state, history, row, refusals))
 
     def _refusals(self) -> list[Refusal]:
         """What no rank could read since the last call, on rank 0; all ranks must call it."""
@@ -323,27 +363,6 @@ class _Worker:
             part.refusals.clear()
         return [refusal for refusals in all_ranks for refusal in refusals]
 
-    def _save_in_epoch(self, epoch: int, step: int) -> None:
-        """Let a checkpoint be written while training goes on, unless the one before is still under way."""
-        totals = self.replica.finish()
-        self._require_sound(totals, epoch)
-        if not from_first(self.uploader.ready):
-            self._say(f"train: no checkpoint at step {step}: the one before is still being written")
-            return
-        refusals = self._refusals()
-        state = self.replica.snapshot(in_epoch=True, keep=self.rank == 0)
-        if self.rank == 0:
-            history = self.replica.history()
-            samples = self.samples + totals.videos
-            keep = partial(self.recorder.keep_step, epoch=epoch, samples=samples, refusals=refusals)
-            self.uploader.submit(partial(keep, state, history))
-
-    def _save_epoch(self, row: Mapping[str, float | int], history: Tensor) -> None:
-        """Write the epoch and its checkpoint, and wait until it is there."""
-        refusals = self._refusals()
-        state = self.replica.snapshot(in_epoch=False, keep=self.rank == 0)
-        self._write(lambda: self.recorder.keep_epoch(state, history, row, refusals))
-
     def _write(self, job: Callable[[], object]) -> None:
         """Do the job on rank 0 after what is under way there; all ranks wait for it."""
 
@@ -351,4 +370,38 @@ class _Worker:
             self.uploader.submit(job)
             self.uploader.wait()
 
-        from_first(written)
+        _from_first(written)
+
+
+def _measured(mean: float) -> float | None:
+    """None for the mean of nothing."""
+    return None if math.isnan(mean) else mean
+
+
+def _agreed(step: Callable[[], T]) -> T:
+    """The result of a step without collectives; where it fails on one rank, the error is raised on all."""
+    error: KinorayError | None = None
+    try:
+        result = step()
+    except KinorayError as found:
+        error = found
+    errors: list[KinorayError | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(errors, error)
+    for first in errors:
+        if first is not None:
+            raise first
+    return result
+
+
+def _from_first(step: Callable[[], T]) -> T:
+    """What the step gives on rank 0, the only one to take it, for all ranks; an error of it is raised on all."""
+    found: list[T | KinorayError | None] = [None]
+    if dist.get_rank() == 0:
+        try:
+            found[0] = step()
+        except KinorayError as error:
+            found[0] = error
+    dist.broadcast_object_list(found, src=0)
+    if isinstance(found[0], KinorayError):
+        raise found[0]
+    return found[0]  # type: ignore[return-value]

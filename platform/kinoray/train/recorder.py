@@ -1,42 +1,91 @@
 """What rank 0 writes while a run goes on: checkpoints after epochs and inside them, losses, metrics, refusals, curves.
 
-Every method is one job of the uploader. Easy to break: checkpoint.json comes last, so that whatever a resumed run will
-not do again is in the run folder already.
+Training goes on meanwhile: every method of the recorder is a job for the uploader's thread. Easy to break:
+checkpoint.json comes last, so that whatever a resumed run will not do again is in the run folder already.
 """
 
+import io
+import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
+from types import TracebackType
 
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.figure import Figure
+from tensorboardX import SummaryWriter
 from torch import Tensor
 
 from kinoray.catalog.quarantine import Refusal
 from kinoray.catalog.table import Catalog
 from kinoray.network.checkpoint import CheckpointMeta, save_checkpoint
-from kinoray.storage.objects import Storage
+from kinoray.storage.leftovers import scratch_folder
 from kinoray.train.config import TrainConfig
-from kinoray.train.curves import draw_curves
 from kinoray.train.recipe import learning_rate
-from kinoray.train.runfolder import (
-    add_refusals,
-    checkpoint_uri,
-    prune_checkpoints,
-    run_digest,
-    write_losses,
-    write_metrics,
-)
+from kinoray.train.runfolder import EpochRow, RunFolder, StepRow, run_digest
 from kinoray.train.state import Snapshot
 
-__all__ = ["Recorder"]
+__all__ = ["Recorder", "Uploader", "draw_curves", "write_events"]
 
 _CURVES_S = 60.0  # drawing costs half a second: not after each of many short epochs
+_MAX_POINTS = 1000
+_TRAIN_COLOUR = "#4c78a8"
+_VAL_COLOUR = "#e45756"
+_TRAIN_SCALARS = ("loss", "top1", "top5", "lr")
+
+
+class Uploader:
+    """A thread that writes: one job at a time, nothing piles up, no error is lost.
+
+    A context: leaving it waits for the job that is being done, and raises its error unless another is on its way.
+    """
+
+    def __init__(self) -> None:
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="upload")
+        self._last: Future[object] | None = None
+
+    def ready(self) -> bool:
+        """Whether a job can be submitted without waiting. Raises the error of the job before."""
+        if self._last is not None and not self._last.done():
+            return False
+        self.wait()
+        return True
+
+    def submit(self, job: Callable[[], object]) -> None:
+        """Start the job, after waiting for the one before. Raises the error of that one."""
+        self.wait()
+        self._last = self._pool.submit(job)
+
+    def wait(self) -> None:
+        """Return when nothing is being written. Raises the error of the last job, once."""
+        last = self._last
+        self._last = None
+        if last is not None:
+            last.result()
+
+    def __enter__(self) -> "Uploader":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._pool.shutdown()
+        late = self._last.exception() if self._last is not None else None
+        self._last = None
+        if late is None:
+            return
+        if error is None:
+            raise late
+        error.add_note(f"the upload that was under way failed, too: {type(late).__name__}: {late}")
 
 
 class Recorder:
-    """Writes to config.out; `num_steps` is the number of steps of an epoch."""
+    """Writes to the run folder; `num_steps` is the number of steps of an epoch."""
 
-    def __init__(self, storage: Storage, config: TrainConfig, catalog: Catalog, num_steps: int) -> None:
-        self._storage, self._config, self._num_steps = storage, config, num_steps
+    def __init__(self, folder: RunFolder, config: TrainConfig, catalog: Catalog, num_steps: int) -> None:
+        self._folder = folder
+        self._config = config
+        self._num_steps = num_steps
         self._meta = CheckpointMeta(
             model=config.model,
             clip=config.clip,
@@ -49,53 +98,131 @@ class Recorder:
         )
         self._drawn_s = time.monotonic()
 
-    def refuse(self, refusals: Sequence[Refusal]) -> None:
-        """Note videos that could not be read."""
-        add_refusals(self._storage, self._config.out, refusals)
-
     def keep_step(
         self, state: Snapshot, history: Tensor, *, epoch: int, samples: int, refusals: Sequence[Refusal]
     ) -> None:
         """Make the run resumable inside `epoch`, after the steps in history (Replica.history)."""
-        self.refuse(refusals)
-        write_losses(self._storage, self._config.out, epoch, self._loss_rows(epoch, history))
+        self._folder.refuse(refusals)
+        self._folder.write_steps(epoch, self._step_rows(epoch, history))
         done = len(history)
         step = (epoch - 1) * self._num_steps + done
-        self._save(state, epoch=epoch - 1, epoch_steps=done, step=step, samples=samples)
+        self._save(state, replace(self._meta, epoch=epoch - 1, epoch_steps=done, step=step, samples=samples))
 
-    def keep_epoch(
-        self, state: Snapshot, history: Tensor, row: Mapping[str, float | int], refusals: Sequence[Refusal]
-    ) -> None:
+    def keep_epoch(self, state: Snapshot, history: Tensor, row: EpochRow, refusals: Sequence[Refusal]) -> None:
         """Write a finished epoch; a kill before its end costs the epoch's result, and the next try replaces it."""
-        self.refuse(refusals)
-        epoch = int(row["epoch"])
-        losses = self._loss_rows(epoch, history)
-        write_losses(self._storage, self._config.out, epoch, losses)
-        write_metrics(self._storage, self._config.out, row, losses)
-        metrics = {name: float(value) for name, value in row.items()}
-        self._save(state, epoch=epoch, step=int(row["step"]), samples=int(row["samples"]), metrics=metrics)
+        self._folder.refuse(refusals)
+        steps = self._step_rows(row.epoch, history)
+        self._folder.write_steps(row.epoch, steps)
+        self._folder.write_epoch(row)
+        write_events(self._folder, row, steps)
+        metrics = {name: float(value) for name, value in row.record().items()}
+        meta = replace(self._meta, epoch=row.epoch, step=row.step, samples=row.samples, metrics=metrics)
+        self._save(state, meta)
         if time.monotonic() - self._drawn_s > _CURVES_S:
-            draw_curves(self._storage, self._config.out)
+            draw_curves(self._folder)
             self._drawn_s = time.monotonic()
 
-    def _save(self, state: Snapshot, **changes: object) -> None:
-        meta = replace(self._meta, **changes)  # type: ignore[arg-type]
-        uri = checkpoint_uri(self._config.out, meta.epoch, meta.step)
-        save_checkpoint(self._storage, uri, model_state=state.weights, meta=meta, train_state=state.train)
-        prune_checkpoints(
-            self._storage,
-            self._config.out,
-            self._config.keep_checkpoints,
-            keep_best=self._config.keep_best,
-            written=(meta.epoch, meta.step),
+    def _save(self, state: Snapshot, meta: CheckpointMeta) -> None:
+        uri = self._folder.checkpoint_uri(meta.epoch, meta.step)
+        save_checkpoint(self._folder.storage, uri, model_state=state.weights, meta=meta, train_state=state.train)
+        self._folder.prune_checkpoints(
+            self._config.keep_checkpoints, keep_best=self._config.keep_best, written=(meta.epoch, meta.step)
         )
 
-    def _loss_rows(self, epoch: int, history: Tensor) -> list[dict[str, float | int]]:
-        """A row a step: what it was trained on and what came out; no loss where no video could be read."""
-        optim, rows = self._config.optim, []
+    def _step_rows(self, epoch: int, history: Tensor) -> list[StepRow]:
+        optim = self._config.optim
+        rows = []
         for index, (videos, unreadable, loss_sum, _, _) in enumerate(history.tolist()):
             step = (epoch - 1) * self._num_steps + index
-            row: dict[str, float | int] = {"epoch": epoch, "step": step + 1, "videos": int(videos)}
-            row |= {"unreadable": int(unreadable), "lr": learning_rate(optim, step, optim.epochs * self._num_steps)}
-            rows.append(row | ({"loss": loss_sum / videos} if videos else {}))
+            rows.append(
+                StepRow(
+                    epoch=epoch,
+                    step=step + 1,
+                    videos=int(videos),
+                    unreadable=int(unreadable),
+                    lr=learning_rate(optim, step, optim.epochs * self._num_steps),
+                    loss=loss_sum / videos if videos else None,
+                )
+            )
         return rows
+
+
+def write_events(folder: RunFolder, row: EpochRow, steps: Sequence[StepRow] = ()) -> None:
+    """An epoch's TensorBoard events: val_* in val/, loss and accuracy in train/, others in run/.
+
+    Those are by epoch; loss and rate of the steps are by step, in step/.
+    """
+    with scratch_folder("events") as place:
+        with SummaryWriter(place) as writer:
+            for name, number in row.record().items():
+                if name not in ("epoch", "time_s"):
+                    writer.add_scalar(_tag(name), number, global_step=row.epoch, walltime=row.time_s)
+            for step in steps:
+                writer.add_scalar("step/lr", step.lr, global_step=step.step, walltime=row.time_s)
+                if step.loss is not None:
+                    writer.add_scalar("step/loss", step.loss, global_step=step.step, walltime=row.time_s)
+        (written,) = place.iterdir()
+        folder.storage.put(folder.events_uri(row.epoch), written.read_bytes())
+
+
+def _tag(name: str) -> str:
+    if name.startswith("val_"):
+        return f"val/{name.removeprefix('val_')}"
+    return f"train/{name}" if name in _TRAIN_SCALARS else f"run/{name}"
+
+
+def draw_curves(folder: RunFolder) -> None:
+    """Draw the learning curves: loss of steps and epochs, accuracy, rate; nothing before the first step's loss."""
+    epochs = folder.epochs()
+    steps = folder.steps()
+    if not steps:
+        return
+    figure = Figure(figsize=(9, 7), layout="constrained")  # not pyplot: a worker's thread draws, too
+    FigureCanvasSVG(figure)
+    loss, accuracy, rate = figure.subplots(3, 1, sharex=True, height_ratios=(3, 3, 1))
+    last = {row.epoch: row.step for row in steps}
+    first = {row.epoch: row.step for row in reversed(steps)}
+    longest = max(last[epoch] - first[epoch] + 1 for epoch in last)  # the newest epoch may have only begun
+    at = [row.step / longest for row in steps]
+    places, values = _thinned(at, [math.nan if row.loss is None else row.loss for row in steps])
+    loss.plot(places, values, color=_TRAIN_COLOUR, alpha=0.35, linewidth=0.8, label="train, steps")
+    _line(loss, epochs, "loss", _TRAIN_COLOUR, "train")
+    _line(loss, epochs, "val_loss", _VAL_COLOUR, "val")
+    loss.set_ylabel("cross entropy")
+    _line(accuracy, epochs, "top1", _TRAIN_COLOUR, "train top-1")
+    _line(accuracy, epochs, "val_top1", _VAL_COLOUR, "val top-1")
+    _line(accuracy, epochs, "val_top5", "#f2a29b", "val top-5")
+    accuracy.set_ylabel("accuracy")
+    accuracy.set_ylim(0, 1)
+    places, values = _thinned(at, [row.lr for row in steps])
+    rate.plot(places, values, color="#54a24b", linewidth=1.0)
+    rate.set_ylabel("learning rate")
+    rate.set_xlabel("epochs")
+    for axes in (loss, accuracy, rate):
+        axes.grid(alpha=0.25)
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend(loc="best", fontsize="small")
+    content = io.BytesIO()
+    figure.savefig(content, format="svg")
+    folder.storage.put(folder.curves_uri, content.getvalue())
+
+
+def _line(axes: Axes, rows: Sequence[EpochRow], name: str, colour: str, label: str) -> None:
+    """The metric of the epochs that have it, each at its end."""
+    known = [(row.epoch, getattr(row, name)) for row in rows if getattr(row, name) is not None]
+    if known:
+        axes.plot(*zip(*known, strict=True), color=colour, marker="o", markersize=3, linewidth=1.5, label=label)
+
+
+def _thinned(places: Sequence[float], values: Sequence[float]) -> tuple[list[float], list[float]]:
+    """At most _MAX_POINTS points: means of neighbours, where there are more."""
+    size = -(-len(values) // _MAX_POINTS)
+    if size == 1:
+        return list(places), list(values)
+    means = []
+    middles = []
+    for start in range(0, len(values), size):
+        group = [value for value in values[start : start + size] if not math.isnan(value)]
+        means.append(sum(group) / len(group) if group else math.nan)
+        middles.append(places[min(start + size // 2, len(places) - 1)])
+    return middles, means

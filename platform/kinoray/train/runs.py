@@ -1,33 +1,36 @@
 """`kinoray runs`: which training runs lie under a folder or s3:// prefix, and how they stand; from storage alone.
 
-A run is a folder with a run.json. Its driver writes status.json every BEAT_S seconds; the store's own time of that file
+A run is a folder with a run.json. Its driver writes status.json every 30 seconds; the store's own time of that file
 is the run's last sign of life, so that nobody's clock needs to agree with another's but the reader's with the store's.
 
 Easy to break: a driver that was killed says "running" for ever; how old that word is decides whether it is believed.
 """
 
 import json
+import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from types import TracebackType
 from typing import Any, Literal
 
 from kinoray.console import format_duration, many, shortened, table, visible
-from kinoray.errors import ChecksumMismatch, KinorayError, ObjectNotFound
+from kinoray.errors import ChecksumMismatch, KinorayError, ObjectNotFound, StorageError, StorageUnavailable
 from kinoray.label.spans import Span, bar_line, clock, covered_s
 from kinoray.storage.objects import Storage, absolute, join
-from kinoray.storage.records import MAX_RECORD_BYTES, parse_lines, read_record
+from kinoray.storage.records import MAX_RECORD_BYTES, parse_json, parse_lines, read_record
 from kinoray.train.config import RunsConfig
 
-__all__ = ["BEAT_S", "STATUS_FILE", "RunSummary", "State", "find_runs", "runs", "train_spans"]
+__all__ = ["Heartbeat", "RunSummary", "State", "find_runs", "runs", "train_spans"]
 
-BEAT_S = 30.0
-STATUS_FILE = "status.json"
-_SILENT_S = 4 * BEAT_S  # a store that fails for a minute is no dead driver
+_BEAT_S = 30.0
+_STATUS_FILE = "status.json"
+_SILENT_S = 4 * _BEAT_S  # a store that fails for a minute is no dead driver
 _READERS = 16  # requests at a time
 _MAX_CELL = 44
 _MAX_MOMENT_S = 2**35  # a thousand years after 1970
+_HASTE_S = 5.0  # for a word that is said again soon, or that must not hold up the news that the store is down
 
 State = Literal["running", "finished", "stopped", "failed", "damaged"]
 
@@ -95,31 +98,41 @@ def find_runs(storage: Storage, prefix: str) -> list[RunSummary]:
 def _summary(storage: Storage, uri: str, files: dict[str, float], now_s: float) -> RunSummary:
     """One run; what of it cannot be read makes it `damaged`, with the reason, and hides no other run."""
     made_s = files[join(uri, "run.json")]
-    seen_s = max(files.get(join(uri, name), made_s) for name in (STATUS_FILE, "metrics.jsonl", "run.json"))
-    values: dict[str, Any] = {"uri": uri, "age_s": max(0.0, now_s - seen_s), "error": ""}
-    values |= {"epochs_done": 0, "epochs": 0, "model": "?", "started_s": made_s}
-    values |= {"best": "", "best_value": None, "best_epoch": None}
+    seen_s = max(files.get(join(uri, name), made_s) for name in (_STATUS_FILE, "metrics.jsonl", "run.json"))
+    run = RunSummary(
+        uri=uri,
+        state="damaged",
+        age_s=max(0.0, now_s - seen_s),
+        epochs_done=0,
+        epochs=0,
+        best="",
+        best_value=None,
+        best_epoch=None,
+        model="?",
+        started_s=made_s,
+        error="",
+    )
     try:
         settings = read_record(storage, join(uri, "run.json"), dict)["settings"]
-        values |= {"epochs": int(settings["optim.epochs"]), "model": _model(settings)}
-        values |= _progress(_lines(storage, join(uri, "metrics.jsonl")))
-        status = _lines(storage, join(uri, STATUS_FILE))
-        if status:
-            values |= {"started_s": _moment(status[0]["started_s"]), "error": str(status[0]["error"])}
-        state = _state(status[0]["state"] if status else "running", values)
+        run = replace(run, epochs=int(settings["optim.epochs"]), model=_model(settings))
+        run = _with_progress(run, _lines(storage, join(uri, "metrics.jsonl")))
+        said = "running"
+        for status in _lines(storage, join(uri, _STATUS_FILE)):
+            said = status["state"]
+            run = replace(run, started_s=_moment(status["started_s"]), error=str(status["error"]))
+        return replace(run, state=_state(said, run))
     except KinorayError as error:
-        state, values["error"] = "damaged", str(error)
+        return replace(run, error=str(error))
     except (ValueError, LookupError, TypeError, AttributeError, OverflowError) as error:
-        state, values["error"] = "damaged", f"{uri}: run.json, status.json or metrics.jsonl is not ours: {error!r}"
-    return RunSummary(state=state, **values)
+        return replace(run, error=f"{uri}: run.json, status.json or metrics.jsonl is not ours: {error!r}")
 
 
-def _state(said: str, values: dict[str, Any]) -> State:
+def _state(said: str, run: RunSummary) -> State:
     """What the driver said last, if it may still be so."""
     if said == "running":
-        if values["age_s"] <= _SILENT_S:
+        if run.age_s <= _SILENT_S:
             return "running"
-        return "finished" if values["epochs_done"] == values["epochs"] else "stopped"
+        return "finished" if run.epochs_done == run.epochs else "stopped"
     if said not in ("finished", "stopped", "failed"):
         raise ValueError(f"state is {said!r}")
     return said  # type: ignore[return-value]
@@ -135,9 +148,10 @@ def _lines(storage: Storage, uri: str) -> list[dict[str, Any]]:
 
 def _moment(value: Any) -> float:
     """A time that a calendar has."""
-    if not 0 <= float(value) < _MAX_MOMENT_S:
-        raise ValueError(f"started_s is {value!r:.40}")
-    return float(value)
+    moment_s = float(value)
+    if not 0 <= moment_s < _MAX_MOMENT_S:
+        raise ValueError(f"{value!r:.40} is no time since 1970")
+    return moment_s
 
 
 def _model(settings: dict[str, Any]) -> str:
@@ -147,17 +161,20 @@ def _model(settings: dict[str, Any]) -> str:
     return " ".join(parts)
 
 
-def _progress(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """epochs_done and the best metric of the rows of metrics.jsonl; of equal ones the newest."""
+def _with_progress(run: RunSummary, rows: Sequence[dict[str, Any]]) -> RunSummary:
+    """With the epochs done and the best metric, by these rows of metrics.jsonl; of equal ones the newest."""
+    run = replace(run, epochs_done=len(rows))
     scored = [row for row in rows if "val_top1" in row]
-    known = scored or [row for row in rows if "loss" in row]
-    if not known:
-        return {"epochs_done": len(rows)}
+    losses = [row for row in rows if "loss" in row]
     if scored:
-        name, best = "val_top1", max(known, key=lambda row: (row["val_top1"], row["epoch"]))
+        name = "val_top1"
+        best = max(scored, key=lambda row: (row[name], row["epoch"]))
+    elif losses:
+        name = "loss"
+        best = min(losses, key=lambda row: (row[name], -row["epoch"]))
     else:
-        name, best = "loss", min(known, key=lambda row: (row["loss"], -row["epoch"]))
-    return {"epochs_done": len(rows), "best": name, "best_value": float(best[name]), "best_epoch": int(best["epoch"])}
+        return run
+    return replace(run, best=name, best_value=float(best[name]), best_epoch=int(best["epoch"]))
 
 
 def _table(found: Sequence[RunSummary], prefix: str) -> str:
@@ -201,29 +218,33 @@ def train_spans(storage: Storage, out: str) -> list[Span]:
         ChecksumMismatch: metrics.jsonl is not what train wrote.
     """
     uri = join(out, "metrics.jsonl")
-    spans = []
+    spans: list[Span] = []
     try:
-        rows = parse_lines(storage.read(uri, max_bytes=MAX_RECORD_BYTES), uri)
-    except ObjectNotFound:
-        return []  # no epoch is done
-    try:
-        for row in rows:
-            begin_s, train_s = row["time_s"] - row["epoch_s"], row.get("train_s", row["epoch_s"])
-            parts = {"waiting for decoders": row["decode_wait"] * train_s}
-            about = {"epoch": row["epoch"]}
-            at_s = begin_s + train_s
-            name = f"epoch {row['epoch']}"
-            spans.append(
-                Span(name=name, worker="training", begin_s=begin_s, end_s=at_s, parts=parts, about={**about, **row})
-            )
-            if "val_videos" in row:
-                about["val_videos"] = row["val_videos"]
-                spans.append(
-                    Span(name=f"{name}, scoring", worker="training", begin_s=at_s, end_s=row["time_s"], about=about)
-                )
+        for row in _lines(storage, uri):
+            spans += _epoch_spans(row)
     except (ValueError, KeyError, TypeError) as error:
         raise ChecksumMismatch(f"{uri} does not hold what kinoray wrote: {error!r}") from error
     return spans
+
+
+def _epoch_spans(row: dict[str, Any]) -> list[Span]:
+    name = f"epoch {row['epoch']}"
+    end_s = _moment(row["time_s"])
+    begin_s = _moment(end_s - row["epoch_s"])
+    trained_s = begin_s + row["train_s"]
+    training = Span(
+        name=name,
+        worker="training",
+        begin_s=begin_s,
+        end_s=trained_s,
+        parts={"waiting for decoders": row["decode_wait"] * row["train_s"]},
+        about=row,
+    )
+    if "val_videos" not in row:
+        return [training]
+    about = {"epoch": row["epoch"], "val_videos": row["val_videos"]}
+    scoring = Span(name=f"{name}, scoring", worker="training", begin_s=trained_s, end_s=end_s, about=about)
+    return [training, scoring]
 
 
 def _print_time(storage: Storage, place: str) -> None:
@@ -233,10 +254,12 @@ def _print_time(storage: Storage, place: str) -> None:
         print("no epoch is done yet")
         return
     epochs = [span for span in spans if span.parts]
-    scoring_s = sum(span.seconds for span in spans if not span.parts)
-    begin_s, end_s = spans[0].begin_s, spans[-1].end_s
-    whole_s, train_s = end_s - begin_s, sum(span.seconds for span in epochs)
+    begin_s = spans[0].begin_s
+    end_s = spans[-1].end_s
+    whole_s = end_s - begin_s
+    train_s = sum(span.seconds for span in epochs)
     wait_s = sum(span.parts["waiting for decoders"] for span in epochs)
+    scoring_s = sum(span.seconds for span in spans if not span.parts)
     print(f"\n{many(len(epochs), 'epoch')}, {clock(begin_s)} to {clock(end_s)}, {format_duration(whole_s)}")
     for name, seconds in (
         ("waiting for decoders", wait_s),
@@ -247,3 +270,63 @@ def _print_time(storage: Storage, place: str) -> None:
         print(bar_line(name, seconds, whole_s))
     slowest = max(epochs, key=lambda span: span.seconds)
     print(f"  slowest: {slowest.name} with {format_duration(slowest.seconds)}")
+
+
+# The driver's word
+
+
+class Heartbeat:
+    """A context around the work of a run in folder `out`; `stopped` says that it ends before its last epoch."""
+
+    def __init__(self, storage: Storage, out: str, every_s: float = _BEAT_S) -> None:
+        self._storage = storage
+        self._uri = join(out, _STATUS_FILE)
+        self._every_s = every_s
+        hasty = replace(storage.config, retry_s=min(_HASTE_S, storage.config.retry_s))
+        self._hasty_storage = replace(storage, config=hasty)
+        self._end = threading.Event()
+        self._thread = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
+        self.stopped = False
+
+    def __enter__(self) -> "Heartbeat":
+        """Raises StorageError: the run folder cannot be written."""
+        self._started_s = self._first_start()
+        self._write(self._storage, "running")
+        self._thread.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._end.set()
+        self._thread.join()
+        if error is None or self.stopped:
+            self._try(self._storage, "stopped" if self.stopped else "finished")
+        elif isinstance(error, Exception):
+            storage = self._hasty_storage if isinstance(error, StorageUnavailable) else self._storage
+            self._try(storage, "failed", " ".join(f"{type(error).__name__}: {error}".split()))
+        else:  # Ctrl-C and its like
+            self._try(self._hasty_storage, "stopped")
+
+    def _first_start(self) -> float:
+        """When a run that is resumed was started first."""
+        try:
+            return float(parse_json(self._storage.read(self._uri, max_bytes=MAX_RECORD_BYTES))["started_s"])
+        except ObjectNotFound:
+            return time.time()
+        except (ValueError, KeyError, TypeError) as error:
+            print(f"{self._uri} cannot be read ({error}) and is written anew", flush=True)
+            return time.time()
+
+    def _beat(self) -> None:
+        while not self._end.wait(self._every_s):
+            self._try(self._hasty_storage, "running")
+
+    def _try(self, storage: Storage, state: State, error: str = "") -> None:
+        """Write; a store that refuses must not end a training, nor hide how it ended."""
+        try:
+            self._write(storage, state, error)
+        except StorageError as problem:
+            print(f"{self._uri} does not say that the run is {state}: {problem}", flush=True)
+
+    def _write(self, storage: Storage, state: State, error: str = "") -> None:
+        content = {"state": state, "error": error, "started_s": self._started_s}
+        storage.put(self._uri, (json.dumps(content) + "\n").encode())

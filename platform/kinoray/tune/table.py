@@ -9,10 +9,10 @@ from kinoray.console import table
 from kinoray.errors import JobError, ObjectNotFound
 from kinoray.storage.objects import Storage, join
 from kinoray.storage.records import read_record
-from kinoray.train.runfolder import read_metrics
+from kinoray.train.runfolder import RunFolder
 from kinoray.tune.page import TrialRow
 from kinoray.tune.space import Axis, Settings, require_of_space
-from kinoray.tune.trial import METRIC, trial_run
+from kinoray.tune.trial import trial_run
 
 __all__ = [
     "REPEATED",
@@ -75,8 +75,8 @@ def read_trial(storage: Storage, out: str, name: str, settings: Settings) -> Tri
     """One row of the table."""
     outcome = read_outcome(storage, out, name)
     run = trial_run(out, name)
-    metrics = read_metrics(storage, run)
-    curve = [(int(row["epoch"]), float(row[METRIC])) for row in metrics if METRIC in row]
+    epochs = RunFolder(storage, run).epochs()
+    curve = [(row.epoch, row.val_top1) for row in epochs if row.val_top1 is not None]
     best = max(curve, key=lambda point: (point[1], -point[0])) if curve else None
     return TrialRow(
         trial=name,
@@ -86,7 +86,7 @@ def read_trial(storage: Storage, out: str, name: str, settings: Settings) -> Tri
         best_epoch=best[0] if best else None,
         epochs=curve[-1][0] if curve else 0,
         run=run,
-        decode_cpu_s=round(sum(float(row.get("decode_cpu_s", 0.0)) for row in metrics), 2),
+        decode_cpu_s=round(sum(row.decode_cpu_s for row in epochs), 2),
         error=": ".join(part for part in (outcome["error_class"], outcome["error_text"]) if part),
         curve=tuple(curve),
     )

@@ -17,11 +17,10 @@ from typing import Any
 from ray import tune
 
 from kinoray.errors import KinorayError
-from kinoray.network.checkpoint import list_checkpoints
 from kinoray.storage.objects import Storage, join
 from kinoray.train.config import TrainConfig
-from kinoray.train.gate import Gate, Row
-from kinoray.train.runfolder import read_metrics
+from kinoray.train.gate import Gate
+from kinoray.train.runfolder import EpochRow, RunFolder
 from kinoray.train.verb import train
 from kinoray.tune.space import apply
 
@@ -59,9 +58,10 @@ class TrialRun(tune.Trainable):  # type: ignore[misc]  # ray has no types
         self._epoch, self._best = 0, 0.0
         settings = dict(config["choice"]["settings"])
         self._config = replace(apply(context.base, settings), out=trial_run(context.base.out, self.trial_name))
-        whole = list_checkpoints(self._store, self._config.out)
-        rows = read_metrics(self._store, self._config.out)
-        self._replay: deque[Row] = deque(row for row in rows if whole and row["epoch"] <= whole[-1][1].epoch)
+        folder = RunFolder(self._store, self._config.out)
+        whole = folder.checkpoints()
+        rows = [row for row in folder.epochs() if whole and row.epoch <= whole[-1][1].epoch]
+        self._replay: deque[EpochRow] = deque(rows)
         about = join(self._config.out, "trial.json")
         if not self._store.exists(about):  # without it the folder does not count
             self._store.put(about, json.dumps({"trial": self.trial_name, "settings": settings}, indent=1).encode())
@@ -75,7 +75,7 @@ class TrialRun(tune.Trainable):  # type: ignore[misc]  # ray has no types
         row = self._next_row()
         return self._after_end() if row is None else self._result(row)
 
-    def _next_row(self) -> Row | None:
+    def _next_row(self) -> EpochRow | None:
         """Train until the next epoch that was not shown yet; None when the run ended by itself."""
         if self._thread is None:
             self._gate.begin()
@@ -84,7 +84,7 @@ class TrialRun(tune.Trainable):  # type: ignore[misc]  # ray has no types
             self._thread.start()
         else:
             self._gate.answer(True)
-        while (row := self._gate.take()) is not None and int(row["epoch"]) <= self._epoch:
+        while (row := self._gate.take()) is not None and row.epoch <= self._epoch:
             self._gate.answer(True)  # trained again, after workers died
         return row
 
@@ -96,9 +96,9 @@ class TrialRun(tune.Trainable):  # type: ignore[misc]  # ray has no types
         finally:
             self._gate.end()
 
-    def _result(self, row: Row) -> dict[str, Any]:
-        self._epoch = int(row["epoch"])
-        value = float(row.get(METRIC, 0.0))  # absent where no video of val_split could be read
+    def _result(self, row: EpochRow) -> dict[str, Any]:
+        self._epoch = row.epoch
+        value = row.val_top1 or 0.0  # None where no video of val_split could be read
         self._best = max(self._best, value)
         is_last = self._epoch >= self._config.optim.epochs
         return {"epoch": self._epoch, METRIC: value, "best": self._best, "done": is_last}

@@ -1,13 +1,16 @@
-"""From a catalog to a rank's batches: the plan of an epoch, and a Ray Data stream that decodes along it.
+"""What a rank of a training is fed with: the plan of an epoch, and a Ray Data stream that decodes along it.
 
 The order of an epoch is a pure function of (seed, epoch), and which rows are in global batch g is a function of that
 order alone, so it does not matter how many workers there are, and a run can start at any step. Every row comes exactly
 once an epoch, also when the count does not divide. That is why each rank streams its own rows instead of being handed
 a share by Ray Train's `datasets=`: its split is an equal one, and drops up to world_size - 1 rows an epoch.
+
+Easy to break: a store that is down ends the batches of one rank, while the others go on to their next collective; so
+the rank says so in `outage` and stays with them until all can end together.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -15,15 +18,31 @@ import pyarrow as pa
 import ray
 import ray.data
 import torch
+import torch.distributed as dist
 from numpy.typing import NDArray
 from ray.data.collate_fn import NumpyBatchCollateFn
 
+from kinoray.catalog.quarantine import Refusal
 from kinoray.catalog.table import REFERENCE_COLUMNS, Catalog
 from kinoray.errors import JobError, StorageUnavailable
 from kinoray.network.batch import RawBatch, VideoBatch
+from kinoray.network.device_input import DeviceInput, Feeder, sent
+from kinoray.storage.objects import Storage
+from kinoray.train.config import TrainConfig
 from kinoray.train.decoding import DecodeTask
 
-__all__ = ["Samples", "Unreadable", "epoch_order", "rank_part", "rank_steps", "run_length", "stream"]
+__all__ = [
+    "DecodeCost",
+    "Feed",
+    "Part",
+    "Samples",
+    "Unreadable",
+    "epoch_order",
+    "rank_part",
+    "rank_steps",
+    "run_length",
+    "stream",
+]
 
 Rows = NDArray[np.int64]
 _WINDOW_ROWS = 4096  # rows that are mixed with each other: several shards of 256 MB
@@ -31,6 +50,9 @@ _MAX_RUN = 8  # neighbours that stay together
 _BLOCK_BYTES = 96 * 2**20  # decoded clips that one task hands over at a time
 _BLOCK_ROWS = 8
 _STORE_SHARE = 0.5  # of the object store, for the clips of all ranks that wait to be used
+
+
+# The plan of an epoch
 
 
 def run_length(catalog: Catalog, batch_size: int) -> int:
@@ -45,7 +67,9 @@ def run_length(catalog: Catalog, batch_size: int) -> int:
     same = float(np.mean(labels[1:] == labels[:-1]))
     shares = np.unique(labels, return_counts=True)[1] / len(labels)
     chance = float(np.sum(shares**2))
-    return 1 if same > (1 + chance) / 2 else max(1, min(_MAX_RUN, batch_size // 16))
+    if same > (1 + chance) / 2:
+        return 1
+    return max(1, min(_MAX_RUN, batch_size // 16))
 
 
 def epoch_order(catalog: Catalog, *, seed: int, epoch: int, run: int = 1) -> Rows:
@@ -61,10 +85,10 @@ def epoch_order(catalog: Catalog, *, seed: int, epoch: int, run: int = 1) -> Row
     place = np.arange(num_rows) - np.flatnonzero(starts_shard)[shard]  # of a row in its shard
     chunk = np.cumsum(starts_shard | (place % run == 0)) - 1
     random = np.random.PCG64(np.random.SeedSequence([seed, epoch]))
-    shard_keys, chunk_keys = random.random_raw(num_rows), random.random_raw(num_rows)
-    first_window = (
-        int(random.random_raw()) % _WINDOW_ROWS
-    )  # so that windows do not cut a shard at the same row for ever
+    shard_keys = random.random_raw(num_rows)
+    chunk_keys = random.random_raw(num_rows)
+    # So that windows do not cut a shard at the same row for ever.
+    first_window = int(random.random_raw()) % _WINDOW_ROWS
 
     order = np.lexsort((np.arange(num_rows), shard_keys[shard]))
     leads = np.r_[True, chunk[order][1:] != chunk[order][:-1]][:num_rows]
@@ -87,6 +111,9 @@ def rank_steps(order: Rows, *, batch_size: int, rank: int, world_size: int, firs
     """
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
     return [batch[rank_part(len(batch), rank, world_size)] for batch in batches[first_step:]]
+
+
+# A rank's steps
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,47 +141,105 @@ class Samples:
     """Videos that came from the cache of decoded frames."""
 
 
-class _Arrived(NamedTuple):
-    """A batch as it comes from Ray Data: all its rows, those with a clip, and what Samples says of it."""
+@dataclass(frozen=True, slots=True)
+class DecodeCost:
+    """What it took to decode."""
 
-    rows: Rows
-    kept: Rows
-    clips: VideoBatch | RawBatch
-    unreadable: tuple[Unreadable, ...]
-    decode_cpu_s: float
-    cached: int
+    cpu_s: float
+    """CPU seconds of decode tasks, reading included."""
+    cached: int | None
+    """Videos that came from the cache of decoded frames; None without one."""
 
 
-class _Collate(NumpyBatchCollateFn):  # type: ignore[misc]  # ray has no types
-    """Columns of a batch -> _Arrived; runs in Ray Data's prefetch thread."""
+class Part:
+    """A split of the catalog, and what of it could not be read on this rank."""
 
-    def __call__(self, batch: dict[str, np.ndarray]) -> _Arrived:
-        ok = batch["ok"].astype(bool)
-        reasons = zip(batch["row"], batch["error_class"], batch["error_text"], ok, strict=True)
-        rows = batch["row"].astype(np.int64)
-        return _Arrived(
-            rows=rows,
-            kept=rows[ok],
-            clips=_clips(batch, ok),
-            unreadable=tuple(
-                Unreadable(int(row), str(kind), str(text)) for row, kind, text, good in reasons if not good
-            ),
-            decode_cpu_s=float(batch["cpu_s"].sum()),
-            cached=int(batch["cached"].sum()),
+    def __init__(self, catalog: Catalog, name: str) -> None:
+        self.catalog = catalog.select(name)
+        self.name = name
+        self.labels = torch.from_numpy(self.catalog.table.column("label_id").to_numpy().astype(np.int64))
+        self.refusals: list[Refusal] = []
+
+    def __len__(self) -> int:
+        return len(self.catalog)
+
+    def refuse(self, unreadable: Sequence[Unreadable]) -> None:
+        """Take down videos that could not be read."""
+        for item in unreadable:
+            row = self.catalog.table.select(["video_id", "uri", "offset", "length"]).slice(item.row, 1).to_pylist()[0]
+            stage = f"train on {self.name or 'all'}"
+            self.refusals.append(Refusal(**row, error_class=item.error_class, error_text=item.error_text, stage=stage))
+
+
+class Feed:
+    """Streams a rank's steps; all ranks have one."""
+
+    outage: StorageUnavailable | None = None
+    """Why batches ended early on this rank: the store is down, for longer than storage.retry_s."""
+
+    def __init__(self, config: TrainConfig, storage: Storage, *, with_flow: bool, device: torch.device) -> None:
+        self._config = config
+        self._storage = storage
+        self._with_flow = with_flow
+        finds_flow = config.clip.flow_on_device(with_flow=with_flow)
+        self._finish = DeviceInput(config.clip.flow.bound_px, device) if finds_flow else None
+        self._feeder = Feeder(device) if device.type == "cuda" and not finds_flow else None
+        self._rank = dist.get_rank()
+        self._world_size = dist.get_world_size()
+        self._spent = torch.zeros(2, dtype=torch.float64)  # CPU seconds, videos from the cache
+
+    def batches(self, part: Part, steps: Sequence[Rows], epoch: int | None) -> Iterator[Samples]:
+        """The steps of a part that have any row, in order, with the random frames of an epoch (None: the middle).
+
+        Ends early with `outage` set, and gives nothing from then on, where the store is down.
+
+        Raises:
+            JobError: as `stream`.
+        """
+        task = DecodeTask(
+            storage=self._storage,
+            clip=self._config.clip,
+            with_flow=self._with_flow,
+            seed=self._config.optim.seed,
+            epoch=epoch,
+            cache=self._config.cache,
         )
+        share = rank_part(self._config.resources.decode_tasks, self._rank, self._world_size)
+        decode_tasks = max(1, share.stop - share.start)
+        try:
+            for samples in stream(
+                part.catalog,
+                steps,
+                task,
+                decode_tasks=decode_tasks,
+                world_size=self._world_size,
+                finish=self._finish,
+            ):
+                self._spent += torch.tensor([samples.decode_cpu_s, samples.cached], dtype=torch.float64)
+                part.refuse(samples.unreadable)
+                yield samples if self._feeder is None else self._sent(samples, self._feeder)
+        except StorageUnavailable as error:
+            self.outage = error
+
+    def _sent(self, samples: Samples, feeder: Feeder) -> Samples:
+        """On the device: they get there while it computes the step before."""
+        return replace(samples, clips=sent(samples.clips, feeder)) if len(samples.clips) else samples
+
+    def check(self) -> None:
+        """Raise this rank's outage, if there is one."""
+        if self.outage is not None:
+            raise self.outage
+
+    def spent(self, device: torch.device) -> DecodeCost:
+        """What decoding took since the last call, on all ranks, which must all call it."""
+        numbers = self._spent.to(device, copy=True)
+        dist.all_reduce(numbers)
+        self._spent.zero_()
+        cached = int(numbers[1]) if self._config.cache.gb else None
+        return DecodeCost(cpu_s=round(float(numbers[0]), 3), cached=cached)
 
 
-def _clips(batch: dict[str, np.ndarray], ok: np.ndarray) -> VideoBatch | RawBatch:
-    keep = slice(None) if ok.all() else ok  # a slice copies nothing
-    tensors = {name: _tensor(batch[name][keep]) for name in ("rgb", "flow", "partners", "last") if name in batch}
-    if "partners" in tensors:
-        return RawBatch(tensors["rgb"], tensors["partners"], tensors["last"])
-    return VideoBatch(rgb=tensors["rgb"], flow=tensors.get("flow"))
-
-
-def _tensor(array: np.ndarray) -> torch.Tensor:
-    """Views into the object store are read-only, which torch does not know."""
-    return torch.from_numpy(array if array.flags.writeable else array.copy())
+# The stream
 
 
 def stream(
@@ -225,3 +310,44 @@ def _dataset(catalog: Catalog, rows: Rows, task: DecodeTask, decode_tasks: int, 
         compute=ray.data.TaskPoolStrategy(size=decode_tasks),
         num_cpus=1,
     )
+
+
+class _Arrived(NamedTuple):
+    """A batch as it comes from Ray Data: all its rows, those with a clip, and what Samples says of it."""
+
+    rows: Rows
+    kept: Rows
+    clips: VideoBatch | RawBatch
+    unreadable: tuple[Unreadable, ...]
+    decode_cpu_s: float
+    cached: int
+
+
+class _Collate(NumpyBatchCollateFn):  # type: ignore[misc]  # ray has no types
+    """Columns of a batch -> _Arrived; runs in Ray Data's prefetch thread."""
+
+    def __call__(self, batch: dict[str, np.ndarray]) -> _Arrived:
+        ok = batch["ok"].astype(bool)
+        rows = batch["row"].astype(np.int64)
+        reasons = zip(rows.tolist(), batch["error_class"], batch["error_text"], ok, strict=True)
+        return _Arrived(
+            rows=rows,
+            kept=rows[ok],
+            clips=_clips(batch, ok),
+            unreadable=tuple(Unreadable(row, str(kind), str(text)) for row, kind, text, good in reasons if not good),
+            decode_cpu_s=float(batch["cpu_s"].sum()),
+            cached=int(batch["cached"].sum()),
+        )
+
+
+def _clips(batch: dict[str, np.ndarray], ok: np.ndarray) -> VideoBatch | RawBatch:
+    keep = slice(None) if ok.all() else ok  # a slice copies nothing
+    tensors = {name: _tensor(batch[name][keep]) for name in ("rgb", "flow", "partners", "last") if name in batch}
+    if "partners" in tensors:
+        return RawBatch(tensors["rgb"], tensors["partners"], tensors["last"])
+    return VideoBatch(rgb=tensors["rgb"], flow=tensors.get("flow"))
+
+
+def _tensor(array: np.ndarray) -> torch.Tensor:
+    """Views into the object store are read-only, which torch does not know."""
+    return torch.from_numpy(array if array.flags.writeable else array.copy())
