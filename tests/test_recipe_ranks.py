@@ -21,6 +21,7 @@ TWO = (
     "again:parallel=fsdp,from=fsdp",
     "other:from=fsdp",
     "again_bn:parallel=fsdp,freeze_bn=false,from=fsdp_bn",
+    "again_all:parallel=fsdp,accumulate=2,recompute=all,ema_decay=0.5,from=fsdp_all",
 )
 
 pytestmark = pytest.mark.slow
@@ -68,7 +69,7 @@ def test_batch_norms_of_shards_follow_rank_0_as_copies_do(trained: dict[str, dic
     assert_close(trained["fsdp_bn"], trained["ddp_bn"])
 
 
-@pytest.mark.parametrize(("name", "straight"), [("again", "fsdp"), ("again_bn", "fsdp_bn")])
+@pytest.mark.parametrize(("name", "straight"), [("again", "fsdp"), ("again_bn", "fsdp_bn"), ("again_all", "fsdp_all")])
 def test_shards_that_are_saved_and_loaded_go_on_exactly(
     trained: dict[str, dict[str, Tensor]], name: str, straight: str
 ) -> None:

@@ -32,6 +32,7 @@ from kinoray.config.shared import (
 )
 from kinoray.errors import (
     CatalogError,
+    ChecksumMismatch,
     ConfigError,
     JobError,
     MediaError,
@@ -94,6 +95,7 @@ def test_an_optimizer_that_is_saved_and_loaded_goes_on_exactly() -> None:
     torch.manual_seed(0)
     straight = nn.Sequential(nn.Linear(3, 5), nn.ReLU(), nn.Linear(5, 2), nn.BatchNorm1d(2))
     straight[0].bias.requires_grad_(False)  # what is not trained has no moments
+    straight.register_parameter("unused", nn.Parameter(torch.ones(2)))  # nor has what never had a gradient
     optimizer = make_optimizer(straight, OptimConfig())
     steps(straight, optimizer, 3, seed=1)
     weights = {name: value.clone() for name, value in straight.state_dict().items()}
@@ -102,12 +104,15 @@ def test_an_optimizer_that_is_saved_and_loaded_goes_on_exactly() -> None:
 
     resumed = nn.Sequential(nn.Linear(3, 5), nn.ReLU(), nn.Linear(5, 2), nn.BatchNorm1d(2))
     resumed[0].bias.requires_grad_(False)
+    resumed.register_parameter("unused", nn.Parameter(torch.zeros(2)))
     resumed.load_state_dict(weights)
     second = make_optimizer(resumed, OptimConfig())
     load_optimizer_state(resumed, second, moments)
+    assert optimizer_state(resumed, second).keys() == moments.keys()
     steps(resumed, second, 3, seed=2)
 
     assert "0.weight/exp_avg" in moments
+    assert not {name for name in moments if name.startswith(("0.bias", "unused"))}
     for name, value in straight.state_dict().items():
         assert torch.equal(value, resumed.state_dict()[name]), name
 
@@ -180,6 +185,22 @@ def test_an_epoch_that_is_trained_again_replaces_what_it_wrote(tmp_path: Path) -
     assert expected <= set(found)
     groups = Counter(tag.partition("/")[0] for tag, _, _ in found)
     assert groups == {"train": 2, "val": 1, "run": 8, "step": 2}  # loss and rate, and what else was measured
+
+
+@pytest.mark.parametrize(
+    "line", ['{"epoch": 2}', '{"epoch": "2", "step": 1}', '{"epoch": 2, "step": true}', "[2]", '{"no": 1}']
+)
+def test_a_line_that_is_no_row_is_named(tmp_path: Path, line: str) -> None:
+    folder = RunFolder(Storage(), str(tmp_path))
+    folder.write_epoch(epoch_row(1, loss=0.5))
+    folder.write_steps(1, [StepRow(epoch=1, step=1, videos=4, unreadable=0, lr=0.5, loss=0.5)])
+    for name, read in (("metrics.jsonl", folder.epochs), ("losses/epoch-000001.jsonl", folder.steps)):
+        (row,) = read()
+        assert row.loss == 0.5
+        path = tmp_path / name
+        path.write_text(path.read_text() + line + "\n")
+        with pytest.raises(ChecksumMismatch, match=rf"{name} line 2 does not hold what kinoray wrote"):
+            read()
 
 
 def test_a_video_is_quarantined_once_with_its_first_reason(tmp_path: Path) -> None:
