@@ -36,22 +36,22 @@ ROOMS = [
     "__main__",
 ]
 
-# Who may import ray, besides cluster/: what runs on Ray, or is called by it.
+# Who may import ray, besides cluster/, and why.
 ON_RAY = {
-    "capacity/job.py",
-    "doctor/nodes.py",
-    "label/times.py",
-    "label/verb.py",
-    "pack/job.py",
-    "pack/kinetics.py",
+    "capacity/job.py",  # the workers that a plan measures with
+    "doctor/nodes.py",  # a look at each node, run as a job
+    "label/times.py",  # counters that Ray exports
+    "label/verb.py",  # the workers of a labelling
+    "pack/job.py",  # the tasks of a packing
+    "pack/kinetics.py",  # what all its tasks read is put once
     "train/gate.py",  # what a sweep and its trials meet at is an actor
     "train/input.py",  # the stream of clips is Ray Data's
-    "train/job.py",
+    "train/job.py",  # the workers of a training, under Ray Train
     "train/metrics.py",  # counters that Ray exports
-    "tune/cache.py",
-    "tune/search.py",
-    "tune/trial.py",
-    "tune/verb.py",
+    "tune/cache.py",  # the cache is emptied on every node
+    "tune/search.py",  # Ray Tune's searchers and schedulers
+    "tune/trial.py",  # a trial is a Trainable of Ray Tune
+    "tune/verb.py",  # the sweep under Ray Tune
 }
 
 

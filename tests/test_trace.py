@@ -136,14 +136,28 @@ def test_a_training_says_what_its_epochs_were_spent_on(tmp_path: Path, capsys: p
     assert "slowest: epoch 1 with 1 min 20 s" in said
 
 
-def test_a_run_whose_metrics_are_damaged_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        ('{"epoch": 1}', "KeyError('time_s')"),
+        ('{"epoch": 1, "time_s": 1e30, "epoch_s": 1, "train_s": 1, "decode_wait": 0}', "1e+30 is no time since 1970"),
+        (
+            '{"epoch": 1, "time_s": 1e9, "epoch_s": 1e30, "train_s": 1, "decode_wait": 0}',
+            "-1e+30 is no time since 1970",
+        ),
+    ],
+)
+def test_a_run_whose_metrics_are_damaged_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], line: str, reason: str
+) -> None:
     catalog = catalog_of([{"video_id": "v", "uri": "u", "split": "train"}])
     out = tmp_path / "run"
     RunFolder(LOCAL, str(out)).claim(TrainConfig(catalog="set", out=str(out)), catalog)
-    (out / "metrics.jsonl").write_text('{"epoch": 1}\n')
+    (out / "metrics.jsonl").write_text(f"{line}\n")
     assert main(["runs", str(out)]) == 1
     said = capsys.readouterr().err
-    assert f"ChecksumMismatch: {out / 'metrics.jsonl'} does not hold what kinoray wrote: KeyError('time_s')" in said
+    assert f"ChecksumMismatch: {out / 'metrics.jsonl'} does not hold what kinoray wrote: " in said
+    assert reason in said
 
 
 def test_a_place_without_a_labelling_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

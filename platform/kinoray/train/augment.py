@@ -57,7 +57,9 @@ class Augmenter:
     """Draws for one run; the same for any order of calls."""
 
     def __init__(self, config: AugmentConfig, seed: int, device: torch.device) -> None:
-        self._config, self._seed, self._device = config, seed, device
+        self._config = config
+        self._seed = seed
+        self._device = device
 
     def colour(self, clips: VideoBatch, video_ids: Sequence[str], epoch: int) -> VideoBatch:
         """The clips with other colours, RGB on the device; the same object if colours are not to be changed."""

@@ -83,11 +83,14 @@ class TrainConfig:
         require(every >= 0, "checkpoint_every_steps", "at least 0", every)
         require(self.max_failures >= 0, "max_failures", "at least 0", self.max_failures)
         check_fraction("max_bad_fraction", self.max_bad_fraction)
-        workers, batch = self.resources.num_workers, self.optim.batch_size
+        workers = self.resources.num_workers
+        batch = self.optim.batch_size
         require(batch >= workers, "optim.batch_size", f"at least resources.num_workers ({workers})", batch)
-        precision, on_gpu = self.optim.precision, self.resources.gpus_per_worker > 0
+        precision = self.optim.precision
+        on_gpu = self.resources.gpus_per_worker > 0
         require(on_gpu or precision != "fp16", "optim.precision", "fp32 or bf16 on CPUs (fp16 needs GPUs)", precision)
-        decoder, expected = self.clip.decode.device, "cpu in training; label and evaluate have decode_device"
+        decoder = self.clip.decode.device
+        expected = "cpu in training; label and evaluate have decode_device"
         require(decoder == "cpu", "clip.decode.device", expected, decoder)
         on_device = self.clip.flow.estimator != "dis"
         expected = f"0 with clip.flow.estimator {self.clip.flow.estimator}"

@@ -48,7 +48,8 @@ class DecodeTask:
         The columns are those of VideoBatch, or of RawBatch where the device finds the flow.
         StorageUnavailable is no fault of a video: it ends the block, with that reason in what is left of its rows.
         """
-        count, size = block.num_rows, self.clip.view.crop_px
+        count = block.num_rows
+        size = self.clip.view.crop_px
         grid = (count, self.clip.sample.num_segments, self.clip.sample.frames_per_segment)
         decoded = {"rgb": np.zeros((*grid, 3, size, size), np.uint8)}
         if self.clip.flow_on_device(with_flow=self.with_flow):

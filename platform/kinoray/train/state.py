@@ -57,7 +57,9 @@ __all__ = [
 ]
 
 HISTORY = "epoch/steps"
-_OPTIMIZER, _LIVE, _UPDATES = "optimizer/", "live/", "average/updates"
+_OPTIMIZER = "optimizer/"
+_LIVE = "live/"
+_UPDATES = "average/updates"
 _SCALER = {"scaler/scale": "scale", "scaler/growth_tracker": "_growth_tracker"}
 _WHOLE = StateDictOptions(full_state_dict=True)
 

@@ -151,7 +151,8 @@ class Replica:
             self.state.share_buffers()  # as DistributedDataParallel does before each step
         num_videos = torch.tensor(float(len(labels)), dtype=torch.float64, device=self.device)
         global_videos = self._exchange(num_videos)
-        optimizer, scaler = self.state.optimizer, self.state.scaler
+        optimizer = self.state.optimizer
+        scaler = self.state.scaler
         set_rate(optimizer, lr)
         optimizer.zero_grad(set_to_none=True)
         # Where no rank has a readable video the gradient is zero, not 0 / 0.

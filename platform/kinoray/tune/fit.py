@@ -26,7 +26,9 @@ def trials_at_once(nodes: Sequence[Mapping[str, float]], resources: ResourcesCon
         count += 1
     if count:
         return count
-    workers, cpus, gpus = resources.num_workers, resources.cpus_per_worker, resources.gpus_per_worker
+    workers = resources.num_workers
+    cpus = resources.cpus_per_worker
+    gpus = resources.gpus_per_worker
     gpu_text = f" and {gpus:g} GPU" if gpus else ""
     total = f"{workers * cpus + resources.decode_tasks:g} CPU" + (f" and {workers * gpus:g} GPU" if gpus else "")
     have = [f"{node.get('CPU', 0.0):g} CPU" + (f" and {node.get('GPU', 0.0):g} GPU" if gpus else "") for node in nodes]

@@ -59,7 +59,9 @@ class _OptunaTrials(Searcher):  # type: ignore[misc]
 
     def __init__(self, study: Any, axes: Sequence[Axis], seen: set[str]) -> None:
         super().__init__(metric=METRIC, mode="max")
-        self._study, self._axes, self._seen = study, axes, seen
+        self._study = study
+        self._axes = axes
+        self._seen = seen
         self._distributions = {axis.path: _distribution(axis) for axis in axes}
         self._asked: dict[str, Any] = {}
 

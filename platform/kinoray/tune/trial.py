@@ -55,7 +55,8 @@ class TrialRun(tune.Trainable):  # type: ignore[misc]  # ray has no types
         self._gate.take_over()
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
-        self._epoch, self._best = 0, 0.0
+        self._epoch = 0
+        self._best = 0.0
         settings = dict(config["choice"]["settings"])
         self._config = replace(apply(context.base, settings), out=trial_run(context.base.out, self.trial_name))
         folder = RunFolder(self._store, self._config.out)

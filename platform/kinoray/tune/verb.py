@@ -78,7 +78,8 @@ def tune(config: TuneConfig, given: Sequence[Settings] = ()) -> dict[str, Any]:
     """
     start_s = time.monotonic()
     config = replace(config, catalog=absolute(config.catalog), out=absolute(config.out).rstrip("/"))
-    storage, base = Storage(config.storage), train_config(config)
+    storage = Storage(config.storage)
+    base = train_config(config)
     axes = _axes_of(given) if given else parse_space(config.space)
     if config.search == "optuna":
         require_optuna()
@@ -176,7 +177,9 @@ class _Watch(ray_tune.Callback):  # type: ignore[misc]
     """Writes down how trials end, and says what happens."""
 
     def __init__(self, storage: Storage, base: TrainConfig, ended: set[str]) -> None:
-        self._storage, self._base, self._ended = storage, base, ended
+        self._storage = storage
+        self._base = base
+        self._ended = ended
         self._best = 0.0
 
     def on_trial_result(self, iteration: int, trials: Any, trial: Any, result: Any, **info: Any) -> None:
@@ -241,9 +244,11 @@ def _run_trials(
     ended = {name for name, how in status.items() if how}
     if trials:
         choices = _choices(config, trials, status)
-        space, search = {"choice": ray_tune.grid_search(choices)}, {}
+        space = {"choice": ray_tune.grid_search(choices)}
+        search = {}
     else:
-        space, search = {}, _optuna(storage, config, axes, status)
+        space = {}
+        search = _optuna(storage, config, axes, status)
     filesystem, path = arrow_filesystem(config.storage, join(config.out, "ray"))
     tuner = ray_tune.Tuner(
         # A driver waits for its workers and takes no CPU; Tune refuses a claim of nothing: one byte of memory.
