@@ -41,7 +41,7 @@ class Gate:
         self._changed = threading.Condition()
 
     def __call__(self, request: Request) -> None:
-        if request.method == "PUT" and "/commits/" in request.path:
+        if request.method == "PUT" and "/parts/" in request.path:
             with self._changed:
                 self.held += 1
                 self._changed.notify_all()

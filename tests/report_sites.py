@@ -14,6 +14,7 @@ from kinoray.label.table import PREDICTION_SCHEMA, Ledger
 from kinoray.library.config import ReportConfig
 from kinoray.library.report.verb import report
 from kinoray.storage.objects import Storage
+from small_tables import job_record
 
 __all__ = [
     "CLASSES",
@@ -125,7 +126,7 @@ def catalog_of(truth: Truth, labels: tuple[str, ...] = CLASSES) -> Catalog:
 def write_predictions(folder: Path, table: pa.Table, unit_size: int = 3, *, num_units: int | None = None) -> str:
     """A labelling, as `label` leaves it; with num_units, one that has got so far."""
     ledger = Ledger(Storage(), str(folder / digest(table["video_id"].to_pylist())))
-    ledger.pin_job({"checkpoint": "run", "labels": []})
+    ledger.pin_job(job_record(labels=()))
     plan = ledger.plan("catalog", table["row_key"].to_pylist(), unit_size)
     for number, unit in enumerate(plan.units[:num_units]):
         ledger.commit(unit, table.slice(number * unit_size, unit_size), "run-1")

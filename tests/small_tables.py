@@ -1,13 +1,18 @@
 """Result tables without a model: catalogs of references, and what a labeller would have said of them."""
 
+import hashlib
+import io
+import json
+import struct
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from kinoray.catalog.table import Catalog
-from kinoray.label.table import PREDICTION_SCHEMA, Ledger, Plan, labelling_id, row_keys
+from kinoray.label.table import PREDICTION_SCHEMA, JobRecord, Ledger, Plan, labelling_id, row_keys
 from kinoray.storage.objects import Storage, join
 from small_sets import LABELS, catalog_of
 
@@ -57,11 +62,29 @@ def rows_for(catalog: Catalog, keys: Sequence[str], **changes: Any) -> pa.Table:
     return pa.Table.from_pylist(rows, schema=PREDICTION_SCHEMA)
 
 
+def job_record(**changes: Any) -> JobRecord:
+    """What job.json says of a labelling that was never run."""
+    known = {"checkpoint": "run", "model_digest": "m", "config_digest": "c", "labels": tuple(LABELS), "settings": {}}
+    return JobRecord(**{**known, **changes})
+
+
 def ledger_in(storage: Storage, out: str | Path) -> Ledger:
     """A labelling that has been started."""
     ledger = Ledger(storage, join(str(out), ROOT_NAME))
-    ledger.pin_job({"checkpoint": "run", "labels": list(LABELS), "model_digest": "m", "config_digest": "c"})
+    ledger.pin_job(job_record())
     return ledger
+
+
+def part_of(rows: pa.Table, record: dict[str, Any]) -> bytes:
+    """A part as its format is described, with any record in its metadata."""
+    sink = io.BytesIO()
+    with pq.ParquetWriter(sink, rows.schema) as writer:
+        writer.write_table(rows)
+        writer.add_key_value_metadata({"kinoray": json.dumps(record)})
+    data = sink.getvalue()
+    (footer_bytes,) = struct.unpack("<I", data[-8:-4])
+    pages, footer = data[: -8 - footer_bytes], data[-8 - footer_bytes :]
+    return pages + hashlib.sha256(pages).digest() + hashlib.sha256(footer).digest() + footer
 
 
 def label_library(ledger: Ledger, catalog: Catalog, *, unit_size: int = 8, **changes: Any) -> Plan:

@@ -35,6 +35,7 @@ from kinoray.library.config import ReportConfig
 from kinoray.library.report.verb import report
 from kinoray.storage.objects import Storage, join
 from small_sets import save_as_pack
+from small_tables import job_record
 
 LOCAL = Storage(StorageConfig())
 LABELS = ("ant", "bee", "cat", "dog", "<i>eel</i>", "fly")
@@ -85,7 +86,7 @@ def evaluated(
     about = {"model_digest": digest(f"model {seed}"), "config_digest": digest(f"config {all_scores}")}
     root = join(out, labelling_id(about["model_digest"], about["config_digest"]))
     ledger = Ledger(storage, root)
-    ledger.pin_job({**about, "labels": list(labels), "checkpoint": f"run-{seed}"})
+    ledger.pin_job(job_record(**about, labels=tuple(labels), checkpoint=f"run-{seed}"))
     plan = ledger.plan(catalog.digest, row_keys(catalog.table), 16)
     truth = dict(zip(catalog.table["video_id"].to_pylist(), catalog.table["label"].to_pylist(), strict=True))
     scores: dict[str, np.ndarray] = {}

@@ -13,9 +13,9 @@ import pytest
 
 from kinoray.cli import main
 from kinoray.console import PlainStream, exact_stdout, many, plain_streams, shortened, table, visible
-from kinoray.label.table import Ledger
+from kinoray.label.table import Ledger, Times, row_keys
 from kinoray.storage.objects import Storage
-from small_tables import label_library, ledger_in, library
+from small_tables import ledger_in, library, rows_for
 
 EVIL = "\x1b]0;owned\x07\x1b[2J\x1b[31mred\x9b5m\r\u202egnp.exe\u200b\x7f\x00"
 MARKS = ["\x1b", "\x07", "\x9b", "\u202e", "\u200b", "\x7f", "\x00", "\x08"]
@@ -74,11 +74,11 @@ def test_streams_are_as_before_after_a_command(capsys: pytest.CaptureFixture[str
 def hostile_table(folder: Path) -> Ledger:
     """A labelling whose videos, classes, reasons and job have hostile names."""
     ledger = ledger_in(Storage(), folder)
-    label_library(ledger, library(10, uri=f"s3://{EVIL}"), error_text=EVIL, label_topk=[EVIL], error_class=EVIL)
-    for path in Path(ledger.root, "commits").iterdir():
-        record = json.loads(path.read_text())
-        times = {"worker": EVIL, "begin_s": 1.0, "end_s": 2.0, "store": 0.1, "decode": 0.1, "model": 0.1}
-        path.write_text(json.dumps({**record, "times": times, "run_id": EVIL}))
+    catalog = library(10, uri=f"s3://{EVIL}")
+    times = Times(worker=EVIL, begin_s=1.0, end_s=2.0, store=0.1, decode=0.1, model=0.1)
+    for unit in ledger.plan(catalog.digest, row_keys(catalog.table), 8).units:
+        rows = rows_for(catalog, unit.keys, error_text=EVIL, label_topk=[EVIL], error_class=EVIL)
+        ledger.commit(unit, rows, EVIL, None, times)
     return ledger
 
 
@@ -114,7 +114,6 @@ for line in (
     ["labels", folder + "/out", "--label", evil],
     ["labels", folder + "/" + evil.replace(chr(0), "")],
     ["labels", folder + "/out", "--summary"],
-    ["vacuum", folder + "/out"],
     ["runs", folder],
     ["runs", folder, "--json"],
     ["compare", evil, evil, "--out", "x.html"],

@@ -32,7 +32,7 @@ from kinoray.storage.objects import Storage, join
 from kinoray.train.config import TrainConfig
 from label_models import save_untrained
 from small_sets import LABELS, catalog_of, colour_set, colour_video
-from small_tables import label_library, ledger_in, library
+from small_tables import job_record, label_library, ledger_in, library
 from tiny_models import OWN_NETWORKS
 
 CATALOG = library(20)
@@ -168,7 +168,7 @@ def test_the_csv_of_a_labelling_tool_and_defused_names_are_read(tmp_path: Path) 
     """Other columns, another order, a byte order mark, and a quote sign before what looks like a formula."""
     labels = ("=sum", "'quoted", "red")
     ledger = Ledger(Storage(), str(tmp_path / "out"))
-    ledger.pin_job({"checkpoint": "run", "labels": list(labels)})
+    ledger.pin_job(job_record(labels=labels))
     label_library(ledger, CATALOG)
     keys = {video_id: row["row_key"] for video_id, row in said(ledger).items()}
     lines = ["annotator,label,id,row_key", f"ann,'=sum,7,{keys['v0000']}", f"ann,'quoted,8,{keys['v0001']}"]

@@ -279,9 +279,9 @@ def test_a_protocol_gives_the_same_digits_on_any_number_of_workers_and_after_a_k
     assert {row["views"] for row in table} == {15}
     assert digits(2) == (table, record)
     shutil.copytree(tmp_path / "2", tmp_path / "4")
-    commits = sorted(tmp_path.glob("4/*/commits/*.json"))
-    assert len(commits) == 6
-    for path in commits[:4]:  # as a kill leaves it: parts that no commit names
+    parts = sorted(tmp_path.glob("4/*/parts/*.parquet"))
+    assert len(parts) == 6
+    for path in parts[:4]:  # as a kill leaves it
         path.unlink()
     capsys.readouterr()
     assert digits(4) == (table, record)

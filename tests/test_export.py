@@ -27,7 +27,7 @@ from kinoray.library.correct import correct
 from kinoray.library.export import export
 from kinoray.storage.objects import Storage, join
 from small_sets import LABELS, catalog_of
-from small_tables import label_library, ledger_in, library, rows_for
+from small_tables import job_record, label_library, ledger_in, library, rows_for
 
 CATALOG = library(20)
 GOOD = [f"v{index:04d}" for index in range(20) if index % 5 != 4]
@@ -139,7 +139,7 @@ def test_what_label_studio_gets(out: str, tmp_path: Path) -> None:
 def test_names_of_classes_stay_data(tmp_path: Path) -> None:
     names = ('"/><x a="', "a\nb\u202e", "<!--", "&amp;")
     ledger = Ledger(Storage(), str(tmp_path / "out"))
-    ledger.pin_job({"checkpoint": "run", "labels": [*names, *LABELS], "model_digest": "m"})
+    ledger.pin_job(job_record(labels=(*names, *LABELS)))
     label_library(ledger, CATALOG)
     for kind in ("label-studio", "fiftyone", "datumaro"):
         export(ExportConfig(predictions=ledger.root, format=kind, to=str(tmp_path / kind)))
@@ -152,8 +152,7 @@ def test_names_of_classes_stay_data(tmp_path: Path) -> None:
 def test_any_number_of_classes_is_handed_over(tmp_path: Path) -> None:
     """Of a network with a yes or no for each class: two classes for some videos, none for the others."""
     ledger = Ledger(Storage(), str(tmp_path / "out"))
-    record = {"checkpoint": "run", "labels": list(LABELS), "model_digest": "m", "answer": {"scores": "sigmoid"}}
-    ledger.pin_job(record)
+    ledger.pin_job(job_record(scores="sigmoid"))
     catalog = library(4)
     plan = ledger.plan(catalog.digest, row_keys(catalog.table), 2)
     ledger.commit(plan.units[0], rows_for(catalog, plan.units[0].keys), "run")

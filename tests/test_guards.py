@@ -40,8 +40,8 @@ ROOMS = [
 ON_RAY = {
     "capacity/job.py",  # the workers that a plan measures with
     "doctor/nodes.py",  # a look at each node, run as a job
+    "label/job.py",  # the workers of a labelling
     "label/times.py",  # counters that Ray exports
-    "label/verb.py",  # the workers of a labelling
     "pack/job.py",  # the tasks of a packing
     "pack/kinetics.py",  # what all its tasks read is put once
     "train/gate.py",  # what a sweep and its trials meet at is an actor

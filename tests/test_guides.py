@@ -197,7 +197,7 @@ def test_a_page_runs_as_printed(page: str, tmp_path: Path, s3_server: str, reque
     said: list[str] = []
 
     def has_committed() -> bool:
-        return any("/commits/" in info.uri for info in storage.list(f"{BUCKET}/labels/library/"))
+        return any("/parts/" in info.uri for info in storage.list(f"{BUCKET}/labels/library/"))
 
     for number, block in enumerate(block for block in shell_blocks(page) if block.run_by == HERE):
         if page == "docs/labelling.md" and number == 1:  # it says: kill it; the next block is the same command

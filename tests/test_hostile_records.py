@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 
 from kinoray.cli import main
@@ -20,7 +21,7 @@ from kinoray.library.copies import Source, copied_videos
 from kinoray.storage.objects import Storage, join
 from kinoray.storage.records import as_name, is_name, parse_json, parse_record, read_record
 from kinoray.train.config import TrainConfig
-from small_tables import label_library, ledger_in, library
+from small_tables import label_library, ledger_in, library, part_of
 
 DEEP = "[" * 200_000
 BAD_JSON = {
@@ -127,19 +128,18 @@ def change_first(ledger: Ledger, folder: str, change: Callable[[dict[str, Any]],
 
 
 BAD_COMMITS: dict[str, Callable[[dict[str, Any]], object]] = {
-    "part is an object": lambda record: record.update(part={"a": 1}),
-    "part is a list": lambda record: record.update(part=["a"]),
-    "part is null": lambda record: record.update(part=None),
-    "part climbs": lambda record: record.update(part="../../../secret.parquet"),
-    "part is a path": lambda record: record.update(part="/etc/passwd"),
-    "part is hidden": lambda record: record.update(part=".kinoray-tmp-x"),
     "unit_id climbs": lambda record: record.update(unit_id="../x"),
     "unit_id is of another unit": lambda record: record.update(unit_id="f" * 16),
-    "rows is a text": lambda record: record.update(rows="many"),
-    "sha256 is missing": lambda record: record.pop("sha256"),
+    "unit_id is missing": lambda record: record.pop("unit_id"),
+    "run_id is an object": lambda record: record.update(run_id={"a": 1}),
+    "run_id is null": lambda record: record.update(run_id=None),
     "counts are texts": lambda record: record.update(counts={"labelled": "x"}),
-    "windows is a text": lambda record: record.update(windows="x"),
-    "windows lack their checksum": lambda record: record.update(windows={"rows": 1, "size_bytes": 1}),
+    "counts are a list": lambda record: record.update(counts=[20]),
+    "windows climb": lambda record: record.update(windows="../../../secret"),
+    "windows are a path": lambda record: record.update(windows="/etc/passwd"),
+    "windows are an object": lambda record: record.update(windows={"rows": 1, "size_bytes": 1}),
+    "times are a text": lambda record: record.update(times="x"),
+    "times lack a stage": lambda record: record.update(times={"worker": "w", "begin_s": 1, "end_s": 2, "store": 0}),
     "a field is unknown": lambda record: record.update(run_as="root"),
 }
 
@@ -151,12 +151,18 @@ def test_a_commit_that_is_not_ours_is_refused_by_all_readers(
     (tmp_path / "secret.parquet").write_bytes(b"secret")
     ledger = ledger_in(Storage(), tmp_path / "out")
     label_library(ledger, library(20))
-    path = change_first(ledger, "commits", change)
+    path = sorted(Path(ledger.root, "parts").iterdir())[0]
+    record = json.loads(pq.read_metadata(path).metadata[b"kinoray"])
+    rows = pq.read_table(path)
+    path.write_bytes(part_of(rows, record))
+    assert read_predictions(Storage(), ledger.root).num_rows == 20
+    change(record)
+    path.write_bytes(part_of(rows, record))
     there = sorted(file for file in tmp_path.rglob("*") if file.is_file())
     with pytest.raises(ChecksumMismatch, match=f"{path}"):
         read_predictions(Storage(), ledger.root)
-    for verb, *flags in (["labels"], ["labels", "--summary"], ["vacuum", "--older-than-h", "1e-9"]):
-        assert main([verb, str(tmp_path / "out"), *flags]) == 1
+    for flags in ([], ["--summary"]):
+        assert main(["labels", str(tmp_path / "out"), *flags]) == 1
         said = capsys.readouterr().err
         assert str(path) in said
         assert said.count("\n") == 1
@@ -231,33 +237,29 @@ def test_runs_shows_a_run_that_is_not_ours_as_damaged(
     assert main(["runs", str(tmp_path)]) == 0  # the table, too
 
 
-def test_vacuum_leaves_alone_what_no_labelling_wrote(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_no_labelling_wrote_is_no_unit_and_stays(tmp_path: Path) -> None:
     ledger = ledger_in(Storage(), tmp_path / "out")
-    label_library(ledger, library(20))
+    plan = label_library(ledger, library(20))
     mine = tmp_path / "mine"
     mine.mkdir()
     (mine / "thesis.tex").write_text("years of work")
+    (mine / ".kinoray-tmp-mine").write_text("mine, too")
     parts = Path(ledger.root, "parts")
     (parts / "linked").symlink_to(mine)
+    (parts / ".kinoray-tmp-linked").symlink_to(mine / "thesis.tex")
     (parts / "notes.txt").write_text("why")
     (parts / "deeper").mkdir()
-    (parts / "deeper" / f"a-{'0' * 12}.parquet").write_text("x")
-    (parts / f"a-{'0' * 12}.parquet").write_text("what a killed job left")
-    assert main(["vacuum", str(tmp_path / "out"), "--older-than-h", "1e-9"]) == 0
-    assert "removed 1 parts" in (said := capsys.readouterr().out)
-    assert "3 files among the parts are none of a labelling's, and stay" in said
-    assert (mine / "thesis.tex").read_text() == "years of work"
-    assert (parts / "deeper" / f"a-{'0' * 12}.parquet").exists()
-
-
-def test_vacuum_removes_nothing_behind_a_link(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    mine, theirs = (ledger_in(Storage(), tmp_path / name) for name in ("mine", "theirs"))
-    label_library(mine, library(20))
-    before = sorted(Path(mine.root, "parts").iterdir())
-    Path(theirs.root, "parts").symlink_to(Path(mine.root, "parts"))
-    assert main(["vacuum", str(tmp_path / "theirs"), "--older-than-h", "1e-9"]) == 1
-    assert "is a link to another folder" in capsys.readouterr().err
-    assert sorted(Path(mine.root, "parts").iterdir()) == before
+    (parts / "deeper" / "a.parquet").write_text("x")
+    there = set(tmp_path.rglob("*"))
+    for path in there:
+        os.utime(path, (0, 0), follow_symlinks=False)
+    assert ledger.committed() == {unit.unit_id for unit in plan.units}
+    ledger.summarize("a", {})
+    assert set(tmp_path.rglob("*")) == there | {
+        Path(ledger.root, "jobs"),
+        Path(ledger.root, "jobs", "a.json"),
+    }
+    assert read_predictions(Storage(), ledger.root).num_rows == 20
 
 
 @pytest.mark.parametrize("key", ["../../climbed", "/tmp/absolute", "a/b", ""])

@@ -440,14 +440,14 @@ def test_a_killed_driver_loses_nothing_and_repeats_only_what_was_in_flight(
             driver.wait()
     # Its Ray notices and ends; until then a worker may still finish what it has begun.
     wait_until(lambda: not any(is_alive(process_id) for process_id in held.batches()), 60, "its workers are gone")
-    (commits,) = out.glob("*/commits")
-    finished = {path.name: path.read_bytes() for path in commits.iterdir()}
+    (parts,) = out.glob("*/parts")
+    finished = {path.name: path.read_bytes() for path in parts.glob("*.parquet")}
     assert 4 <= len(finished) <= 8  # units of four clips, or three and a broken one; two were in flight
     held.go()
 
     totals = label(config_of(library, held.checkpoint, out))
     assert f"{len(finished) * UNIT_SIZE} of {NUM_VIDEOS} videos are labelled already" in capsys.readouterr().out
-    assert {name: (commits / name).read_bytes() for name in finished} == finished
+    assert {name: (parts / name).read_bytes() for name in finished} == finished
     assert totals["inputs"] == NUM_VIDEOS
     assert same_for_all(read_predictions(LOCAL, str(out))) == same_for_all(read_predictions(LOCAL, str(undisturbed[1])))
     assert NUM_LABELLED < len(held.batches()) <= NUM_LABELLED + 2 * UNIT_SIZE  # two workers, so two units in flight
@@ -500,7 +500,7 @@ def test_label_on_s3(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Also with several units in each of Ray's blocks, as in catalogs of more than a million videos."""
-    monkeypatch.setattr("kinoray.label.verb._MAX_BLOCKS", 4)
+    monkeypatch.setattr("kinoray.label.job._MAX_BLOCKS", 4)
     storage = Storage(s3_config)
     for path in sorted(library.rglob("*.mp4")):
         storage.put(join(bucket, "library", str(path.relative_to(library))), path.read_bytes())

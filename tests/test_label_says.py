@@ -125,7 +125,7 @@ def test_stages_are_timed_each_for_itself() -> None:
 
 
 @pytest.mark.ray
-def test_progress_metrics_summary_and_manifest_say_the_same(
+def test_progress_metrics_summary_and_parts_say_the_same(
     config: LabelConfig, ray_local: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
     totals = label(config)
@@ -137,9 +137,10 @@ def test_progress_metrics_summary_and_manifest_say_the_same(
     assert summary["videos_per_s"] == pytest.approx(13 / summary["wall_s"])
     assert summary["waited_s"]["decode"] > 0
     assert summary["waited_s"]["commit"] > 0
-    manifest = json.loads((root / "manifest.json").read_text())
-    assert (manifest["rows"], len(manifest["parts"])) == (13, 4)
-    assert {path.name for path in (root / "parts").iterdir()} == {Path(part).name for part in manifest["parts"]}
+    commits = list(Ledger(LOCAL, str(root)).commits())
+    assert (sum(commit.rows for commit in commits), len(commits)) == (13, 4)
+    assert {path.stem for path in (root / "parts").iterdir()} == {commit.unit_id for commit in commits}
+    assert {commit.run_id for commit in commits} == {totals["run_id"]}
     wait_until(lambda: counted(root.name) == {"labelled": 12, "quarantined": 1}, 60, "the metrics arrive")
     began_s = datetime.fromisoformat(summary["began"]).timestamp()
     spans = labels(LabelsConfig(predictions=config.out, summary=True))["spans"]
@@ -181,7 +182,7 @@ def test_workers_log_units_and_refusals_as_json_with_their_ids(config: LabelConf
     (root,) = Path(config.out).iterdir()
     (run,) = ({"run": path.stem} for path in (root / "jobs").iterdir())
     units = [record for record in mine if record["message"] == "unit committed"]
-    assert {record["unit"] for record in units} == {path.stem for path in (root / "commits").iterdir()}
+    assert {record["unit"] for record in units} == {path.stem for path in (root / "parts").iterdir()}
     assert sum(record["videos"] for record in units) == 13
     (refused,) = [record for record in mine if record["message"] == "quarantined"]
     assert (refused["levelname"], refused["video"], refused["reason"]) == ("WARNING", "no-video", "UnreadableContainer")
@@ -208,7 +209,7 @@ def test_a_full_disk_commits_nothing_wrong_and_the_rest_comes_later(config: Labe
     config = replace(config, out=str(small_disk / "out"), unit_size=1)
     open_labelling(config, "label")
     ballast = small_disk / "ballast"
-    free = 100 * 1024  # room for some parts and commits, each at least one page
+    free = 100 * 1024  # room for some parts, each at least one page
     ballast.write_bytes(bytes(max(0, 600 * 1024 - sum(path.stat().st_size for path in files_in(config.out)) - free)))
     said = label_here(config)
     failed = [row for row in said if row["error_class"]]

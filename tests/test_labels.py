@@ -12,21 +12,22 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.dataset as pads
 import pyarrow.parquet as pq
 import pytest
 
 from kinoray.catalog.table import Catalog, save_catalog
 from kinoray.config.shared import StorageConfig
-from kinoray.errors import CatalogError, ConfigError, IncompleteOutput
-from kinoray.label.manifest import write_manifest
+from kinoray.errors import CatalogError, ConfigError
 from kinoray.label.table import WINDOW_SCHEMA, Ledger, labelling_id, read_predictions, row_keys
 from kinoray.library.config import LabelsConfig
 from kinoray.library.labels import labels
 from kinoray.library.rows import LABEL_SCHEMA, Where, scan
 from kinoray.library.write import defused, undefused
 from kinoray.storage.objects import Storage, join
+from kinoray.video.protocol import WindowsConfig
 from small_sets import catalog_of
-from small_tables import answer, label_library, ledger_in, library, rows_for
+from small_tables import answer, job_record, label_library, ledger_in, library, rows_for
 
 CATALOG = library(43)
 Row = dict[str, Any]
@@ -262,17 +263,6 @@ class Counting(Storage):
         return super().read(uri, max_bytes=max_bytes)
 
 
-def test_a_status_that_a_unit_has_not_is_never_fetched(tmp_path: Path) -> None:
-    ledger = ledger_in(Storage(), tmp_path)
-    catalog = library(40)
-    label_library(ledger, catalog, unit_size=4)  # every fifth is quarantined: 2 of 10 units have none
-    Counting.seen.clear()
-    watched = Ledger(Counting(), ledger.root)
-    tables = list(scan(watched, ["video_id"], Where(status=("quarantined",))))
-    assert sum(len(table) for table in tables) == 8
-    assert len([uri for uri in Counting.seen if "/parts/" in uri]) == 8
-
-
 def test_a_grown_library_reads_as_the_whole_table_does_and_hidden_rows_stay_hidden(tmp_path: Path) -> None:
     ledger = ledger_in(Storage(), tmp_path)
     label_library(ledger, library(10))
@@ -337,7 +327,7 @@ def test_unknown_names_are_refused_with_those_that_there_are(out: str, tmp_path:
     with pytest.raises(ConfigError, match=r"columns: there is no 'catalog_split'; name the catalog with --join"):
         labels(LabelsConfig(predictions=out, columns=("catalog_split",)))
     other = Ledger(Storage(), join(out, labelling_id("another", "config")))
-    other.pin_job({"checkpoint": "runs/second"})
+    other.pin_job(job_record(checkpoint="runs/second"))
     with pytest.raises(ConfigError, match=r"predictions must name one labelling; .* holds 2: .* \(by runs/second\)"):
         labels(LabelsConfig(predictions=out))
     Path(other.root, "job.json").unlink()
@@ -363,7 +353,7 @@ def test_wrong_settings_are_named(changes: Row, message: str) -> None:
 def test_windows_are_rows_of_their_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """v0000 has one window, v0001 two, v0002 three; the class of window n is that of the video with that number."""
     ledger = Ledger(Storage(), str(tmp_path / "out"))
-    ledger.pin_job({"checkpoint": "run", "labels": ["blue", "green", "red"], "views": {"windows": {"length_s": 2.0}}})
+    ledger.pin_job(job_record(windows=WindowsConfig(length_s=2.0, stride_s=2.0)))
     catalog = library(3)
     keys = row_keys(catalog.table)
     for unit in ledger.plan(catalog.digest, keys, 2).units:
@@ -393,8 +383,6 @@ def test_windows_are_rows_of_their_own(tmp_path: Path, capsys: pytest.CaptureFix
     capsys.readouterr()
     labels(LabelsConfig(predictions=ledger.root, windows=True))
     assert capsys.readouterr().out.splitlines()[2].split() == ["v0001", "0", "0.000", "2.000", "blue", "0.500", "0.000"]
-    record = write_manifest(ledger, ledger.plans()[0])
-    assert [part.replace("windows/", "parts/") for part in record["windows"]] == record["parts"]
 
 
 def test_a_table_without_windows_says_so(out: str) -> None:
@@ -402,43 +390,25 @@ def test_a_table_without_windows_says_so(out: str) -> None:
         labels(LabelsConfig(predictions=out, windows=True))
 
 
-# The manifest, and DuckDB
+# Other readers
 
 
-def test_the_manifest_names_exactly_the_committed_parts(tmp_path: Path) -> None:
+def test_other_readers_of_parquet_take_the_parts_as_they_lie(tmp_path: Path) -> None:
     ledger = ledger_in(Storage(), tmp_path)
-    plan = label_library(ledger, CATALOG)
-    ledger.storage.put(join(ledger.root, "parts", f"{plan.units[0].unit_id}-aaaa.parquet"), b"left by a loser")
-    labels(LabelsConfig(predictions=str(tmp_path), manifest=True))
-    record = json.loads(Path(ledger.root, "manifest.json").read_text())
-    assert (record["rows"], record["foreign_rows"], record["catalog_digest"]) == (43, 0, CATALOG.digest)
-    assert len(record["parts"]) == len(plan.units)
-    table = pa.concat_tables(pq.read_table(Path(ledger.root, part)) for part in record["parts"])
-    assert table.equals(read_predictions(Storage(), ledger.root))
+    label_library(ledger, CATALOG)
+    (Path(ledger.root, "parts") / ".kinoray-tmp-1").write_bytes(b"a writer is at work")
+    table = pads.dataset(f"{ledger.root}/parts", format="parquet").to_table()
+    assert table.sort_by("video_id").equals(read_predictions(Storage(), ledger.root).sort_by("video_id"))
 
 
-def test_a_manifest_counts_rows_that_have_left_the_catalog_and_needs_a_finished_table(tmp_path: Path) -> None:
-    ledger = ledger_in(Storage(), tmp_path)
-    label_library(ledger, library(16))
-    plan = label_library(ledger, library(14, first=2))
-    assert write_manifest(ledger, plan).items() >= {"rows": 14, "foreign_rows": 2}.items()
-    unfinished = ledger.plan("more", row_keys(library(30).table), 8)
-    with pytest.raises(IncompleteOutput, match="is not finished"):
-        write_manifest(ledger, unfinished)
-
-
-def test_duckdb_reads_what_the_manifest_names(tmp_path: Path) -> None:
+def test_duckdb_reads_the_parts_as_they_lie(tmp_path: Path) -> None:
     """The query of docs/labels.md, by the real DuckDB."""
     duckdb = pytest.importorskip("duckdb", reason="DuckDB is not installed (pip install duckdb)")
     ledger = ledger_in(Storage(), tmp_path)
-    plan = label_library(ledger, CATALOG)
-    some = next(Path(ledger.root, "parts").iterdir())
-    ledger.storage.put(join(ledger.root, "parts", f"{plan.units[0].unit_id}-aaaa.parquet"), some.read_bytes())
-    labels(LabelsConfig(predictions=str(tmp_path), manifest=True))
+    label_library(ledger, CATALOG)
+    (Path(ledger.root, "parts") / ".kinoray-tmp-1").write_bytes(b"a writer is at work")
     text = (Path(__file__).resolve().parents[1] / "docs" / "labels.md").read_text(encoding="utf-8")
     query = text.partition("```sql\n")[2].partition("```")[0].replace("labels/library/0123456789abcdef", ledger.root)
-    connection = duckdb.connect()
-    for statement in query.split(";"):
-        connection.execute(statement) if statement.strip() else None
     first = Counter(row["label"] for row in plain_rows(str(tmp_path)) if row["label"])
-    assert {label: number for label, number, _ in connection.fetchall()} == first
+    found = duckdb.connect().execute(query).fetchall()
+    assert {label: number for label, number, _ in found} == first

@@ -39,10 +39,12 @@ from kinoray.config.shared import CacheConfig, ClipConfig, DecodeConfig, ModelCo
 from kinoray.errors import ConfigError, KinorayError, MediaError
 from kinoray.evaluation.record import read_evaluation
 from kinoray.label.calibration import load_calibration
-from kinoray.label.table import PREDICTION_SCHEMA, read_predictions
+from kinoray.label.part import to_part
+from kinoray.label.table import PREDICTION_SCHEMA, Commit, read_predictions
 from kinoray.library.config import LabelsConfig
 from kinoray.library.correct import read_corrections
 from kinoray.library.labels import labels as list_labels
+from kinoray.library.summary import summarise
 from kinoray.network.build import build_model
 from kinoray.network.checkpoint import (
     META_FILE,
@@ -207,7 +209,7 @@ def checkpoint_with(name: str, read: Callable[[str], object]) -> Callable[[Path,
 
 
 def table_with(pattern: str, read: Callable[[str], object]) -> Callable[[Path, bytes], object]:
-    """A reader of a result table whose files that match are the payload; commits agree with their parts."""
+    """A reader of a result table whose files that match are the payload; a table among the parts is a proper part."""
 
     def reader(folder: Path, data: bytes) -> object:
         ledger = ledger_in(LOCAL, folder)
@@ -215,17 +217,21 @@ def table_with(pattern: str, read: Callable[[str], object]) -> Callable[[Path, b
         root = Path(ledger.root)
         found = list(root.glob(pattern))
         assert found
+        commits = {commit.unit_id: commit for commit in ledger.commits()}
         for path in found:
-            path.write_bytes(data)
-        for path in root.glob("commits/*.json"):
-            if not path.match(pattern):
-                sha256 = hashlib.sha256(
-                    (root / "parts" / json.loads(path.read_text())["part"]).read_bytes()
-                ).hexdigest()
-                path.write_text(json.dumps({**json.loads(path.read_text()), "sha256": sha256}))
+            path.write_bytes(as_part(data, commits[path.stem]) if pattern == "parts/*" else data)
         return read(str(folder))
 
     return reader
+
+
+def as_part(data: bytes, commit: Commit) -> bytes:
+    """The payload as a part whose digests and metadata are right, where it is a table."""
+    try:
+        table = pq.read_table(pa.BufferReader(data))
+    except pa.ArrowInvalid:
+        return data
+    return to_part(table, commit)
 
 
 def start_again(folder: Path, uri: str) -> object:
@@ -323,7 +329,7 @@ READERS: dict[str, Callable[[Path, bytes], object]] = {
     "frames of a cache": cached_frames,
     "job.json of a table": table_with("job.json", lambda out: list_labels(LabelsConfig(predictions=out))),
     "plans of a table": table_with("plans/*", lambda out: read_predictions(LOCAL, out)),
-    "commits of a table": table_with("commits/*", lambda out: read_predictions(LOCAL, out)),
+    "commits of a table": table_with("parts/*", lambda out: summarise(LOCAL, out)),
     "parts of a table": table_with("parts/*", lambda out: read_predictions(LOCAL, out)),
     "parts of a listing": table_with("parts/*", lambda out: list_labels(LabelsConfig(predictions=out))),
 }

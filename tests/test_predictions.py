@@ -2,8 +2,11 @@
 
 import hashlib
 import json
+import os
+import subprocess
+import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, ClassVar
@@ -16,9 +19,20 @@ from hypothesis import strategies as st
 
 from kinoray.config.shared import StorageConfig
 from kinoray.errors import CatalogError, ChecksumMismatch, ConfigError, IncompleteOutput, ObjectNotFound
+from kinoray.label.part import parse_commit, parse_part, parse_windows
 from kinoray.label.plan import make_plan
-from kinoray.label.table import PREDICTION_SCHEMA, Ledger, Plan, Unit, labelling_id, read_predictions, row_keys
+from kinoray.label.table import (
+    PREDICTION_SCHEMA,
+    WINDOW_SCHEMA,
+    Ledger,
+    Plan,
+    Unit,
+    labelling_id,
+    read_predictions,
+    row_keys,
+)
 from kinoray.storage.objects import Storage, join
+from small_tables import job_record
 
 LABELLING = labelling_id("model", "config")
 
@@ -73,7 +87,7 @@ def place(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Storage, str]
 @pytest.fixture
 def ledger(tmp_path: Path) -> Ledger:
     ledger = Ledger(Storage(StorageConfig()), str(tmp_path / "out" / LABELLING))
-    ledger.pin_job({"checkpoint": "run"})
+    ledger.pin_job(job_record())
     return ledger
 
 
@@ -222,7 +236,7 @@ def test_late_writers_on_s3_change_nothing(bucket: str, s3_config: StorageConfig
     assert says == [first] * 7
     assert ledger.read_unit(unit).column("run_id").to_pylist() == ["first"] * 2
     assert [info.uri for info in ledger.storage.list(join(ledger.root, "parts/"))] == [
-        join(ledger.root, "parts", first.part)
+        join(ledger.root, "parts", f"{unit.unit_id}.parquet")
     ]
 
 
@@ -253,23 +267,34 @@ def test_rows_of_another_unit_cannot_be_committed(ledger: Ledger) -> None:
 
 
 class Watched(Storage):
-    """Notes what a reader sees when a part is written and its commit is not."""
+    """Notes what a reader sees just before and after each object is written."""
 
-    seen: ClassVar[list[str]] = []
+    seen: ClassVar[list[tuple[str, str, str]]] = []
+
+    def _watch(self, uri: str, write: Callable[[], Any]) -> Any:
+        folder = uri.split("/")[-2]
+        reader = Storage(self.config)
+        root = uri.rpartition(f"/{folder}/")[0]
+        before = ids(read_predictions(reader, root))
+        done = write()
+        if folder in ("parts", "windows"):
+            self.seen.append((folder, before, ids(read_predictions(reader, root))))
+        return done
+
+    def put(self, uri: str, data: bytes) -> None:
+        self._watch(uri, lambda: Storage.put(self, uri, data))
 
     def put_if_absent(self, uri: str, data: bytes) -> bool:
-        if "/commits/" in uri:
-            table = read_predictions(Storage(self.config), uri.partition("/commits/")[0])
-            self.seen.append(ids(table))
-        return super().put_if_absent(uri, data)
+        return bool(self._watch(uri, lambda: Storage.put_if_absent(self, uri, data)))
 
 
-def test_a_part_shows_only_after_its_commit(ledger: Ledger) -> None:
+def test_the_rows_of_a_unit_show_with_its_part_and_their_windows_are_there_before(ledger: Ledger) -> None:
     Watched.seen.clear()
     watched = Ledger(Watched(StorageConfig()), ledger.root)
-    label_all(watched, inputs("abcdef"), "one", 2)
-    assert Watched.seen == ["", "ab", "abcd"]
-    assert ids(read_predictions(ledger.storage, ledger.root)) == "abcdef"
+    table = inputs("abcd")
+    for unit in ledger.plan("one", row_keys(table), 2).units:
+        watched.commit(unit, rows_of(table, unit), "run", windows_of(table, unit))
+    assert Watched.seen == [("windows", "", ""), ("parts", "", "ab"), ("windows", "ab", "ab"), ("parts", "ab", "abcd")]
 
 
 def test_a_reader_that_polls_sees_whole_units_and_counts_that_only_grow(ledger: Ledger) -> None:
@@ -332,23 +357,205 @@ def test_the_check_finds_what_is_missing_foreign_or_repeated(ledger: Ledger) -> 
         ledger.check(twice, keys)
 
 
-def test_an_unfinished_a_lost_and_a_changed_part_are_told_apart(ledger: Ledger) -> None:
+def test_an_unfinished_and_a_changed_part_are_told_apart(ledger: Ledger) -> None:
     table = inputs("abcdef")
     plan = ledger.plan("one", row_keys(table), 2)
     for unit in plan.units[1:]:
         ledger.commit(unit, rows_of(table, unit), "run")
     with pytest.raises(IncompleteOutput, match="is not finished; run the same command again"):
         ledger.check(plan, row_keys(table))
-    lost, changed = (ledger.find_commit(unit.unit_id) for unit in plan.units[1:])
-    assert lost is not None
-    assert changed is not None
-    Path(ledger.root, "parts", lost.part).unlink()
-    with pytest.raises(IncompleteOutput, match=r"was committed but is gone; delete .*commits/.* and run"):
+    lost, changed = (part_path(ledger, unit) for unit in plan.units[1:])
+    lost.unlink()
+    with pytest.raises(IncompleteOutput, match="is not finished; run the same command again"):
         ledger.read_unit(plan.units[1])
-    path = Path(ledger.root, "parts", changed.part)
-    pq.write_table(pq.read_table(path).slice(1), path)
-    with pytest.raises(ChecksumMismatch, match="is not what was committed"):
+    pq.write_table(pq.read_table(changed).slice(1), changed)
+    with pytest.raises(ChecksumMismatch, match=rf"{changed} is not what was committed: .*; delete {changed} and run"):
         ledger.read_unit(plan.units[2])
+    changed.unlink()  # as it says
+    label_all(ledger, table, "one", 2)
+    assert ledger.check(plan, row_keys(table)).inputs == 6
+
+
+def part_path(ledger: Ledger, unit: Unit) -> Path:
+    return Path(ledger.root, "parts", f"{unit.unit_id}.parquet")
+
+
+def flipped(good: bytes, places: range) -> Iterator[bytes]:
+    """The bytes with one bit flipped, for every bit of every place."""
+    for place in places:
+        for bit in range(8):
+            bad = bytearray(good)
+            bad[place] ^= 1 << bit
+            yield bytes(bad)
+
+
+def test_every_flipped_bit_is_found(ledger: Ledger) -> None:
+    """In pages, their headers, digests, footer, metadata, length and magic; in the end alone, which is all of a part
+    that is read for what it says of itself; and in windows."""
+    table = inputs("ab")
+    (unit,) = ledger.plan("one", row_keys(table), 2).units
+    commit = ledger.commit(unit, rows_of(table, unit), "run", windows_of(table, unit))
+    good = part_path(ledger, unit).read_bytes()
+    assert parse_part(good, ["video_id"])[0] == parse_commit(good) == commit
+    for bad in flipped(good, range(len(good))):
+        with pytest.raises(ValueError, match=r"^it.*(not those that were|not the one that was|cut short)"):
+            parse_part(bad, ["video_id"])
+    footer_bytes = int.from_bytes(good[-8:-4], "little")
+    end = good[-footer_bytes - 8 - 2 * 32 :]
+    assert parse_commit(end) == commit
+    for bad in flipped(end, range(32, len(end))):
+        with pytest.raises(ValueError, match=r"^it.*(not the one that was|cut short)"):
+            parse_commit(bad)
+    (path,) = Path(ledger.root, "windows").iterdir()
+    good = path.read_bytes()
+    for bad in flipped(good, range(len(good))):
+        with pytest.raises(ValueError, match="its windows are not those"):
+            parse_windows(bad, commit)
+
+
+@pytest.mark.parametrize("where", [0, 4, 1000, -9, -200, -5, -1])
+def test_a_flipped_bit_in_a_file_is_one_error_for_every_reader(ledger: Ledger, where: int) -> None:
+    table = inputs("ab")
+    (unit,) = ledger.plan("one", row_keys(table), 2).units
+    ledger.commit(unit, rows_of(table, unit), "run")
+    path = part_path(ledger, unit)
+    bad = bytearray(path.read_bytes())
+    bad[where] ^= 4
+    path.write_bytes(bad)
+    with pytest.raises(ChecksumMismatch, match=rf"{path} is not what was committed: .*; delete {path} and run"):
+        ledger.read_unit(unit, ["video_id"])
+    with pytest.raises(ChecksumMismatch, match="is not what was committed"):
+        ledger.find_commit(unit.unit_id)
+    if where < 0:
+        with pytest.raises(ChecksumMismatch, match="is not what was committed"):
+            list(ledger.commits())
+
+
+@pytest.mark.parametrize("size_bytes", [0, 1, 7, 8, 71, 72, 1000])
+def test_a_part_that_is_cut_is_found(ledger: Ledger, size_bytes: int) -> None:
+    table = inputs("ab")
+    (unit,) = ledger.plan("one", row_keys(table), 2).units
+    ledger.commit(unit, rows_of(table, unit), "run")
+    path = part_path(ledger, unit)
+    for bad in (path.read_bytes()[:size_bytes], path.read_bytes()[-size_bytes:] if size_bytes else b""):
+        path.write_bytes(bad)
+        with pytest.raises(ChecksumMismatch, match="is not what was committed"):
+            ledger.read_unit(unit)
+        with pytest.raises(ChecksumMismatch, match="is not what was committed"):
+            list(ledger.commits())
+        path.unlink()
+        ledger.commit(unit, rows_of(table, unit), "run")
+
+
+def test_the_pages_of_a_part_have_checksums_that_others_can_compare(ledger: Ledger) -> None:
+    table = inputs("abcdefgh")
+    (unit,) = ledger.plan("one", row_keys(table), 8).units
+    ledger.commit(unit, rows_of(table, unit), "run")
+    path = part_path(ledger, unit)
+    column = pq.read_metadata(path).row_group(0).column(0)
+    bad = bytearray(path.read_bytes())
+    bad[column.data_page_offset + column.total_compressed_size - 8] ^= 1
+    path.write_bytes(bad)
+    with pytest.raises(OSError, match="CRC checksum verification failed"):
+        pq.read_table(path, page_checksum_verification=True)
+
+
+def test_the_part_of_another_unit_is_refused(ledger: Ledger) -> None:
+    table = inputs("abcd")
+    first, second = label_all(ledger, table, "one", 2).units
+    part_path(ledger, first).write_bytes(part_path(ledger, second).read_bytes())
+    with pytest.raises(ChecksumMismatch, match=f"{first.unit_id}.parquet .* part of another unit, {second.unit_id}"):
+        ledger.read_unit(first, ["video_id"])
+    with pytest.raises(ChecksumMismatch, match="part of another unit"):
+        list(ledger.commits())
+
+
+# Windows of long videos
+
+
+def windows_of(table: pa.Table, unit: Unit, score: float = 0.5) -> pa.Table:
+    """Two windows of each video."""
+    known = dict(zip(row_keys(table), table.column("video_id").to_pylist(), strict=True))
+    rows = [
+        {"video_id": known[key], "row_key": key, "window": window, "begin_s": window, "end_s": window + 1}
+        | {"score_topk": [score], "abstained": False}
+        for key in unit.keys
+        for window in range(2)
+    ]
+    return pa.Table.from_pylist(rows, schema=WINDOW_SCHEMA)
+
+
+def test_writers_that_agree_write_one_file_of_windows_and_the_loser_of_those_that_do_not_takes_its_own_away(
+    ledger: Ledger,
+) -> None:
+    table = inputs("ab")
+    (unit,) = ledger.plan("one", row_keys(table), 2).units
+    for run_id, score in (("first", 0.25), ("same", 0.25), ("other", 0.75)):
+        commit = ledger.commit(unit, rows_of(table, unit), run_id, windows_of(table, unit, score))
+        assert commit.run_id == "first"
+        assert len(list(Path(ledger.root, "windows").iterdir())) == 1
+        (found,) = ledger.read_windows([unit])
+        assert found.equals(windows_of(table, unit, 0.25))
+
+
+def test_a_writer_that_was_killed_before_its_part_leaves_windows_that_nobody_reads(ledger: Ledger) -> None:
+    """And that the next one writes again, or, where it does not agree, stand beside its own."""
+    table = inputs("ab")
+    (unit,) = ledger.plan("one", row_keys(table), 2).units
+    dying = Ledger(Dying(StorageConfig()), ledger.root)
+    with pytest.raises(SystemExit):
+        dying.commit(unit, rows_of(table, unit), "killed", windows_of(table, unit, 0.25))
+    assert ledger.committed() == set()
+    with pytest.raises(IncompleteOutput, match="is not finished"):
+        list(ledger.read_windows([unit]))
+    ledger.commit(unit, rows_of(table, unit), "next", windows_of(table, unit, 0.75))
+    (found,) = ledger.read_windows([unit])
+    assert found.equals(windows_of(table, unit, 0.75))
+
+
+class Dying(Storage):
+    """A store whose writer is killed before its commit."""
+
+    def put_if_absent(self, uri: str, data: bytes) -> bool:
+        raise SystemExit("killed")
+
+
+def test_damaged_windows_come_back_with_their_part(ledger: Ledger) -> None:
+    table = inputs("ab")
+    (unit,) = ledger.plan("one", row_keys(table), 2).units
+    ledger.commit(unit, rows_of(table, unit), "run", windows_of(table, unit))
+    (path,) = Path(ledger.root, "windows").iterdir()
+    path.write_bytes(b"PAR1")
+    with pytest.raises(ChecksumMismatch, match=rf"{path} is not .*; delete {part_path(ledger, unit)} and run"):
+        list(ledger.read_windows([unit]))
+    path.unlink()
+    with pytest.raises(IncompleteOutput, match=rf"{path} was committed but is gone; delete .*/parts/.* and run"):
+        list(ledger.read_windows([unit]))
+    path.write_bytes(b"PAR1")
+    part_path(ledger, unit).unlink()  # as it says
+    ledger.commit(unit, rows_of(table, unit), "again", windows_of(table, unit))
+    assert [found.num_rows for found in ledger.read_windows([unit])] == [4]
+
+
+# What killed writers leave in a folder
+
+
+def test_the_temporary_file_of_a_killed_writer_goes_when_it_is_a_day_old(ledger: Ledger) -> None:
+    """A real one: the writer dies between writing its bytes and publishing them."""
+    label_all(ledger, inputs("ab"), "one", 2)
+    code = (
+        "import os, sys\nfrom kinoray.storage import folder\nfrom kinoray.storage.objects import Storage\n"
+        "folder._flush = lambda path: os._exit(9)\nStorage().put_if_absent(sys.argv[1], b'12345')\n"
+    )
+    target = Path(ledger.root, "parts", "new.parquet")
+    assert subprocess.run([sys.executable, "-c", code, str(target)], check=False).returncode == 9
+    (left,) = [path for path in target.parent.iterdir() if path.name.startswith(".")]
+    ledger.summarize("young", {})
+    assert left.exists()
+    os.utime(left, (0, left.stat().st_mtime - 25 * 3600))
+    ledger.summarize("old", {})
+    assert not left.exists()
+    assert ids(read_predictions(ledger.storage, ledger.root)) == "ab"
 
 
 # Reading
@@ -357,7 +564,7 @@ def test_an_unfinished_a_lost_and_a_changed_part_are_told_apart(ledger: Ledger) 
 def test_predictions_come_in_the_order_of_the_catalog_with_all_columns(place: tuple[Storage, str]) -> None:
     storage, out = place
     ledger = Ledger(storage, join(out, LABELLING))
-    ledger.pin_job({"checkpoint": "run"})
+    ledger.pin_job(job_record())
     label_all(ledger, inputs("gfabx"), "one", 2)
     for where in (out, out + "/", ledger.root):
         table = read_predictions(storage, where)
@@ -408,7 +615,7 @@ def test_a_replaced_file_is_labelled_again_and_its_old_row_gives_way(ledger: Led
 def test_results_of_two_models_are_never_mixed(ledger: Ledger, tmp_path: Path) -> None:
     label_all(ledger, inputs("ab"), "one", 2)
     other = Ledger(ledger.storage, str(tmp_path / "out" / labelling_id("another", "config")))
-    other.pin_job({"checkpoint": "runs/second"})
+    other.pin_job(job_record(checkpoint="runs/second"))
     label_all(other, inputs("ab"), "one", 2)
     with pytest.raises(ConfigError, match=rf"holds 2: .*{other.root} \(by runs/second\)"):
         read_predictions(ledger.storage, str(tmp_path / "out"))

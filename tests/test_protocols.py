@@ -272,7 +272,7 @@ def test_digits_do_not_depend_on_who_worked_when_or_was_killed(
 
     other = Bench(library, checkpoint, tmp_path / "other", views=views)
     workers = [LabelUnits(replace(other.job, decode_tasks=1 + n)) for n in range(4)]
-    with monkeypatch.context() as patch:  # a worker that dies after it has written its part and before it commits
+    with monkeypatch.context() as patch:  # a worker that dies where it would commit
 
         def die(*_: object) -> None:
             raise SystemExit("killed")
@@ -302,7 +302,7 @@ def test_a_protocol_is_another_labelling_unless_it_means_the_same(
     assert len({*roots.values(), logits, scores}) == len(PROTOCOLS) + 1
     assert "label: protocol 10x3, 30 views of each video" in capsys.readouterr().out
     job = Ledger(LOCAL, roots["10x3"]).job()
-    assert job["views"] == {"temporal": 10, "crops": "three", "average": "probs", "windows": None}
+    assert job.settings["views"] == {"temporal": 10, "crops": "three", "average": "probs", "windows": None}
 
 
 def test_a_protocol_that_the_network_cannot_be_fed_with_is_refused(library: Path, tmp_path: Path) -> None:

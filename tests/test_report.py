@@ -37,6 +37,7 @@ from report_sites import (
     row,
     write_predictions,
 )
+from small_tables import job_record
 
 
 def picture_of(data: str) -> np.ndarray:
@@ -465,7 +466,7 @@ def test_nothing_labelled_yet_is_said_plainly(tmp_path: Path) -> None:
     out = str(tmp_path / "report")
     with pytest.raises(ObjectNotFound, match="holds no predictions"):
         report(ReportConfig(predictions=str(tmp_path / "nothing"), out=out))
-    Ledger(Storage(), str(tmp_path / "labels" / "0123456789abcdef")).pin_job({"checkpoint": "run"})
+    Ledger(Storage(), str(tmp_path / "labels" / "0123456789abcdef")).pin_job(job_record())
     with pytest.raises(CatalogError, match="holds no finished rows yet; run kinoray label"):
         report(ReportConfig(predictions=str(tmp_path / "labels"), out=out))
     assert not (tmp_path / "report").exists()

@@ -8,8 +8,8 @@ import pytest
 from kinoray.cli import main
 from kinoray.config.shared import ModelConfig, OptimConfig, StorageConfig
 from kinoray.label.spans import Span, covered_s, trace_events
-from kinoray.label.table import Commit, Ledger, row_keys
-from kinoray.library.summary import label_spans, summarise
+from kinoray.label.table import Ledger, Times, row_keys
+from kinoray.library.summary import summarise
 from kinoray.storage.objects import Storage
 from kinoray.train.config import TrainConfig
 from kinoray.train.runfolder import RunFolder
@@ -20,9 +20,9 @@ LOCAL = Storage(StorageConfig())
 BEGIN_S = 1_800_000_000.0  # 2027-01-15 08:00:00 UTC
 
 
-def times(worker: str, begin_s: float, end_s: float, store: float, decode: float, model: float) -> dict[str, object]:
-    seconds = {"store": store, "decode": decode, "model": model, "commit": 0.0}
-    return {"worker": worker, "begin_s": BEGIN_S + begin_s, "end_s": BEGIN_S + end_s, **seconds}
+def times(worker: str, begin_s: float, end_s: float, store: float, decode: float, model: float) -> Times:
+    spent = {"store": store, "decode": decode, "model": model}
+    return Times(worker=worker, begin_s=BEGIN_S + begin_s, end_s=BEGIN_S + end_s, **spent)
 
 
 @pytest.fixture
@@ -85,13 +85,6 @@ def test_the_file_for_a_viewer_has_each_span_where_it_was(labelled: Ledger, tmp_
         inside = [p for p in parts if p["tid"] == unit["tid"] and unit["ts"] <= p["ts"] < unit["ts"] + unit["dur"]]
         assert sum(part["dur"] for part in inside) <= unit["dur"]
         assert {part["name"] for part in inside} >= {"model"}
-
-
-def test_commits_of_older_versions_have_no_times() -> None:
-    old = json.loads(
-        '{"unit_id": "u", "part": "p", "rows": 1, "size_bytes": 1, "sha256": "", "counts": {}, "run_id": "r"}'
-    )
-    assert label_spans([Commit(**old)]) == []
 
 
 def test_time_that_is_covered_twice_counts_once() -> None:

@@ -28,6 +28,7 @@ from kinoray.video.sample import view_indices
 from kinoray.video.views import decode_views
 from kinoray.video.windows import cut_windows
 from label_models import save_untrained
+from small_tables import job_record
 from tiny_models import OWN_NETWORKS
 
 LOCAL = Storage(StorageConfig())
@@ -130,7 +131,7 @@ def labelled(library: Path, root: Path, clip: ClipConfig, views: ViewsConfig, **
     checkpoint = save_untrained(LOCAL, str(root / "run"), LABELS, clip, "label_models:mixing")
     catalog = catalog_of_source(LOCAL, str(library))
     ledger = Ledger(LOCAL, str(root / "out"))
-    ledger.pin_job({"checkpoint": checkpoint, "views": {"windows": views.windows is not None}})
+    ledger.pin_job(job_record(checkpoint=checkpoint, windows=views.windows))
     plan = ledger.plan(catalog.digest, row_keys(catalog.table), 2)
     job = LabelJob(
         allow_factory=OWN_NETWORKS,

@@ -89,13 +89,6 @@ VERBS: Mapping[str, Verb] = {
         summary="results -> FiftyOne, Label Studio, Datumaro, JSONL, CSV",
         main=("copy_videos",),
     ),
-    "vacuum": Verb(
-        wish=_LABELS,
-        settings="kinoray.label.config:VacuumConfig",
-        function="kinoray.label.vacuum:vacuum",
-        summary="remove what killed labelling jobs left behind",
-        main=("older_than_h", "dry_run"),
-    ),
     "pack": Verb(
         wish=_NETWORK,
         settings="kinoray.pack.config:PackConfig",

@@ -104,8 +104,8 @@ def measure_job(labelling: Labelling, resources: ResourcesConfig) -> JobFigures:
         begin = time.time()
         run_labelling(labelling, resources, "bench")
         end = time.time()
-    commits = ledger.storage.list(join(ledger.root, "commits") + "/")
-    times = {info.uri.rpartition("/")[2].removesuffix(".json"): info.modified_s for info in commits}
+    parts = ledger.storage.list(join(ledger.root, "parts") + "/")
+    times = {info.uri.rpartition("/")[2].removesuffix(".parquet"): info.modified_s for info in parts}
     rows = {unit.unit_id: len(unit.keys) for unit in plan.units}
     order = sorted(times, key=lambda unit_id: times[unit_id])
     first, last = times[order[num_workers - 1]], times[order[-1]]  # from when each worker has done a unit, about

@@ -85,7 +85,7 @@ def clock_check(said_s: float, before_s: float, after_s: float) -> Check:
         return Check("clock", "ok", "agrees with this machine's")
     status = _RISING[(abs(skew_s) > _SKEW_S) + (abs(skew_s) > _MOST_SKEW_S)]
     text = f"{abs(skew_s):.0f} s {'ahead of' if skew_s > 0 else 'behind'} this machine's"
-    remedy = "set all clocks by NTP: `runs`, `vacuum` and signed requests compare the times of machines"
+    remedy = "set all clocks by NTP: `runs` and signed requests compare the times of machines"
     return Check("clock", status, text, "" if status == "ok" else remedy)
 
 

@@ -5,8 +5,6 @@ that one member could not read must not be answered by the others alone, since t
 """
 
 import uuid
-from collections.abc import Sequence
-from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -30,8 +28,7 @@ from kinoray.evaluation.record import (
     read_evaluation,
     write_evaluation,
 )
-from kinoray.label.manifest import write_manifest
-from kinoray.label.table import PREDICTION_SCHEMA, Ledger, Plan, labelling_id, row_keys
+from kinoray.label.table import PREDICTION_SCHEMA, JobRecord, Ledger, Plan, labelling_id, row_keys
 from kinoray.storage.objects import Storage, absolute, join
 
 __all__ = ["ensemble"]
@@ -80,12 +77,20 @@ def ensemble(config: EnsembleConfig) -> EvaluationRecord:
         config_digest=config_digest,
         predictions=ledger.root,
     )
-    ledger.pin_job(_job(origin, settings, labels))
+    ledger.pin_job(
+        JobRecord(
+            checkpoint="",
+            members=origin.members or (),
+            model_digest=model_digest,
+            config_digest=config_digest,
+            labels=labels,
+            settings=settings,
+        )
+    )
     keys = row_keys(catalog.table)
     plan = ledger.plan(catalog.digest, keys, _UNIT_SIZE)
     _commit(ledger, plan, catalog, members, weights / weights.sum(), origin)
     ledger.finish(plan, ledger.check(plan, keys))
-    write_manifest(ledger, plan)
 
     predictions = pa.concat_tables(ledger.read_units(plan.units, list(ANSWER_COLUMNS)))
     answers = join_answers(catalog, members[0].answers.truth, predictions, len(labels))
@@ -218,9 +223,3 @@ def _averaged(said: list[_Row], members: list[Evaluation], weights: NDArray[np.f
         "margin": float(p[order[0]] - p[order[1]]) if len(p) > 1 else float(p[0]),
         "entropy": float(-(known * np.log(known)).sum()),
     }
-
-
-def _job(origin: Origin, settings: dict[str, Any], labels: Sequence[str]) -> dict[str, Any]:
-    """What job.json says of the labelling."""
-    about = {name: value for name, value in asdict(origin).items() if value is not None}
-    return {**about, **settings, "labels": list(labels), "checkpoint": list(origin.members or ())}

@@ -1,4 +1,4 @@
-"""The settings of `kinoray label` and `kinoray vacuum`, and the checks that all verbs share which score videos."""
+"""The settings of `kinoray label`, and the checks that all verbs share which score videos."""
 
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
@@ -16,7 +16,7 @@ from kinoray.config.shared import (
 )
 from kinoray.video.protocol import PROTOCOLS, ProtocolName, ScoreKind, ViewAverage, WindowsConfig
 
-__all__ = ["LabelConfig", "VacuumConfig", "check_scoring", "check_segments"]
+__all__ = ["LabelConfig", "check_scoring", "check_segments"]
 
 
 def check_segments(protocol: ProtocolName, num_segments: int | None) -> None:
@@ -145,26 +145,3 @@ class LabelConfig:
         if not self.window_s:
             return None
         return WindowsConfig(length_s=self.window_s, stride_s=self.window_stride_s or self.window_s)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class VacuumConfig:
-    """Remove what killed or losing writers left under a result table. What a commit names is never touched.
-
-    Example: kinoray vacuum s3://bucket/labels --dry-run
-
-    It is safe beside running jobs: files that are younger than --older-than-h stay, since a job may be about to commit
-    them. A commit whose rows are gone or changed is reported with what to do, and makes the exit code 1.
-    """
-
-    out: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
-    """The --out of `label`, `evaluate` or `ensemble` (all labellings in it), or the folder of one labelling."""
-    older_than_h: float = 24.0
-    """Hours since a file was written, by the store's clock, before it may go."""
-    dry_run: bool = False
-    """Say what would go, and remove nothing."""
-    storage: StorageConfig = field(default_factory=StorageConfig)
-    """Object storage."""
-
-    def __post_init__(self) -> None:
-        require(self.older_than_h > 0, "older_than_h", "greater than 0", self.older_than_h)

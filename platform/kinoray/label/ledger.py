@@ -1,68 +1,63 @@
-"""Exactly-once commits of units of work: the folder of one labelling, and the rules by which rows come to count.
+"""The folder of one labelling: the plans of its catalogs, the parts that make its table, and how they are checked.
 
-What is easy to break: a part exists for readers only when a commit names it, and only `put_if_absent` makes a commit.
+What is easy to break: a part is its own commit. It appears whole or not at all, by `put_if_absent`, under its unit's
+name; from then on it counts, so everything that belongs to it (its windows) has to be there before.
 """
 
 import hashlib
-import io
 import json
-import uuid
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
+from kinoray.config.shared import ModelConfig
 from kinoray.errors import ChecksumMismatch, IncompleteOutput, ObjectNotFound
+from kinoray.label.part import Commit, Times, parse_commit, parse_part, parse_windows, to_part, to_windows
 from kinoray.label.plan import Plan, Unit, make_plan
-from kinoray.label.schema import PREDICTION_SCHEMA, WINDOW_SCHEMA
 from kinoray.storage.objects import Storage, join
-from kinoray.storage.records import MAX_RECORD_BYTES, as_name, parse_table, read_record, record_of
+from kinoray.storage.records import MAX_RECORD_BYTES, is_name, read_record, record_of
+from kinoray.video.protocol import ScoreKind, WindowsConfig
 
-__all__ = ["Commit", "Ledger", "Totals"]
+__all__ = ["JobRecord", "Ledger", "Totals"]
 
-_READERS = 16  # threads that fetch parts and commits, which are small
+_READERS = 16  # threads that fetch parts, which are small
 _AHEAD = 2 * _READERS  # results that wait for who takes them
 _NUM_EXAMPLES = 10
 _MAX_PLAN_BYTES = 2**30  # of 40 million videos
+_TAIL_BYTES = 2**18  # of a part: more than its footer, whose statistics have at most 8 kB a column
+_DAY_S = 86400.0
+_SUFFIX = ".parquet"
 _TOTAL_COLUMNS = ["video_id", "row_key", "status", "error_class", "error_text", "frames_corrupt", "frames_missing"]
-_SCHEMAS = {"parts": PREDICTION_SCHEMA, "windows": WINDOW_SCHEMA}
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Commit:
-    """What makes a unit finished: the part that holds its rows."""
+class JobRecord:
+    """job.json: what all rows of a labelling share."""
 
-    unit_id: str
-    part: str
-    """File name under parts/."""
-    rows: int
-    size_bytes: int
-    sha256: str
-    """Of the part."""
-    counts: dict[str, int]
-    """Rows by status."""
-    run_id: str
-    """The job that wrote it."""
-    windows: dict[str, Any] | None = None
-    """rows, size_bytes and sha256 of the part of the same name under windows/; None where nothing is cut."""
-    times: dict[str, Any] | None = None
-    """worker, begin_s, end_s (seconds since 1970, before the commit) and seconds by stage (labels --summary)."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Part:
-    """What a commit says of its windows."""
-
-    rows: int
-    size_bytes: int
-    sha256: str
+    checkpoint: str
+    """What answered; empty for an ensemble."""
+    members: tuple[str, ...] = ()
+    """Evaluations that an ensemble averaged."""
+    model_digest: str
+    config_digest: str
+    labels: tuple[str, ...]
+    """The model's classes, in its order."""
+    scores: ScoreKind = "softmax"
+    """sigmoid: a video may have any number of classes."""
+    windows: WindowsConfig | None = None
+    """How long videos were cut."""
+    model: ModelConfig | None = None
+    """Which network; None for an ensemble."""
+    settings: dict[str, Any]
+    """Whatever else can change a row, for people: config_digest is the digest of it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -89,13 +84,13 @@ class Ledger:
         self.root = root
         self.labelling_id = root.rpartition("/")[2]
 
-    def pin_job(self, record: dict[str, Any]) -> bool:
+    def pin_job(self, record: JobRecord) -> bool:
         """Say what this labelling is; the first writer's record stays. Whether this was the first."""
-        return self.storage.put_if_absent(self._uri("job.json"), _to_json(record))
+        return self.storage.put_if_absent(self._uri("job.json"), _to_json(asdict(record)))
 
-    def job(self) -> dict[str, Any]:
+    def job(self) -> JobRecord:
         """What `pin_job` wrote."""
-        return self._read_json(self._uri("job.json"))
+        return self._read(self._uri("job.json"), record_of(JobRecord))
 
     def plan(self, catalog_digest: str, keys: Sequence[str], unit_size: int) -> Plan:
         """The plan of a catalog, made and stored at the first call: later calls, and jobs at once, get the same one."""
@@ -123,38 +118,43 @@ class Ledger:
 
     def committed(self) -> set[str]:
         """Ids of all finished units."""
-        uris = (info.uri for info in self.storage.list(self._uri("commits") + "/"))
-        return {uri.rpartition("/")[2].removesuffix(".json") for uri in uris if uri.endswith(".json")}
+        return {unit_id for unit_id, _ in self._parts()}
 
-    def find_commit(self, unit_id: str) -> Commit | None:
-        """The commit of a unit, or None while it is unfinished."""
-        try:
-            return self._read_commit(unit_id)
-        except ObjectNotFound:
-            return None
+    def _parts(self) -> Iterator[tuple[str, int]]:
+        """(id, size in bytes) of all finished units; whatever else lies there is none."""
+        prefix = self._uri("parts") + "/"
+        for info in self.storage.list(prefix):
+            name = info.uri.removeprefix(prefix)
+            if is_name(name) and name.endswith(_SUFFIX):
+                yield name.removesuffix(_SUFFIX), info.size_bytes
 
     def commits(self) -> Iterator[Commit]:
-        """All commits, fetched in threads."""
-        return (commit for commit in _in_threads(self.find_commit, sorted(self.committed())) if commit is not None)
+        """What all parts say of themselves, fetched in threads: no more of each than its end.
+
+        Raises:
+            ChecksumMismatch: a part is not what was committed.
+        """
+        return _in_threads(lambda part: self._read_commit(*part), self._parts())
+
+    def _read_commit(self, unit_id: str, size_bytes: int) -> Commit:
+        uri = self._part_uri(unit_id)
+        tail_bytes = min(size_bytes, _TAIL_BYTES)
+        tail = self.storage.read_range(uri, size_bytes - tail_bytes, tail_bytes)
+        with self._refused(uri, unit_id):
+            return _of_unit(parse_commit(tail), unit_id)
 
     def jobs(self) -> list[dict[str, Any]]:
         """What each job that came to its end wrote with `summarize`."""
         return list(_in_threads(self._read_json, [info.uri for info in self.storage.list(self._uri("jobs") + "/")]))
 
     def commit(
-        self,
-        unit: Unit,
-        rows: pa.Table,
-        run_id: str,
-        windows: pa.Table | None = None,
-        times: dict[str, Any] | None = None,
+        self, unit: Unit, rows: pa.Table, run_id: str, windows: pa.Table | None = None, times: Times | None = None
     ) -> Commit:
-        """Write the rows of a unit and make them count, unless another writer was first: then ours are dropped.
+        """Write the rows of a unit, which makes them count, unless another writer was first: then ours are dropped.
 
         Args:
             rows: PREDICTION_SCHEMA, in the unit's order.
             windows: WINDOW_SCHEMA, of the same videos.
-            times: see `Commit.times`.
 
         Returns:
             The commit that stands; its run_id tells whose it is.
@@ -164,94 +164,96 @@ class Ledger:
         """
         if rows.column("row_key").to_pylist() != list(unit.keys):
             raise IncompleteOutput(f"unit {unit.unit_id}: {rows.num_rows} rows are not its {len(unit.keys)} inputs")
-        name = f"{unit.unit_id}-{uuid.uuid4().hex[:12]}.parquet"
         commit = Commit(
             unit_id=unit.unit_id,
-            part=name,
-            counts=dict(Counter(rows.column("status").to_pylist())),
             run_id=run_id,
-            windows=None if windows is None else self._put_part("windows", name, windows),
+            counts=dict(Counter(rows.column("status").to_pylist())),
+            windows=None if windows is None else self._put_windows(unit.unit_id, windows),
             times=times,
-            **self._put_part("parts", name, rows),
         )
-        if self.storage.put_if_absent(self._uri("commits", f"{unit.unit_id}.json"), _to_json(asdict(commit))):
-            self._put_missing(commit, rows, windows)
+        if self.storage.put_if_absent(self._part_uri(unit.unit_id), to_part(rows, commit)):
             return commit
-        winner = self._read_commit(unit.unit_id)
-        if winner.part == commit.part:  # ours was stored, and only the store's answer got lost
-            self._put_missing(commit, rows, windows)
-        else:
-            for folder in ("parts", "windows") if commit.windows else ("parts",):
-                self.storage.delete(self._uri(folder, commit.part))
+        winner, _ = self._read_part(unit, [])
+        if commit.windows not in (None, winner.windows):
+            self.storage.delete(self._windows_uri(unit.unit_id, commit.windows))
         return winner
 
-    def _put_missing(self, commit: Commit, rows: pa.Table, windows: pa.Table | None) -> None:
-        """A vacuum may have taken our parts for leftovers before the commit was there: write them again."""
-        for folder, table in (("parts", rows), ("windows", windows)):
-            if table is not None and not self.storage.exists(self._uri(folder, commit.part)):
-                self._put_part(folder, commit.part, table)
+    def _put_windows(self, unit_id: str, windows: pa.Table) -> str:
+        """Write windows for a part that will name them; their digest.
 
-    def _put_part(self, folder: str, name: str, table: pa.Table) -> dict[str, Any]:
-        """Write a table; rows, size_bytes and sha256 of it."""
-        sink = io.BytesIO()
-        pq.write_table(table, sink, compression="zstd")
-        data = sink.getvalue()
-        self.storage.put(self._uri(folder, name), data)
-        return {"rows": table.num_rows, "size_bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+        It is in the file's name, so that writers that do not agree do not meet: a part has the windows of its writer.
+        """
+        data = to_windows(windows, unit_id)
+        sha256 = hashlib.sha256(data).hexdigest()
+        self.storage.put(self._windows_uri(unit_id, sha256), data)
+        return sha256
+
+    def find_commit(self, unit_id: str) -> Commit | None:
+        """What the part of a unit says of itself, or None while it is unfinished. Raises as `read_unit`."""
+        found = self._find_part(unit_id, [])
+        return None if found is None else found[0]
 
     def read_unit(self, unit: Unit, columns: list[str] | None = None) -> pa.Table:
         """The rows of a finished unit that are in the plan's catalog.
 
         Raises:
-            IncompleteOutput: the unit is unfinished, or its part is gone.
+            IncompleteOutput: the unit is unfinished.
             ChecksumMismatch: the part is not what was committed.
         """
-        commit = self._commit_of(unit)
-        return self._read_part("parts", commit, unit, columns, commit.sha256)
+        wanted = None if columns is None or unit.is_whole else list(dict.fromkeys([*columns, "row_key"]))
+        return _of_plan(self._read_part(unit, wanted or columns)[1], unit)
 
     def read_windows(self, units: Iterable[Unit]) -> Iterator[pa.Table]:
         """The windows of the videos of finished units that are in the plan's catalog. Raises as `read_unit`."""
 
         def read(unit: Unit) -> pa.Table:
-            commit = self._commit_of(unit)
+            commit, _ = self._read_part(unit, [])
             if commit.windows is None:
                 raise IncompleteOutput(f"{self.root}: unit {unit.unit_id} was committed without windows")
-            return self._read_part("windows", commit, unit, None, commit.windows["sha256"])
+            uri = self._windows_uri(unit.unit_id, commit.windows)
+            try:
+                data = self.storage.read(uri)
+            except ObjectNotFound:
+                raise IncompleteOutput(f"{uri} was committed but is gone; {self._again(unit.unit_id)}") from None
+            with self._refused(uri, unit.unit_id):
+                return _of_plan(parse_windows(data, commit), unit)
 
         return _in_threads(read, units)
 
-    def _commit_of(self, unit: Unit) -> Commit:
-        commit = self.find_commit(unit.unit_id)
-        if commit is None:
+    def _read_part(self, unit: Unit, columns: list[str] | None) -> tuple[Commit, pa.Table]:
+        found = self._find_part(unit.unit_id, columns)
+        if found is None:
             raise IncompleteOutput(f"{self.root}: unit {unit.unit_id} is not finished; run the same command again")
-        return commit
+        return found
 
-    def _read_part(self, folder: str, commit: Commit, unit: Unit, columns: list[str] | None, sha256: str) -> pa.Table:
-        """A committed part, checked, without the rows of videos that have left the catalog."""
-        uri = self._uri(folder, commit.part)
-        again = f"delete {self._uri('commits', unit.unit_id + '.json')} and run the label command again"
+    def _find_part(self, unit_id: str, columns: list[str] | None) -> tuple[Commit, pa.Table] | None:
+        uri = self._part_uri(unit_id)
         try:
             data = self.storage.read(uri)
         except ObjectNotFound:
-            raise IncompleteOutput(f"{uri} was committed but is gone; {again}") from None
-        if hashlib.sha256(data).hexdigest() != sha256:
-            raise ChecksumMismatch(f"{uri} is not what was committed ({len(data)} bytes are there); {again}")
-        wanted = None if columns is None or unit.is_whole else list(dict.fromkeys([*columns, "row_key"]))
+            return None
+        with self._refused(uri, unit_id):
+            commit, table = parse_part(data, columns)
+            return _of_unit(commit, unit_id), table
+
+    @contextmanager
+    def _refused(self, uri: str, unit_id: str) -> Iterator[None]:
+        """What goes wrong inside with the bytes of a file, as one error that says what to do."""
         try:
-            table = parse_table(data, wanted or columns)
-            _require_types(table.schema, _SCHEMAS[folder])
-        except pa.ArrowException as error:
-            raise ChecksumMismatch(f"{uri} is not a part that kinoray wrote: {error}; {again}") from error
-        if unit.is_whole:
-            return table
-        return table.filter(pc.is_in(table.column("row_key"), value_set=pa.array(unit.keys, pa.string())))
+            yield
+        except (ValueError, TypeError, LookupError, pa.ArrowException) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise ChecksumMismatch(f"{uri} is not what was committed: {reason}; {self._again(unit_id)}") from error
+
+    def _again(self, unit_id: str) -> str:
+        return f"delete {self._part_uri(unit_id)} and run the label command again"
 
     def read_units(self, units: Iterable[Unit], columns: list[str] | None = None) -> Iterator[pa.Table]:
         """`read_unit` of each, in order, fetched in threads."""
         return _in_threads(lambda unit: self.read_unit(unit, columns), units)
 
     def check(self, plan: Plan, keys: Sequence[str]) -> Totals:
-        """Read back what the commits name and compare it with the catalog: each key exactly once.
+        """Read back all parts and compare them with the catalog: each key exactly once.
 
         Args:
             keys: `row_keys` of the catalog.
@@ -306,13 +308,21 @@ class Ledger:
         self.storage.put(self._uri("done", f"{plan.catalog_digest}.json"), _to_json(record))
 
     def summarize(self, run_id: str, record: dict[str, Any]) -> str:
-        """Write what one job did; returns where."""
+        """Write what one job did, and remove what writers that were killed left a day ago; returns where."""
         uri = self._uri("jobs", f"{run_id}.json")
         self.storage.put(uri, _to_json({"run_id": run_id, **record}))
+        now_s = self.storage.stat(uri).modified_s  # by the store's clock, as the age of what lies there
+        self.storage.sweep(self.root, now_s - _DAY_S)
         return uri
 
     def _uri(self, *parts: str) -> str:
         return join(self.root, *parts)
+
+    def _part_uri(self, unit_id: str) -> str:
+        return self._uri("parts", unit_id + _SUFFIX)
+
+    def _windows_uri(self, unit_id: str, sha256: str) -> str:
+        return self._uri("windows", f"{unit_id}-{sha256[:16]}{_SUFFIX}")
 
     def _read_json(self, uri: str) -> dict[str, Any]:
         return self._read(uri, dict)
@@ -323,32 +333,21 @@ class Ledger:
             raise ChecksumMismatch(f"{uri} is the plan of another catalog ({plan.catalog_digest}); remove it")
         return plan
 
-    def _read_commit(self, unit_id: str) -> Commit:
-        uri = self._uri("commits", f"{unit_id}.json")
-        commit = self._read(uri, _to_commit)
-        if commit.unit_id != unit_id:
-            raise ChecksumMismatch(f"{uri} is the commit of another unit ({commit.unit_id}); remove it")
-        return commit
-
     def _read(self, uri: str, make: Callable[[dict[str, Any]], _Result], max_bytes: int = MAX_RECORD_BYTES) -> _Result:
         return read_record(self.storage, uri, make, max_bytes)
 
 
-def _require_types(found: pa.Schema, schema: pa.Schema) -> None:
-    """Raise ArrowInvalid unless the columns are those of the schema."""
-    for field in found:
-        if field.name in schema.names and not field.equals(schema.field(field.name)):
-            raise pa.ArrowInvalid(f"column {field.name} is {field.type}, expected {schema.field(field.name).type}")
-
-
-def _to_commit(record: dict[str, Any]) -> Commit:
-    """What `commit` wrote: a part is a name, since it is joined to a folder, read, deleted and shown."""
-    commit = record_of(Commit)(record)
-    as_name(commit.unit_id, "unit_id")
-    as_name(commit.part, "part")
-    if commit.windows is not None:
-        record_of(_Part)(commit.windows)
+def _of_unit(commit: Commit, unit_id: str) -> Commit:
+    if commit.unit_id != unit_id:
+        raise ValueError(f"it is the part of another unit, {commit.unit_id}")
     return commit
+
+
+def _of_plan(table: pa.Table, unit: Unit) -> pa.Table:
+    """Without the rows of videos that have left the catalog."""
+    if unit.is_whole:
+        return table
+    return table.filter(pc.is_in(table.column("row_key"), value_set=pa.array(unit.keys, pa.string())))
 
 
 def _to_json(record: dict[str, Any]) -> bytes:

@@ -1,6 +1,6 @@
 """From a label config to everything that a labelling needs, found and checked before Ray starts.
 
-What is easy to break: whatever can change a row is in `settings`, whose digest names the folder of the results.
+What is easy to break: whatever can change a row is in `_Settings`, whose digest names the folder of the results.
 """
 
 import uuid
@@ -15,14 +15,14 @@ from kinoray.label.answers import AnswerRule
 from kinoray.label.calibration import Calibrated, load_calibration
 from kinoray.label.config import LabelConfig
 from kinoray.label.stage import LabelJob
-from kinoray.label.table import Ledger, Plan, find_labellings, labelling_id, row_keys
+from kinoray.label.table import JobRecord, Ledger, Plan, find_labellings, labelling_id, row_keys
 from kinoray.network.anytime import EarlyExit, SegmentConsensus
 from kinoray.network.batch_size import CPU_BATCH
 from kinoray.network.build import VideoModel, check_clip, compile_advice, is_shipped, trusted_network
 from kinoray.network.checkpoint import CheckpointMeta, find_checkpoint, load_meta, load_model
 from kinoray.network.scorer import ScorerConfig, check_scorer, segment_consensus
 from kinoray.storage.objects import Storage, absolute, join
-from kinoray.video.protocol import PROTOCOLS
+from kinoray.video.protocol import PROTOCOLS, ViewsConfig
 
 __all__ = ["Labelling", "label_config", "open_labelling"]
 
@@ -40,6 +40,19 @@ class Labelling:
     plan: Plan
     consensus: SegmentConsensus | None
     """How the network makes one answer of its segments; None for one that sees them together, and with config.plan."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Settings:
+    """Whatever can change a row, but for the model. Its digest is part of what a labelling is called."""
+
+    clip: ClipConfig
+    views: ViewsConfig
+    answer: AnswerRule
+    scorer: ScorerConfig
+    labels: tuple[str, ...]
+    torch_threads: int | None
+    """Of CPUs. Sums are split among threads, which rounds them otherwise: a ResNet-50's logits by 4e-5."""
 
 
 def label_config(config: Any, **changes: Any) -> LabelConfig:
@@ -86,27 +99,34 @@ def open_labelling(
         check_scorer(model, scorer, len(meta.labels))
     on_gpu = config.resources.gpus_per_worker > 0
     torch_threads = max(1, int(config.resources.cpus_per_worker))
-    settings = {
-        "clip": asdict(clip),
-        "views": asdict(views),
-        "answer": asdict(answer),
-        "scorer": asdict(scorer),
-        "labels": list(meta.labels),
-        # Sums are split among threads, which rounds them otherwise: a ResNet-50's logits by 4e-5.
-        "torch_threads": None if on_gpu else torch_threads,
-    }
+    settings = _Settings(
+        clip=clip,
+        views=views,
+        answer=answer,
+        scorer=scorer,
+        labels=meta.labels,
+        torch_threads=None if on_gpu else torch_threads,
+    )
     catalog = catalog_of_source(storage, absolute(config.source)).select(config.split)
     if check is not None:
         check(catalog, meta)
     keys = row_keys(catalog.table)
-    folder = labelling_id(meta.model_digest, digest(settings))
+    record = JobRecord(
+        checkpoint=checkpoint,
+        model_digest=meta.model_digest,
+        config_digest=digest(settings),
+        labels=meta.labels,
+        scores=answer.scores,
+        windows=views.windows,
+        model=meta.model,
+        settings=asdict(settings),
+    )
     out = absolute(config.out).rstrip("/")
-    ledger = Ledger(storage, join(out, folder))
-    record = {"model_digest": meta.model_digest, "config_digest": digest(settings), "checkpoint": checkpoint}
+    ledger = Ledger(storage, join(out, labelling_id(record.model_digest, record.config_digest)))
     if config.plan:
         plan = ledger.draft(catalog.digest, keys, config.unit_size)
     else:
-        if ledger.pin_job({**record, "model": asdict(meta.model), **settings}):
+        if ledger.pin_job(record):
             _say_others(storage, out, ledger.root, task)
         plan = ledger.plan(catalog.digest, keys, config.unit_size)
     job = LabelJob(
@@ -115,7 +135,7 @@ def open_labelling(
         checkpoint=checkpoint,
         allow_factory=config.allow_factory,
         model_digest=meta.model_digest,
-        config_digest=digest(settings),
+        config_digest=record.config_digest,
         run_id=uuid.uuid4().hex[:16],
         clip=clip,
         views=views,

@@ -7,10 +7,10 @@ digits on any number of workers and after any kill.
 
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -19,18 +19,18 @@ import torch
 from kinoray.catalog.table import REFERENCE_COLUMNS
 from kinoray.cluster.events import log_event
 from kinoray.config.shared import ClipConfig
-from kinoray.errors import CheckpointMismatch, KinorayError, MediaError
+from kinoray.errors import AccessDenied, BucketNotFound, CheckpointMismatch, KinorayError, MediaError
 from kinoray.label.answers import AnswerRule, average_logits, top_predictions
-from kinoray.label.outcome import Outcome, Place, extras, keep, refuse_if_none_readable, stack
 from kinoray.label.read import VideoReader
 from kinoray.label.table import PREDICTION_SCHEMA, WINDOW_SCHEMA, Ledger, Unit
 from kinoray.label.times import STAGES, LabelMetrics, StageClock, UnitTimes
 from kinoray.network.batch_size import CPU_BATCH, agreed_batch_size, auto_batch_size
 from kinoray.network.build import VideoModel
 from kinoray.network.checkpoint import load_model
-from kinoray.network.scorer import ClipScorer, ScorerConfig
+from kinoray.network.scorer import ClipAnswer, ClipScorer, ScorerConfig
 from kinoray.storage.objects import Storage
 from kinoray.video.protocol import ViewsConfig
+from kinoray.video.views import ViewClips
 
 __all__ = ["UNIT_COLUMNS", "LabelJob", "LabelUnits", "pack_unit"]
 
@@ -74,6 +74,48 @@ def pack_unit(unit: Unit, rows: pa.Table) -> dict[str, Any]:
     return {"unit_id": unit.unit_id, "keys": list(unit.keys), "rows": sink.getvalue().to_pybytes()}
 
 
+@dataclass(slots=True)
+class _Window:
+    """One window of a video: the answers for its views, in the end one."""
+
+    begin_s: float
+    end_s: float
+    views: list[ClipAnswer] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class _Outcome:
+    """What became of one video: an error, or windows with views whose logits become a score."""
+
+    error: KinorayError | None = None
+    windows: list[_Window] = field(default_factory=list)
+    answer: dict[str, Any] = field(default_factory=dict)
+    window_answers: list[dict[str, Any]] = field(default_factory=list)
+    frames_decoded: int = 0
+    frames_corrupt: int = 0
+    frames_missing: int = 0
+
+    @property
+    def answers(self) -> list[ClipAnswer]:
+        """Of all views of all windows."""
+        return [view for window in self.windows for view in window.views]
+
+    def add(self, part: ViewClips) -> None:
+        """Make room for the windows of a part, and count its frames."""
+        self.frames_decoded += part.frames_decoded
+        self.frames_corrupt += part.frames_corrupt
+        self.frames_missing = part.info.frames_missing
+        rate = part.info.fps or 1.0
+        self.windows += [_Window(begin / rate, end / rate) for begin, end in part.windows.tolist()]
+
+
+class _Place(NamedTuple):
+    """Where a clip's answer belongs."""
+
+    outcome: _Outcome
+    window: int
+
+
 class LabelUnits:
     """Unit rows in (see `pack_unit`), one small row of counts out for each; the predictions go to the ledger.
 
@@ -84,7 +126,7 @@ class LabelUnits:
     def __init__(self, job: LabelJob) -> None:
         self.job = job
         self.ledger = Ledger(job.storage, job.root)
-        self.scorer: ClipScorer[Place] | None = None
+        self.scorer: ClipScorer[_Place] | None = None
         self.with_flow = False
         self.labels: tuple[str, ...] = ()
         torch.set_num_threads(job.torch_threads)
@@ -123,16 +165,16 @@ class LabelUnits:
         if commit is None:
             begin_s = time.time()
             outcomes = self._label(self._load(), rows)
-            refuse_if_none_readable(outcomes)
+            _refuse_if_none_readable(outcomes)
             windows = self._windows_table(unit, rows, outcomes) if self.job.views.windows else None
             times = self.clock.times(begin_s)
             with self.clock.timing("commit"):
                 table = self._table(unit, rows, outcomes)
                 commit = self.ledger.commit(unit, table, self.job.run_id, windows, times)
-            self._log(unit, rows, outcomes, times["end_s"] - begin_s)
+            self._log(unit, rows, outcomes, times.end_s - begin_s)
         return commit.counts
 
-    def _log(self, unit: Unit, rows: pa.Table, outcomes: Sequence[Outcome], seconds: float) -> None:
+    def _log(self, unit: Unit, rows: pa.Table, outcomes: Sequence[_Outcome], seconds: float) -> None:
         """Count the reasons of what was quarantined, and log the unit with the ids that belong to it."""
         ids: dict[str, str | int | float] = {
             "run": self.job.run_id,
@@ -165,7 +207,7 @@ class LabelUnits:
         self.reader = self._reader(size)
         return size
 
-    def _load(self) -> ClipScorer[Place]:
+    def _load(self) -> ClipScorer[_Place]:
         if self.scorer is None:
             job = self.job
             model, meta = load_model(job.storage, job.checkpoint, job.allow_factory)
@@ -184,9 +226,9 @@ class LabelUnits:
             )
         return self.scorer
 
-    def _label(self, scorer: ClipScorer[Place], rows: pa.Table) -> list[Outcome]:
+    def _label(self, scorer: ClipScorer[_Place], rows: pa.Table) -> list[_Outcome]:
         """One outcome for each row, in order."""
-        outcomes = [Outcome() for _ in range(rows.num_rows)]
+        outcomes = [_Outcome() for _ in range(rows.num_rows)]
         for outcome, video in zip(outcomes, self.reader.videos(rows, with_flow=self.with_flow), strict=True):
             if isinstance(video, KinorayError):
                 outcome.error = video
@@ -196,32 +238,32 @@ class LabelUnits:
                     outcome.add(part)
                     views_a_window = len(part) // len(part.windows)
                     for view, clip in enumerate(part.clips()):
-                        place = Place(outcome, part.first_window + view // views_a_window)
+                        place = _Place(outcome, part.first_window + view // views_a_window)
                         with self.clock.timing("model"):
-                            keep(scorer.put(place, clip))
+                            _keep(scorer.put(place, clip))
             except MediaError as error:  # of a later window; what waits of the earlier ones is dropped with the video
                 outcome.error = error
         with self.clock.timing("model"):
-            keep(scorer.flush())
+            _keep(scorer.flush())
         self._score([outcome for outcome in outcomes if outcome.error is None])
         return outcomes
 
-    def _score(self, outcomes: list[Outcome]) -> None:
+    def _score(self, outcomes: list[_Outcome]) -> None:
         """Make one answer of the views of each window, and one of the windows of each video."""
         if not outcomes:
             return
         average, rule = self.job.views.average, self.job.answer
         windows = [
-            [average_logits(stack(window.views), average, rule.scores) for window in outcome.windows]
+            [average_logits(_stack(window.views), average, rule.scores) for window in outcome.windows]
             for outcome in outcomes
         ]
         videos = np.stack([average_logits(np.stack(logits), average, rule.scores) for logits in windows])
         for outcome, logits, answer in zip(outcomes, windows, top_predictions(videos, self.labels, rule), strict=True):
-            outcome.answer = answer | extras(outcome.answers)
+            outcome.answer = answer | _extras(outcome.answers)
             if self.job.views.windows:
                 outcome.window_answers = top_predictions(np.stack(logits), self.labels, rule)
 
-    def _table(self, unit: Unit, rows: pa.Table, outcomes: Sequence[Outcome]) -> pa.Table:
+    def _table(self, unit: Unit, rows: pa.Table, outcomes: Sequence[_Outcome]) -> pa.Table:
         shared = {
             "abstained": False,
             "model_digest": self.job.model_digest,
@@ -246,7 +288,7 @@ class LabelUnits:
         return pa.Table.from_pylist(records, schema=PREDICTION_SCHEMA)
 
     @staticmethod
-    def _windows_table(unit: Unit, rows: pa.Table, outcomes: Sequence[Outcome]) -> pa.Table:
+    def _windows_table(unit: Unit, rows: pa.Table, outcomes: Sequence[_Outcome]) -> pa.Table:
         records = [
             {"video_id": video_id, "row_key": key, "window": number, "begin_s": window.begin_s, "end_s": window.end_s}
             | answer
@@ -255,3 +297,35 @@ class LabelUnits:
             for number, (window, answer) in enumerate(zip(outcome.windows, outcome.window_answers, strict=True))
         ]
         return pa.Table.from_pylist(records, schema=WINDOW_SCHEMA)
+
+
+def _keep(answers: Iterable[tuple[_Place, ClipAnswer]]) -> None:
+    """Put each answer where it belongs."""
+    for place, answer in answers:
+        place.outcome.windows[place.window].views.append(answer)
+
+
+def _stack(views: Sequence[ClipAnswer]) -> np.ndarray:
+    """Their logits, float64 [V, C]."""
+    return np.stack([view.logits for view in views])
+
+
+def _extras(views: Sequence[ClipAnswer]) -> dict[str, Any]:
+    """Embedding (mean over the views) and segment logits (of the only view), where they were kept."""
+    kept: dict[str, Any] = {}
+    vectors = [view.embedding for view in views if view.embedding is not None]
+    if vectors:
+        kept["embedding"] = np.mean(vectors, axis=0, dtype=np.float64).astype(np.float16)
+    if views[0].segment_logits is not None:
+        kept["segment_logits"] = views[0].segment_logits.reshape(-1)
+    return kept
+
+
+def _refuse_if_none_readable(outcomes: Sequence[_Outcome]) -> None:
+    """One forbidden object is a quarantine row; a unit of nothing else means that the job cannot read its input."""
+    kinds = {type(outcome.error) for outcome in outcomes}
+    if len(outcomes) > 1 and len(kinds) == 1 and (kind := kinds.pop()) in (AccessDenied, BucketNotFound):
+        raise kind(
+            f"none of the {len(outcomes)} videos of a unit may be read, so nothing was quarantined; the first: "
+            f"{outcomes[0].error}; check credentials and buckets, or leave these videos out of the source"
+        )

@@ -1,16 +1,15 @@
-"""The result table: its rows, their exactly-once commit in units of work, and how it is read back.
+"""The result table as its readers see it, and where everything lies.
 
 Under OUT, one folder for each (model, settings), named `labelling_id`:
 
     job.json                      the model, the settings and the class names that all rows share
     plans/<catalog digest>.json   which rows of that catalog are in which unit (see plan.py)
-    parts/<unit>-<attempt>.parquet   rows; any number of attempts may leave one
-    windows/<same name>.parquet   rows of the windows of long videos, where the settings ask for them
-    commits/<unit>.json           the one part (and its windows) that counts, with its checksum
+    parts/<unit>.parquet          the rows of a finished unit; its metadata says who wrote them, when, and how many
+    windows/<unit>-<digest>.parquet   rows of the windows of its long videos, where the settings ask for them
     done/<catalog digest>.json    totals, once every row of the catalog is there
     jobs/<run id>.json            what each job did that came to its end: totals, rate, and what it waited for
 
-What is easy to break: a part exists for readers only when a commit names it, and only `put_if_absent` makes a commit.
+What is easy to break: one labelling has rows of several catalogs, so readers go by plans, the newest first.
 """
 
 from collections.abc import Sequence
@@ -20,9 +19,9 @@ import pyarrow as pa
 
 from kinoray.config.shared import digest
 from kinoray.errors import ConfigError, ObjectNotFound
-from kinoray.label.ledger import Commit, Ledger, Totals
+from kinoray.label.ledger import JobRecord, Ledger, Totals
+from kinoray.label.part import PREDICTION_SCHEMA, WINDOW_SCHEMA, Commit, Times
 from kinoray.label.plan import Plan, Unit, row_keys
-from kinoray.label.schema import PREDICTION_SCHEMA, WINDOW_SCHEMA
 from kinoray.storage.objects import Storage, join
 
 __all__ = [
@@ -30,8 +29,10 @@ __all__ = [
     "PREDICTION_SCHEMA",
     "WINDOW_SCHEMA",
     "Commit",
+    "JobRecord",
     "Ledger",
     "Plan",
+    "Times",
     "Totals",
     "Unit",
     "find_labellings",
@@ -123,8 +124,7 @@ def read_windows(storage: Storage, out: str) -> pa.Table:
         ConfigError: results of several models or settings are there, and none was named.
     """
     ledger = open_ledger(storage, out)
-    views = ledger.job().get("views")
-    if not isinstance(views, dict) or not views.get("windows"):
+    if ledger.job().windows is None:
         raise ObjectNotFound(f"{ledger.root} was labelled without windows; label with --window-s")
     committed, seen = ledger.committed(), set[str]()
     tables = [WINDOW_SCHEMA.empty_table()]
@@ -139,7 +139,8 @@ def open_ledger(storage: Storage, out: str) -> Ledger:
     """The only labelling in a place that `label` wrote to. Raises as `read_predictions`."""
     roots = find_labellings(storage, out)
     if len(roots) > 1:
-        models = (Ledger(storage, root).job().get("checkpoint") for root in roots)
+        jobs = [Ledger(storage, root).job() for root in roots]
+        models = [job.checkpoint or ", ".join(job.members) for job in jobs]
         choices = ", ".join(f"{root} (by {model})" for root, model in zip(roots, models, strict=True))
         raise ConfigError(f"predictions must name one labelling; {out} holds {len(roots)}: {choices}")
     return Ledger(storage, roots[0])

@@ -11,10 +11,12 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import ray
 from ray.util.metrics import Counter, Gauge
+
+from kinoray.label.part import Times
 
 __all__ = ["STAGES", "LabelMetrics", "Stage", "StageClock", "UnitTimes", "bound_stage"]
 
@@ -42,11 +44,16 @@ class StageClock:
             self.seconds[stage] += whole_s - self._inner_s
             self._inner_s = outer_inner_s + whole_s
 
-    def times(self, begin_s: float) -> dict[str, Any]:
-        """`Commit.times` of a unit that was begun then, in seconds since 1970, with nothing timed before it."""
-        return {"worker": f"{socket.gethostname()}/{os.getpid()}", "begin_s": begin_s, "end_s": time.time()} | {
-            stage: self.seconds[stage] for stage in STAGES
-        }
+    def times(self, begin_s: float) -> Times:
+        """Of a unit that was begun then, in seconds since 1970, with nothing timed before it."""
+        return Times(
+            worker=f"{socket.gethostname()}/{os.getpid()}",
+            begin_s=begin_s,
+            end_s=time.time(),
+            store=self.seconds["store"],
+            decode=self.seconds["decode"],
+            model=self.seconds["model"],
+        )
 
     def take(self) -> dict[str, float]:
         """The seconds since the last call, of every stage."""

@@ -6,32 +6,26 @@ killing anything and running the same command again gives the same table.
 
 import time
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import asdict
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from typing import Any
 
 import pyarrow as pa
-import ray
-import ray.data
-from ray.exceptions import RayError, RayTaskError
 
-from kinoray import errors
-from kinoray.cluster.connect import connect, quiet_ray, require_fit
+from kinoray.catalog.table import Catalog
 from kinoray.config.shared import ResourcesConfig
 from kinoray.console import Progress, format_duration
-from kinoray.errors import ClusterError, KinorayError, TooManyBad
+from kinoray.errors import TooManyBad
 from kinoray.label.config import LabelConfig
-from kinoray.label.manifest import write_manifest
+from kinoray.label.job import run_units
 from kinoray.label.open import Labelling, open_labelling
-from kinoray.label.preview import preview
-from kinoray.label.stage import UNIT_COLUMNS, LabelUnits, pack_unit
-from kinoray.label.table import Totals, Unit
+from kinoray.label.table import Ledger, Plan, Totals
 from kinoray.label.times import STAGES, bound_stage
 
-__all__ = ["label", "refuse_too_many_bad", "run_labelling"]
+__all__ = ["Preview", "label", "preview", "refuse_too_many_bad", "run_labelling"]
 
-_MAX_BLOCKS = 20_000  # each is a Ray object and a task; more units than this share blocks
+_NAMED = ["video_id", "uri", "row_key"]
 
 
 def label(config: LabelConfig) -> dict[str, Any]:
@@ -77,17 +71,14 @@ def run_labelling(labelling: Labelling, resources: ResourcesConfig, task: str) -
     if already:
         print(f"{task}: {already} of {plan.num_rows} videos are labelled already, {plan.num_rows - already} to do")
     if missing:
-        connect(resources)
-        require_fit(resources)
         progress = Progress(plan.num_rows, task, "videos", already=already)
-        for result in _run_units(labelling, _rotated(missing, labelling.job.run_id), resources):
+        for result in run_units(labelling, missing, resources):
             stages.update({stage: result[f"{stage}_s"] for stage in STAGES})
             progress.note(f"bound by {bound_stage(stages)}")
             progress.update(result["rows"], quarantined=result["quarantined"])
         progress.close()
     totals = ledger.check(plan, labelling.keys)
     ledger.finish(plan, totals)
-    write_manifest(ledger, plan)
     _print_totals(totals, task)
     to_do, wall_s = plan.num_rows - already, time.monotonic() - start
     record = {"began": began.isoformat(timespec="seconds"), "wall_s": wall_s, "already": already, "labelled_now": to_do}
@@ -110,6 +101,59 @@ def _say_plan(labelling: Labelling) -> dict[str, Any]:
     return asdict(found)
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Preview:
+    """done + new + changed = videos."""
+
+    videos: int
+    """Inputs of the catalog."""
+    done: int
+    """That have their row."""
+    new: int
+    """That were never labelled with this model and these settings."""
+    changed: int
+    """That have a row under the same name and place, but are other files now: another size, checksum or shard place."""
+    gone: int
+    """Rows of videos that are not in this catalog; they stay, and do not show in its table."""
+    size_bytes: int | None
+    """Bytes of the videos to do; None where the catalog does not know all their sizes."""
+    units: int
+    """Units of work to do."""
+
+
+def preview(ledger: Ledger, catalog: Catalog, keys: Sequence[str], plan: Plan) -> Preview:
+    """Compare a catalog with what is committed.
+
+    Args:
+        keys: `row_keys` of the catalog.
+        plan: its plan, stored or not.
+    """
+    committed = ledger.committed()
+    missing = [unit for unit in plan.units if unit.unit_id not in committed]
+    to_do = {key for unit in missing for key in unit.keys}
+    places = [place for place, key in enumerate(keys) if key in to_do]
+    rows = catalog.table.select(["video_id", "uri", "size_bytes"]).take(pa.array(places, pa.int64())).to_pylist()
+    known = set(keys)
+    older = {unit.unit_id: unit for before in ledger.plans() for unit in before.units if unit.unit_id in committed}
+    gone = [unit for unit in older.values() if not known.issuperset(unit.keys)]
+    left: dict[tuple[str, str], str] = {}
+    for table in ledger.read_units(gone, _NAMED):
+        for row in table.to_pylist():
+            if row["row_key"] not in known:
+                left[row["video_id"], row["uri"]] = row["row_key"]
+    changed = sum((row["video_id"], row["uri"]) in left for row in rows)
+    sizes = [row["size_bytes"] for row in rows]
+    return Preview(
+        videos=len(keys),
+        done=len(keys) - len(to_do),
+        new=len(to_do) - changed,
+        changed=changed,
+        gone=len(left) - changed,
+        size_bytes=None if None in sizes else sum(sizes),
+        units=len(missing),
+    )
+
+
 def refuse_too_many_bad(totals: Totals, max_bad_fraction: float, root: str) -> None:
     """Raise TooManyBad where more than this share of the inputs was quarantined."""
     if totals.quarantined > max_bad_fraction * totals.inputs:
@@ -118,58 +162,6 @@ def refuse_too_many_bad(totals: Totals, max_bad_fraction: float, root: str) -> N
             f"{totals.quarantined} of {totals.inputs} videos ({share:.1%}) were quarantined, max_bad_fraction allows "
             f"{max_bad_fraction:.1%}: {_reasons(totals)}; the table in {root} is complete all the same and names them"
         )
-
-
-def _rotated(units: list[Unit], run_id: str) -> list[Unit]:
-    """Begin somewhere else in every job, so that two jobs on one catalog meet at the end, not at every unit."""
-    start = int(run_id, 16) % len(units)
-    return units[start:] + units[:start]
-
-
-def _run_units(labelling: Labelling, units: list[Unit], resources: ResourcesConfig) -> Iterator[dict[str, Any]]:
-    """One row of counts for each unit, as they finish. A row with an error becomes that error here."""
-    quiet_ray()
-    position = {key: row for row, key in enumerate(labelling.keys)}
-    # In one chunk: pyarrow's take copies a column of several chunks whole, every time (10 minutes for 10^6 videos).
-    table = labelling.catalog.table.select(list(UNIT_COLUMNS)).combine_chunks()
-    per_block = -(-len(units) // _MAX_BLOCKS)
-    blocks = []
-    for start in range(0, len(units), per_block):
-        few = units[start : start + per_block]
-        packed = [pack_unit(unit, table.take([position[key] for key in unit.keys])) for unit in few]
-        blocks.append(pa.Table.from_pylist(packed))
-    # from_blocks, not from_arrow: that starts a remote task a block to learn what is known here.
-    dataset = ray.data.from_blocks(blocks).map_batches(
-        LabelUnits,
-        fn_constructor_args=(labelling.job,),
-        batch_size=1,
-        batch_format="pyarrow",
-        compute=ray.data.ActorPoolStrategy(
-            size=min(resources.num_workers, len(blocks)),
-            max_tasks_in_flight_per_actor=1,  # a unit waits for a free worker, not behind a slow one
-        ),
-        num_cpus=resources.cpus_per_worker,
-        num_gpus=resources.gpus_per_worker or None,
-    )
-    try:
-        for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
-            for result in batch.to_pylist():
-                if result["error_class"]:
-                    raise _error_of(result)
-                yield result
-    except RayTaskError:
-        raise  # a bug: its traceback is what is needed
-    except RayError as error:
-        text = " ".join(str(error).split())
-        raise ClusterError(
-            f"the workers were lost and did not come back: {text}; what is committed stays, run the same command again"
-        ) from error
-
-
-def _error_of(result: dict[str, Any]) -> KinorayError:
-    kind = getattr(errors, result["error_class"], KinorayError)
-    error: KinorayError = kind(result["error_text"])
-    return error
 
 
 def _reasons(totals: Totals) -> str:

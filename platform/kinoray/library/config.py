@@ -1,4 +1,4 @@
-"""Config trees of the verbs that work on a finished result table: `labels`, `vacuum`, `export` and `correct`."""
+"""Config trees of the verbs that work on a finished result table: `labels`, `report`, `export` and `correct`."""
 
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
@@ -68,8 +68,6 @@ class LabelsConfig:
     asked while the job runs; --to then writes the units' spans for https://ui.perfetto.dev."""
     windows: bool = False
     """Rows of the windows of long videos (label --window-s) instead of rows of videos."""
-    manifest: bool = False
-    """Write manifest.json beside the table instead: the names of the Parquet files that count (see docs/labels.md)."""
     storage: StorageConfig = field(default_factory=StorageConfig)
     """Object storage."""
 

@@ -265,7 +265,7 @@ def _export_rows(storage: Storage, config: ExportConfig, ledger: Ledger, folder:
     if config.format == "csv" or config.format == "jsonl":
         return _export_table(config, ledger, folder, side)
     job = ledger.job()
-    about = {"model_digest": job.get("model_digest", ""), "config_digest": job.get("config_digest", "")}
+    about = {"model_digest": job.model_digest, "config_digest": job.config_digest}
     several = is_multi_label(ledger)
     writer = _FORMATS[config.format](folder, class_names(ledger), {**about, "multi_label": several})
     source = Source(storage, config.copy_videos) if config.copy_videos else None

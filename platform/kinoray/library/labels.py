@@ -15,7 +15,6 @@ import pyarrow.compute as pc
 from kinoray.catalog.table import CATALOG_SCHEMA, catalog_of_source
 from kinoray.console import exact_stdout, many
 from kinoray.errors import CatalogError, ConfigError, ObjectNotFound
-from kinoray.label.manifest import write_manifest
 from kinoray.label.table import Ledger, open_ledger
 from kinoray.library.config import LabelsConfig
 from kinoray.library.rows import LABEL_SCHEMA, WINDOW_LABEL_SCHEMA, Where, class_names, scan, scan_windows
@@ -74,7 +73,7 @@ def labels(config: LabelsConfig) -> dict[str, Any]:
 
     Returns:
         `root`, `rows` (printed or written), `matched` (passed the filters, where all were looked at, else None) and
-        `to`; with --manifest what `write_manifest` gives, with --summary the `spans` of the units.
+        `to`; with --summary the `spans` of the units.
 
     Raises:
         ConfigError: a class or column is unknown, or several labellings are there and none was named.
@@ -85,8 +84,6 @@ def labels(config: LabelsConfig) -> dict[str, Any]:
     if config.summary:
         return _summary(storage, config)
     ledger = open_ledger(storage, absolute(config.predictions))
-    if config.manifest:
-        return _make_manifest(ledger)
     joined = _Joined(storage, config.join) if config.join else None
     known = WINDOW_LABEL_SCHEMA if config.windows else LABEL_SCHEMA
     columns = _columns(config, known, joined)
@@ -135,18 +132,6 @@ def _summary(storage: Storage, config: LabelsConfig) -> dict[str, Any]:
             f"{place} holds no labelling (job.json); give the --out of kinoray label or evaluate"
         ) from None
     return {"root": place, "spans": spans}
-
-
-def _make_manifest(ledger: Ledger) -> dict[str, Any]:
-    plans = ledger.plans()
-    if not plans:
-        raise ConfigError(f"manifest: {ledger.root} has no plan yet; run kinoray label first")
-    record = write_manifest(ledger, plans[-1])
-    print(
-        f"labels: {record['uri']} names {many(len(record['parts']), 'part')} with {many(record['rows'], 'row')}",
-        flush=True,
-    )
-    return record
 
 
 def _columns(config: LabelsConfig, schema: pa.Schema, joined: _Joined | None) -> list[str]:

@@ -7,7 +7,6 @@ place, also when a filter drops the newer one; so rows are compared before they 
 import fnmatch
 import re
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from kinoray.errors import ConfigError
-from kinoray.label.table import PLACE, PREDICTION_SCHEMA, WINDOW_SCHEMA, Ledger, Unit, leave_out_seen
+from kinoray.label.table import PLACE, PREDICTION_SCHEMA, WINDOW_SCHEMA, Ledger, leave_out_seen
 
 __all__ = [
     "BAD_VIDEO",
@@ -34,7 +33,6 @@ BAD_VIDEO = "__bad__"
 
 _FIRST = {"label": "label_topk", "score": "score_topk"}
 _WINDOW = 256  # units that are fetched ahead of the reader, so that a slow one holds no whole table
-_THREADS = 16
 
 
 def _with_first(schema: pa.Schema, after: str) -> pa.Schema:
@@ -100,18 +98,15 @@ def class_names(ledger: Ledger) -> tuple[str, ...]:
     Raises:
         ConfigError: job.json does not name them.
     """
-    labels = ledger.job().get("labels")
-    if not isinstance(labels, list) or not labels or not all(isinstance(label, str) for label in labels):
-        raise ConfigError(
-            f"predictions: {ledger.root}/job.json names no classes (labels); label again with this kinoray"
-        )
-    return tuple(labels)
+    labels = ledger.job().labels
+    if not labels:
+        raise ConfigError(f"predictions: {ledger.root}/job.json names no classes (labels)")
+    return labels
 
 
 def is_multi_label(ledger: Ledger) -> bool:
     """Whether a video may have any number of classes (label --scores sigmoid); label_topk then holds just those."""
-    answer = ledger.job().get("answer")
-    return isinstance(answer, dict) and answer.get("scores") == "sigmoid"
+    return ledger.job().scores == "sigmoid"
 
 
 def scan(ledger: Ledger, columns: Sequence[str], where: Where | None = None) -> Iterator[pa.Table]:
@@ -132,10 +127,7 @@ def scan(ledger: Ledger, columns: Sequence[str], where: Where | None = None) -> 
     for plan in reversed(plans):
         units = [unit for unit in plan.units if unit.unit_id in done]
         for start in range(0, len(units), _WINDOW):
-            window = units[start : start + _WINDOW]
-            if where.status and not several:
-                window = _promising(ledger, window, where.status)
-            for table in ledger.read_units(window, stored):
+            for table in ledger.read_units(units[start : start + _WINDOW], stored):
                 if several:
                     table = leave_out_seen(table, places)
                 yield _select(table, columns, where)
@@ -152,8 +144,7 @@ def scan_windows(ledger: Ledger, columns: Sequence[str], where: Where | None = N
         IncompleteOutput, ChecksumMismatch: a part is gone, or not what was committed.
     """
     where = where or Where()
-    views = ledger.job().get("views")
-    if not isinstance(views, dict) or not views.get("windows"):
+    if ledger.job().windows is None:
         raise ConfigError(f"windows: {ledger.root} was labelled without windows; label with --window-s")
     done, seen = ledger.committed(), set[str]()
     for plan in reversed(ledger.plans()):
@@ -163,18 +154,6 @@ def scan_windows(ledger: Ledger, columns: Sequence[str], where: Where | None = N
             for table in ledger.read_windows(units[start : start + _WINDOW]):
                 status = pa.array(["labelled"] * len(table), pa.string())  # what is not labelled has no windows
                 yield _select(table.append_column("status", status), columns, where)
-
-
-def _promising(ledger: Ledger, units: Sequence[Unit], status: Sequence[str]) -> list[Unit]:
-    """Units that may hold rows of these states, by the counts in their commits: the others' parts are not fetched."""
-    states = {"labelled" if state == "abstained" else state for state in status}
-    with ThreadPoolExecutor(_THREADS) as pool:
-        commits = list(pool.map(lambda unit: ledger.find_commit(unit.unit_id), units))
-    return [
-        unit
-        for unit, commit in zip(units, commits, strict=True)
-        if commit is None or any(commit.counts.get(state) for state in states)
-    ]
 
 
 def _select(table: pa.Table, columns: Sequence[str], where: Where) -> pa.Table:

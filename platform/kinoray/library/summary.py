@@ -1,4 +1,4 @@
-"""Where the time of a labelling went, from its commits alone.
+"""Where the time of a labelling went, from its parts alone.
 
 Each says when its unit was begun and done, where, and what the worker waited for.
 
@@ -42,10 +42,10 @@ def label_spans(commits: Sequence[Commit]) -> list[Span]:
     spans = [
         Span(
             name=f"unit {commit.unit_id[:8]}",
-            worker=str(times["worker"]),
-            begin_s=float(times["begin_s"]),
-            end_s=float(times["end_s"]),
-            parts={stage: float(times[stage]) for stage in _STAGES},
+            worker=times.worker,
+            begin_s=times.begin_s,
+            end_s=times.end_s,
+            parts={"store": times.store, "decode": times.decode, "model": times.model},
             about={"run": commit.run_id, "unit": commit.unit_id, **commit.counts},
         )
         for commit in commits

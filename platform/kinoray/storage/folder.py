@@ -20,7 +20,7 @@ from kinoray.errors import ObjectNotFound, StorageError, StorageUnavailable
 __all__ = ["FolderStore", "Skipped"]
 
 _COPY_BYTES = 2**20
-_TEMP_PREFIX = ".kinoray-tmp-"  # left out of listings: what a killed writer leaves behind
+_TEMP_PREFIX = ".kinoray-tmp-"  # left out of listings: what a killed writer leaves behind, until `sweep`
 
 
 Skipped = Callable[[str, str], None]
@@ -87,6 +87,23 @@ class FolderStore:
         """Remove the file if it is there."""
         with translated(path):
             Path(path).unlink(missing_ok=True)
+
+    def sweep(self, folder: str, before_s: float) -> None:
+        """Remove what killed writers left in or below a folder before then; behind links lie others' files."""
+        with translated(folder):
+            for place, _, names in os.walk(folder):
+                for name in names:
+                    temp = os.path.join(place, name)
+                    if name.startswith(_TEMP_PREFIX) and _is_older(temp, before_s):
+                        Path(temp).unlink(missing_ok=True)
+
+
+def _is_older(path: str, before_s: float) -> bool:
+    try:
+        info = os.lstat(path)
+    except FileNotFoundError:
+        return False  # its writer has just finished
+    return stat.S_ISREG(info.st_mode) and info.st_mtime < before_s
 
 
 def _require_file(path: str | Path) -> os.stat_result:

@@ -152,6 +152,12 @@ class Storage:
         store, name = self._locate(uri)
         store.delete(name)
 
+    def sweep(self, folder: str, before_s: float) -> None:
+        """Remove what killed writers left in a folder before then; S3 shows no object before it is whole."""
+        store, name = self._locate(folder, is_prefix=True)
+        if isinstance(store, FolderStore):
+            store.sweep(name, before_s)
+
     def _locate(self, uri: str, *, is_prefix: bool = False) -> tuple[S3Store | FolderStore, str]:
         """The store that holds the uri, and its name there: a path, or `bucket/key`."""
         if not is_s3(uri):

@@ -171,13 +171,13 @@ def as_name(text: object, what: str) -> str:
 
 
 def parse_table(data: bytes, columns: Sequence[str] | None = None) -> pa.Table:
-    """The table in the bytes of a Parquet file, with these columns only.
+    """The table in the bytes of a Parquet file, with these columns only; pages are compared with their checksums.
 
     Raises:
         pyarrow.ArrowInvalid: it is no Parquet, or a column's type is none of Arrow's own.
     """
     try:
-        file = pq.ParquetFile(pa.BufferReader(data))
+        file = pq.ParquetFile(pa.BufferReader(data), page_checksum_verification=True)
         names = file.schema_arrow.names
         if wrong := [name for name in columns or names if names.count(name) != 1]:
             raise pa.ArrowInvalid(f"column {wrong[0]} is there {names.count(wrong[0])} times; once is right")

@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 
 from kinoray.catalog.table import Catalog
 from kinoray.config.shared import digest
-from kinoray.errors import CatalogError, ConfigError
+from kinoray.errors import CatalogError
 from kinoray.evaluation.metrics import (
     Accuracy,
     Calibration,
@@ -24,7 +24,7 @@ from kinoray.evaluation.metrics import (
     class_counts,
     count_confusion,
 )
-from kinoray.label.table import Ledger, open_ledger, read_predictions
+from kinoray.label.table import open_ledger, read_predictions
 from kinoray.library.rows import first_item
 from kinoray.storage.objects import Storage
 
@@ -106,17 +106,10 @@ def read_result(storage: Storage, predictions: str) -> ResultTable:
         pending.difference_update(rows["row_key"].to_pylist())
     return ResultTable(
         rows=rows,
-        labels=_labels(ledger),
+        labels=ledger.job().labels,
         num_pending=len(pending),
         digest=digest([ledger.labelling_id, plans[-1].catalog_digest if plans else ""]),
     )
-
-
-def _labels(ledger: Ledger) -> tuple[str, ...]:
-    labels = ledger.job().get("labels", [])
-    if not isinstance(labels, list) or not all(isinstance(label, str) for label in labels):
-        raise ConfigError(f"{ledger.root}/job.json: labels must be a list of class names; label into another --out")
-    return tuple(labels)
 
 
 def choose(rows: pa.Table, most: int) -> pa.Table:
