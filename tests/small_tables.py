@@ -81,7 +81,11 @@ def part_of(rows: pa.Table, record: dict[str, Any]) -> bytes:
     with pq.ParquetWriter(sink, rows.schema) as writer:
         writer.write_table(rows)
         writer.add_key_value_metadata({"kinoray": json.dumps(record)})
-    data = sink.getvalue()
+    return sealed(sink.getvalue())
+
+
+def sealed(data: bytes) -> bytes:
+    """Parquet with the two digests of a part before its footer."""
     (footer_bytes,) = struct.unpack("<I", data[-8:-4])
     pages, footer = data[: -8 - footer_bytes], data[-8 - footer_bytes :]
     return pages + hashlib.sha256(pages).digest() + hashlib.sha256(footer).digest() + footer
