@@ -26,9 +26,8 @@ from kinoray.cluster.connect import disconnect
 from kinoray.config.shared import ModelConfig, ResourcesConfig, SampleConfig
 from kinoray.demo.videos import make_demo_set
 from kinoray.evaluation.calibrate import fit_margins
-from kinoray.network.anytime import EarlyExit
 from kinoray.network.checkpoint import find_checkpoint, load_model
-from kinoray.network.scorer import ClipAnswer, ClipScorer, ScorerConfig
+from kinoray.network.scorer import ClipAnswer, ClipScorer, EarlyExit, ScorerConfig
 from kinoray.pack.config import PackConfig
 from kinoray.pack.verb import pack
 from kinoray.storage.objects import Storage

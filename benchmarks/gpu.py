@@ -15,7 +15,7 @@ that it runs: its bars are for an H100, so it then says "not yet measured" and c
 
 Bars: backbones at least 45 % of the matrix product, head at most 3 % and input at most 5 % of an inference, flow at
 most the time of the backbones, loop at least 0.95 of the bare network; logits as on the CPU, within the tolerances that
-vcm_sdd.inference states.
+kinoray.network.prepare states.
 """
 
 import argparse
@@ -39,12 +39,12 @@ from kinoray.demo.videos import make_video
 from kinoray.network.batch import collate, model_inputs
 from kinoray.network.build import VideoModel
 from kinoray.network.cost import describe
+from kinoray.network.flow_tvl1 import tvl1_flow
 from kinoray.network.forward import collate_for
+from kinoray.network.graphs import Repeated
+from kinoray.network.prepare import BF16_TOLERANCE, FP32_TOLERANCE, prepare_for_inference
 from kinoray.network.scorer import ClipScorer, ScorerConfig
 from kinoray.video.clip import Clip, VideoInfo, decode_clip
-from kinoray.video.flow_tvl1 import tvl1_flow
-from vcm_sdd.compiled import Repeated
-from vcm_sdd.inference import BF16_TOLERANCE, FP32_TOLERANCE, prepare_for_inference
 from vcm_sdd.network import VCMSDD, vcm_sdd
 
 # Shapes: B clips, S segments, T frames a segment

@@ -26,7 +26,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "models"))
 from vcm_sdd.network import TwoStreamHead, vcm_sdd
-from vcm_sdd.options import HeadOptions
+from vcm_sdd.options import Options
 from vcm_sdd.pooled import pooled_attention
 
 # Shapes: M segments, N nodes, D channels, G heads, K = D / G
@@ -171,7 +171,7 @@ def whole_head(rounds: int) -> tuple[float, dict[str, float]]:
     torch.manual_seed(0)
     model = vcm_sdd(num_classes=400).eval()
     frames = {"rgb": torch.randn(6, 3, 224, 224), "flow": torch.randn(6, 2, 224, 224)}
-    head = TwoStreamHead(D, 400, HeadOptions()).eval()
+    head = TwoStreamHead(D, 400, Options()).eval()
     calls: dict[str, Callable[[], object]] = {
         "backbones": lambda: [getattr(model, f"{name}_backbone")(x) for name, x in frames.items()]
     }

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "models"))
-from vcm_sdd.inference import BF16_TOLERANCE, FP32_TOLERANCE, prepare_for_inference
+from kinoray.network.prepare import BF16_TOLERANCE, FP32_TOLERANCE, prepare_for_inference
 from vcm_sdd.network import vcm_sdd_r101
 
 

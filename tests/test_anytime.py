@@ -12,9 +12,16 @@ from hypothesis import strategies as st
 from kinoray.config.shared import ClipConfig, InferenceConfig, ModelConfig, SampleConfig, ViewConfig
 from kinoray.errors import ConfigError
 from kinoray.evaluation.calibrate import MAX_CHANGED, fit_margins, fit_temperature, likelihood_and_error
-from kinoray.network.anytime import EarlyExit, RunningAnswer, nested_order
 from kinoray.network.build import VideoModel, build_model
-from kinoray.network.scorer import ClipAnswer, ClipScorer, ScorerConfig, check_scorer
+from kinoray.network.scorer import (
+    ClipAnswer,
+    ClipScorer,
+    EarlyExit,
+    RunningAnswer,
+    ScorerConfig,
+    check_scorer,
+    nested_order,
+)
 from kinoray.video.clip import Clip, VideoInfo
 
 S, T, C = 8, 2, 3

@@ -7,9 +7,9 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
+from kinoray.network import InputSpec
 from kinoray.network.cost import count_macs, describe
 from vcm_sdd.network import vcm_sdd, vcm_sdd_r101
-from vcm_sdd.spec import InputSpec
 
 
 @pytest.fixture(autouse=True)

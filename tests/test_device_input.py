@@ -28,12 +28,11 @@ from kinoray.errors import ConfigError, ModelError
 from kinoray.label.config import LabelConfig
 from kinoray.label.open import open_labelling
 from kinoray.label.stage import LabelUnits, pack_unit
-from kinoray.network.anytime import EarlyExit
-from kinoray.network.batch import RawBatch, VideoBatch, model_inputs
+from kinoray.network.batch import DeviceInput, Feeder, RawBatch, VideoBatch, collate_raw, model_inputs, quantised, sent
 from kinoray.network.build import build_model
 from kinoray.network.checkpoint import find_checkpoint, load_meta, load_model
-from kinoray.network.device_input import DeviceInput, Feeder, collate_raw, quantised, sent
-from kinoray.network.scorer import ClipScorer, ScorerConfig
+from kinoray.network.flow_tvl1 import tvl1_flow
+from kinoray.network.scorer import ClipScorer, EarlyExit, ScorerConfig
 from kinoray.storage.objects import Storage
 from kinoray.train.augment import Augmenter
 from kinoray.train.config import TrainConfig
@@ -43,7 +42,6 @@ from kinoray.train.verb import train
 from kinoray.video.bank import decode_bank
 from kinoray.video.clip import Clip, decode_clip
 from kinoray.video.flow_dis import quantise
-from kinoray.video.flow_tvl1 import tvl1_flow
 from kinoray.video.protocol import ViewsConfig
 from kinoray.video.sample import clip_rng, segment_indices
 from kinoray.video.sandbox.pool import Sandbox

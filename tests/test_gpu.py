@@ -16,20 +16,20 @@ from decode_reference import moving
 from kinoray.config.shared import ClipConfig, InferenceConfig, ModelConfig, OptimConfig, SampleConfig, ViewConfig
 from kinoray.demo.videos import make_video
 from kinoray.network.batch import VideoBatch, collate, model_inputs
-from kinoray.network.batch_size import auto_batch_size
 from kinoray.network.build import VideoModel, build_model
+from kinoray.network.flow_tvl1 import tvl1_flow
+from kinoray.network.forward import auto_batch_size
+from kinoray.network.graphs import Repeated
+from kinoray.network.pointwise import _launcher, pointwise
+from kinoray.network.prepare import BF16_TOLERANCE, FP32_TOLERANCE, prepare_for_inference
 from kinoray.network.scorer import ClipScorer, ScorerConfig
 from kinoray.train.config import TrainConfig
 from kinoray.train.step import Replica
 from kinoray.video.clip import Clip, decode_clip
-from kinoray.video.flow_tvl1 import tvl1_flow
 from kinoray.video.protocol import ViewsConfig
 from kinoray.video.sandbox.device import DeviceDecoder
 from kinoray.video.sandbox.pool import Sandbox
 from test_torchcodec import needs_torchcodec
-from vcm_sdd.compiled import Repeated
-from vcm_sdd.inference import BF16_TOLERANCE, FP32_TOLERANCE, prepare_for_inference
-from vcm_sdd.pointwise import _launcher, pointwise
 
 GPU = "cuda"
 CLIP = ClipConfig(sample=SampleConfig(num_segments=2, frames_per_segment=3), view=ViewConfig(resize_px=72, crop_px=64))

@@ -3,6 +3,7 @@
 import ast
 import importlib
 import pkgutil
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -126,9 +127,15 @@ def test_no_modules_import_each_other_in_a_circle() -> None:
 
 
 def test_folders_run_nothing_on_import() -> None:
-    """So that importing one module of a folder imports no other: decoders need no torch, workers no driver."""
+    """So that importing one module of a folder imports no other: decoders need no torch, workers no driver.
+
+    Except network/, whose names networks import: its module of these names imports nothing of ours.
+    """
     for path in python_files(KINORAY):
-        if path.name == "__init__.py" and path.parent != KINORAY:
+        if path == KINORAY / "network" / "__init__.py":
+            (named,) = {name for name in imported_modules(path) if name != "kinoray.network"}
+            assert not {name for name in imported_modules(MODULES[named]) if name.split(".")[0] == "kinoray"}
+        elif path.name == "__init__.py" and path.parent != KINORAY:
             (docstring,) = ast.parse(path.read_text(encoding="utf-8")).body
             assert isinstance(docstring, ast.Expr), path
 
@@ -145,15 +152,32 @@ def test_the_platform_never_imports_a_model() -> None:
     for path in python_files(KINORAY):
         roots = {name.split(".")[0] for name in imported_modules(path)}
         assert not roots & {"vcm_sdd", "video_baselines"}, path
+        if path != KINORAY / "network" / "build.py":  # the table of short names
+            named = re.findall(r"""["'](?:vcm_sdd|video_baselines)[.:]\w+""", path.read_text(encoding="utf-8"))
+            assert not named, path
 
 
 def test_models_import_torch_and_torchvision_only() -> None:
-    """And Triton, which comes with torch's builds for CUDA."""
+    """And what kinoray.network says of networks, nothing else of the platform."""
     ours = {"vcm_sdd", "video_baselines"}
-    allowed = {"torch", "torchvision", "triton", "timm", "safetensors"} | ours | sys.stdlib_module_names
+    allowed = {"torch", "torchvision", "timm", "safetensors"} | ours | sys.stdlib_module_names
     for path in python_files(ROOT / "models"):
-        roots = {name.split(".")[0] for name in imported_modules(path)}
+        imported = imported_modules(path) - {"kinoray.network"}
+        roots = {name.split(".")[0] for name in imported}
         assert roots <= allowed, f"{path} imports {roots - allowed}"
+
+
+def test_what_a_network_imports_of_the_platform_imports_nothing_else() -> None:
+    """So it costs a user's network nothing, and cannot run into an import of itself."""
+    code = "import sys; before = set(sys.modules); import kinoray.network; print(*sorted(set(sys.modules) - before))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    imported = set(done.stdout.split())
+    assert {name for name in imported if name.startswith("kinoray")} == {
+        "kinoray",
+        "kinoray.network",
+        "kinoray.network.spec",
+    }
+    assert not imported & {"torch", "ray", "pyarrow", "cv2", "tyro"}
 
 
 def test_decoding_needs_neither_torch_nor_ray() -> None:

@@ -17,8 +17,8 @@ from kinoray.label.config import LabelConfig
 from kinoray.label.open import open_labelling
 from kinoray.label.stage import LabelJob, LabelUnits, pack_unit
 from kinoray.label.table import Ledger, Unit, row_keys
-from kinoray.network.batch_size import CPU_BATCH
 from kinoray.network.checkpoint import load_meta
+from kinoray.network.forward import CPU_BATCH
 from kinoray.network.scorer import ScorerConfig
 from kinoray.storage.objects import Storage
 from kinoray.train.config import TrainConfig

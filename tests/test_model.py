@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from kinoray.config.shared import ClipConfig, InferenceConfig, SampleConfig, ViewConfig
 from kinoray.errors import ModelError
-from kinoray.network.build import compile_advice, prepare_model
+from kinoray.network.prepare import compile_advice, prepare_model
 from tiny_models import Spec
 
 CLIP = ClipConfig(sample=SampleConfig(num_segments=2, frames_per_segment=3), view=ViewConfig(resize_px=18, crop_px=16))

@@ -18,9 +18,11 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import video_baselines as vb
 from kinoray.config.shared import AugmentConfig, ModelConfig, OptimConfig, SampleConfig
-from kinoray.network.batch import RawBatch, VideoBatch, model_inputs
+from kinoray.network import InputSpec
+from kinoray.network.batch import DeviceInput, RawBatch, VideoBatch, model_inputs
 from kinoray.network.build import build_model
-from kinoray.network.device_input import DeviceInput
+from kinoray.network.pointwise import fuse_pointwise
+from kinoray.network.prepare import fold_batch_norms, prepare_for_inference
 from kinoray.train import augment
 from kinoray.train.augment import PHOTOMETRIC, Mix, colour_clip, mix_inputs
 from kinoray.train.config import TrainConfig
@@ -28,9 +30,6 @@ from kinoray.train.step import Replica
 from kinoray.video import flow_tvl1 as tvl1
 from stand_ins import LeavesDevice, moved, on_device, stand_ins
 from vcm_sdd.backbone import build_backbone
-from vcm_sdd.inference import fold_batch_norms, prepare_for_inference
-from vcm_sdd.pointwise import fuse_pointwise
-from vcm_sdd.spec import InputSpec
 
 SAMPLE, SIZE = SampleConfig(num_segments=2, frames_per_segment=3), 64
 MODEL = ModelConfig(options={"backbone": "resnet18", "heads": 2})

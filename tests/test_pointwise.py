@@ -16,10 +16,10 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 from torchvision.models.resnet import Bottleneck
 
-from vcm_sdd.compiled import Compiled
-from vcm_sdd.inference import fold_batch_norms
+from kinoray.network.graphs import Compiled
+from kinoray.network.pointwise import Pointwise, fuse_pointwise, pointwise
+from kinoray.network.prepare import fold_batch_norms
 from vcm_sdd.network import vcm_sdd
-from vcm_sdd.pointwise import Pointwise, fuse_pointwise, pointwise
 
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="this torch comes without Triton")
 MODELS = Path(__file__).resolve().parents[1] / "models"
@@ -119,7 +119,7 @@ def test_the_operation_says_what_it_gives() -> None:
 INTERPRETED = """
 import itertools, torch
 from torch.nn import functional as F
-from vcm_sdd.pointwise import launch, make_kernel, require_right
+from kinoray.network.pointwise import launch, make_kernel, require_right
 
 torch.manual_seed(0)
 kernel, worst = make_kernel(), 0.0
@@ -163,7 +163,7 @@ COMPILED = """
 import sys, triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from vcm_sdd.pointwise import make_kernel
+from kinoray.network.pointwise import make_kernel
 
 names = ("x", "weight", "bias", "residual", "y")
 signature = {**{name: "*bf16" for name in names}, "num_rows": "i32", "num_columns": "i32"}

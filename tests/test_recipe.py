@@ -16,8 +16,7 @@ from torchvision.transforms.v2 import functional as V
 from kinoray.config.shared import AugmentConfig, ClipConfig, ModelConfig, OptimConfig, SampleConfig, ViewConfig
 from kinoray.errors import ConfigError
 from kinoray.network.batch import VideoBatch, model_inputs
-from kinoray.network.build import build_model
-from kinoray.network.parts import backbone_names, classifier_names
+from kinoray.network.build import backbone_names, build_model, classifier_names
 from kinoray.train.augment import PHOTOMETRIC, Augmenter, Mix, colour_clip, mix_inputs
 from kinoray.train.config import TrainConfig
 from kinoray.train.recipe import class_weights, freeze, learning_rate, loss_sum, make_optimizer

@@ -9,10 +9,8 @@ import torch
 
 from kinoray.config.shared import ClipConfig, InferenceConfig, SampleConfig, StorageConfig, ViewConfig
 from kinoray.errors import ChecksumMismatch, ModelError
-from kinoray.network.batch import collate
-from kinoray.network.batch_size import CPU_BATCH, agreed_batch_size, auto_batch_size, largest_batch
-from kinoray.network.device_input import Feeder
-from kinoray.network.forward import Forward
+from kinoray.network.batch import Feeder, collate
+from kinoray.network.forward import CPU_BATCH, Forward, agreed_batch_size, auto_batch_size, largest_batch
 from kinoray.network.scorer import ClipScorer, ScorerConfig
 from kinoray.storage.objects import Storage
 from kinoray.video.clip import Clip, VideoInfo

@@ -1,7 +1,8 @@
 """The whole network: what the factory accepts, what it makes, what it refuses, and its pretrained weights."""
 
+import dataclasses
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,12 @@ from safetensors.torch import save_file
 from torch import Tensor, zeros
 
 import vcm_sdd as package
+from kinoray.config.shared import ModelConfig
+from kinoray.errors import ConfigError
+from kinoray.network.build import require_known_model
 from vcm_sdd.backbone import RESNETS, ResNetGrid, build_backbone, build_backbones
-from vcm_sdd.network import vcm_sdd, vcm_sdd_r101
-from vcm_sdd.options import HeadOptions
+from vcm_sdd.network import VCMSDD, vcm_sdd, vcm_sdd_r101
+from vcm_sdd.options import Options
 from vcm_sdd.weights import WeightsMismatch, load_strict, read_state
 
 
@@ -47,13 +51,20 @@ class TestFactory:
         assert count(model.head.rgb_classifier) + count(model.head.flow_classifier) == 1_639_200
         assert count(model) == 86_636_512
 
-    def test_options_of_the_factory_are_those_of_the_head_with_the_same_defaults(self) -> None:
-        parameters = inspect.signature(vcm_sdd).parameters
-        own = {"num_classes", "backbone", "backbone_weights", "flow_channels"}
-        assert set(parameters) - own == set(HeadOptions.__dataclass_fields__)
-        for name in set(parameters) - own:
-            assert parameters[name].default == getattr(HeadOptions(), name), name
-            assert str(parameters[name].annotation) == str(inspect.get_annotations(HeadOptions)[name]), name
+    @pytest.mark.parametrize("factory", [vcm_sdd, vcm_sdd_r101])
+    def test_the_factory_says_its_options_by_name_with_their_defaults(self, factory: Callable[..., VCMSDD]) -> None:
+        parameters = dict(inspect.signature(factory).parameters)
+        assert parameters.pop("num_classes").default is inspect.Parameter.empty
+        assert {name: parameter.default for name, parameter in parameters.items()} == dataclasses.asdict(Options())
+        assert {parameter.kind for parameter in parameters.values()} == {inspect.Parameter.KEYWORD_ONLY}
+
+    def test_an_option_that_there_is_not_is_named(self) -> None:
+        with pytest.raises(TypeError, match="'head'"):
+            vcm_sdd(num_classes=3, head=2)
+        for name in ("vcm_sdd", "vcm_sdd_r101"):
+            message = rf"model.options.head is not an option of {name}; known: .*, heads, "
+            with pytest.raises(ConfigError, match=message):
+                require_known_model(ModelConfig(factory=name, options={"head": 2}))
 
     @pytest.mark.parametrize(
         ("options", "message"),
@@ -63,6 +74,7 @@ class TestFactory:
             ({"flow_channels": 2.0}, "flow_channels must be a whole number of at least 1, got 2.0"),
             ({"backbone": "resnet42"}, r"backbone must be tiny, timm:NAME or one of resnet18, .*, got 'resnet42'"),
             ({"backbone": 18}, "backbone must be tiny, .*, got 18"),
+            ({"backbone_weights": 18}, "backbone_weights must be text, or left out, got 18"),
             ({"heads": 0}, "heads must be at least 1, got 0"),
             ({"heads": "8"}, "heads must be a whole number, got '8'"),
             ({"heads": 7}, "heads must divide the backbone's 96 channels, got heads=7"),

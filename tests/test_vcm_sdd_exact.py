@@ -13,7 +13,7 @@ import vcm_reference
 from vcm_sdd.consistency import Consistency
 from vcm_sdd.fusion import CrossModalFusion
 from vcm_sdd.network import TwoStreamHead, vcm_sdd
-from vcm_sdd.options import HeadOptions
+from vcm_sdd.options import Options
 from vcm_sdd.pooled import pooled_attention
 
 TOLERANCE = 1e-10
@@ -21,33 +21,33 @@ SMALL = (1, 2, 2, 2, 2, 4)
 """Videos, segments, frames, rows, columns, channels."""
 
 OPTIONS = {
-    "default": HeadOptions(heads=2),
-    "no stc": HeadOptions(heads=2, stc=False),
-    "no mff": HeadOptions(mff=False),
-    "neither": HeadOptions(stc=False, mff=False),
-    "stc_residual, no mff": HeadOptions(mff=False, stc_residual=True),
-    "one head": HeadOptions(heads=1),
-    "head a channel": HeadOptions(heads=4),
-    "scale=dim": HeadOptions(heads=2, scale="dim"),
-    "scope=frame": HeadOptions(heads=2, scope="frame"),
-    "eq12=literal": HeadOptions(heads=2, eq12="literal"),
-    "eq12=literal, scale=dim": HeadOptions(heads=2, eq12="literal", scale="dim"),
-    "mff_residual": HeadOptions(heads=2, mff_residual=True),
-    "mff_norm": HeadOptions(heads=2, mff_norm=True),
-    "mff_norm, residual, literal": HeadOptions(heads=2, mff_norm=True, mff_residual=True, eq12="literal"),
-    "geometry=inverse_log": HeadOptions(heads=2, geometry="inverse_log"),
-    "eps": HeadOptions(heads=2, eps=0.3),
-    "metric=l1": HeadOptions(heads=2, metric="l1"),
-    "metric=l2": HeadOptions(heads=2, metric="l2"),
-    "radius=1": HeadOptions(heads=2, radius=1),
-    "radius=0": HeadOptions(heads=2, radius=0),
-    "radius=3": HeadOptions(heads=2, radius=3),
-    "self_loop=False": HeadOptions(heads=2, self_loop=False),
-    "share_stc=False": HeadOptions(heads=2, share_stc=False),
-    "stc_residual": HeadOptions(heads=2, stc_residual=True),
-    "stc_init=random": HeadOptions(heads=2, stc_init="random"),
-    "consensus=probs": HeadOptions(heads=2, consensus="probs"),
-    "shared_classifier": HeadOptions(heads=2, shared_classifier=True),
+    "default": Options(heads=2),
+    "no stc": Options(heads=2, stc=False),
+    "no mff": Options(mff=False),
+    "neither": Options(stc=False, mff=False),
+    "stc_residual, no mff": Options(mff=False, stc_residual=True),
+    "one head": Options(heads=1),
+    "head a channel": Options(heads=4),
+    "scale=dim": Options(heads=2, scale="dim"),
+    "scope=frame": Options(heads=2, scope="frame"),
+    "eq12=literal": Options(heads=2, eq12="literal"),
+    "eq12=literal, scale=dim": Options(heads=2, eq12="literal", scale="dim"),
+    "mff_residual": Options(heads=2, mff_residual=True),
+    "mff_norm": Options(heads=2, mff_norm=True),
+    "mff_norm, residual, literal": Options(heads=2, mff_norm=True, mff_residual=True, eq12="literal"),
+    "geometry=inverse_log": Options(heads=2, geometry="inverse_log"),
+    "eps": Options(heads=2, eps=0.3),
+    "metric=l1": Options(heads=2, metric="l1"),
+    "metric=l2": Options(heads=2, metric="l2"),
+    "radius=1": Options(heads=2, radius=1),
+    "radius=0": Options(heads=2, radius=0),
+    "radius=3": Options(heads=2, radius=3),
+    "self_loop=False": Options(heads=2, self_loop=False),
+    "share_stc=False": Options(heads=2, share_stc=False),
+    "stc_residual": Options(heads=2, stc_residual=True),
+    "stc_init=random": Options(heads=2, stc_init="random"),
+    "consensus=probs": Options(heads=2, consensus="probs"),
+    "shared_classifier": Options(heads=2, shared_classifier=True),
 }
 
 SHAPES = {
@@ -75,7 +75,7 @@ def random_features(shape: tuple[int, ...], seed: int) -> tuple[Tensor, Tensor]:
     return rgb.requires_grad_(), flow.requires_grad_()
 
 
-def make_head(num_channels: int, options: HeadOptions, seed: int) -> TwoStreamHead:
+def make_head(num_channels: int, options: Options, seed: int) -> TwoStreamHead:
     torch.manual_seed(seed)
     head = TwoStreamHead(num_channels, 3, options).double()
     with torch.no_grad():
@@ -109,7 +109,7 @@ def run_head(head: TwoStreamHead, rgb: Tensor, flow: Tensor) -> Tensor:
     return result
 
 
-def assert_head_matches(shape: tuple[int, ...], options: HeadOptions, seed: int) -> None:
+def assert_head_matches(shape: tuple[int, ...], options: Options, seed: int) -> None:
     """Logits and the gradients of both inputs and of every parameter, against the reference."""
     head = make_head(shape[-1], options, seed)
     rgb, flow = random_features(shape, seed)
@@ -132,27 +132,27 @@ def assert_head_matches(shape: tuple[int, ...], options: HeadOptions, seed: int)
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
-def test_head_equals_the_equations_for_every_option(options: HeadOptions) -> None:
+def test_head_equals_the_equations_for_every_option(options: Options) -> None:
     assert_head_matches(SMALL, options, seed=1)
 
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
 @pytest.mark.parametrize("self_loop", [True, False])
 def test_head_equals_the_equations_for_every_shape(shape: tuple[int, ...], self_loop: bool) -> None:
-    assert_head_matches(shape, HeadOptions(heads=2, self_loop=self_loop, mff_residual=not self_loop), seed=2)
+    assert_head_matches(shape, Options(heads=2, self_loop=self_loop, mff_residual=not self_loop), seed=2)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("radius", [1, 2])
 def test_head_equals_the_equations_on_a_grid_with_an_interior(radius: int) -> None:
-    assert_head_matches((1, 1, 3, 3, 3, 4), HeadOptions(heads=2, radius=radius), seed=2)
-    assert_head_matches((2, 2, 3, 3, 5, 4), HeadOptions(heads=2, radius=radius, metric="l2"), seed=2)
+    assert_head_matches((1, 1, 3, 3, 3, 4), Options(heads=2, radius=radius), seed=2)
+    assert_head_matches((2, 2, 3, 3, 5, 4), Options(heads=2, radius=radius, metric="l2"), seed=2)
 
 
-def random_options(seed: int) -> HeadOptions:
+def random_options(seed: int) -> Options:
     draw = random.Random(seed)
     switches = ("mff_residual", "mff_norm", "self_loop", "share_stc", "stc_residual", "shared_classifier")
-    return HeadOptions(
+    return Options(
         heads=draw.choice([1, 2, 4]),
         scale=draw.choice(["frobenius", "dim"]),
         scope=draw.choice(["segment", "frame"]),
@@ -176,13 +176,14 @@ def test_head_equals_the_equations_for_options_in_combination(seed: int) -> None
 
 
 def test_options_of_the_reference_tests_cover_every_option() -> None:
-    default = HeadOptions()
+    default = Options()
     changed = {
         field.name
-        for options, field in itertools.product(OPTIONS.values(), dataclasses.fields(HeadOptions))
+        for options, field in itertools.product(OPTIONS.values(), dataclasses.fields(Options))
         if getattr(options, field.name) != getattr(default, field.name)
     }
-    assert changed == {field.name for field in dataclasses.fields(HeadOptions)}
+    backbones = {"backbone", "backbone_weights", "flow_channels"}
+    assert changed == {field.name for field in dataclasses.fields(Options)} - backbones
 
 
 def test_whole_network_equals_its_backbones_and_the_equations() -> None:
@@ -240,7 +241,7 @@ def test_result_does_not_depend_on_how_many_segments_share_a_chunk(monkeypatch: 
 
 @pytest.mark.parametrize("factor", [1e-6, 1e-3, 1.0, 1e3, 1e5])
 def test_large_and_tiny_values_still_equal_the_equations(factor: float) -> None:
-    options = HeadOptions(heads=2)
+    options = Options(heads=2)
     head = make_head(4, options, seed=7)
     rgb, flow = (x.detach() * factor for x in random_features((1, 1, 2, 2, 1, 4), seed=7))
     rgb.requires_grad_()

@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from vcm_sdd.compiled import Repeated
-from vcm_sdd.inference import (
+from kinoray.network import InputSpec
+from kinoray.network.graphs import Repeated
+from kinoray.network.prepare import (
     BF16_TOLERANCE,
     FP32_TOLERANCE,
     compile_pays,
@@ -19,7 +20,6 @@ from vcm_sdd.inference import (
     prepare_for_inference,
 )
 from vcm_sdd.network import VCMSDD, vcm_sdd
-from vcm_sdd.spec import InputSpec
 
 
 @pytest.fixture(autouse=True)
@@ -132,7 +132,7 @@ def test_result_does_not_depend_on_frames_a_call(monkeypatch: pytest.MonkeyPatch
     whole = prepared(**clip)
     calls = []
     prepared.rgb_backbone.traced.register_forward_pre_hook(lambda _, inputs: calls.append(inputs[0].shape[0]))
-    monkeypatch.setattr("vcm_sdd.inference._CPU_PIXELS", 5 * 32 * 32)
+    monkeypatch.setattr("kinoray.network.prepare._CPU_PIXELS", 5 * 32 * 32)
     torch.testing.assert_close(prepared(**clip), whole, rtol=1e-5, atol=1e-6)
     assert calls == [4, 4, 4]
 
@@ -227,13 +227,13 @@ def test_short_batches_are_filled_up_and_cut_off_again() -> None:
 COMPILED = """
 import logging, sys, torch
 from vcm_sdd import vcm_sdd
-from vcm_sdd.inference import compile_fusion, prepare_for_inference
+from kinoray.network.prepare import compile_named_parts, prepare_for_inference
 logging.basicConfig()
 torch.set_num_threads(1)
 torch.manual_seed(0)
 model = vcm_sdd(num_classes=5, backbone="tiny").eval()
 prepared = prepare_for_inference(model, compile=True)
-compile_fusion(prepared)  # as on a GPU
+compile_named_parts(prepared)  # as on a GPU
 for batch in (3, 1):  # the second is filled up to the size of the first
     clip = {"rgb": torch.randn(batch, 1, 2, 3, 32, 32), "flow": torch.randn(batch, 1, 2, 2, 32, 32)}
     plain, fast = model(**clip), prepared(**clip)

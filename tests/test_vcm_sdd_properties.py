@@ -10,7 +10,7 @@ from torch import Tensor
 
 from vcm_sdd.consistency import Consistency, Grid
 from vcm_sdd.network import TwoStreamHead
-from vcm_sdd.options import HeadOptions
+from vcm_sdd.options import Options
 
 PAPER: Grid = (6, 7, 7)
 GRIDS: list[Grid] = [(1, 1, 1), (1, 3, 2), (4, 1, 1), (2, 5, 3), PAPER]
@@ -84,7 +84,7 @@ def test_stc_before_a_mean_is_only_a_position_weighting(grid: Grid, residual: bo
         torch.testing.assert_close(stc(values, grid, pooled=True), expected, rtol=1e-12, atol=1e-12)
 
 
-def run_head(options: HeadOptions, rgb: Tensor, flow: Tensor, grid: Grid) -> Tensor:
+def run_head(options: Options, rgb: Tensor, flow: Tensor, grid: Grid) -> Tensor:
     torch.manual_seed(1)
     head = TwoStreamHead(rgb.shape[-1], 5, options).double()
     with torch.no_grad():
@@ -99,7 +99,7 @@ def test_head_is_blind_to_reversed_frames_and_mirrored_grids(axes: tuple[int, ..
     grid = (3, 4, 5)
     nodes = make_nodes(grid, 8)
     mirrored = [x.unflatten(1, grid).flip(axes).flatten(1, 3) for x in nodes]
-    options = HeadOptions(heads=2, stc_init="random", **changed)
+    options = Options(heads=2, stc_init="random", **changed)
     torch.testing.assert_close(
         run_head(options, *mirrored, grid), run_head(options, *nodes, grid), rtol=1e-12, atol=1e-12
     )
@@ -109,11 +109,11 @@ def test_without_stc_the_head_is_blind_to_any_order_of_nodes() -> None:
     grid = (3, 4, 5)
     order = torch.randperm(math.prod(grid))
     rgb, flow = make_nodes(grid, 8)
-    options = HeadOptions(heads=2, stc=False)
+    options = Options(heads=2, stc=False)
     shuffled = run_head(options, rgb[:, order], flow[:, torch.randperm(len(order))], grid)
     torch.testing.assert_close(shuffled, run_head(options, rgb, flow, grid), rtol=1e-12, atol=1e-12)
     # With STC places matter: the same shuffle must show, or the test above says nothing.
-    options = HeadOptions(heads=2, stc_init="random")
+    options = Options(heads=2, stc_init="random")
     difference = run_head(options, rgb[:, order], flow[:, order], grid) - run_head(options, rgb, flow, grid)
     assert float(difference.abs().max()) > 1e-3
 
@@ -122,10 +122,10 @@ def test_order_of_segments_does_not_matter_and_one_repeated_segment_counts_once(
     grid = (2, 2, 2)
     rgb, flow = make_nodes(grid, 8)
     for consensus in ("logits", "probs"):
-        options = HeadOptions(heads=2, consensus=consensus)
+        options = Options(heads=2, consensus=consensus)
         swapped = run_head(options, rgb.flip(0), flow.flip(0), grid)
         torch.testing.assert_close(swapped, run_head(options, rgb, flow, grid), rtol=1e-12, atol=1e-12)
-    options = HeadOptions(heads=2)
+    options = Options(heads=2)
     twice = run_head(options, rgb[:1].repeat(2, 1, 1), flow[:1].repeat(2, 1, 1), grid)
     torch.manual_seed(1)
     once = TwoStreamHead(8, 5, options).double()(rgb[:1], flow[:1], grid=grid, num_segments=1)
@@ -134,7 +134,7 @@ def test_order_of_segments_does_not_matter_and_one_repeated_segment_counts_once(
 
 def test_probs_consensus_returns_log_probabilities() -> None:
     rgb, flow = make_nodes((2, 2, 2), 8)
-    log_probs = run_head(HeadOptions(heads=2, consensus="probs"), rgb, flow, (2, 2, 2))
+    log_probs = run_head(Options(heads=2, consensus="probs"), rgb, flow, (2, 2, 2))
     torch.testing.assert_close(log_probs.exp().sum(dim=-1), torch.ones(1, dtype=torch.float64), rtol=0, atol=1e-12)
 
 

@@ -21,7 +21,7 @@ OWN_NETWORKS = (
 
 @dataclass(frozen=True)
 class Spec:
-    """What the platform asks of a model (kinoray.network.build.InputSpec); deliberately not vcm_sdd's class."""
+    """What the platform asks of a model (kinoray.network.InputSpec); deliberately not its class."""
 
     rgb: bool = True
     flow_channels: int = 0

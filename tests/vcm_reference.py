@@ -1,6 +1,6 @@
 """The equations of section 3, one pair of nodes at a time, in float64: slow, and nothing folded, shared or cached.
 
-It shares no code with models/vcm_sdd: options come in as its HeadOptions, weights as a plain dict of tensors. Values
+It shares no code with models/vcm_sdd: options come in as its Options, weights as a plain dict of tensors. Values
 are torch scalars only so that autograd can give the gradients.
 """
 
@@ -11,7 +11,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from vcm_sdd.options import HeadOptions
+from vcm_sdd.options import Options
 
 Node = tuple[int, int, int]
 """Frame, row, column."""
@@ -21,7 +21,7 @@ Features = dict[Node, Tensor]
 NORM_EPS = 1e-12
 
 
-def logits(rgb: Tensor, flow: Tensor, weights: Mapping[str, Tensor], options: HeadOptions) -> Tensor:
+def logits(rgb: Tensor, flow: Tensor, weights: Mapping[str, Tensor], options: Options) -> Tensor:
     """Logits [B, C] for feature grids [B, S, T, H, W, D] of both streams (Eq. 3-14)."""
     videos = []
     for rgb_video, flow_video in zip(rgb, flow, strict=True):
@@ -36,7 +36,7 @@ def logits(rgb: Tensor, flow: Tensor, weights: Mapping[str, Tensor], options: He
     return torch.stack(videos)
 
 
-def segment_logits(rgb: Tensor, flow: Tensor, weights: Mapping[str, Tensor], options: HeadOptions) -> Tensor:
+def segment_logits(rgb: Tensor, flow: Tensor, weights: Mapping[str, Tensor], options: Options) -> Tensor:
     """One segment's logits [C] (the mean of both streams, Eq. 13 or 14) for grids [T, H, W, D]."""
     size = rgb.shape[:3]
     nodes = list(itertools.product(*(range(n) for n in size)))
@@ -55,7 +55,7 @@ def segment_logits(rgb: Tensor, flow: Tensor, weights: Mapping[str, Tensor], opt
     return (rgb_logits + flow_logits) / 2
 
 
-def consistency(x: Features, num_frames: int, w_p: Tensor, w_g: Tensor, options: HeadOptions) -> Features:
+def consistency(x: Features, num_frames: int, w_p: Tensor, w_g: Tensor, options: Options) -> Features:
     """Eq. 3-10 for one stream of one segment."""
     out = {}
     for i in x:
@@ -67,7 +67,7 @@ def consistency(x: Features, num_frames: int, w_p: Tensor, w_g: Tensor, options:
     return out
 
 
-def similarity(i: Node, j: Node, num_frames: int, w_p: Tensor, w_g: Tensor, options: HeadOptions) -> Tensor:
+def similarity(i: Node, j: Node, num_frames: int, w_p: Tensor, w_g: Tensor, options: Options) -> Tensor:
     """Eq. 3-7: relu(geom(i, j) W_p) W_g, geom in the order x, y, t."""
     dt, dy, dx = (abs(a - b) for a, b in zip(i, j, strict=True))
     distances = (float(dx), float(dy), dt / num_frames)
@@ -79,7 +79,7 @@ def similarity(i: Node, j: Node, num_frames: int, w_p: Tensor, w_g: Tensor, opti
     return (hidden.clamp(min=0) * w_g[:, 0]).sum()
 
 
-def are_neighbours(i: Node, j: Node, options: HeadOptions) -> bool:
+def are_neighbours(i: Node, j: Node, options: Options) -> bool:
     """The graph's edges: nodes at most `radius` apart."""
     if i == j:
         return options.self_loop
@@ -91,9 +91,7 @@ def are_neighbours(i: Node, j: Node, options: HeadOptions) -> bool:
     return sum(step * step for step in steps) <= options.radius**2
 
 
-def fusion(
-    rgb: Features, flow: Features, weights: Mapping[str, Tensor], options: HeadOptions
-) -> tuple[Features, Features]:
+def fusion(rgb: Features, flow: Features, weights: Mapping[str, Tensor], options: Options) -> tuple[Features, Features]:
     """Eq. 11-12: the answers to every RGB and to every flow node."""
     groups = [[node for node in rgb if node[0] == t] for t in sorted({node[0] for node in rgb})]
     if options.scope == "segment":
@@ -121,7 +119,7 @@ def fusion(
     return rgb_out, flow_out
 
 
-def scaled(q: list[Tensor], k: list[Tensor], options: HeadOptions, norm_eps: float = NORM_EPS) -> list[list[Tensor]]:
+def scaled(q: list[Tensor], k: list[Tensor], options: Options, norm_eps: float = NORM_EPS) -> list[list[Tensor]]:
     """Scores of one head, q_i . k_j, divided by the root of their Frobenius norm or of the channels."""
     scores = [[(q_i * k_j).sum() for k_j in k] for q_i in q]
     if options.scale == "dim":

@@ -1,7 +1,6 @@
 """VCM-SDD, the two-stream video classifier of Gong and Li (2022): `vcm_sdd(num_classes=400)` builds it."""
 
 from vcm_sdd.network import VCMSDD, vcm_sdd, vcm_sdd_r101
-from vcm_sdd.options import HeadOptions
-from vcm_sdd.spec import InputSpec
+from vcm_sdd.options import Options
 
-__all__ = ["VCMSDD", "HeadOptions", "InputSpec", "vcm_sdd", "vcm_sdd_r101"]
+__all__ = ["VCMSDD", "Options", "vcm_sdd", "vcm_sdd_r101"]

@@ -11,7 +11,7 @@ import torch.fx
 import torchvision
 from torch import Tensor, nn
 
-from vcm_sdd.spec import IMAGENET_MEAN, IMAGENET_STD
+from kinoray.network import IMAGENET_MEAN, IMAGENET_STD
 from vcm_sdd.weights import flow_stem, load_strict, read_state
 
 __all__ = [

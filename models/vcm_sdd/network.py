@@ -5,17 +5,18 @@ C classes
 """
 
 import functools
+import inspect
 import math
 from collections.abc import Mapping
-from typing import ClassVar, Literal, cast
+from typing import Any, ClassVar, Literal, cast
 
 from torch import Tensor, nn
 
+from kinoray.network import InputSpec
 from vcm_sdd.backbone import Backbone, build_backbones
 from vcm_sdd.consistency import Consistency, Grid
 from vcm_sdd.fusion import CrossModalFusion
-from vcm_sdd.options import HeadOptions
-from vcm_sdd.spec import InputSpec
+from vcm_sdd.options import Options, require_count
 
 __all__ = ["VCMSDD", "TwoStreamHead", "vcm_sdd", "vcm_sdd_r101"]
 
@@ -32,7 +33,7 @@ class TwoStreamHead(nn.Module):
     returns its logarithm.
     """
 
-    def __init__(self, num_channels: int, num_classes: int, options: HeadOptions) -> None:
+    def __init__(self, num_channels: int, num_classes: int, options: Options) -> None:
         super().__init__()
         if options.mff and num_channels % options.heads:
             raise ValueError(f"heads must divide the backbone's {num_channels} channels, got heads={options.heads}")
@@ -77,7 +78,7 @@ class TwoStreamHead(nn.Module):
         return cast(Tensor, (self.rgb_classifier(rgb) + flow_classifier(flow)) / 2)
 
 
-def _consistency(options: HeadOptions) -> Consistency:
+def _consistency(options: Options) -> Consistency:
     return Consistency(
         geometry=options.geometry,
         eps=options.eps,
@@ -89,7 +90,7 @@ def _consistency(options: HeadOptions) -> Consistency:
     )
 
 
-def _fusion(options: HeadOptions, num_channels: int) -> CrossModalFusion:
+def _fusion(options: Options, num_channels: int) -> CrossModalFusion:
     return CrossModalFusion(
         heads=options.heads,
         scale=options.scale,
@@ -106,10 +107,13 @@ class VCMSDD(nn.Module):
     """
 
     reads_bf16_features = True
-    """The head takes features of any dtype: inference need not cast them back (vcm_sdd.inference)."""
+    """The head takes features of any dtype: inference need not cast them back (kinoray.network.prepare)."""
 
     backbone_parts = ("rgb_backbone", "flow_backbone")
     """The submodules that training may give a rate of their own, recompute block by block, and shard one by one."""
+
+    compile_parts = ("head.mff",)
+    """Compiled on a GPU: each pass over the scores of MFF costs as much there as the product before it."""
 
     cost_parts: ClassVar[Mapping[str, tuple[str, ...]]] = {
         "rgb backbone": ("rgb_backbone",),
@@ -130,7 +134,7 @@ class VCMSDD(nn.Module):
     def forward(self, *, rgb: Tensor | None, flow: Tensor | None) -> Tensor:
         """Return logits [B, C] for rgb [B, S, T, 3, Y, X] and flow [B, S, T, flow_channels, Y, X], both float.
 
-        Scaling as in vcm_sdd.spec.InputSpec. Raises ValueError stating expected and received.
+        Scaling as in kinoray.network.InputSpec. Raises ValueError stating expected and received.
         """
         rgb, flow = self._checked(rgb, flow)
         rgb_MND, grid = self.nodes(self.rgb_backbone, rgb)
@@ -180,66 +184,27 @@ def _checked_input(name: str, x: Tensor | None, channels: int) -> Tensor:
     return x
 
 
-def vcm_sdd(
-    *,
-    num_classes: int,
-    backbone: str = "resnet101",
-    backbone_weights: str | None = None,
-    flow_channels: int = 2,
-    stc: bool = True,
-    mff: bool = True,
-    heads: int = 8,
-    scale: Literal["frobenius", "dim"] = "frobenius",
-    scope: Literal["segment", "frame"] = "segment",
-    eq12: Literal["text", "literal"] = "text",
-    mff_residual: bool = False,
-    mff_norm: bool = False,
-    geometry: Literal["log", "inverse_log"] = "log",
-    eps: float = 1e-3,
-    metric: Literal["box", "l1", "l2"] = "box",
-    radius: int = 2,
-    self_loop: bool = True,
-    share_stc: bool = True,
-    stc_residual: bool = False,
-    stc_init: Literal["near", "random"] = "near",
-    consensus: Literal["logits", "probs"] = "logits",
-    shared_classifier: bool = False,
-) -> VCMSDD:
-    """Build VCM-SDD. The defaults are the paper's equations; scale="dim" is what we recommend for accuracy.
+def vcm_sdd(*, num_classes: int, **options: Any) -> VCMSDD:
+    """Build VCM-SDD for num_classes. What may be chosen: vcm_sdd.options.Options.
 
-    num_classes: C. backbone: a torchvision ResNet, `tiny` (small frames, small sets), or `timm:NAME`.
-    backbone_weights: None (random, the paper's `_NP` rows), `imagenet`, the name of a torchvision weight set, or a
-    .safetensors, .pth or .pt file; the flow stem then starts as the mean of the RGB stem over its channels.
-    flow_channels: 2 for one flow field, 2 L for a stack of L. All others: see vcm_sdd.options.HeadOptions.
     Raises ValueError naming the option, what was expected and what was found.
     """
-    for name, value in (("num_classes", num_classes), ("flow_channels", flow_channels)):
-        if type(value) is not int or value < 1:
-            raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
-    options = HeadOptions(
-        stc=stc,
-        mff=mff,
-        heads=heads,
-        scale=scale,
-        scope=scope,
-        eq12=eq12,
-        mff_residual=mff_residual,
-        mff_norm=mff_norm,
-        geometry=geometry,
-        eps=eps,
-        metric=metric,
-        radius=radius,
-        self_loop=self_loop,
-        share_stc=share_stc,
-        stc_residual=stc_residual,
-        stc_init=stc_init,
-        consensus=consensus,
-        shared_classifier=shared_classifier,
-    )
-    rgb, flow = build_backbones(backbone, flow_channels=flow_channels, weights=backbone_weights)
+    require_count("num_classes", num_classes)
+    chosen = Options(**options)
+    flow_channels = chosen.flow_channels
+    rgb, flow = build_backbones(chosen.backbone, flow_channels=flow_channels, weights=chosen.backbone_weights)
     spec = InputSpec(rgb=True, flow_channels=flow_channels, rgb_mean=rgb.rgb_mean, rgb_std=rgb.rgb_std)
-    return VCMSDD(rgb, flow, TwoStreamHead(rgb.num_channels, num_classes, options), spec)
+    return VCMSDD(rgb, flow, TwoStreamHead(rgb.num_channels, num_classes, chosen), spec)
 
+
+# What inspect and the platform see: the options by name, with their types and defaults.
+vcm_sdd.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+    [
+        inspect.Parameter("num_classes", inspect.Parameter.KEYWORD_ONLY, annotation=int),
+        *inspect.signature(Options).parameters.values(),
+    ],
+    return_annotation=VCMSDD,
+)
 
 vcm_sdd_r101 = functools.partial(vcm_sdd, backbone="resnet101")
 """The paper's network: ResNet-101 backbones, every option as printed."""

@@ -1,21 +1,28 @@
-"""The readings of the paper that a user may choose between. One place checks them all."""
+"""What a user may choose of the network: backbones, and readings of the paper. One place says and checks it all."""
 
 import math
 from dataclasses import dataclass, fields
 from typing import Literal, get_args, get_origin, get_type_hints
 
-__all__ = ["HeadOptions"]
+__all__ = ["Options", "require_count"]
 
 _MAX_RADIUS = 64
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class HeadOptions:
-    """Everything behind the two backbones. The defaults are the paper's equations as we read them.
+class Options:
+    """The keyword arguments of `vcm_sdd`. The defaults are the paper's equations as we read them.
 
-    Raises ValueError naming the option, what it may be and what it was.
+    scale="dim" is what we recommend for accuracy. Raises ValueError naming the option, what it may be and what it was.
     """
 
+    backbone: str = "resnet101"
+    """A torchvision ResNet, `tiny` (small frames, small sets), or `timm:NAME`."""
+    backbone_weights: str | None = None
+    """None (random, the paper's `_NP` rows), `imagenet`, the name of a torchvision weight set, or a .safetensors, .pth
+    or .pt file; the flow stem then starts as the mean of the RGB stem over its channels."""
+    flow_channels: int = 2
+    """2 for one flow field, 2 L for a stack of L."""
     stc: bool = True
     """Spatio-temporal consistency (section 3.1, Eq. 3-10); off = the rows `No_STC` of table 2."""
     mff: bool = True
@@ -55,8 +62,10 @@ class HeadOptions:
 
     def __post_init__(self) -> None:
         hints = get_type_hints(type(self))
+        require_count("flow_channels", self.flow_channels)
         for field in fields(self):
-            _check_type(field.name, hints[field.name], getattr(self, field.name))
+            if field.name != "backbone":  # build_backbone knows the names
+                _check_type(field.name, hints[field.name], getattr(self, field.name))
         if self.heads < 1:
             raise ValueError(f"heads must be at least 1, got {self.heads}")
         if not (0 < self.eps < 1):
@@ -68,15 +77,23 @@ class HeadOptions:
             raise ValueError(f"radius must be at most {_MAX_RADIUS}, got {self.radius}")
 
 
+def require_count(name: str, value: object) -> None:
+    """Raise ValueError unless it is a whole number of at least 1."""
+    if type(value) is not int or value < 1:
+        raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
+
+
 def _check_type(name: str, hint: object, value: object) -> None:
     if get_origin(hint) is Literal:
         if value not in get_args(hint):
             raise ValueError(f"{name} must be one of {', '.join(map(repr, get_args(hint)))}, got {value!r}")
         return
-    if hint is float:
+    if hint == str | None:
+        fits = value is None or type(value) is str
+    elif hint is float:
         fits = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
     else:
         fits = type(value) is hint
     if not fits:
-        kind = {bool: "true or false", int: "a whole number", float: "a finite number"}[hint]  # type: ignore[index]
-        raise ValueError(f"{name} must be {kind}, got {value!r}")
+        kinds: dict[object, str] = {bool: "true or false", int: "a whole number", float: "a finite number"}
+        raise ValueError(f"{name} must be {kinds.get(hint, 'text, or left out')}, got {value!r}")

@@ -1,6 +1,6 @@
 """The networks that VCM-SDD is compared with, behind one interface: `tsm(num_classes=400)` builds one.
 
-Every factory returns a module with an `input_spec` (vcm_sdd.spec.InputSpec) and
+Every factory returns a module with an `input_spec` (kinoray.network.InputSpec) and
 `forward(rgb=[B, S, T, 3, H, W] | None, flow=[B, S, T, flow_channels, H, W] | None) -> logits [B, num_classes]`.
 docs/models.md says what each is, what it costs, and what was published of it.
 """

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vcm_sdd.spec import InputSpec
+from kinoray.network import InputSpec
 from video_baselines.streams import ClipClassifier, build_streams, require_count, require_fraction
 
 __all__ = ["BN_INCEPTION", "BnInceptionBlock", "Eco", "eco"]

@@ -11,8 +11,8 @@ from typing import Literal
 import torchvision
 from torch import Tensor, nn
 
+from kinoray.network import InputSpec
 from vcm_sdd.backbone import build_backbones
-from vcm_sdd.spec import InputSpec
 from vcm_sdd.weights import flow_stem, load_strict, read_state
 from video_baselines.inception3d import Inception3d
 from video_baselines.resnet3d import DEPTHS, ResNet3d, inflate_state

@@ -11,7 +11,7 @@ import functools
 import torch
 from torch import Tensor, nn
 
-from vcm_sdd.spec import InputSpec
+from kinoray.network import InputSpec
 from video_baselines.nonlocal_block import NonLocalBlock, nonlocal_positions
 from video_baselines.resnet3d import DEPTHS, BasicBlock3d, Bottleneck3d, TimeConv3d, make_stage
 from video_baselines.streams import ClipClassifier, build_streams, require_choice, require_count, require_fraction

@@ -10,7 +10,7 @@ from typing import Literal, cast
 
 from torch import Tensor, nn
 
-from vcm_sdd.spec import InputSpec
+from kinoray.network import InputSpec
 
 __all__ = ["ClipClassifier", "Modality", "build_streams", "require_choice", "require_count", "require_fraction"]
 

@@ -16,7 +16,7 @@ from torchvision.models.video import MViT, VideoResNet
 from torchvision.models.video.mvit import MSBlockConfig
 from torchvision.models.video.resnet import BasicBlock, Conv2Plus1D, R2Plus1dStem
 
-from vcm_sdd.spec import InputSpec
+from kinoray.network import InputSpec
 from vcm_sdd.weights import load_strict, read_state
 from video_baselines.streams import ClipClassifier, Modality, build_streams, require_count
 

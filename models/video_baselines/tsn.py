@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
+from kinoray.network import InputSpec
 from vcm_sdd.backbone import Backbone, ResNetGrid, TinyGrid, build_backbone, build_backbones, laid_out
-from vcm_sdd.spec import InputSpec
 from video_baselines.streams import (
     ClipClassifier,
     Modality,

@@ -184,7 +184,7 @@ VERBS: Mapping[str, Verb] = {
     "model": Verb(
         wish=_TRY,
         settings="kinoray.network.config:ModelVerbConfig",
-        function="kinoray.network.verb:describe_model",
+        function="kinoray.network.cost:describe_model",
         summary="a network's parameters and operations",
         main=("describe", "options"),
     ),

@@ -133,7 +133,7 @@ class ClipConfig:
     """Optical flow between them."""
 
     def flow_on_device(self, *, with_flow: bool) -> bool:
-        """Whether the model's device finds the flow (kinoray.network.device_input), if flow is asked for."""
+        """Whether the model's device finds the flow (kinoray.network.batch), if flow is asked for."""
         return with_flow and self.flow.estimator != "dis"
 
     def decoded_by(self, own: OwnDecodeConfig, *, device: Literal["cpu", "cuda"]) -> "ClipConfig":

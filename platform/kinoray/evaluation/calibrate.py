@@ -19,7 +19,7 @@ from kinoray.evaluation.record import true_classes
 from kinoray.label.calibration import Calibrated, MarginPoint
 from kinoray.label.open import Labelling, label_config, open_labelling
 from kinoray.label.verb import refuse_too_many_bad, run_labelling
-from kinoray.network.anytime import EarlyExit, RunningAnswer, SegmentConsensus, nested_order
+from kinoray.network.scorer import EarlyExit, RunningAnswer, SegmentConsensus, nested_order
 from kinoray.storage.objects import Storage, absolute, join
 
 __all__ = ["MAX_CHANGED", "calibrate", "fit_margins", "fit_temperature", "likelihood_and_error"]

@@ -16,11 +16,11 @@ from kinoray.label.calibration import Calibrated, load_calibration
 from kinoray.label.config import LabelConfig
 from kinoray.label.stage import LabelJob
 from kinoray.label.table import JobRecord, Ledger, Plan, find_labellings, labelling_id, row_keys
-from kinoray.network.anytime import EarlyExit, SegmentConsensus
-from kinoray.network.batch_size import CPU_BATCH
-from kinoray.network.build import VideoModel, check_clip, compile_advice, is_shipped, trusted_network
+from kinoray.network.build import VideoModel, check_clip, is_shipped, trusted_network
 from kinoray.network.checkpoint import CheckpointMeta, find_checkpoint, load_meta, load_model
-from kinoray.network.scorer import ScorerConfig, check_scorer, segment_consensus
+from kinoray.network.forward import CPU_BATCH
+from kinoray.network.prepare import compile_advice
+from kinoray.network.scorer import EarlyExit, ScorerConfig, SegmentConsensus, check_scorer, segment_consensus
 from kinoray.storage.objects import Storage, absolute, join
 from kinoray.video.protocol import PROTOCOLS, ViewsConfig
 

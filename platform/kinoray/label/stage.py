@@ -24,9 +24,9 @@ from kinoray.label.answers import AnswerRule, average_logits, top_predictions
 from kinoray.label.read import VideoReader
 from kinoray.label.table import PREDICTION_SCHEMA, WINDOW_SCHEMA, Ledger, Unit
 from kinoray.label.times import STAGES, LabelMetrics, StageClock, UnitTimes
-from kinoray.network.batch_size import CPU_BATCH, agreed_batch_size, auto_batch_size
 from kinoray.network.build import VideoModel
 from kinoray.network.checkpoint import load_model
+from kinoray.network.forward import CPU_BATCH, agreed_batch_size, auto_batch_size
 from kinoray.network.scorer import ClipAnswer, ClipScorer, ScorerConfig
 from kinoray.storage.objects import Storage
 from kinoray.video.protocol import ViewsConfig

@@ -1,1 +1,8 @@
-"""What a network is, where it comes from, its checkpoints, and clips through it."""
+"""What a network is, where it comes from, its checkpoints, and clips through it.
+
+A network's own code imports this and nothing else of kinoray: what is named here costs it no other import.
+"""
+
+from kinoray.network.spec import IMAGENET_MEAN, IMAGENET_STD, InputSpec
+
+__all__ = ["IMAGENET_MEAN", "IMAGENET_STD", "InputSpec"]

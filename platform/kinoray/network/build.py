@@ -1,4 +1,4 @@
-"""How a model gets in: an import string, a factory, a Protocol. The platform never imports models/ by name.
+"""How a network gets in: an import string, a factory, a Protocol. The platform never imports models/ by name.
 
 What is easy to break: a checkpoint is somebody's data. It may choose among the networks that ship, by plain options;
 any other name in it is imported only if the user gave the same name on the command line (`trusted_network`).
@@ -6,7 +6,6 @@ any other name in it is imported only if the user gave the same name on the comm
 
 import importlib
 import inspect
-import logging
 import math
 import re
 from collections.abc import Collection, Iterator, Mapping
@@ -15,22 +14,23 @@ from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
-from kinoray.config.shared import ClipConfig, InferenceConfig, ModelConfig
+from kinoray.config.shared import ClipConfig, ModelConfig
 from kinoray.errors import CheckpointCorrupt, ConfigError, ModelError
+from kinoray.network.spec import InputSpec
 
 __all__ = [
     "SHORT_NAMES",
     "START_OPTIONS",
-    "InputSpec",
     "VideoModel",
+    "backbone_names",
+    "backbone_parts",
     "build_model",
     "build_outline",
     "check_clip",
-    "compile_advice",
+    "classifier_names",
+    "factory_options",
     "is_shipped",
-    "prepare_model",
     "require_known_model",
     "trusted_network",
     "without_start_weights",
@@ -65,30 +65,8 @@ _IMPORT_STRING = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*", re.AS
 _PLAIN_TEXT = re.compile(r"[\w.-]{1,100}(:[\w.-]{1,100})?", re.ASCII)  # `timm:NAME`; no path, no URL, no hub
 _MAX_OPTION = 2**31
 
-_PREPARE = "vcm_sdd.inference"
-_LOG = logging.getLogger(__name__)
-
 START_OPTIONS = frozenset({"backbone_weights", "pretrained", "weights"})
 """Options of these names only choose the weights that training starts from; they must not change the network itself."""
-
-
-class InputSpec(Protocol):
-    """What a model needs to be fed; None means any number. Values and scaling: see vcm_sdd.spec.InputSpec."""
-
-    @property
-    def rgb(self) -> bool: ...
-    @property
-    def flow_channels(self) -> int: ...
-    @property
-    def num_segments(self) -> int | None: ...
-    @property
-    def frames_per_segment(self) -> int | None: ...
-    @property
-    def crop_px(self) -> int | None: ...
-    @property
-    def rgb_mean(self) -> tuple[float, float, float]: ...
-    @property
-    def rgb_std(self) -> tuple[float, float, float]: ...
 
 
 class VideoModel(Protocol):
@@ -156,12 +134,19 @@ def _factory(name: str) -> Any:
         raise ConfigError(f"model.factory {name!r} cannot be imported: {error}") from error
 
 
+def factory_options(factory: str) -> dict[str, inspect.Parameter]:
+    """The arguments of a factory but for num_classes, in their order. Raises ConfigError: there is no such factory."""
+    parameters = dict(inspect.signature(_factory(factory)).parameters)
+    parameters.pop("num_classes", None)
+    return parameters
+
+
 def require_known_model(config: ModelConfig) -> None:
     """Raise ConfigError if the factory does not exist or an option is not one of its arguments."""
-    parameters = inspect.signature(_factory(config.factory)).parameters
+    parameters = factory_options(config.factory)
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
         return
-    known = sorted(set(parameters) - {"num_classes"})
+    known = sorted(parameters)
     for option in config.options:
         if option not in known:
             raise ConfigError(f"model.options.{option} is not an option of {config.factory}; known: {', '.join(known)}")
@@ -211,74 +196,29 @@ def check_clip(spec: InputSpec, clip: ClipConfig) -> None:
             raise ConfigError(f"{name} must be {expected} for this model, got {found}")
 
 
-def prepare_model(model: VideoModel, clip: ClipConfig, inference: InferenceConfig) -> VideoModel:
-    """A copy for inference on the model's device, in eval mode: folded batch norms, precision, compiled if asked for.
+def backbone_parts(model: VideoModel | nn.Module) -> tuple[str, ...]:
+    """Names of the submodules that the network calls its backbones; none if it does not say.
 
-    The folded copy is compared with the model itself on one seeded clip; a network whose folding changes its logits,
-    or fails, keeps its batch norms.
-
-    Raises:
-        ModelError: the model cannot be run.
+    Its forward calls them. Of a network that names none, all but the classifier counts as backbone.
     """
-    plain, tools = cast(nn.Module, model).eval(), importlib.import_module(_PREPARE)
-    has_norms = any(isinstance(part, _BatchNorm) for part in plain.modules())
-    prepared = tools.prepare_for_inference(
-        plain,
-        precision=inference.precision,
-        compile=inference.compile,
-        fold=not has_norms or _folds(plain, clip, tools),
+    return tuple(getattr(model, "backbone_parts", ()))
+
+
+def classifier_names(model: VideoModel, config: ModelConfig, num_classes: int) -> frozenset[str]:
+    """Weights of the model, built by config for num_classes, whose shape follows from the number of classes.
+
+    The classifier needs no name: it is whatever the number of classes shapes.
+    """
+    with torch.random.fork_rng(devices=[]):  # building draws weights: leave the caller's generator as it is
+        other = build_model(without_start_weights(config), num_classes + 1).state_dict()
+    return frozenset(
+        name for name, tensor in model.state_dict().items() if name in other and other[name].shape != tensor.shape
     )
-    return cast(VideoModel, prepared)
 
 
-def _folds(model: nn.Module, clip: ClipConfig, tools: Any) -> bool:
-    """Whether folding its batch norms leaves the logits of a seeded clip as they are; if not, the log says so."""
-    device = next(iter(model.parameters()), torch.empty(0)).device
-    inputs = _noise(cast(VideoModel, model).input_spec, clip, device)
-    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # its 10 bits would hide what folding changes
-        return _folds_exactly(model, inputs, tools)
-
-
-def _folds_exactly(model: nn.Module, inputs: dict[str, Tensor | None], tools: Any) -> bool:
-    try:
-        with torch.inference_mode():
-            expected = model(**inputs).float()
-    except (RuntimeError, TypeError, ValueError) as error:
-        shapes = {name: list(tensor.shape) for name, tensor in inputs.items() if tensor is not None}
-        raise ModelError(f"the model failed on a clip {shapes}: {error}") from error
-    try:
-        with torch.inference_mode():
-            found = tools.prepare_for_inference(model)(**inputs).float()
-    except Exception as error:  # noqa: BLE001  (it runs unfolded, so what breaks here is the folding)
-        _LOG.info("batch norms stay: %s: %s", type(error).__name__, error)
-        return False
-    off, largest = float((found - expected).abs().max()), float(expected.abs().max())
-    folds: bool = off <= tools.FP32_TOLERANCE * max(largest, 1.0)
-    if not folds:
-        _LOG.warning("batch norms stay: folding them changes a logit by %.1e of %.1e", off, largest)
-    return folds
-
-
-def compile_advice(spec: InputSpec, clip: ClipConfig, inference: InferenceConfig, clips_per_worker: int) -> str:
-    """One sentence if inference.compile is set where it costs more than it saves, or not set where it pays; else ""."""
-    streams = int(spec.rgb) + int(spec.flow_channels > 0)
-    frames_per_clip = streams * clip.sample.num_segments * clip.sample.frames_per_segment
-    tools = importlib.import_module(_PREPARE)
-    pays = tools.compile_pays(clips_per_worker * frames_per_clip)
-    if pays == inference.compile:
-        return ""
-    if pays:
-        return f"with {clips_per_worker} clips a worker --inference.compile would save more time than it takes"
-    return f"with {clips_per_worker} clips a worker inference.compile takes longer than it saves"
-
-
-def _noise(spec: InputSpec, clip: ClipConfig, device: torch.device) -> dict[str, Tensor | None]:
-    """One video of as few segments as the model accepts, the same numbers everywhere."""
-    size = clip.view.crop_px
-    shape = (1, spec.num_segments or 1, clip.sample.frames_per_segment)
-    generator = torch.Generator().manual_seed(0)
-    rgb, flow = (
-        torch.randn(*shape, channels, size, size, generator=generator).to(device) if channels else None
-        for channels in (3 * spec.rgb, spec.flow_channels)
-    )
-    return {"rgb": rgb, "flow": flow}
+def backbone_names(model: VideoModel, config: ModelConfig, num_classes: int) -> frozenset[str]:
+    """Parameters of the backbones."""
+    names = [name for name, _ in cast(nn.Module, model).named_parameters()]
+    if parts := backbone_parts(model):
+        return frozenset(name for name in names if name.startswith(tuple(f"{part}." for part in parts)))
+    return frozenset(names) - classifier_names(model, config, num_classes)

@@ -1,9 +1,12 @@
-"""What a video model costs: parameters and multiply-accumulates, part by part, for any model with an input_spec.
+"""What a network costs: parameters and multiply-accumulates, part by part, for any model with an input_spec.
 
 One MAC (multiply-accumulate) is two FLOP. Published tables mix them up, and mix clips with videos: say which. A model
 may name its parts in `cost_parts` (part -> its modules) and add a line with `cost_note(segment_macs, frames)`.
+`kinoray model` prints it.
 """
 
+import inspect
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,11 +16,16 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
 
+from kinoray.config.shared import ModelConfig
 from kinoray.console import table
+from kinoray.errors import ConfigError
+from kinoray.network.build import SHORT_NAMES, build_model, factory_options, without_start_weights
+from kinoray.network.config import ModelVerbConfig
 
-__all__ = ["ModelCost", "PartCost", "count_macs", "describe"]
+__all__ = ["ModelCost", "PartCost", "count_macs", "describe", "describe_model"]
 
 _SEGMENTS, _FRAMES, _SIZE_PX = 16, 6, 224
+_WIDTH = 110
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -198,3 +206,36 @@ def _notes(model: Any, parts: Sequence[PartCost], frames: int) -> tuple[str, ...
     if not hasattr(model, "cost_note"):
         return ()
     return (str(model.cost_note({part.name: part.segment_macs for part in parts}, frames)),)
+
+
+def describe_model(config: ModelVerbConfig) -> ModelCost | None:
+    """Print the costs of a network and its options, or the known names where none is given; returns the costs.
+
+    Raises:
+        ConfigError: no such network or option, or a size that the network does not take.
+    """
+    if not config.describe:
+        print("\n".join(table(SHORT_NAMES.items())))
+        return None
+    model = without_start_weights(ModelConfig(factory=config.describe, options=config.options))
+    with torch.device("meta"):  # no memory is taken and nothing computed, whatever the size
+        network = build_model(model, config.num_classes)
+    assert isinstance(network, nn.Module)
+    try:
+        cost = describe(network, config.num_segments, config.frames_per_segment, config.crop_px, name=config.describe)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    print(cost)
+    options = " ".join(_option(parameter) for parameter in factory_options(config.describe).values())
+    if options:
+        print(*textwrap.wrap(f"Options (--options NAME=VALUE): {options}", _WIDTH, break_on_hyphens=False), sep="\n")
+    return cost
+
+
+def _option(parameter: inspect.Parameter) -> str:
+    """`heads=8`, or the name alone where it has no default."""
+    if parameter.default is parameter.empty:
+        return parameter.name
+    default = parameter.default
+    words = {None: "null", True: "true", False: "false"}
+    return f"{parameter.name}={words[default] if default is None or isinstance(default, bool) else default}"

@@ -3,28 +3,54 @@
 On a GPU the host only queues work, so it can prepare a batch while another is computed; on a CPU the same calls compute
 at once. What is easy to break: nothing between `launch` and `fetch` may look at a value on the device, and errors of
 the device appear where they are fetched.
+
+How many clips a batch has: one on a CPU, on a GPU what is asked for, or found out there (batch_size 0). Logits of
+another batch size differ in their last digits, and so do those of another place in the batch: libraries choose their
+algorithm by the number of rows, and take the last few rows of a product another way than the first. So on a CPU, where
+a batch saves little, each clip is run by itself: then its digits are its own, whatever the unit of work. On a GPU a
+labelling has one size: the first worker finds it out, writes it down, and all others take it, also after a kill and on
+other GPUs. What is easy to break: what is written is never replaced.
 """
 
+import json
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from kinoray.errors import ModelError
-from kinoray.network.batch import RawBatch, VideoBatch, collate, model_inputs
-from kinoray.network.build import InputSpec, VideoModel
-from kinoray.network.device_input import Feeder, collate_raw
+from kinoray.config.shared import ClipConfig, InferenceConfig
+from kinoray.errors import ConfigError, ModelError, ObjectNotFound
+from kinoray.network.batch import FLOW_CHANNELS, Feeder, RawBatch, VideoBatch, collate, collate_raw, model_inputs
+from kinoray.network.build import VideoModel
+from kinoray.network.prepare import prepare_model
+from kinoray.network.spec import InputSpec
+from kinoray.storage.objects import Storage, join
+from kinoray.storage.records import read_record
 
 if TYPE_CHECKING:
     from kinoray.video.clip import Clip
 
-__all__ = ["Collate", "Forward", "Launched", "collate_for"]
+__all__ = [
+    "CPU_BATCH",
+    "Collate",
+    "Forward",
+    "Launched",
+    "agreed_batch_size",
+    "auto_batch_size",
+    "collate_for",
+    "largest_batch",
+]
 
 Collate = Callable[[Sequence["Clip"]], VideoBatch]
 """How clips become a batch."""
+
+CPU_BATCH = 1
+"""Clips a forward pass on a CPU: no more, or its digits would depend on who is beside it, and where."""
+_MOST = 64  # clips; a GPU is full before
+_SHARE = 0.8  # of the memory that is free: recorded calls and the next batch's inputs come on top
 
 _ERRORS = (RuntimeError, TypeError, ValueError)
 """What a network raises that cannot take a batch, and CUDA for what went wrong on the device."""
@@ -120,3 +146,71 @@ def _num_clips(shapes: dict[str, list[int]]) -> int:
 
 def _failed(shapes: dict[str, list[int]], error: Exception) -> ModelError:
     return ModelError(f"the model failed on a batch {shapes}: {error}")
+
+
+def largest_batch(fits: Callable[[int], bool], most: int) -> int:
+    """The last of 1, 2, 4, ... up to `most` that fits; 0 if one does not. Running out of memory is not fitting."""
+    size, found = 1, 0
+    while size <= most:
+        try:
+            if not fits(size):
+                break
+        except torch.OutOfMemoryError:
+            break
+        found, size = size, 2 * size
+    return found
+
+
+def auto_batch_size(model: VideoModel, clip: ClipConfig, inference: InferenceConfig, device: str) -> int:
+    """Clips a forward pass of this network: CPU_BATCH on a CPU, else what fits in the GPU's memory.
+
+    The network is moved to the device.
+
+    Raises:
+        ConfigError: the GPU's memory does not hold one clip.
+    """
+    if device == "cpu":
+        return CPU_BATCH
+    cast(nn.Module, model).to(device)
+    plain = InferenceConfig(precision=inference.precision)  # compiling takes minutes for each size, and less memory
+    prepared = prepare_model(model, clip, plain)
+    budget = _SHARE * (torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved())
+
+    def fits(size: int) -> bool:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        with torch.inference_mode():
+            prepared(**model_inputs(_blank(size, model, clip), model.input_spec, device))
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_reserved() <= budget
+
+    size = largest_batch(fits, _MOST)
+    torch.cuda.empty_cache()
+    if not size:
+        raise ConfigError(
+            f"batch_size 0 finds no room for one clip in {budget / 2**30:.1f} GiB of GPU memory; give "
+            "--inference.precision bf16, fewer --num-segments, or a larger GPU"
+        )
+    return size
+
+
+def _blank(size: int, model: VideoModel, clip: ClipConfig) -> VideoBatch:
+    side, spec = clip.view.crop_px, model.input_spec
+    shape = (size, clip.sample.num_segments, clip.sample.frames_per_segment)
+    rgb = torch.zeros(*shape, 3, side, side, dtype=torch.uint8)
+    flow = torch.zeros(*shape, FLOW_CHANNELS, side, side, dtype=torch.int8) if spec.flow_channels else None
+    return VideoBatch(rgb=rgb, flow=flow)
+
+
+def agreed_batch_size(storage: Storage, root: str, find: Callable[[], int]) -> int:
+    """The size written down in the labelling's folder `root`; if there is none yet, what `find` gives is written."""
+    uri = join(root, "batch_size.json")
+    try:
+        return _read(storage, uri)
+    except ObjectNotFound:
+        storage.put_if_absent(uri, json.dumps({"batch_size": find()}).encode())
+        return _read(storage, uri)  # another worker may have been first
+
+
+def _read(storage: Storage, uri: str) -> int:
+    return read_record(storage, uri, lambda record: int(record["batch_size"]))

@@ -1,31 +1,121 @@
 """Clips in, in batches that form across videos; the logits of each out, and what else of it is asked for.
 
 What is easy to break: which clips share a batch follows from their order alone, so the same clips give the same digits
-after any kill; only with batch_size 1 do they not depend on the others (kinoray.network.batch_size). A batch's answers
+after any kill; only with batch_size 1 do they not depend on the others (kinoray.network.forward). A batch's answers
 come with the batch after it, or with `flush`: the device computes while the host prepares (kinoray.network.forward).
+
+Anytime labelling: segments of a video one by one, until the others cannot change, or hardly change, its top-1. For a
+network whose answer is the mean over segments of probabilities, the running sum of k of S segments leads by
+sum_1 - sum_2, and each of the S - k others adds at most 1 to that of another class: a lead of more than S - k is final.
+What is easy to break: segments come in nested order, so that those seen first are spread over the whole video.
 """
 
+import math
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any, Generic, TypeVar, cast
+from typing import Any, Generic, Literal, TypeVar, cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from kinoray.config.shared import ClipConfig, InferenceConfig
+from kinoray.config.shared import ClipConfig, InferenceConfig, require
 from kinoray.errors import ConfigError, ModelError
-from kinoray.network.anytime import EarlyExit, RunningAnswer, SegmentConsensus, nested_order
-from kinoray.network.build import VideoModel, prepare_model
-from kinoray.network.device_input import DeviceInput
+from kinoray.network.batch import DeviceInput
+from kinoray.network.build import VideoModel
 from kinoray.network.forward import Forward, Launched, collate_for
+from kinoray.network.prepare import prepare_model
 from kinoray.video.clip import Clip
 
-__all__ = ["ClipAnswer", "ClipScorer", "ScorerConfig", "check_scorer", "segment_consensus"]
+__all__ = [
+    "ClipAnswer",
+    "ClipScorer",
+    "EarlyExit",
+    "RunningAnswer",
+    "ScorerConfig",
+    "SegmentConsensus",
+    "check_scorer",
+    "nested_order",
+    "segment_consensus",
+]
 
 Ticket = TypeVar("Ticket")
+
+SegmentConsensus = Literal["logits", "probs"]
+"""What a network averages over its segments; those of which `segment_consensus` says so run on any part of them."""
+
+_ROUNDING = 1e-5  # a lead by less than this, in segments, is not taken for one: other batches round otherwise
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EarlyExit:
+    """When a video may stop; part of a result's digest."""
+
+    margin: float | None = None
+    """Lead of the running answer's first probability above its second from which it counts as settled. None: only what
+    cannot change any more stops (exactly the full pass's top-1)."""
+
+    def __post_init__(self) -> None:
+        require(self.margin is None or 0 <= self.margin <= 1, "margin", "in 0 .. 1", self.margin)
+
+    def stages(self, num_segments: int) -> list[int]:
+        """Segments that have been seen at the end of each stage, rising, the last one all of them.
+
+        No lead can exceed the rest before more than half are seen; a margin is asked for from the second one on.
+        """
+        first = num_segments // 2 + 1 if self.margin is None else min(2, num_segments)
+        return list(range(min(first, num_segments), num_segments + 1))
+
+
+def nested_order(num_segments: int) -> np.ndarray:
+    """All segments, int64 [S], any beginning of it spread over the video: 0, 8, 4, 12, 2, ... of 16 (van der Corput).
+
+    The places of the bit-reversed numbers below the next power of two, those that are not segments left out.
+    """
+    bits = max(1, math.ceil(math.log2(max(2, num_segments))))
+    reversed_places = [int(f"{place:0{bits}b}"[::-1], 2) for place in range(2**bits)]
+    return np.array([place for place in reversed_places if place < num_segments], np.int64)
+
+
+class RunningAnswer:
+    """The mean over the segments seen so far of one video."""
+
+    def __init__(self, num_segments: int, consensus: SegmentConsensus) -> None:
+        self.num_segments, self.consensus = num_segments, consensus
+        self.seen = 0
+        self._total: np.ndarray | float = 0.0
+
+    def add(self, logits: np.ndarray, count: int) -> None:
+        """The network's answer, float64 [C], for `count` more segments."""
+        self._total = self._total + count * (np.exp(logits) if self.consensus == "probs" else logits)
+        self.seen += count
+
+    @property
+    def logits(self) -> np.ndarray:
+        """float64 [C]: what the network says of the segments seen, as it says it (logarithms with "probs")."""
+        mean = np.asarray(self._total) / self.seen
+        return np.log(np.maximum(mean, np.finfo(np.float64).tiny)) if self.consensus == "probs" else mean
+
+    @property
+    def lead(self) -> float:
+        """Of the mean's first probability above its second, in 0 .. 1."""
+        logits = self.logits
+        if len(logits) < 2:
+            return 1.0
+        shifted = np.exp(logits - logits.max())
+        second, first = np.sort(shifted / shifted.sum())[-2:]
+        return float(first - second)
+
+    def is_settled(self, rule: EarlyExit) -> bool:
+        """Whether no more segments are needed. Without a margin only a mean of probabilities can be."""
+        left = self.num_segments - self.seen
+        if left == 0:
+            return True
+        if rule.margin is not None:
+            return self.lead >= rule.margin
+        return self.consensus == "probs" and self.seen * self.lead > left + _ROUNDING
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -33,7 +123,7 @@ class ScorerConfig:
     """What is run, and what is kept of it."""
 
     batch_size: int = 8
-    """Clips a forward pass: 1 in a job on CPUs; 0 for what the first worker finds (kinoray.network.batch_size)."""
+    """Clips a forward pass: 1 in a job on CPUs; 0 for what the first worker finds (kinoray.network.forward)."""
     inference: InferenceConfig = field(default_factory=InferenceConfig)
     """Precision and compiling."""
     embeddings: bool = False

@@ -25,8 +25,7 @@ from ray.data.collate_fn import NumpyBatchCollateFn
 from kinoray.catalog.quarantine import Refusal
 from kinoray.catalog.table import REFERENCE_COLUMNS, Catalog
 from kinoray.errors import JobError, StorageUnavailable
-from kinoray.network.batch import RawBatch, VideoBatch
-from kinoray.network.device_input import DeviceInput, Feeder, sent
+from kinoray.network.batch import DeviceInput, Feeder, RawBatch, VideoBatch, sent
 from kinoray.storage.objects import Storage
 from kinoray.train.config import TrainConfig
 from kinoray.train.decoding import DecodeTask

@@ -28,9 +28,8 @@ from kinoray.errors import (
     TooManyBad,
     TrainingDiverged,
 )
-from kinoray.network.build import VideoModel, build_model, without_start_weights
+from kinoray.network.build import VideoModel, backbone_names, build_model, without_start_weights
 from kinoray.network.checkpoint import CheckpointMeta, load_model_state, load_train_state
-from kinoray.network.parts import backbone_names
 from kinoray.storage.objects import Storage
 from kinoray.train.augment import Augmenter
 from kinoray.train.config import TrainConfig

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from kinoray.config.shared import OptimConfig
 from kinoray.errors import ConfigError
-from kinoray.network.parts import backbone_parts
+from kinoray.network.build import backbone_parts
 
 __all__ = [
     "Recomputed",

@@ -31,7 +31,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from kinoray.config.shared import ModelConfig
 from kinoray.errors import CheckpointMismatch
-from kinoray.network.build import VideoModel
+from kinoray.network.build import VideoModel, backbone_parts, classifier_names
 from kinoray.network.checkpoint import (
     find_checkpoint,
     load_meta,
@@ -40,7 +40,6 @@ from kinoray.network.checkpoint import (
     require_weights,
     weight_shapes,
 )
-from kinoray.network.parts import backbone_parts, classifier_names
 from kinoray.storage.objects import Storage
 from kinoray.train.recipe import trained_parameters
 

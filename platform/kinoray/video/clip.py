@@ -125,7 +125,7 @@ def decode_clip(
 
     Without rng: middle frames and the centre crop (testing). With rng: random frames, scale, place and flip.
     Flow is estimated on the cropped frames (green plane) before the mirror; mirroring negates its x component. With
-    another flow.estimator than dis frames come with partners instead, of which network/device_input.py makes the flow.
+    another flow.estimator than dis frames come with partners instead, of which network/batch.py makes the flow.
 
     Args:
         empty: makes the arrays, given "frames", "flow" or "partners", a shape and a dtype, with anything in

@@ -1,7 +1,7 @@
-"""Make a trained model faster without changing what it says: for labelling and evaluation.
+"""Make a trained network faster without changing what it says: for labelling and evaluation.
 
-Works for any kinoray model, most for networks with convolutions and batch norms. The copy that comes out is for
-inference only: it has other parameters than the model it was made of and cannot be trained or saved in its place.
+Works for any network, most for those with convolutions and batch norms. The copy that comes out is for inference only:
+it has other parameters than the network it was made of and cannot be trained or saved in its place.
 """
 
 import copy
@@ -16,17 +16,22 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from vcm_sdd.compiled import Compiled, Repeated
-from vcm_sdd.fusion import CrossModalFusion
-from vcm_sdd.pointwise import fuse_pointwise
+from kinoray.config.shared import ClipConfig, InferenceConfig
+from kinoray.errors import ModelError
+from kinoray.network.build import VideoModel
+from kinoray.network.graphs import Compiled, Repeated
+from kinoray.network.pointwise import fuse_pointwise
+from kinoray.network.spec import InputSpec
 
 __all__ = [
     "BF16_TOLERANCE",
     "FP32_TOLERANCE",
-    "compile_fusion",
+    "compile_advice",
+    "compile_named_parts",
     "compile_pays",
     "fold_batch_norms",
     "prepare_for_inference",
+    "prepare_model",
 ]
 
 FP32_TOLERANCE = 1e-4
@@ -52,6 +57,78 @@ def compile_pays(num_frames: int) -> bool:
     return num_frames >= _PAYS_FROM
 
 
+def compile_advice(spec: InputSpec, clip: ClipConfig, inference: InferenceConfig, clips_per_worker: int) -> str:
+    """One sentence if inference.compile is set where it costs more than it saves, or not set where it pays; else ""."""
+    streams = int(spec.rgb) + int(spec.flow_channels > 0)
+    frames_per_clip = streams * clip.sample.num_segments * clip.sample.frames_per_segment
+    pays = compile_pays(clips_per_worker * frames_per_clip)
+    if pays == inference.compile:
+        return ""
+    if pays:
+        return f"with {clips_per_worker} clips a worker --inference.compile would save more time than it takes"
+    return f"with {clips_per_worker} clips a worker inference.compile takes longer than it saves"
+
+
+def prepare_model(model: VideoModel, clip: ClipConfig, inference: InferenceConfig) -> VideoModel:
+    """A copy for inference on the model's device, in eval mode: folded batch norms, precision, compiled if asked for.
+
+    The folded copy is compared with the model itself on one seeded clip; a network whose folding changes its logits,
+    or fails, keeps its batch norms.
+
+    Raises:
+        ModelError: the model cannot be run.
+    """
+    plain = cast(nn.Module, model).eval()
+    has_norms = any(isinstance(part, _BatchNorm) for part in plain.modules())
+    prepared = prepare_for_inference(
+        plain,
+        precision=inference.precision,
+        compile=inference.compile,
+        fold=not has_norms or _folds(plain, clip),
+    )
+    return cast(VideoModel, prepared)
+
+
+def _folds(model: nn.Module, clip: ClipConfig) -> bool:
+    """Whether folding its batch norms leaves the logits of a seeded clip as they are; if not, the log says so."""
+    device = next(iter(model.parameters()), torch.empty(0)).device
+    inputs = _noise(cast(VideoModel, model).input_spec, clip, device)
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # its 10 bits would hide what folding changes
+        return _folds_exactly(model, inputs)
+
+
+def _folds_exactly(model: nn.Module, inputs: dict[str, Tensor | None]) -> bool:
+    try:
+        with torch.inference_mode():
+            expected = model(**inputs).float()
+    except (RuntimeError, TypeError, ValueError) as error:
+        shapes = {name: list(tensor.shape) for name, tensor in inputs.items() if tensor is not None}
+        raise ModelError(f"the model failed on a clip {shapes}: {error}") from error
+    try:
+        with torch.inference_mode():
+            found = prepare_for_inference(model)(**inputs).float()
+    except Exception as error:  # noqa: BLE001  (it runs unfolded, so what breaks here is the folding)
+        _LOG.info("batch norms stay: %s: %s", type(error).__name__, error)
+        return False
+    off, largest = float((found - expected).abs().max()), float(expected.abs().max())
+    folds: bool = off <= FP32_TOLERANCE * max(largest, 1.0)
+    if not folds:
+        _LOG.warning("batch norms stay: folding them changes a logit by %.1e of %.1e", off, largest)
+    return folds
+
+
+def _noise(spec: InputSpec, clip: ClipConfig, device: torch.device) -> dict[str, Tensor | None]:
+    """One video of as few segments as the model accepts, the same numbers everywhere."""
+    size = clip.view.crop_px
+    shape = (1, spec.num_segments or 1, clip.sample.frames_per_segment)
+    generator = torch.Generator().manual_seed(0)
+    rgb, flow = (
+        torch.randn(*shape, channels, size, size, generator=generator).to(device) if channels else None
+        for channels in (3 * spec.rgb, spec.flow_channels)
+    )
+    return {"rgb": rgb, "flow": flow}
+
+
 def prepare_for_inference(
     model: nn.Module, *, precision: Literal["fp32", "bf16"] = "fp32", compile: bool = False, fold: bool = True
 ) -> nn.Module:
@@ -64,9 +141,9 @@ def prepare_for_inference(
     runs whole under autocast, and is compiled whole; so does any with fold=False, which is for networks whose modules
     reach into one another: a folded part has other insides.
 
-    On CUDA `compile` also compiles the fusion of the streams, runs 1 x 1 convolutions in bf16 with what follows them in
-    one pass (vcm_sdd.pointwise), and records each call as a CUDA graph for a fixed number of clips
-    (vcm_sdd.compiled.Repeated): the model must be there already.
+    On CUDA `compile` also compiles what the network names in `compile_parts`, runs 1 x 1 convolutions in bf16 with what
+    follows them in one pass (kinoray.network.pointwise), and records each call as a CUDA graph for a fixed number of
+    clips (kinoray.network.graphs.Repeated): the model must be there already.
 
     Logits change by at most FP32_TOLERANCE or BF16_TOLERANCE of the largest. Raises ValueError for another precision.
     """
@@ -87,7 +164,7 @@ def prepare_for_inference(
         _replace_trunks(prepared, trunk)
     if any(isinstance(part, _Trunk) for part in prepared.modules()):
         if compile and on_cuda:
-            compile_fusion(prepared)
+            compile_named_parts(prepared)
         return Repeated(prepared) if compile and on_cuda else prepared
     if dtype == torch.float32 and not compile:
         return prepared
@@ -95,11 +172,12 @@ def prepare_for_inference(
     return Repeated(whole) if compile else whole
 
 
-def compile_fusion(prepared: nn.Module) -> None:
-    """Have the passes over the scores of MFF compiled: on a GPU each of them costs as much as the product before it."""
-    for name, part in list(prepared.named_modules()):
-        if isinstance(part, CrossModalFusion):
-            prepared.set_submodule(name, Compiled(part))
+def compile_named_parts(prepared: nn.Module) -> None:
+    """Have compiled, in place, what the network names in `compile_parts`."""
+    parts = dict(prepared.named_modules())
+    for name in getattr(prepared, "compile_parts", ()):
+        if name in parts:  # not there with an option that turns it off
+            prepared.set_submodule(name, Compiled(parts[name]))
 
 
 class _Trunk(nn.Module):

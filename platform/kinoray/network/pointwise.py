@@ -35,7 +35,7 @@ _TOLERANCE = 2e-2  # of the largest number; bfloat16 rounds by 4e-3, and TensorF
 Launch = Callable[[Tensor, Tensor, Tensor, Tensor | None, bool], Tensor]
 
 
-@torch.library.custom_op("vcm_sdd::pointwise", mutates_args=())
+@torch.library.custom_op("kinoray::pointwise", mutates_args=())
 def pointwise(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, relu: bool) -> Tensor:
     """conv2d(x, weight) + bias, + residual, ReLU, rounded once: [F, N, H, W], channels_last.
 

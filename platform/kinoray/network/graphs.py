@@ -6,12 +6,13 @@ recorded code must not wait for the host. Whatever cannot be compiled or recorde
 
 import logging
 from collections.abc import Callable
+from functools import partial
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Compiled", "Repeated"]
+__all__ = ["Compiled", "Recording", "Repeated"]
 
 _LOG = logging.getLogger(__name__)
 _WARM_UPS = 3  # calls before the recording: they compile, choose algorithms and fill caches
@@ -45,37 +46,39 @@ class Compiled(nn.Module):
         return self.module(*args, **kwargs)
 
 
-class _Recording:
-    """One call of a network as a CUDA graph: its kernels are launched at once, without Python between them.
+class Recording:
+    """A call as a CUDA graph: its kernels are launched at once, without Python between them.
 
-    What the network caches between calls is read where it lay when it was recorded, so it must stay there.
+    What the call caches is read where it lay when it was recorded, so it must stay there. What a replay gives is
+    overwritten by the next one.
     """
 
-    def __init__(self, model: nn.Module, inputs: dict[str, Tensor]) -> None:
+    def __init__(self, call: Callable[..., Tensor], **inputs: Tensor) -> None:
+        device = next(iter(inputs.values())).device
         with torch.inference_mode(False):  # tensors that may be written to in any mode
             self._inputs = {name: torch.empty_like(x) for name, x in inputs.items()}
         self._write(inputs)
-        here, aside = torch.cuda.current_stream(), torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        here, aside = torch.cuda.current_stream(device), torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         aside.wait_stream(here)
         with torch.cuda.stream(aside):
             for _ in range(_WARM_UPS):
-                model(**self._inputs)
+                call(**self._inputs)
         here.wait_stream(aside)
         self._graph = torch.cuda.CUDAGraph()
         # Threads that decode may use the device meanwhile. The outer stream is there for a recording that fails: torch
         # then leaves its own stream in place.
         with torch.cuda.stream(here), torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
-            self._output: Tensor = model(**self._inputs)
+            self._output = call(**self._inputs)
 
     def _write(self, inputs: dict[str, Tensor]) -> None:
         for name, x in inputs.items():
             self._inputs[name].copy_(x)
 
-    def __call__(self, inputs: dict[str, Tensor]) -> Tensor:
-        """The output for inputs of the recorded shapes, the caller's own."""
+    def __call__(self, **inputs: Tensor) -> Tensor:
+        """The output for inputs of the recorded shapes, until the next call."""
         self._write(inputs)
         self._graph.replay()
-        return self._output.clone()
+        return self._output
 
 
 class Repeated(nn.Module):
@@ -90,7 +93,7 @@ class Repeated(nn.Module):
         self.model = model
         self.input_spec = getattr(model, "input_spec", None)
         self._sizes: dict[Shape, int] = {}
-        self._recordings: dict[Shape, _Recording | None] = {}
+        self._recordings: dict[Shape, Recording | None] = {}
 
     @torch.no_grad()
     def forward(self, **inputs: Tensor | None) -> Tensor:
@@ -107,28 +110,17 @@ class Repeated(nn.Module):
             if shape not in self._recordings:
                 self._recordings[shape] = self._record(full, absent)
             if (recording := self._recordings[shape]) is not None:
-                return recording(full)[:count]
+                return recording(**full).clone()[:count]
         return cast(Tensor, self.model(**full, **absent))[:count]
 
-    def _record(self, inputs: dict[str, Tensor], absent: dict[str, None]) -> _Recording | None:
+    def _record(self, inputs: dict[str, Tensor], absent: dict[str, None]) -> Recording | None:
         try:
-            return _Recording(_With(self.model, absent), inputs)
+            return Recording(partial(self.model, **absent), **inputs)
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
             _say("CUDA graphs", error)
             return None
-
-
-class _With(nn.Module):
-    """A network with some arguments given."""
-
-    def __init__(self, model: nn.Module, given: dict[str, None]) -> None:
-        super().__init__()
-        self.model, self.given = model, given
-
-    def forward(self, **inputs: Tensor) -> Any:
-        return self.model(**inputs, **self.given)
 
 
 def _filled(x: Tensor, size: int) -> Tensor:

@@ -22,6 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kinoray.network.graphs import Recording
+
 __all__ = ["tvl1_flow"]
 
 # Shapes: P pairs, H W pixels of a level. Flow is [P, 2, H, W], x then y; its dual is two of these, for the slope of the
@@ -39,8 +41,6 @@ _GROUP = 96  # pairs that are recorded together
 # of an H100 (50 MB); on a CPU one pair is too much for it, and more of them are worse.
 _DEVICE_PIXELS, _CPU_PIXELS = 8 * 224**2, 224**2
 _SMOOTHING = (0.25, 0.5, 0.25)
-
-_WARM_UPS = 3  # calls before the recording: the first one compiles
 
 _LOG = logging.getLogger(__name__)
 
@@ -161,38 +161,14 @@ def _flow_of_group(images: Tensor, step: Step) -> Tensor:
     return u
 
 
-class _Recorded:
-    """`_flow_of_group` as a CUDA graph. What a call gives is overwritten by the next one."""
-
-    def __init__(self, device: torch.device, shape: torch.Size, step: Step) -> None:
-        with torch.inference_mode(False):  # memory that may be written to in any mode
-            self._images = torch.zeros(shape, device=device)
-        here, aside = torch.cuda.current_stream(device), torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        aside.wait_stream(here)
-        with torch.cuda.stream(aside):
-            for _ in range(_WARM_UPS):
-                _flow_of_group(self._images, step)
-        here.wait_stream(aside)
-        self._graph = torch.cuda.CUDAGraph()
-        # Threads that decode may use the device meanwhile. The outer stream is there for a recording that fails: torch
-        # then leaves its own stream in place.
-        with torch.cuda.stream(here), torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
-            self._flow = _flow_of_group(self._images, step)
-
-    def __call__(self, images: Tensor) -> Tensor:
-        self._images.copy_(images)
-        self._graph.replay()
-        return self._flow
-
-
 @cache
-def _runner(device: torch.device, shape: torch.Size) -> Callable[[Tensor], Tensor]:
-    """`_flow_of_group` for groups of a shape, as quick as the device lets it be."""
+def _runner(device: torch.device, shape: torch.Size) -> Callable[..., Tensor]:
+    """`_flow_of_group` for the `images` of groups of a shape, as quick as the device lets it be."""
     if device.type != "cuda":
         return partial(_flow_of_group, step=_step)
     for name, step in (("compiled and recorded", _compiled()), ("recorded", _step)):
         try:
-            return _Recorded(device, shape, step)
+            return Recording(partial(_flow_of_group, step=step), images=torch.zeros(shape, device=device))
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
@@ -223,5 +199,5 @@ def tvl1_flow(first: Tensor, second: Tensor) -> Tensor:
         count = len(group)
         if on_gpu and count < _GROUP:  # another number of pairs would be recorded anew
             group = F.pad(group, (0, 0, 0, 0, 0, 0, 0, _GROUP - count))
-        flow[start : start + count] = _runner(group.device, group.shape)(group)[:count]
+        flow[start : start + count] = _runner(group.device, group.shape)(images=group)[:count]
     return flow
