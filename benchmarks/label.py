@@ -1,6 +1,6 @@
 """How near `kinoray label` comes to the speed of light of this machine: `python benchmarks/label.py [--quick]`.
 
-`kinoray bench label` on generated videos of 10 s, 340 x 256, in two cases: a network that takes nearly all of the time
+`kinoray bench` on generated videos of 10 s, 340 x 256, in two cases: a network that takes nearly all of the time
 (VCM-SDD, two ResNet-18), and one that takes nearly none (backbone tiny, small frames) with 16 x 6 frames to decode.
 Decode loop, model loop and Ray job take turns; each ratio is of one turn, the median over the turns is reported.
 
@@ -84,7 +84,6 @@ def measure(folder: Path, quick: bool) -> dict[str, Any]:
         num_videos = case[-1] // 2 if quick else case[-1]
         print(f"\n{name}: backbone {case[0]}, {num_videos} videos", flush=True)
         config = BenchConfig(
-            what="label",
             source=make_library(folder, 4 if quick else 12, num_videos),
             checkpoint=make_checkpoint(folder, name),
             videos=num_videos,

@@ -73,7 +73,7 @@ _SMALL = {
 def small(arguments: Sequence[str]) -> list[str]:
     """The command line with the small settings of its verb."""
     verb = arguments[0] if arguments else ""
-    if "--config" in arguments:
+    if "--config" in arguments or "--ensemble" in arguments:  # an ensemble runs nothing
         return list(arguments)
     options = _tiny(arguments) if verb in ("train", "tune") else []
     return [*arguments, *_SMALL.get(verb, []), *options]

@@ -1,4 +1,4 @@
-"""`kinoray bench label`: what it measures on a real small library, what it says of it, and what a plan makes of it."""
+"""`kinoray bench`: what it measures on a real small library, what it says of it, and what a plan makes of it."""
 
 import json
 import os
@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from kinoray.capacity.bench import bench
+from kinoray.capacity.bench import bench, refuse_too_many_bad
 from kinoray.capacity.bench_page import Bounds, advice, bounds_of
 from kinoray.capacity.config import BenchConfig, PlanConfig
 from kinoray.capacity.estimate import Conditions, Rates, estimate
@@ -24,7 +24,7 @@ from kinoray.capacity.watch import CpuWatch
 from kinoray.catalog.table import catalog_of_source
 from kinoray.config.shared import ClipConfig, InferenceConfig, ResourcesConfig, SampleConfig, ViewConfig
 from kinoray.demo.videos import class_names, make_demo_set
-from kinoray.errors import ConfigError, MediaError
+from kinoray.errors import ConfigError, MediaError, TooManyBad
 from kinoray.label.config import LabelConfig
 from kinoray.label.open import open_labelling
 from kinoray.storage.objects import Storage
@@ -45,7 +45,7 @@ BOUNDS = Bounds(
     cpu_over_job=0.95,
     others_share=0.0,
 )
-BENCH = BenchConfig(what="label", source="library", checkpoint="checkpoint")
+BENCH = BenchConfig(source="library", checkpoint="checkpoint")
 
 
 @pytest.fixture(scope="module")
@@ -59,6 +59,14 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
     uri = str(tmp_path_factory.mktemp("run") / "checkpoint")
     return save_untrained(Storage(), uri, LABELS, CLIP, "vcm_sdd", backbone="tiny")
+
+
+def test_rates_of_a_library_that_is_mostly_bad_end_with_an_error() -> None:
+    refuse_too_many_bad(DecodeLoop(videos=10, bad=2), 0.2)
+    with pytest.raises(
+        TooManyBad, match=r"3 of 10 videos \(30\.0%\) could not be decoded, max_bad_fraction allows 20\.0%"
+    ):
+        refuse_too_many_bad(DecodeLoop(videos=10, bad=3), 0.2)
 
 
 # The words
@@ -190,7 +198,7 @@ def test_bench_measures_a_real_job_and_plan_takes_its_rates(
 ) -> None:
     out = str(tmp_path / "rates.json")
     one = ResourcesConfig(num_workers=1)
-    config = BenchConfig(what="label", source=str(library), checkpoint=checkpoint, out=out, videos=24, resources=one)
+    config = BenchConfig(source=str(library), checkpoint=checkpoint, out=out, videos=24, resources=one)
     record = bench(config)
     shown = capsys.readouterr().out
     assert "bench: units of 8 videos, so that each worker gets 3" in shown
@@ -220,7 +228,7 @@ from kinoray.capacity.config import BenchConfig
 task, source, checkpoint, out, workers = sys.argv[1:]
 resources = ResourcesConfig(num_workers=int(workers))
 if task == "bench":
-    bench(BenchConfig(what="label", source=source, checkpoint=checkpoint, out=out, videos=96, resources=resources))
+    bench(BenchConfig(source=source, checkpoint=checkpoint, out=out, videos=96, resources=resources))
 else:
     with CpuWatch() as watch:
         begin = time.time()

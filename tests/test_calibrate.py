@@ -16,7 +16,7 @@ from kinoray.evaluation.calibrate import calibrate, fit_margins, fit_temperature
 from kinoray.evaluation.config import CalibrateConfig
 from kinoray.label.calibration import load_calibration
 from kinoray.label.config import LabelConfig
-from kinoray.label.open import label_config, open_labelling
+from kinoray.label.open import open_labelling
 from kinoray.label.stage import LabelUnits, pack_unit
 from kinoray.label.table import read_predictions
 from kinoray.storage.objects import Storage
@@ -52,10 +52,22 @@ def config(tmp_path: Path) -> CalibrateConfig:
     )
 
 
+def labelling_of(config: CalibrateConfig, *, segment_scores: bool = False) -> LabelConfig:
+    """The labelling that `calibrate` makes."""
+    return LabelConfig(
+        source=config.catalog,
+        checkpoint=config.checkpoint,
+        out=config.out,
+        split=config.split,
+        all_scores=True,
+        segment_scores=segment_scores,
+    )
+
+
 def test_the_file_holds_what_the_stored_segments_give_and_label_uses_it(
     config: CalibrateConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    commit_here(label_config(config, source=config.catalog, all_scores=True, segment_scores=True))
+    commit_here(labelling_of(config, segment_scores=True))
     found = calibrate(config)
     uri = tmp_path / "calibration" / "calibration.json"
     assert load_calibration(LOCAL, str(uri), found.model_digest) == found
@@ -100,7 +112,7 @@ def test_a_network_that_sees_its_segments_together_gets_a_temperature_only(
 ) -> None:
     run = save_untrained(LOCAL, str(tmp_path / "tsm"), LABELS, CLIP, "tsm", backbone="tiny")
     config = replace(config, checkpoint=run)
-    commit_here(label_config(config, source=config.catalog, all_scores=True))
+    commit_here(labelling_of(config))
     found = calibrate(config)
     assert found.margins == ()
     assert 0.05 <= found.temperature <= 20

@@ -272,7 +272,7 @@ def test_rates_come_back_as_they_were_written() -> None:
     ("content", "message"),
     [
         ("{", "rates: .*rates.json is not JSON"),
-        ("[1]", "rates: .*rates.json must hold a JSON object, found list; measure again with: kinoray bench label"),
+        ("[1]", "rates: .*rates.json must hold a JSON object, found list; measure again with: kinoray bench"),
         ("{}", "rates: .*rates.json has no decode_cpu_s"),
         (json.dumps(RATES.to_record() | {"decode_cpu_s": 0}), "decode_cpu_s must be a number greater than 0, got 0"),
         (json.dumps(RATES.to_record() | {"commit_s": -1}), "commit_s must be a number of at least 0, got -1"),

@@ -14,6 +14,7 @@ from kinoray import __version__
 from kinoray.cli import VERBS, main
 from kinoray.config.file import config_from_mapping, load_config, to_yaml
 from kinoray.config.help import settings_of
+from kinoray.config.scoring import LabelWorkConfig, ScoringConfig
 from kinoray.config.shared import ResourcesConfig, digest, parse_options
 from kinoray.errors import ConfigError
 from kinoray.network.build import require_known_model
@@ -158,6 +159,36 @@ def test_a_near_miss_gets_a_suggestion(typed: str, meant: str, capsys: pytest.Ca
     for arguments in ([typed, "x"], ["help", typed], [typed, "--help"]):
         assert main(arguments) == 2
         assert f"unknown verb {typed!r}; did you mean {meant}?" in one_line(capsys)
+
+
+def test_verbs_that_score_videos_share_their_settings() -> None:
+    """One class says and checks them; flags and files are flat, as the tree is."""
+    shared = {setting.path: setting for setting in settings_of(ScoringConfig)}
+    for verb in ("label", "evaluate", "calibrate", "bench"):
+        found = {setting.path: setting for setting in settings_of(VERBS[verb].config())}
+        differing = {path for path, setting in shared.items() if found[path] != setting}
+        assert differing == ({"checkpoint"} if verb == "evaluate" else set())
+    both = settings_of(LabelWorkConfig)
+    assert {setting.path for setting in both} <= {setting.path for setting in settings_of(VERBS["bench"].config())}
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--batch-size", "-1"], "batch_size must be at least 0, got -1"),
+        (["--unit-size", "0"], "unit_size must be at least 1, got 0"),
+        (["--num-segments", "0"], "num_segments must be at least 1, got 0"),
+        (["--protocol", "8x6", "--num-segments", "4"], "num_segments must be left out with protocol 8x6"),
+        (["--max-bad-fraction", "2"], "max_bad_fraction must be in 0 .. 1, got 2.0"),
+        (["--decode-device", "cuda"], "decode_device must be cpu without resources.gpus_per_worker, got 'cuda'"),
+    ],
+)
+@pytest.mark.parametrize("verb", ["label", "evaluate", "calibrate", "bench"])
+def test_what_verbs_share_is_checked_alike(
+    verb: str, flags: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([verb, "x", "--checkpoint", "c", "--out", "o", *flags]) == 2
+    assert message in one_line(capsys)
 
 
 def test_print_config_round_trips(tmp_path: Path) -> None:

@@ -19,8 +19,7 @@ from kinoray.config.shared import StorageConfig, digest
 from kinoray.demo.videos import make_video
 from kinoray.errors import CatalogError, CheckpointMismatch, ConfigError, ObjectNotFound
 from kinoray.evaluation.compare import Paired, compare
-from kinoray.evaluation.config import CompareConfig, EnsembleConfig
-from kinoray.evaluation.ensemble import ensemble
+from kinoray.evaluation.config import CompareConfig, EvaluateConfig
 from kinoray.evaluation.record import (
     ANSWER_COLUMNS,
     EvaluationRecord,
@@ -30,6 +29,7 @@ from kinoray.evaluation.record import (
     true_classes,
     write_evaluation,
 )
+from kinoray.evaluation.verb import evaluate
 from kinoray.label.table import PREDICTION_SCHEMA, Ledger, labelling_id, read_predictions, row_keys
 from kinoray.library.config import ReportConfig
 from kinoray.library.report.verb import report
@@ -59,10 +59,19 @@ class Made:
 
 
 def catalog_at(
-    folder: str, num: int, *, storage: Storage = LOCAL, first: int = 0, labels: tuple[str, ...] = LABELS
+    folder: str,
+    num: int,
+    *,
+    storage: Storage = LOCAL,
+    first: int = 0,
+    labels: tuple[str, ...] = LABELS,
+    num_train: int = 0,
 ) -> str:
-    """A catalog of num videos v000, v001, ... that need not be there; returns where."""
-    rows = [f"v{n:03d}.mp4,{labels[(5 * n + n // 4) % len(labels)]},val" for n in range(first, first + num)]
+    """A catalog of num videos v000, v001, ... that need not be there, the last ones for training; returns where."""
+    splits = ["val"] * (num - num_train) + ["train"] * num_train
+    rows = [
+        f"v{n:03d}.mp4,{labels[(5 * n + n // 4) % len(labels)]},{split}" for n, split in enumerate(splits, start=first)
+    ]
     storage.put(join(folder, "list.csv"), "\n".join(["path,label,split", *rows]).encode())
     catalog = catalog_of_source(storage, join(folder, "list.csv"))
     save_as_pack(storage, folder, catalog)
@@ -79,9 +88,10 @@ def evaluated(
     unreadable: tuple[str, ...] = (),
     all_scores: bool = True,
     storage: Storage = LOCAL,
+    split: str = "val",
 ) -> Made:
     """What `evaluate` leaves behind for a model of this skill whose scores are drawn from the seed."""
-    catalog: Catalog = catalog_of_source(storage, source).select("val")
+    catalog: Catalog = catalog_of_source(storage, source).select(split)
     rng = np.random.default_rng(seed)
     about = {"model_digest": digest(f"model {seed}"), "config_digest": digest(f"config {all_scores}")}
     root = join(out, labelling_id(about["model_digest"], about["config_digest"]))
@@ -123,7 +133,7 @@ def evaluated(
     origin = Origin(
         **about,
         catalog=source,
-        split="val",
+        split=split,
         catalog_digest=catalog.digest,
         predictions=root,
         checkpoint=f"run-{seed}",
@@ -146,8 +156,8 @@ def test_an_ensemble_is_the_weighted_mean_of_the_scores(tmp_path: Path, capsys: 
     source = catalog_at(str(tmp_path / "set"), 40)
     one = evaluated(str(tmp_path / "one"), source, 1, unreadable=("v003",))
     two = evaluated(str(tmp_path / "two"), source, 2, labels=LABELS[::-1], unreadable=("v005", "v003"))
-    config = EnsembleConfig(evaluations=(one.uri, two.uri), weights=(1.0, 3.0), out=str(tmp_path / "both"))
-    record = ensemble(config)
+    config = EvaluateConfig(catalog=source, ensemble=(one.uri, two.uri), weights=(1.0, 3.0), out=str(tmp_path / "both"))
+    record = evaluate(config)
 
     readable = sorted(one.scores.keys() & two.scores.keys())
     assert len(readable) == 38
@@ -179,13 +189,13 @@ def test_an_ensemble_is_the_weighted_mean_of_the_scores(tmp_path: Path, capsys: 
     said = capsys.readouterr().out
     assert "40 videos = 38 evaluated + 2 unreadable + 0 missing (coverage 95.0%)" in said
 
-    assert ensemble(config) == record  # again: nothing is written twice
+    assert evaluate(config) == record  # again: nothing is written twice
     assert len(list(tmp_path.glob("both/*/parts/*"))) == 1
     assert stored(LOCAL, config.out) == record
     written = json.loads((tmp_path / "both" / "evaluation.json").read_text())
     assert (written["top1"], written["members"], written["views"]) == (right / 38, [one.uri, two.uri], 2)
     assert "checkpoint" not in written
-    nested = ensemble(EnsembleConfig(evaluations=(config.out, one.uri), out=str(tmp_path / "nested")))
+    nested = evaluate(EvaluateConfig(catalog=source, ensemble=(config.out, one.uri), out=str(tmp_path / "nested")))
     assert (nested.scores.evaluated, nested.origin.views) == (38, 3)
     totals = report(
         ReportConfig(predictions=config.out, catalog=source, out=str(tmp_path / "page"), frames_per_video=0)
@@ -197,50 +207,52 @@ def test_an_ensemble_is_the_weighted_mean_of_the_scores(tmp_path: Path, capsys: 
 
 
 def test_members_that_do_not_fit_are_named(tmp_path: Path) -> None:
-    source = catalog_at(str(tmp_path / "set"), 20)
+    source = catalog_at(str(tmp_path / "set"), 29, num_train=9)
     one = evaluated(str(tmp_path / "one"), source, 1)
 
     def refusal(other: Made, error: type[Exception], message: str) -> None:
         with pytest.raises(error, match=message):
-            ensemble(EnsembleConfig(evaluations=(one.uri, other.uri), out=str(tmp_path / "both")))
+            evaluate(EvaluateConfig(catalog=source, ensemble=(one.uri, other.uri), out=str(tmp_path / "both")))
         assert not (tmp_path / "both").exists()
 
     classes = evaluated(str(tmp_path / "classes"), source, 2, labels=(*LABELS[:-1], "yak", "fly", "zebu"))
     refusal(classes, CheckpointMismatch, r"their classes differ: only the second has yak, zebu;")
+    message = r"their videos differ: only the second has v020, v021, .*, v024 and 4 more; evaluate both on one split"
+    refusal(evaluated(str(tmp_path / "videos"), source, 2, split=""), CatalogError, message)
     more = catalog_at(str(tmp_path / "more"), 28, first=2)
-    message = r"their videos differ: only the first has v000, v001 and only the second has v020, .*, v024 and 5 more;"
-    refusal(evaluated(str(tmp_path / "videos"), more, 2), CatalogError, message)
+    message = r"elsewhere was made with another catalog \(.*\) than .*set holds now"
+    refusal(evaluated(str(tmp_path / "elsewhere"), more, 2), CatalogError, message)
     few = evaluated(str(tmp_path / "few"), source, 3, all_scores=False)
     refusal(few, ConfigError, r"few does not hold the scores of all 6 classes, .* evaluate it again")
-    turned = catalog_at(str(tmp_path / "turned"), 20, labels=LABELS[::-1])
-    refusal(evaluated(str(tmp_path / "truth"), turned, 4), CatalogError, r"have another true label in each: v000")
+    turned = catalog_at(str(tmp_path / "turned"), 29, num_train=9, labels=LABELS[::-1])
+    refusal(evaluated(str(tmp_path / "truth"), turned, 4), CatalogError, "truth was made with another catalog")
     with pytest.raises(ConfigError, match=r"weights must be 2 numbers, one for each evaluation, got \(1.0,\)"):
-        EnsembleConfig(evaluations=("a", "b"), weights=(1.0,), out="c")
-    with pytest.raises(ConfigError, match="evaluations must be two or more"):
-        EnsembleConfig(evaluations=("a",), out="c")
+        EvaluateConfig(catalog=source, ensemble=("a", "b"), weights=(1.0,), out="c")
+    with pytest.raises(ConfigError, match="ensemble must be two evaluations or more"):
+        EvaluateConfig(catalog=source, ensemble=("a",), out="c")
 
 
 def test_an_evaluation_that_is_gone_changed_or_moved_is_told(tmp_path: Path) -> None:
     source = catalog_at(str(tmp_path / "set"), 20)
     one, two = evaluated(str(tmp_path / "one"), source, 1), evaluated(str(tmp_path / "two"), source, 2)
-    config = EnsembleConfig(evaluations=(one.uri, two.uri), out=str(tmp_path / "both"))
+    config = EvaluateConfig(catalog=source, ensemble=(one.uri, two.uri), out=str(tmp_path / "both"))
     with pytest.raises(ObjectNotFound, match=r"nothing/evaluation.json; expected the --out of `kinoray evaluate`"):
-        ensemble(replace(config, evaluations=(one.uri, str(tmp_path / "nothing"))))
+        evaluate(replace(config, ensemble=(one.uri, str(tmp_path / "nothing"))))
     (tmp_path / "set").rename(tmp_path / "new")
-    with pytest.raises(ObjectNotFound, match=r"its catalog is gone .* --catalog"):
-        ensemble(config)
+    with pytest.raises(ObjectNotFound, match=r"its catalog is gone .*--catalog"):
+        evaluate(config)
     (tmp_path / "two").rename(tmp_path / "moved")
     moved = replace(
-        config, evaluations=(one.uri, str(tmp_path / "moved")), catalog=str(tmp_path / "new" / "catalog.parquet")
+        config, ensemble=(one.uri, str(tmp_path / "moved")), catalog=str(tmp_path / "new" / "catalog.parquet")
     )
-    assert ensemble(moved).scores.evaluated == 20
+    assert evaluate(moved).scores.evaluated == 20
     catalog_at(str(tmp_path / "new"), 19)
     with pytest.raises(CatalogError, match=r"one was made with another catalog \(.*\) than .*new.* holds now"):
-        ensemble(moved)
+        evaluate(moved)
     (tmp_path / "old").mkdir()
     (tmp_path / "old" / "evaluation.json").write_text('{"top1": 0.5}')
     with pytest.raises(ConfigError, match=r"lacks calibration, catalog, .*evaluate again"):
-        ensemble(replace(config, evaluations=(str(tmp_path / "old"), one.uri)))
+        evaluate(replace(config, ensemble=(str(tmp_path / "old"), one.uri)))
 
 
 @pytest.mark.parametrize(
@@ -277,16 +289,50 @@ def test_what_is_no_evaluation_at_all_is_refused(tmp_path: Path, text: str) -> N
 
 
 def test_the_command_line_takes_many_evaluations(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    command = ["ensemble", "s3://b/one", "two", "three", "--weights", "1", "1.5", "2", "--out", "x", "--print-config"]
-    assert main(command) == 0
+    command = [
+        "evaluate",
+        "set",
+        "--ensemble",
+        "s3://b/one",
+        "two",
+        "three",
+        "--weights",
+        "1",
+        "1.5",
+        "2",
+        "--out",
+        "x",
+    ]
+    assert main([*command, "--print-config"]) == 0
     printed = capsys.readouterr().out
     tree = yaml.safe_load(printed)
-    assert (tree["evaluations"], tree["weights"]) == (["s3://b/one", "two", "three"], [1.0, 1.5, 2.0])
+    assert (tree["ensemble"], tree["weights"]) == (["s3://b/one", "two", "three"], [1.0, 1.5, 2.0])
     (tmp_path / "c.yaml").write_text(printed)
-    assert main(["ensemble", "--config", str(tmp_path / "c.yaml"), "--print-config"]) == 0
+    assert main(["evaluate", "--config", str(tmp_path / "c.yaml"), "--print-config"]) == 0
     assert capsys.readouterr().out == printed
-    assert main(["ensemble", "one", "--out", "x"]) == 2
-    assert "evaluations must be two or more" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ([], "checkpoint must be given, or ensemble instead of it (one of the two), got ''"),
+        (["--ensemble", "a"], "ensemble must be two evaluations or more, got ('a',)"),
+        (["--weights", "1"], "weights must be left out without ensemble, got (1.0,)"),
+        (["--ensemble", "a", "b", "--weights", "1", "0"], "weights must be greater than 0, got (1.0, 0.0)"),
+        (["--ensemble", "a", "b", "--checkpoint", "c"], "checkpoint must be left out with ensemble, which runs no"),
+        (["--ensemble", "a", "b", "--protocol", "5x3"], "protocol must be left out with ensemble, which runs no"),
+        (["--ensemble", "a", "b", "--workers", "4"], "resources must be left out with ensemble, which runs no"),
+        (
+            ["--ensemble", "a", "b", "--split", "test"],
+            "split must be left out with ensemble: it is that of its members",
+        ),
+    ],
+)
+def test_an_evaluation_is_of_a_checkpoint_or_of_an_ensemble(
+    flags: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["evaluate", "set", "--out", "x", *flags]) == 2
+    assert message in capsys.readouterr().err
 
 
 # Comparisons
@@ -459,7 +505,7 @@ def test_ensemble_and_compare_on_s3(moto_server: str) -> None:
     source = catalog_at(join(bucket, "set"), 20, storage=storage)
     one, two = (evaluated(join(bucket, f"eval{seed}"), source, seed, storage=storage) for seed in (1, 2))
     out = join(bucket, "both")
-    record = ensemble(EnsembleConfig(evaluations=(one.uri, two.uri), out=out, storage=storage_config))
+    record = evaluate(EvaluateConfig(catalog=source, ensemble=(one.uri, two.uri), out=out, storage=storage_config))
     assert stored(storage, out) == record
     page = join(bucket, "pages/compare.html")
     found = compare(CompareConfig(a=one.uri, b=out, out=page, frames_per_video=0, storage=storage_config))

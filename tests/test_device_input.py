@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from decode_reference import moving
+from kinoray.config.scoring import ViewsConfig
 from kinoray.config.shared import (
     AugmentConfig,
     CacheConfig,
@@ -42,7 +43,6 @@ from kinoray.train.verb import train
 from kinoray.video.bank import decode_bank
 from kinoray.video.clip import Clip, decode_clip
 from kinoray.video.flow_dis import quantise
-from kinoray.video.protocol import ViewsConfig
 from kinoray.video.sample import clip_rng, segment_indices
 from kinoray.video.sandbox.pool import Sandbox
 from kinoray.video.transform import train_view

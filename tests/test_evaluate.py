@@ -15,8 +15,7 @@ from kinoray.config.shared import ClipConfig, ResourcesConfig, SampleConfig, Sto
 from kinoray.demo.videos import class_names, make_broken, make_demo_set
 from kinoray.errors import CatalogError, CheckpointMismatch, TooManyBad
 from kinoray.evaluation.compare import compare
-from kinoray.evaluation.config import CompareConfig, EnsembleConfig, EvaluateConfig
-from kinoray.evaluation.ensemble import ensemble
+from kinoray.evaluation.config import CompareConfig, EvaluateConfig
 from kinoray.evaluation.metrics import Confused, confused_classes, wilson_interval
 from kinoray.evaluation.record import EvaluationRecord, Origin, evaluation_record, join_answers, true_classes
 from kinoray.evaluation.verb import evaluate
@@ -247,7 +246,7 @@ def test_evaluations_with_other_protocols_make_an_ensemble_and_a_comparison(tmp_
     assert (single.origin.views, record.origin.views, record.origin.protocol) == (1, 30, "10x3")
     assert single.origin.config_digest != record.origin.config_digest
     members = (config.out, many.out)
-    both = ensemble(EnsembleConfig(evaluations=members, out=str(tmp_path / "both")))
+    both = evaluate(EvaluateConfig(catalog=config.catalog, ensemble=members, out=str(tmp_path / "both")))
     assert (both.scores.evaluated, both.origin.views) == (12, 31)
     tables = [{row["video_id"]: row for row in read_predictions(LOCAL, out).to_pylist()} for out in members]
     for row in read_predictions(LOCAL, str(tmp_path / "both")).to_pylist():

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from decode_reference import moving
+from kinoray.config.scoring import ViewsConfig
 from kinoray.config.shared import ClipConfig, InferenceConfig, ModelConfig, OptimConfig, SampleConfig, ViewConfig
 from kinoray.demo.videos import make_video
 from kinoray.network.batch import VideoBatch, collate, model_inputs
@@ -26,7 +27,6 @@ from kinoray.network.scorer import ClipScorer, ScorerConfig
 from kinoray.train.config import TrainConfig
 from kinoray.train.step import Replica
 from kinoray.video.clip import Clip, decode_clip
-from kinoray.video.protocol import ViewsConfig
 from kinoray.video.sandbox.device import DeviceDecoder
 from kinoray.video.sandbox.pool import Sandbox
 from test_torchcodec import needs_torchcodec

@@ -19,12 +19,12 @@ import numpy as np
 import pytest
 
 from decode_reference import moving
+from kinoray.config.scoring import ViewsConfig
 from kinoray.config.shared import ClipConfig, DecodeConfig, SampleConfig, ViewConfig
 from kinoray.demo.videos import make_broken, make_video
 from kinoray.doctor.machine import jail_checks
 from kinoray.errors import DecoderCrashed, MediaError
 from kinoray.video.clip import thumbnails
-from kinoray.video.protocol import ViewsConfig
 from kinoray.video.sandbox.jail import LAYERS
 from kinoray.video.sandbox.pool import Sandbox
 from kinoray.video.sandbox.process import Answer, DecoderLost, DecoderProcess

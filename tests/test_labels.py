@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from kinoray.catalog.table import Catalog, save_catalog
+from kinoray.config.scoring import WindowsConfig
 from kinoray.config.shared import StorageConfig
 from kinoray.errors import CatalogError, ConfigError
 from kinoray.label.table import WINDOW_SCHEMA, Ledger, labelling_id, read_predictions, row_keys
@@ -25,7 +26,6 @@ from kinoray.library.labels import labels
 from kinoray.library.rows import LABEL_SCHEMA, Where, scan
 from kinoray.library.write import defused, undefused
 from kinoray.storage.objects import Storage, join
-from kinoray.video.protocol import WindowsConfig
 from small_sets import catalog_of
 from small_tables import answer, job_record, label_library, ledger_in, library, rows_for
 

@@ -22,7 +22,7 @@ from kinoray.network.prepare import fold_batch_norms
 from vcm_sdd.network import vcm_sdd
 
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="this torch comes without Triton")
-MODELS = Path(__file__).resolve().parents[1] / "models"
+PLATFORM = Path(__file__).resolve().parents[1] / "platform"
 
 
 def conv(inputs: int = 64, outputs: int = 64, **options: int) -> nn.Conv2d:
@@ -151,7 +151,7 @@ except ArithmeticError:
 
 @needs_triton
 def test_the_kernel_gives_the_convolution() -> None:
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(MODELS)}
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(PLATFORM)}
     done = subprocess.run(
         [sys.executable, "-c", INTERPRETED], env=environment, capture_output=True, text=True, check=False, timeout=250
     )
@@ -183,7 +183,7 @@ for columns, warps in ((128, 8), (64, 4)):
 @needs_triton
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="Triton's compiler is there for Linux")
 def test_the_kernel_compiles_for_an_h100(tmp_path: Path) -> None:
-    environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(MODELS)}
+    environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(PLATFORM)}
     done = subprocess.run(
         [sys.executable, "-c", COMPILED], env=environment, capture_output=True, text=True, check=False, timeout=250
     )

@@ -11,6 +11,7 @@ import torch
 
 from decode_reference import moving, plain_decode
 from kinoray.catalog.table import Catalog, catalog_of_source
+from kinoray.config.scoring import PROTOCOLS, ProtocolName, ViewAverage, ViewsConfig
 from kinoray.config.shared import ClipConfig, ModelConfig, SampleConfig, StorageConfig, ViewConfig
 from kinoray.demo.videos import make_broken, make_video
 from kinoray.errors import ConfigError
@@ -25,7 +26,6 @@ from kinoray.network.scorer import ScorerConfig
 from kinoray.storage.objects import Storage
 from kinoray.video.clip import Clip, decode_clip
 from kinoray.video.flow_dis import dis_flow, quantise
-from kinoray.video.protocol import PROTOCOLS, ProtocolName, ViewAverage, ViewsConfig
 from kinoray.video.sample import view_indices
 from kinoray.video.sandbox.pool import Sandbox
 from kinoray.video.transform import crop_views

@@ -16,10 +16,10 @@ from typing import Any
 import pytest
 
 from decode_reference import moving
+from kinoray.config.scoring import ViewsConfig
 from kinoray.config.shared import ClipConfig, SampleConfig, ViewConfig
 from kinoray.demo.videos import make_video
 from kinoray.errors import MediaError
-from kinoray.video.protocol import ViewsConfig
 from kinoray.video.views import decode_views
 from mutations import make_mutant
 

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kinoray.catalog.table import catalog_of_source
+from kinoray.config.scoring import ViewsConfig, WindowsConfig
 from kinoray.config.shared import ClipConfig, ModelConfig, SampleConfig, StorageConfig, ViewConfig
 from kinoray.demo.videos import make_broken, make_video
 from kinoray.errors import ConfigError, ObjectNotFound, UndecodableVideo
@@ -23,7 +24,6 @@ from kinoray.network.scorer import ScorerConfig
 from kinoray.storage.objects import Storage
 from kinoray.video import views as decode_views_module
 from kinoray.video.clip import decode_clip
-from kinoray.video.protocol import ViewsConfig, WindowsConfig
 from kinoray.video.sample import view_indices
 from kinoray.video.views import decode_views
 from kinoray.video.windows import cut_windows

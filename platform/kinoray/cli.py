@@ -115,7 +115,7 @@ VERBS: Mapping[str, Verb] = {
         settings="kinoray.evaluation.config:EvaluateConfig",
         function="kinoray.evaluation.verb:evaluate",
         summary="checkpoint + labelled catalog -> exact accuracy",
-        main=("split", "protocol"),
+        main=("checkpoint", "ensemble", "split", "protocol"),
     ),
     "calibrate": Verb(
         wish=_NETWORK,
@@ -130,13 +130,6 @@ VERBS: Mapping[str, Verb] = {
         function="kinoray.evaluation.compare:compare",
         summary="two evaluations -> what changed, as one HTML page",
         main=("out", "frames_per_video"),
-    ),
-    "ensemble": Verb(
-        wish=_NETWORK,
-        settings="kinoray.evaluation.config:EnsembleConfig",
-        function="kinoray.evaluation.ensemble:ensemble",
-        summary="several evaluations -> their averaged scores",
-        main=("weights",),
     ),
     "runs": Verb(
         wish=_NETWORK,

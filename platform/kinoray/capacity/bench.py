@@ -1,4 +1,4 @@
-"""`kinoray bench label`: the decode loop, the model loop and the whole Ray job on the user's own videos, in one run.
+"""`kinoray bench`: the decode loop, the model loop and the whole Ray job on the user's own videos, in one run.
 
 What is easy to break: on shared cores a job cannot reach the slower of its two halves, since the other half takes its
 cores away; `shared` below is what it can reach, and what it is judged by.
@@ -23,13 +23,15 @@ from kinoray.capacity.loops import DecodeLoop, ModelLoop, decode_loop, model_loo
 from kinoray.catalog.table import Catalog, catalog_of_source, save_catalog
 from kinoray.cluster.connect import connect, require_fit
 from kinoray.cluster.environment import host
-from kinoray.errors import ConfigError
-from kinoray.label.open import Labelling, label_config, open_labelling
+from kinoray.config.scoring import LabelWorkConfig, shared_settings
+from kinoray.errors import ConfigError, TooManyBad
+from kinoray.label.config import LabelConfig
+from kinoray.label.open import Labelling, open_labelling
 from kinoray.network.checkpoint import load_model
 from kinoray.storage.leftovers import scratch_folder
 from kinoray.storage.objects import Storage, absolute, join
 
-__all__ = ["bench"]
+__all__ = ["bench", "refuse_too_many_bad"]
 
 _UNITS_A_WORKER = 3
 
@@ -52,6 +54,7 @@ def bench(config: BenchConfig) -> dict[str, Any]:
 
     Raises:
         ConfigError: this would measure another machine than the one it runs on.
+        TooManyBad: more than max_bad_fraction could not be decoded; the rates are written all the same.
         KinorayError: as `kinoray label`.
     """
     if os.environ.get("RAY_ADDRESS"):
@@ -84,7 +87,18 @@ def bench(config: BenchConfig) -> dict[str, Any]:
         body = rates.to_record() | {"bounds": bounds.to_record(), "start": times}
         storage.put(absolute(config.out), json.dumps(body, indent=1).encode())
         print(f"bench: wrote {absolute(config.out)}; next: kinoray plan --rates {config.out} --node ...", flush=True)
+    refuse_too_many_bad(rounds[-1].decode, config.max_bad_fraction)
     return record
+
+
+def refuse_too_many_bad(decode: DecodeLoop, max_bad_fraction: float) -> None:
+    """Raise TooManyBad where more than this share of the videos could not be decoded."""
+    if decode.bad > max_bad_fraction * decode.videos:
+        raise TooManyBad(
+            f"{decode.bad} of {decode.videos} videos ({decode.bad / decode.videos:.1%}) could not be decoded, "
+            f"max_bad_fraction allows {max_bad_fraction:.1%}; the rates are those of the others. To see why: kinoray "
+            "doctor CATALOG"
+        )
 
 
 def _sample(storage: Storage, config: BenchConfig) -> tuple[Catalog, int]:
@@ -123,8 +137,8 @@ def _open(config: BenchConfig, folder: str, catalog: Catalog, name: str, unit_si
     source = join(folder, "catalog.parquet")
     if not Path(source).exists():
         save_catalog(Storage(), source, catalog)
-    changes = {"source": source, "out": join(folder, name), "unit_size": unit_size, "split": ""}
-    return open_labelling(label_config(config, **changes), "bench")
+    shared = shared_settings(replace(config, unit_size=unit_size), LabelWorkConfig)
+    return open_labelling(LabelConfig(source=source, out=join(folder, name), **shared), "bench")
 
 
 def _measure(config: BenchConfig, alone: Labelling, labelling: Labelling) -> _Round:

@@ -1,28 +1,21 @@
 """Config trees of the verbs `bench` and `plan`."""
 
 from dataclasses import dataclass, field
-from typing import Annotated, Literal
+from typing import Annotated
 
 import tyro
 
-from kinoray.config.shared import (
-    AllowedFactories,
-    InferenceConfig,
-    OwnDecodeConfig,
-    ResourcesConfig,
-    StorageConfig,
-    require,
-)
-from kinoray.video.protocol import ProtocolName, ViewAverage
+from kinoray.config.scoring import LabelWorkConfig
+from kinoray.config.shared import StorageConfig, require
 
 __all__ = ["BenchConfig", "PlanConfig"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class BenchConfig:
+class BenchConfig(LabelWorkConfig):
     """Say how fast this machine could label your videos, how fast `kinoray label` does, and what to change.
 
-    Example: kinoray bench label s3://bucket/library/ --checkpoint s3://bucket/runs/first --out rates.json
+    Example: kinoray bench s3://bucket/library/ --checkpoint s3://bucket/runs/first --out rates.json
 
     In one run, on some of the videos: decoding alone, the model alone (both without Ray, with as many processes and
     threads as the job has), and the whole Ray job. The job is held against two figures:
@@ -34,55 +27,20 @@ class BenchConfig:
     it on a node like those of the cluster (also with --resources.gpus-per-worker 1), and on nothing else meanwhile.
     """
 
-    what: Annotated[Literal["label"], tyro.conf.Positional, tyro.conf.arg(metavar="label")]
-    """Which job."""
     source: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="CATALOG")]
     """What `kinoray label` takes: a catalog (folder of a pack, or .parquet), or a folder or s3:// prefix of videos."""
-    checkpoint: str
-    """A checkpoint, or a run folder (its best checkpoint)."""
     out: str = ""
     """File or s3:// object for the measured rates, as JSON. Default: they are printed only."""
-    allow_factory: AllowedFactories = ()
-    """As in `kinoray label`."""
     videos: int = 256
     """Videos that are measured, spread evenly over the catalog; all of them if there are fewer."""
     rounds: int = 1
     """How often the three are measured in turn; medians are reported."""
     split: str = ""
     """Only this split of the catalog; empty for all of it."""
-    protocol: ProtocolName = "center"
-    """Views of each video, as in `kinoray label`."""
-    view_average: ViewAverage = "probs"
-    """As in `kinoray label`."""
-    num_segments: int | None = None
-    """As in `kinoray label`."""
-    window_s: float = 0.0
-    """As in `kinoray label`."""
-    window_stride_s: float = 0.0
-    """As in `kinoray label`."""
-    early_exit: Literal["off", "exact", "margin"] = "off"
-    """As in `kinoray label`."""
-    calibration: str = ""
-    """As in `kinoray label`, for early_exit margin."""
-    max_changed: float = 0.001
-    """As in `kinoray label`."""
-    embeddings: bool = False
-    """As in `kinoray label`."""
-    batch_size: int = 8
-    """Clips a forward pass on a GPU; on CPUs each is run by itself."""
-    unit_size: int = 64
-    """Videos a unit of work; the job needs three units a worker to be measured, so less where `videos` is small."""
-    decode: OwnDecodeConfig = field(default_factory=OwnDecodeConfig)
-    """What a video may cost, and what decodes it, as in `kinoray label`."""
-    inference: InferenceConfig = field(default_factory=InferenceConfig)
-    """How the model runs."""
-    storage: StorageConfig = field(default_factory=StorageConfig)
-    """Object storage."""
-    resources: ResourcesConfig = field(default_factory=ResourcesConfig)
-    """Workers, all on this machine."""
 
     def __post_init__(self) -> None:
-        for name in ("rounds", "batch_size", "unit_size"):
+        LabelWorkConfig.__post_init__(self)
+        for name in ("rounds", "batch_size"):
             require(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
         least = 3 * self.resources.num_workers
         require(self.videos >= least, "videos", f"at least 3 a worker ({least})", self.videos)
@@ -103,13 +61,13 @@ class PlanConfig:
 
     Without a catalog: kinoray plan --videos 5000000 --mean-duration 10 --rates rates.json --node cpu:32cpu,1.2usd
 
-    The rates come from `kinoray bench label`, run on a machine like the nodes. Everything that is assumed beside them
+    The rates come from `kinoray bench`, run on a machine like the nodes. Everything that is assumed beside them
     (CPU speed, starts, losses, head-room) is printed with the result. Start-up, reading of the result by the driver,
     and the network of each node are in the hours; prices count from when the nodes are asked for.
     """
 
     rates: str
-    """What `kinoray bench label --out` wrote (a file or an s3:// object)."""
+    """What `kinoray bench --out` wrote (a file or an s3:// object)."""
     node: tuple[str, ...]
     """Kinds of nodes, each NAME:PART,PART...: 16cpu, 1xH100 (GPUs), 25gbit (network), 4.10usd (an hour). Only cpu is
     needed."""

@@ -23,14 +23,14 @@ from kinoray.errors import ConfigError
 
 __all__ = ["Conditions", "Estimate", "Rates", "Site", "Work", "estimate", "fewest_nodes", "job_s", "unit_s", "work_of"]
 
-_AGAIN = "measure again with: kinoray bench label CATALOG --checkpoint CHECKPOINT --out rates.json"
+_AGAIN = "measure again with: kinoray bench CATALOG --checkpoint CHECKPOINT --out rates.json"
 _MAX_NODES = 100_000
 _SHARPNESS = 6  # of the maximum; what fits the simulation best (tests/test_capacity.py)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Rates:
-    """What `kinoray bench label` measured on one machine; times are seconds a video unless they say otherwise."""
+    """What `kinoray bench` measured on one machine; times are seconds a video unless they say otherwise."""
 
     decode_cpu_s: float
     """CPU seconds to read and decode, in the decoder and in its worker."""

@@ -44,7 +44,7 @@ class Library:
 
 
 def load_rates(storage: Storage, uri: str) -> Rates:
-    """What `kinoray bench label --out` wrote.
+    """What `kinoray bench --out` wrote.
 
     Raises:
         ConfigError: it is not JSON, or a rate is missing or cannot be.
@@ -54,7 +54,7 @@ def load_rates(storage: Storage, uri: str) -> Rates:
     try:
         record = parse_json(data)
     except ValueError as error:
-        raise ConfigError(f"rates: {uri} is not JSON: {error}; take what kinoray bench label --out wrote") from error
+        raise ConfigError(f"rates: {uri} is not JSON: {error}; take what kinoray bench --out wrote") from error
     return Rates.from_record(record, uri)
 
 

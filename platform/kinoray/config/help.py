@@ -53,10 +53,13 @@ class Setting:
 
 
 def settings_of(cls: type[Any], prefix: str = "", group: str = "") -> Iterator[Setting]:
-    """All settings of a config tree, in the order of its fields; those of a part of the tree come where the part is."""
+    """All settings of a config tree: a class's own, then those of the classes that it builds upon, in their order.
+
+    Those of a part of the tree come where the part is.
+    """
     hints = typing.get_type_hints(cls, include_extras=True)
     texts = _docstrings(cls)
-    for field in dataclasses.fields(cls):
+    for field in _own_first(cls):
         hint, notes = _plain(hints[field.name])
         if tyro.conf.Suppress in notes:
             continue
@@ -105,6 +108,11 @@ def verb_help(command: str, cls: type[Any], main: tuple[str, ...], extra: str, *
         lines.append(f"{command} --help-all explains all {len(everything)} settings.")
     lines.extend(textwrap.wrap(f"Also: --config FILE.yaml (settings; flags win), {extra}--print-config.", width))
     return "\n".join(lines)
+
+
+def _own_first(cls: type[Any]) -> list["dataclasses.Field[Any]"]:
+    names = list(dict.fromkeys(name for base in cls.__mro__ for name in inspect.get_annotations(base)))
+    return sorted(dataclasses.fields(cls), key=lambda field: names.index(field.name))
 
 
 def _docstrings(cls: type[Any]) -> dict[str, str]:

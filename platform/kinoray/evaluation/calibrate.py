@@ -12,12 +12,14 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from kinoray.config.scoring import ScoringConfig, shared_settings
 from kinoray.errors import CatalogError
 from kinoray.evaluation.config import CalibrateConfig
 from kinoray.evaluation.metrics import calibration_of, wilson_interval
 from kinoray.evaluation.record import true_classes
 from kinoray.label.calibration import Calibrated, MarginPoint
-from kinoray.label.open import Labelling, label_config, open_labelling
+from kinoray.label.config import LabelConfig
+from kinoray.label.open import Labelling, open_labelling
 from kinoray.label.verb import refuse_too_many_bad, run_labelling
 from kinoray.network.scorer import EarlyExit, RunningAnswer, SegmentConsensus, nested_order
 from kinoray.storage.objects import Storage, absolute, join
@@ -43,7 +45,13 @@ def calibrate(config: CalibrateConfig) -> Calibrated:
         KinorayError: as `label`.
     """
     labelling = open_labelling(
-        label_config(config, source=config.catalog, all_scores=True),
+        LabelConfig(
+            source=config.catalog,
+            out=config.out,
+            split=config.split,
+            all_scores=True,
+            **shared_settings(config, ScoringConfig),
+        ),
         "calibrate",
         check=lambda catalog, meta: true_classes(catalog, meta.labels),
         segments=True,

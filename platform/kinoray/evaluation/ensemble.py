@@ -16,7 +16,7 @@ from kinoray.catalog.table import Catalog
 from kinoray.config.shared import digest
 from kinoray.console import many
 from kinoray.errors import CatalogError, CheckpointMismatch, ConfigError
-from kinoray.evaluation.config import EnsembleConfig
+from kinoray.evaluation.config import EvaluateConfig
 from kinoray.evaluation.record import (
     ANSWER_COLUMNS,
     Evaluation,
@@ -40,7 +40,7 @@ _COLUMNS = ("uri", "error_class", "error_text", "scores", *_COUNTS)
 _Row = dict[str, Any]
 
 
-def ensemble(config: EnsembleConfig) -> EvaluationRecord:
+def ensemble(config: EvaluateConfig) -> EvaluationRecord:
     """Average the members' probabilities, commit the table, print the scores and write OUT/evaluation.json.
 
     Returns:
@@ -48,12 +48,12 @@ def ensemble(config: EnsembleConfig) -> EvaluationRecord:
 
     Raises:
         CheckpointMismatch: the members know different classes.
-        CatalogError: they were evaluated on different videos, or with different true labels.
+        CatalogError: they were evaluated on another catalog, or on different videos of it.
         ConfigError: a member holds no scores of all classes.
         KinorayError: a member cannot be read, or the store fails.
     """
     storage = Storage(config.storage)
-    members = [read_evaluation(storage, uri, catalog=config.catalog, columns=_COLUMNS) for uri in config.evaluations]
+    members = [read_evaluation(storage, uri, catalog=config.catalog, columns=_COLUMNS) for uri in config.ensemble]
     for other in members[1:]:
         _check_alike(members[0], other)
     weights = np.array(config.weights or [1.0] * len(members))
@@ -70,7 +70,7 @@ def ensemble(config: EnsembleConfig) -> EvaluationRecord:
         members=tuple(member.uri for member in members),
         weights=tuple(weights.tolist()),
         views=sum(member.record.origin.views for member in members),
-        catalog=absolute(config.catalog or members[0].record.origin.catalog),
+        catalog=absolute(config.catalog),
         split=members[0].record.origin.split,
         catalog_digest=catalog.digest,
         model_digest=model_digest,
@@ -96,16 +96,16 @@ def ensemble(config: EnsembleConfig) -> EvaluationRecord:
     answers = join_answers(catalog, members[0].answers.truth, predictions, len(labels))
     record = evaluation_record(answers, labels, origin)
     uri = write_evaluation(storage, absolute(config.out), record)
-    print_evaluation("ensemble", record)
+    print_evaluation("evaluate", record)
     for member in members:
         alone = member.answers.scores.top1
-        print(f"ensemble: alone, top-1 of {many(alone.evaluated, 'video')} is {alone.value:.1%}: {member.uri}")
-    print(f"ensemble: all numbers are in {uri}", flush=True)
+        print(f"evaluate: alone, top-1 of {many(alone.evaluated, 'video')} is {alone.value:.1%}: {member.uri}")
+    print(f"evaluate: all numbers are in {uri}", flush=True)
     return record
 
 
 def _check_alike(first: Evaluation, other: Evaluation) -> None:
-    """Raise unless both are of the same classes, videos and true labels."""
+    """Raise unless both are of the same classes and videos; true labels are those of the one catalog."""
     where = f"{first.uri} and {other.uri}"
     if set(first.labels) != set(other.labels):
         raise CheckpointMismatch(
@@ -115,15 +115,7 @@ def _check_alike(first: Evaluation, other: Evaluation) -> None:
     if set(first.answers.video_ids) != set(other.answers.video_ids):
         raise CatalogError(
             f"{where} cannot be averaged, their videos differ: "
-            f"{_difference(first.answers.video_ids, other.answers.video_ids)}; evaluate both on one catalog and split"
-        )
-    truths = [
-        dict(zip(one.answers.video_ids, [one.labels[label] for label in one.answers.truth], strict=True))
-        for one in (first, other)
-    ]
-    if changed := [video_id for video_id in truths[0] if truths[0][video_id] != truths[1][video_id]]:
-        raise CatalogError(
-            f"{where} cannot be averaged, {len(changed)} videos have another true label in each: {_some(changed)}"
+            f"{_difference(first.answers.video_ids, other.answers.video_ids)}; evaluate both on one split"
         )
     for one in (first, other):
         rows = one.predictions.filter(pc.equal(one.predictions.column("status"), "labelled"))

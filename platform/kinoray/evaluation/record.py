@@ -324,7 +324,7 @@ class Evaluation:
 
 
 def read_evaluation(storage: Storage, uri: str, *, catalog: str = "", columns: tuple[str, ...] = ()) -> Evaluation:
-    """What `evaluate` or `ensemble` wrote.
+    """What `evaluate` wrote.
 
     Args:
         uri: its --out, the folder of one of its labellings, or an evaluation.json.
@@ -342,7 +342,7 @@ def read_evaluation(storage: Storage, uri: str, *, catalog: str = "", columns: t
     try:
         data = storage.read(file, max_bytes=MAX_RECORD_BYTES)
     except ObjectNotFound:
-        raise ObjectNotFound(f"there is no {file}; expected the --out of `kinoray evaluate` or `ensemble`") from None
+        raise ObjectNotFound(f"there is no {file}; expected the --out of `kinoray evaluate`") from None
     record = EvaluationRecord.from_json(data, file)
     videos = _catalog(storage, uri, record.origin, catalog)
     root = record.origin.predictions
@@ -370,7 +370,7 @@ def _catalog(storage: Storage, uri: str, origin: Origin, named: str) -> Catalog:
     try:
         videos = catalog_of_source(storage, source).select(origin.split)
     except ObjectNotFound as error:
-        raise ObjectNotFound(f"{uri}: its catalog is gone ({error}); name where it is now with --catalog") from error
+        raise ObjectNotFound(f"{uri}: its catalog is gone ({error}); name where it is now (--catalog)") from error
     if videos.digest != origin.catalog_digest:
         raise CatalogError(
             f"{uri} was made with another catalog ({origin.catalog_digest}) than {source} holds now "

@@ -4,7 +4,9 @@ from dataclasses import asdict
 
 import pyarrow as pa
 
+from kinoray.config.scoring import ScoringConfig, shared_settings
 from kinoray.evaluation.config import EvaluateConfig
+from kinoray.evaluation.ensemble import ensemble
 from kinoray.evaluation.record import (
     ANSWER_COLUMNS,
     EvaluationRecord,
@@ -15,7 +17,8 @@ from kinoray.evaluation.record import (
     true_classes,
     write_evaluation,
 )
-from kinoray.label.open import Labelling, label_config, open_labelling
+from kinoray.label.config import LabelConfig
+from kinoray.label.open import Labelling, open_labelling
 from kinoray.label.verb import refuse_too_many_bad, run_labelling
 from kinoray.storage.objects import absolute
 
@@ -34,10 +37,20 @@ def evaluate(config: EvaluateConfig) -> EvaluationRecord:
         CatalogError: a video of the split has no label.
         CheckpointMismatch: the catalog has a class that the checkpoint does not know.
         TooManyBad: more than max_bad_fraction were quarantined; evaluation.json is written all the same.
-        KinorayError: as `label`.
+        KinorayError: as `label`, or as `ensemble`, whose members config.ensemble names.
     """
+    config.require_one()
+    if config.ensemble:
+        return ensemble(config)
     labelling = open_labelling(
-        label_config(config, source=config.catalog, top_k=_TOP, all_scores=True),
+        LabelConfig(
+            source=config.catalog,
+            out=config.out,
+            split=config.split,
+            top_k=_TOP,
+            all_scores=True,
+            **shared_settings(config, ScoringConfig),
+        ),
         "evaluate",
         check=lambda catalog, meta: true_classes(catalog, meta.labels),
     )

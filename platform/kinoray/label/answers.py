@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from kinoray.config.scoring import ScoreKind, ViewAverage
 from kinoray.config.shared import require
-from kinoray.video.protocol import ScoreKind, ViewAverage
 
 __all__ = ["AnswerRule", "average_logits", "scores_of", "top_predictions"]
 

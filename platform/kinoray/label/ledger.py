@@ -16,13 +16,13 @@ from typing import Any, TypeVar
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from kinoray.config.scoring import ScoreKind, WindowsConfig
 from kinoray.config.shared import ModelConfig
 from kinoray.errors import ChecksumMismatch, IncompleteOutput, ObjectNotFound
 from kinoray.label.part import Commit, Times, parse_commit, parse_part, parse_windows, to_part, to_windows
 from kinoray.label.plan import Plan, Unit, make_plan
 from kinoray.storage.objects import Storage, join
 from kinoray.storage.records import MAX_RECORD_BYTES, is_name, read_record, record_of
-from kinoray.video.protocol import ScoreKind, WindowsConfig
 
 __all__ = ["JobRecord", "Ledger", "Totals"]
 

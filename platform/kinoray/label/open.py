@@ -5,10 +5,10 @@ What is easy to break: whatever can change a row is in `_Settings`, whose digest
 
 import uuid
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields, replace
-from typing import Any
+from dataclasses import asdict, dataclass, replace
 
 from kinoray.catalog.table import Catalog, catalog_of_source
+from kinoray.config.scoring import PROTOCOLS, ViewsConfig
 from kinoray.config.shared import ClipConfig, digest
 from kinoray.errors import ConfigError, ObjectNotFound
 from kinoray.label.answers import AnswerRule
@@ -22,9 +22,8 @@ from kinoray.network.forward import CPU_BATCH
 from kinoray.network.prepare import compile_advice
 from kinoray.network.scorer import EarlyExit, ScorerConfig, SegmentConsensus, check_scorer, segment_consensus
 from kinoray.storage.objects import Storage, absolute, join
-from kinoray.video.protocol import PROTOCOLS, ViewsConfig
 
-__all__ = ["Labelling", "label_config", "open_labelling"]
+__all__ = ["Labelling", "open_labelling"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,13 +52,6 @@ class _Settings:
     labels: tuple[str, ...]
     torch_threads: int | None
     """Of CPUs. Sums are split among threads, which rounds them otherwise: a ResNet-50's logits by 4e-5."""
-
-
-def label_config(config: Any, **changes: Any) -> LabelConfig:
-    """A labelling with the settings of another verb: its fields of the same names, and `changes`."""
-    names = {field.name for field in fields(LabelConfig)}
-    shared = {field.name: getattr(config, field.name) for field in fields(config) if field.name in names}
-    return LabelConfig(**shared | changes)
 
 
 def open_labelling(

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 import pyarrow as pa
 
 from kinoray.catalog.table import read_videos, references
+from kinoray.config.scoring import ViewsConfig
 from kinoray.config.shared import ClipConfig
 from kinoray.errors import BucketNotFound, KinorayError, MediaError, StorageUnavailable, UndecodableVideo
 from kinoray.label.times import StageClock
 from kinoray.storage.objects import Storage
-from kinoray.video.protocol import ViewsConfig
 from kinoray.video.sandbox.device import DeviceDecoder
 from kinoray.video.sandbox.pool import Sandbox, shared_sandbox
 from kinoray.video.views import ViewClips

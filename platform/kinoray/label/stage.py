@@ -18,6 +18,7 @@ import torch
 
 from kinoray.catalog.table import REFERENCE_COLUMNS
 from kinoray.cluster.events import log_event
+from kinoray.config.scoring import ViewsConfig
 from kinoray.config.shared import ClipConfig
 from kinoray.errors import AccessDenied, BucketNotFound, CheckpointMismatch, KinorayError, MediaError
 from kinoray.label.answers import AnswerRule, average_logits, top_predictions
@@ -29,7 +30,6 @@ from kinoray.network.checkpoint import load_model
 from kinoray.network.forward import CPU_BATCH, agreed_batch_size, auto_batch_size
 from kinoray.network.scorer import ClipAnswer, ClipScorer, ScorerConfig
 from kinoray.storage.objects import Storage
-from kinoray.video.protocol import ViewsConfig
 from kinoray.video.views import ViewClips
 
 __all__ = ["UNIT_COLUMNS", "LabelJob", "LabelUnits", "pack_unit"]

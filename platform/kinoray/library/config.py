@@ -33,7 +33,7 @@ class LabelsConfig:
     """
 
     predictions: _Table
-    """What `label`, `evaluate` or `ensemble` wrote: the --out, or the folder of one labelling in it."""
+    """What `label` or `evaluate` wrote: the --out, or the folder of one labelling in it."""
     status: tuple[Literal["labelled", "quarantined", "skipped", "abstained"], ...] = ()
     """Only rows of these states; labelled has the rows that abstained, too."""
     label: tuple[str, ...] = ()
@@ -95,7 +95,7 @@ class ExportConfig:
     """
 
     predictions: _Table
-    """What `label`, `evaluate` or `ensemble` wrote: the --out, or the folder of one labelling in it."""
+    """What `label` or `evaluate` wrote: the --out, or the folder of one labelling in it."""
     format: Literal["fiftyone", "label-studio", "datumaro", "jsonl", "csv"]
     """For which tool."""
     to: str

@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from kinoray.config.scoring import Crops
 from kinoray.config.shared import ViewConfig
-from kinoray.video.protocol import Crops
 
 __all__ = ["View", "crop_views", "test_view", "train_view"]
 

@@ -10,11 +10,11 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from kinoray.config.scoring import NUM_CROPS, ViewsConfig
 from kinoray.config.shared import ClipConfig
 from kinoray.errors import UndecodableVideo
 from kinoray.video.backend import reach, read_frames
 from kinoray.video.clip import Clip, VideoInfo, video_info
-from kinoray.video.protocol import NUM_CROPS, ViewsConfig
 from kinoray.video.pyav import PyavVideo
 from kinoray.video.sink import ClipSink, Empty, clip_frame_bytes, mirror, new_array
 from kinoray.video.transform import View, crop_views

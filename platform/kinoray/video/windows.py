@@ -5,8 +5,8 @@ What is easy to break: every frame of the video is in a window, and all windows 
 
 import numpy as np
 
+from kinoray.config.scoring import WindowsConfig
 from kinoray.config.shared import SampleConfig
-from kinoray.video.protocol import WindowsConfig
 from kinoray.video.sample import view_indices
 
 __all__ = ["cut_windows", "window_indices"]

@@ -7,10 +7,10 @@ import threading
 from collections import Counter
 from dataclasses import replace
 
+from kinoray.config.scoring import ViewsConfig
 from kinoray.config.shared import ClipConfig
 from kinoray.errors import MediaError
 from kinoray.video.nvdec import NotForNvdec, require_nvdec
-from kinoray.video.protocol import ViewsConfig
 from kinoray.video.sandbox.pool import Sandbox
 from kinoray.video.views import ViewClips, decode_views
 

@@ -15,11 +15,11 @@ from typing import Any, Self, TypeVar, get_type_hints
 
 import numpy as np
 
+from kinoray.config.scoring import ViewsConfig
 from kinoray.config.shared import ClipConfig, DecodeConfig, SampleConfig
 from kinoray.video.bank import FrameBank
 from kinoray.video.clip import Clip, VideoInfo
 from kinoray.video.media import check_size_bytes
-from kinoray.video.protocol import ViewsConfig
 from kinoray.video.sandbox.process import NONSENSE, Answer, DecoderLost, DecoderProcess, makes_no_sense, start_decoder
 from kinoray.video.transcode import Transcoded
 from kinoray.video.views import ViewClips

@@ -1,0 +1,223 @@
+"""How videos are scored: the settings that label, evaluate, calibrate and bench share, and the protocols by name.
+
+A protocol says which views of a video are scored. A view is what the network is fed once: S segments x T frames of one
+square crop. What is easy to break: a protocol changes where views lie and never how a frame is resized, so that the
+network sees what it was trained on.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Literal
+
+from kinoray.config.check import check_fraction
+from kinoray.config.shared import (
+    AllowedFactories,
+    ClipConfig,
+    InferenceConfig,
+    OwnDecodeConfig,
+    ResourcesConfig,
+    StorageConfig,
+    require,
+)
+
+__all__ = [
+    "NUM_CROPS",
+    "PROTOCOLS",
+    "Crops",
+    "LabelWorkConfig",
+    "Protocol",
+    "ProtocolName",
+    "ScoreKind",
+    "ScoringConfig",
+    "ViewAverage",
+    "ViewsConfig",
+    "WindowsConfig",
+    "shared_settings",
+]
+
+ProtocolName = Literal["center", "8x6", "16x6", "10x3", "5x3", "25x10"]
+Crops = Literal["center", "three", "ten"]
+ScoreKind = Literal["softmax", "sigmoid"]
+ViewAverage = Literal["probs", "logits"]
+
+NUM_CROPS: Mapping[Crops, int] = {"center": 1, "three": 3, "ten": 10}
+"""Crops of one frame: the centre; three along the longer side; four corners and the centre, each also mirrored."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WindowsConfig:
+    """How long videos are cut; part of a result's digest."""
+
+    length_s: float
+    """Videos that are longer than this, in seconds, are cut into windows of this length."""
+    stride_s: float
+    """Seconds from the start of one window to the start of the next."""
+
+    def __post_init__(self) -> None:
+        require(self.length_s > 0, "window_s", "greater than 0", self.length_s)
+        fits = 0 < self.stride_s <= self.length_s
+        require(fits, "window_stride_s", f"greater than 0 and at most window_s ({self.length_s:g})", self.stride_s)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ViewsConfig:
+    """Which views of a video are scored; part of a result's digest."""
+
+    temporal: int = 1
+    """Interleaved samplings of the whole video (kinoray.video.sample.view_indices)."""
+    crops: Crops = "center"
+    """Crops of each frame (kinoray.video.transform.crop_views)."""
+    average: ViewAverage = "probs"
+    """What is averaged over the views: probabilities, or logits before the softmax."""
+    windows: WindowsConfig | None = None
+    """Long videos in windows, each with all of these views; None: a video is one window, however long."""
+
+    def __post_init__(self) -> None:
+        require(self.temporal >= 1, "views.temporal", "at least 1", self.temporal)
+
+    @property
+    def num_views(self) -> int:
+        """How often the network runs for one video (for each window of it)."""
+        return self.temporal * NUM_CROPS[self.crops]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Protocol:
+    """What a name stands for; None: as in training."""
+
+    num_segments: int | None = None
+    """S of each view."""
+    frames_per_segment: int | None = None
+    """T of each view."""
+    temporal: int = 1
+    """Temporal views."""
+    crops: Crops = "center"
+    """Spatial views."""
+
+    def clip(self, trained: ClipConfig) -> ClipConfig:
+        """What each view holds, for a network that was trained on `trained`."""
+        sample = replace(
+            trained.sample,
+            num_segments=self.num_segments or trained.sample.num_segments,
+            frames_per_segment=self.frames_per_segment or trained.sample.frames_per_segment,
+        )
+        return replace(trained, sample=sample)
+
+    def views(self, average: ViewAverage, windows: WindowsConfig | None = None) -> ViewsConfig:
+        """Where the views lie, and how they are averaged."""
+        return ViewsConfig(temporal=self.temporal, crops=self.crops, average=average, windows=windows)
+
+
+PROTOCOLS: Mapping[ProtocolName, Protocol] = {
+    "center": Protocol(),
+    "8x6": Protocol(num_segments=8, frames_per_segment=6),
+    "16x6": Protocol(num_segments=16, frames_per_segment=6),
+    "10x3": Protocol(temporal=10, crops="three"),
+    "5x3": Protocol(temporal=5, crops="three"),
+    "25x10": Protocol(num_segments=25, crops="ten"),
+}
+"""The names that `evaluate` and `label` take; docs/protocols.md says what they are and where they come from."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ScoringConfig:
+    """What every verb asks that runs a checkpoint on videos; the verb's own settings build upon it."""
+
+    checkpoint: str
+    """A checkpoint, or a run folder (its best checkpoint)."""
+    allow_factory: AllowedFactories = ()
+    """PACKAGE:FUNCTION of a network of your own that the checkpoint names: its code runs here with your rights. Without
+    it only networks that ship with kinoray are built. May be given several times."""
+    protocol: ProtocolName = "center"
+    """Views of each video. center: one, the middle frames and centre crop, segments and frames as in training. 8x6,
+    16x6: the same with 8 or 16 segments x 6 frames. 10x3, 5x3: 10 or 5 interleaved temporal views x 3 crops along the
+    longer side (left, centre, right). 25x10: 25 segments x 10 crops (corners and centre, and their mirror images)."""
+    view_average: ViewAverage = "probs"
+    """What is averaged over the views: probabilities, or logits."""
+    num_segments: int | None = None
+    """Segments of each view. Default: as in training, or what the protocol names."""
+    batch_size: int = 8
+    """Clips a forward pass on a GPU; a video is one clip for each view. 0: as many as its memory holds, found by the
+    first worker and kept for the labelling. On CPUs each clip is run by itself: its digits depend on no other then."""
+    decode_device: Literal["cpu", "cuda"] = "cpu"
+    """`cuda`: decode with the workers' GPUs (NVDEC), where the network runs; see docs/decoders.md."""
+    unit_size: int = 64
+    """Videos a unit of work: what is committed at once, and what at most is done again after a kill."""
+    max_bad_fraction: float = 0.2
+    """More quarantined videos than this share make the job exit non-zero (its result is complete all the same)."""
+    decode: OwnDecodeConfig = field(default_factory=OwnDecodeConfig)
+    """What a video may cost, and what decodes it; never taken from the checkpoint."""
+    inference: InferenceConfig = field(default_factory=InferenceConfig)
+    """How the network runs."""
+    storage: StorageConfig = field(default_factory=StorageConfig)
+    """Object storage."""
+    resources: ResourcesConfig = field(default_factory=ResourcesConfig)
+    """Workers."""
+
+    def __post_init__(self) -> None:
+        require(self.num_segments is None or self.num_segments >= 1, "num_segments", "at least 1", self.num_segments)
+        if self.num_segments is not None and PROTOCOLS[self.protocol].num_segments is not None:
+            wanted = f"left out with protocol {self.protocol}, which names it"
+            require(False, "num_segments", wanted, self.num_segments)
+        require(self.batch_size >= 0, "batch_size", "at least 0", self.batch_size)
+        fits = self.decode_device == "cpu" or self.resources.gpus_per_worker > 0
+        require(fits, "decode_device", "cpu without resources.gpus_per_worker", self.decode_device)
+        require(self.unit_size >= 1, "unit_size", "at least 1", self.unit_size)
+        check_fraction("max_bad_fraction", self.max_bad_fraction)
+
+    @property
+    def has_one_view(self) -> bool:
+        """Whether each video is one clip."""
+        return PROTOCOLS[self.protocol].views(self.view_average).num_views == 1
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LabelWorkConfig(ScoringConfig):
+    """What makes a labelling more work, or less: what `label` asks besides, and `bench` measures."""
+
+    window_s: float = 0.0
+    """Videos longer than this many seconds are cut into windows of this length. Each window is labelled (`kinoray
+    labels --windows`), and the video's row is the mean over its windows. Default: a video is one clip."""
+    window_stride_s: float = 0.0
+    """Seconds from one window's start to the next one's. Default: window_s, so that they touch."""
+    early_exit: Literal["off", "exact", "margin"] = "off"
+    """Look at a video's segments one after the other and stop early. exact: when the others cannot change its top-1
+    (networks with consensus=probs; scores are those of the segments seen). margin: when the lead reaches a margin
+    that the calibration found to change at most max_changed of the labels."""
+    calibration: str = ""
+    """calibration.json of `kinoray calibrate`, made with this checkpoint: its temperature, and the margins of
+    early_exit."""
+    max_changed: float = 0.001
+    """Share of videos that early_exit=margin may give another top-1."""
+    embeddings: bool = False
+    """Store what goes into the network's classifiers (column `embedding`, float16)."""
+
+    def __post_init__(self) -> None:
+        ScoringConfig.__post_init__(self)  # super() does not work in a dataclass with slots
+        for name in ("window_s", "window_stride_s"):
+            require(getattr(self, name) >= 0, name, "at least 0", getattr(self, name))
+        stride_s = self.window_stride_s
+        require(not stride_s or stride_s <= self.window_s, "window_stride_s", f"at most {self.window_s:g}", stride_s)
+        check_fraction("max_changed", self.max_changed)
+        if self.early_exit == "margin":
+            wanted = "calibration.json of kinoray calibrate with early_exit margin"
+            require(bool(self.calibration), "calibration", wanted, self.calibration)
+        if self.early_exit != "off":
+            self.require_whole_videos("early_exit")
+
+    def require_whole_videos(self, name: str) -> None:
+        """Refuse a setting that needs each video to be one clip."""
+        wanted = "off with window_s or a protocol of several views"
+        require(self.has_one_view and not self.window_s, name, wanted, getattr(self, name))
+
+    @property
+    def windows(self) -> WindowsConfig | None:
+        """How long videos are cut."""
+        if not self.window_s:
+            return None
+        return WindowsConfig(length_s=self.window_s, stride_s=self.window_stride_s or self.window_s)
+
+
+def shared_settings(config: ScoringConfig, part: type[ScoringConfig]) -> dict[str, Any]:
+    """The settings of `part`, upon which the config's class builds, by name: for another class that builds upon it."""
+    return {item.name: getattr(config, item.name) for item in fields(part)}
