@@ -132,6 +132,9 @@ ROWS = {
     "mc3_18": Published(
         build=vb.mc3_18, clip=(1, 16, 112), params=11.695440, gmac=43.343, source="torchvision's weight enum"
     ),
+    "mvit_v1_b": Published(
+        build=vb.mvit_v1_b, clip=(1, 16, 224), params=36.610672, gmac=70.599, source="torchvision's weight enum"
+    ),
     "mvit_v2_s": Published(
         build=vb.mvit_v2_s, clip=(1, 16, 224), params=34.537744, gmac=64.224, source="torchvision's weight enum"
     ),

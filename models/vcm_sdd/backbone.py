@@ -111,19 +111,21 @@ def _conv(inputs: int, outputs: int, *, kernel: int = 3, stride: int = 1, paddin
 
 
 class TimmGrid(nn.Module):
-    """A convolutional network of the timm package without its pool and classifier."""
+    """A network of the timm package without its pool and classifier: convolutions, or a transformer's patch tokens.
+
+    Tokens that stand for no place (class, distillation, registers) are left out, the others laid out as they lie in the
+    frame. Networks that can take other sizes than they were trained with do so (positions are interpolated).
+    """
 
     def __init__(self, name: str, in_channels: int = 3, pretrained: bool = False) -> None:
         super().__init__()
-        try:
-            import timm
-        except ImportError as error:
-            raise ValueError(f"backbone 'timm:{name}' needs the package timm: pip install 'kinoray[timm]'") from error
-        try:
-            self.trunk: Any = timm.create_model(name, pretrained=pretrained, num_classes=0, in_chans=in_channels)
-        except RuntimeError as error:
-            raise ValueError(f"backbone 'timm:{name}' is not known to timm: {error}") from error
+        self.name = name
+        self.trunk: Any = _timm_trunk(name, num_classes=0, in_chans=in_channels, pretrained=pretrained)
         self.num_channels = int(self.trunk.num_features)
+        self.num_prefix_tokens = int(getattr(self.trunk, "num_prefix_tokens", 0))
+        self.channels_last = getattr(self.trunk, "output_fmt", None) == "NHWC"
+        stages = getattr(self.trunk, "feature_info", None)
+        self.stride = int(stages[-1]["reduction"]) if stages else 32
         self.rgb_mean: Triple = tuple(self.trunk.pretrained_cfg["mean"])
         self.rgb_std: Triple = tuple(self.trunk.pretrained_cfg["std"])
         names = self.trunk.pretrained_cfg.get("classifier", ())
@@ -131,11 +133,48 @@ class TimmGrid(nn.Module):
         self.stem_name = str(self.trunk.pretrained_cfg["first_conv"])
 
     def forward(self, frames_FCYX: Tensor) -> Tensor:
-        """Return features [F, D, H, W]; raises ValueError if the network does not make a grid of channels."""
-        x: Tensor = self.trunk.forward_features(laid_out(frames_FCYX))
-        if x.ndim != 4 or x.shape[1] != self.num_channels:
-            raise ValueError(f"a backbone must return [F, {self.num_channels}, H, W], this one gives {tuple(x.shape)}")
+        """Return features [F, D, H, W]; raises ValueError if the network does not make a grid of this frame size."""
+        height, width = frames_FCYX.shape[2:]
+        try:
+            x = self.trunk.forward_features(laid_out(frames_FCYX))
+        except AssertionError as error:  # how timm says that it was made for another size
+            raise ValueError(
+                f"backbone 'timm:{self.name}' does not take frames of {height} x {width}: {error}"
+            ) from error
+        if isinstance(x, Tensor) and x.ndim == 4 and self.channels_last:
+            x = x.permute(0, 3, 1, 2)
+        elif isinstance(x, Tensor) and x.ndim == 3:
+            x = self._grid(x[:, self.num_prefix_tokens :], height // self.stride, width // self.stride)
+        if not isinstance(x, Tensor) or x.ndim != 4 or x.shape[1] != self.num_channels:
+            found = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
+            raise ValueError(f"a backbone must return [F, {self.num_channels}, H, W], 'timm:{self.name}' gives {found}")
         return x
+
+    def _grid(self, tokens_FND: Tensor, rows: int, columns: int) -> Tensor:
+        if tokens_FND.shape[1] != rows * columns:
+            raise ValueError(
+                f"backbone 'timm:{self.name}' makes {tokens_FND.shape[1]} tokens, no grid of {rows} x {columns}"
+            )
+        return tokens_FND.transpose(1, 2).reshape(-1, tokens_FND.shape[2], rows, columns)
+
+
+def _timm_trunk(name: str, **options: Any) -> Any:
+    """timm's network, able to take other frame sizes where there is a switch for that."""
+    try:
+        import timm
+    except ImportError as error:
+        raise ValueError(f"backbone 'timm:{name}' needs the package timm: pip install 'kinoray[timm]'") from error
+    if ":" in name:
+        network, _, file = name.partition(":")
+        raise ValueError(
+            f"backbone 'timm:{name}': give the file by itself: backbone=timm:{network} backbone_weights={file}"
+        )
+    try:
+        return timm.create_model(name, dynamic_img_size=True, **options)
+    except TypeError:  # it has no such switch
+        return timm.create_model(name, **options)
+    except RuntimeError as error:
+        raise ValueError(f"backbone 'timm:{name}' is not known to timm: {error}") from error
 
 
 def build_backbone(name: str, in_channels: int = 3) -> Backbone:

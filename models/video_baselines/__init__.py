@@ -11,6 +11,7 @@ from video_baselines.slowfast import slowfast, slowfast_nl
 from video_baselines.streams import ClipClassifier
 from video_baselines.torchvision_video import (
     mc3_18,
+    mvit_v1_b,
     mvit_v2_s,
     r2plus1d_18,
     r2plus1d_34,
@@ -28,6 +29,7 @@ __all__ = [
     "i3d",
     "i3d_nl",
     "mc3_18",
+    "mvit_v1_b",
     "mvit_v2_s",
     "r2plus1d_18",
     "r2plus1d_34",

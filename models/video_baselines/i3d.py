@@ -11,10 +11,10 @@ from typing import Literal
 import torchvision
 from torch import Tensor, nn
 
-from kinoray.network import InputSpec
+from kinoray.network import ClipRecipe, InputSpec
 from vcm_sdd.backbone import build_backbones
 from vcm_sdd.weights import flow_stem, load_strict, read_state
-from video_baselines.inception3d import Inception3d
+from video_baselines.inception3d import ClippedPool3d, Inception3d
 from video_baselines.resnet3d import DEPTHS, ResNet3d, inflate_state
 from video_baselines.streams import (
     ClipClassifier,
@@ -28,21 +28,30 @@ from video_baselines.streams import (
 __all__ = ["PooledClassifier", "i3d", "i3d_nl", "s3dg", "two_stream_i3d"]
 
 _HALF = (0.5, 0.5, 0.5)
+# Carreira and Zisserman (2017), section 3: 64 frames at 25 a second, shortest side 256, centre crop 224.
+_I3D_RECIPE = ClipRecipe(frames=64, stride=1, fps=25.0, resize="shortest", resize_px=(256, 256), crop_px=224)
 _NONLOCAL = {0: (0, 0), 5: (2, 3), 10: (4, 6)}
 
 
 class PooledClassifier(nn.Module):
-    """logits = W mean_thw features(clip) + b, dropout on the mean. A network with frames first, [M, T, C, Y, X]."""
+    """logits = W mean_thw features(clip) + b, dropout on the mean. A network with frames first, [M, T, C, Y, X].
 
-    def __init__(self, features: nn.Module, num_channels: int, num_classes: int, dropout: float) -> None:
+    windows: the mean is over windows of 2 x 7 x 7 cells, stride 1, so the first and last of the time steps count half
+    (I3D as published, whose linear layer stands in front of the last mean: the same numbers).
+    """
+
+    def __init__(
+        self, features: nn.Module, num_channels: int, num_classes: int, dropout: float, *, windows: bool = False
+    ) -> None:
         super().__init__()
         self.features = features
+        self.pool = ClippedPool3d() if windows else nn.Identity()
         self.dropout = nn.Dropout(dropout)
         self.classifier = nn.Linear(num_channels, num_classes)
 
     def forward(self, clips_MTCYX: Tensor) -> Tensor:
         """Return logits [M, K] for clips [M, T, C, Y, X]."""
-        grid_MDTHW = self.features(clips_MTCYX.transpose(1, 2))
+        grid_MDTHW = self.pool(self.features(clips_MTCYX.transpose(1, 2)))
         logits_MK: Tensor = self.classifier(self.dropout(grid_MDTHW.mean(dim=(2, 3, 4))))
         return logits_MK
 
@@ -59,6 +68,8 @@ def i3d(
     inflation: Literal["mean", "centre"] = "mean",
     time_padding: Literal["zeros", "replicate"] = "zeros",
     strided_stem: bool = False,
+    padding: Literal["both", "same"] = "both",
+    pooling: Literal["mean", "windows"] = "mean",
     dropout: float = 0.5,
 ) -> ClipClassifier:
     """Build I3D: a 2D network whose kernels are inflated along time.
@@ -68,9 +79,12 @@ def i3d(
     of the RGB stem over its channels before it is inflated. nonlocal_blocks: 0, 5 (two in res3, three in res4) or 10
     (every block there; ResNets only). inflation: `mean` spreads a kernel over time, `centre` puts it in the middle.
     time_padding: what lies beyond the first and last frame (ResNets only). strided_stem: time / 8 instead of / 2, for
-    clips of 32 frames or more (ResNets only). Raises ValueError naming the option.
+    clips of 32 frames or more (ResNets only). padding: the stem's, alike on `both` sides, or TensorFlow's `same`;
+    pooling: the final `mean` over the grid, or over its 2 x 7 x 7 `windows` (both inception_v1 only; DeepMind's
+    weights need `same` and `windows`, see video_baselines.published). Raises ValueError naming the option.
     """
     _check_i3d(num_classes, backbone, nonlocal_blocks, inflation, time_padding, strided_stem)
+    _check_published(backbone, padding, pooling)
     require_fraction("dropout", dropout)
     require_count("flow_channels", flow_channels)
     inception = backbone == "inception_v1"
@@ -80,7 +94,7 @@ def i3d(
         channels = 3 if stream == "rgb" else flow_channels
         net: Inception3d | ResNet3d
         if inception:
-            net = Inception3d("joint", in_channels=channels)
+            net = Inception3d("joint", in_channels=channels, same_stem=padding == "same")
         else:
             net = ResNet3d(
                 backbone,
@@ -91,9 +105,9 @@ def i3d(
             )
         if stream in states:
             _load_inflated(net, states[stream], inflation, source=f"backbone_weights {backbone_weights}")
-        return PooledClassifier(net, net.num_channels, num_classes, dropout)
+        return PooledClassifier(net, net.num_channels, num_classes, dropout, windows=pooling == "windows")
 
-    spec = InputSpec(rgb_mean=_HALF, rgb_std=_HALF) if inception else InputSpec()
+    spec = InputSpec(rgb_mean=_HALF, rgb_std=_HALF, recipe=_I3D_RECIPE) if inception else InputSpec()
     return build_streams(modality, make, spec=spec, flow_channels=flow_channels, flow_weight=flow_weight)
 
 
@@ -107,6 +121,13 @@ def _check_i3d(
     require_choice("time_padding", time_padding, ("zeros", "replicate"))
     if backbone == "inception_v1" and (nonlocal_blocks or strided_stem or time_padding != "zeros"):
         raise ValueError("nonlocal_blocks, strided_stem and time_padding need a ResNet backbone, got inception_v1")
+
+
+def _check_published(backbone: str, padding: str, pooling: str) -> None:
+    require_choice("padding", padding, ("both", "same"))
+    require_choice("pooling", pooling, ("mean", "windows"))
+    if backbone != "inception_v1" and (padding, pooling) != ("both", "mean"):
+        raise ValueError(f"padding and pooling need backbone inception_v1, got {backbone}")
 
 
 def _load_inflated(

@@ -5,14 +5,23 @@ Entries are named as in torchvision's GoogLeNet, so that its ImageNet weights ca
 Shapes: M clips, C channels, T frames, Y X pixels, D features, H W feature grid
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-__all__ = ["BLOCKS", "ConvBn3d", "FeatureGate", "Inception3d", "SamePool3d", "SeparableConv3d"]
+__all__ = [
+    "BLOCKS",
+    "ClippedPool3d",
+    "ConvBn3d",
+    "FeatureGate",
+    "Inception3d",
+    "SamePool3d",
+    "SeparableConv3d",
+    "same_pads",
+]
 
 Kind = Literal["joint", "separable", "gated"]
 
@@ -30,12 +39,24 @@ BLOCKS: Mapping[str, tuple[int, int, int, int, int, int]] = {
 """Channels of each inception block: 1x1; 3x3 reduce, 3x3; second reduce, second 3x3; after the pool."""
 
 
-class ConvBn3d(nn.Module):
-    """relu(BN(conv(x))) with a joint kernel k x k x k."""
+def same_pads(sizes: Sequence[int], kernel: Sequence[int], stride: Sequence[int]) -> list[int]:
+    """TensorFlow's SAME as F.pad takes it (last axis first): ceil(size / stride) cells come out along every axis.
 
-    def __init__(self, inputs: int, outputs: int, size: int, stride: int = 1) -> None:
+    total = max((ceil(size / stride) - 1) * stride + kernel - size, 0)      front = floor(total / 2), rest behind
+    """
+    pads: list[int] = []
+    for size, width, step in zip(sizes, kernel, stride, strict=True):
+        total = max((-(-size // step) - 1) * step + width - size, 0)
+        pads = [total // 2, total - total // 2, *pads]
+    return pads
+
+
+class ConvBn3d(nn.Module):
+    """relu(BN(conv(x))) with a joint kernel k x k x k; padded by k // 2 all around, or not at all (pad=False)."""
+
+    def __init__(self, inputs: int, outputs: int, size: int, stride: int = 1, *, pad: bool = True) -> None:
         super().__init__()
-        self.conv = nn.Conv3d(inputs, outputs, size, stride=stride, padding=size // 2, bias=False)
+        self.conv = nn.Conv3d(inputs, outputs, size, stride=stride, padding=size // 2 if pad else 0, bias=False)
         self.bn = nn.BatchNorm3d(outputs, eps=1e-3)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -97,11 +118,16 @@ class SamePool3d(nn.Module):
         if self.both:
             padding = tuple(size // 2 if size == 3 else 0 for size in self.kernel)
             return F.max_pool3d(x, self.kernel, self.stride, padding)
-        pads: list[int] = []
-        for size, kernel, stride in zip(x.shape[2:], self.kernel, self.stride, strict=True):
-            total = max((-(-size // stride) - 1) * stride + kernel - size, 0)
-            pads = [total // 2, total - total // 2, *pads]
-        return F.max_pool3d(F.pad(x, pads), self.kernel, self.stride)
+        return F.max_pool3d(F.pad(x, same_pads(x.shape[2:], self.kernel, self.stride)), self.kernel, self.stride)
+
+
+class ClippedPool3d(nn.Module):
+    """Average pool 2 x 7 x 7 with stride 1, its window cut to the grid: crops below 224 px and short clips work."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return [M, C, T - 1, H - 6, W - 6], no side below 1."""
+        window = [min(size, limit) for size, limit in zip(x.shape[2:], (2, 7, 7), strict=True)]
+        return F.avg_pool3d(x, window, stride=1)
 
 
 class _Block(nn.Module):
@@ -128,13 +154,17 @@ class Inception3d(nn.Module):
 
     kind: `joint` k x k x k kernels (I3D, Carreira and Zisserman 2017, figure 3), `separable` 1 x k x k then k x 1 x 1
     (S3D, Xie et al. 2018), `gated` = separable with a feature gate behind every temporal convolution (S3D-G).
+    same_stem (joint kernels only): the stem, the only convolution with a stride, is padded as in TensorFlow; by 3 all
+    around otherwise. At even sizes these are different networks.
     """
 
     num_channels = 1024
 
-    def __init__(self, kind: Kind, *, in_channels: int = 3, pool_both: bool = False) -> None:
+    def __init__(self, kind: Kind, *, in_channels: int = 3, pool_both: bool = False, same_stem: bool = False) -> None:
         super().__init__()
-        self.conv1 = _conv(in_channels, 64, 7, 2, kind)
+        assert kind == "joint" or not same_stem
+        self.same_stem = same_stem
+        self.conv1 = ConvBn3d(in_channels, 64, 7, 2, pad=False) if same_stem else _conv(in_channels, 64, 7, 2, kind)
         self.conv2 = ConvBn3d(64, 64, 1)
         self.conv3 = _conv(64, 192, 3, 1, kind)
         inputs = 192
@@ -150,7 +180,9 @@ class Inception3d(nn.Module):
 
     def forward(self, x_MCTYX: Tensor) -> Tensor:
         """Return features [M, 1024, ceil(T / 8), Y / 32, X / 32]."""
-        x: Tensor = self.space_pool(self.conv1(x_MCTYX))
+        # Outside of conv1, so that its batch norm can be folded: what looks at sizes cannot be traced.
+        x: Tensor = F.pad(x_MCTYX, same_pads(x_MCTYX.shape[2:], (7, 7, 7), (2, 2, 2))) if self.same_stem else x_MCTYX
+        x = self.space_pool(self.conv1(x))
         x = self.space_pool(self.conv3(self.conv2(x)))
         for name in BLOCKS:
             if name == "4a":

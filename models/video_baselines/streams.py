@@ -6,6 +6,7 @@ Shapes: B videos, S segments, T frames a segment, C channels, Y X pixels, M clip
 """
 
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Literal, cast
 
 from torch import Tensor, nn
@@ -129,15 +130,7 @@ def build_streams(
     require_count("flow_channels", flow_channels)
     wants_rgb, wants_flow = modality != "flow", modality != "rgb"
     return ClipClassifier(
-        InputSpec(
-            rgb=wants_rgb,
-            flow_channels=flow_channels if wants_flow else 0,
-            num_segments=spec.num_segments,
-            frames_per_segment=spec.frames_per_segment,
-            crop_px=spec.crop_px,
-            rgb_mean=spec.rgb_mean,
-            rgb_std=spec.rgb_std,
-        ),
+        replace(spec, rgb=wants_rgb, flow_channels=flow_channels if wants_flow else 0),
         rgb_net=make("rgb") if wants_rgb else None,
         flow_net=make("flow") if wants_flow else None,
         grouping=grouping,

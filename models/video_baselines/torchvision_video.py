@@ -6,24 +6,28 @@ Shapes: M clips, T frames, C channels, Y X pixels, K classes
 """
 
 import functools
+import re
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torchvision
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torchvision.models.video import MViT, VideoResNet
 from torchvision.models.video.mvit import MSBlockConfig
 from torchvision.models.video.resnet import BasicBlock, Conv2Plus1D, R2Plus1dStem
+from torchvision.ops import StochasticDepth
 
-from kinoray.network import InputSpec
+from kinoray.network import ClipRecipe, InputSpec
 from vcm_sdd.weights import load_strict, read_state
-from video_baselines.streams import ClipClassifier, Modality, build_streams, require_count
+from video_baselines.inception3d import ClippedPool3d
+from video_baselines.streams import ClipClassifier, Modality, build_streams, require_count, require_fraction
 
 __all__ = [
     "FramesFirst",
     "mc3_18",
+    "mvit_v1_b",
     "mvit_v2_s",
+    "published_clip",
     "r2plus1d_18",
     "r2plus1d_34",
     "r3d_18",
@@ -52,14 +56,6 @@ class FramesFirst(nn.Module):
             )
         logits_MK: Tensor = self.net(clips_MTCYX.transpose(1, 2))
         return logits_MK
-
-
-class _ClippedPool(nn.Module):
-    """S3D's average pool (2, 7, 7), stride 1, its window cut to the grid: crops below 224 px and short clips work."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        window = [min(size, limit) for size, limit in zip(x.shape[2:], (2, 7, 7), strict=True)]
-        return F.avg_pool3d(x, window, stride=1)
 
 
 def _head(net: nn.Module) -> tuple[str, nn.Module]:
@@ -95,13 +91,39 @@ def _pretrained(name: str, weights: str) -> tuple[dict[str, Tensor], str]:
         ) from error
 
 
+def published_clip(weights: Any) -> ClipRecipe:
+    """What a weight set of torchvision says about the clips that it was tested on; None where it does not.
+
+    Frame rate and length stand in its description only (`frame_rate=7.5`, `clip_len=16`). Frames are resized without
+    antialiasing, as they were when the networks were trained.
+    """
+    presets, text = weights.transforms(), str(weights.meta.get("_docs", ""))
+    rate, length = (re.search(rf"`{name}=([0-9.]+)`", text) for name in ("frame_rate", "clip_len"))
+    height, width = presets.crop_size
+    assert height == width, f"{weights} crops {presets.crop_size}"
+    sides = tuple(presets.resize_size)
+    return ClipRecipe(
+        frames=int(length.group(1)) if length else None,
+        fps=float(rate.group(1)) if rate else None,
+        stride=1 if rate else None,
+        resize="shortest" if len(sides) == 1 else "exact",
+        resize_px=cast(tuple[int, int], sides * 2 if len(sides) == 1 else sides),
+        crop_px=height,
+        middle="even",
+        interpolation=presets.interpolation.value,
+        antialias=False,
+    )
+
+
 def _spec(name: str, *, crop_px: int | None, frames: int | None = None) -> InputSpec:
-    """Scaling as torchvision's weights of that name were trained with."""
-    presets = torchvision.models.get_model_weights(name).KINETICS400_V1.transforms()
+    """Scaling and clips as torchvision's weights of that name were trained and tested with."""
+    weights = torchvision.models.get_model_weights(name).KINETICS400_V1
+    presets = weights.transforms()
     mean, std = ((float(x), float(y), float(z)) for x, y, z in (presets.mean, presets.std))
     if crop_px is not None:
         require_count("crop_px", crop_px, minimum=16)
-    return InputSpec(crop_px=crop_px, frames_per_segment=frames, rgb_mean=mean, rgb_std=std)
+    recipe = published_clip(weights)
+    return InputSpec(crop_px=crop_px, frames_per_segment=frames, rgb_mean=mean, rgb_std=std, recipe=recipe)
 
 
 def _wrapped(
@@ -146,13 +168,45 @@ mc3_18 = functools.partial(_plain, "mc3_18", crop_px=112)
 r2plus1d_18 = functools.partial(_plain, "r2plus1d_18", crop_px=112)
 """R(2+1)D with 18 layers (Tran et al., 2018)."""
 
-swin3d_t = functools.partial(_plain, "swin3d_t", crop_px=224)
+
+def _swin3d(
+    name: str,
+    *,
+    num_classes: int,
+    weights: str | None = None,
+    crop_px: int | None = 224,
+    drop_path: float = 0.1,
+) -> ClipClassifier:
+    """Build torchvision's Video Swin Transformer of that name.
+
+    drop_path: share of the last block's branches left out while training, less before it (stochastic depth). All
+    others as in r2plus1d_18. Raises ValueError.
+    """
+    require_fraction("drop_path", drop_path)
+
+    def build(num_classes: int) -> nn.Module:
+        net: nn.Module = torchvision.models.get_model(name, weights=None, num_classes=num_classes)
+        _set_drop_path(net, drop_path)
+        return net
+
+    return _wrapped(name, build, num_classes, weights, _spec(name, crop_px=crop_px))
+
+
+def _set_drop_path(net: nn.Module, drop_path: float) -> None:
+    """Scale the rates of stochastic depth, which grow from block to block, so that the last is drop_path."""
+    layers = [layer for layer in net.modules() if isinstance(layer, StochasticDepth)]
+    largest = max(layer.p for layer in layers)
+    for layer in layers:
+        layer.p *= drop_path / largest
+
+
+swin3d_t = functools.partial(_swin3d, "swin3d_t")
 """Video Swin Transformer, tiny (Liu et al., 2022)."""
 
-swin3d_s = functools.partial(_plain, "swin3d_s", crop_px=224)
+swin3d_s = functools.partial(_swin3d, "swin3d_s")
 """Video Swin Transformer, small (Liu et al., 2022)."""
 
-swin3d_b = functools.partial(_plain, "swin3d_b", crop_px=224)
+swin3d_b = functools.partial(_swin3d, "swin3d_b")
 """Video Swin Transformer, base (Liu et al., 2022)."""
 
 
@@ -161,38 +215,72 @@ def s3d(*, num_classes: int, weights: str | None = None, crop_px: int | None = 2
 
     def build(num_classes: int) -> nn.Module:
         net: nn.Module = torchvision.models.get_model("s3d", weights=None, num_classes=num_classes)
-        net.avgpool = _ClippedPool()
+        net.avgpool = ClippedPool3d()
         return net
 
     return _wrapped("s3d", build, num_classes, weights, _spec("s3d", crop_px=crop_px), min_frames=5)
 
 
-def mvit_v2_s(*, num_classes: int, weights: str | None = None, crop_px: int = 224, frames: int = 16) -> ClipClassifier:
-    """Build torchvision's MViT-V2-S (Li et al., 2022).
+def _mvit(
+    name: str,
+    blocks: Callable[[], list[MSBlockConfig]],
+    *,
+    num_classes: int,
+    weights: str | None = None,
+    crop_px: int = 224,
+    frames: int = 16,
+    drop_path: float = 0.2,
+) -> ClipClassifier:
+    """Build torchvision's MViT of that name.
 
-    Its tables of relative positions fix the clip: `frames` frames (a multiple of 2) of crop_px x crop_px (a multiple of
-    32). Kinetics weights need 16 x 224. weights as in r2plus1d_18. Raises ValueError.
+    Its tables of positions fix the clip: `frames` frames (a multiple of 2) of crop_px x crop_px (a multiple of 32).
+    Kinetics weights need 16 x 224. drop_path: share of the last block's branches left out while training, less before
+    it (stochastic depth). weights as in r2plus1d_18. Raises ValueError.
     """
-    for name, value, unit in (("crop_px", crop_px, 32), ("frames", frames, 2)):
-        require_count(name, value, minimum=unit)
+    for option, value, unit in (("crop_px", crop_px, 32), ("frames", frames, 2)):
+        require_count(option, value, minimum=unit)
         if value % unit:
-            raise ValueError(f"{name} must be a multiple of {unit}, got {value}")
+            raise ValueError(f"{option} must be a multiple of {unit}, got {value}")
+    require_fraction("drop_path", drop_path)
+    second = name == "mvit_v2_s"
 
     def build(num_classes: int) -> nn.Module:
         net: nn.Module = MViT(
             spatial_size=(crop_px, crop_px),
             temporal_size=frames,
-            block_setting=_mvit_v2_s_blocks(),
-            residual_pool=True,
+            block_setting=blocks(),
+            residual_pool=second,
             residual_with_cls_embed=False,
-            rel_pos_embed=True,
-            proj_after_attn=True,
-            stochastic_depth_prob=0.2,
+            rel_pos_embed=second,
+            proj_after_attn=second,
+            stochastic_depth_prob=drop_path,
             num_classes=num_classes,
         )
         return net
 
-    return _wrapped("mvit_v2_s", build, num_classes, weights, _spec("mvit_v2_s", crop_px=crop_px, frames=frames))
+    return _wrapped(name, build, num_classes, weights, _spec(name, crop_px=crop_px, frames=frames))
+
+
+def _mvit_v1_b_blocks() -> list[MSBlockConfig]:
+    """MViT paper, table 3: stages of 1, 2, 11 and 2 blocks; the last block before a stage doubles the channels."""
+    stages = [stage for stage, depth in enumerate((1, 2, 11, 2)) for _ in range(depth)]
+    blocks = []
+    for index, stage in enumerate(stages):
+        pools = index > 0 and stage != stages[index - 1]
+        following = stages[min(index + 1, len(stages) - 1)]
+        keys = 8 // 2**stage
+        blocks.append(
+            MSBlockConfig(
+                num_heads=2**stage,
+                input_channels=96 * 2**stage,
+                output_channels=96 * 2**following,
+                kernel_q=[3, 3, 3] if pools else [],
+                kernel_kv=[3, 3, 3],
+                stride_q=[1, 2, 2] if pools else [],
+                stride_kv=[1, keys, keys],
+            )
+        )
+    return blocks
 
 
 def _mvit_v2_s_blocks() -> list[MSBlockConfig]:
@@ -218,6 +306,13 @@ def _mvit_v2_s_blocks() -> list[MSBlockConfig]:
             )
             inputs = outputs
     return blocks
+
+
+mvit_v1_b = functools.partial(_mvit, "mvit_v1_b", _mvit_v1_b_blocks)
+"""MViT-B 16x4 (Fan et al., 2021)."""
+
+mvit_v2_s = functools.partial(_mvit, "mvit_v2_s", _mvit_v2_s_blocks)
+"""MViT-V2-S 16x4 (Li et al., 2022)."""
 
 
 def r2plus1d_34(

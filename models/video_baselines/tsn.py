@@ -3,7 +3,7 @@
 Shapes: M clips, T frames of a clip, F = M*T frames, C channels, Y X pixels, D features, H W feature grid, K classes
 """
 
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
 from kinoray.network import InputSpec
-from vcm_sdd.backbone import Backbone, ResNetGrid, TinyGrid, build_backbone, build_backbones, laid_out
+from vcm_sdd.backbone import Backbone, ResNetGrid, TimmGrid, TinyGrid, build_backbone, build_backbones, laid_out
 from video_baselines.streams import (
     ClipClassifier,
     Modality,
@@ -21,7 +21,7 @@ from video_baselines.streams import (
     require_fraction,
 )
 
-__all__ = ["FrameClassifier", "ShiftedGrid", "temporal_shift", "tsm", "tsn"]
+__all__ = ["FrameClassifier", "ShiftedGrid", "ShiftedTimm", "temporal_shift", "tsm", "tsn"]
 
 
 def temporal_shift(x_MTCYX: Tensor, *, div: int = 8, online: bool = False) -> Tensor:
@@ -81,13 +81,96 @@ class ShiftedGrid(nn.Module):
         return torch.relu(y + shortcut)
 
 
+class ShiftedTimm(nn.Module):
+    """A timm backbone with a temporal shift in front of the first convolution, or the attention, of every block.
+
+    Residual and inverted residual blocks are shifted as ShiftedGrid's; of a transformer's blocks the patch tokens, in
+    front of the attention, frame by frame at each place, while class and register tokens stay. The TSM paper has
+    convolutions only. Parameters and their names are the backbone's.
+    """
+
+    def __init__(self, grid: TimmGrid, *, div: int = 8, online: bool = False) -> None:
+        super().__init__()
+        self.grid = grid
+        self._frames = _FrameCount()
+        for entry, prefix in _branch_entries(grid):
+            entry.register_forward_pre_hook(_ShiftInput(self._frames, prefix, div, online))
+
+    def forward(self, frames_FCYX: Tensor, num_frames: int) -> Tensor:
+        """Return features [F, D, H, W] of F = M * num_frames frames, clip by clip in order of time."""
+        self._frames.num = num_frames
+        try:
+            features: Tensor = self.grid(frames_FCYX)
+        finally:
+            self._frames.num = None
+        return features
+
+
+class _FrameCount:
+    """How many frames are one clip, for the time of one forward pass; None outside of it."""
+
+    num: int | None = None
+
+
+class _ShiftInput:
+    """A forward pre-hook: the first argument with channels of its neighbours in time; tokens [F, N, D] or maps."""
+
+    def __init__(self, frames: _FrameCount, prefix: int, div: int, online: bool) -> None:
+        self.frames, self.prefix, self.div, self.online = frames, prefix, div, online
+
+    def __call__(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        x = inputs[0]
+        if self.frames.num is None:  # a copy taken out of its network would see frames of other clips
+            raise RuntimeError("a shifted block runs inside of its ShiftedTimm only")
+        if x.ndim == 4:
+            return self._shifted(x), *inputs[1:]
+        head_FND, patches_FND = x[:, : self.prefix], x[:, self.prefix :]
+        maps = patches_FND.transpose(1, 2)[..., None]
+        return torch.cat((head_FND, self._shifted(maps)[..., 0].transpose(1, 2)), dim=1), *inputs[1:]
+
+    def _shifted(self, x_FCYX: Tensor) -> Tensor:
+        x_MTCYX = x_FCYX.reshape(-1, cast(int, self.frames.num), *x_FCYX.shape[1:])
+        return laid_out(temporal_shift(x_MTCYX, div=self.div, online=self.online).flatten(0, 1))
+
+
+# timm's inverted residual blocks, whose module has no public name, and their first convolution.
+_INVERTED = {"InvertedResidual": "conv_pw", "EdgeResidual": "conv_exp"}
+
+
+def _branch_entries(grid: TimmGrid) -> list[tuple[nn.Module, int]]:
+    """The first layer of each residual branch of a timm network, and how many tokens in front are no place."""
+    from timm.models.beit import Beit
+    from timm.models.eva import Eva
+    from timm.models.resnet import BasicBlock as TimmBasicBlock
+    from timm.models.resnet import Bottleneck as TimmBottleneck
+    from timm.models.vision_transformer import VisionTransformer
+
+    trunk = grid.trunk
+    if isinstance(trunk, (VisionTransformer, Eva, Beit)):
+        return [(block.attn, grid.num_prefix_tokens) for block in trunk.blocks]
+    found: list[tuple[nn.Module, int]] = []
+    for block in trunk.modules():
+        if isinstance(block, (TimmBasicBlock, TimmBottleneck)):
+            found.append((block.conv1, 0))
+        elif type(block).__name__ in _INVERTED and block.has_skip:
+            found.append((block.get_submodule(_INVERTED[type(block).__name__]), 0))
+    if not found:
+        raise ValueError(
+            f"backbone 'timm:{grid.name}' has no blocks that tsm knows how to shift: it knows ResNets, MobileNets and "
+            "EfficientNets, and vision transformers"
+        )
+    return found
+
+
 class FrameClassifier(nn.Module):
     """Logits of every frame, averaged (TSN Eq. 1 with average consensus).
 
     logits = mean_t W mean_yx backbone(x_t) + b
     """
 
-    def __init__(self, backbone: Backbone | ShiftedGrid, num_channels: int, num_classes: int, dropout: float) -> None:
+    def __init__(
+        self, backbone: Backbone | ShiftedGrid | ShiftedTimm, num_channels: int, num_classes: int, dropout: float
+    ) -> None:
         super().__init__()
         self.backbone = backbone
         self.dropout = nn.Dropout(dropout)
@@ -97,7 +180,7 @@ class FrameClassifier(nn.Module):
         """Return logits [M, K] for clips [M, T, C, Y, X]."""
         num_frames = clips_MTCYX.shape[1]
         frames_FCYX = clips_MTCYX.flatten(0, 1)
-        if isinstance(self.backbone, ShiftedGrid):
+        if isinstance(self.backbone, (ShiftedGrid, ShiftedTimm)):
             grid_FDHW = self.backbone(frames_FCYX, num_frames)
         else:
             grid_FDHW = self.backbone(frames_FCYX)
@@ -152,8 +235,9 @@ def tsm(
     """Build TSM: TSN whose residual branches see 1 / shift_div of the channels from each neighbour in time.
 
     All S x T frames of a video, in order of time, are one sequence (the paper: S = 8 or 16, T = 1). shift: `offline`
-    looks both ways, `online` at the past only. backbone: a torchvision ResNet or `tiny` (one residual branch). All
-    others as in tsn. Raises ValueError naming the option.
+    looks both ways, `online` at the past only. backbone: a torchvision ResNet, `tiny` (one residual branch), or
+    `timm:NAME` of a ResNet, MobileNet, EfficientNet or vision transformer. All others as in tsn. Raises ValueError
+    naming the option.
     """
     require_choice("shift", shift, ("offline", "online"))
     require_count("shift_div", shift_div, minimum=1 if shift == "online" else 2)
@@ -182,9 +266,13 @@ def _frame_model(
         grid = grids[stream]
         if shift is None:
             return FrameClassifier(grid, grid.num_channels, num_classes, dropout)
-        if not isinstance(grid, (ResNetGrid, TinyGrid)):
-            raise ValueError(f"backbone must be tiny or a torchvision ResNet for tsm, got {backbone!r}")
-        shifted = ShiftedGrid(grid, div=shift[0], online=shift[1])
+        shifted: ShiftedGrid | ShiftedTimm
+        if isinstance(grid, TimmGrid):
+            shifted = ShiftedTimm(grid, div=shift[0], online=shift[1])
+        elif isinstance(grid, (ResNetGrid, TinyGrid)):
+            shifted = ShiftedGrid(grid, div=shift[0], online=shift[1])
+        else:
+            raise ValueError(f"backbone must be tiny, timm:NAME or a torchvision ResNet for tsm, got {backbone!r}")
         return FrameClassifier(shifted, grid.num_channels, num_classes, dropout)
 
     spec = InputSpec(rgb_mean=first.rgb_mean, rgb_std=first.rgb_std)

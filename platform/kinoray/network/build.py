@@ -43,6 +43,7 @@ SHORT_NAMES: Mapping[str, str] = {
     "i3d": "video_baselines:i3d",
     "i3d_nl": "video_baselines:i3d_nl",
     "mc3_18": "video_baselines:mc3_18",
+    "mvit_v1_b": "video_baselines:mvit_v1_b",
     "mvit_v2_s": "video_baselines:mvit_v2_s",
     "r2plus1d_18": "video_baselines:r2plus1d_18",
     "r2plus1d_34": "video_baselines:r2plus1d_34",

@@ -13,11 +13,44 @@ This module imports nothing, so that a network costs no more to import than it n
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
-__all__ = ["IMAGENET_MEAN", "IMAGENET_STD", "InputSpec"]
+__all__ = ["IMAGENET_MEAN", "IMAGENET_STD", "ClipRecipe", "InputSpec"]
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ClipRecipe:
+    """How a published network was fed, as far as its source says; None where it does not.
+
+    The order: frames are chosen, resized, cropped in the middle, then scaled as InputSpec says. A recipe is advice to
+    the platform; what a network insists on is in InputSpec.
+    """
+
+    frames: int | None = None
+    """Frames of one clip."""
+    stride: int | None = None
+    """Frames of the video from one frame of the clip to the next; 1 where a frame rate is given."""
+    fps: float | None = None
+    """Frames a second that the video is brought to before frames are counted; None: those of the video itself."""
+    resize: Literal["shortest", "exact"] | None = None
+    """Resized to a shortest side, or to height and width whatever the picture's shape; None: not resized."""
+    resize_px: tuple[int, int] | None = None
+    """Height and width after an exact resize; the shortest side, twice, after the other."""
+    crop_px: int | None = None
+    """Side of the square cropped from the middle; None: no crop."""
+    middle: Literal["floor", "even"] = "floor"
+    """How half a pixel is rounded where the margins are odd: down, or to an even number (torchvision)."""
+    interpolation: Literal["nearest", "bilinear", "bicubic", "lanczos", "box", "hamming"] = "bilinear"
+    """Filter of the resize."""
+    antialias: bool = True
+    """Whether the filter grows with the factor when the picture shrinks."""
+
+    def __post_init__(self) -> None:
+        assert (self.resize is None) == (self.resize_px is None)
+        assert self.resize != "shortest" or (self.resize_px is not None and len(set(self.resize_px)) == 1)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -36,3 +69,5 @@ class InputSpec:
     crop_px: int | None = None
     rgb_mean: tuple[float, float, float] = IMAGENET_MEAN
     rgb_std: tuple[float, float, float] = IMAGENET_STD
+    recipe: ClipRecipe = ClipRecipe()
+    """How its published weights were fed; nothing is known of a network without any."""

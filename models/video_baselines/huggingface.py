@@ -1,0 +1,180 @@
+"""Hugging Face's video classifiers as kinoray models: whatever AutoModelForVideoClassification knows, from a config.
+
+Nothing here asks the hub or runs code that comes with a network: classes are the installed library's own
+(trust_remote_code stays off), and a config may hold only the entries that its class declares. So a network can be built
+again from its options, without the folder it came from (video_baselines.huggingface_folder reads one).
+
+Shapes: M clips, T frames, C channels, Y X pixels, K classes
+"""
+
+import contextlib
+import dataclasses
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any, cast
+
+from torch import Tensor, nn
+
+from kinoray.network import ClipRecipe, InputSpec
+from video_baselines.streams import ClipClassifier, require_count, require_fraction
+
+__all__ = [
+    "HubFrames",
+    "declared_entries",
+    "huggingface",
+    "known_model_types",
+    "library",
+    "quiet",
+    "square_side",
+]
+
+_SIZE_FIELDS = ("image_size", "crop_size")
+
+
+def library() -> Any:
+    """The package transformers. Raises ValueError saying what to install."""
+    try:
+        import transformers
+    except ImportError as error:
+        raise ValueError("Hugging Face networks need the package transformers: pip install 'kinoray[hf]'") from error
+    return transformers
+
+
+def known_model_types() -> tuple[str, ...]:
+    """The model types that the installed library has video classifiers for."""
+    library()
+    from transformers.models.auto import modeling_auto
+
+    return tuple(sorted(modeling_auto.MODEL_FOR_VIDEO_CLASSIFICATION_MAPPING_NAMES))
+
+
+@contextlib.contextmanager
+def quiet(transformers: Any) -> Iterator[None]:
+    """The library's progress bars and load reports stay off the terminal; what they say is in our errors."""
+    logging = transformers.utils.logging
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def declared_entries(config: Any, transformers: Any) -> set[str]:
+    """Names of the entries that a config's own class declares, without those that all configs share."""
+    shared = {field.name for field in dataclasses.fields(transformers.PreTrainedConfig)}
+    return {field.name for field in dataclasses.fields(config)} - shared
+
+
+def _config(entries: Mapping[str, Any], num_classes: int) -> Any:
+    """The library's config object. Raises ValueError naming what is not known or not allowed."""
+    transformers = library()
+    known = known_model_types()
+    if not isinstance(entries, Mapping) or entries.get("model_type") not in known:
+        found = entries.get("model_type") if isinstance(entries, Mapping) else entries
+        raise ValueError(f"config.model_type must be one of {', '.join(known)}, got {found!r}")
+    rest = {name: value for name, value in entries.items() if name != "model_type"}
+    try:
+        with quiet(transformers):
+            config = transformers.AutoConfig.for_model(entries["model_type"], num_labels=num_classes, **rest)
+    except Exception as error:  # its checks raise kinds of their own
+        reason = " ".join(str(error).split())
+        raise ValueError(f"config is not one of {entries['model_type']}: {reason}") from error
+    unknown = sorted(set(rest) - declared_entries(config, transformers))
+    if unknown:
+        raise ValueError(f"config.{unknown[0]} is not an entry of a {entries['model_type']} config")
+    return config
+
+
+class HubFrames(nn.Module):
+    """A network of the library over clips [M, T, C, Y, X], which is how the library takes them."""
+
+    def __init__(self, net: nn.Module, num_classes: int) -> None:
+        super().__init__()
+        self.net = net
+        self.num_classes = num_classes
+        self.input_name = str(cast(Any, net).main_input_name)
+
+    def forward(self, clips_MTCYX: Tensor) -> Tensor:
+        """Return logits [M, K]."""
+        logits: Tensor = self.net(**{self.input_name: clips_MTCYX}).logits
+        return logits.reshape(clips_MTCYX.shape[0], self.num_classes)  # VideoPrism's has an axis of 1 in between
+
+
+def huggingface(
+    *,
+    num_classes: int,
+    config: Mapping[str, Any],
+    rgb_mean: tuple[float, float, float],
+    rgb_std: tuple[float, float, float],
+    recipe: Mapping[str, Any] | None = None,
+    drop_path: float | None = None,
+) -> ClipClassifier:
+    """Build a video classifier of Hugging Face's transformers with random weights; logits averaged over S clips.
+
+    config: model_type and entries of that type's config (read_folder makes it of a config.json). rgb_mean, rgb_std:
+    as in InputSpec. recipe: entries of ClipRecipe. drop_path: stochastic depth while training, where the network has
+    it (TimeSformer, V-JEPA 2); None leaves what config says. Frames and crop must be the config's, but that V-JEPA 2
+    takes any number of frames. Raises ValueError naming the option.
+    """
+    require_count("num_classes", num_classes)
+    transformers = library()
+    entries = dict(config) if isinstance(config, Mapping) else config
+    built = _config(entries, num_classes)
+    if drop_path is not None:
+        require_fraction("drop_path", drop_path)
+        if not hasattr(built, "drop_path_rate"):
+            raise ValueError(f"drop_path: {built.model_type} has no stochastic depth, got {drop_path}")
+        # Set on the object: TimeSformer's config declares a whole number and then reads any.
+        object.__setattr__(built, "drop_path_rate", float(drop_path))
+    spec = _spec(built, rgb_mean, rgb_std, recipe)
+    with quiet(transformers):
+        net = transformers.AutoModelForVideoClassification.from_config(built, trust_remote_code=False)
+    _freeze_unused(net)
+    return ClipClassifier(spec, rgb_net=HubFrames(net, num_classes))
+
+
+def _freeze_unused(net: Any) -> None:
+    """V-JEPA 2 carries the predictor of its pretraining along: classification does not run it, nothing trains it."""
+    predictor = getattr(getattr(net, "vjepa2", None), "predictor", None)
+    if predictor is not None:
+        predictor.requires_grad_(False)
+
+
+def square_side(config: Any) -> int:
+    """Side of the square that the network is made for."""
+    value = next((getattr(config, name) for name in _SIZE_FIELDS if hasattr(config, name)), None)
+    sides = [value] if isinstance(value, int) else list(value or ())
+    if not sides or len(set(sides)) != 1:
+        raise ValueError(f"config: the network must take square frames of a known side, got {value!r}")
+    return int(sides[0])
+
+
+def _spec(config: Any, mean: Any, std: Any, recipe: Mapping[str, Any] | None) -> InputSpec:
+    values = {}
+    for name, triple in (("rgb_mean", mean), ("rgb_std", std)):
+        numbers = tuple(float(number) for number in triple)
+        if len(numbers) != 3 or not all(map(math.isfinite, numbers)):
+            raise ValueError(f"{name} must be three numbers, got {triple!r}")
+        values[name] = numbers
+    if recipe is not None:
+        entries = dict(recipe)
+        if entries.get("resize_px") is not None:
+            entries["resize_px"] = tuple(entries["resize_px"])
+        try:
+            clip = ClipRecipe(**entries)
+        except TypeError as error:
+            raise ValueError(f"recipe: {error}") from error
+    else:
+        clip = ClipRecipe()
+    return InputSpec(
+        # V-JEPA 2's positions are rotations, so its frames_per_clip is no limit.
+        frames_per_segment=getattr(config, "num_frames", None),
+        crop_px=square_side(config),
+        rgb_mean=cast(Any, values["rgb_mean"]),
+        rgb_std=cast(Any, values["rgb_std"]),
+        recipe=clip,
+    )
