@@ -107,7 +107,7 @@ def test_what_decoding_gives_does_not_depend_on_what_the_process_did_before(
     if num_mutants:
         names = [name for name in names if name.startswith("mutant")]
     expected = decode_in_order(str(tmp_path), names, crops)
-    assert len(expected) == 2 * len(names) * len(crops)
+    assert len(expected) == len(names) * len(crops)
     shuffled = random.Random(0).sample(names, len(names))
     for order, fill in ((names[::-1], 0x55), (shuffled, 0xAA)):
         found = decode_elsewhere(tmp_path, order, crops, fill)
