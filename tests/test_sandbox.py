@@ -394,7 +394,7 @@ def test_decoders_that_cannot_start_are_the_jobs_error(
     monkeypatch.setattr(sandbox_module, "_shared", {})
     video = tmp_path / "video.mp4"
     video.write_bytes(good)
-    unknown = dict.fromkeys(("offset", "length", "sha256", "time_start_s", "time_end_s"), [None])
+    unknown = {key: [None] for key in ("offset", "length", "sha256", "time_start_s", "time_end_s")}
     block = {"video_id": ["a"], "uri": [str(video)], **unknown, "row": [0]}
     with pytest.raises(DecoderStartFailed, match=message):
         DecodeTask(storage=Storage(), clip=CLIP, with_flow=False)(pa.table(block))
