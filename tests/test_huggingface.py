@@ -11,8 +11,7 @@ import torch
 
 from kinoray.config.shared import ModelConfig
 from kinoray.network import ClipRecipe
-from kinoray.network.build import build_model
-from kinoray.network.parts import classifier_names
+from kinoray.network.build import build_model, classifier_names
 from vcm_sdd.preprocess import preprocess
 from vcm_sdd.weights import WeightsMismatch
 from video_baselines.huggingface import huggingface, known_model_types

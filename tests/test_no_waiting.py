@@ -19,6 +19,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 import video_baselines as vb
 from kinoray.config.shared import AugmentConfig, ModelConfig, OptimConfig, SampleConfig
 from kinoray.network import InputSpec
+from kinoray.network import flow_tvl1 as tvl1
 from kinoray.network.batch import DeviceInput, RawBatch, VideoBatch, model_inputs
 from kinoray.network.build import build_model
 from kinoray.network.pointwise import fuse_pointwise
@@ -27,7 +28,6 @@ from kinoray.train import augment
 from kinoray.train.augment import PHOTOMETRIC, Mix, colour_clip, mix_inputs
 from kinoray.train.config import TrainConfig
 from kinoray.train.step import Replica
-from kinoray.video import flow_tvl1 as tvl1
 from stand_ins import LeavesDevice, moved, on_device, stand_ins
 from vcm_sdd.backbone import build_backbone
 

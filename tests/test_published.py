@@ -16,8 +16,7 @@ import torch
 
 import video_baselines as vb
 from kinoray.config.shared import ModelConfig
-from kinoray.network.build import build_model
-from kinoray.network.parts import classifier_names
+from kinoray.network.build import build_model, classifier_names
 from kinoray.network.prepare import FP32_TOLERANCE, prepare_for_inference
 from video_baselines.inception3d import BLOCKS
 from video_baselines.published import (

@@ -11,8 +11,7 @@ from torch import Tensor, nn
 
 import video_baselines as vb
 from kinoray.config.shared import ModelConfig
-from kinoray.network.build import build_model
-from kinoray.network.parts import classifier_names
+from kinoray.network.build import build_model, classifier_names
 from vcm_sdd.preprocess import preprocess
 from vcm_sdd.weights import WeightsMismatch, read_state
 from video_baselines.weight_sets import WeightSet, adopt_state, weight_sets
