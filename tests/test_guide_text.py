@@ -19,7 +19,7 @@ from guide_blocks import NOT_RUN, ROOT, commands, fenced, outside, pages, read_p
 from guide_world import small
 from kinoray.cli import VERBS, main, parse_settings
 
-LANGUAGES = {"sh", "json", "yaml", "sql", "csv", "text", "python"}
+LANGUAGES = {"sh", "json", "yaml", "sql", "csv", "text", "python", "mermaid"}
 INDENTED = re.compile(r"^ {4,}(?:kinoray|python|pip|make|ray|pytest|source|export|aws|kubectl|docker) ", re.MULTILINE)
 NAMED_FILE = re.compile(r"\b(?:benchmarks|deploy|docs|jobs|tests)/[\w./-]+\.\w+")
 NAMED_TEST = re.compile(r"\b(tests/test_\w+\.py)::((?:\w+::)?test_\w+)")
@@ -76,7 +76,7 @@ def test_what_a_page_names_is_there(page: str) -> None:
     for target in LINK.findall(text):
         assert (ROOT / page).parent.joinpath(target).exists(), f"{page} links {target}"
     for verb in re.findall(r"`kinoray ([a-z]+)\b", text):
-        assert verb in VERBS, f"{page} names the verb {verb}"
+        assert verb in {*VERBS, "help", "version"}, f"{page} names the verb {verb}"
 
 
 def test_every_page_is_in_the_index() -> None:
