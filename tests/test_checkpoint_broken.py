@@ -167,6 +167,7 @@ def test_label_names_what_it_leaves_out(tmp_path: Path, run: Path, capsys: pytes
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_a_finished_run_whose_last_checkpoint_broke_is_trained_to_the_same_end(
     ray_local: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
