@@ -82,10 +82,17 @@ class HubNetwork:
     """`transformers` and its version, which the names of the weights belong to."""
 
 
+_MAX_JSON_CHARS = 2**26  # an index of shards names every weight
+
+
 def _read_json(file: Path) -> dict[str, Any]:
     try:
-        body = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        with file.open(encoding="utf-8") as opened:
+            text = opened.read(_MAX_JSON_CHARS + 1)
+        if len(text) > _MAX_JSON_CHARS:
+            raise ValueError(f"it has more than {_MAX_JSON_CHARS:,} characters")
+        body = json.loads(text)
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{file} cannot be read as JSON: {error}") from error
     if not isinstance(body, dict):
         raise ValueError(f"{file} holds a {type(body).__name__}, expected an object")
