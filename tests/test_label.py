@@ -368,7 +368,7 @@ def test_every_input_is_a_row(library: Path, undisturbed: tuple[dict[str, Any], 
     assert (done["inputs"], len(done["units"])) == (NUM_VIDEOS, UNITS)
     job = json.loads(Path(totals["root"], "job.json").read_text())
     assert job["labels"] == list(LABELS)
-    assert job["clip"]["sample"]["frames_per_segment"] == 2
+    assert job["settings"]["clip"]["sample"]["frames_per_segment"] == 2
 
 
 @pytest.mark.slow
