@@ -18,6 +18,7 @@ from ray.dashboard.modules.metrics.dashboards import default_dashboard_panels
 from kinoray.label.times import LabelMetrics, UnitTimes
 from kinoray.train.input import Unreadable
 from kinoray.train.metrics import TrainMetrics
+from kinoray.train.runfolder import EpochRow
 from ports import wait_until
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -110,7 +111,8 @@ def test_prometheus_sees_the_names_and_tags_of_the_dashboard(ray_local: None) ->
     training = TrainMetrics("first")
     training.step(8, [Unreadable(0, "NotAVideo", "no video")])
     training.spent("decode", 1.5)
-    training.epoch({"epoch": 1, "loss": 0.5})
+    numbers = dict.fromkeys(("lr", "videos_per_s", "decode_wait", "train_s", "decode_cpu_s", "epoch_s", "time_s"), 1.0)
+    training.epoch(EpochRow(epoch=1, step=1, samples=8, unreadable=0, loss=0.5, **numbers))
     url = f"http://127.0.0.1:{ray.nodes()[0]['MetricsExportPort']}/metrics"
 
     def text() -> str:
