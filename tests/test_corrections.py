@@ -27,7 +27,7 @@ from kinoray.library.config import CorrectConfig
 from kinoray.library.correct import correct
 from kinoray.library.write import defused
 from kinoray.pack.config import PackConfig
-from kinoray.pack.plan import PlannedMember, plan_of_catalog
+from kinoray.pack.plan import PlannedVideo, plan_of_catalog
 from kinoray.storage.objects import Storage, join
 from kinoray.train.config import TrainConfig
 from label_models import save_untrained
@@ -238,11 +238,10 @@ def test_the_plan_of_a_catalog_keeps_classes_splits_and_places() -> None:
     ]
     plan = plan_of_catalog("set", catalog_of(rows), shard_bytes=100, val_fraction=0.0)
     assert plan.labels == LABELS
-    assert {shard.name for shard in plan.shards} == {"shard-test-00000", "shard-train-00000"}
-    videos = {video.video_id: video for shard in plan.shards for video in shard.videos}
+    assert {unit.name for unit in plan.units} == {"shard-test-00000", "shard-train-00000"}
+    videos = {video.video_id: video for unit in plan.units for video in unit.files if isinstance(video, PlannedVideo)}
     assert set(videos) == {"a_b__c", "d", "e"}
     first, second = videos["a_b__c"], videos["d"]
-    assert isinstance(first, PlannedMember)
     assert (first.label_id, first.split, first.size_bytes, first.name) == (2, "train", 5, "a_b__c.mov")
     assert (first.reference.uri, first.reference.offset, first.reference.sha256) == ("s3://b/x.MOV", None, "f")
     assert (second.reference.offset, second.reference.length, second.size_bytes) == (512, 7, 7)

@@ -31,7 +31,7 @@ from kinoray.doctor.verb import doctor
 from kinoray.doctor.videos import _REMEDIES
 from kinoray.errors import AccessDenied, CatalogError, ObjectNotFound, StorageUnavailable, TooManyBad
 from kinoray.pack.plan import make_plan
-from kinoray.pack.shard import pack_shard
+from kinoray.pack.unit import PackSettings, pack_unit
 from kinoray.storage.objects import Storage, join
 from kinoray.video.clip import VideoInfo
 from small_sets import save_as_pack
@@ -177,7 +177,7 @@ def test_members_of_shards_are_read_and_copies_across_splits_are_named(tmp_path:
             LOCAL.put(str(tmp_path / "set" / split / "bus" / f"{split}{seed}.mp4"), small(seed))
     source, out = str(tmp_path / "set"), str(tmp_path / "packed")
     plan = make_plan(source, find_files(LOCAL, source), shard_bytes=2**20, val_fraction=0.0)
-    rows = [row for shard in plan.shards for row in pack_shard(LOCAL, out, shard, DecodeConfig()).rows]
+    rows = [row for unit in plan.units for row in pack_unit(LOCAL, out, unit, PackSettings()).rows]
     arrays = [pa.array([row.get(field.name) for row in rows], field.type) for field in CATALOG_SCHEMA]
     save_as_pack(LOCAL, out, Catalog(pa.table(arrays, schema=CATALOG_SCHEMA), plan.labels))
 
@@ -417,9 +417,10 @@ def test_a_store_that_fails_is_not_blamed_on_the_videos(tmp_path: Path) -> None:
     def probe(*names: str) -> list[str]:
         references = [Reference(str(tmp_path / f"{name}.mp4")) for name in names]
         videos = [Video(video_id=item.uri, reference=item, size_bytes=None) for item in references]
-        return [type(found.error).__name__ for found in probe_all(Faulty(), videos, DecodeConfig(), 2)]
+        refusals = [found.refusal for found in probe_all(Faulty(), videos, DecodeConfig(), 2)]
+        return ["" if refusal is None else refusal.error_class for refusal in refusals]
 
-    assert probe("a", "denied") == ["NoneType", "AccessDenied"]
+    assert probe("a", "denied") == ["", "AccessDenied"]
     with pytest.raises(AccessDenied, match="none of 1 videos may be read"):
         probe("denied")
     with pytest.raises(StorageUnavailable, match="still failing"):

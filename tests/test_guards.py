@@ -44,7 +44,6 @@ ON_RAY = {
     "label/job.py",  # the workers of a labelling
     "label/times.py",  # counters that Ray exports
     "pack/job.py",  # the tasks of a packing
-    "pack/kinetics.py",  # what all its tasks read is put once
     "train/gate.py",  # what a sweep and its trials meet at is an actor
     "train/input.py",  # the stream of clips is Ray Data's
     "train/job.py",  # the workers of a training, under Ray Train

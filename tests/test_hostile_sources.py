@@ -15,8 +15,8 @@ from typing import Any
 
 import pytest
 
-from kinoray.catalog.quarantine import load_quarantine
-from kinoray.catalog.read import Reference, is_store_fault, read_videos, time_problem
+from kinoray.catalog.quarantine import Refusal, judge, load_quarantine
+from kinoray.catalog.read import Reference, read_videos, time_problem
 from kinoray.catalog.source import find_files
 from kinoray.catalog.table import catalog_of_source, save_catalog
 from kinoray.config.file import load_config
@@ -44,7 +44,7 @@ from kinoray.label.table import read_predictions
 from kinoray.label.verb import label
 from kinoray.pack.config import PackConfig
 from kinoray.pack.plan import plan_of_catalog
-from kinoray.pack.shard import pack_shard
+from kinoray.pack.unit import PackSettings, pack_unit
 from kinoray.pack.verb import pack
 from kinoray.storage.objects import Storage, join
 from kinoray.video.sandbox.pool import shared_sandbox
@@ -208,7 +208,7 @@ def test_a_file_that_may_not_be_read_is_refused_and_the_others_packed(library: P
     files = find_files(STORAGE, str(library))
     rows = [{"video_id": file.name, "uri": file.uri, "label_id": 0, "label": "blue"} for file in files]
     plan = plan_of_catalog("x", catalog_of(rows), shard_bytes=2**26, val_fraction=0.0)
-    commit = pack_shard(STORAGE, str(library / "out"), plan.shards[0], DecodeConfig())
+    commit = pack_unit(STORAGE, str(library / "out"), plan.units[0], PackSettings())
     assert [(refusal.uri, refusal.error_class) for refusal in commit.refused] == [(f"{library}/v1.mp4", "AccessDenied")]
     assert len(commit.rows) == 2
 
@@ -216,11 +216,15 @@ def test_a_file_that_may_not_be_read_is_refused_and_the_others_packed(library: P
 def test_a_denied_object_is_the_stores_fault_and_a_denied_file_is_its_own() -> None:
     """Credentials that expired must not be committed as refused videos."""
     denied = AccessDenied("x")
-    assert is_store_fault("s3://b/x", denied)
-    assert is_store_fault("/x", StorageUnavailable("x"))
-    assert not is_store_fault("/x", denied)
-    assert not is_store_fault("s3://b/x", ObjectNotFound("x"))
-    assert not is_store_fault("s3://b/x", b"data")
+    with pytest.raises(AccessDenied):
+        judge(denied, "read", require_access_to="s3://b/x")
+    for place in ("", "/x", "s3://b/x"):
+        with pytest.raises(StorageUnavailable):
+            judge(StorageUnavailable("x"), "read", require_access_to=place)
+    assert judge(denied, "read") == judge(denied, "read", require_access_to="/x")
+    assert judge(denied, "read") == Refusal("read", "AccessDenied", "x")
+    absent = judge(ObjectNotFound("two\nlines"), "read", require_access_to="s3://b/x")
+    assert absent == Refusal("read", "ObjectNotFound", "two lines")
 
 
 # --- sizes
@@ -408,7 +412,7 @@ def hostile_rows(folder: Path) -> tuple[list[dict[str, Any]], dict[str, str]]:
 def test_a_packs_bad_rows_are_refused_and_the_others_packed(tmp_path: Path) -> None:
     rows, expected = hostile_rows(tmp_path)
     plan = plan_of_catalog("x", catalog_of(rows), shard_bytes=2**26, val_fraction=0.0)
-    commits = [pack_shard(STORAGE, str(tmp_path / "out"), shard, DecodeConfig()) for shard in plan.shards]
+    commits = [pack_unit(STORAGE, str(tmp_path / "out"), unit, PackSettings()) for unit in plan.units]
     found = {refusal.video_id: refusal.error_class for commit in commits for refusal in commit.refused}
     assert found == {name: reason for name, reason in expected.items() if reason}
     packed = {row["video_id"] for commit in commits for row in commit.rows}

@@ -29,7 +29,7 @@ from kinoray.cli import main
 from kinoray.config.shared import ClipConfig, StorageConfig
 from kinoray.errors import CatalogError, ConfigError, IncompleteOutput, TooManyBad
 from kinoray.pack.config import PackConfig
-from kinoray.pack.kinetics_settle import FILE_VERDICTS, ROW_VERDICTS
+from kinoray.pack.kinetics import FILE_VERDICTS, ROW_VERDICTS
 from kinoray.storage.objects import Storage, join
 from kinoray.video.clip import decode_clip
 from kinoray.video.transcode import transcode
@@ -554,16 +554,18 @@ import sys
 from kinoray.catalog.source import SourceFile
 from kinoray.config.shared import DecodeConfig
 from kinoray.catalog.kinetics import Wanted
-from kinoray.pack.kinetics_unit import PackSettings, Unit, pack_unit
+from kinoray.pack.kinetics import ClipJudge
+from kinoray.pack.plan import Unit
+from kinoray.pack.unit import PackSettings, pack_unit
 from kinoray.storage.objects import Storage
 def peak():
     return int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0]) / 1024  # ru_maxrss: also the parent
 archive, out = sys.argv[1:]
 clips = {f"{n:011d}_000010_000020": Wanted(f"{n:011d}", "x", 0, "train", 10.0, 20.0) for n in range(300)}
-unit = Unit("archive-00000", (SourceFile("large.tar", archive, 0),), True, False)
+unit = Unit("archive-00000", archive=SourceFile("large.tar", archive, 0))
 idle = peak()
-commit = pack_unit(Storage(), out, unit, clips, set(), PackSettings(DecodeConfig(), False, 2**26))
-print(len(commit.packed), commit.num_found, len(commit.shards), peak() - idle)
+commit = pack_unit(Storage(), out, unit, PackSettings(DecodeConfig(), False, 2**26), judge_member=ClipJudge(clips))
+print(len(commit.packed), commit.num_found, len(commit.tars), peak() - idle)
 """
 
 

@@ -58,9 +58,8 @@ from kinoray.network.checkpoint import (
     save_checkpoint,
 )
 from kinoray.pack.archive import open_archive
-from kinoray.pack.job import pin_plan
-from kinoray.pack.kinetics_unit import read_unit
-from kinoray.pack.shard import read_commit
+from kinoray.pack.unit import read_commit
+from kinoray.pack.verb import pin_plan
 from kinoray.storage.objects import Storage, join
 from kinoray.train.config import TrainConfig
 from kinoray.train.runfolder import RunFolder
@@ -309,8 +308,7 @@ READERS: dict[str, Callable[[Path, bytes], object]] = {
     "trial.json of a trial": read_as("trials/t1/trial.json", lambda folder, uri: known_trials(LOCAL, str(folder))),
     "outcome.json": read_as("trials/t1/outcome.json", lambda folder, uri: read_outcome(LOCAL, str(folder), "t1")),
     "plan.json of a pack": read_as("plan.json", lambda folder, uri: pin_plan(LOCAL, str(folder), {"files": "x"})),
-    "commit of a shard": read_as("shards/a.json", lambda folder, uri: read_commit(LOCAL, str(folder), "a")),
-    "commit of an archive": read_as("shards/a.json", lambda folder, uri: read_unit(LOCAL, str(folder), "a")),
+    "commit of a unit": read_as("shards/a.json", lambda folder, uri: read_commit(LOCAL, str(folder), "a")),
     "annotations .csv": read_as("train.csv", lambda folder, uri: read_annotations(LOCAL, [uri], {})),
     "annotations .parquet": read_as("train.parquet", lambda folder, uri: read_annotations(LOCAL, [uri], {})),
     "annotations .json": read_as("train.jsonl", lambda folder, uri: read_annotations(LOCAL, [uri], {})),

@@ -11,15 +11,17 @@ from pathlib import Path
 
 import pytest
 
-from kinoray.catalog.quarantine import Refusal, count_reasons, load_quarantine, save_quarantine
+from kinoray.catalog.folders import said_of_others
+from kinoray.catalog.quarantine import QuarantineRow, Refusal, count_reasons, load_quarantine, save_quarantine
 from kinoray.catalog.source import SourceFile, find_files
+from kinoray.catalog.table import catalog_of_files
 from kinoray.config.files import local_uri
 from kinoray.config.shared import DecodeConfig
 from kinoray.demo.videos import make_broken, make_demo_set
 from kinoray.errors import CatalogError, ObjectNotFound
-from kinoray.pack.plan import PackPlan, PlannedVideo, ShardPlan, make_plan
-from kinoray.pack.shard import pack_shard, read_commit
+from kinoray.pack.plan import Plan, PlannedVideo, Unit, make_plan
 from kinoray.pack.tar import write_tar
+from kinoray.pack.unit import PackSettings, pack_unit, read_commit
 from kinoray.storage.objects import Storage
 
 STORAGE = Storage()
@@ -27,14 +29,14 @@ STORAGE = Storage()
 
 def plan_of(
     *names: str, size_bytes: int = 1000, shard_bytes: int = 10**6, val_fraction: float = 0.0, source: str = "/set"
-) -> PackPlan:
+) -> Plan:
     files = [SourceFile(name, local_uri(f"/set/{name}"), size_bytes) for name in names]
     return make_plan(source, files, shard_bytes=shard_bytes, val_fraction=val_fraction)
 
 
-def placed(plan: PackPlan) -> dict[str, tuple[str, str]]:
+def placed(plan: Plan) -> dict[str, tuple[str, str]]:
     """name -> (label, split)"""
-    return {video.name: (video.label, video.split) for shard in plan.shards for video in shard.videos}
+    return {video.name: (video.label, video.split) for shard in plan.units for video in shard.files}
 
 
 # --- the plan
@@ -48,7 +50,7 @@ def test_classes_are_the_first_folders() -> None:
         "walk/c": ("walk", "train"),
     }
     assert plan.labels == ("run fast", "walk")
-    ids = {video.label: video.label_id for shard in plan.shards for video in shard.videos}
+    ids = {video.label: video.label_id for shard in plan.units for video in shard.files}
     assert ids == {"run fast": 0, "walk": 1}
 
 
@@ -60,6 +62,65 @@ def test_split_folders_are_known_by_their_names() -> None:
         "test/run/c.mp4": ("run", "test"),
         "Val/run/d.mp4": ("run", "val"),
     }
+
+
+@pytest.mark.parametrize(
+    ("folders", "expected"),
+    [
+        (("train", "valid", "test"), ("train", "val", "test")),
+        (("Training", "Validation", "Testing"), ("train", "val", "test")),
+        (("TRAIN", "Validate", "testing"), ("train", "val", "test")),
+    ],
+)
+def test_splits_have_any_usual_name_in_folders_and_lists(
+    tmp_path: Path, folders: tuple[str, ...], expected: tuple[str, ...]
+) -> None:
+    plan = plan_of(*(f"{folder}/walk/{index}.mp4" for index, folder in enumerate(folders)))
+    assert [split for _, split in placed(plan).values()] == sorted(expected)
+    assert plan.labels == ("walk",)
+    source = tmp_path / "list.csv"
+    rows = [f"{index}.mp4,walk,{folder}" for index, folder in enumerate(folders)]
+    source.write_text("\n".join(["path,label,split", *rows]))
+    assert tuple(file.split for file in find_files(STORAGE, str(source))) == expected
+
+
+def test_a_folder_without_videos_beside_splits_is_no_class() -> None:
+    plan = plan_of("train/walk/a.mp4", "val/run/b.mp4", "annotations/train.csv", "annotations/old/x.json", "README")
+    assert placed(plan) == {"train/walk/a.mp4": ("walk", "train"), "val/run/b.mp4": ("run", "val")}
+    assert Counter(row.error_class for row in plan.refused) == {"NoClassFolder": 1}
+    assert plan.others == ("annotations/train.csv", "annotations/old/x.json")
+    assert set(plan_of("train/walk/a.mp4", "val/run/b.mp4", "extra/c.mp4").labels) == {"extra", "train", "val"}
+
+
+def test_what_is_no_video_by_its_name_is_counted_and_not_refused(tmp_path: Path) -> None:
+    names = ["walk/a.mp4", "walk/a.info.JSON", "walk/a.en.vtt", "walk/a.jpg", "run/b.MTS", "run/b"]
+    plan = plan_of(*names)
+    assert sorted(placed(plan)) == ["run/b", "run/b.MTS", "walk/a.mp4"]
+    assert (plan.refused, plan.num_found, len(plan.others)) == ((), 6, 3)
+    assert said_of_others(plan.others) == "3 files are no videos by their names (.json 1, .vtt 1, .jpg 1)"
+    listed = [SourceFile("a.json", "/a.json", 1, "walk")]  # who lists a file by name means it
+    assert make_plan("/l.csv", listed, shard_bytes=1, val_fraction=0).others == ()
+
+
+SYSTEMS = (
+    "walk/._a.mp4",
+    ".Trash-1000/files/b.mp4",
+    ".snapshot/hourly.0/walk/a.mp4",
+    "walk/@eaDir/a.mp4/SHOT.jpg",
+    "@eaDir/walk/a.mp4",
+    "#recycle/old/c.mp4",
+    "$RECYCLE.BIN/S-1/$R1.mp4",
+    "System Volume Information/x/d.mp4",
+    "__MACOSX/walk/._a.mp4",
+)
+
+
+def test_what_systems_leave_is_neither_video_nor_class() -> None:
+    plan = plan_of("walk/a.mp4", *SYSTEMS)
+    assert placed(plan) == {"walk/a.mp4": ("walk", "train")}
+    assert Counter(row.error_class for row in plan.refused) == {"HiddenFile": len(SYSTEMS)}
+    files = [SourceFile(name, f"/set/{name}", 1) for name in ("walk/a.mp4", *SYSTEMS)]
+    assert catalog_of_files("/set", files).table.column("uri").to_pylist() == ["/set/walk/a.mp4"]
 
 
 @pytest.mark.parametrize(
@@ -107,7 +168,7 @@ def test_a_csv_says_class_and_split(tmp_path: Path) -> None:
         "b.mp4": ("run", "../../odd split"),
         ".c.mp4": ("run", "val"),
     }
-    names = sorted(shard.name for shard in plan.shards)
+    names = sorted(shard.name for shard in plan.units)
     assert re.fullmatch(r"shard-oddsplit-[0-9a-f]{8}-00000 shard-train-00000 shard-val-00000", " ".join(names))
     source.write_text("path,label\na.mp4,walk\nb.mp4,\n")
     with pytest.raises(CatalogError, match=r"list\.csv: b\.mp4 has no label"):
@@ -126,14 +187,14 @@ def test_a_video_keeps_its_split_when_the_source_grows() -> None:
 
 def test_shards_hold_one_split_are_of_like_size_and_mix_the_classes() -> None:
     plan = plan_of(*(f"{'ab'[i % 2]}/{i:04d}.mp4" for i in range(1000)), shard_bytes=100_000, val_fraction=0.3)
-    names = [shard.name for shard in plan.shards]
+    names = [shard.name for shard in plan.units]
     assert len(set(names)) == len(names)
     assert 10 <= len(names) <= 11
     assert all(name.startswith(("shard-train-0000", "shard-val-0000")) for name in names)
-    for shard in plan.shards:
-        assert len({video.split for video in shard.videos}) == 1
-        assert 80 <= len(shard.videos) <= 101
-        assert 25 <= Counter(video.label for video in shard.videos)["a"] <= 75
+    for shard in plan.units:
+        assert len({video.split for video in shard.files}) == 1
+        assert 80 <= len(shard.files) <= 101
+        assert 25 <= Counter(video.label for video in shard.files)["a"] <= 75
     assert len(placed(plan)) == 1000
 
 
@@ -141,8 +202,8 @@ def test_huge_and_empty_files_get_a_shard_too() -> None:
     files = [SourceFile(f"a/{i}", f"/set/a/{i}", size) for i, size in enumerate([0, 10**9, 0, 5, 10**9, 0])]
     plan = make_plan("/set", files, shard_bytes=1000, val_fraction=0)
     assert sorted(placed(plan)) == [f"a/{i}" for i in range(6)]
-    assert all(shard.videos for shard in plan.shards)
-    assert len(make_plan("/set", files[:1], shard_bytes=1000, val_fraction=0).shards) == 1
+    assert all(shard.files for shard in plan.units)
+    assert len(make_plan("/set", files[:1], shard_bytes=1000, val_fraction=0).units) == 1
 
 
 def test_the_plan_is_a_function_of_the_listing() -> None:
@@ -169,25 +230,26 @@ def videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for kind in ("empty", "random", "index_lost", "audio_only"):
         (folder / "set" / "mixed" / f"{kind}.mp4").write_bytes(make_broken(kind, data))
     (folder / "set" / "mixed" / "no_extension").write_bytes(data)
-    (folder / "set" / "mixed" / "video.json").write_bytes(data)
+    (folder / "set" / "mixed" / "video.!!").write_bytes(data)
     return folder / "set"
 
 
-def only_shard(source: Path) -> ShardPlan:
+def only_shard(source: Path) -> Unit:
     plan = make_plan(str(source), find_files(STORAGE, str(source)), shard_bytes=10**9, val_fraction=0)
-    (shard,) = plan.shards
+    (shard,) = plan.units
     return shard
 
 
 def test_offsets_lead_to_the_original_bytes(videos: Path, tmp_path: Path) -> None:
     """Read back by range, by tarfile, and compared with the source files: three ways to the same sha256."""
     shard = only_shard(videos)
-    commit = pack_shard(STORAGE, str(tmp_path), shard, DecodeConfig())
-    assert commit.uri == str(tmp_path / "shards" / "shard-train-00000.tar")
-    assert commit.size_bytes == os.path.getsize(commit.uri)
-    sources = {video.video_id: Path(video.uri) for video in shard.videos}
+    commit = pack_unit(STORAGE, str(tmp_path), shard, PackSettings())
+    (shard_tar,) = commit.tars
+    assert shard_tar.uri == str(tmp_path / "shards" / "shard-train-00000.tar")
+    assert shard_tar.size_bytes == os.path.getsize(shard_tar.uri)
+    sources = {video.video_id: Path(video.uri) for video in shard.files}
     assert len(commit.rows) == 8
-    with tarfile.open(commit.uri) as tar:
+    with tarfile.open(commit.tars[0].uri) as tar:
         members = {member.name: member for member in tar.getmembers()}
         assert len(members) == 2 * len(commit.rows)
         for row in commit.rows:
@@ -214,8 +276,8 @@ def test_offsets_lead_to_the_original_bytes(videos: Path, tmp_path: Path) -> Non
 
 def test_webdataset_groups_the_members_by_key(videos: Path, tmp_path: Path) -> None:
     """WebDataset's rule: the key is the name up to the first dot behind the last slash; a sample's files follow."""
-    commit = pack_shard(STORAGE, str(tmp_path), only_shard(videos), DecodeConfig())
-    with tarfile.open(commit.uri) as tar:
+    commit = pack_unit(STORAGE, str(tmp_path), only_shard(videos), PackSettings())
+    with tarfile.open(commit.tars[0].uri) as tar:
         names = tar.getnames()
     keys = [name.split("/")[-1].split(".", 1) for name in names]
     assert [key for key, _ in keys[::2]] == [key for key, _ in keys[1::2]] == [row["video_id"] for row in commit.rows]
@@ -225,8 +287,8 @@ def test_webdataset_groups_the_members_by_key(videos: Path, tmp_path: Path) -> N
 
 def test_every_file_is_packed_or_refused(videos: Path, tmp_path: Path) -> None:
     shard = only_shard(videos)
-    commit = pack_shard(STORAGE, str(tmp_path), shard, DecodeConfig())
-    assert len(commit.rows) + len(commit.refused) == len(shard.videos)
+    commit = pack_unit(STORAGE, str(tmp_path), shard, PackSettings())
+    assert len(commit.rows) + len(commit.refused) == len(shard.files)
     assert {refusal.video_id: (refusal.error_class, refusal.stage) for refusal in commit.refused} == {
         "mixed__empty": ("EmptyMedia", "probe"),
         "mixed__random": ("UnreadableContainer", "probe"),
@@ -238,34 +300,41 @@ def test_every_file_is_packed_or_refused(videos: Path, tmp_path: Path) -> None:
 
 def test_the_same_plan_gives_the_same_tar_and_the_first_commit_stands(videos: Path, tmp_path: Path) -> None:
     shard = only_shard(videos)
-    commits = [pack_shard(STORAGE, str(tmp_path / name), shard, DecodeConfig()) for name in ("a", "b")]
-    assert Path(commits[0].uri).read_bytes() == Path(commits[1].uri).read_bytes()
+    commits = [pack_unit(STORAGE, str(tmp_path / name), shard, PackSettings()) for name in ("a", "b")]
+    assert Path(commits[0].tars[0].uri).read_bytes() == Path(commits[1].tars[0].uri).read_bytes()
     assert read_commit(STORAGE, str(tmp_path / "a"), shard.name) == commits[0]
-    stricter = DecodeConfig(max_duration_s=0.001)
-    assert pack_shard(STORAGE, str(tmp_path / "a"), shard, stricter) == commits[0]
+    stricter = PackSettings(DecodeConfig(max_duration_s=0.001))
+    assert pack_unit(STORAGE, str(tmp_path / "a"), shard, stricter) == commits[0]
 
 
 def test_budgets_and_missing_files_are_reasons(videos: Path, tmp_path: Path) -> None:
     shard = only_shard(videos)
     absent = PlannedVideo("absent", "absent.mp4", "/absent.mp4", 0, "mixed", 0, "train")
-    shard = ShardPlan(shard.name, (*shard.videos, absent))
-    commit = pack_shard(STORAGE, str(tmp_path), shard, DecodeConfig(max_bytes=100))
-    assert (commit.rows, commit.uri, commit.size_bytes) == ((), "", 0)
+    shard = Unit(shard.name, (*shard.files, absent), is_one_shard=True)
+    commit = pack_unit(STORAGE, str(tmp_path), shard, PackSettings(DecodeConfig(max_bytes=100)))
+    assert (commit.rows, commit.tars) == ([], ())
     assert not (tmp_path / "shards" / "shard-train-00000.tar").exists()
     reasons = {refusal.video_id: (refusal.error_class, refusal.stage) for refusal in commit.refused}
     assert reasons["absent"] == ("ObjectNotFound", "read")
     assert reasons["mixed__empty"] == ("EmptyMedia", "probe")
     assert reasons["mixed__odd_name_0"] == ("MediaOverBudget", "list")
-    assert len(reasons) == len(shard.videos)
+    assert len(reasons) == len(shard.files)
 
 
 def test_a_commit_that_is_absent_or_damaged_is_named(tmp_path: Path) -> None:
     with pytest.raises(ObjectNotFound, match=r"shards/shard-x\.json"):
         read_commit(STORAGE, str(tmp_path), "shard-x")
-    for content in (b"not json", b"{}", b"[]", b'{"name": "x", "refused": [{}]}'):
+    for content in (b"not json", b"{}", b"[]", b'{"name": "x", "files": [{}]}'):
         STORAGE.put(str(tmp_path / "shards" / "shard-x.json"), content)
-        with pytest.raises(CatalogError, match=r"shard-x\.json is not the commit of a shard"):
+        with pytest.raises(CatalogError, match=r"shard-x\.json is not the commit of a unit"):
             read_commit(STORAGE, str(tmp_path), "shard-x")
+
+
+def test_a_video_called_json_does_not_take_the_place_of_its_record() -> None:
+    """Of a catalog's row: in a folder its name says that it is none."""
+    with tarfile.open(fileobj=io.BytesIO(), mode="w", format=tarfile.PAX_FORMAT) as tar:
+        write_tar(tar, PlannedVideo("key", "x.json", "/x.json", 1, "label", 0, "train"), b"v")
+        assert tar.getnames() == ["key.video", "key.json"]
 
 
 @pytest.mark.parametrize("length", [1, 511, 512, 513, 5000])
@@ -293,9 +362,9 @@ def test_long_and_foreign_names_keep_offsets_right(length: int) -> None:
 
 def test_a_quarantine_table_comes_back_as_it_was(tmp_path: Path) -> None:
     refusals = [
-        Refusal("a", "/a", "EmptyMedia", "no bytes", "probe"),
-        Refusal("b", "s3://b/t.tar", "ChecksumMismatch", "wrong", "read", 512, 7),
-        Refusal("c", "/c", "EmptyMedia", "no bytes", "probe"),
+        QuarantineRow("a", "/a", Refusal("probe", "EmptyMedia", "no bytes")),
+        QuarantineRow("b", "s3://b/t.tar", Refusal("read", "ChecksumMismatch", "wrong"), 512, 7),
+        QuarantineRow("c", "/c", Refusal("probe", "EmptyMedia", "no bytes")),
     ]
     save_quarantine(STORAGE, str(tmp_path / "q.parquet"), refusals)
     assert load_quarantine(STORAGE, str(tmp_path / "q.parquet")) == refusals

@@ -103,7 +103,7 @@ def test_test_rows_need_no_label(tmp_path: Path) -> None:
     (tmp_path / "list.csv").write_text("path,label,split\nv1.mp4,walk,train\nv2.mp4,run,train\nv3.mp4,,test\n")
     source = str(tmp_path / "list.csv")
     plan = make_plan(source, find_files(STORAGE, source), shard_bytes=100, val_fraction=0.0)
-    packed = {video.name: (video.label, video.label_id, video.split) for shard in plan.shards for video in shard.videos}
+    packed = {video.name: (video.label, video.label_id, video.split) for unit in plan.units for video in unit.files}
     assert packed == {"v1.mp4": ("walk", 1, "train"), "v2.mp4": ("run", 0, "train"), "v3.mp4": (None, None, "test")}
     (tmp_path / "list.csv").write_text("path,label,split\nv1.mp4,walk,train\nv2.mp4,,train\n")
     with pytest.raises(

@@ -19,7 +19,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import tiny_models
-from kinoray.catalog.quarantine import Refusal, load_quarantine
+from kinoray.catalog.quarantine import QuarantineRow, Refusal, load_quarantine
 from kinoray.catalog.table import Catalog, load_catalog, read_videos, references
 from kinoray.config.shared import (
     ClipConfig,
@@ -204,8 +204,8 @@ def test_a_line_that_is_no_row_is_named(tmp_path: Path, line: str) -> None:
 
 
 def test_a_video_is_quarantined_once_with_its_first_reason(tmp_path: Path) -> None:
-    def refusal(video_id: str, reason: str) -> Refusal:
-        return Refusal(video_id=video_id, uri="u", error_class="EmptyMedia", error_text=reason, stage="train on train")
+    def refusal(video_id: str, reason: str) -> QuarantineRow:
+        return QuarantineRow(video_id, "u", Refusal("train on train", "EmptyMedia", reason))
 
     folder = RunFolder(Storage(), str(tmp_path))
     folder.refuse([])

@@ -11,8 +11,8 @@ import pyarrow as pa
 import ray
 
 from kinoray.capacity.watch import CpuWatch
+from kinoray.catalog.quarantine import Refusal, error_of, refusals_of_columns
 from kinoray.config.shared import ResourcesConfig
-from kinoray.errors import KinorayError
 from kinoray.label.open import Labelling
 from kinoray.label.stage import LabelJob, LabelUnits, pack_unit
 from kinoray.label.table import row_keys
@@ -59,9 +59,11 @@ class _Worker:
     def __init__(self, job: LabelJob) -> None:
         self.units = LabelUnits(job)
 
-    def label(self, unit: dict[str, Any]) -> dict[str, Any]:
-        (counts,) = self.units(pa.Table.from_pylist([unit])).to_pylist()
-        return dict(counts)
+    def label(self, unit: dict[str, Any]) -> tuple[dict[str, Any], Refusal | None]:
+        table = self.units(pa.Table.from_pylist([unit]))
+        (counts,) = table.to_pylist()
+        (failure,) = refusals_of_columns(table.to_pydict())
+        return dict(counts), failure
 
 
 def measure_start(labelling: Labelling, resources: ResourcesConfig) -> StartFigures:
@@ -77,12 +79,13 @@ def measure_start(labelling: Labelling, resources: ResourcesConfig) -> StartFigu
     answers = [worker.label.remote(unit) for worker, unit in zip(workers, packed, strict=True)]
     first, _ = ray.wait(answers, num_returns=1)
     first_s = time.perf_counter() - begin
-    for answer in ray.get(answers):
-        if answer["error_class"]:
-            raise KinorayError(f"{answer['error_class']}: {answer['error_text']}")
+    for _, failure in ray.get(answers):
+        if failure is not None:
+            raise error_of(failure)
     for worker in workers:
         ray.kill(worker)
-    waited = {name: value for name, value in ray.get(first[0]).items() if name.endswith("_s")}  # for each stage
+    counts, _ = ray.get(first[0])
+    waited = {name: value for name, value in counts.items() if name.endswith("_s")}  # for each stage
     return StartFigures(first_s=first_s, unit_s=sum(waited.values()), commit_s=waited["commit_s"])
 
 

@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 import pyarrow as pa
 import torch
 
-from kinoray.errors import KinorayError, MediaError
+from kinoray.catalog.quarantine import Refusal, error_of, judge
+from kinoray.errors import MediaError
 from kinoray.label.read import VideoReader
 from kinoray.label.stage import LabelJob
 from kinoray.label.times import StageClock
@@ -69,11 +70,13 @@ def decode_loop(job: LabelJob, rows: pa.Table, num_workers: int, *, with_flow: b
     sandbox = shared_sandbox(num_decoders)
     for _ in reader.videos(rows.slice(0, 2 * num_decoders), with_flow=with_flow):
         pass  # starts the decoders
-    loop, last = DecodeLoop(videos=rows.num_rows), None
+    loop = DecodeLoop(videos=rows.num_rows)
+    last: Refusal | None = None
     cpu_s, begin = time.process_time() + sandbox.cpu_s, time.perf_counter()
     for video in reader.videos(rows, with_flow=with_flow):
-        if isinstance(video, KinorayError):
-            loop.bad, last = loop.bad + 1, video
+        if isinstance(video, Refusal):
+            loop.bad += 1
+            last = video
             continue
         loop.bytes_read += len(video.data)
         loop.duration_s += video.first.info.duration_s or 0.0
@@ -84,11 +87,12 @@ def decode_loop(job: LabelJob, rows: pa.Table, num_workers: int, *, with_flow: b
                     if len(loop.kept) < keep and _bytes_of(loop.kept) < _KEPT_BYTES:
                         loop.kept.append(clip)
         except MediaError as error:
-            loop.bad, last = loop.bad + 1, error
+            loop.bad += 1
+            last = judge(error, "decode")
     loop.wall_s = time.perf_counter() - begin
     loop.cpu_s = time.process_time() + sandbox.cpu_s - cpu_s
     if not loop.clips and last is not None:
-        raise last
+        raise error_of(last)
     return loop
 
 

@@ -11,9 +11,9 @@ from typing import Any
 
 import pyarrow as pa
 
+from kinoray.catalog.folders import VIDEO_EXTENSIONS, split_named
 from kinoray.catalog.kinetics import AnnotationRow, clip_key, key_of_name, window_of_key
 from kinoray.catalog.source import UNLABELLED_SPLITS
-from kinoray.catalog.table import VIDEO_EXTENSIONS
 from kinoray.catalog.tables import cells_of, decode_text, parse_records, parse_table_text, text_lines, unquoted
 from kinoray.errors import CatalogError
 from kinoray.storage.objects import Storage, absolute
@@ -21,7 +21,6 @@ from kinoray.storage.records import parse_json, parse_table
 
 __all__ = ["read_annotations", "read_label_names"]
 
-_SPLIT_NAMES = {"validation": "val", "validate": "val", "valid": "val", "training": "train", "testing": "test"}
 _PATH_FIELDS = ("path", "video", "uri", "video_path")
 _REMEDY = (
     "expected label,youtube_id,time_start,time_end[,split] (Kinetics), path,label[,split], lines `path label`, JSON "
@@ -226,10 +225,9 @@ def _time(where: str, name: str, fields: Mapping[str, Any]) -> float | None:
 
 def _split(where: str, uri: str, text: str) -> str:
     if text:
-        name = text.lower()
-        return _SPLIT_NAMES.get(name, name)
+        return split_named(text) or text.lower()
     words = re.split(r"[^a-z0-9]+", uri.rpartition("/")[2].lower())
-    named = {_SPLIT_NAMES.get(word, word) for word in words} & {"train", "val", "test"}
+    named = {split for word in words if (split := split_named(word))}
     if len(named) != 1:
         raise CatalogError(
             f"{where}: no split, and the file's name does not say train, val or test; add a column split, or rename "

@@ -11,8 +11,8 @@ from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from kinoray.catalog.folders import VIDEO_EXTENSIONS, is_hidden
 from kinoray.catalog.source import unique_ids
-from kinoray.catalog.table import VIDEO_EXTENSIONS
 
 __all__ = [
     "OFFICIAL_CLASSES",
@@ -191,7 +191,7 @@ def judge_name(name: str, clips: Mapping[str, Wanted | str]) -> tuple[str, str, 
     if problem:
         return "", "unsafe_name", problem
     base = parts[-1]
-    if any(part.startswith(".") and part != "." for part in parts) or "__MACOSX" in parts:
+    if is_hidden([part for part in parts if part != "."]):
         return "", "not_a_video", "a hidden file, or inside a hidden folder"
     key = key_of_name(name)
     ending = base.rpartition(".")[2].lower()

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from kinoray.config.clip import DecodeConfig
 from kinoray.config.files import local_path
 from kinoray.errors import (
-    AccessDenied,
     ChecksumMismatch,
     InvalidReference,
     KinorayError,
@@ -24,7 +23,7 @@ from kinoray.errors import (
 )
 from kinoray.storage.objects import Storage, is_s3
 
-__all__ = ["Reference", "is_store_fault", "read_video", "read_videos", "time_problem"]
+__all__ = ["Reference", "read_video", "read_videos", "time_problem"]
 
 _GAP_BYTES = 64 * 2**10  # tar headers and a small member between two wanted ones cost less than another request
 _WINDOW_BYTES = 32 * 2**20
@@ -127,14 +126,6 @@ def _read_once(storage: Storage, reference: Reference, max_bytes: int) -> bytes:
         return storage.read(reference.uri, max_bytes=max_bytes)
     except ObjectTooLarge as error:
         raise MediaOverBudget(f"{error} (decode.max_bytes)") from error
-
-
-def is_store_fault(uri: str, answer: object) -> bool:
-    """Whether it is no fault of the video: the store is down, or credentials are denied an object.
-
-    That a local file may not be read says something of this file only.
-    """
-    return isinstance(answer, StorageUnavailable) or (isinstance(answer, AccessDenied) and is_s3(uri))
 
 
 def read_videos(

@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from kinoray.catalog.folders import split_named
 from kinoray.catalog.tables import decode_text, parse_table_text
 from kinoray.config.files import FILE_SCHEME, local_path, local_uri
 from kinoray.errors import CatalogError, ConfigError, IncompleteOutput, ObjectNotFound, StorageError, StorageUnavailable
@@ -26,8 +27,6 @@ _STAT_THREADS = 16
 _MAX_ID_BYTES = 180  # leaves room for an extension in the 255 bytes of a file name
 UNLABELLED_SPLITS = frozenset({"test", "holdout", "unlabelled"})
 """Splits whose videos may have no label."""
-
-_SPLIT_NAMES = {"validation": "val"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +42,7 @@ class SourceFile:
     label: str | None = None
     """Class name, from a CSV."""
     split: str | None = None
-    """Split, from a CSV; `validation` is called `val`."""
+    """Split, from a CSV; `Validation` is called `val`, and so on."""
 
 
 def warn(text: str) -> None:
@@ -125,7 +124,7 @@ def _read_csv(storage: Storage, source: str) -> list[SourceFile]:
             uri=_uri_of(folder, name),
             size_bytes=0,
             label=record.cells.get("label", "").strip() or None,
-            split=_SPLIT_NAMES.get(split or "", split),
+            split=split_named(split) or split if split else None,
         )
         if file.uri in files:
             raise CatalogError(f"{where}: {name} is listed twice; a video can have one row only")

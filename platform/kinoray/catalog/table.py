@@ -16,6 +16,7 @@ from functools import cached_property
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from kinoray.catalog.folders import VIDEO_EXTENSIONS, is_video, said_of_others
 from kinoray.catalog.read import Reference, read_video, read_videos, time_problem
 from kinoray.catalog.source import SourceFile, find_files, unique_ids, warn
 from kinoray.config.files import local_path, local_uri
@@ -26,12 +27,10 @@ from kinoray.storage.records import parse_json, parse_record, parse_table
 __all__ = [
     "CATALOG_SCHEMA",
     "REFERENCE_COLUMNS",
-    "VIDEO_EXTENSIONS",
     "Catalog",
     "Reference",
     "catalog_of_files",
     "catalog_of_source",
-    "extension",
     "is_catalog",
     "load_catalog",
     "read_video",
@@ -67,11 +66,6 @@ CATALOG_SCHEMA: pa.Schema = pa.schema(
 
 REFERENCE_COLUMNS = ("uri", "offset", "length", "sha256", "time_start_s", "time_end_s")
 """What `references` needs of a table."""
-
-VIDEO_EXTENSIONS = frozenset(
-    {".mp4", ".mkv", ".webm", ".avi", ".mov", ".m4v", ".ts", ".mpg", ".mpeg", ".flv", ".wmv", ".3gp"}
-)
-"""What counts as a video in a folder that has no catalog, in lower case."""
 
 _LABELS_KEY = b"kinoray.labels"
 _DIGEST_ROWS = 4096
@@ -232,7 +226,7 @@ def save_catalog(storage: Storage, uri: str, catalog: Catalog) -> None:
 def catalog_of_source(storage: Storage, source: str) -> Catalog:
     """A catalog of what a user points at: a pack's folder, a .parquet, a .csv, or a folder or prefix of videos.
 
-    Videos in a folder are known by their extension (VIDEO_EXTENSIONS) and stay where they are; their rows are `listed`,
+    Videos in a folder are known by their names (`is_video`) and stay where they are; their rows are `listed`,
     not probed, and have no checksum.
 
     Raises:
@@ -241,7 +235,13 @@ def catalog_of_source(storage: Storage, source: str) -> Catalog:
     """
     if is_catalog(storage, source):
         return load_catalog(storage, source)
-    return catalog_of_files(source, find_files(storage, source))
+    files = find_files(storage, source)
+    catalog = catalog_of_files(source, files)
+    told = ("catalog.parquet", _PACK_RECORD)  # by is_catalog
+    others = [file.name for file in files if not is_video(file.name) and file.name not in told]
+    if others and len(catalog) < len(files):  # a list may name what it likes
+        warn(f"{source}: {said_of_others(others)}, and left out")
+    return catalog
 
 
 def is_catalog(storage: Storage, source: str, *, say: Callable[[str], None] = warn) -> bool:
@@ -282,7 +282,7 @@ def catalog_of_files(source: str, files: list[SourceFile]) -> Catalog:
     """
     if not source.lower().endswith(".csv"):
         num_found, names = len(files), {file.name for file in files}
-        files = [file for file in files if extension(file.name) in VIDEO_EXTENSIONS]
+        files = [file for file in files if is_video(file.name)]
         if not files:
             there = f"{num_found} files, but none" if num_found else "nothing"
             known = " ".join(sorted(VIDEO_EXTENSIONS))
@@ -292,12 +292,6 @@ def catalog_of_files(source: str, files: list[SourceFile]) -> Catalog:
     if not files:
         raise CatalogError(f"{source} lists no video")
     return _listed(files)
-
-
-def extension(name: str) -> str:
-    """`bus/a.MP4` -> `.mp4`; empty for a name without one."""
-    stem, dot, last = name.rpartition("/")[2].rpartition(".")
-    return f".{last.lower()}" if stem and dot else ""
 
 
 def _listed(files: list[SourceFile]) -> Catalog:

@@ -45,7 +45,7 @@ def _can_gain(info: VideoInfo) -> bool:
 def decode_section(probed: Sequence[Probed], costs: Sequence[DecodeCost], num_videos: int, clip: ClipConfig) -> Section:
     """The cost of one pass over the library, by class and in all."""
     classes = {found.video.video_id: cost_class(found.info) for found in probed if found.info is not None}
-    decoded = [cost for cost in costs if cost.error is None]
+    decoded = [cost for cost in costs if cost.refusal is None]
     shares = Counter(classes.values())
     num_bad = len(probed) - len(classes)
     rgb_s = _by_class(classes, {cost.video_id: cost.cpu_s for cost in decoded})
@@ -104,13 +104,15 @@ def _row(cost: DecodeCost, name: str) -> dict[str, Any]:
 
 def _transcoding(decoded: Sequence[DecodeCost]) -> dict[str, Any] | None:
     """Sums over the videos that were transcoded; None if none was."""
-    tried = [cost for cost in decoded if cost.transcoded_cpu_s is not None or cost.transcode_error is not None]
+    tried = [cost for cost in decoded if cost.transcoded_cpu_s is not None or cost.transcode_refusal is not None]
     made = [cost for cost in tried if cost.transcoded_cpu_s is not None]
     if not tried:
         return None
     return {
         "num_transcoded": len(made),
-        "refused": [f"{cost.video_id}: {cost.transcode_error}" for cost in tried if cost.transcode_error is not None],
+        "refused": [
+            f"{cost.video_id}: {cost.transcode_refusal.error_text}" for cost in tried if cost.transcode_refusal
+        ],
         "cpu_s": sum(cost.transcode_cpu_s or 0.0 for cost in made),
         "decode_before_cpu_s": sum(cost.cpu_s for cost in made),
         "decode_after_cpu_s": sum(cost.transcoded_cpu_s or 0.0 for cost in made),

@@ -14,10 +14,11 @@ from dataclasses import dataclass, replace
 from queue import SimpleQueue
 from typing import TypeVar
 
+from kinoray.catalog.quarantine import Refusal, judge
 from kinoray.catalog.table import Reference, read_videos
 from kinoray.config.shared import ClipConfig, DecodeConfig
 from kinoray.console import Progress
-from kinoray.errors import AccessDenied, KinorayError, MediaError, MediaOverBudget, StorageUnavailable
+from kinoray.errors import AccessDenied, KinorayError, MediaError
 from kinoray.storage.objects import Storage
 from kinoray.video.clip import VideoInfo
 from kinoray.video.sandbox.pool import Sandbox, shared_sandbox
@@ -48,10 +49,8 @@ class Probed:
     """Of the bytes; empty if they could not be read."""
     info: VideoInfo | None = None
     """What it is; None if it is bad."""
-    error: KinorayError | None = None
+    refusal: Refusal | None = None
     """Why it is bad."""
-    stage: str = ""
-    """Where it turned out bad: `list`, `read` or `probe`."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -71,11 +70,11 @@ class DecodeCost:
     transcoded_cpu_s: float | None = None
     """Decoding the same clip from the transcoded video."""
     transcoded_bytes: int | None = None
-    transcode_error: KinorayError | None = None
+    transcode_refusal: Refusal | None = None
     """Why `pack --transcode` would refuse it."""
     size_bytes: int = 0
     """Bytes that were read for this."""
-    error: KinorayError | None = None
+    refusal: Refusal | None = None
     """Why it could not be decoded; then there are no times."""
 
 
@@ -93,26 +92,29 @@ def probe_all(storage: Storage, videos: Sequence[Video], decode: DecodeConfig, n
         try:
             return replace(found, info=sandbox.probe(data, decode))
         except MediaError as error:
-            return replace(found, error=error, stage="probe")
+            return replace(found, refusal=judge(error, "probe"))
 
     small = [video for video in videos if (video.size_bytes or 0) <= decode.max_bytes]
     progress = Progress(len(small), "doctor: probed", "videos")
     results: dict[str, Probed] = {}
     for video, outcome in _worked(storage, small, probe, num_decoders, decode.max_bytes):
-        found = Probed(video=video, error=outcome, stage="read") if isinstance(outcome, KinorayError) else outcome
+        found = Probed(video=video, refusal=outcome) if isinstance(outcome, Refusal) else outcome
         results[video.video_id] = found
-        progress.update(1, bad=found.error is not None)
+        progress.update(1, bad=found.refusal is not None)
     if small:
         progress.close()
-    denied = [found.error for found in results.values() if isinstance(found.error, AccessDenied)]
+    refusals = [found.refusal for found in results.values() if found.refusal is not None]
+    denied = [refusal for refusal in refusals if refusal.error_class == AccessDenied.__name__]
     if denied and len(denied) == len(results):
-        raise AccessDenied(f"none of {len(denied)} videos may be read; the first: {denied[0]}; check the credentials")
+        raise AccessDenied(
+            f"none of {len(denied)} videos may be read; the first: {denied[0].error_text}; check the credentials"
+        )
     return [results.get(video.video_id) or _over_size(video, decode) for video in videos]
 
 
 def _over_size(video: Video, decode: DecodeConfig) -> Probed:
     text = f"{video.size_bytes:,} bytes are more than decode.max_bytes = {decode.max_bytes:,}; it was not read"
-    return Probed(video=video, error=MediaOverBudget(text), stage="list")
+    return Probed(video=video, refusal=Refusal("list", "MediaOverBudget", text))
 
 
 def measure(
@@ -144,15 +146,15 @@ def measure(
             try:
                 return meter.cost(video, data, transcoded=video.video_id in transcode_ids)
             except MediaError as error:
-                return DecodeCost(video_id=video.video_id, size_bytes=len(data), error=error)
+                return DecodeCost(video_id=video.video_id, size_bytes=len(data), refusal=judge(error, "decode"))
             finally:
                 sandboxes.put(meter)
 
         for video, outcome in _worked(storage, videos, decode, num_decoders, clip.decode.max_bytes):
-            if isinstance(outcome, KinorayError):
-                outcome = DecodeCost(video_id=video.video_id, error=outcome)
+            if isinstance(outcome, Refusal):
+                outcome = DecodeCost(video_id=video.video_id, refusal=outcome)
             results.append(outcome)
-            progress.update(1, bad=outcome.error is not None)
+            progress.update(1, bad=outcome.refusal is not None)
     if videos:
         progress.close()
     return results
@@ -187,7 +189,7 @@ class _Meter:
             transcode_cpu_s, made = self._timed(lambda: self._sandbox.transcode(data, self._clip.decode))
             after_s, _ = self._timed(lambda: self._sandbox.decode_clip(made.data, self._clip, with_flow=False))
         except MediaError as error:  # it can be decoded all the same
-            return replace(found, transcode_error=error)
+            return replace(found, transcode_refusal=judge(error, "transcode"))
         size_bytes = len(made.data)
         return replace(found, transcode_cpu_s=transcode_cpu_s, transcoded_cpu_s=after_s, transcoded_bytes=size_bytes)
 
@@ -199,22 +201,23 @@ class _Meter:
 
 def _worked(
     storage: Storage, videos: Sequence[Video], work: Callable[[Video, bytes], T], num_threads: int, max_bytes: int
-) -> Iterator[tuple[Video, T | KinorayError]]:
+) -> Iterator[tuple[Video, T | Refusal]]:
     """(video, what `work` makes of its bytes, or why they could not be read), in order, a few in memory at a time."""
-    pending: deque[tuple[Video, Future[T] | KinorayError]] = deque()
+    pending: deque[tuple[Video, Future[T] | Refusal]] = deque()
     with ThreadPoolExecutor(num_threads, thread_name_prefix="doctor") as pool:
         try:
             blobs = read_videos(storage, [video.reference for video in videos], max_bytes=max_bytes)
             for video, data in zip(videos, blobs, strict=True):
-                if isinstance(data, StorageUnavailable):
-                    raise data
-                pending.append((video, data if isinstance(data, KinorayError) else pool.submit(work, video, data)))
+                if isinstance(data, KinorayError):
+                    pending.append((video, judge(data, "read")))
+                else:
+                    pending.append((video, pool.submit(work, video, data)))
                 while len(pending) > 2 * num_threads:
                     first, entry = pending.popleft()
-                    yield first, entry if isinstance(entry, KinorayError) else entry.result()
+                    yield first, entry if isinstance(entry, Refusal) else entry.result()
             while pending:
                 first, entry = pending.popleft()
-                yield first, entry if isinstance(entry, KinorayError) else entry.result()
+                yield first, entry if isinstance(entry, Refusal) else entry.result()
         finally:
             for _, entry in pending:
                 if isinstance(entry, Future):

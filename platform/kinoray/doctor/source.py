@@ -14,12 +14,11 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from kinoray.catalog.folders import extension, is_video, places_in_folders
 from kinoray.catalog.source import UNLABELLED_SPLITS, SourceFile, find_files, unique_ids
 from kinoray.catalog.table import (
-    VIDEO_EXTENSIONS,
     Catalog,
     catalog_of_files,
-    extension,
     is_catalog,
     load_catalog,
     references,
@@ -28,7 +27,6 @@ from kinoray.config.shared import DecodeConfig
 from kinoray.console import many, table
 from kinoray.doctor.section import Section, Warn, format_bytes
 from kinoray.errors import CatalogError
-from kinoray.pack.plan import places_in_folders
 from kinoray.storage.objects import Storage
 
 __all__ = ["Inventory", "choose_sample", "open_source", "source_section"]
@@ -78,8 +76,8 @@ def open_source(storage: Storage, source: str) -> Inventory:
     if source.lower().endswith(".csv"):
         places, videos, others = _places_of(catalog), files, []
     else:
-        videos = [file for file in files if extension(file.name) in VIDEO_EXTENSIONS]
-        others = [file for file in files if extension(file.name) not in VIDEO_EXTENSIONS]
+        videos = [file for file in files if is_video(file.name)]
+        others = [file for file in files if not is_video(file.name)]
         places = _places_of_folders(videos)
     ids = catalog.table.column("video_id").to_pylist()
     return Inventory(

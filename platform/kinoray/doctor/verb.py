@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from kinoray.catalog.quarantine import Refusal, count_reasons, save_quarantine
+from kinoray.catalog.quarantine import QuarantineRow, Refusal, count_reasons, save_quarantine
 from kinoray.catalog.table import references
 from kinoray.console import format_duration, many
 from kinoray.doctor.config import DoctorConfig
@@ -24,7 +24,7 @@ from kinoray.doctor.section import Section
 from kinoray.doctor.source import Inventory, choose_sample, open_source, source_section
 from kinoray.doctor.store import store_section
 from kinoray.doctor.videos import bad_section, probe_section
-from kinoray.errors import JobError, KinorayError, TooManyBad
+from kinoray.errors import JobError, TooManyBad
 from kinoray.storage.objects import Storage, absolute, join
 
 __all__ = ["doctor"]
@@ -60,7 +60,7 @@ def doctor(config: DoctorConfig) -> dict[str, Any]:
         TooManyBad: likewise, but more than max_bad_fraction of the sample is bad.
     """
     start = time.monotonic()
-    sections, bad, num_probed = [], list[Refusal](), 0
+    sections, bad, num_probed = [], list[QuarantineRow](), 0
     for section, refused, count in _sections(config):
         sections.append(section)
         bad += refused
@@ -83,7 +83,7 @@ def doctor(config: DoctorConfig) -> dict[str, Any]:
     return record
 
 
-def _sections(config: DoctorConfig) -> Iterator[tuple[Section, list[Refusal], int]]:
+def _sections(config: DoctorConfig) -> Iterator[tuple[Section, list[QuarantineRow], int]]:
     """(what a part found, the videos that it found bad, the videos that it probed), part after part."""
     if not config.source:
         print("doctor: examining this machine", flush=True)
@@ -98,7 +98,7 @@ def _sections(config: DoctorConfig) -> Iterator[tuple[Section, list[Refusal], in
         yield from _video_sections(config)
 
 
-def _video_sections(config: DoctorConfig) -> Iterator[tuple[Section, list[Refusal], int]]:
+def _video_sections(config: DoctorConfig) -> Iterator[tuple[Section, list[QuarantineRow], int]]:
     """The parts about config.source."""
     storage, source = Storage(config.storage), absolute(config.source)
     print(f"doctor: listing {source}", flush=True)
@@ -117,7 +117,7 @@ def _video_sections(config: DoctorConfig) -> Iterator[tuple[Section, list[Refusa
 
 def _decoded(
     config: DoctorConfig, storage: Storage, probed: Sequence[Probed], num_videos: int
-) -> tuple[Section, list[Refusal]]:
+) -> tuple[Section, list[QuarantineRow]]:
     """What decoding some of the probed videos costs, and those that it failed on."""
     chosen = choose_decoded(probed, config.decode_sample)
     costs = measure(
@@ -129,14 +129,14 @@ def _decoded(
         num_decoders=_DECODERS,
     )
     failed = [
-        _refusal(found.video, cost.error, "decode")
+        _row_of(found.video, cost.refusal)
         for found, cost in zip(chosen, costs, strict=True)
-        if cost.error is not None
+        if cost.refusal is not None
     ]
     return decode_section(probed, costs, num_videos, config.clip), failed
 
 
-def _write(config: DoctorConfig, record: dict[str, Any], bad: Sequence[Refusal]) -> None:
+def _write(config: DoctorConfig, record: dict[str, Any], bad: Sequence[QuarantineRow]) -> None:
     storage, out = Storage(config.storage), absolute(config.out)
     names = [join(out, "doctor.json")]
     if config.source:
@@ -159,14 +159,13 @@ def _sample(inventory: Inventory, count: int) -> list[Video]:
     ]
 
 
-def _bad_of(probed: Sequence[Probed]) -> list[Refusal]:
-    return [_refusal(found.video, found.error, found.stage) for found in probed if found.error is not None]
+def _bad_of(probed: Sequence[Probed]) -> list[QuarantineRow]:
+    return [_row_of(found.video, found.refusal) for found in probed if found.refusal is not None]
 
 
-def _refusal(video: Video, error: KinorayError, stage: str) -> Refusal:
-    text = " ".join(str(error).split())
+def _row_of(video: Video, refusal: Refusal) -> QuarantineRow:
     place = video.reference
-    return Refusal(video.video_id, place.uri, type(error).__name__, text, stage, place.offset, place.length)
+    return QuarantineRow(video.video_id, place.uri, refusal, place.offset, place.length)
 
 
 def _record(config: DoctorConfig, sections: Sequence[Section]) -> dict[str, Any]:

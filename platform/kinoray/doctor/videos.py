@@ -4,7 +4,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from kinoray.catalog.quarantine import Refusal, count_reasons
+from kinoray.catalog.quarantine import QuarantineRow, count_reasons
 from kinoray.config.shared import ClipConfig
 from kinoray.console import format_duration, many, table
 from kinoray.doctor.cost import size_class
@@ -166,7 +166,9 @@ def _warnings(values: dict[str, Any], good: Sequence[tuple[Probed, VideoInfo]], 
     return found
 
 
-def bad_section(bad: Sequence[Refusal], num_probed: int, num_videos: int, max_bad_fraction: float, out: str) -> Section:
+def bad_section(
+    bad: Sequence[QuarantineRow], num_probed: int, num_videos: int, max_bad_fraction: float, out: str
+) -> Section:
     """How many videos are bad, of which kinds, and the first of each."""
     low, high = wilson_interval(len(bad), num_probed)
     reasons = count_reasons(bad)

@@ -10,10 +10,10 @@ import pyarrow as pa
 import ray.data
 from ray.exceptions import RayError, RayTaskError
 
-from kinoray import errors
+from kinoray.catalog.quarantine import error_of, refusals_of_columns
 from kinoray.cluster.connect import connect, quiet_ray, require_fit
 from kinoray.config.shared import ResourcesConfig
-from kinoray.errors import ClusterError, KinorayError
+from kinoray.errors import ClusterError
 from kinoray.label.open import Labelling
 from kinoray.label.stage import UNIT_COLUMNS, LabelUnits, pack_unit
 from kinoray.label.table import Unit
@@ -58,9 +58,10 @@ def run_units(labelling: Labelling, units: list[Unit], resources: ResourcesConfi
     )
     try:
         for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
-            for result in batch.to_pylist():
-                if result["error_class"]:
-                    raise _error_of(result)
+            failures = refusals_of_columns(batch.to_pydict())
+            for result, failure in zip(batch.to_pylist(), failures, strict=True):
+                if failure is not None:
+                    raise error_of(failure)
                 yield result
     except RayTaskError:
         raise  # a bug: its traceback is what is needed
@@ -75,9 +76,3 @@ def _rotated(units: list[Unit], run_id: str) -> list[Unit]:
     """Begin somewhere else in every job, so that two jobs on one catalog meet at the end, not at every unit."""
     start = int(run_id, 16) % len(units)
     return units[start:] + units[:start]
-
-
-def _error_of(result: dict[str, Any]) -> KinorayError:
-    kind = getattr(errors, result["error_class"], KinorayError)
-    error: KinorayError = kind(result["error_text"])
-    return error

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import pyarrow as pa
 
+from kinoray.catalog.quarantine import Refusal, judge
 from kinoray.catalog.table import read_videos, references
 from kinoray.config.scoring import ViewsConfig
 from kinoray.config.shared import ClipConfig
@@ -53,7 +54,7 @@ class VideoReader:
         self._depths: list[int] = []
         self._buckets: set[str] = set()
 
-    def videos(self, rows: pa.Table, *, with_flow: bool) -> Iterator[DecodedVideo | KinorayError]:
+    def videos(self, rows: pa.Table, *, with_flow: bool) -> Iterator[DecodedVideo | Refusal]:
         """One for each row, in order, some ahead of the consumer: as many as fill a batch, and the decoders.
 
         Raises:
@@ -62,17 +63,17 @@ class VideoReader:
         """
         if self._clip.decode.device == "cuda" and isinstance(self._decoder, Sandbox):
             self._decoder = DeviceDecoder(self._decoder)  # here, so that a machine without a GPU is an error of the job
-        pending: deque[Future[DecodedVideo | MediaError] | KinorayError] = deque()
+        pending: deque[Future[DecodedVideo | Refusal] | Refusal] = deque()
         wanted = references(rows)
         arriving = iter(read_videos(self._storage, wanted, max_bytes=self._clip.decode.max_bytes))
         try:
             for uri in (reference.uri for reference in wanted):
                 with self._clock.timing("store"):
                     data = next(arriving)
-                self._require_store(uri, data)
                 if isinstance(data, KinorayError):
-                    pending.append(data)
+                    pending.append(self._judge(uri, data))
                 else:
+                    self._buckets.add(_bucket(uri))
                     pending.append(self._threads.submit(self._open, data, with_flow))
                 if len(pending) > self._ahead:
                     yield self._next(pending)
@@ -83,15 +84,11 @@ class VideoReader:
                 if isinstance(entry, Future):
                     entry.cancel()
 
-    def _require_store(self, uri: str, data: bytes | KinorayError) -> None:
-        """Raise where the store is at fault that there are no bytes: it is down, or a bucket was there and is gone."""
-        bucket = "/".join(uri.split("/")[:3])
-        if isinstance(data, BucketNotFound) and bucket in self._buckets:
-            raise StorageUnavailable(f"{data}; it was there when the job began, so nothing was quarantined for it")
-        if isinstance(data, StorageUnavailable):
-            raise data
-        if isinstance(data, bytes):
-            self._buckets.add(bucket)
+    def _judge(self, uri: str, error: KinorayError) -> Refusal:
+        """Why there are no bytes; raises where the store is at fault: it is down, or a bucket was there and is gone."""
+        if isinstance(error, BucketNotFound) and _bucket(uri) in self._buckets:
+            error = StorageUnavailable(f"{error}; it was there when the job began, so nothing was quarantined for it")
+        return judge(error, "read")
 
     def take_refused(self) -> Counter[str]:
         """How many readings the GPU left to the sandbox since the last call, by reason."""
@@ -125,17 +122,21 @@ class VideoReader:
             if part.num_windows != total:
                 raise UndecodableVideo(f"its windows became {part.num_windows} from {total} while they were read")
 
-    def _open(self, data: bytes, with_flow: bool) -> DecodedVideo | MediaError:
+    def _open(self, data: bytes, with_flow: bool) -> DecodedVideo | Refusal:
         try:
             return DecodedVideo(data, self._decode(data, with_flow, 0))
         except MediaError as error:  # whatever a video does is one of these; what else goes wrong is not its fault
-            return error
+            return judge(error, "decode")
 
     def _decode(self, data: bytes, with_flow: bool, first_window: int) -> ViewClips:
         return self._decoder.decode_views(data, self._clip, self._views, with_flow=with_flow, first_window=first_window)
 
-    def _next(self, pending: deque[Future[DecodedVideo | MediaError] | KinorayError]) -> DecodedVideo | KinorayError:
+    def _next(self, pending: deque[Future[DecodedVideo | Refusal] | Refusal]) -> DecodedVideo | Refusal:
         self._depths.append(sum(isinstance(entry, Future) and entry.done() for entry in pending))
         entry = pending.popleft()
         with self._clock.timing("decode"):
             return entry.result() if isinstance(entry, Future) else entry
+
+
+def _bucket(uri: str) -> str:
+    return "/".join(uri.split("/")[:3])

@@ -16,6 +16,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
+from kinoray.catalog.quarantine import Refusal, error_of, judge, refusal_columns, report
 from kinoray.catalog.table import REFERENCE_COLUMNS
 from kinoray.cluster.events import log_event
 from kinoray.config.scoring import ViewsConfig
@@ -85,9 +86,9 @@ class _Window:
 
 @dataclass(slots=True)
 class _Outcome:
-    """What became of one video: an error, or windows with views whose logits become a score."""
+    """What became of one video: a refusal, or windows with views whose logits become a score."""
 
-    error: KinorayError | None = None
+    refusal: Refusal | None = None
     windows: list[_Window] = field(default_factory=list)
     answer: dict[str, Any] = field(default_factory=dict)
     window_answers: list[dict[str, Any]] = field(default_factory=list)
@@ -119,8 +120,8 @@ class _Place(NamedTuple):
 class LabelUnits:
     """Unit rows in (see `pack_unit`), one small row of counts out for each; the predictions go to the ledger.
 
-    The model is loaded at the first unit, so that what is wrong with it comes back as a row: `error_class` and
-    `error_text` of a KinorayError that must end the job. Nothing is committed for such a unit.
+    The model is loaded at the first unit, so that what is wrong with it comes back as a row: the
+    refusal_columns of a KinorayError that must end the job. Nothing is committed for such a unit.
     """
 
     def __init__(self, job: LabelJob) -> None:
@@ -136,13 +137,14 @@ class LabelUnits:
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         results = []
+        failures: list[Refusal | None] = []
         for row in batch.to_pylist():
             unit = Unit(row["unit_id"], tuple(row["keys"]), len(row["keys"]))
-            counts, failure = {}, {"error_class": "", "error_text": ""}
+            counts, failure = {}, None
             try:
                 counts = self.label_unit(unit, pa.ipc.open_stream(row["rows"]).read_all())
             except KinorayError as error:
-                failure = {"error_class": type(error).__name__, "error_text": str(error)}
+                failure = report(error, "label")
                 if self.scorer is not None:
                     self.scorer.clear()  # else its clips would share a batch with the next unit's
             seconds = self.clock.take()
@@ -150,10 +152,12 @@ class LabelUnits:
             depth = self.reader.take_depth()
             self.metrics.add(UnitTimes(counts=counts, reasons=reasons, seconds=seconds, decoded_ahead=depth))
             rows = {"rows": sum(counts.values()), "quarantined": counts.get("quarantined", 0)}
-            results.append(
-                {"unit_id": unit.unit_id, **rows, **failure, **{f"{name}_s": seconds[name] for name in STAGES}}
-            )
-        return pa.Table.from_pylist(results)
+            results.append({"unit_id": unit.unit_id, **rows, **{f"{name}_s": seconds[name] for name in STAGES}})
+            failures.append(failure)
+        table = pa.Table.from_pylist(results)
+        for name, column in refusal_columns(failures).items():
+            table = table.append_column(name, pa.array(column))
+        return table
 
     def label_unit(self, unit: Unit, rows: pa.Table) -> dict[str, int]:
         """Label and commit one unit, unless it is committed already; its counts by status.
@@ -182,10 +186,10 @@ class LabelUnits:
             "unit": unit.unit_id,
         }
         for video_id, outcome in zip(rows.column("video_id").to_pylist(), outcomes, strict=True):
-            if outcome.error is not None:
-                reason = type(outcome.error).__name__
+            if outcome.refusal is not None:
+                reason = outcome.refusal.error_class
                 self._reasons[reason] += 1
-                row = {"video": video_id, "reason": reason, "text": str(outcome.error)}
+                row = {"video": video_id, "reason": reason, "text": outcome.refusal.error_text}
                 log_event("quarantined", ids | row, bad=True)
         for reason, count in self.reader.take_refused().items():
             log_event("not decoded by the GPU", ids | {"reason": reason, "readings": count})
@@ -230,8 +234,8 @@ class LabelUnits:
         """One outcome for each row, in order."""
         outcomes = [_Outcome() for _ in range(rows.num_rows)]
         for outcome, video in zip(outcomes, self.reader.videos(rows, with_flow=self.with_flow), strict=True):
-            if isinstance(video, KinorayError):
-                outcome.error = video
+            if isinstance(video, Refusal):
+                outcome.refusal = video
                 continue
             try:
                 for part in self.reader.parts(video, with_flow=self.with_flow):
@@ -242,10 +246,10 @@ class LabelUnits:
                         with self.clock.timing("model"):
                             _keep(scorer.put(place, clip))
             except MediaError as error:  # of a later window; what waits of the earlier ones is dropped with the video
-                outcome.error = error
+                outcome.refusal = judge(error, "decode")
         with self.clock.timing("model"):
             _keep(scorer.flush())
-        self._score([outcome for outcome in outcomes if outcome.error is None])
+        self._score([outcome for outcome in outcomes if outcome.refusal is None])
         return outcomes
 
     def _score(self, outcomes: list[_Outcome]) -> None:
@@ -272,13 +276,13 @@ class LabelUnits:
         }
         records = []
         for key, row, outcome in zip(unit.keys, rows.to_pylist(), outcomes, strict=True):
-            bad = outcome.error
+            bad = outcome.refusal
             answers = [] if bad else outcome.answers
             records.append(
                 {name: row[name] for name in ("video_id", "uri", "offset", "length")}
                 | {"row_key": key, "status": "labelled" if bad is None else "quarantined"}
-                | {"error_class": None if bad is None else type(bad).__name__}
-                | {"error_text": None if bad is None else " ".join(str(bad).split())}
+                | {"error_class": None if bad is None else bad.error_class}
+                | {"error_text": None if bad is None else bad.error_text}
                 | {"views": len(answers), "windows": 0 if bad else len(outcome.windows)}
                 | {"segments_run": sum(answer.segments_run for answer in answers)}
                 | {name: getattr(outcome, name) for name in ("frames_decoded", "frames_corrupt", "frames_missing")}
@@ -293,7 +297,7 @@ class LabelUnits:
             {"video_id": video_id, "row_key": key, "window": number, "begin_s": window.begin_s, "end_s": window.end_s}
             | answer
             for key, video_id, outcome in zip(unit.keys, rows.column("video_id").to_pylist(), outcomes, strict=True)
-            if outcome.error is None
+            if outcome.refusal is None
             for number, (window, answer) in enumerate(zip(outcome.windows, outcome.window_answers, strict=True))
         ]
         return pa.Table.from_pylist(records, schema=WINDOW_SCHEMA)
@@ -323,9 +327,13 @@ def _extras(views: Sequence[ClipAnswer]) -> dict[str, Any]:
 
 def _refuse_if_none_readable(outcomes: Sequence[_Outcome]) -> None:
     """One forbidden object is a quarantine row; a unit of nothing else means that the job cannot read its input."""
-    kinds = {type(outcome.error) for outcome in outcomes}
-    if len(outcomes) > 1 and len(kinds) == 1 and (kind := kinds.pop()) in (AccessDenied, BucketNotFound):
-        raise kind(
+    refusals = [outcome.refusal for outcome in outcomes if outcome.refusal is not None]
+    kinds = {refusal.error_class for refusal in refusals}
+    if len(refusals) < max(2, len(outcomes)) or len(kinds) != 1:
+        return
+    first = error_of(refusals[0])
+    if isinstance(first, AccessDenied | BucketNotFound):
+        raise type(first)(
             f"none of the {len(outcomes)} videos of a unit may be read, so nothing was quarantined; the first: "
-            f"{outcomes[0].error}; check credentials and buckets, or leave these videos out of the source"
+            f"{first}; check credentials and buckets, or leave these videos out of the source"
         )

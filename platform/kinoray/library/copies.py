@@ -10,8 +10,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from kinoray.catalog.table import Reference, catalog_of_source, extension, read_videos
-from kinoray.errors import ChecksumMismatch, ConfigError, KinorayError, StorageUnavailable
+from kinoray.catalog.folders import extension
+from kinoray.catalog.quarantine import Refusal, judge
+from kinoray.catalog.table import Reference, catalog_of_source, read_videos
+from kinoray.errors import ChecksumMismatch, ConfigError, KinorayError
 from kinoray.storage.objects import Storage, absolute
 from kinoray.storage.records import as_name
 
@@ -54,7 +56,7 @@ def named_videos(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
 
 def copied_videos(
     storage: Storage, rows: Sequence[dict[str, Any]], folder: Path, source: Source
-) -> Iterator[Path | KinorayError]:
+) -> Iterator[Path | Refusal]:
     """Copy each row's video into a file in the folder: its path, or why there is none.
 
     A table can be a stranger's, and name any file that its reader may read: only those that `source` has are copied.
@@ -65,10 +67,8 @@ def copied_videos(
     folder.mkdir(parents=True, exist_ok=True)
     places = [Reference(row["uri"], row["offset"], row["length"], row_problem=source.problem(row)) for row in rows]
     for row, data in zip(rows, read_videos(storage, places), strict=True):
-        if isinstance(data, StorageUnavailable):
-            raise data
         if isinstance(data, KinorayError):
-            yield data
+            yield judge(data, "read")
             continue
         path = folder / _file_name(row, data)
         aside = folder / f".{uuid.uuid4().hex}"

@@ -15,8 +15,9 @@ from xml.sax.saxutils import quoteattr
 
 import pyarrow as pa
 
+from kinoray.catalog.quarantine import Refusal
 from kinoray.console import visible
-from kinoray.errors import ConfigError, IncompleteOutput, KinorayError
+from kinoray.errors import ConfigError, IncompleteOutput
 from kinoray.label.table import Ledger, open_ledger
 from kinoray.library.config import ExportConfig
 from kinoray.library.copies import Source, copied_videos, named_videos
@@ -278,12 +279,12 @@ def _export_rows(storage: Storage, config: ExportConfig, ledger: Ledger, folder:
                 if row["status"] != "labelled":
                     totals["quarantined"] += 1
                     _put_aside(side, row)
-            places: Iterable[str | Path | KinorayError]
+            places: Iterable[str | Path | Refusal]
             places = copied_videos(storage, good, writer.videos, source) if source else named_videos(good)
             for row, place in zip(good, places, strict=True):
-                if isinstance(place, KinorayError):
+                if isinstance(place, Refusal):
                     totals["unreadable"] += 1
-                    _put_aside(side, {**row, "error_class": type(place).__name__, "error_text": str(place)})
+                    _put_aside(side, {**row, "error_class": place.error_class, "error_text": place.error_text})
                 else:
                     totals["exported"] += 1
                     names, scores = row["label_topk"] or [], row["score_topk"] or []

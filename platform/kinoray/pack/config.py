@@ -17,7 +17,8 @@ class PackConfig:
 
     Example: kinoray pack videos/ --out s3://bucket/set
 
-    Every file that is found is either packed or listed in quarantine.parquet with a reason. The same command again goes
+    Every file that is found is either packed or listed in quarantine.parquet with a reason, but for what is no video by
+    its name (.json, .vtt, .jpg, ...): that is counted. The same command again goes
     on where a killed run stopped.
 
     Kinetics: kinoray pack --kinetics k400 --annotations train.csv val.csv s3://bucket/k400/ --out s3://bucket/set

@@ -1,43 +1,49 @@
-"""Which file goes into which shard: a pure function of the listing, so that every run comes to the same plan.
+"""What is to be packed: units of work, and the planners of folders, lists and catalogs; kinetics.py has another one.
 
-A shard holds one split, and its files are drawn from all classes by a hash of their names: any shard is a fair sample.
-What is easy to break: a file's split depends on its own name only, so that a grown source moves no video from
-training to validation.
+A plan is a pure function of the listing, so that every run comes to the same one. A shard holds one split, and its
+files are drawn from all classes by a hash of their names: any shard is a fair sample. What is easy to break: a file's
+split depends on its own name only, so that a grown source moves no video from training to validation.
 """
 
 import hashlib
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import TypeVar
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, TypeVar
 
-from kinoray.catalog.quarantine import Refusal
+import pyarrow as pa
+
+from kinoray.catalog.folders import extension, is_text, place_problem, places_in_folders
+from kinoray.catalog.quarantine import QuarantineRow, Refusal
 from kinoray.catalog.read import Reference, time_problem
-from kinoray.catalog.source import UNLABELLED_SPLITS, SourceFile, unique_ids
-from kinoray.catalog.table import Catalog, extension
+from kinoray.catalog.source import UNLABELLED_SPLITS, SourceFile, find_files, stat_size, unique_ids
+from kinoray.catalog.table import Catalog, is_catalog, load_catalog
 from kinoray.config.shared import digest
 from kinoray.errors import CatalogError
+from kinoray.pack.config import PackConfig
+from kinoray.storage.objects import Storage
 
 __all__ = [
-    "PackPlan",
-    "PlannedMember",
+    "FileVerdict",
+    "Plan",
     "PlannedVideo",
-    "ShardPlan",
+    "Unit",
     "cut_evenly",
     "make_plan",
-    "places_in_folders",
     "plan_of_catalog",
+    "plan_source",
     "share",
     "split_name",
 ]
 
 T = TypeVar("T")
 
-_SPLIT_FOLDERS = {"train": "train", "val": "val", "validation": "val", "test": "test"}
+_STAT_THREADS = 16
 
 
 @dataclass(frozen=True, slots=True)
 class PlannedVideo:
-    """A file that is to be packed."""
+    """A file, or a member of an archive or shard, that is to be packed."""
 
     video_id: str
     """Unique name; the key in the shard."""
@@ -52,23 +58,33 @@ class PlannedVideo:
     label_id: int | None
     """Index of the class."""
     split: str
-    """`train`, `val`, `test` or what a CSV says."""
-
-    @property
-    def reference(self) -> Reference:
-        """Where its bytes are."""
-        return Reference(self.uri)
-
-
-@dataclass(frozen=True, slots=True)
-class PlannedMember(PlannedVideo):
-    """A row of a catalog that is to be packed: perhaps a member of another shard."""
-
-    offset: int | None
-    length: int | None
-    sha256: str | None
+    """`train`, `val`, `test` or what a list says."""
+    offset: int | None = None
+    """As of a Reference."""
+    length: int | None = None
+    """As of a Reference."""
+    sha256: str | None = None
+    """As of a Reference."""
     row_problem: str = ""
     """As of a Reference."""
+    member: str | None = None
+    """Of an archive's member its name, made printable; then uri is ARCHIVE#MEMBER, an address for people only."""
+    clip: str = ""
+    """Kinetics: which clip it is. Of several files of a clip one is packed."""
+    time_start_s: float | None = None
+    """Kinetics: where the clip begins in its source."""
+    time_end_s: float | None = None
+    """Kinetics: where it ends; what is much shorter is refused."""
+
+    @property
+    def key(self) -> str:
+        """What it is known by while it is packed."""
+        return self.clip or self.video_id
+
+    @property
+    def source(self) -> str:
+        """The file that holds it."""
+        return self.uri if self.member is None else self.uri.removesuffix(f"#{self.member}")
 
     @property
     def reference(self) -> Reference:
@@ -77,42 +93,109 @@ class PlannedMember(PlannedVideo):
 
 
 @dataclass(frozen=True, slots=True)
-class ShardPlan:
-    """One unit of work: the files of one shard, in the order in which they are written."""
+class FileVerdict:
+    """What became of one file or member."""
 
-    name: str
-    """`shard-train-00000`: shards/<name>.tar, committed by shards/<name>.json."""
-    videos: tuple[PlannedVideo, ...]
-    """Its files."""
+    source: str
+    """The file, or the archive that holds the member."""
+    member: str | None
+    """The member's name, made printable; None for a file."""
+    key: str
+    """As of a PlannedVideo; Kinetics: the clip that its name says it is, empty if none."""
+    verdict: str
+    """`packed` or `unreadable`; for Kinetics one of kinetics.FILE_VERDICTS."""
+    refusal: Refusal | None = None
+    """Why it is not packed, if it is for what it is itself."""
+    note: str = ""
+    """Why it is not packed, if another file is in its place."""
+    offset: int | None = None
+    """First byte in `source`, if a catalog says that it lies inside."""
+    length: int | None = None
+    """Number of bytes in `source`."""
 
 
 @dataclass(frozen=True, slots=True)
-class PackPlan:
-    """Every file that was found, in a shard or refused."""
+class Unit:
+    """What one task packs: files, or the members of an archive."""
+
+    name: str
+    """`shard-train-00000`, `archive-00012`, `part-00003`; it is done where shards/<name>.json is."""
+    files: tuple[PlannedVideo | FileVerdict, ...] = ()
+    """In the order in which they are looked at; a verdict for what is not wanted. Empty for an archive."""
+    archive: SourceFile | None = None
+    """Whose members are judged as they come."""
+    is_one_shard: bool = False
+    """Whether it makes one tar of its own name; else one or more of each split, none much over shard_bytes."""
+    is_replacement: bool = False
+    """Whether it is packed before the others, since its clips take the place of files in them."""
+
+    @property
+    def num_files(self) -> int:
+        """Files of the source that it is about."""
+        return 1 if self.archive else len(self.files)
+
+    @property
+    def what(self) -> str:
+        """It, in an error's words."""
+        if self.archive:
+            return f"{self.archive.uri} is"
+        first = self.files[0]
+        return f"{len(self.files)} files from {first.source} on are"
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Every file that was found, in a unit or refused."""
 
     labels: tuple[str, ...]
-    """Class names, sorted; index = label_id."""
-    shards: tuple[ShardPlan, ...]
+    """Class names; index = label_id."""
+    units: tuple[Unit, ...]
     """The work."""
-    refused: tuple[Refusal, ...]
+    refused: tuple[QuarantineRow, ...] = ()
     """Files that are refused by their place or name, without reading them."""
+    others: tuple[str, ...] = ()
+    """Names of files that say that they are no videos; they are counted and left out."""
+    size_bytes: int = 0
+    """Of all files in units."""
+    about: Mapping[str, Any] = field(default_factory=dict)
+    """What plan.json says besides: what this planner was asked for."""
+    word: str = "shards"
+    """What its units are, for people."""
 
     @property
     def num_found(self) -> int:
-        """Files that the source names."""
-        return len(self.refused) + sum(len(shard.videos) for shard in self.shards)
+        """Files that the source names; an archive is one."""
+        return len(self.others) + len(self.refused) + sum(unit.num_files for unit in self.units)
 
     @property
     def digest(self) -> str:
-        """16 hex digits of all of it: which files, how large, of which class and split, in which shard."""
-        return digest(asdict(self))
+        """16 hex digits of all of it: which files, how large, of which class and split, in which unit."""
+        return digest(
+            [self.labels, [asdict(unit) for unit in self.units], [asdict(row) for row in self.refused], self.others]
+        )
 
 
-def make_plan(source: str, files: Sequence[SourceFile], *, shard_bytes: int, val_fraction: float) -> PackPlan:
+def plan_source(storage: Storage, config: PackConfig) -> Plan:
+    """The files of a folder or list; or the videos of a catalog, which may be members of other shards.
+
+    Raises:
+        CatalogError: there is nothing to pack, or the list is malformed.
+        StorageError: the source cannot be listed.
+    """
+    shard_bytes, source = config.shard_mb * 2**20, config.source
+    if is_catalog(storage, source):
+        catalog = _with_sizes(storage, load_catalog(storage, source))
+        return plan_of_catalog(source, catalog, shard_bytes=shard_bytes, val_fraction=config.val_fraction)
+    files = find_files(storage, source)
+    return make_plan(source, files, shard_bytes=shard_bytes, val_fraction=config.val_fraction)
+
+
+def make_plan(source: str, files: Sequence[SourceFile], *, shard_bytes: int, val_fraction: float) -> Plan:
     """Sort the files of `source` into shards of about `shard_bytes`.
 
-    Classes come from the CSV, or from folders: `class/...` or `split/class/...`, where all top folders are called
-    train, val, validation or test. Without splits, a hash of the name sends `val_fraction` of the files to val.
+    Classes come from the list, or from folders: `class/...` or `split/class/...`, where the top folders are called
+    train, val or test, or by another usual name of these. Without splits, a hash of the name sends `val_fraction` of
+    the files to val.
 
     Raises:
         CatalogError: no file has a class, or a row of a CSV has none.
@@ -123,11 +206,14 @@ def make_plan(source: str, files: Sequence[SourceFile], *, shard_bytes: int, val
     places: Sequence[tuple[str | None, str | None] | str]
     places = _places_from_rows(source, files) if is_csv else places_in_folders(names)
     kept: list[tuple[SourceFile, str | None, str]] = []
-    refused: list[Refusal] = []
+    refused: list[QuarantineRow] = []
+    others: list[str] = []
     for file, place in zip(files, places, strict=True):
-        if isinstance(place, str) or not _is_text(file.name):
-            error_class, text = (place, _REASONS[place]) if isinstance(place, str) else _UNUSABLE
-            refused.append(Refusal(ids[file.name], file.uri, error_class, text, "list"))
+        if place == "NotAVideo":
+            others.append(file.name)
+        elif isinstance(place, str):
+            refusal = Refusal("list", place, place_problem(place))
+            refused.append(QuarantineRow(ids[file.name], file.uri, refusal))
         else:
             label, split = place
             kept.append((file, label, split or ("val" if share("val", file.name) < val_fraction else "train")))
@@ -140,25 +226,20 @@ def make_plan(source: str, files: Sequence[SourceFile], *, shard_bytes: int, val
     label_ids = {label: index for index, label in enumerate(labels)}
     videos = [
         PlannedVideo(
-            ids[file.name],
-            file.name,
-            file.uri,
-            file.size_bytes,
-            label,
-            None if label is None else label_ids[label],
-            split,
+            video_id=ids[file.name],
+            name=file.name,
+            uri=file.uri,
+            size_bytes=file.size_bytes,
+            label=label,
+            label_id=None if label is None else label_ids[label],
+            split=split,
         )
         for file, label, split in kept
     ]
-    shards = [
-        shard
-        for split in sorted({video.split for video in videos})
-        for shard in _cut(split, [video for video in videos if video.split == split], shard_bytes)
-    ]
-    return PackPlan(labels, tuple(shards), tuple(refused))
+    return replace(_plan_of(labels, videos, refused, shard_bytes, val_fraction), others=tuple(others))
 
 
-def plan_of_catalog(source: str, catalog: Catalog, *, shard_bytes: int, val_fraction: float) -> PackPlan:
+def plan_of_catalog(source: str, catalog: Catalog, *, shard_bytes: int, val_fraction: float) -> Plan:
     """Sort the rows of a catalog into shards of about `shard_bytes`: its classes, their order and its splits stay.
 
     Rows without a split go to train, or by a hash of the video_id to val.
@@ -170,71 +251,79 @@ def plan_of_catalog(source: str, catalog: Catalog, *, shard_bytes: int, val_frac
     if not rows:
         raise CatalogError(f"{source}: the catalog is empty, there is nothing to pack")
     keys = unique_ids([f"{row['video_id']}.x" for row in rows])  # as they are, where they are such names already
-    videos = []
-    for row, key in zip(rows, keys, strict=True):
-        split = row["split"] or ("val" if share("val", row["video_id"]) < val_fraction else "train")
-        name = key if row["offset"] is not None else key + extension(row["uri"])
-        size_bytes = max(0, row["length"] if row["length"] is not None else row["size_bytes"] or 0)
-        place = (row["offset"], row["length"], row["sha256"], time_problem(row["time_start_s"], row["time_end_s"]))
-        videos.append(PlannedMember(key, name, row["uri"], size_bytes, row["label"], row["label_id"], split, *place))
-    splits = {split: [video for video in videos if video.split == split] for split in sorted({v.split for v in videos})}
-    for split, members in splits.items():
+    videos = [
+        PlannedVideo(
+            video_id=key,
+            name=key if row["offset"] is not None else key + extension(row["uri"]),
+            uri=row["uri"],
+            size_bytes=max(0, row["length"] if row["length"] is not None else row["size_bytes"] or 0),
+            label=row["label"],
+            label_id=row["label_id"],
+            split=row["split"] or ("val" if share("val", row["video_id"]) < val_fraction else "train"),
+            offset=row["offset"],
+            length=row["length"],
+            sha256=row["sha256"],
+            row_problem=time_problem(row["time_start_s"], row["time_end_s"]),
+        )
+        for row, key in zip(rows, keys, strict=True)
+    ]
+    for split, members in _by_split(videos).items():
         missing = [video.video_id for video in members if video.label_id is None]
         if 0 < len(missing) < len(members):
             raise CatalogError(
                 f"{source}: {len(missing)} of the {len(members)} videos of split {split!r} have no class, {missing[0]} "
                 "is one; give all of them a class, or none"
             )
-    shards = [shard for split, members in splits.items() for shard in _cut(split, members, shard_bytes)]
-    return PackPlan(catalog.labels, tuple(shards), ())
+    return _plan_of(catalog.labels, videos, (), shard_bytes, val_fraction)
 
 
-_REASONS = {
-    "HiddenFile": "a hidden file, or inside a hidden folder",
-    "NoClassFolder": "lies outside of the class folders",
-}
-_UNUSABLE = ("UnusableName", "its name is not UTF-8; rename it")
+def _with_sizes(storage: Storage, catalog: Catalog) -> Catalog:
+    """The catalog with the sizes of whole objects that it does not know; what is not there will be refused by name."""
+    table = catalog.table
+    columns = [table.column(name).to_pylist() for name in ("uri", "offset", "size_bytes")]
+
+    def size_of(row: tuple[str, int | None, int | None]) -> int | None:
+        uri, offset, size_bytes = row
+        if offset is not None or size_bytes is not None:
+            return size_bytes
+        return stat_size(storage, uri)
+
+    with ThreadPoolExecutor(_STAT_THREADS) as pool:
+        sizes = pa.array(list(pool.map(size_of, zip(*columns, strict=True))), pa.int64())
+    place = table.schema.get_field_index("size_bytes")
+    return Catalog(table.set_column(place, table.schema.field(place), sizes), catalog.labels)
 
 
-def _places_from_rows(source: str, files: Sequence[SourceFile]) -> list[tuple[str | None, str | None]]:
-    places = []
+def _places_from_rows(source: str, files: Sequence[SourceFile]) -> list[tuple[str | None, str | None] | str]:
+    places: list[tuple[str | None, str | None] | str] = []
     for file in files:
         if file.label is None and file.split not in UNLABELLED_SPLITS:
             raise CatalogError(
                 f"{source}: {file.name} has no label; expected the columns path,label[,split], and a label in each row "
                 f"whose split is not {' or '.join(sorted(UNLABELLED_SPLITS))}"
             )
-        places.append((file.label, file.split))
+        places.append((file.label, file.split) if is_text(file.name) else "UnusableName")
     return places
 
 
-def places_in_folders(names: Sequence[str]) -> list[tuple[str, str | None] | str]:
-    """(class, split or None) of each path below a source, or the error_class of its refusal."""
-    paths = [name.split("/") for name in names]
-    seen = [path for path in paths if not _is_hidden(path) and len(path) > 1]
-    has_splits = all(path[0].lower() in _SPLIT_FOLDERS for path in seen) and any(len(path) > 2 for path in seen)
-    places: list[tuple[str, str | None] | str] = []
-    for path in paths:
-        folders = path[1:-1] if has_splits else path[:-1]
-        if _is_hidden(path):
-            places.append("HiddenFile")
-        elif not folders or not folders[0]:
-            places.append("NoClassFolder")
-        else:
-            places.append((folders[0], _SPLIT_FOLDERS[path[0].lower()] if has_splits else None))
-    return places
+def _plan_of(
+    labels: tuple[str, ...],
+    videos: Sequence[PlannedVideo],
+    refused: Sequence[QuarantineRow],
+    shard_bytes: int,
+    val_fraction: float,
+) -> Plan:
+    units = [unit for split, members in _by_split(videos).items() for unit in _cut(split, members, shard_bytes)]
+    size_bytes = sum(video.size_bytes for video in videos)
+    about = {"val_fraction": val_fraction}
+    return Plan(labels, tuple(units), tuple(refused), size_bytes=size_bytes, about=about)
 
 
-def _is_hidden(path: Sequence[str]) -> bool:
-    return any(part.startswith(".") for part in path) or "__MACOSX" in path
-
-
-def _is_text(name: str) -> bool:
-    try:
-        name.encode()
-    except UnicodeEncodeError:  # a file name that is not UTF-8 is listed with surrogates
-        return False
-    return True
+def _by_split(videos: Sequence[PlannedVideo]) -> dict[str, list[PlannedVideo]]:
+    splits: dict[str, list[PlannedVideo]] = {split: [] for split in sorted({video.split for video in videos})}
+    for video in videos:
+        splits[video.split].append(video)
+    return splits
 
 
 def share(purpose: str, name: str) -> float:
@@ -256,14 +345,14 @@ def cut_evenly(items: Sequence[T], sizes: Sequence[int], part_bytes: int) -> lis
     return [part for part in parts if part]  # one huge item can span a whole part's share
 
 
-def _cut(split: str, videos: Sequence[PlannedVideo], shard_bytes: int) -> list[ShardPlan]:
+def _cut(split: str, videos: Sequence[PlannedVideo], shard_bytes: int) -> list[Unit]:
     ordered = sorted(videos, key=lambda video: (share("order", video.name), video.name))
     stem = f"shard-{split_name(split)}"
     full = cut_evenly(ordered, [video.size_bytes for video in ordered], shard_bytes)
-    return [ShardPlan(f"{stem}-{index:05d}", tuple(shard)) for index, shard in enumerate(full)]
+    return [Unit(f"{stem}-{index:05d}", tuple(shard), is_one_shard=True) for index, shard in enumerate(full)]
 
 
 def split_name(split: str) -> str:
-    """A split's name (text from a CSV) as part of a file name; other characters give way to a digest."""
+    """A split's name (text from a list) as part of a file name; other characters give way to a digest."""
     plain = "".join(char for char in split if char.isascii() and (char.isalnum() or char in "_-"))[:40]
     return plain if plain == split else f"{plain}-{digest(split)[:8]}"

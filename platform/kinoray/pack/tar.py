@@ -1,4 +1,4 @@
-"""One shard while it is written: a tar on local disk that grows by a video at a time, and its rows of the catalog.
+"""One shard while it is written: a tar on local disk that grows by a video at a time.
 
 Shards are plain tar files that WebDataset reads too (`<key>.mp4`, `<key>.json`). What is easy to break: the same videos
 in the same order must give the same tar, byte for byte, whoever writes it.
@@ -10,10 +10,9 @@ import io
 import json
 import re
 import tarfile
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from types import TracebackType
-from typing import Any, Protocol, Self
+from typing import Protocol, Self
 
 from kinoray.config.shared import DecodeConfig
 from kinoray.pack.plan import PlannedVideo
@@ -35,6 +34,10 @@ class Examined:
     """What goes into the shard: an MP4 if it was transcoded, else the original bytes."""
     info: VideoInfo
     """The probe of these bytes."""
+    sha256: str
+    """Of these bytes."""
+    source_sha256: str
+    """Of the bytes that were found."""
     transcoded: bool = False
     """Whether it was."""
     note: str | None = None
@@ -58,21 +61,21 @@ def examine(decoder: Decoder, data: bytes, decode: DecodeConfig, *, transcoded: 
         MediaError: it is not to be packed, and why.
     """
     if not transcoded:
-        return Examined(data, decoder.probe(data, decode))
+        info = decoder.probe(data, decode)
+        sha256 = hashlib.sha256(data).hexdigest()
+        return Examined(data, info, sha256, sha256)
     made = decoder.transcode(data, decode)
     note = f"{made.frames_lost} frames could not be decoded when it was transcoded" if made.frames_lost else None
-    return Examined(made.data, made.info, transcoded=True, note=note)
+    sha256, source_sha256 = (hashlib.sha256(each).hexdigest() for each in (made.data, data))
+    return Examined(made.data, made.info, sha256, source_sha256, transcoded=True, note=note)
 
 
 class ShardWriter:
     """Writes one shard. Use it in a `with` block, and `put` it at the end."""
 
     def __init__(self) -> None:
-        self.num_videos = 0
-        """Videos written so far."""
         self.size_bytes = 0
-        """Bytes of them."""
-        self._rows: list[dict[str, Any]] = []
+        """Bytes of the videos written so far."""
         self._folder = contextlib.ExitStack()
         self._path = self._folder.enter_context(scratch_folder("pack")) / "shard.tar"
         self._tar = tarfile.open(self._path, "w", format=tarfile.PAX_FORMAT)  # noqa: SIM115  (closed by close)
@@ -88,34 +91,10 @@ class ShardWriter:
         self._tar.close()
         self._folder.close()
 
-    def add(self, video: PlannedVideo, examined: Examined, extra: Mapping[str, Any] | None = None) -> dict[str, Any]:
-        """Append a video; returns its row of CATALOG_SCHEMA (with `extra`), whose uri `put` fills in."""
-        data, info = examined.data, examined.info
-        offset = write_tar(self._tar, replace(video, name="x.mp4") if examined.transcoded else video, data)
-        row = {
-            "video_id": video.video_id,
-            "uri": "",
-            "offset": offset,
-            "length": len(data),
-            "label": video.label,
-            "label_id": video.label_id,
-            "split": video.split,
-            "size_bytes": len(data),
-            "sha256": hashlib.sha256(data).hexdigest(),
-            "duration_s": info.duration_s,
-            "fps": info.fps,
-            "num_frames": info.num_frames,
-            "width": info.width,
-            "height": info.height,
-            "codec": info.codec,
-            "status": "packed",
-            **({"reason": examined.note} if examined.note else {}),
-            **(extra or {}),
-        }
-        self._rows.append(row)
-        self.num_videos += 1
-        self.size_bytes += len(data)
-        return row
+    def add(self, video: PlannedVideo, examined: Examined) -> int:
+        """Append a video; returns the offset of its first byte."""
+        self.size_bytes += len(examined.data)
+        return write_tar(self._tar, replace(video, name="x.mp4") if examined.transcoded else video, examined.data)
 
     def put(self, storage: Storage, out: str, name: str, *, tagged: bool) -> tuple[str, int]:
         """Store the tar as shards/<name>.tar, or shards/<name>-<digest>.tar if tagged; returns (uri, size in bytes).
@@ -129,8 +108,6 @@ class ShardWriter:
             with self._path.open("rb") as file:
                 tag = "-" + hashlib.file_digest(file, "sha256").hexdigest()[:8]
         uri = absolute(join(out, "shards", f"{name}{tag}.tar"))
-        for row in self._rows:
-            row["uri"] = uri
         storage.put_file(uri, self._path)
         return uri, self._path.stat().st_size
 

@@ -33,7 +33,7 @@ class Claim:
     def __init__(self, folder: Path) -> None:
         self._path = folder / _LOCK
         aside = folder / f"{_LOCK}-new"
-        self._file = aside.open("w", encoding="ascii")
+        self._file = aside.open("w", encoding="utf-8")
         fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         aside.rename(self._path)
 

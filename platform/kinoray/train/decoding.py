@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from kinoray.catalog.quarantine import Refusal, judge, refusal_columns, report
 from kinoray.catalog.table import read_videos, references
 from kinoray.config.shared import CacheConfig, ClipConfig
-from kinoray.errors import KinorayError, MediaError, StorageError, StorageUnavailable
+from kinoray.errors import KinorayError, MediaError, StorageUnavailable
 from kinoray.storage.objects import Storage
 from kinoray.video.cache import FrameCache, grid_name
 from kinoray.video.sample import clip_rng
@@ -57,7 +58,7 @@ class DecodeTask:
             decoded["last"] = np.zeros(grid, bool)
         elif self.with_flow:
             decoded["flow"] = np.zeros((*grid, FLOW_CHANNELS, size, size), np.int8)
-        errors: list[KinorayError | None] = [None] * count
+        refusals: list[Refusal | None] = [None] * count
         sandbox = shared_sandbox(1)  # a worker runs one task at a time, and keeps its decoder for the next
         begin_s = time.process_time() + sandbox.cpu_s
         cache = FrameCache(self.cache, self.clip, self.with_flow) if self.cache.gb else None
@@ -67,30 +68,34 @@ class DecodeTask:
         missing = [index for index in range(count) if not cached[index]]
         wanted = references(block.take(missing)) if missing else []
         found = read_videos(self.storage, wanted, max_bytes=self.clip.decode.max_bytes)
-        for index, data in zip(missing, found, strict=True):
-            try:
+        left = list(missing)
+        try:
+            for index, data in zip(missing, found, strict=True):
                 if isinstance(data, KinorayError):
-                    raise data
-                cached[index] = self._decode(sandbox, cache, data, videos[index], places[index])
-            except (MediaError, StorageError) as error:
-                errors[index] = error
-                for array in places[index].values():
+                    refusals[index] = judge(data, "read")
+                else:
+                    try:
+                        cached[index] = self._decode(sandbox, cache, data, videos[index], places[index])
+                    except MediaError as error:
+                        refusals[index] = judge(error, "decode")
+                left.pop(0)
+        except StorageUnavailable as outage:  # each of the others would wait as long as this one did
+            for index in left:
+                refusals[index] = report(outage, "read")
+        for place, refusal in zip(places, refusals, strict=True):
+            if refusal is not None:
+                for array in place.values():
                     array.fill(0)
-                if isinstance(error, StorageUnavailable):  # each of the others would wait as long as this one did
-                    errors = [error if i >= index and not cached[i] else errors[i] for i in range(count)]
-                    break
         cpu_s = np.zeros(count)
         cpu_s[:1] = time.process_time() + sandbox.cpu_s - begin_s
-        columns = {
+        return {
             "row": block.column("row").to_numpy(),
-            "ok": np.array([error is None for error in errors]),
+            "ok": np.array([refusal is None for refusal in refusals]),
             "cached": np.array(cached, bool),
             "cpu_s": cpu_s,
             **decoded,
+            **refusal_columns(refusals),
         }
-        columns["error_class"] = np.array([type(error).__name__ if error else "" for error in errors])
-        columns["error_text"] = np.array([str(error) if error else "" for error in errors])
-        return columns
 
     def _key(self, cache: FrameCache, video: Mapping[str, Any]) -> str:
         return cache.key(video, self.seed, self.epoch)

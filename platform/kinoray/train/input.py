@@ -22,7 +22,7 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from ray.data.collate_fn import NumpyBatchCollateFn
 
-from kinoray.catalog.quarantine import Refusal
+from kinoray.catalog.quarantine import QuarantineRow, Refusal, error_of, refusals_of_columns
 from kinoray.catalog.table import REFERENCE_COLUMNS, Catalog
 from kinoray.errors import JobError, StorageUnavailable
 from kinoray.network.batch import DeviceInput, Feeder, RawBatch, VideoBatch, sent
@@ -120,8 +120,7 @@ class Unreadable:
     """A row that gave no clip, and why."""
 
     row: int
-    error_class: str
-    error_text: str
+    refusal: Refusal
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,7 +156,7 @@ class Part:
         self.catalog = catalog.select(name)
         self.name = name
         self.labels = torch.from_numpy(self.catalog.table.column("label_id").to_numpy().astype(np.int64))
-        self.refusals: list[Refusal] = []
+        self.refusals: list[QuarantineRow] = []
 
     def __len__(self) -> int:
         return len(self.catalog)
@@ -167,7 +166,7 @@ class Part:
         for item in unreadable:
             row = self.catalog.table.select(["video_id", "uri", "offset", "length"]).slice(item.row, 1).to_pylist()[0]
             stage = f"train on {self.name or 'all'}"
-            self.refusals.append(Refusal(**row, error_class=item.error_class, error_text=item.error_text, stage=stage))
+            self.refusals.append(QuarantineRow(**row, refusal=replace(item.refusal, stage=stage)))
 
 
 class Feed:
@@ -282,8 +281,9 @@ def stream(
             there = "no more rows" if found is None else f"rows {found.rows.tolist()}"
             raise JobError(f"Ray Data broke the plan of the epoch: expected rows {planned.tolist()}, got {there}")
         for item in found.unreadable:
-            if item.error_class == StorageUnavailable.__name__:
-                raise StorageUnavailable(item.error_text)
+            error = error_of(item.refusal)
+            if isinstance(error, StorageUnavailable):
+                raise error
         clips = found.clips
         if isinstance(clips, RawBatch):
             assert finish is not None
@@ -328,12 +328,15 @@ class _Collate(NumpyBatchCollateFn):  # type: ignore[misc]  # ray has no types
     def __call__(self, batch: dict[str, np.ndarray]) -> _Arrived:
         ok = batch["ok"].astype(bool)
         rows = batch["row"].astype(np.int64)
-        reasons = zip(rows.tolist(), batch["error_class"], batch["error_text"], ok, strict=True)
         return _Arrived(
             rows=rows,
             kept=rows[ok],
             clips=_clips(batch, ok),
-            unreadable=tuple(Unreadable(row, str(kind), str(text)) for row, kind, text, good in reasons if not good),
+            unreadable=tuple(
+                Unreadable(row, refusal)
+                for row, refusal in zip(rows.tolist(), refusals_of_columns(batch), strict=True)
+                if refusal is not None
+            ),
             decode_cpu_s=float(batch["cpu_s"].sum()),
             cached=int(batch["cached"].sum()),
         )

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from kinoray.catalog.quarantine import Refusal
+from kinoray.catalog.quarantine import QuarantineRow
 from kinoray.catalog.table import Catalog, load_catalog
 from kinoray.cluster.environment import host, software
 from kinoray.cluster.events import log_event
@@ -284,7 +284,7 @@ class TrainLoop:
         self._metrics.step(len(video_ids), samples.unreadable)
         for item in samples.unreadable:
             name = self.train.catalog.table["video_id"][item.row].as_py()
-            about = {"reason": item.error_class, "text": item.error_text}
+            about = {"reason": item.refusal.error_class, "text": item.refusal.error_text}
             log_event("unreadable", {"run": self._run, "epoch": epoch, "video": name, **about}, bad=True)
         clips = self.augmenter.colour(samples.clips, video_ids, epoch)
         mix = self.augmenter.mix(len(labels), self.config.clip.view.crop_px, epoch, index)
@@ -352,11 +352,11 @@ class TrainLoop:
         state = self.replica.snapshot(in_epoch=False, keep=self.rank == 0)
         self._write(lambda: self.recorder.keep_epoch(state, history, row, refusals))
 
-    def _refusals(self) -> list[Refusal]:
+    def _refusals(self) -> list[QuarantineRow]:
         """What no rank could read since the last call, on rank 0; all ranks must call it."""
         parts = [part for part in (self.train, self.val) if part is not None]
         mine = [refusal for part in parts for refusal in part.refusals]
-        all_ranks: list[list[Refusal]] = [[] for _ in range(self.world_size)]
+        all_ranks: list[list[QuarantineRow]] = [[] for _ in range(self.world_size)]
         dist.all_gather_object(all_ranks, mine)
         for part in parts:
             part.refusals.clear()

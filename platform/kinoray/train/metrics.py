@@ -92,7 +92,7 @@ class TrainMetrics:
             return
         if videos:
             self._videos.inc(videos, tags=self._tags)
-        for reason, count in Count(item.error_class for item in unreadable).items():
+        for reason, count in Count(item.refusal.error_class for item in unreadable).items():
             self._unreadable.inc(count, tags={**self._tags, "reason": reason})
 
     def spent(self, stage: Literal["decode", "step", "score"], seconds: float) -> None:

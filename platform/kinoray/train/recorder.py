@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from tensorboardX import SummaryWriter
 from torch import Tensor
 
-from kinoray.catalog.quarantine import Refusal
+from kinoray.catalog.quarantine import QuarantineRow
 from kinoray.catalog.table import Catalog
 from kinoray.network.checkpoint import CheckpointMeta, save_checkpoint
 from kinoray.storage.leftovers import scratch_folder
@@ -99,7 +99,7 @@ class Recorder:
         self._drawn_s = time.monotonic()
 
     def keep_step(
-        self, state: Snapshot, history: Tensor, *, epoch: int, samples: int, refusals: Sequence[Refusal]
+        self, state: Snapshot, history: Tensor, *, epoch: int, samples: int, refusals: Sequence[QuarantineRow]
     ) -> None:
         """Make the run resumable inside `epoch`, after the steps in history (Replica.history)."""
         self._folder.refuse(refusals)
@@ -108,7 +108,7 @@ class Recorder:
         step = (epoch - 1) * self._num_steps + done
         self._save(state, replace(self._meta, epoch=epoch - 1, epoch_steps=done, step=step, samples=samples))
 
-    def keep_epoch(self, state: Snapshot, history: Tensor, row: EpochRow, refusals: Sequence[Refusal]) -> None:
+    def keep_epoch(self, state: Snapshot, history: Tensor, row: EpochRow, refusals: Sequence[QuarantineRow]) -> None:
         """Write a finished epoch; a kill before its end costs the epoch's result, and the next try replaces it."""
         self._folder.refuse(refusals)
         steps = self._step_rows(row.epoch, history)

@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
 
-from kinoray.catalog.quarantine import Refusal, load_quarantine, save_quarantine
+from kinoray.catalog.quarantine import QuarantineRow, load_quarantine, save_quarantine
 from kinoray.catalog.table import Catalog
 from kinoray.config.file import to_yaml
 from kinoray.config.shared import digest
@@ -221,7 +221,7 @@ class RunFolder:
         """Write the steps of an epoch so far; they replace those of a try that failed."""
         self.storage.put(join(self.uri, "losses", f"epoch-{epoch:06d}.jsonl"), _lines(rows))
 
-    def refuse(self, refusals: Sequence[Refusal]) -> None:
+    def refuse(self, refusals: Sequence[QuarantineRow]) -> None:
         """Add videos that could not be read to the quarantine table, each once (the first reason stays)."""
         if not refusals:
             return
