@@ -32,7 +32,8 @@ import numpy as np
 from kinoray.config.shared import ClipConfig, DecodeConfig, SampleConfig
 from kinoray.demo.videos import make_video
 from kinoray.errors import ConfigError
-from kinoray.video.clip import decode_clip, probe
+from kinoray.video.frames import decode, probe
+from kinoray.video.request import Sampled
 from kinoray.video.sample import segment_indices
 
 SIDE, FPS, NUM_FRAMES = 256, 30, 300
@@ -138,19 +139,19 @@ def forms_for(work: Workload) -> dict[str, Callable[[], object]]:
     wanted = np.unique(segment_indices(probe(work.data, DecodeConfig()).num_frames, work.sample))
     clip = ClipConfig(sample=work.sample)
     forms: dict[str, Callable[[], object]] = {
-        "plan": functools.partial(decode_clip, work.data, clip, with_flow=False),
+        "plan": functools.partial(decode, work.data, Sampled(), clip.without_flow()),
         "floor": functools.partial(floor, work.data),
         "decord": lambda: open_decord(work.data).get_batch(wanted.tolist()).asnumpy(),
         "naive": functools.partial(naive, work.data, wanted),
         "every frame": functools.partial(every_frame, work.data),
-        "plan + flow": functools.partial(decode_clip, work.data, clip, with_flow=True),
+        "plan + flow": functools.partial(decode, work.data, Sampled(), clip),
     }
     theirs = ClipConfig(sample=work.sample, decode=DecodeConfig(backend="torchcodec"))
     try:
-        decode_clip(work.data, theirs, with_flow=False)
+        decode(work.data, Sampled(), theirs.without_flow()).clip()
     except ConfigError:
         return forms
-    return forms | {"torchcodec": functools.partial(decode_clip, work.data, theirs, with_flow=False)}
+    return forms | {"torchcodec": functools.partial(decode, work.data, Sampled(), theirs.without_flow())}
 
 
 def measure(work: Workload, rounds: int) -> dict[str, float]:

@@ -29,6 +29,7 @@ from decode_reference import moving, plain_decode, remux  # noqa: E402
 from kinoray.config.shared import ClipConfig, DecodeConfig, SampleConfig, ViewConfig  # noqa: E402
 from kinoray.demo.videos import make_broken, make_video  # noqa: E402
 from kinoray.errors import ConfigError, MediaError  # noqa: E402
+from kinoray.video.request import Sampled  # noqa: E402
 from kinoray.video.sandbox.pool import Sandbox  # noqa: E402
 
 Backend = Literal["pyav", "decord", "torchcodec"]
@@ -144,7 +145,7 @@ def outcome(sandbox: Sandbox, case: Case, backend: Backend) -> str:
         decode=DecodeConfig(backend=backend),
     )
     try:
-        clip = sandbox.decode_clip(case.data, config, with_flow=False)
+        clip = sandbox.decode(case.data, Sampled(), config.without_flow()).clip()
     except ConfigError:
         return "not installed"
     except MediaError as error:

@@ -34,7 +34,8 @@ from kinoray.storage.objects import Storage
 from kinoray.train import presets
 from kinoray.train.config import TrainConfig
 from kinoray.train.verb import train
-from kinoray.video.clip import Clip, decode_clip
+from kinoray.video.frames import Clip, decode
+from kinoray.video.request import Sampled
 
 NUM_SEGMENTS = 16
 SHARES = (0.001, 0.01)
@@ -85,7 +86,7 @@ def main() -> None:
         make_demo_set(folder / "unseen", 20 if quick else 340, seed=1)
         paths = sorted((folder / "unseen").glob("*/*.mp4"))
         np.random.default_rng(0).shuffle(paths)  # type: ignore[arg-type]
-        clips = [decode_clip(path.read_bytes(), clip_config, with_flow=True) for path in paths]
+        clips = [decode(path.read_bytes(), Sampled(), clip_config).clip() for path in paths]
     truth = [meta.labels.index(path.parent.name) for path in paths]
     half = len(clips) // 2
     configs = {"all segments": ScorerConfig(), "exact": ScorerConfig(early_exit=EarlyExit())}

@@ -44,7 +44,9 @@ from kinoray.network.forward import collate_for
 from kinoray.network.graphs import Repeated
 from kinoray.network.prepare import BF16_TOLERANCE, FP32_TOLERANCE, prepare_for_inference
 from kinoray.network.scorer import ClipScorer, ScorerConfig
-from kinoray.video.clip import Clip, VideoInfo, decode_clip
+from kinoray.video.frames import Clip, decode
+from kinoray.video.media import VideoInfo
+from kinoray.video.request import Sampled
 from vcm_sdd.network import VCMSDD, vcm_sdd
 
 # Shapes: B clips, S segments, T frames a segment
@@ -236,7 +238,7 @@ def decode_cpu_s(sizes: Sizes) -> float:
     config, times = sizes.clip(sizes.segments[-1]), []
     for _ in range(sizes.rounds):
         begin = time.process_time()
-        decode_clip(video, config, with_flow=False)
+        decode(video, Sampled(), config.without_flow()).clip()
         times.append(time.process_time() - begin)
     return statistics.median(times)
 

@@ -28,7 +28,8 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "platform"))
 from kinoray.config.shared import ClipConfig, SampleConfig
 from kinoray.demo.videos import make_video
-from kinoray.video.clip import Clip, decode_clip
+from kinoray.video.frames import Frames, decode
+from kinoray.video.request import Sampled
 from kinoray.video.sandbox import process
 from kinoray.video.sandbox.pool import Sandbox
 
@@ -65,30 +66,30 @@ def cpu_s(pid: int) -> float:
     return int(fields[0]) / 1e9
 
 
-def compare(videos: list[bytes], sandbox: Sandbox, config: ClipConfig, *, with_flow: bool, rounds: int) -> list[float]:
+def compare(videos: list[bytes], sandbox: Sandbox, config: ClipConfig, *, rounds: int) -> list[float]:
     """CPU ms a clip here, in the sandbox, and of that in this process; and the ratio."""
     shape = (config.sample.num_segments, config.sample.frames_per_segment, 3, config.view.crop_px, config.view.crop_px)
     batch = np.zeros((len(videos), *shape), np.uint8)
 
-    def run(decode: Callable[..., Clip]) -> None:
+    def run(way: Callable[..., Frames]) -> None:
         for slot, data in enumerate(videos):
-            batch[slot] = decode(data, config, with_flow=with_flow).frames
+            batch[slot] = way(data, Sampled(), config).clip().frames
 
-    def timed(decode: Callable[..., Clip]) -> tuple[float, float]:
+    def timed(way: Callable[..., Frames]) -> tuple[float, float]:
         (process,) = sandbox.pids()
         mine, theirs = time.process_time(), cpu_s(process)
-        run(decode)
+        run(way)
         mine, theirs = time.process_time() - mine, cpu_s(process) - theirs
         return 1e3 * mine / len(videos), 1e3 * theirs / len(videos)
 
-    run(decode_clip)
+    run(decode)
     here = batch.copy()
-    run(sandbox.decode_clip)
+    run(sandbox.decode)
     if not np.array_equal(batch, here):
         raise RuntimeError("the sandbox gave other frames")
     times: dict[str, list[tuple[float, float]]] = {"here": [], "sandbox": []}
     for number in range(rounds):
-        ways = {"here": decode_clip, "sandbox": sandbox.decode_clip}
+        ways = {"here": decode, "sandbox": sandbox.decode}
         for name in list(ways) if number % 2 else list(reversed(ways)):
             times[name].append(timed(ways[name]))
     sums = {name: [sum(pair) for pair in pairs] for name, pairs in times.items()}
@@ -115,9 +116,7 @@ def start_cost(python: str) -> tuple[float, float]:
     return cost
 
 
-def jail_cost(
-    videos: list[bytes], pythons: dict[str, str], config: ClipConfig, *, with_flow: bool, rounds: int
-) -> list[float]:
+def jail_cost(videos: list[bytes], pythons: dict[str, str], config: ClipConfig, *, rounds: int) -> list[float]:
     """CPU ms a clip in a decoder without and with its jail, and the ratio."""
     times: dict[str, list[float]] = {name: [] for name in pythons}
     with Sandbox(1) as without, Sandbox(1) as jailed:
@@ -130,7 +129,7 @@ def jail_cost(
                 (pid,) = sandboxes[name].pids()
                 mine, theirs = time.process_time(), cpu_s(pid)
                 for data in videos:
-                    sandboxes[name].decode_clip(data, config, with_flow=with_flow)
+                    sandboxes[name].decode(data, Sampled(), config)
                 times[name].append(time.process_time() - mine + cpu_s(pid) - theirs)
     ratio = statistics.median(b / a for a, b in zip(times["without"], times["jailed"], strict=True))
     return [*(1e3 * statistics.median(times[name]) / len(videos) for name in pythons), ratio]
@@ -152,8 +151,8 @@ def main() -> int:
     ok = True
     with Sandbox(1) as sandbox:
         for name, (sample, with_flow, gop) in CASES.items():
-            config = ClipConfig(sample=sample)
-            here, there, parent, ratio = compare(videos[gop], sandbox, config, with_flow=with_flow, rounds=rounds)
+            config = ClipConfig(sample=sample) if with_flow else ClipConfig(sample=sample).without_flow()
+            here, there, parent, ratio = compare(videos[gop], sandbox, config, rounds=rounds)
             print(f"{name:<18}{here:>10.1f}{there:>10.1f}{parent:>12.2f}{ratio:>8.3f}", flush=True)
             result[f"sandbox/here, {name}"] = {"value": round(ratio, 4), "bar": f"<= {BAR}"}
             ok = ok and ratio <= BAR
@@ -165,8 +164,8 @@ def main() -> int:
         pythons = {"without": str(script), "jailed": process._PYTHON}
         print(f"{'CPU ms a clip':<18}{'no jail':>10}{'jail':>10}{'ratio':>20}")
         for name, (sample, with_flow, gop) in CASES.items():
-            config = ClipConfig(sample=sample)
-            without, jailed, ratio = jail_cost(videos[gop], pythons, config, with_flow=with_flow, rounds=2 * rounds)
+            config = ClipConfig(sample=sample) if with_flow else ClipConfig(sample=sample).without_flow()
+            without, jailed, ratio = jail_cost(videos[gop], pythons, config, rounds=2 * rounds)
             print(f"{name:<18}{without:>10.1f}{jailed:>10.1f}{ratio:>20.3f}", flush=True)
             result[f"jail/no jail, {name}"] = {"value": round(ratio, 4), "bar": f"<= {JAIL_BAR}"}
             ok = ok and ratio <= JAIL_BAR

@@ -33,7 +33,8 @@ from kinoray.catalog.table import Reference, read_videos
 from kinoray.config.shared import ClipConfig, StorageConfig
 from kinoray.demo.videos import make_video
 from kinoray.storage.objects import Storage
-from kinoray.video.clip import decode_clip
+from kinoray.video.frames import decode
+from kinoray.video.request import Sampled
 from ports import free_port, wait_until
 
 RATE, BAR = 0.05, 2.0
@@ -77,7 +78,7 @@ def job(storage: Storage, members: list[Reference]) -> tuple[float, int]:
     begin, lost = time.perf_counter(), 0
     for data in read_videos(storage, members):
         if isinstance(data, bytes):
-            decode_clip(data, ClipConfig(), with_flow=True)
+            decode(data, Sampled(), ClipConfig()).clip()
         else:
             lost += 1
     return time.perf_counter() - begin, lost

@@ -51,7 +51,8 @@ from kinoray.pack.verb import pack
 from kinoray.storage.objects import Storage
 from kinoray.train.decoding import DecodeTask
 from kinoray.train.input import rank_steps, stream
-from kinoray.video.clip import Clip, decode_clip
+from kinoray.video.frames import Clip, decode
+from kinoray.video.request import Sampled
 from kinoray.video.sandbox.pool import Sandbox
 from sandbox import film
 
@@ -125,7 +126,7 @@ def decode_all(videos: Iterator[Any]) -> None:
         return batch.setdefault(name, np.zeros(shape, dtype))
 
     for data in videos:
-        decode_clip(data, DENSE, with_flow=True, empty=empty)
+        decode(data, Sampled(), DENSE, empty=empty).clip()
 
 
 def read_path(catalog: Catalog, rounds: int) -> float:
@@ -165,7 +166,7 @@ def bare_job(catalog_uri: str, checkpoint: str, out: str) -> None:
     model, meta = load_model(LOCAL, checkpoint)
     scores, clips = [], []
     for data in bare_bytes(catalog):
-        clips.append(decode_clip(data, meta.clip, with_flow=False))
+        clips.append(decode(data, Sampled(), meta.clip.without_flow()).clip())
         if len(clips) == BATCH or len(scores) * BATCH + len(clips) == len(catalog):
             with torch.inference_mode():
                 logits = model(**model_inputs(collate(clips), model.input_spec, "cpu"))
@@ -243,7 +244,7 @@ def decoder_memory(videos: list[bytes], count: int) -> tuple[float, float]:
     with Sandbox(1) as sandbox:
         sizes = []
         for number in range(count):
-            sandbox.decode_clip(videos[number % len(videos)], SPARSE, with_flow=False)
+            sandbox.decode(videos[number % len(videos)], Sampled(), SPARSE.without_flow()).clip()
             if number + 1 in (count // 10, count):
                 sizes.append(resident_mb(*sandbox.pids()))
     return sizes[0], sizes[1]
@@ -263,7 +264,7 @@ def fullest_store(catalog: Catalog, num_rows: int) -> float:
     watcher.start()
     try:
         steps = rank_steps(np.arange(num_rows), batch_size=BATCH, rank=0, world_size=1)
-        task = DecodeTask(storage=LOCAL, clip=SPARSE, with_flow=False)
+        task = DecodeTask(storage=LOCAL, clip=SPARSE.without_flow())
         for _ in stream(repeated(catalog, num_rows), steps, task, decode_tasks=2, world_size=1):
             time.sleep(0.02 * BATCH)  # a model that is slower than two decoders, so that clips pile up
     finally:
@@ -297,14 +298,16 @@ def measure(folder: Path, quick: bool) -> dict[str, dict[str, object]]:
     )
     print(f"a clip of 16 x 6 takes {1e3 * (time.process_time() - begin) / len(videos):.0f} CPU ms")
     note("read path / bare loop, RGB and flow", read_path(catalog, rounds), "read path", "<=", "CPU seconds")
-    threads = two_decoders(lambda data: decode_clip(data, DENSE, with_flow=False), videos, rounds)
+    threads = two_decoders(lambda data: decode(data, Sampled(), DENSE.without_flow()).clip(), videos, rounds)
     note("two decoder threads / one", threads, "decoders", ">=", "clips per second")
     with Sandbox(2) as sandbox:
-        children = two_decoders(lambda data: sandbox.decode_clip(data, DENSE, with_flow=False), videos, rounds)
+        children = two_decoders(
+            lambda data: sandbox.decode(data, Sampled(), DENSE.without_flow()).clip(), videos, rounds
+        )
     note("two decoder processes / one", children, "decoders", ">=", "clips per second")
     begin = time.process_time()
     for data in videos:
-        decode_clip(data, DENSE, with_flow=False)
+        decode(data, Sampled(), DENSE.without_flow()).clip()
     clip_s = 1.5 * (time.process_time() - begin) / len(videos)  # and the batch and the model, about
     ratio, wall_s, num_clips = ray_job(folder, catalog, job_s, clip_s)
     note("Ray job / bare loops", ratio, "ray", ">=", f"clips per CPU second; {num_clips} clips, job {wall_s:.0f} s")

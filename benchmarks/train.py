@@ -2,7 +2,7 @@
 
 The same packed videos (340x256, 10 s, H.264), order, random frames, recipe and number of processes: `kinoray train`
 with one worker and its decode tasks, and a loop over torch's DataLoader with as many workers, which read the members
-of the shards and call kinoray's decode_clip. The network costs next to nothing, so that what is measured is how fast
+of the shards and call kinoray's decode. The network costs next to nothing, so that what is measured is how fast
 clips are fed: any real network hides some of it. Clips a second of whole epochs, the first left out; the two take
 turns, and the ratio is the median over rounds. Bar: kinoray trains at least 0.90 times as many clips a second. Both
 must arrive at the same loss, or the benchmark fails. Start-up is until the first epoch begins, with imports and Ray.
@@ -43,7 +43,8 @@ from kinoray.train.input import epoch_order, run_length
 from kinoray.train.recipe import learning_rate, make_optimizer, set_rate
 from kinoray.train.runfolder import RunFolder
 from kinoray.train.verb import train
-from kinoray.video.clip import Clip, decode_clip
+from kinoray.video.frames import Clip, decode
+from kinoray.video.request import Sampled
 from kinoray.video.sample import clip_rng
 
 BAR = 0.9
@@ -104,7 +105,7 @@ class Clips(Dataset[tuple[Clip, int]]):
         epoch, row = key
         rng = clip_rng(self.config.optim.seed, epoch, self.names[row])
         data = read_video(Storage(), self.references[row])
-        return decode_clip(data, self.config.clip, with_flow=False, rng=rng), self.labels[row]
+        return decode(data, Sampled(rng=rng), self.config.clip.without_flow()).clip(), self.labels[row]
 
 
 class Steps:

@@ -17,6 +17,11 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
+
+from kinoray.config.shared import ClipConfig
+from kinoray.video.frames import Frames
+from kinoray.video.media import VideoInfo
 from kinoray.video.sandbox import child
 
 LIBC = ctypes.CDLL(None, use_errno=True)
@@ -243,39 +248,76 @@ def look(_: object, data: bytes, arguments: dict[str, Any]) -> dict[str, Any]:
     return {"arrays": {}, "found": found, "x32": x32_open(arguments["readable"]), "thread": start_thread()}
 
 
-INFO = {"duration_s": 1.0, "fps": 30.0, "num_frames": 30, "width": 64, "height": 48, "codec": "h264", "rotation": 0}
-INFO |= {"claimed_frames": None, "num_keyframes": 1, "container": "mov/mp4"}
-ANSWER: dict[str, Any] = {"arrays": {}, "info": INFO, "counts": [30, 30, 0], "views": []}
+DECODE = child._OPERATIONS["decode"]
 
 
-def lie(space: Any, data: bytes, _: dict[str, Any]) -> dict[str, Any]:
-    """An answer to `decode_clip` that no decoder gives; the video says which."""
-    what = data.decode()
+def true_answer(space: child.OutputSpace, clip: ClipConfig) -> dict[str, Any]:
+    """What a decoder says of a video of 30 frames, all grey, without flow."""
+    shape = (1, clip.sample.num_segments, clip.sample.frames_per_segment)
+    count, side = shape[1] * shape[2], clip.view.crop_px
+    frames = Frames(
+        frames=np.full((1, count, 3, side, side), 128, np.uint8),
+        flow=None,
+        partners=None,
+        indices=(np.arange(count).reshape(shape),),
+        windows=np.array([[0, 30]]),
+        first_window=0,
+        num_windows=1,
+        mirrored=False,
+        exact=True,
+        num_frames=30,
+        frames_decoded=30,
+        frames_corrupt=0,
+        info=VideoInfo(duration_s=1.0, fps=30.0, num_frames=30, width=64, height=48, codec="h264", rotation=0),
+    )
+    return child.pack(child.Decoded(frames, None), space)
+
+
+def lie(space: child.OutputSpace, data: bytes, arguments: dict[str, Any]) -> dict[str, Any]:
+    """An answer to `decode` that no decoder gives, if the video says which; else the real one."""
+    if not data.startswith(b"lie: "):
+        return DECODE(space, data, arguments)
+    what = data.removeprefix(b"lie: ").decode()
     if what == "depth":  # written as JSON by ourselves: the encoder would fail first
         child.json.dumps = lambda *_, **__: "[" * 60_000
         return {}
-    if what == "size":
-        os.ftruncate(int(sys.argv[3]), 2**50)
-        return ANSWER | {"arrays": {"frames": [0, "|u1", [2**42]]}}
     if what == "job error":
         return {"error": "StorageUnavailable", "text": "the store is down"}
-    arrays = {name: space.place(name, space.empty(name, (1, 1), child.np.int64)) for name in ("frames", "indices")}
-    lies: dict[str, dict[str, Any]] = {
-        "no frames": {},
-        "words for numbers": {"arrays": arrays, "info": INFO | {"width": "wide"}},
-        "other fields": {"arrays": arrays, "info": INFO | {"more": 1}},
-        "two counts": {"arrays": arrays, "counts": [30, 30]},
-        "a list": {"arrays": arrays, "info": [1]},
-        "a bad cut": {"arrays": arrays, "views": [{"height": 1}]},
-        "infinite count": {"arrays": arrays, "counts": [float("inf"), 1, 1]},
+    answer = true_answer(space, arguments["clip"])
+    frames, arrays = answer["record"]["frames"], answer["arrays"]
+    lies: dict[str, tuple[dict[str, Any], str, Any]] = {
+        "nothing but the truth": (frames, "num_frames", 30),
+        "no frames": (arrays, "frames.frames", [0, "|u1", [1, 0, 3, 32, 32]]),
+        "no arrays": (answer, "arrays", {}),
+        "words for numbers": (frames["info"], "width", "wide"),
+        "truth for a number": (frames, "frames_corrupt", True),
+        "other fields": (frames["info"], "more", 1),
+        "two counts": (frames, "num_frames", [30, 30]),
+        "a list": (frames, "info", [1]),
+        "no record": (answer, "record", None),
+        "another size": (arrays, "frames.frames", [0, "|u1", [1, 8, 3, 16, 16]]),
+        "another type": (arrays, "frames.frames", [0, "|i1", arrays["frames.frames"][2]]),
+        "a frame that is not there": (frames, "num_frames", 3),
+        "another window": (frames, "first_window", 1),
+        "many samplings": (frames, "indices", 10**9),
+        "infinite count": (frames, "num_frames", float("inf")),
     }
-    return ANSWER | lies[what]
+    if what == "size":
+        os.ftruncate(int(sys.argv[3]), 2**50)
+        arrays["frames.frames"] = [0, "|u1", [2**42]]
+    elif what == "flow that was not asked for":
+        frames["flow"] = "array"
+        arrays["frames.flow"] = [0, "|i1", [1, *arrays["frames.frames"][2][1:2], 2, *arrays["frames.frames"][2][3:]]]
+    else:
+        place, name, value = lies[what]
+        place[name] = value
+    return answer
 
 
 if __name__ == "__main__":
     lacks = [name for lack in sys.argv.pop(1).split(",") if lack for name in LACKS[lack]]
     if lacks:
         refuse(lacks)
-    child._OPERATIONS |= {"probe": look, "decode_clip": lie}
+    child._OPERATIONS |= {"probe": look, "decode": lie}
     sys.addaudithook(remember)
     child.main()

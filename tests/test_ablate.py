@@ -36,7 +36,8 @@ from kinoray.train.config import TrainConfig
 from kinoray.tune.page import TrialRow
 from kinoray.tune.space import apply, trial_id
 from kinoray.tune.study import ROWS, Row, study_page, study_trials
-from kinoray.video.clip import decode_clip
+from kinoray.video.frames import decode
+from kinoray.video.request import Sampled
 from small_sets import set_in
 
 CLIP = ClipConfig(
@@ -122,7 +123,7 @@ def test_measured_flow_shows_the_movers_direction() -> None:
     """
     for number in range(16):
         frames, truth = binding_clip("train", number)
-        clip = decode_clip(make_video(frames), CLIP, with_flow=True)
+        clip = decode(make_video(frames), Sampled(), CLIP).clip()
         assert clip.flow is not None
         assert clip.num_frames == 24
         flow = clip.flow.reshape(-1, 2, SIDE_PX, SIDE_PX) * (CLIP.flow.bound_px / 127)
@@ -357,7 +358,7 @@ def test_the_plane_that_flow_looks_at_does_not_show_the_drawing() -> None:
     contrast: list[list[float]] = []
     for number in range(48):
         frames, truth = binding_clip("train", number)
-        clip = decode_clip(make_video(frames), CLIP, with_flow=False)
+        clip = decode(make_video(frames), Sampled(), CLIP.without_flow()).clip()
         ink = drawing(0, "train", BINDING_THINGS[truth.other], truth.drawings[1])
         for t, frame in zip(
             clip.indices.reshape(-1).tolist(), clip.frames.reshape(-1, 3, SIDE_PX, SIDE_PX), strict=True

@@ -22,7 +22,8 @@ from kinoray.network.scorer import (
     check_scorer,
     nested_order,
 )
-from kinoray.video.clip import Clip, VideoInfo
+from kinoray.video.frames import Clip
+from kinoray.video.media import VideoInfo
 
 S, T, C = 8, 2, 3
 CLIP = ClipConfig(sample=SampleConfig(num_segments=S, frames_per_segment=T), view=ViewConfig(resize_px=32, crop_px=32))

@@ -157,11 +157,11 @@ def test_the_loops_count_what_they_did(library: Path, checkpoint: str, tmp_path:
         config = LabelConfig(source=str(library), checkpoint=checkpoint, out=str(tmp_path), batch_size=4)
         labelling = open_labelling(config, "bench")
         rows = labelling.catalog.table
-        loop = decode_loop(labelling.job, rows, 1, with_flow=True, keep=6)
+        loop = decode_loop(labelling.job, rows, 1, keep=6)
         (bad,) = [row for row in rows.to_pylist() if row["uri"].endswith("broken.mp4")]
         only = rows.filter(np.array([row["video_id"] == bad["video_id"] for row in rows.to_pylist()]))
         with pytest.raises(MediaError):
-            decode_loop(labelling.job, only, 1, with_flow=True, keep=0)
+            decode_loop(labelling.job, only, 1, keep=0)
     finally:
         (library / LABELS[0] / "broken.mp4").unlink()
     assert (loop.videos, loop.bad, loop.clips, len(loop.kept)) == (NUM_VIDEOS + 1, 1, NUM_VIDEOS, 6)

@@ -16,7 +16,8 @@ from decode_reference import moving
 from kinoray.config.shared import ClipConfig, DecodeConfig, SampleConfig
 from kinoray.demo.videos import make_video
 from kinoray.errors import MediaError, MediaOverBudget
-from kinoray.video.clip import decode_clip, probe
+from kinoray.video.frames import decode, probe
+from kinoray.video.request import Sampled, Thumbnails
 from kinoray.video.sandbox.pool import Sandbox
 from test_decode_damage import REFERRING, contacts
 
@@ -30,7 +31,7 @@ MEMORY_LIMIT_MB = 64
 def sandbox() -> Iterator[Sandbox]:
     """One decoder, which has decoded before."""
     with Sandbox(1) as sandbox:
-        sandbox.decode_clip(bombs.tiny(), ClipConfig(), with_flow=False)
+        sandbox.decode(bombs.tiny(), Sampled(), ClipConfig().without_flow()).clip()
         yield sandbox
 
 
@@ -60,7 +61,7 @@ def test_bombs_are_refused_at_once(name: str, sandbox: Sandbox) -> None:
         Path(f"/proc/{pid}/clear_refs").write_text("5")  # the peak begins anew
     idle_mb, before_s = memory_mb(pid, "VmRSS"), cpu_s(pid)
     with pytest.raises(error, match=message) as caught:
-        sandbox.decode_clip(data, ClipConfig(), with_flow=True)
+        sandbox.decode(data, Sampled(), ClipConfig()).clip()
     assert type(caught.value) is error
     assert idle_pid(sandbox) == pid
     assert cpu_s(pid) - before_s <= CPU_LIMIT_S
@@ -70,7 +71,7 @@ def test_bombs_are_refused_at_once(name: str, sandbox: Sandbox) -> None:
 
 @pytest.mark.parametrize("name", bombs.LIES)
 def test_lies_that_cost_nothing_are_read(name: str, sandbox: Sandbox) -> None:
-    clip = sandbox.decode_clip(bombs.LIES[name](), ClipConfig(), with_flow=False)
+    clip = sandbox.decode(bombs.LIES[name](), Sampled(), ClipConfig().without_flow()).clip()
     assert clip.num_frames in (2, 3)
     assert (clip.info.width, clip.info.height) == (16, 16)
 
@@ -94,9 +95,9 @@ def test_the_index_refuses_only_what_must_be_decoded() -> None:
     """The middle of 390 frames behind one key frame needs 196 of them, 48 frames all over it need at least 317."""
     video, limit = bombs.h264(390, bombs.key_frame()), DecodeConfig(max_frames=200)
     with pytest.raises(MediaOverBudget, match=r"^317 or more frames to decode are more than decode\.max_frames = 200$"):
-        decode_clip(video, ClipConfig(decode=limit), with_flow=False)
+        decode(video, Sampled(), ClipConfig(decode=limit).without_flow()).clip()
     one = ClipConfig(sample=SampleConfig(num_segments=1, frames_per_segment=1), decode=limit)
-    assert decode_clip(video, one, with_flow=False).indices.tolist() == [[195]]
+    assert decode(video, Sampled(), one.without_flow()).clip().indices.tolist() == [[195]]
 
 
 # Files that point elsewhere
@@ -111,7 +112,12 @@ def test_playlists_are_refused_and_nothing_is_contacted(
     for form, text in REFERRING.items():
         for target in (f"{address}/{form}.mp4", str(local), f"file://{local}"):
             data = text.format(target=target).encode()
-            for attempt in (sandbox.probe, lambda data, config: sandbox.thumbnails(data, config, 2, 32)):
+            for attempt in (
+                sandbox.probe,
+                lambda data, config: sandbox.decode(
+                    data, Thumbnails(num_frames=2, height=32), ClipConfig(decode=config)
+                ),
+            ):
                 with pytest.raises(MediaError) as caught:
                     attempt(data, DecodeConfig())
                 assert str(tmp_path) not in str(caught.value)

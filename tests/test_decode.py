@@ -4,6 +4,7 @@ import io
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from fractions import Fraction
 from typing import Any
 
@@ -15,10 +16,12 @@ import pytest
 from decode_reference import Collect, moving, plain_decode, remux
 from kinoray.config.shared import ClipConfig, DecodeConfig, FlowConfig, SampleConfig, ViewConfig
 from kinoray.demo.videos import make_video
+from kinoray.errors import ConfigError
 from kinoray.video import media as decode_media
-from kinoray.video.clip import Clip, decode_clip, probe, thumbnails
 from kinoray.video.flow_dis import dis_flow
+from kinoray.video.frames import Clip, decode, probe
 from kinoray.video.pyav import PyavVideo
+from kinoray.video.request import Sampled, Thumbnails
 from kinoray.video.sample import clip_rng, segment_indices
 from kinoray.video.transform import test_view, train_view
 
@@ -194,7 +197,7 @@ def test_rotation_is_applied(rotation: int, pictures: np.ndarray) -> None:
     data = make_video(pictures[:3], gop=12, rotation=rotation)
     info = probe(data, DecodeConfig())
     assert (info.rotation, info.width, info.height) == (rotation, *((64, 96) if rotation % 180 else (96, 64)))
-    shown = thumbnails(data, DecodeConfig(), 3, info.height)
+    shown = decode(data, Thumbnails(num_frames=3, height=info.height), ClipConfig()).pictures()
     for image, frame in zip(shown, upright, strict=True):
         assert np.array_equal(image, np.rot90(frame.transpose(1, 2, 0), rotation // 90))
 
@@ -203,7 +206,7 @@ def test_rotation_is_applied(rotation: int, pictures: np.ndarray) -> None:
 def test_rotation_is_the_one_that_decord_applies(rotation: int, pictures: np.ndarray) -> None:
     data = make_video(pictures[:3], gop=12, rotation=rotation)
     theirs = decord.VideoReader(io.BytesIO(data), ctx=decord.cpu(0), num_threads=1).get_batch([1]).asnumpy()[0]
-    ours = thumbnails(data, DecodeConfig(), 3, 96)[1].astype(int)
+    ours = decode(data, Thumbnails(num_frames=3, height=96), ClipConfig()).pictures()[1].astype(int)
     assert ours.shape == theirs.shape
     # decord repeats chroma where we interpolate it: 4 grey levels here. Turned the other way it is 30.
     assert np.abs(ours - theirs).mean() < 5 < 20 < np.abs(ours[::-1, ::-1] - theirs).mean()
@@ -224,7 +227,11 @@ def test_colours_come_back_in_full_range_and_in_order(
     colour: tuple[int, ...], expected: tuple[int, ...], backend: Any
 ) -> None:
     flat = np.broadcast_to(np.array(colour, np.uint8), (3, 64, 64, 3))
-    (image,) = thumbnails(make_video(flat, options={"crf": "1"}), DecodeConfig(backend=backend), 1, 64)
+    (image,) = decode(
+        make_video(flat, options={"crf": "1"}),
+        Thumbnails(num_frames=1, height=64),
+        ClipConfig(decode=DecodeConfig(backend=backend)),
+    ).pictures()
     assert np.abs(image.reshape(-1, 3).mean(axis=0) - expected).max() <= 2
 
 
@@ -236,7 +243,7 @@ def test_conversion_is_close_to_a_float_reference(pictures: np.ndarray) -> None:
     luma, blue, red = 255 / 219 * (yuv[:, 0] - 16), 255 / 224 * (yuv[:, 1] - 128), 255 / 224 * (yuv[:, 2] - 128)
     green = luma - 0.344136 * blue - 0.714136 * red
     rgb = np.clip(np.stack([luma + 1.402 * red, green, luma + 1.772 * blue], axis=-1), 0, 255)
-    ours = np.stack(thumbnails(data, DecodeConfig(), 4, 64))
+    ours = np.stack(decode(data, Thumbnails(num_frames=4, height=64), ClipConfig()).pictures())
     assert np.abs(ours - rgb).mean() < 0.5
 
 
@@ -258,7 +265,7 @@ def test_a_frame_of_the_target_size_is_converted_as_any_other(width: int) -> Non
 
     luma, blue, red = 255 / 219 * (luma - 16), *(255 / 224 * (enlarged(chroma) - 128) for chroma in (blue, red))
     rgb = np.stack([luma + 1.402 * red, luma - 0.344136 * blue - 0.714136 * red, luma + 1.772 * blue], axis=-1)
-    ours = thumbnails(data, DecodeConfig(), 2, 64)[0]
+    ours = decode(data, Thumbnails(num_frames=2, height=64), ClipConfig()).pictures()[0]
     error = np.abs(ours - np.clip(rgb, 0, 255))
     assert error.mean() < 0.3
     assert error.max() < 2
@@ -268,7 +275,7 @@ def test_a_frame_of_the_target_size_is_converted_as_any_other(width: int) -> Non
 def test_odd_sizes_work(height: int, width: int) -> None:
     data = make_video(moving(5, height, width), pix_fmt="yuv444p")
     assert_exact(data, plain_decode(data))
-    clip = decode_clip(data, ClipConfig(view=ViewConfig(resize_px=32, crop_px=24)), with_flow=True)
+    clip = decode(data, Sampled(), ClipConfig(view=ViewConfig(resize_px=32, crop_px=24))).clip()
     assert clip.frames.shape == (8, 6, 3, 24, 24)
     assert (clip.info.width, clip.info.height) == (width, height)
 
@@ -315,7 +322,7 @@ def assert_same_clip(clip: Clip, expected: tuple[np.ndarray, np.ndarray], bound_
 
 
 def test_a_test_clip_is_the_centre_cut_of_the_middle_frames(gop12: bytes) -> None:
-    clip = decode_clip(gop12, CLIP, with_flow=True)
+    clip = decode(gop12, Sampled(), CLIP).clip()
     assert_same_clip(clip, naive_clip(gop12, None))
     assert clip.indices.tolist() == segment_indices(NUM_FRAMES, CLIP.sample).tolist()
     assert (clip.num_frames, clip.frames_corrupt) == (NUM_FRAMES, 0)
@@ -329,7 +336,7 @@ def test_a_test_clip_is_the_centre_cut_of_the_middle_frames(gop12: bytes) -> Non
 def test_training_clips_follow_their_generator_and_negate_mirrored_flow(gop12: bytes) -> None:
     flips = set()
     for epoch in range(6):
-        clip = decode_clip(gop12, CLIP, with_flow=True, rng=clip_rng(0, epoch, "a"))
+        clip = decode(gop12, Sampled(rng=clip_rng(0, epoch, "a")), CLIP).clip()
         assert_same_clip(clip, naive_clip(gop12, clip_rng(0, epoch, "a")))
         assert clip.frames.flags.c_contiguous
         rng = clip_rng(0, epoch, "a")
@@ -339,15 +346,15 @@ def test_training_clips_follow_their_generator_and_negate_mirrored_flow(gop12: b
 
 
 def test_frames_do_not_depend_on_whether_flow_is_asked_for(gop12: bytes) -> None:
-    without = decode_clip(gop12, CLIP, with_flow=False, rng=clip_rng(0, 0, "a"))
+    without = decode(gop12, Sampled(rng=clip_rng(0, 0, "a")), CLIP.without_flow()).clip()
     assert without.flow is None
-    assert np.array_equal(without.frames, decode_clip(gop12, CLIP, with_flow=True, rng=clip_rng(0, 0, "a")).frames)
+    assert np.array_equal(without.frames, decode(gop12, Sampled(rng=clip_rng(0, 0, "a")), CLIP).clip().frames)
 
 
 @pytest.mark.parametrize("num_frames", [1, 2, 5])
 def test_short_videos_repeat_frames(num_frames: int, pictures: np.ndarray) -> None:
     data = make_video(pictures[:num_frames], gop=12)
-    clip = decode_clip(data, CLIP, with_flow=True)
+    clip = decode(data, Sampled(), CLIP).clip()
     assert_same_clip(clip, naive_clip(data, None))
     assert clip.num_frames == clip.frames_decoded == num_frames
     assert clip.flow is not None
@@ -356,7 +363,7 @@ def test_short_videos_repeat_frames(num_frames: int, pictures: np.ndarray) -> No
 
 def test_the_last_frames_flow_is_that_of_the_frame_before(pictures: np.ndarray) -> None:
     data = make_video(pictures[:2], gop=12)
-    clip = decode_clip(data, CLIP, with_flow=True)
+    clip = decode(data, Sampled(), CLIP).clip()
     assert clip.flow is not None
     assert np.array_equal(clip.flow[0, 0], clip.flow[-1, -1])
     assert clip.flow[0, 0].any()
@@ -370,7 +377,7 @@ def test_decord_gives_the_same_cuts_within_its_own_scaling(gop12: bytes) -> None
     config = ClipConfig(sample=CLIP.sample, view=CLIP.view, flow=CLIP.flow, decode=DecodeConfig(backend="decord"))
     for seed in (None, 0, 1):
         ours, theirs = (
-            decode_clip(gop12, c, with_flow=True, rng=None if seed is None else clip_rng(seed, 0, "a"))
+            decode(gop12, Sampled(rng=None if seed is None else clip_rng(seed, 0, "a")), c).clip()
             for c in (CLIP, config)
         )
         assert np.array_equal(ours.indices, theirs.indices)
@@ -385,10 +392,10 @@ def test_decord_gives_the_same_cuts_within_its_own_scaling(gop12: bytes) -> None
 def test_decords_bridge_is_taken_as_it_is(gop12: bytes) -> None:
     pytest.importorskip("torch")
     config = ClipConfig(sample=CLIP.sample, view=CLIP.view, decode=DecodeConfig(backend="decord"))
-    native = decode_clip(gop12, config, with_flow=False)
+    native = decode(gop12, Sampled(), config.without_flow()).clip()
     decord.bridge.set_bridge("torch")
     try:
-        other = decode_clip(gop12, config, with_flow=False)
+        other = decode(gop12, Sampled(), config.without_flow()).clip()
         assert decord.bridge._CURRENT_BRIDGE.type == "torch"
     finally:
         decord.bridge.reset_bridge()
@@ -424,7 +431,7 @@ def test_probe_of_a_variable_frame_rate_gives_its_mean() -> None:
 
 
 def test_thumbnails_are_evenly_spaced_whole_frames(gop12: bytes) -> None:
-    images = thumbnails(gop12, DecodeConfig(), 5, 32)
+    images = decode(gop12, Thumbnails(num_frames=5, height=32), ClipConfig()).pictures()
     reference = plain_decode(gop12, 32, 48)
     assert [image.shape for image in images] == [(32, 48, 3)] * 5
     for image, index in zip(images, (9, 27, 45, 63, 81), strict=True):
@@ -432,17 +439,49 @@ def test_thumbnails_are_evenly_spaced_whole_frames(gop12: bytes) -> None:
 
 
 def test_more_thumbnails_than_frames_repeat(pictures: np.ndarray) -> None:
-    images = thumbnails(make_video(pictures[:2]), DecodeConfig(), 4, 32)
+    images = decode(make_video(pictures[:2]), Thumbnails(num_frames=4, height=32), ClipConfig()).pictures()
     assert len(images) == 4
     assert np.array_equal(images[0], images[1])
 
 
+def test_frames_check_their_shapes_and_say_both_sides(gop12: bytes) -> None:
+    found = decode(gop12, Sampled(samples=(CLIP.sample, SampleConfig(num_segments=1, frames_per_segment=1))), CLIP)
+    _, count, _, side, _ = found.frames.shape
+    assert repr(found) == f"Frames({count} of 90 frames, 1 x {side} x {side} px, flow, {len(found)} clips, 0 corrupt)"
+    assert found.flow is not None
+    wrong: list[tuple[dict[str, Any], str]] = [
+        ({"flow": found.flow[:, 1:]}, rf"flow: expected int8 \[1, {count}, 2, .*found int8 \[1, {count - 1}, 2, "),
+        ({"flow": found.flow.view(np.uint8)}, r"flow: expected int8 .*found uint8"),
+        ({"frames": found.frames[0]}, rf"frames: expected uint8 .*C, U, 3, H, W.*found uint8 \[{count}, 3, "),
+        ({"partners": found.frames[:, :, :2]}, r"partners: expected uint8 .*, 1, .*found uint8 .*, 2, "),
+        ({"indices": found.indices[1:]}, rf"indices name 1 distinct frames .*expected the {count} of"),
+        ({"num_frames": 20}, r"expected the \d+ of `frames`, in 0 \.\. 19"),
+        ({"windows": found.windows[:0]}, r"windows: expected int64 \[1, 2\] .*found int64 \[0, 2\]"),
+        ({"num_windows": 0}, r"1 windows from window 0 on, expected at least one, of 0"),
+    ]
+    for change, message in wrong:
+        with pytest.raises(ValueError, match=message):
+            replace(found, **change)
+
+
+def test_a_clip_has_flow_if_its_network_looks_at_it(gop12: bytes) -> None:
+    rgb_only, both = CLIP.for_network(0), CLIP.for_network(2)
+    assert both is CLIP
+    assert rgb_only == replace(CLIP, flow=replace(CLIP.flow, estimator="none"))
+    assert decode(gop12, Sampled(), rgb_only).flow is None
+    assert decode(gop12, Sampled(), both).flow is not None
+    device = replace(CLIP, flow=FlowConfig(estimator="tvl1"))
+    assert [clip.frame_bytes // CLIP.view.crop_px**2 for clip in (rgb_only, both, device)] == [3, 5, 4]
+    with pytest.raises(ConfigError, match=r"clip\.flow\.estimator must be dis or tvl1: the network has 2 channels of"):
+        rgb_only.for_network(2)
+
+
 def test_threads_do_not_disturb_each_other(pictures: np.ndarray) -> None:
     files = [make_video(pictures[k : k + 40], gop=12) for k in range(4)]
-    expected = [decode_clip(data, CLIP, with_flow=True) for data in files]
+    expected = [decode(data, Sampled(), CLIP).clip() for data in files]
     with ThreadPoolExecutor(4) as pool:
         for _ in range(3):
-            clips = list(pool.map(lambda data: decode_clip(data, CLIP, with_flow=True), files))
+            clips = list(pool.map(lambda data: decode(data, Sampled(), CLIP).clip(), files))
             for clip, other in zip(clips, expected, strict=True):
                 assert np.array_equal(clip.frames, other.frames)
                 assert np.array_equal(clip.flow, other.flow)
@@ -451,7 +490,7 @@ def test_threads_do_not_disturb_each_other(pictures: np.ndarray) -> None:
 def test_decode_workers_stay_small() -> None:
     """Importing torch costs a decode worker 700 MB, decord is only for who asks for it."""
     code = (
-        "import sys, kinoray.video.clip, kinoray.demo.videos;"
+        "import sys, kinoray.video.frames, kinoray.demo.videos;"
         "print(sorted({'torch', 'ray', 'decord', 'pyarrow', 'boto3'} & set(sys.modules)))"
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

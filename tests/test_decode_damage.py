@@ -22,8 +22,9 @@ from kinoray.errors import (
     UndecodableVideo,
     UnreadableContainer,
 )
-from kinoray.video.clip import decode_clip, probe, thumbnails
+from kinoray.video.frames import decode, probe
 from kinoray.video.pyav import PyavVideo
+from kinoray.video.request import Sampled, Thumbnails
 
 NUM_FRAMES = 60
 CLIP = ClipConfig(sample=SampleConfig(num_segments=4, frames_per_segment=2), view=ViewConfig(resize_px=32, crop_px=24))
@@ -61,9 +62,9 @@ def test_broken_files_give_typed_errors(
 ) -> None:
     data, config = make_broken(kind, good), clip_config(backend=backend)
     for attempt in (
-        lambda: decode_clip(data, config, with_flow=True),
+        lambda: decode(data, Sampled(), config).clip(),
         lambda: probe(data, config.decode),
-        lambda: thumbnails(data, config.decode, 3, 32),
+        lambda: decode(data, Thumbnails(num_frames=3, height=32), config),
     ):
         with pytest.raises(error, match=message) as caught:
             attempt()
@@ -75,7 +76,7 @@ def test_broken_files_give_typed_errors(
 
 @pytest.mark.parametrize("kind", ["cut_front_index", "one_frame"])
 def test_damaged_files_that_hold_frames_give_clips(kind: str, good: bytes) -> None:
-    clip = decode_clip(make_broken(kind, good), CLIP, with_flow=True)
+    clip = decode(make_broken(kind, good), Sampled(), CLIP).clip()
     assert clip.frames.any()
     assert (clip.num_frames == 1) is (kind == "one_frame")
 
@@ -85,7 +86,7 @@ def test_a_file_without_a_decodable_frame_is_undecodable(good: bytes) -> None:
     with pytest.raises(
         UndecodableVideo, match=r"no frame comes out of 60 h264 packets \(\d\d refused by the decoder\)"
     ):
-        decode_clip(spoilt, CLIP, with_flow=False)
+        decode(spoilt, Sampled(), CLIP.without_flow()).clip()
     with pytest.raises(UndecodableVideo, match="no frame comes out"):
         probe(spoilt, DecodeConfig())
 
@@ -103,7 +104,7 @@ def test_a_video_without_packets_is_undecodable(good: bytes) -> None:
 
 def test_decord_names_the_way_out(good: bytes) -> None:
     with pytest.raises(UndecodableVideo, match=r"^decord cannot read this h264 file: .*; try decode\.backend=pyav$"):
-        decode_clip(make_broken("cut_front_index", good), clip_config(backend="decord"), with_flow=False)
+        decode(make_broken("cut_front_index", good), Sampled(), clip_config(backend="decord").without_flow()).clip()
 
 
 # Damage inside
@@ -141,7 +142,7 @@ def test_a_missing_frame_is_replaced_by_the_one_before_and_counted(good: bytes, 
 
 def test_damage_is_counted_even_where_it_is_not_sampled(good: bytes) -> None:
     one = ClipConfig(sample=SampleConfig(num_segments=1, frames_per_segment=1), view=CLIP.view)
-    clip = decode_clip(remux(good, "mp4", spoil=frozenset({22})), one, with_flow=False)
+    clip = decode(remux(good, "mp4", spoil=frozenset({22})), Sampled(), one.without_flow()).clip()
     assert clip.indices.tolist() == [[30]]
     assert clip.num_frames == NUM_FRAMES
     assert clip.frames_corrupt >= 1
@@ -190,7 +191,7 @@ def test_where_frames_are_counted_a_shorter_count_is_sampled_again() -> None:
     """In AVI a lost frame cannot be placed: what comes out is counted, and the clip is spread over that many."""
     whole = make_video(moving(NUM_FRAMES), fps=30, codec="mpeg4", container="avi", gop=30)
     spoilt = remux(whole, "avi", spoil=frozenset({3, 4, 31, 50}))
-    clip = decode_clip(spoilt, CLIP, with_flow=False)
+    clip = decode(spoilt, Sampled(), CLIP.without_flow()).clip()
     assert clip.num_frames < NUM_FRAMES
     assert clip.frames_corrupt >= 1
     assert clip.indices.max() < clip.num_frames
@@ -220,19 +221,19 @@ def test_videos_over_a_limit_are_refused_with_the_numbers(
     limits: dict[str, Any], message: str, backend: str, good: bytes
 ) -> None:
     with pytest.raises(MediaOverBudget, match=message):
-        decode_clip(good, clip_config(backend=backend, **limits), with_flow=False)
+        decode(good, Sampled(), clip_config(backend=backend, **limits).without_flow()).clip()
 
 
 def test_videos_at_the_limits_are_read(good: bytes) -> None:
     config = clip_config(max_bytes=len(good), max_pixels=96 * 64, max_duration_s=2.0, max_frames=NUM_FRAMES)
-    assert decode_clip(good, config, with_flow=True).num_frames == NUM_FRAMES
+    assert decode(good, Sampled(), config).clip().num_frames == NUM_FRAMES
 
 
 def test_only_frames_that_must_be_decoded_count_against_the_limit(good: bytes) -> None:
     one = ClipConfig(
         sample=SampleConfig(num_segments=1, frames_per_segment=1), view=CLIP.view, decode=DecodeConfig(max_frames=12)
     )
-    assert decode_clip(good, one, with_flow=False).indices.tolist() == [[30]]
+    assert decode(good, Sampled(), one.without_flow()).clip().indices.tolist() == [[30]]
     assert probe(good, one.decode).num_frames == NUM_FRAMES
 
 
@@ -246,9 +247,9 @@ def test_frames_that_grow_over_the_limit_are_refused(size: int) -> None:
     config = clip_config(max_pixels=32 * 32)
     if size == 48:
         with pytest.raises(MediaOverBudget, match="48 x 48 = 2,304 pixels are more than"):
-            decode_clip(small + large, config, with_flow=False)
+            decode(small + large, Sampled(), config.without_flow()).clip()
     else:  # so large that libav does not begin to decode them: damage like any other
-        clip = decode_clip(small + large, config, with_flow=False)
+        clip = decode(small + large, Sampled(), config.without_flow()).clip()
         assert clip.frames_corrupt >= 1
         assert (clip.info.width, clip.info.height) == (32, 32)
 
@@ -261,8 +262,8 @@ def test_a_huge_frame_is_refused_before_it_is_decoded(tmp_path: Path) -> None:
     code = """
 import re, sys
 from kinoray.config.shared import DecodeConfig
-from kinoray.video.clip import probe
 from kinoray.errors import MediaOverBudget
+from kinoray.video.frames import probe
 def peak_mb():
     return int(re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1]) // 1024
 data, before = open(sys.argv[1], "rb").read(), peak_mb()
@@ -285,8 +286,8 @@ def test_a_thin_frame_is_not_enlarged_without_limit(backend: Any) -> None:
     data = make_video(np.zeros((2, 16384, 16, 3), np.uint8), options={"preset": "ultrafast"})
     thin = ClipConfig(sample=CLIP.sample, view=ViewConfig(resize="short_side"), decode=DecodeConfig(backend=backend))
     with pytest.raises(MediaOverBudget, match=r"scaled to 256 x 262144, has 67,108,864 pixels, more than 33,554,432"):
-        decode_clip(data, thin, with_flow=False)
-    assert decode_clip(data, clip_config(backend=backend), with_flow=False).num_frames == 2
+        decode(data, Sampled(), thin.without_flow()).clip()
+    assert decode(data, Sampled(), clip_config(backend=backend).without_flow()).clip().num_frames == 2
 
 
 # Files that point elsewhere
@@ -336,7 +337,7 @@ def test_files_that_refer_to_others_are_refused_and_nothing_is_contacted(
     for target in (f"{address}/{form}.mp4", str(local), f"file://{local}"):
         text = REFERRING[form].format(target=target).encode()
         with pytest.raises(UnreadableContainer) as caught:
-            decode_clip(text, CLIP, with_flow=False)
+            decode(text, Sampled(), CLIP.without_flow()).clip()
         assert str(tmp_path) not in str(caught.value)
     assert seen == []
 
@@ -394,7 +395,7 @@ def test_mutated_files_give_a_clip_or_a_media_error(codec: str, container: str, 
     outcomes = []
     for _ in range(80):
         try:
-            clip = decode_clip(mutate(data, rng), config, with_flow=False)
+            clip = decode(mutate(data, rng), Sampled(), config.without_flow()).clip()
         except MediaError as error:
             outcomes.append(type(error).__name__)
             continue

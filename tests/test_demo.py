@@ -19,7 +19,7 @@ from kinoray.demo.verb import demo, s3_server
 from kinoray.errors import ConfigError, MediaError
 from kinoray.storage.objects import Storage
 from kinoray.train import presets
-from kinoray.video.clip import probe
+from kinoray.video.frames import probe
 
 UNREADABLE = {"empty", "random", "index_lost", "audio_only"}
 READABLE = {"cut_front_index", "one_frame"}

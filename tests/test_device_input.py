@@ -40,13 +40,13 @@ from kinoray.train.config import TrainConfig
 from kinoray.train.decoding import DecodeTask
 from kinoray.train.runfolder import RunFolder
 from kinoray.train.verb import train
-from kinoray.video.bank import decode_bank
-from kinoray.video.clip import Clip, decode_clip
+from kinoray.video.cache import FrameCache
 from kinoray.video.flow_dis import quantise
+from kinoray.video.frames import Clip, decode
+from kinoray.video.request import Sampled, Views
 from kinoray.video.sample import clip_rng, segment_indices
 from kinoray.video.sandbox.pool import Sandbox
 from kinoray.video.transform import train_view
-from kinoray.video.views import decode_views
 from label_models import save_untrained
 from small_sets import set_in
 from tiny_models import OWN_NETWORKS
@@ -153,7 +153,7 @@ def test_flow_is_that_of_the_source_at_the_models_size_and_flips_with_the_view(d
     flips = set()
     for seed in (None, 0, 1):
         # A training view of scale 1 cuts 64 px out of what 80 px show: it is enlarged by 80 / 64 less.
-        raw = decode_clip(data, clip, with_flow=True, rng=rng_of(seed))
+        raw = decode(data, Sampled(rng=rng_of(seed)), clip).clip()
         assert raw.flow is None
         found = finished([raw], clip, device)
         assert found.flow is not None
@@ -184,8 +184,8 @@ def test_frames_and_their_partners_are_those_of_a_decoder_that_finds_flow_itself
     data = make_video(moving(20, 44, 70))
     for seed in (None, 1, 4):
         clip = replace(CLIP, sample=every)
-        raw = decode_clip(data, clip, with_flow=True, rng=rng_of(seed))
-        there = decode_clip(data, replace(clip, flow=FlowConfig()), with_flow=True, rng=rng_of(seed))
+        raw = decode(data, Sampled(rng=rng_of(seed)), clip).clip()
+        there = decode(data, Sampled(rng=rng_of(seed)), replace(clip, flow=FlowConfig())).clip()
         assert np.array_equal(raw.frames, there.frames)
         assert raw.partners is not None
         assert np.array_equal(raw.partners[0, :-1, 0], raw.frames[0, 1:, 1])
@@ -194,7 +194,7 @@ def test_frames_and_their_partners_are_those_of_a_decoder_that_finds_flow_itself
 
 def test_flow_of_the_last_frame_leads_from_the_one_before_to_it() -> None:
     clip = replace(CLIP, sample=SampleConfig(num_segments=1, frames_per_segment=6))
-    raw = decode_clip(make_video(moving(6, 44, 70)), clip, with_flow=True)
+    raw = decode(make_video(moving(6, 44, 70)), Sampled(), clip).clip()
     assert raw.indices.tolist() == [[0, 1, 2, 3, 4, 5]]
     assert raw.last.tolist() == [[False] * 5 + [True]]
     grey = torch.from_numpy(raw.frames[0, :, 1])
@@ -205,14 +205,14 @@ def test_flow_of_the_last_frame_leads_from_the_one_before_to_it() -> None:
 
 
 def test_a_video_of_one_frame_does_not_move() -> None:
-    raw = decode_clip(make_video(moving(1, 44, 70)), CLIP, with_flow=True)
+    raw = decode(make_video(moving(1, 44, 70)), Sampled(), CLIP).clip()
     flow = finished([raw], CLIP).flow
     assert flow is not None
     assert int(flow.abs().max()) == 0
 
 
 def test_clips_of_one_batch_do_not_change_each_other() -> None:
-    clips = [decode_clip(make_video(moving(20, 44, 70, seed=seed)), CLIP, with_flow=True) for seed in range(3)]
+    clips = [decode(make_video(moving(20, 44, 70, seed=seed)), Sampled(), CLIP).clip() for seed in range(3)]
     together = finished(clips, CLIP)
     for place, clip in enumerate(clips):
         alone = finished([clip], CLIP)
@@ -242,7 +242,7 @@ def test_quantised_flow_is_that_of_the_decoder() -> None:
 
 
 def test_colours_are_changed_after_the_flow_is_found() -> None:
-    raw = decode_clip(make_video(moving(20, 44, 70)), CLIP, with_flow=True)
+    raw = decode(make_video(moving(20, 44, 70)), Sampled(), CLIP).clip()
     batch = finished([raw], CLIP)
     coloured = Augmenter(AugmentConfig(colour_jitter=0.9), 0, torch.device("cpu")).colour(batch, ["v"], 1)
     assert not torch.equal(coloured.rgb, batch.rgb)  # type: ignore[arg-type]
@@ -257,8 +257,8 @@ def test_flow_of_all_views_is_that_of_the_views_themselves(crops: str) -> None:
     """Frames of every view are dis's; the flow of a mirrored view is the mirrored one's, x with the other sign."""
     data = make_video(moving(31, 44, 70))
     views = ViewsConfig(temporal=2, crops=crops)  # type: ignore[arg-type]
-    clips = list(decode_views(data, CLIP, views, with_flow=True).clips())
-    expected = list(decode_views(data, replace(CLIP, flow=FlowConfig()), views, with_flow=True).clips())
+    clips = list(decode(data, Views(views=views), CLIP).clips())
+    expected = list(decode(data, Views(views=views), replace(CLIP, flow=FlowConfig())).clips())
     assert len(clips) == len(expected) == views.num_views
     for clip, other in zip(clips, expected, strict=True):
         assert np.array_equal(clip.indices, other.indices)
@@ -276,12 +276,12 @@ def test_a_decoder_process_gives_the_same_clips() -> None:
     data = make_video(moving(20, 44, 70))
     ten = ViewsConfig(temporal=1, crops="ten")
     with Sandbox(1) as sandbox:
-        here = decode_clip(data, CLIP, with_flow=True, rng=np.random.default_rng(3))
-        there = sandbox.decode_clip(data, CLIP, with_flow=True, rng=np.random.default_rng(3))
+        here = decode(data, Sampled(rng=np.random.default_rng(3)), CLIP).clip()
+        there = sandbox.decode(data, Sampled(rng=np.random.default_rng(3)), CLIP).clip()
         pairs = [(here, there)]
         pairs += zip(
-            decode_views(data, CLIP, ten, with_flow=True).clips(),
-            sandbox.decode_views(data, CLIP, ten, with_flow=True).clips(),
+            decode(data, Views(views=ten), CLIP).clips(),
+            sandbox.decode(data, Views(views=ten), CLIP).clips(),
             strict=True,
         )
         for one, other in pairs:
@@ -299,14 +299,14 @@ def test_a_block_holds_partners_and_says_what_is_unreadable(tmp_path: Path) -> N
     rows = [{"video_id": name, "uri": str(tmp_path / name), "row": number} for number, name in enumerate(names)]
     schema |= {"time_start_s": pa.float64(), "time_end_s": pa.float64()}
     block = pa.Table.from_pylist(rows, schema=pa.schema({**schema, "sha256": pa.string(), "row": pa.int64()}))
-    task = DecodeTask(storage=Storage(), clip=CLIP, with_flow=True, epoch=1)
+    task = DecodeTask(storage=Storage(), clip=CLIP, epoch=1)
     columns = task(block)
     assert columns["ok"].tolist() == [True, False, True]
     assert columns["error_class"].tolist()[1] == "UnreadableContainer"
     assert "flow" not in columns
     for number, name in ((0, "a"), (2, "c")):
         rng = clip_rng(0, 1, name)
-        clip = decode_clip((tmp_path / name).read_bytes(), CLIP, with_flow=True, rng=rng)
+        clip = decode((tmp_path / name).read_bytes(), Sampled(rng=rng), CLIP).clip()
         assert np.array_equal(columns["rgb"][number], clip.frames)
         assert np.array_equal(columns["partners"][number], clip.partners)  # type: ignore[arg-type]
         assert np.array_equal(columns["last"][number], clip.last)
@@ -326,18 +326,18 @@ def test_a_cache_of_finished_clips_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"cache\.gb must be 0 with clip\.flow\.estimator tvl1, got 1"):
         TrainConfig(catalog="c", out="o", clip=CLIP, cache=CacheConfig(gb=1))
     with pytest.raises(ConfigError, match=r"cache\.gb must be 0 with flow\.estimator tvl1"):
-        decode_bank(b"", CLIP, [SAMPLE], with_flow=True)
+        FrameCache(CacheConfig(gb=1), CLIP)
 
 
 def test_a_raw_batch_says_what_does_not_fit() -> None:
-    raw = decode_clip(make_video(moving(20, 44, 70)), CLIP, with_flow=True)
+    raw = decode(make_video(moving(20, 44, 70)), Sampled(), CLIP).clip()
     small = replace(CLIP, view=ViewConfig(resize="short_side", resize_px=36, crop_px=24))
     with pytest.raises(ModelError, match="at least one clip"):
         collate_raw([])
     with pytest.raises(ModelError, match="all clips of a batch must have partners, got 1 of 2"):
         collate_raw([raw, replace(raw, partners=None)])
     with pytest.raises(ModelError, match="clips of a batch must have one shape"):
-        collate_raw([raw, decode_clip(make_video(moving(20, 44, 70)), small, with_flow=True)])
+        collate_raw([raw, decode(make_video(moving(20, 44, 70)), Sampled(), small).clip()])
     batch = collate_raw([raw, raw])
     for changed in ({"last": batch.last[:1]}, {"partners": batch.partners[..., :9]}, {"frames": batch.frames[:, :1]}):
         with pytest.raises(ModelError, match="frames, partners and last must agree in B, S, T, H, W"):
@@ -358,7 +358,7 @@ def test_a_scorer_gives_what_the_network_says_of_the_finished_batch(rule: EarlyE
     torch.manual_seed(3)
     model = build_model(ModelConfig(factory="vcm_sdd", options={"backbone": "tiny", "consensus": "probs"}), 3)
     clip = replace(CLIP, view=ViewConfig(resize="short_side", resize_px=40, crop_px=32))
-    clips = [decode_clip(make_video(moving(20, 44, 70 + 10 * k, seed=k)), clip, with_flow=True) for k in range(3)]
+    clips = [decode(make_video(moving(20, 44, 70 + 10 * k, seed=k)), Sampled(), clip).clip() for k in range(3)]
     found = answers(model, clip, ScorerConfig(batch_size=2, early_exit=rule), clips)
     with torch.no_grad():
         inputs = model_inputs(finished(clips, clip), model.input_spec, "cpu")
@@ -384,7 +384,7 @@ def test_a_labelling_worker_labels_videos_of_different_sizes_with_it(tmp_path: P
     assert (result["error_class"], result["quarantined"], result["rows"]) == ("", 0, 3)
     model, _ = load_model(Storage(), checkpoint, OWN_NETWORKS)
     rows = pa.concat_tables(labelling.ledger.read_units(labelling.plan.units)).to_pylist()
-    clips = [decode_clip(Path(row["uri"]).read_bytes(), clip, with_flow=True) for row in rows]
+    clips = [decode(Path(row["uri"]).read_bytes(), Sampled(), clip).clip() for row in rows]
     with torch.no_grad():  # each by itself, as on CPUs: this network mixes the clips of a batch
         one_by_one = [model(**model_inputs(finished([one], clip), model.input_spec, "cpu")) for one in clips]
     logits = torch.cat(one_by_one).double()

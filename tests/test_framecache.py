@@ -13,9 +13,9 @@ from kinoray.config.shared import CacheConfig, ClipConfig, SampleConfig, ViewCon
 from kinoray.errors import ConfigError, MediaError, StorageError
 from kinoray.storage.objects import Storage
 from kinoray.train.decoding import DecodeTask
-from kinoray.video.bank import decode_bank
 from kinoray.video.cache import FrameCache, grid_name
-from kinoray.video.clip import decode_clip
+from kinoray.video.frames import decode
+from kinoray.video.request import Sampled
 from kinoray.video.sample import clip_rng
 from kinoray.video.sandbox.pool import Sandbox
 from small_sets import colour_video
@@ -38,14 +38,14 @@ def videos() -> list[bytes]:
 @pytest.mark.parametrize("epoch", [None, 1, 2])
 def test_a_bank_holds_what_each_sampling_alone_would_decode(videos: list[bytes], epoch: int | None) -> None:
     for data in videos:
-        bank = decode_bank(data, clip_of(GRIDS[0]), GRIDS, with_flow=True, rng=epoch and clip_rng(0, epoch, "v"))
+        bank = decode(data, Sampled(samples=GRIDS, rng=epoch and clip_rng(0, epoch, "v")), clip_of(GRIDS[0]))
         assert bank.exact
-        for sample, places in zip(GRIDS, bank.places, strict=True):
-            clip = decode_clip(data, clip_of(sample), with_flow=True, rng=epoch and clip_rng(0, epoch, "v"))
-            assert np.array_equal(bank.frames[places].reshape(clip.frames.shape), clip.frames)
+        for sample, places in zip(GRIDS, bank.places(), strict=True):
+            clip = decode(data, Sampled(rng=epoch and clip_rng(0, epoch, "v")), clip_of(sample)).clip()
+            assert np.array_equal(bank.frames[0, places].reshape(clip.frames.shape), clip.frames)
             assert bank.flow is not None
             assert clip.flow is not None
-            assert np.array_equal(bank.flow[places].reshape(clip.flow.shape), clip.flow)
+            assert np.array_equal(bank.flow[0, places].reshape(clip.flow.shape), clip.flow)
 
 
 def test_a_bank_of_a_damaged_file_is_either_what_each_sampling_would_decode_or_says_that_it_is_not(
@@ -58,14 +58,14 @@ def test_a_bank_of_a_damaged_file_is_either_what_each_sampling_would_decode_or_s
         begin = int(rng.integers(len(damaged) // 4, len(damaged) - 400))
         damaged[begin : begin + 300] = rng.bytes(300)
         try:
-            bank = decode_bank(bytes(damaged), clip_of(GRIDS[0]), GRIDS, with_flow=False)
+            bank = decode(bytes(damaged), Sampled(samples=GRIDS), clip_of(GRIDS[0]).without_flow())
         except MediaError:
             continue
         exact.append(bank.exact)
-        for sample, places in zip(GRIDS, bank.places, strict=True):
-            clip = decode_clip(bytes(damaged), clip_of(sample), with_flow=False)
+        for sample, places in zip(GRIDS, bank.places(), strict=True):
+            clip = decode(bytes(damaged), Sampled(), clip_of(sample).without_flow()).clip()
             if bank.exact:
-                assert np.array_equal(bank.frames[places].reshape(clip.frames.shape), clip.frames)
+                assert np.array_equal(bank.frames[0, places].reshape(clip.frames.shape), clip.frames)
     assert False in exact
     assert True in exact
 
@@ -83,7 +83,7 @@ def block_of(tmp_path: Path, videos: list[bytes]) -> pa.Table:
 
 
 def task_of(cache: CacheConfig, sample: SampleConfig, **changes: Any) -> DecodeTask:
-    settings = {"clip": clip_of(sample), "with_flow": True, "seed": 3, "epoch": 1, "cache": cache} | changes
+    settings = {"clip": clip_of(sample), "seed": 3, "epoch": 1, "cache": cache} | changes
     return DecodeTask(storage=Storage(), **settings)
 
 
@@ -91,11 +91,12 @@ def test_tasks_give_the_same_bytes_with_and_without_a_cache_and_decode_once(
     tmp_path: Path, videos: list[bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     readings = []
-    for name in ("decode_bank", "decode_clip"):
-        real = getattr(Sandbox, name)
-        monkeypatch.setattr(
-            Sandbox, name, lambda *given, real=real, name=name, **more: readings.append(name) or real(*given, **more)
-        )
+    real = Sandbox.decode
+    monkeypatch.setattr(
+        Sandbox,
+        "decode",
+        lambda *given: readings.append(len(given[2].samples)) or real(*given),  # type: ignore[func-returns-value]
+    )
     block = block_of(tmp_path, [*videos, b"not a video"])
     cache = CacheConfig(gb=1, folder=str(tmp_path / "cache"), grids=NAMES)
     for epoch in (1, None):
@@ -104,7 +105,7 @@ def test_tasks_give_the_same_bytes_with_and_without_a_cache_and_decode_once(
             readings.clear()
             cold_or_warm = task_of(cache, sample, epoch=epoch)(block)
             # The video that cannot be read is tried each time; the others once, for the first sampling.
-            assert readings == (["decode_bank"] * 4 if sample is GRIDS[0] else ["decode_bank"])
+            assert readings == ([len(GRIDS)] * 4 if sample is GRIDS[0] else [len(GRIDS)])
             assert cold_or_warm["cached"].tolist() == [sample is not GRIDS[0]] * 3 + [False]
             for column in ("row", "ok", "rgb", "flow", "error_class", "error_text"):
                 assert np.array_equal(plain[column], cold_or_warm[column]), column
@@ -170,20 +171,20 @@ def test_a_run_whose_sampling_is_not_among_the_shared_ones_keeps_its_own(tmp_pat
 def test_everything_that_decides_the_frames_is_in_the_key(tmp_path: Path) -> None:
     cache = CacheConfig(gb=1, folder=str(tmp_path), grids=NAMES)
     video = {"video_id": "v", "uri": "u", "offset": 1, "length": 2, "sha256": "s"}
-    base = FrameCache(cache, clip_of(GRIDS[0]), True)
+    base = FrameCache(cache, clip_of(GRIDS[0]))
     keys = {base.key(video, 0, 1), base.key(video, 0, 2), base.key(video, 1, 1), base.key(video, 0, None)}
     keys |= {base.key(video | {name: "other"}, 0, 1) for name in video}
     view = dataclasses.replace(VIEW, train_flip=False)
-    keys.add(FrameCache(cache, dataclasses.replace(clip_of(GRIDS[0]), view=view), True).key(video, 0, 1))
-    keys.add(FrameCache(cache, clip_of(GRIDS[0]), False).key(video, 0, 1))
-    keys.add(FrameCache(dataclasses.replace(cache, grids=NAMES[:1]), clip_of(GRIDS[0]), True).key(video, 0, 1))
+    keys.add(FrameCache(cache, dataclasses.replace(clip_of(GRIDS[0]), view=view)).key(video, 0, 1))
+    keys.add(FrameCache(cache, clip_of(GRIDS[0]).without_flow()).key(video, 0, 1))
+    keys.add(FrameCache(dataclasses.replace(cache, grids=NAMES[:1]), clip_of(GRIDS[0])).key(video, 0, 1))
     assert len(keys) == 4 + 5 + 3
-    assert FrameCache(cache, clip_of(GRIDS[2]), True).key(video, 0, 1) == base.key(video, 0, 1)
+    assert FrameCache(cache, clip_of(GRIDS[2])).key(video, 0, 1) == base.key(video, 0, 1)
     assert base.key(video, 0, None) == base.key(video, 9, None)  # what is scored has no seed
 
 
 def test_a_folder_of_somebody_else_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    cache = FrameCache(CacheConfig(gb=1, folder=str(tmp_path / "theirs")), clip_of(GRIDS[0]), False)
+    cache = FrameCache(CacheConfig(gb=1, folder=str(tmp_path / "theirs")), clip_of(GRIDS[0]).without_flow())
     (tmp_path / "theirs").mkdir()
     monkeypatch.setattr(os, "getuid", lambda: 123456)
     with pytest.raises(StorageError, match=r"cache\.folder .*theirs belongs to another user"):

@@ -12,7 +12,8 @@ import pytest
 
 from kinoray.config.shared import ClipConfig, DecodeConfig, SampleConfig, ViewConfig
 from kinoray.errors import DecoderCrashed, DecodeTimeout, MediaError
-from kinoray.video.clip import Clip, probe
+from kinoray.video.frames import Clip, probe
+from kinoray.video.request import Sampled
 from kinoray.video.sandbox.pool import Sandbox
 from mutations import MUTATIONS, NUM_FRAMES, SOURCES, Mutant, make_mutant, make_source
 
@@ -47,7 +48,7 @@ def run_all(sandbox: Sandbox, numbers: range) -> list[Result]:
         mutant = make_mutant(number)
         begin = time.monotonic()
         try:
-            clip, error = sandbox.decode_clip(mutant.data, CONFIG, with_flow=True), None
+            clip, error = sandbox.decode(mutant.data, Sampled(), CONFIG).clip(), None
         except MediaError as caught:
             clip, error = None, caught
         return Result(mutant, clip, error, time.monotonic() - begin)
@@ -155,7 +156,7 @@ def test_300_mutants_give_clips_or_reasons(sandbox: Sandbox) -> None:
     assert len(counted) > 10
     # A flipped bit in an edit list hides frames as its author might have, and Matroska promises no count.
     assert sum(flagged(result) for result in counted) >= 0.95 * len(counted), summary(counted)
-    good = sandbox.decode_clip(make_source("h264.mp4"), CONFIG, with_flow=True)  # and the sandbox still works
+    good = sandbox.decode(make_source("h264.mp4"), Sampled(), CONFIG).clip()  # and the sandbox still works
     assert np.ptp(good.frames) > 100
 
 

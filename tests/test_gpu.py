@@ -26,7 +26,8 @@ from kinoray.network.prepare import BF16_TOLERANCE, FP32_TOLERANCE, prepare_for_
 from kinoray.network.scorer import ClipScorer, ScorerConfig
 from kinoray.train.config import TrainConfig
 from kinoray.train.step import Replica
-from kinoray.video.clip import Clip, decode_clip
+from kinoray.video.frames import Clip, decode
+from kinoray.video.request import Sampled, Views
 from kinoray.video.sandbox.device import DeviceDecoder
 from kinoray.video.sandbox.pool import Sandbox
 from test_torchcodec import needs_torchcodec
@@ -48,7 +49,7 @@ def _exact_float32() -> Iterator[None]:
 def clips() -> list[Clip]:
     """Ten real videos, decoded."""
     videos = (make_video(moving(30, seed=seed), fps=30, gop=12) for seed in range(10))
-    return [decode_clip(video, CLIP, with_flow=True) for video in videos]
+    return [decode(video, Sampled(), CLIP).clip() for video in videos]
 
 
 @pytest.fixture
@@ -200,8 +201,8 @@ def test_nvdec_gives_the_plans_frames_and_leaves_the_rest_to_it() -> None:
     with Sandbox(1) as sandbox:
         decoder = DeviceDecoder(sandbox)
         for video in (good, turned):
-            found = decoder.decode_views(video, there, ViewsConfig(), with_flow=False)
-            expected = sandbox.decode_views(video, CLIP, ViewsConfig(), with_flow=False)
+            found = decoder.decode(video, Views(views=ViewsConfig()), there.without_flow())
+            expected = sandbox.decode(video, Views(views=ViewsConfig()), CLIP.without_flow())
             assert np.array_equal(found.indices, expected.indices)
             assert np.abs(found.frames.astype(int) - expected.frames).mean() < 4
     assert decoder.take_refused()["rotation"] == 1

@@ -14,7 +14,8 @@ from kinoray.storage.objects import Storage
 from kinoray.train import input as train_input
 from kinoray.train.decoding import DecodeTask
 from kinoray.train.input import epoch_order, rank_part, rank_steps, run_length, stream
-from kinoray.video.clip import decode_clip
+from kinoray.video.frames import decode
+from kinoray.video.request import Sampled
 from kinoray.video.sample import clip_rng
 from small_sets import catalog_of, colour_set
 
@@ -122,13 +123,13 @@ def test_a_decoded_row_is_the_clip_of_its_seed_epoch_and_name(videos: Catalog) -
     table = videos.table.append_column("row", [list(range(len(videos)))])
     data = list(read_videos(Storage(), references(videos.table)))
     for epoch in (None, 1, 2):
-        columns = DecodeTask(storage=Storage(), clip=CLIP, with_flow=True, seed=5, epoch=epoch)(table)
+        columns = DecodeTask(storage=Storage(), clip=CLIP, seed=5, epoch=epoch)(table)
         assert columns["row"].tolist() == list(range(13))
         assert np.flatnonzero(~columns["ok"]).tolist() == [4, 9]
         for row in (0, 6, 12):
             rng = None if epoch is None else clip_rng(5, epoch, f"v{row:03d}")
             assert isinstance(data[row], bytes)
-            clip = decode_clip(data[row], CLIP, with_flow=True, rng=rng)
+            clip = decode(data[row], Sampled(rng=rng), CLIP).clip()
             assert np.array_equal(columns["rgb"][row], clip.frames)
             assert clip.flow is not None
             assert np.array_equal(columns["flow"][row], clip.flow)
@@ -140,7 +141,7 @@ def test_a_decoded_row_is_the_clip_of_its_seed_epoch_and_name(videos: Catalog) -
 
 def test_a_video_that_storage_cannot_give_is_a_row_too(videos: Catalog) -> None:
     gone = catalog_of([{"video_id": "a", "uri": "/nowhere/a.mp4"}]).table.append_column("row", [[0]])
-    columns = DecodeTask(storage=Storage(), clip=CLIP, with_flow=False)(gone)
+    columns = DecodeTask(storage=Storage(), clip=CLIP.without_flow())(gone)
     assert not columns["ok"][0]
     assert columns["error_class"][0] == "ObjectNotFound"
     assert "/nowhere/a.mp4" in columns["error_text"][0]
@@ -155,7 +156,7 @@ def test_decode_workers_need_neither_torch_nor_ray() -> None:
 @pytest.mark.ray
 @pytest.mark.parametrize("world", [1, 2, 3])
 def test_the_stream_gives_every_row_once_to_any_number_of_ranks(videos: Catalog, ray_local: None, world: int) -> None:
-    task = DecodeTask(storage=Storage(), clip=CLIP, with_flow=True, seed=5, epoch=1)
+    task = DecodeTask(storage=Storage(), clip=CLIP, seed=5, epoch=1)
     order = epoch_order(videos, seed=5, epoch=1)
     seen: list[int] = []
     for rank in range(world):
@@ -171,7 +172,7 @@ def test_the_stream_gives_every_row_once_to_any_number_of_ranks(videos: Catalog,
             for index, row in enumerate(samples.rows.tolist()):
                 data = next(read_videos(Storage(), references(videos.table.slice(row, 1))))
                 assert isinstance(data, bytes)
-                clip = decode_clip(data, CLIP, with_flow=True, rng=clip_rng(5, 1, f"v{row:03d}"))
+                clip = decode(data, Sampled(rng=clip_rng(5, 1, f"v{row:03d}")), CLIP).clip()
                 assert samples.clips.rgb is not None
                 assert np.array_equal(samples.clips.rgb[index].numpy(), clip.frames)
         assert {item.row for samples in batches for item in samples.unreadable} <= {4, 9}
@@ -180,7 +181,7 @@ def test_the_stream_gives_every_row_once_to_any_number_of_ranks(videos: Catalog,
 
 @pytest.mark.ray
 def test_a_stream_that_loses_rows_is_noticed(videos: Catalog, ray_local: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    task = DecodeTask(storage=Storage(), clip=CLIP, with_flow=False)
+    task = DecodeTask(storage=Storage(), clip=CLIP.without_flow())
     whole = train_input._dataset
 
     def loses_the_last(catalog: Catalog, rows: np.ndarray, *args: object) -> object:

@@ -24,7 +24,8 @@ from kinoray.config.shared import ClipConfig, DecodeConfig, SampleConfig, ViewCo
 from kinoray.demo.videos import make_broken, make_video
 from kinoray.doctor.machine import jail_checks
 from kinoray.errors import DecoderCrashed, MediaError
-from kinoray.video.clip import thumbnails
+from kinoray.video.frames import decode
+from kinoray.video.request import Sampled, Thumbnails, Views
 from kinoray.video.sandbox.jail import LAYERS
 from kinoray.video.sandbox.pool import Sandbox
 from kinoray.video.sandbox.process import Answer, DecoderLost, DecoderProcess
@@ -172,7 +173,7 @@ def status_of(pid: int) -> dict[str, str]:
 
 def test_the_real_decoder_is_in_the_jail_as_it_says(good: bytes) -> None:
     with Sandbox(1) as sandbox:
-        sandbox.decode_clip(good, CLIP, with_flow=True)
+        sandbox.decode(good, Sampled(), CLIP).clip()
         (process,) = sandbox._idle
         assert tuple(process.layers) == LAYERS
         status = status_of(process.pid)
@@ -203,10 +204,10 @@ def test_a_decoder_works_with_the_layers_that_there_are(lacks: str, arm: Callabl
     refused = {"filter": ("system calls",), "namespaces": ("network", "root folder"), "landlock": ("files",)}
     names = {name for lack in lacks.split(",") for name in refused[lack]}
     with Sandbox(1) as sandbox:
-        found = sandbox.thumbnails(good, DecodeConfig(), 3, 24)
+        found = sandbox.decode(good, Thumbnails(num_frames=3, height=24), ClipConfig()).pictures()
         (process,) = sandbox._idle
     assert {name for name in LAYERS if "Operation not permitted" in process.layers[name]} == names
-    assert np.array_equal(found, thumbnails(good, DecodeConfig(), 3, 24))
+    assert np.array_equal(found, decode(good, Thumbnails(num_frames=3, height=24), ClipConfig()).pictures())
 
 
 def test_a_process_serves_one_back_end_and_is_replaced_for_another(good: bytes) -> None:
@@ -214,7 +215,7 @@ def test_a_process_serves_one_back_end_and_is_replaced_for_another(good: bytes) 
     with Sandbox(1) as sandbox:
         pids = []
         for config in (DecodeConfig(), DecodeConfig(), decord, decord):
-            sandbox.thumbnails(good, config, 2, 24)
+            sandbox.decode(good, Thumbnails(num_frames=2, height=24), ClipConfig(decode=config))
             (process,) = sandbox._idle
             assert process.backend == config.backend
             pids.append(process.pid)
@@ -239,15 +240,15 @@ def test_nothing_is_imported_or_opened_once_the_jail_is_closed(backend: Any, hos
     ask(process, "events")
     decode = DecodeConfig(backend=backend)
     clip = replace(CLIP, decode=decode)
-    samples = [CLIP.sample]
+    two = Sampled(samples=(CLIP.sample, SampleConfig(num_segments=1, frames_per_segment=1)))
     rngs = [np.random.Generator(kind(5)) for kind in (np.random.PCG64, np.random.MT19937, np.random.SFC64)]
     works: list[tuple[str, dict[str, Any]]] = [
-        *(("decode_clip", {"config": clip, "with_flow": True, "rng": rng}) for rng in rngs),
-        ("decode_views", {"config": clip, "views": ViewsConfig(), "with_flow": False}),
-        ("decode_bank", {"config": clip, "samples": samples, "with_flow": False}),
-        ("thumbnails", {"config": decode, "num_frames": 2, "height": 24}),
+        *(("decode", {"request": Sampled(rng=rng), "clip": clip}) for rng in rngs),
+        ("decode", {"request": Views(views=ViewsConfig()), "clip": clip.without_flow()}),
+        ("decode", {"request": two, "clip": clip.without_flow()}),
+        ("decode", {"request": Thumbnails(num_frames=2, height=24), "clip": clip}),
         ("transcode", {"config": decode}),
-        ("decode_clip", {"config": clip}),  # TypeError: an answer for what is nobody's fault
+        ("decode", {"clip": clip}),  # TypeError: an answer for what is nobody's fault
     ]
     videos = [
         good,
@@ -262,8 +263,22 @@ def test_nothing_is_imported_or_opened_once_the_jail_is_closed(backend: Any, hos
     assert ask(process, "events").fields["events"] == []
 
 
-LIES = ("depth", "size", "job error", "words for numbers")
-MORE_LIES = ("no frames", "two counts", "other fields", "a list", "a bad cut", "infinite count")
+LIES = ("depth", "size", "job error", "words for numbers", "another size")
+MORE_LIES = (
+    "no frames",
+    "no arrays",
+    "truth for a number",
+    "two counts",
+    "other fields",
+    "a list",
+    "no record",
+    "another type",
+    "flow that was not asked for",
+    "a frame that is not there",
+    "another window",
+    "many samplings",
+    "infinite count",
+)
 
 
 @pytest.mark.parametrize("lies", [LIES, pytest.param(MORE_LIES, marks=pytest.mark.slow)], ids=["few", "more"])
@@ -273,11 +288,13 @@ def test_a_decoder_that_lies_harms_its_video_only(
     arm("")
     monkeypatch.setattr("kinoray.video.sandbox.pool._TRIES", 1)
     with Sandbox(1) as sandbox:
+        truth = sandbox.decode(b"lie: nothing but the truth", Sampled(), CLIP.without_flow())
+        assert (truth.frames == 128).all()
         for lie in lies:
             with pytest.raises(
                 DecoderCrashed, match=r"^the decoder process gave an answer that makes no sense \(\w+: "
             ):
-                sandbox.decode_clip(lie.encode(), CLIP, with_flow=False)
+                sandbox.decode(f"lie: {lie}".encode(), Sampled(), CLIP.without_flow())
             assert sandbox.pids() == []  # it is replaced
 
 

@@ -31,7 +31,8 @@ from kinoray.errors import CatalogError, ConfigError, IncompleteOutput, TooManyB
 from kinoray.pack.config import PackConfig
 from kinoray.pack.kinetics import FILE_VERDICTS, ROW_VERDICTS
 from kinoray.storage.objects import Storage, join
-from kinoray.video.clip import decode_clip
+from kinoray.video.frames import decode
+from kinoray.video.request import Sampled
 from kinoray.video.transcode import transcode
 
 STORAGE = Storage()
@@ -360,7 +361,7 @@ def check_catalog(made: KineticsSet, config: PackConfig, totals: dict[str, Any],
     for line, data in zip(table, read_videos(storage, references(catalog.table)), strict=True):
         assert line["label_id"] == (None if line["label"] is None else LABELS.index(line["label"]))
         assert (line["time_start_s"], line["time_end_s"]) == window_of_key(line["video_id"])
-        assert decode_clip(data, ClipConfig(), with_flow=False).num_frames == line["num_frames"] > 0
+        assert decode(data, Sampled(), ClipConfig().without_flow()).clip().num_frames == line["num_frames"] > 0
         if not config.transcode:
             assert data == originals[line["video_id"]]
     refused = load_quarantine(storage, join(config.out, "quarantine.parquet"))

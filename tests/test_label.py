@@ -51,7 +51,8 @@ from kinoray.network.build import build_model
 from kinoray.network.checkpoint import load_meta
 from kinoray.network.scorer import ScorerConfig
 from kinoray.storage.objects import Storage, join
-from kinoray.video.clip import decode_clip
+from kinoray.video.frames import decode
+from kinoray.video.request import Sampled
 from label_models import save_untrained
 from tiny_models import OWN_NETWORKS
 
@@ -200,7 +201,7 @@ def test_a_worker_writes_what_a_plain_loop_computes(library: Path, checkpoint: s
         good = []
         for uri in uris[start : start + 8]:
             try:
-                good.append((uri, decode_clip(Path(uri).read_bytes(), CLIP, with_flow=True)))
+                good.append((uri, decode(Path(uri).read_bytes(), Sampled(), CLIP).clip()))
             except MediaError as error:
                 expected[uri] = type(error).__name__
         for first in range(0, len(good), 3):

@@ -15,9 +15,10 @@ from decode_reference import Collect, moving, plain_decode, remux
 from kinoray.config.shared import ClipConfig, DecodeConfig, digest
 from kinoray.demo.videos import make_broken, make_video
 from kinoray.errors import ConfigError, MediaOverBudget, UndecodableVideo
-from kinoray.video.clip import decode_clip
+from kinoray.video.frames import decode
 from kinoray.video.nvdec import read_on_device, require_nvdec
 from kinoray.video.pyav import PyavVideo
+from kinoray.video.request import Sampled
 from kinoray.video.sandbox.device import DeviceDecoder
 from kinoray.video.sandbox.pool import Sandbox
 from test_torchcodec import needs_torchcodec
@@ -43,9 +44,9 @@ def test_without_a_gpu_the_error_says_what_to_do() -> None:
 def test_a_clip_is_not_decoded_on_a_gpu_that_is_not_there() -> None:
     clip = ClipConfig(decode=DecodeConfig(device="cuda"))
     with pytest.raises(ConfigError, match=r"^decode\.device cuda needs an NVIDIA GPU"):
-        decode_clip(make_video(moving(3)), clip, with_flow=False)
+        decode(make_video(moving(3)), Sampled(), clip.without_flow()).clip()
     with Sandbox(1) as sandbox, pytest.raises(ConfigError, match=r"^decode\.device cuda decodes where the model runs"):
-        sandbox.decode_clip(make_video(moving(3)), clip, with_flow=False)
+        sandbox.decode(make_video(moving(3)), Sampled(), clip.without_flow()).clip()
     with Sandbox(1) as sandbox, pytest.raises(ConfigError, match=r"^decode\.device cuda needs an NVIDIA GPU"):
         DeviceDecoder(sandbox)
 

@@ -68,6 +68,7 @@ from kinoray.train.state import start_from
 from kinoray.tune.space import parse_space
 from kinoray.tune.table import known_trials, read_outcome
 from kinoray.video.cache import FrameCache
+from kinoray.video.request import Sampled
 from kinoray.video.sandbox.pool import shared_sandbox
 from small_sets import LABELS, catalog_of
 from small_tables import ROOT_NAME, label_library, ledger_in, library, rows_for, sealed
@@ -243,7 +244,7 @@ def first_start(folder: Path, uri: str) -> object:
 
 def cached_frames(folder: Path, data: bytes) -> object:
     """A file of the frame cache: as it is, and as the description inside a right file."""
-    cache = FrameCache(CacheConfig(gb=1.0, folder=str(folder)), ClipConfig(), with_flow=False)
+    cache = FrameCache(CacheConfig(gb=1.0, folder=str(folder)), ClipConfig().without_flow())
     frames = np.zeros((8, 6, 3, 224, 224), np.uint8)
     path = folder / "ab" / f"{'ab' * 16}.frames"
     for content in (data, struct.pack("<8sII", b"kinofrm2", len(data), zlib.crc32(data)) + data):
@@ -266,7 +267,7 @@ def tar_members(folder: Path, data: bytes) -> object:
 def decoded(folder: Path, data: bytes) -> object:
     with pytest.raises(MediaError):
         shared_sandbox(1).probe(data, DecodeConfig())
-    return shared_sandbox(1).decode_clip(data, ClipConfig(), with_flow=False)
+    return shared_sandbox(1).decode(data, Sampled(), ClipConfig().without_flow()).clip()
 
 
 def start_weights(uri: str) -> object:

@@ -15,7 +15,8 @@ from torch import Tensor
 from kinoray.config.shared import ClipConfig, SampleConfig, ViewConfig
 from kinoray.demo.videos import class_names, make_demo_set
 from kinoray.network.batch import VideoBatch, collate, model_inputs
-from kinoray.video.clip import decode_clip
+from kinoray.video.frames import decode
+from kinoray.video.request import Sampled
 from vcm_sdd import vcm_sdd
 from vcm_sdd.backbone import TimmGrid
 
@@ -99,7 +100,7 @@ def demo_clips(folder: Path, videos_per_class: int, seed: int) -> tuple[VideoBat
     labels, clips = [], []
     for number, name in enumerate(class_names()):
         for file in sorted((folder / name).iterdir()):
-            clips.append(decode_clip(file.read_bytes(), CLIP, with_flow=True))
+            clips.append(decode(file.read_bytes(), Sampled(), CLIP).clip())
             labels.append(number)
     return collate(clips), torch.tensor(labels)
 

@@ -24,12 +24,12 @@ from kinoray.network.build import build_model
 from kinoray.network.checkpoint import load_meta
 from kinoray.network.scorer import ScorerConfig
 from kinoray.storage.objects import Storage
-from kinoray.video.clip import Clip, decode_clip
 from kinoray.video.flow_dis import dis_flow, quantise
+from kinoray.video.frames import Clip, Frames, decode
+from kinoray.video.request import Sampled, Views
 from kinoray.video.sample import view_indices
 from kinoray.video.sandbox.pool import Sandbox
 from kinoray.video.transform import crop_views
-from kinoray.video.views import ViewClips, decode_views
 from label_models import save_untrained
 from tiny_models import OWN_NETWORKS
 
@@ -67,13 +67,13 @@ def naive_views(data: bytes, width: int, height: int, config: ClipConfig, views:
                     num_frames=total,
                     frames_decoded=0,
                     frames_corrupt=0,
-                    info=decode_clip(data, config, with_flow=False).info,
+                    info=decode(data, Sampled(), config.without_flow()).clip().info,
                 )
             )
     return clips
 
 
-def assert_same_views(found: ViewClips, expected: list[Clip]) -> None:
+def assert_same_views(found: Frames, expected: list[Clip]) -> None:
     clips = list(found.clips())
     assert len(found) == len(clips) == len(expected)
     for clip, naive in zip(clips, expected, strict=True):
@@ -103,7 +103,7 @@ def test_protocols_are_what_their_names_say(name: ProtocolName, num_views: int, 
     assert (clip.sample.num_segments, clip.sample.frames_per_segment) == shape
     assert replace(clip, sample=CLIP.sample) == CLIP
     data = make_video(moving(20, 40, 60))
-    found = decode_views(data, clip, views, with_flow=False)
+    found = decode(data, Views(views=views), clip.without_flow())
     shapes = {one.frames.shape for one in found.clips()}
     assert (len(found), shapes) == (num_views, {(*shape, 3, 32, 32)})
 
@@ -122,20 +122,20 @@ def test_views_of_one_reading_are_those_decoded_one_by_one(
     num_frames: int, width: int, height: int, views: ViewsConfig
 ) -> None:
     data = make_video(moving(num_frames, height, width), gop=12)
-    found = decode_views(data, CLIP, views, with_flow=True)
+    found = decode(data, Views(views=views), CLIP)
     assert_same_views(found, naive_views(data, width, height, CLIP, views))
     assert found.frames_decoded <= num_frames  # once for all views
-    assert found.frames.shape[1] == len(np.unique(found.indices))  # and held once
+    assert found.frames.shape[1] == len(np.unique(found.indices[0]))  # and held once
 
 
 def test_the_centre_view_is_the_clip_that_training_is_scored_with() -> None:
     data = make_video(moving(31, 40, 64), gop=12)
-    (view,) = decode_views(data, CLIP, ViewsConfig(), with_flow=True).clips()
-    clip = decode_clip(data, CLIP, with_flow=True)
+    (view,) = decode(data, Views(views=ViewsConfig()), CLIP).clips()
+    clip = decode(data, Sampled(), CLIP).clip()
     assert np.array_equal(view.frames, clip.frames)
     assert np.array_equal(view.flow, clip.flow)
     assert (view.frames_decoded, view.frames_corrupt, view.info) == (clip.frames_decoded, 0, clip.info)
-    middle = list(decode_views(data, CLIP, ViewsConfig(temporal=3, crops="three"), with_flow=True).clips())[4]
+    middle = list(decode(data, Views(views=ViewsConfig(temporal=3, crops="three")), CLIP).clips())[4]
     assert np.array_equal(middle.frames, clip.frames)  # an odd number of views has the centre among them
     assert np.array_equal(middle.flow, clip.flow)
 
@@ -144,12 +144,12 @@ def test_a_decoder_process_gives_the_same_views() -> None:
     data = make_video(moving(31, 40, 64), gop=12)
     views = ViewsConfig(temporal=3, crops="ten")
     with Sandbox(1) as sandbox:
-        for with_flow in (True, False):
-            found = sandbox.decode_views(data, CLIP, views, with_flow=with_flow)
-            expected = decode_views(data, CLIP, views, with_flow=with_flow)
+        for config in (CLIP, CLIP.without_flow()):
+            found = sandbox.decode(data, Views(views=views), config)
+            expected = decode(data, Views(views=views), config)
             for one, other in zip(found.clips(), expected.clips(), strict=True):
                 assert np.array_equal(one.frames, other.frames)
-                assert (one.flow is None) is not with_flow
+                assert (one.flow is None) is (config is not CLIP)
                 assert one.flow is None or np.array_equal(one.flow, other.flow)
             assert (found.frames_decoded, found.info) == (expected.frames_decoded, expected.info)
 
@@ -243,7 +243,7 @@ def test_a_worker_scores_the_mean_of_the_views(
             assert (row["video_id"], row["views"], row["scores"]) == ("4-bad", 0, None)
             continue
         data = Path(row["uri"]).read_bytes()
-        info = decode_clip(data, CLIP, with_flow=False).info
+        info = decode(data, Sampled(), CLIP.without_flow()).clip().info
         logits = []
         for clip in naive_views(data, info.width, info.height, CLIP, views):
             rgb = (torch.from_numpy(np.ascontiguousarray(clip.frames)).float() / 255 - 0.5) / 0.25

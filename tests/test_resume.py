@@ -345,7 +345,7 @@ def test_a_decode_task_tells_a_store_that_is_down_from_a_video_that_may_not_be_r
     storage = Storage(s3_config)
     table = files_set(storage, join(bucket, "set"), 5).table.append_column("row", [list(range(5))])
     impatient = dataclasses.replace(s3_config, endpoint_url=faulty.url, retry_s=1.0)
-    task = DecodeTask(storage=Storage(impatient), clip=CLIP, with_flow=False)
+    task = DecodeTask(storage=Storage(impatient), clip=CLIP.without_flow())
 
     faulty.outage, faulty.outage_path = "403", "video-002"
     assert task(table)["error_class"].tolist() == ["", "", "AccessDenied", "", ""]

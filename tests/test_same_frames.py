@@ -20,7 +20,8 @@ from kinoray.config.scoring import ViewsConfig
 from kinoray.config.shared import ClipConfig, SampleConfig, ViewConfig
 from kinoray.demo.videos import make_video
 from kinoray.errors import MediaError
-from kinoray.video.views import decode_views
+from kinoray.video.frames import decode
+from kinoray.video.request import Views
 from mutations import make_mutant
 
 
@@ -61,11 +62,11 @@ def write_videos(folder: Path, num_mutants: int) -> list[str]:
 def digest_of(data: bytes, clip: ClipConfig) -> str:
     """Of all that decoding gives, frames and flow of several cuts; or of the reason why there is none."""
     try:
-        views = decode_views(data, clip, ViewsConfig(temporal=1, crops="three"), with_flow=True)
+        views = decode(data, Views(views=ViewsConfig(temporal=1, crops="three")), clip)
     except MediaError as error:
         return f"{type(error).__name__}: {error}"
     assert views.flow is not None
-    parts = b"".join(x.tobytes() for x in (views.frames, views.flow, views.indices))
+    parts = b"".join(x.tobytes() for x in (views.frames, views.flow, *views.indices))
     return hashlib.sha256(parts).hexdigest() + f" {views.frames_decoded} {views.frames_corrupt}"
 
 

@@ -33,8 +33,8 @@ from kinoray.label.table import read_predictions
 from kinoray.label.verb import label
 from kinoray.storage.objects import Storage
 from kinoray.train.decoding import DecodeTask
-from kinoray.video import clip as decode
-from kinoray.video.clip import Clip
+from kinoray.video.frames import Clip, decode, probe
+from kinoray.video.request import Sampled, Thumbnails
 from kinoray.video.sandbox import pool as sandbox_module
 from kinoray.video.sandbox.pool import Sandbox, shared_sandbox
 from kinoray.video.sandbox.process import DecoderProcess
@@ -103,21 +103,23 @@ VIDEOS: dict[str, Callable[[], bytes]] = {
 @pytest.mark.parametrize("kind", VIDEOS)
 def test_results_are_those_of_decoding_here_digit_by_digit(kind: str, sandbox: Sandbox) -> None:
     data = VIDEOS[kind]()
-    for with_flow in (False, True):
-        assert_same(
-            sandbox.decode_clip(data, CLIP, with_flow=with_flow), decode.decode_clip(data, CLIP, with_flow=with_flow)
-        )
+    for config in (CLIP.without_flow(), CLIP):
+        assert_same(sandbox.decode(data, Sampled(), config).clip(), decode(data, Sampled(), config).clip())
     ours, theirs = np.random.default_rng(5), np.random.default_rng(5)
     flips = 0
     for _ in range(6):  # one generator for all, as it would be used here
-        clip = sandbox.decode_clip(data, CLIP, with_flow=True, rng=ours)
-        expected = decode.decode_clip(data, CLIP, with_flow=True, rng=theirs)
+        clip = sandbox.decode(data, Sampled(rng=ours), CLIP).clip()
+        expected = decode(data, Sampled(rng=theirs), CLIP).clip()
         assert_same(clip, expected)
-        flips += not np.array_equal(clip.frames, sandbox.decode_clip(data, CLIP, with_flow=True).frames)
+        flips += not np.array_equal(clip.frames, sandbox.decode(data, Sampled(), CLIP).clip().frames)
     assert flips
     assert ours.integers(2**60) == theirs.integers(2**60)
-    assert astuple(sandbox.probe(data, CLIP.decode)) == astuple(decode.probe(data, CLIP.decode))
-    images = zip(sandbox.thumbnails(data, CLIP.decode, 3, 24), decode.thumbnails(data, CLIP.decode, 3, 24), strict=True)
+    assert astuple(sandbox.probe(data, CLIP.decode)) == astuple(probe(data, CLIP.decode))
+    images = zip(
+        sandbox.decode(data, Thumbnails(num_frames=3, height=24), CLIP).pictures(),
+        decode(data, Thumbnails(num_frames=3, height=24), CLIP).pictures(),
+        strict=True,
+    )
     assert all(np.array_equal(image, expected) for image, expected in images)
     assert len(idle_pids(sandbox)) == 1
 
@@ -126,8 +128,8 @@ def test_other_generators_work_too(sandbox: Sandbox, good: bytes) -> None:
     ours, theirs = (np.random.Generator(np.random.MT19937(3)) for _ in range(2))
     for _ in range(2):
         assert_same(
-            sandbox.decode_clip(good, CLIP, with_flow=False, rng=ours),
-            decode.decode_clip(good, CLIP, with_flow=False, rng=theirs),
+            sandbox.decode(good, Sampled(rng=ours), CLIP.without_flow()).clip(),
+            decode(good, Sampled(rng=theirs), CLIP.without_flow()).clip(),
         )
 
 
@@ -139,10 +141,10 @@ def test_transcoding_gives_the_same_file(sandbox: Sandbox, good: bytes) -> None:
 def test_errors_are_those_of_decoding_here(kind: str, sandbox: Sandbox, good: bytes) -> None:
     data = make_broken(kind, good)
     pairs: list[tuple[Callable[[], object], Callable[[], object]]] = [
-        (lambda: sandbox.probe(data, CLIP.decode), lambda: decode.probe(data, CLIP.decode)),
+        (lambda: sandbox.probe(data, CLIP.decode), lambda: probe(data, CLIP.decode)),
         (
-            lambda: sandbox.decode_clip(data, CLIP, with_flow=True),
-            lambda: decode.decode_clip(data, CLIP, with_flow=True),
+            lambda: sandbox.decode(data, Sampled(), CLIP).clip(),
+            lambda: decode(data, Sampled(), CLIP).clip(),
         ),
     ]
     for ours, theirs in pairs:
@@ -158,16 +160,16 @@ def test_limits_hold_and_a_refusal_does_not_cost_the_process(sandbox: Sandbox, g
     (pid,) = idle_pids(sandbox)
     for limits in ({"max_bytes": 100}, {"max_pixels": 100}, {"max_duration_s": 0.1}, {"max_frames": 3}):
         with pytest.raises(MediaOverBudget, match=f"more than decode.{next(iter(limits))}"):
-            sandbox.decode_clip(good, clip_config(**limits), with_flow=False)
+            sandbox.decode(good, Sampled(), clip_config(**limits).without_flow()).clip()
     assert idle_pids(sandbox) == [pid]
 
 
 def test_a_clip_is_the_callers_own_and_sizes_may_change(sandbox: Sandbox, good: bytes) -> None:
-    first = sandbox.decode_clip(good, CLIP, with_flow=True)
+    first = sandbox.decode(good, Sampled(), CLIP).clip()
     kept = first.frames.copy()
     large = ClipConfig(sample=SampleConfig(num_segments=16, frames_per_segment=3), view=ViewConfig())
     for config in (large, CLIP, large):
-        assert_same(sandbox.decode_clip(good, config, with_flow=True), decode.decode_clip(good, config, with_flow=True))
+        assert_same(sandbox.decode(good, Sampled(), config).clip(), decode(good, Sampled(), config).clip())
     assert np.array_equal(first.frames, kept)
     first.frames[...] = 0
 
@@ -179,7 +181,7 @@ def test_a_decoder_has_no_torch_no_ray_and_no_credentials(
     sandbox: Sandbox, good: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "canary-of-the-test")
-    sandbox.decode_clip(good, CLIP, with_flow=True)
+    sandbox.decode(good, Sampled(), CLIP).clip()
     (pid,) = idle_pids(sandbox)
     if os.geteuid() != 0:
         pytest.skip("only root sees into a decoder; tests/test_jail.py asks from inside")
@@ -271,10 +273,10 @@ def test_a_video_whose_decoder_is_killed_is_tried_again_in_a_new_one(sandbox: Sa
     sandbox.probe(good, DecodeConfig())
     pid = stop_idle(sandbox)
     with ThreadPoolExecutor(1) as pool:
-        future = pool.submit(sandbox.decode_clip, good, CLIP, with_flow=True)
+        future = pool.submit(sandbox.decode, good, Sampled(), CLIP)
         wait_until(lambda: sandbox.busy_pids() == [pid], 20, "the video is in the stopped decoder")
         os.kill(pid, signal.SIGKILL)
-        assert_same(future.result(), decode.decode_clip(good, CLIP, with_flow=True))
+        assert_same(future.result().clip(), decode(good, Sampled(), CLIP).clip())
     assert idle_pids(sandbox) != [pid]
     assert gone(pid)
 
@@ -306,7 +308,7 @@ def test_a_video_that_loses_two_decoders_is_refused(
     killer.start()
     try:
         with pytest.raises(error, match=message + r".*\(tried 2 times\)$"):
-            sandbox.decode_clip(long, config, with_flow=True)
+            sandbox.decode(long, Sampled(), config).clip()
     finally:
         end.set()
         killer.join()
@@ -327,25 +329,24 @@ def test_a_decoder_that_dies_with_nothing_to_do_harms_no_video(sandbox: Sandbox,
 
 def test_too_much_memory_is_the_videos_error(sandbox: Sandbox, good: bytes, hungry: bytes) -> None:
     config = clip_config(max_memory_mb=MEMORY_MB)
-    sandbox.decode_clip(good, config, with_flow=True)
+    sandbox.decode(good, Sampled(), config).clip()
     message = rf"^decoding takes more address space than decode\.max_memory_mb = {MEMORY_MB} \(tried 2 times\)$"
     with pytest.raises(MediaOverBudget, match=message):
-        sandbox.decode_clip(hungry, config, with_flow=False)
-    assert sandbox.decode_clip(hungry, CLIP, with_flow=False).num_frames == 4
-    assert_same(sandbox.decode_clip(good, config, with_flow=True), decode.decode_clip(good, config, with_flow=True))
+        sandbox.decode(hungry, Sampled(), config.without_flow()).clip()
+    assert sandbox.decode(hungry, Sampled(), CLIP.without_flow()).clip().num_frames == 4
+    assert_same(sandbox.decode(good, Sampled(), config).clip(), decode(good, Sampled(), config).clip())
 
 
 def test_among_four_decoders_each_death_is_its_own_videos(good: bytes, hungry: bytes) -> None:
     """Four threads, every fifth video poison, and one more decoder killed from outside."""
     config = clip_config(max_memory_mb=MEMORY_MB)
-    expected = decode.decode_clip(good, config, with_flow=True)
+    expected = decode(good, Sampled(), config).clip()
     poison = {3, 8}
     with Sandbox(4) as sandbox, ThreadPoolExecutor(4) as pool:
         sandbox.probe(good, DecodeConfig())
         pid = stop_idle(sandbox)
         futures = [
-            pool.submit(sandbox.decode_clip, hungry if number in poison else good, config, with_flow=True)
-            for number in range(12)
+            pool.submit(sandbox.decode, hungry if number in poison else good, Sampled(), config) for number in range(12)
         ]
         wait_until(lambda: pid in sandbox.busy_pids(), 20, "the stopped decoder has a video")
         os.kill(pid, signal.SIGKILL)
@@ -353,7 +354,7 @@ def test_among_four_decoders_each_death_is_its_own_videos(good: bytes, hungry: b
             if number in poison:
                 assert type(future.exception()) is MediaOverBudget
             else:
-                assert_same(future.result(), expected)
+                assert_same(future.result().clip(), expected)
         assert len(idle_pids(sandbox)) <= 4
         assert sandbox.busy_pids() == []
 
@@ -397,7 +398,7 @@ def test_decoders_that_cannot_start_are_the_jobs_error(
     unknown = {key: [None] for key in ("offset", "length", "sha256", "time_start_s", "time_end_s")}
     block = {"video_id": ["a"], "uri": [str(video)], **unknown, "row": [0]}
     with pytest.raises(DecoderStartFailed, match=message):
-        DecodeTask(storage=Storage(), clip=CLIP, with_flow=False)(pa.table(block))
+        DecodeTask(storage=Storage(), clip=CLIP.without_flow())(pa.table(block))
     monkeypatch.setattr("kinoray.video.sandbox.process._PYTHON", str(tmp_path / "nothing"))
     with pytest.raises(DecoderStartFailed, match="No such file or directory"):
         DecoderProcess()

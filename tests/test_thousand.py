@@ -27,7 +27,8 @@ from kinoray.network.build import build_model
 from kinoray.pack.config import PackConfig
 from kinoray.pack.verb import pack
 from kinoray.storage.objects import Storage, join
-from kinoray.video.clip import decode_clip
+from kinoray.video.frames import decode
+from kinoray.video.request import Sampled
 from label_models import save_untrained
 from small_sets import COLOURS, LABELS
 from tiny_models import OWN_NETWORKS
@@ -120,7 +121,7 @@ def true_scores(bases: list[bytes]) -> list[np.ndarray]:
     model = build_model(ModelConfig(factory="tiny_models:mean_colour"), len(LABELS))
     scores = []
     for data in bases:
-        frames = decode_clip(data, CLIP, with_flow=False).frames
+        frames = decode(data, Sampled(), CLIP.without_flow()).clip().frames
         with torch.inference_mode():
             logits = model(rgb=((torch.from_numpy(frames).float() / 255 - 0.5) / 0.25)[None], flow=None)
         scores.append(logits.double().softmax(dim=1)[0].numpy())

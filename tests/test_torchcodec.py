@@ -10,7 +10,8 @@ from decode_reference import moving
 from kinoray.config.shared import ClipConfig, DecodeConfig, SampleConfig, ViewConfig
 from kinoray.demo.videos import make_broken, make_video
 from kinoray.errors import ConfigError, MediaOverBudget, UndecodableVideo
-from kinoray.video.clip import decode_clip, probe, thumbnails
+from kinoray.video.frames import decode, probe
+from kinoray.video.request import Sampled, Thumbnails
 from kinoray.video.sample import clip_rng
 from kinoray.video.sandbox.pool import Sandbox
 
@@ -42,14 +43,14 @@ def good() -> bytes:
 def test_without_torchcodec_the_error_says_what_to_install(good: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torchcodec.decoders", None)
     with pytest.raises(ConfigError, match=r"^decode\.backend torchcodec cannot be imported .* pip install torchcodec"):
-        decode_clip(good, TORCHCODEC, with_flow=False)
+        decode(good, Sampled(), TORCHCODEC.without_flow()).clip()
 
 
 @needs_torchcodec
 @pytest.mark.parametrize("seed", [None, 0, 1])
 def test_the_cuts_are_the_same_within_its_own_scaling(good: bytes, seed: int | None) -> None:
     ours, theirs = (
-        decode_clip(good, config, with_flow=True, rng=None if seed is None else clip_rng(seed, 0, "a"))
+        decode(good, Sampled(rng=None if seed is None else clip_rng(seed, 0, "a")), config).clip()
         for config in (PYAV, TORCHCODEC)
     )
     assert np.array_equal(ours.indices, theirs.indices)
@@ -64,7 +65,9 @@ def test_rotation_is_applied_once(rotation: int) -> None:
     data = make_video(moving(3), rotation=rotation)
     info = probe(data, DecodeConfig())
     ours, theirs = (
-        thumbnails(data, DecodeConfig(backend=backend), 3, info.height)  # type: ignore[arg-type]
+        decode(
+            data, Thumbnails(num_frames=3, height=info.height), ClipConfig(decode=DecodeConfig(backend=backend))
+        ).pictures()  # type: ignore[arg-type]
         for backend in ("pyav", "torchcodec")
     )
     assert np.abs(np.stack(ours).astype(int) - np.stack(theirs)).mean() < 4
@@ -72,7 +75,7 @@ def test_rotation_is_applied_once(rotation: int) -> None:
 
 @needs_torchcodec
 def test_one_frame_may_be_asked_for_many_times() -> None:
-    clip = decode_clip(make_video(moving(1)), TORCHCODEC, with_flow=False)
+    clip = decode(make_video(moving(1)), Sampled(), TORCHCODEC.without_flow()).clip()
     assert clip.num_frames == 1
     assert (clip.frames == clip.frames[0, 0]).all()
 
@@ -80,18 +83,18 @@ def test_one_frame_may_be_asked_for_many_times() -> None:
 @needs_torchcodec
 def test_a_file_that_is_cut_inside_a_frame_is_refused_with_the_way_out(good: bytes) -> None:
     with pytest.raises(UndecodableVideo, match=r"^torchcodec cannot read this h264 file: Could not .*=pyav$"):
-        decode_clip(make_broken("cut_front_index", good), TORCHCODEC, with_flow=False)
+        decode(make_broken("cut_front_index", good), Sampled(), TORCHCODEC.without_flow()).clip()
 
 
 @needs_torchcodec
 def test_limits_hold_before_it_sees_the_file(good: bytes) -> None:
     narrow = replace(TORCHCODEC, decode=replace(TORCHCODEC.decode, max_frames=10))
     with pytest.raises(MediaOverBudget, match=r"decode\.max_frames"):
-        decode_clip(good, narrow, with_flow=False)
+        decode(good, Sampled(), narrow.without_flow()).clip()
 
 
 @needs_torchcodec
 def test_it_works_in_the_sandbox(good: bytes) -> None:
     with Sandbox(1) as sandbox:
-        there = sandbox.decode_clip(good, TORCHCODEC, with_flow=False)
-    assert np.array_equal(there.frames, decode_clip(good, TORCHCODEC, with_flow=False).frames)
+        there = sandbox.decode(good, Sampled(), TORCHCODEC.without_flow()).clip()
+    assert np.array_equal(there.frames, decode(good, Sampled(), TORCHCODEC.without_flow()).clip().frames)

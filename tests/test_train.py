@@ -52,7 +52,8 @@ from kinoray.train.recorder import write_events
 from kinoray.train.runfolder import RunFolder, StepRow
 from kinoray.train.state import load_optimizer_state, optimizer_state
 from kinoray.train.verb import train
-from kinoray.video.clip import Clip, decode_clip
+from kinoray.video.frames import Clip, decode
+from kinoray.video.request import Sampled
 from kinoray.video.sample import clip_rng
 from small_sets import colour_set, epoch_row, set_in
 from tiny_models import OWN_NETWORKS
@@ -278,7 +279,7 @@ def readable(catalog: Catalog, rows: Sequence[int], rng_of: Any) -> tuple[list[C
         (data,) = read_videos(Storage(), references(catalog.table.slice(row, 1)))
         assert isinstance(data, bytes)
         try:
-            clips.append(decode_clip(data, CLIP, with_flow=True, rng=rng_of(catalog.table["video_id"][row].as_py())))
+            clips.append(decode(data, Sampled(rng=rng_of(catalog.table["video_id"][row].as_py())), CLIP).clip())
         except MediaError:
             continue
         good.append(row)
@@ -415,7 +416,7 @@ def test_vcm_sdd_trains_on_s3_and_the_checkpoint_scores_what_the_metrics_say(
     # BatchNorm's statistics differ between ranks while training: what is scored must be what is saved.
     model, meta = load_model(storage, result["newest"], OWN_NETWORKS)
     val = catalog.select("val")
-    clips = [decode_clip(data, config.clip, with_flow=True) for data in read_videos(storage, references(val.table))]  # type: ignore[arg-type]
+    clips = [decode(data, Sampled(), config.clip).clip() for data in read_videos(storage, references(val.table))]  # type: ignore[arg-type]
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
         logits = model(**model_inputs(collate(clips), model.input_spec, "cpu")).float()
     labels = torch.from_numpy(val.table["label_id"].to_numpy().astype(np.int64))

@@ -12,7 +12,7 @@ from decode_reference import moving, plain_decode
 from kinoray.config.shared import DecodeConfig
 from kinoray.demo.videos import make_broken, make_video
 from kinoray.errors import EmptyMedia, MediaOverBudget, NoVideoStream, UndecodableVideo, UnreadableContainer
-from kinoray.video.clip import probe
+from kinoray.video.frames import probe
 from kinoray.video.sandbox.pool import Sandbox
 from kinoray.video.transcode import TRANSCODE, TranscodeSettings, transcode
 

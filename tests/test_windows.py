@@ -22,11 +22,9 @@ from kinoray.network.build import build_model
 from kinoray.network.checkpoint import load_meta
 from kinoray.network.scorer import ScorerConfig
 from kinoray.storage.objects import Storage
-from kinoray.video import views as decode_views_module
-from kinoray.video.clip import decode_clip
-from kinoray.video.sample import view_indices
-from kinoray.video.views import decode_views
-from kinoray.video.windows import cut_windows
+from kinoray.video.frames import decode
+from kinoray.video.request import Sampled, Views
+from kinoray.video.sample import cut_windows, view_indices
 from label_models import save_untrained
 from small_tables import job_record
 from tiny_models import OWN_NETWORKS
@@ -77,7 +75,7 @@ def test_a_stride_that_leaves_gaps_is_refused() -> None:
 
 def all_frames(data: bytes, num_frames: int) -> Any:
     sample = SampleConfig(num_segments=num_frames, frames_per_segment=1)
-    return decode_clip(data, ClipConfig(sample=sample, view=CLIP.view), with_flow=True)
+    return decode(data, Sampled(), ClipConfig(sample=sample, view=CLIP.view)).clip()
 
 
 def test_each_window_gets_the_frames_that_lie_in_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -96,20 +94,20 @@ def test_each_window_gets_the_frames_that_lie_in_it(monkeypatch: pytest.MonkeyPa
         if number % 3 == 1:  # the cut in the middle
             assert np.array_equal(clip.frames, every.frames[wanted.reshape(-1), 0].reshape(clip.frames.shape))
             assert np.array_equal(clip.flow, every.flow[wanted.reshape(-1), 0].reshape(clip.flow.shape))
-    monkeypatch.setattr(decode_views_module, "_WINDOWS_BYTES", 2 * 24 * 32 * 32 * 5)
+    monkeypatch.setattr("kinoray.video.request._WINDOWS_BYTES", 2 * 24 * 32 * 32 * 5)
     parts = parts_of(data, views)
     assert [(part.first_window, len(part.windows), part.num_windows) for part in parts] == [(0, 2, 4), (2, 2, 4)]
     for one, other in zip(found, (clip for part in parts for clip in part.clips()), strict=True):
         assert np.array_equal(one.frames, other.frames)
         assert np.array_equal(one.flow, other.flow)
     with pytest.raises(UndecodableVideo, match="window 4 is gone: 70 frames"):
-        decode_views(data, CLIP, views, with_flow=False, first_window=4)
+        decode(data, Views(views=views, first_window=4), CLIP.without_flow())
 
 
 def parts_of(data: bytes, views: ViewsConfig) -> list[Any]:
-    parts = [decode_views(data, CLIP, views, with_flow=True)]
+    parts = [decode(data, Views(views=views), CLIP)]
     while (end := parts[-1].first_window + len(parts[-1].windows)) < parts[-1].num_windows:
-        parts.append(decode_views(data, CLIP, views, with_flow=True, first_window=end))
+        parts.append(decode(data, Views(views=views, first_window=end), CLIP))
     return parts
 
 

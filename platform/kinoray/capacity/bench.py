@@ -146,9 +146,9 @@ def _measure(config: BenchConfig, alone: Labelling, labelling: Labelling) -> _Ro
     start = measure_start(alone, config.resources)
     job, num_workers = labelling.job, config.resources.num_workers
     model, _ = load_model(job.storage, job.checkpoint, job.allow_factory)
-    with_flow = bool(model.input_spec.flow_channels)
+    job = replace(job, clip=job.clip.for_network(model.input_spec.flow_channels))
     keep = 4 * job.scorer.batch_size
-    decode = decode_loop(job, labelling.catalog.table, num_workers, with_flow=with_flow, keep=keep)
+    decode = decode_loop(job, labelling.catalog.table, num_workers, keep=keep)
     model_figures = model_loop(job, decode.kept, decode.clips, num_workers)
     decode.kept.clear()
     job_figures = measure_job(labelling, config.resources)

@@ -20,7 +20,7 @@ from kinoray.label.stage import LabelJob
 from kinoray.label.times import StageClock
 from kinoray.network.checkpoint import load_model
 from kinoray.network.scorer import ClipScorer
-from kinoray.video.clip import Clip
+from kinoray.video.frames import Clip
 from kinoray.video.sandbox.pool import shared_sandbox
 
 __all__ = ["DecodeLoop", "ModelLoop", "decode_loop", "model_loop"]
@@ -56,7 +56,7 @@ class ModelLoop:
     cpu_s: float
 
 
-def decode_loop(job: LabelJob, rows: pa.Table, num_workers: int, *, with_flow: bool, keep: int) -> DecodeLoop:
+def decode_loop(job: LabelJob, rows: pa.Table, num_workers: int, *, keep: int) -> DecodeLoop:
     """Read and decode the rows with the decoders of all workers, and drop the clips, but for the first `keep`.
 
     Raises:
@@ -68,12 +68,12 @@ def decode_loop(job: LabelJob, rows: pa.Table, num_workers: int, *, with_flow: b
         job.storage, job.clip, job.views, StageClock(), num_decoders=num_decoders, batch_size=batch_size
     )
     sandbox = shared_sandbox(num_decoders)
-    for _ in reader.videos(rows.slice(0, 2 * num_decoders), with_flow=with_flow):
+    for _ in reader.videos(rows.slice(0, 2 * num_decoders)):
         pass  # starts the decoders
     loop = DecodeLoop(videos=rows.num_rows)
     last: Refusal | None = None
     cpu_s, begin = time.process_time() + sandbox.cpu_s, time.perf_counter()
-    for video in reader.videos(rows, with_flow=with_flow):
+    for video in reader.videos(rows):
         if isinstance(video, Refusal):
             loop.bad += 1
             last = video
@@ -81,7 +81,7 @@ def decode_loop(job: LabelJob, rows: pa.Table, num_workers: int, *, with_flow: b
         loop.bytes_read += len(video.data)
         loop.duration_s += video.first.info.duration_s or 0.0
         try:
-            for part in reader.parts(video, with_flow=with_flow):
+            for part in reader.parts(video):
                 for clip in part.clips():
                     loop.clips += 1
                     if len(loop.kept) < keep and _bytes_of(loop.kept) < _KEPT_BYTES:

@@ -107,9 +107,10 @@ class ViewConfig:
 class FlowConfig:
     """Optical flow from each sampled frame to the frame after it, for models that look at motion."""
 
-    estimator: Literal["dis", "tvl1"] = "dis"
-    """`dis`: OpenCV's DIS, by the decoder. `tvl1`: TV-L1 in fixed steps on the model's device, which is meant for GPUs;
-    about as exact as DIS medium."""
+    estimator: Literal["none", "dis", "tvl1"] = "dis"
+    """`none`: no flow, which is what a network without a flow stream gets, whatever is set here. `dis`: OpenCV's DIS,
+    by the decoder. `tvl1`: TV-L1 in fixed steps on the model's device, which is meant for GPUs; about as exact as DIS
+    medium."""
     preset: Literal["ultrafast", "fast", "medium"] = "ultrafast"
     """OpenCV DIS preset: end-point error about 0.3 / 0.2 / 0.12 px at 1 : 2 : 10 times the cost."""
     bound_px: float = 20.0
@@ -132,9 +133,34 @@ class ClipConfig:
     flow: FlowConfig = field(default_factory=FlowConfig)
     """Optical flow between them."""
 
-    def flow_on_device(self, *, with_flow: bool) -> bool:
-        """Whether the model's device finds the flow (kinoray.network.batch), if flow is asked for."""
-        return with_flow and self.flow.estimator != "dis"
+    @property
+    def flow_on_device(self) -> bool:
+        """Whether the model's device finds the flow (kinoray.network.batch)."""
+        return self.flow.estimator == "tvl1"
+
+    @property
+    def frame_bytes(self) -> int:
+        """Bytes of one decoded frame, with its flow or, if the device finds that, its partner."""
+        flow_planes = {"none": 0, "dis": 2, "tvl1": 1}[self.flow.estimator]
+        return (3 + flow_planes) * self.view.crop_px**2
+
+    def without_flow(self) -> "ClipConfig":
+        """The same frames alone."""
+        return replace(self, flow=replace(self.flow, estimator="none"))
+
+    def for_network(self, flow_channels: int) -> "ClipConfig":
+        """What a network with so many channels of flow is fed: a job's decoders ask no more whether it looks at flow.
+
+        Digests and checkpoints keep the settings as they were given.
+
+        Raises:
+            ConfigError: it looks at flow, and flow.estimator is none.
+        """
+        if not flow_channels:
+            return self.without_flow()
+        expected = f"dis or tvl1: the network has {flow_channels} channels of flow"
+        require(self.flow.estimator != "none", "clip.flow.estimator", expected, self.flow.estimator)
+        return self
 
     def decoded_by(self, own: OwnDecodeConfig, *, device: Literal["cpu", "cuda"]) -> "ClipConfig":
         """The same numbers from a video, but limits, back end and device are those of the job that decodes.

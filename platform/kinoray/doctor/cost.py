@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from kinoray.video.clip import VideoInfo
+from kinoray.video.media import VideoInfo
 
 __all__ = ["Estimate", "cost_class", "estimate_total", "size_class", "spread_over_classes"]
 

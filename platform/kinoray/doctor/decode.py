@@ -9,7 +9,7 @@ from kinoray.console import format_duration, many, table
 from kinoray.doctor.cost import Estimate, cost_class, estimate_total, spread_over_classes
 from kinoray.doctor.probe import DecodeCost, Probed
 from kinoray.doctor.section import Section, Warn, spread
-from kinoray.video.clip import VideoInfo
+from kinoray.video.media import VideoInfo
 from kinoray.video.transcode import TRANSCODE
 
 __all__ = ["choose_decoded", "choose_transcoded", "decode_section"]

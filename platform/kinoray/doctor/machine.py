@@ -19,6 +19,7 @@ from kinoray.demo.videos import make_video
 from kinoray.doctor.host import PACKAGES, host_facts
 from kinoray.doctor.section import Check, Section, Status, checked, format_bytes
 from kinoray.errors import ConfigError, DecoderStartFailed, MediaError
+from kinoray.video.request import Sampled
 from kinoray.video.sandbox.jail import SETUID_CAPABILITIES
 from kinoray.video.sandbox.pool import Sandbox
 from kinoray.video.sandbox.process import start_decoder
@@ -142,7 +143,7 @@ def _decoder_check(backend: Any, data: bytes, greys: np.ndarray) -> Check:
     remedy = "pip install --force-reinstall av" if is_default else "leave --clip.decode.backend at pyav"
     try:
         with Sandbox(1) as sandbox:
-            found = sandbox.decode_clip(data, clip, with_flow=False)
+            found = sandbox.decode(data, Sampled(), clip.without_flow()).clip()
     except ConfigError as error:
         if find_spec("av" if is_default else backend) is None:
             return Check(name, "ok", f"not here; the default does not need it ({str(error).partition(';')[0]})")

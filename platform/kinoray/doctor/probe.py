@@ -20,7 +20,8 @@ from kinoray.config.shared import ClipConfig, DecodeConfig
 from kinoray.console import Progress
 from kinoray.errors import AccessDenied, KinorayError, MediaError
 from kinoray.storage.objects import Storage
-from kinoray.video.clip import VideoInfo
+from kinoray.video.media import VideoInfo
+from kinoray.video.request import Sampled
 from kinoray.video.sandbox.pool import Sandbox, shared_sandbox
 
 __all__ = ["DecodeCost", "Probed", "Video", "measure", "probe_all"]
@@ -122,7 +123,6 @@ def measure(
     videos: Sequence[Video],
     clip: ClipConfig,
     *,
-    with_flow: bool,
     transcode_ids: frozenset[str],
     num_decoders: int,
 ) -> list[DecodeCost]:
@@ -139,7 +139,7 @@ def measure(
     with ExitStack() as stack:
         sandboxes: SimpleQueue[_Meter] = SimpleQueue()
         for _ in range(num_decoders):
-            sandboxes.put(_Meter(stack.enter_context(Sandbox(1)), clip, with_flow))
+            sandboxes.put(_Meter(stack.enter_context(Sandbox(1)), clip))
 
         def decode(video: Video, data: bytes) -> DecodeCost:
             meter = sandboxes.get()
@@ -163,31 +163,32 @@ def measure(
 class _Meter:
     """A decoder process, and what it takes for a video."""
 
-    def __init__(self, sandbox: Sandbox, clip: ClipConfig, with_flow: bool) -> None:
-        self._sandbox, self._clip, self._with_flow = sandbox, clip, with_flow
+    def __init__(self, sandbox: Sandbox, clip: ClipConfig) -> None:
+        self._sandbox, self._clip = sandbox, clip
         self._is_warm = False
 
     def cost(self, video: Video, data: bytes, *, transcoded: bool) -> DecodeCost:
         if not self._is_warm:
-            self._sandbox.decode_clip(data, self._clip, with_flow=self._with_flow)
+            self._sandbox.decode(data, Sampled(), self._clip)
             self._is_warm = True
-        cpu_s, clip = self._timed(lambda: self._sandbox.decode_clip(data, self._clip, with_flow=False))
+        frames_alone = self._clip.without_flow()
+        cpu_s, frames = self._timed(lambda: self._sandbox.decode(data, Sampled(), frames_alone))
         found = DecodeCost(
             video_id=video.video_id,
             cpu_s=cpu_s,
-            frames_decoded=clip.frames_decoded,
-            frames_corrupt=clip.frames_corrupt,
-            num_frames=clip.num_frames,
+            frames_decoded=frames.frames_decoded,
+            frames_corrupt=frames.frames_corrupt,
+            num_frames=frames.num_frames,
             size_bytes=len(data),
         )
-        if self._with_flow:
-            flow_cpu_s, _ = self._timed(lambda: self._sandbox.decode_clip(data, self._clip, with_flow=True))
+        if self._clip != frames_alone:
+            flow_cpu_s, _ = self._timed(lambda: self._sandbox.decode(data, Sampled(), self._clip))
             found = replace(found, flow_cpu_s=flow_cpu_s)
         if not transcoded:
             return found
         try:
             transcode_cpu_s, made = self._timed(lambda: self._sandbox.transcode(data, self._clip.decode))
-            after_s, _ = self._timed(lambda: self._sandbox.decode_clip(made.data, self._clip, with_flow=False))
+            after_s, _ = self._timed(lambda: self._sandbox.decode(made.data, Sampled(), frames_alone))
         except MediaError as error:  # it can be decoded all the same
             return replace(found, transcode_refusal=judge(error, "transcode"))
         size_bytes = len(made.data)

@@ -123,8 +123,7 @@ def _decoded(
     costs = measure(
         storage,
         [found.video for found in chosen],
-        config.clip,
-        with_flow=config.flow,
+        config.clip if config.flow else config.clip.without_flow(),
         transcode_ids=choose_transcoded(chosen, config.transcode_sample),
         num_decoders=_DECODERS,
     )

@@ -18,9 +18,10 @@ from kinoray.config.shared import ClipConfig
 from kinoray.errors import BucketNotFound, KinorayError, MediaError, StorageUnavailable, UndecodableVideo
 from kinoray.label.times import StageClock
 from kinoray.storage.objects import Storage
+from kinoray.video.frames import Frames
+from kinoray.video.request import Views
 from kinoray.video.sandbox.device import DeviceDecoder
 from kinoray.video.sandbox.pool import Sandbox, shared_sandbox
-from kinoray.video.views import ViewClips
 
 __all__ = ["DecodedVideo", "VideoReader"]
 
@@ -30,7 +31,7 @@ class DecodedVideo:
     """A readable video, of which a part is decoded: all of it, unless it is cut into many windows."""
 
     data: bytes
-    first: ViewClips
+    first: Frames
 
 
 class VideoReader:
@@ -54,7 +55,7 @@ class VideoReader:
         self._depths: list[int] = []
         self._buckets: set[str] = set()
 
-    def videos(self, rows: pa.Table, *, with_flow: bool) -> Iterator[DecodedVideo | Refusal]:
+    def videos(self, rows: pa.Table) -> Iterator[DecodedVideo | Refusal]:
         """One for each row, in order, some ahead of the consumer: as many as fill a batch, and the decoders.
 
         Raises:
@@ -74,7 +75,7 @@ class VideoReader:
                     pending.append(self._judge(uri, data))
                 else:
                     self._buckets.add(_bucket(uri))
-                    pending.append(self._threads.submit(self._open, data, with_flow))
+                    pending.append(self._threads.submit(self._open, data))
                 if len(pending) > self._ahead:
                     yield self._next(pending)
             while pending:
@@ -99,7 +100,7 @@ class VideoReader:
         depths, self._depths = self._depths, []
         return sum(depths) / max(1, len(depths))
 
-    def parts(self, video: DecodedVideo, *, with_flow: bool) -> Iterator[ViewClips]:
+    def parts(self, video: DecodedVideo) -> Iterator[Frames]:
         """All windows of a video, a few at a time; the next ones are decoded while these are consumed.
 
         Raises:
@@ -111,7 +112,7 @@ class VideoReader:
             if end >= part.num_windows:
                 yield part
                 return
-            following = self._threads.submit(self._decode, video.data, with_flow, end)
+            following = self._threads.submit(self._decode, video.data, end)
             try:
                 yield part
             finally:
@@ -122,14 +123,14 @@ class VideoReader:
             if part.num_windows != total:
                 raise UndecodableVideo(f"its windows became {part.num_windows} from {total} while they were read")
 
-    def _open(self, data: bytes, with_flow: bool) -> DecodedVideo | Refusal:
+    def _open(self, data: bytes) -> DecodedVideo | Refusal:
         try:
-            return DecodedVideo(data, self._decode(data, with_flow, 0))
+            return DecodedVideo(data, self._decode(data, 0))
         except MediaError as error:  # whatever a video does is one of these; what else goes wrong is not its fault
             return judge(error, "decode")
 
-    def _decode(self, data: bytes, with_flow: bool, first_window: int) -> ViewClips:
-        return self._decoder.decode_views(data, self._clip, self._views, with_flow=with_flow, first_window=first_window)
+    def _decode(self, data: bytes, first_window: int) -> Frames:
+        return self._decoder.decode(data, Views(views=self._views, first_window=first_window), self._clip)
 
     def _next(self, pending: deque[Future[DecodedVideo | Refusal] | Refusal]) -> DecodedVideo | Refusal:
         self._depths.append(sum(isinstance(entry, Future) and entry.done() for entry in pending))

@@ -31,7 +31,7 @@ from kinoray.network.checkpoint import load_model
 from kinoray.network.forward import CPU_BATCH, agreed_batch_size, auto_batch_size
 from kinoray.network.scorer import ClipAnswer, ClipScorer, ScorerConfig
 from kinoray.storage.objects import Storage
-from kinoray.video.views import ViewClips
+from kinoray.video.frames import Frames
 
 __all__ = ["UNIT_COLUMNS", "LabelJob", "LabelUnits", "pack_unit"]
 
@@ -101,7 +101,7 @@ class _Outcome:
         """Of all views of all windows."""
         return [view for window in self.windows for view in window.views]
 
-    def add(self, part: ViewClips) -> None:
+    def add(self, part: Frames) -> None:
         """Make room for the windows of a part, and count its frames."""
         self.frames_decoded += part.frames_decoded
         self.frames_corrupt += part.frames_corrupt
@@ -128,7 +128,6 @@ class LabelUnits:
         self.job = job
         self.ledger = Ledger(job.storage, job.root)
         self.scorer: ClipScorer[_Place] | None = None
-        self.with_flow = False
         self.labels: tuple[str, ...] = ()
         torch.set_num_threads(job.torch_threads)
         self.clock, self.metrics = StageClock(), LabelMetrics(self.ledger.labelling_id)
@@ -207,9 +206,7 @@ class LabelUnits:
         if job.scorer.batch_size:
             return job.scorer.batch_size
         find = partial(auto_batch_size, model, job.clip, job.scorer.inference, job.device)
-        size = agreed_batch_size(job.storage, job.root, find)
-        self.reader = self._reader(size)
-        return size
+        return agreed_batch_size(job.storage, job.root, find)
 
     def _load(self) -> ClipScorer[_Place]:
         if self.scorer is None:
@@ -220,11 +217,14 @@ class LabelUnits:
                     f"{job.checkpoint} was replaced while the job ran: model {meta.model_digest}, "
                     f"expected {job.model_digest}; run the command again"
                 )
-            self.labels, self.with_flow = meta.labels, bool(model.input_spec.flow_channels)
+            self.labels = meta.labels
+            job = self.job = replace(job, clip=job.clip.for_network(model.input_spec.flow_channels))
+            batch_size = self._batch_size(model)
+            self.reader = self._reader(batch_size)
             self.scorer = ClipScorer(
                 model,
                 job.clip,
-                replace(job.scorer, batch_size=self._batch_size(model)),
+                replace(job.scorer, batch_size=batch_size),
                 num_classes=len(self.labels),
                 device=job.device,
             )
@@ -233,12 +233,12 @@ class LabelUnits:
     def _label(self, scorer: ClipScorer[_Place], rows: pa.Table) -> list[_Outcome]:
         """One outcome for each row, in order."""
         outcomes = [_Outcome() for _ in range(rows.num_rows)]
-        for outcome, video in zip(outcomes, self.reader.videos(rows, with_flow=self.with_flow), strict=True):
+        for outcome, video in zip(outcomes, self.reader.videos(rows), strict=True):
             if isinstance(video, Refusal):
                 outcome.refusal = video
                 continue
             try:
-                for part in self.reader.parts(video, with_flow=self.with_flow):
+                for part in self.reader.parts(video):
                     outcome.add(part)
                     views_a_window = len(part) // len(part.windows)
                     for view, clip in enumerate(part.clips()):

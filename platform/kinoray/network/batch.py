@@ -19,7 +19,7 @@ from kinoray.network.flow_tvl1 import tvl1_flow
 from kinoray.network.spec import InputSpec
 
 if TYPE_CHECKING:
-    from kinoray.video.clip import Clip
+    from kinoray.video.frames import Clip
 
 __all__ = [
     "FLOW_CHANNELS",

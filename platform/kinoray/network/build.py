@@ -195,6 +195,7 @@ def check_clip(spec: InputSpec, clip: ClipConfig) -> None:
     for name, (expected, found) in wanted.items():
         if expected is not None and expected != found:
             raise ConfigError(f"{name} must be {expected} for this model, got {found}")
+    clip.for_network(spec.flow_channels)
 
 
 def backbone_parts(model: VideoModel | nn.Module) -> tuple[str, ...]:

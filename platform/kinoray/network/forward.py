@@ -31,7 +31,7 @@ from kinoray.storage.objects import Storage, join
 from kinoray.storage.records import read_record
 
 if TYPE_CHECKING:
-    from kinoray.video.clip import Clip
+    from kinoray.video.frames import Clip
 
 __all__ = [
     "CPU_BATCH",

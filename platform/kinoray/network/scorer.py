@@ -27,7 +27,7 @@ from kinoray.network.batch import DeviceInput
 from kinoray.network.build import VideoModel
 from kinoray.network.forward import Forward, Launched, collate_for
 from kinoray.network.prepare import prepare_model
-from kinoray.video.clip import Clip
+from kinoray.video.frames import Clip
 
 __all__ = [
     "ClipAnswer",
@@ -216,7 +216,7 @@ class ClipScorer(Generic[Ticket]):
         self._consensus = segment_consensus(model)
         self._num_segments = clip.sample.num_segments
         finish = None
-        if clip.flow_on_device(with_flow=spec.flow_channels > 0):
+        if clip.for_network(spec.flow_channels).flow_on_device:
             finish = DeviceInput(clip.flow.bound_px, device)
         cast(nn.Module, model).to(device)
         prepared = prepare_model(model, clip, config.inference)

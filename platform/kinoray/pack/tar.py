@@ -18,7 +18,7 @@ from kinoray.config.shared import DecodeConfig
 from kinoray.pack.plan import PlannedVideo
 from kinoray.storage.leftovers import scratch_folder
 from kinoray.storage.objects import Storage, absolute, join
-from kinoray.video.clip import VideoInfo
+from kinoray.video.media import VideoInfo
 from kinoray.video.transcode import Transcoded
 
 __all__ = ["Decoder", "Examined", "ShardWriter", "examine", "write_tar"]
@@ -48,7 +48,7 @@ class Decoder(Protocol):
     """Where untrusted bytes are looked at: a kinoray.video.sandbox.pool.Sandbox."""
 
     def probe(self, data: bytes, config: DecodeConfig) -> VideoInfo:
-        """kinoray.video.clip.probe."""
+        """kinoray.video.frames.probe."""
 
     def transcode(self, data: bytes, config: DecodeConfig) -> Transcoded:
         """kinoray.video.transcode.transcode."""

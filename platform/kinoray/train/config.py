@@ -92,7 +92,7 @@ class TrainConfig:
         decoder = self.clip.decode.device
         expected = "cpu in training; label and evaluate have decode_device"
         require(decoder == "cpu", "clip.decode.device", expected, decoder)
-        on_device = self.clip.flow.estimator != "dis"
+        on_device = self.clip.flow_on_device
         expected = f"0 with clip.flow.estimator {self.clip.flow.estimator}"
         require(not (self.cache.gb and on_device), "cache.gb", expected, self.cache.gb)
         if self.parallel == "fsdp":

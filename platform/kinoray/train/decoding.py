@@ -13,10 +13,11 @@ from kinoray.catalog.table import read_videos, references
 from kinoray.config.shared import CacheConfig, ClipConfig
 from kinoray.errors import KinorayError, MediaError, StorageUnavailable
 from kinoray.storage.objects import Storage
-from kinoray.video.cache import FrameCache, grid_name
+from kinoray.video.cache import FrameCache
+from kinoray.video.frames import Clip
+from kinoray.video.request import Sampled
 from kinoray.video.sample import clip_rng
 from kinoray.video.sandbox.pool import Sandbox, shared_sandbox
-from kinoray.video.sink import clip_frame_bytes
 
 __all__ = ["DecodeTask"]
 
@@ -29,7 +30,7 @@ class DecodeTask:
 
     storage: Storage
     clip: ClipConfig
-    with_flow: bool
+    """What the network is fed (ClipConfig.for_network)."""
     seed: int = 0
     epoch: int | None = None
     """Epoch whose random frames and crops are drawn; None for the middle frames and the centre crop."""
@@ -40,8 +41,7 @@ class DecodeTask:
     def clip_bytes(self) -> int:
         """Bytes of a decoded clip."""
         sample = self.clip.sample
-        frame_bytes = clip_frame_bytes(self.clip, with_flow=self.with_flow)
-        return sample.num_segments * sample.frames_per_segment * frame_bytes
+        return sample.num_segments * sample.frames_per_segment * self.clip.frame_bytes
 
     def __call__(self, block: pa.Table) -> dict[str, np.ndarray]:
         """Decode a block of references: one row in, one row out; an unreadable one is zeros, ok=False and a reason.
@@ -53,15 +53,15 @@ class DecodeTask:
         size = self.clip.view.crop_px
         grid = (count, self.clip.sample.num_segments, self.clip.sample.frames_per_segment)
         decoded = {"rgb": np.zeros((*grid, 3, size, size), np.uint8)}
-        if self.clip.flow_on_device(with_flow=self.with_flow):
+        if self.clip.flow_on_device:
             decoded["partners"] = np.zeros((*grid, 1, size, size), np.uint8)
             decoded["last"] = np.zeros(grid, bool)
-        elif self.with_flow:
+        elif self.clip.flow.estimator != "none":
             decoded["flow"] = np.zeros((*grid, FLOW_CHANNELS, size, size), np.int8)
         refusals: list[Refusal | None] = [None] * count
         sandbox = shared_sandbox(1)  # a worker runs one task at a time, and keeps its decoder for the next
         begin_s = time.process_time() + sandbox.cpu_s
-        cache = FrameCache(self.cache, self.clip, self.with_flow) if self.cache.gb else None
+        cache = FrameCache(self.cache, self.clip) if self.cache.gb else None
         videos = block.to_pylist()
         places = [{name: array[index] for name, array in decoded.items()} for index in range(count)]
         cached = [cache is not None and self._load(cache, videos[index], places[index]) for index in range(count)]
@@ -121,18 +121,17 @@ class DecodeTask:
             with cache.lock(key):
                 if self._load(cache, video, place):  # another task decoded it while this one waited
                     return True
-                bank = sandbox.decode_bank(
-                    data, self.clip, cache.samples, with_flow=self.with_flow, rng=self.rng(video)
-                )
-                if bank.exact:
-                    cache.add(key, bank)
-                    own = [grid_name(sample) for sample in cache.samples].index(grid_name(self.clip.sample))
-                    for name, rows in (("rgb", bank.frames), ("flow", bank.flow)):
-                        if rows is not None:
-                            place[name][:] = rows[bank.places[own]].reshape(place[name].shape)
+                samples = cache.samples
+                found = sandbox.decode(data, Sampled(samples=tuple(samples), rng=self.rng(video)), self.clip)
+                if found.exact:
+                    cache.add(key, found)
+                    _fill(place, found.clip(samples.index(self.clip.sample)))
                     return False
-        clip = sandbox.decode_clip(data, self.clip, with_flow=self.with_flow, rng=self.rng(video))
-        found = {"rgb": clip.frames, "flow": clip.flow, "partners": clip.partners, "last": clip.last}
-        for name, array in place.items():
-            array[:] = found[name]
+        _fill(place, sandbox.decode(data, Sampled(rng=self.rng(video)), self.clip).clip())
         return False
+
+
+def _fill(place: Mapping[str, np.ndarray], clip: Clip) -> None:
+    found = {"rgb": clip.frames, "flow": clip.flow, "partners": clip.partners, "last": clip.last}
+    for name, array in place.items():
+        array[:] = found[name]

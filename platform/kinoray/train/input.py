@@ -24,6 +24,7 @@ from ray.data.collate_fn import NumpyBatchCollateFn
 
 from kinoray.catalog.quarantine import QuarantineRow, Refusal, error_of, refusals_of_columns
 from kinoray.catalog.table import REFERENCE_COLUMNS, Catalog
+from kinoray.config.shared import ClipConfig
 from kinoray.errors import JobError, StorageUnavailable
 from kinoray.network.batch import DeviceInput, Feeder, RawBatch, VideoBatch, sent
 from kinoray.storage.objects import Storage
@@ -175,13 +176,12 @@ class Feed:
     outage: StorageUnavailable | None = None
     """Why batches ended early on this rank: the store is down, for longer than storage.retry_s."""
 
-    def __init__(self, config: TrainConfig, storage: Storage, *, with_flow: bool, device: torch.device) -> None:
+    def __init__(self, config: TrainConfig, clip: ClipConfig, storage: Storage, *, device: torch.device) -> None:
         self._config = config
+        self._clip = clip
         self._storage = storage
-        self._with_flow = with_flow
-        finds_flow = config.clip.flow_on_device(with_flow=with_flow)
-        self._finish = DeviceInput(config.clip.flow.bound_px, device) if finds_flow else None
-        self._feeder = Feeder(device) if device.type == "cuda" and not finds_flow else None
+        self._finish = DeviceInput(clip.flow.bound_px, device) if clip.flow_on_device else None
+        self._feeder = Feeder(device) if device.type == "cuda" and not clip.flow_on_device else None
         self._rank = dist.get_rank()
         self._world_size = dist.get_world_size()
         self._spent = torch.zeros(2, dtype=torch.float64)  # CPU seconds, videos from the cache
@@ -196,8 +196,7 @@ class Feed:
         """
         task = DecodeTask(
             storage=self._storage,
-            clip=self._config.clip,
-            with_flow=self._with_flow,
+            clip=self._clip,
             seed=self._config.optim.seed,
             epoch=epoch,
             cache=self._config.cache,

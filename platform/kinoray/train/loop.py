@@ -89,8 +89,8 @@ class TrainLoop:
 
         newest = _from_first(self._newest)
         model = _agreed(lambda: self._model(fresh=newest is None))
-        with_flow = model.input_spec.flow_channels > 0
-        self.feed = _agreed(lambda: Feed(config, self.storage, with_flow=with_flow, device=device))
+        flow_channels = model.input_spec.flow_channels
+        self.feed = _agreed(lambda: Feed(config, config.clip.for_network(flow_channels), self.storage, device=device))
         self.replica = _agreed(lambda: self._replica(model, device))
         self.augmenter = Augmenter(config.augment, self.optim.seed, device)
         self._check_steps = 1 if device.type == "cpu" else _GPU_CHECK_STEPS

@@ -25,11 +25,10 @@ from typing import Any
 
 import numpy as np
 
-from kinoray.config.shared import CacheConfig, ClipConfig, SampleConfig, digest
+from kinoray.config.shared import CacheConfig, ClipConfig, SampleConfig, digest, require
 from kinoray.errors import StorageError
 from kinoray.storage.records import parse_json
-from kinoray.video.bank import FrameBank
-from kinoray.video.sink import clip_frame_bytes
+from kinoray.video.frames import Frames
 
 __all__ = ["FrameCache", "cache_folder", "grid_name"]
 
@@ -56,10 +55,11 @@ class FrameCache:
     config: CacheConfig
     clip: ClipConfig
     """What the clips of this run are; every other setting of the sweep's clips is the same but the sampling."""
-    with_flow: bool
     _root: Path = field(init=False)
 
     def __post_init__(self) -> None:
+        estimator = self.clip.flow.estimator
+        require(not self.clip.flow_on_device, "cache.gb", f"0 with flow.estimator {estimator}", self.config.gb)
         object.__setattr__(self, "_root", cache_folder(self.config))
 
     @property
@@ -76,7 +76,7 @@ class FrameCache:
         draw = None if epoch is None else [seed, epoch, video["video_id"]]
         reference = [video[name] for name in ("uri", "offset", "length", "sha256")]
         grids = [grid_name(sample) for sample in self.samples]
-        parts = [reference, clip, self.with_flow, draw, grids]
+        parts = [reference, clip, draw, grids]
         return digest(parts) + digest([*parts, "second half"])
 
     def load(self, key: str, frames: np.ndarray, flow: np.ndarray | None) -> bool:
@@ -128,15 +128,16 @@ class FrameCache:
                 return False
         return True
 
-    def add(self, key: str, bank: FrameBank) -> bool:
-        """Keep a bank for `samples`; False if there is no room for it. A reader sees a whole file or none."""
-        flows = bank.flow if bank.flow is not None else [None] * len(bank.frames)
-        parts = [[frame] if flow is None else [frame, flow] for frame, flow in zip(bank.frames, flows, strict=True)]
+    def add(self, key: str, found: Frames) -> bool:
+        """Keep the frames of all `samples`; False if there is no room for them. A reader sees a whole file or none."""
+        rows = found.frames[0]
+        flows = [None] * len(rows) if found.flow is None else found.flow[0]
+        parts = [[frame] if flow is None else [frame, flow] for frame, flow in zip(rows, flows, strict=True)]
         about = {
             "frame_bytes": sum(part.nbytes for part in parts[0]),
             "checksums": [_checksum(frame) for frame in parts],
             "places": {
-                grid_name(sample): places.tolist() for sample, places in zip(self.samples, bank.places, strict=True)
+                grid_name(sample): places.tolist() for sample, places in zip(self.samples, found.places(), strict=True)
             },
         }
         text = json.dumps(about).encode()
@@ -161,9 +162,8 @@ class FrameCache:
 
     def has_room(self) -> bool:
         """Whether one more video fits, as far as one can tell before it is decoded."""
-        size = clip_frame_bytes(self.clip, with_flow=self.with_flow)
         most = max(sample.num_segments * sample.frames_per_segment for sample in self.samples)
-        return self._count(0, most * size)
+        return self._count(0, most * self.clip.frame_bytes)
 
     @contextmanager
     def lock(self, key: str) -> Iterator[None]:

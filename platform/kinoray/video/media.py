@@ -6,8 +6,10 @@ are not on the list, no protocol is allowed, and opening a second file is refuse
 """
 
 import io
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, NoReturn, Self
 
 import av
@@ -23,10 +25,9 @@ from kinoray.errors import (
     UnreadableContainer,
 )
 from kinoray.video.budget import MAX_STREAMS, check_boxes, check_index
-from kinoray.video.claim import claimed_frames
 from kinoray.video.plan import PacketTable
 
-__all__ = ["LIBAV_ERRORS", "Media", "check_size_bytes", "media_stage"]
+__all__ = ["LIBAV_ERRORS", "Media", "VideoInfo", "check_size_bytes", "media_stage"]
 
 _FORMATS = ("mov", "mp4", "m4a", "3gp", "matroska", "webm", "avi", "mpegts", "mpeg", "flv", "asf", "ogg")
 """Containers that hold everything themselves. No playlists, concat lists, image sequences or network protocols."""
@@ -43,6 +44,42 @@ _KEEP_BYTES = 64 * 2**20
 
 LIBAV_ERRORS = (av.FFmpegError, OSError, ValueError, LookupError, MemoryError, ArithmeticError, RuntimeError)
 """What PyAV is known to raise on damaged input: its own tree, and bare Python errors from its wrappers."""
+
+
+@dataclass(frozen=True, slots=True)
+class VideoInfo:
+    """What a video is, as displayed: rotation is already applied to width and height."""
+
+    duration_s: float
+    fps: float
+    """Mean frames per second."""
+    num_frames: int
+    """Counted from the packets that are there."""
+    width: int
+    height: int
+    codec: str
+    rotation: int
+    """Degrees counterclockwise from the stored to the displayed picture: 0, 90, 180 or 270."""
+    claimed_frames: int | None = None
+    """Frames that the file's header promises; None where it makes no promise (MPEG-TS and others).
+
+    More than num_frames: the file was cut. Less: something was added, or its index is damaged.
+    """
+    num_keyframes: int = 0
+    """Frames from which decoding can begin, by the packets."""
+    container: str = ""
+    """The kind of file, as libav calls it: `mov/mp4`, `matroska/webm`, `mpegts`, ..."""
+
+    @property
+    def miscounted(self) -> bool:
+        """Whether the header promises another number of frames: off by more than one and more than 2 percent."""
+        claimed = self.num_frames if self.claimed_frames is None else self.claimed_frames
+        return abs(claimed - self.num_frames) > max(1.0, 0.02 * self.num_frames)
+
+    @property
+    def frames_missing(self) -> int:
+        """How many frames fewer there are than the header promises; 0 unless `miscounted`."""
+        return max(0, (self.claimed_frames or 0) - self.num_frames) if self.miscounted else 0
 
 
 @contextmanager
@@ -269,8 +306,19 @@ class Media:
 
     @property
     def claimed_frames(self) -> int | None:
-        """Frames that the header promises; None where it makes no promise."""
-        return claimed_frames(self._stream, self.table, self.duration_s)
+        """Frames that the header promises, without those that an edit list hides; None where it makes no promise.
+
+        It is compared with what is there, and never used for anything else. MP4, MOV and AVI store a count. Matroska
+        stores the track's duration, taken at the rate of the packets: frames lost from its middle are not noticed.
+        MPEG-TS stores nothing.
+        """
+        if self._stream.frames:
+            hidden = self.table.num_packets - self.table.num_frames
+            return max(0, int(self._stream.frames) - hidden)
+        claimed_s = _seconds(self._stream.metadata.get("DURATION", ""))
+        if claimed_s is None or self.duration_s <= 0:
+            return None
+        return round(self.table.num_frames * claimed_s / self.duration_s)
 
     def packets(self, begin: int, end: int) -> Iterator[tuple[int, Any]]:
         """(place, packet) for the places begin .. end - 1 of the table."""
@@ -303,3 +351,9 @@ def _hevc_layers(extradata: bytes) -> int:
         return extradata[21] >> 3 & 7
     vps = extradata.find(b"\x00\x00\x01\x40\x01")
     return (extradata[vps + 6] >> 1 & 7) + 1 if 0 <= vps < len(extradata) - 6 else 0
+
+
+def _seconds(text: str) -> float | None:
+    """`00:01:02.500000000` -> 62.5; None for anything else."""
+    match = re.fullmatch(r"(\d{1,4}):(\d\d):(\d\d(?:\.\d{1,9})?)", text)
+    return 3600.0 * int(match[1]) + 60.0 * int(match[2]) + float(match[3]) if match else None

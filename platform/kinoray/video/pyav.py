@@ -1,4 +1,4 @@
-"""Reading wanted frames with PyAV: decode what the plan asks for, scale straight from YUV to planar RGB or YUV 4:2:0.
+"""Reading wanted frames with PyAV: decode what the plan asks for, scale straight from YUV to planar RGB.
 
 Frames come out bit for bit as from a plain decode of the whole file. That is checked as far as it can be: where a
 planned frame is missing or anything is flagged as damaged, the file is decoded again from its start, leaving nothing
@@ -11,17 +11,20 @@ from fractions import Fraction
 from typing import Any
 
 import numpy as np
+from av.video.reformatter import Interpolation, VideoReformatter
 
 from kinoray.config.shared import DecodeConfig
 from kinoray.errors import MediaOverBudget, UndecodableVideo
 from kinoray.video.budget import check_memory
-from kinoray.video.media import LIBAV_ERRORS, Media
+from kinoray.video.media import LIBAV_ERRORS, Media, VideoInfo, media_stage
 from kinoray.video.plan import FrameSink, Reading, Run
-from kinoray.video.scale import FrameScaler
 
 __all__ = ["PyavVideo"]
 
 _MAX_RATE = 1000
+# Without ACCURATE_RND, 4:2:0 frames that already have the target size take a short cut to RGB: black columns at the
+# right of some widths (340), and blocky colours. At any other size it changes no bit and costs nothing.
+_TO_RGB = Interpolation.BILINEAR | Interpolation.ACCURATE_RND
 
 
 class _TimesLie(Exception):
@@ -43,7 +46,7 @@ class PyavVideo(Media):
 
     def __init__(self, data: bytes, config: DecodeConfig, reach: float = 0.0) -> None:
         super().__init__(data, config, reach)
-        self._scaler = FrameScaler()
+        self._scaler = _FrameScaler()
         self._first: tuple[int, int, int] | None = None  # quarter turns, width and height of the first frame
         self._timed = self.table.timed
         self.num_frames = self.table.num_frames
@@ -63,6 +66,24 @@ class PyavVideo(Media):
         """(width, height) of the first frame, as displayed. Raises what `rotation` raises."""
         turns, width, height = self._first_frame()
         return (height, width) if turns % 2 else (width, height)
+
+    @property
+    def info(self) -> VideoInfo:
+        """What the video is. Raises what `rotation` raises."""
+        width, height = self.size
+        duration_s, num_frames = self.duration_s, self.num_frames
+        return VideoInfo(
+            duration_s=duration_s,
+            fps=num_frames / duration_s if duration_s > 0 else 0.0,
+            num_frames=num_frames,
+            width=width,
+            height=height,
+            codec=self.codec,
+            rotation=self.rotation,
+            claimed_frames=self.claimed_frames,
+            num_keyframes=self.table.num_keyframes,
+            container=self.container,
+        )
 
     def _first_frame(self) -> tuple[int, int, int]:
         if self._first is None:
@@ -237,7 +258,7 @@ class PyavVideo(Media):
         return frames
 
     def _put(self, index: int, frame: Any, sink: FrameSink) -> None:
-        """Scale one frame and hand it on in displayed orientation, as decode.frames wants it."""
+        """Scale one frame and hand it on in displayed orientation."""
         turns = _quarter_turns(frame)
         across = turns % 2 == 1
         shown = (frame.height, frame.width) if across else (frame.width, frame.height)
@@ -246,6 +267,33 @@ class PyavVideo(Media):
         planes = self._scaler.planes(frame, *((width, height) if across else (height, width)))
         first, second, third = (_turned(plane, turns) for plane in planes)
         sink.put(index, (first, second, third))
+
+
+class _FrameScaler:
+    """Scales the frames of one video, bilinear, once for each, from what the decoder gives to planar RGB.
+
+    libswscale keeps the scaler of the last size and pixels; used for two in turn it would make it anew for each frame.
+    """
+
+    def __init__(self) -> None:
+        self._reformatter = VideoReformatter()
+
+    def planes(self, frame: Any, height: int, width: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Red, green and blue, uint8 [height, width]; the frame is not turned.
+
+        Raises:
+            UndecodableVideo: libswscale does not know the frame's pixels.
+        """
+        with media_stage(UndecodableVideo, f"a {frame.width} x {frame.height} {frame.format.name} frame to RGB"):
+            scaled = self._reformatter.reformat(
+                frame, width=width, height=height, format="gbrp", interpolation=_TO_RGB, threads=1
+            )
+        green, blue, red = (_pixels(plane) for plane in scaled.planes)
+        return red, green, blue
+
+
+def _pixels(plane: Any) -> np.ndarray:
+    return np.frombuffer(plane, np.uint8).reshape(plane.height, plane.line_size)[:, : plane.width]
 
 
 def _quarter_turns(frame: Any) -> int:

@@ -6,15 +6,18 @@ shorter than a frame, neighbouring slots share it, so short videos repeat frames
 Random draws nest: from one generator state, the frames that few slots draw are (but for frames on a slot's border)
 among those that a multiple of the slots draws, and the generator is left alike. Trials with other segment counts then
 need almost the same frames, decoded once (see kinoray.video.cache). Easy to break: draw nothing that depends on S or T.
+
+Long videos are cut into windows: every frame of the video is in one, and all windows of a video are equally long.
 """
 
 import hashlib
 
 import numpy as np
 
+from kinoray.config.scoring import WindowsConfig
 from kinoray.config.shared import SampleConfig
 
-__all__ = ["clip_rng", "segment_indices", "view_indices"]
+__all__ = ["clip_rng", "cut_windows", "segment_indices", "view_indices", "window_indices"]
 
 
 def segment_indices(num_frames: int, config: SampleConfig, rng: np.random.Generator | None = None) -> np.ndarray:
@@ -73,6 +76,24 @@ def view_indices(num_frames: int, config: SampleConfig, num_views: int) -> np.nd
 def _middles(num_frames: int, num_slots: int) -> np.ndarray:
     """The frames in the middle of equal slots, int64 [num_slots]."""
     return (2 * np.arange(num_slots, dtype=np.int64) + 1) * num_frames // (2 * num_slots)
+
+
+def cut_windows(num_frames: int, fps: float, config: WindowsConfig | None) -> np.ndarray:
+    """First frame of each window and the frame after its last, int64 [W, 2].
+
+    Windows start every stride; the last one ends with the video, so it may overlap the one before it by more. A video
+    that is no longer than a window, or whose frame rate is unknown (fps 0), is one window.
+    """
+    if config is None or fps <= 0 or num_frames <= max(1, round(config.length_s * fps)):
+        return np.array([[0, num_frames]], np.int64)
+    length, stride = max(1, round(config.length_s * fps)), max(1, round(config.stride_s * fps))
+    starts = np.append(np.arange(0, num_frames - length, stride, dtype=np.int64), num_frames - length)
+    return np.stack([starts, starts + length], axis=1)
+
+
+def window_indices(windows: np.ndarray, sample: SampleConfig, num_views: int) -> np.ndarray:
+    """Frame numbers of the temporal views of each window, int64 [W * V, S, T]: window by window, see `view_indices`."""
+    return np.concatenate([start + view_indices(int(end - start), sample, num_views) for start, end in windows])
 
 
 def clip_rng(seed: int, epoch: int, video_id: str) -> np.random.Generator:

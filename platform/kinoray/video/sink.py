@@ -1,14 +1,18 @@
-"""Frames -> the array of a clip: cut, kept where they belong, mirrored. Shared by all that decodes."""
+"""Scaled frames -> arrays: each wanted frame once, in one cut or several, with its flow. Shared by all that decodes.
 
-from collections.abc import Callable
+What is easy to break: the arrays may lie where the caller wants them (shared memory), so they are made by its `Empty`
+and filled in place; and of the frames that only flow looks at no more is held than their green plane.
+"""
+
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from kinoray.config.shared import ClipConfig
 from kinoray.video.flow_dis import dis_flow, quantise
-from kinoray.video.transform import View, test_view, train_view
+from kinoray.video.transform import Cut
 
-__all__ = ["ClipSink", "Empty", "clip_frame_bytes", "mirror", "new_array"]
+__all__ = ["Empty", "FrameArrays", "mirror", "new_array"]
 
 Empty = Callable[[str, tuple[int, ...], type[np.generic]], np.ndarray]
 """Makes an array by name, shape and dtype, with anything in it."""
@@ -19,120 +23,110 @@ def new_array(_: str, shape: tuple[int, ...], dtype: type[np.generic]) -> np.nda
     return np.empty(shape, dtype)
 
 
-def clip_frame_bytes(config: ClipConfig, *, with_flow: bool) -> int:
-    """Bytes of one decoded frame, with its flow or, if the device finds that, its partner."""
-    flow_planes = 0 if not with_flow else 2 if config.flow.estimator == "dis" else 1
-    return (3 + flow_planes) * config.view.crop_px**2
+def mirror(rows: np.ndarray, flow: np.ndarray | None, partners: np.ndarray | None) -> None:
+    """Left becomes right, in place: frames, flow and partners [N, C, H, W]; the x component of the flow is negated."""
+    for array in (rows, flow, partners):
+        if array is not None:
+            for row in array:
+                row[...] = row[..., ::-1].copy()
+    if flow is not None:
+        flow[:, 0] *= -1
 
 
-def mirror(rows: np.ndarray) -> None:
-    """Left becomes right, in place (the array may be where the caller wants it): frames, flow or partners [N, C, H, W].
-    The x component of flow is not negated."""
-    for row in rows:
-        row[...] = row[..., ::-1].copy()
+class FrameArrays:
+    """A FrameSink that cuts U distinct frames in C places.
 
+    `frames`, uint8 [C, U, 3, H, W], is there once the size of the first frame is known.
 
-class ClipSink:
-    """Cuts scaled frames and keeps them where they belong: of successors only what flow looks at, the green plane.
-
-    `frames` is there once the size of the first frame is known.
+    Args:
+        wanted: int64 [U], numbers of frames, rising.
+        cuts: the cuts of a frame that is shown as width x height, all of one size and scaled alike; asked for once.
     """
 
     frames: np.ndarray
 
     def __init__(
-        self, indices: np.ndarray, num_frames: int, config: ClipConfig, rng: np.random.Generator | None, empty: Empty
+        self,
+        wanted: np.ndarray,
+        num_frames: int,
+        clip: ClipConfig,
+        cuts: Callable[[int, int], Sequence[Cut]],
+        empty: Empty,
     ) -> None:
-        self._indices = indices.reshape(-1)
-        self._config, self._rng, self._empty = config, rng, empty
-        self._filled: set[int] = set()
-        self.view: View | None = None
-        unique, first = np.unique(self._indices, return_index=True)
-        self._slot = dict(zip(unique.tolist(), first.tolist(), strict=True))
+        self._clip, self._choose_cuts, self._empty = clip, cuts, empty
+        self._slot = {index: slot for slot, index in enumerate(wanted.tolist())}
         # Flow looks from t to t + 1; from t - 1 to t at the video's last frame.
         self._partner = {t: t + 1 if t + 1 < num_frames else max(0, t - 1) for t in self._slot}
-        self._grey: dict[int, np.ndarray] = {}
+        self._filled: set[int] = set()
+        self._cuts: Sequence[Cut] = ()
+        self._green: dict[int, list[np.ndarray]] = {}
 
-    def wanted(self, *, with_flow: bool) -> np.ndarray:
+    def numbers(self) -> np.ndarray:
         """Numbers of the frames to decode, sorted, each once."""
+        with_flow = self._clip.flow.estimator != "none"
         frames = {*self._slot, *self._partner.values()} if with_flow else set(self._slot)
         return np.array(sorted(frames), np.int64)
 
     def scaled_size(self, width: int, height: int) -> tuple[int, int]:
         """See FrameSink; the first frame decides."""
-        if self.view is None:
-            config = self._config.view
-            if self._rng is None:
-                self.begin(test_view(config, width, height))
-            else:
-                self.begin(train_view(config, width, height, self._rng))
-        assert self.view is not None
-        return self.view.height, self.view.width
-
-    def begin(self, view: View) -> None:
-        """Cut this view out of the frames."""
-        self.view = view
-        self._rows = slice(view.top, view.top + view.size)
-        self._columns = slice(view.left, view.left + view.size)
-        self.frames = self._empty("frames", (len(self._indices), 3, view.size, view.size), np.uint8)
+        if not self._cuts:
+            self._cuts = self._choose_cuts(width, height)
+            first = self._cuts[0]
+            sides = (first.rows.stop - first.rows.start, first.columns.stop - first.columns.start)
+            self.frames = self._empty("frames", (len(self._cuts), len(self._slot), 3, *sides), np.uint8)
+        return self._cuts[0].height, self._cuts[0].width
 
     def put(self, index: int, planes: tuple[np.ndarray, np.ndarray, np.ndarray]) -> None:
         """See FrameSink."""
         slot = self._slot.get(index)
         if slot is None:
-            self._grey[index] = planes[1][self._rows, self._columns].copy()
+            self._green[index] = [planes[1][cut.rows, cut.columns].copy() for cut in self._cuts]
             return
-        for channel, plane in enumerate(planes):
-            self.frames[slot, channel] = plane[self._rows, self._columns]
+        for number, cut in enumerate(self._cuts):
+            for channel, plane in enumerate(planes):
+                self.frames[number, slot, channel] = plane[cut.rows, cut.columns]
         self._filled.add(index)
 
-    def finish(self) -> None:
-        """Copy frames that several slots share to all of them."""
+    def finish(self) -> dict[str, np.ndarray]:
+        """`frames`; `flow`, int8 [C, U, 2, H, W], or, where the device finds it, `partners`, uint8 [C, U, 1, H, W]:
+        green of the frame after each, at the video's last frame of the frame before."""
         assert self._filled == self._slot.keys()  # the array began with anything in it
-        self._share(self.frames)
-
-    def _share(self, rows: np.ndarray) -> None:
-        for slot, index in enumerate(self._indices.tolist()):
-            if slot != self._slot[index]:
-                rows[slot] = rows[self._slot[index]]
-
-    def motion(self) -> tuple[np.ndarray | None, np.ndarray | None]:
-        """Flow, int8 [S * T, 2, H, W]; or, where the device finds it, the partners of all frames: uint8 [S * T, 1, H,
-        W], green of the frame after each, at the video's last frame of the frame before. Not mirrored yet."""
-        return (self._flow(), None) if self._config.flow.estimator == "dis" else (None, self._partners())
+        arrays = {"frames": self.frames}
+        if self._clip.flow.estimator == "dis":
+            arrays["flow"] = self._flow()
+        elif self._clip.flow_on_device:
+            arrays["partners"] = self._partners()
+        for number, cut in enumerate(self._cuts):
+            if cut.flip:
+                flow, partners = (arrays[name][number] if name in arrays else None for name in ("flow", "partners"))
+                mirror(self.frames[number], flow, partners)
+        return arrays
 
     def _partners(self) -> np.ndarray:
-        size = self._config.view.crop_px
-        out = self._empty("partners", (len(self._indices), 1, size, size), np.uint8)
-        for index, slot in self._slot.items():
-            out[slot, 0] = self._grey_of(self._partner[index])
-        self._share(out)
+        out = self._array("partners", 1, np.uint8)
+        for number in range(len(self._cuts)):
+            for index, slot in self._slot.items():
+                out[number, slot, 0] = self._green_of(number, self._partner[index])
         return out
 
     def _flow(self) -> np.ndarray:
-        size, flow_config = self._config.view.crop_px, self._config.flow
-        out = self._empty("flow", (len(self._indices), 2, size, size), np.int8)
-        for index, slot in self._slot.items():
-            partner = self._partner[index]
-            if partner == index:
-                out[slot] = 0
-            else:
-                pair = (self._grey_of(min(index, partner)), self._grey_of(max(index, partner)))
-                out[slot] = quantise(dis_flow(*pair, flow_config.preset), flow_config.bound_px)
-        self._share(out)
+        flow_config = self._clip.flow
+        out = self._array("flow", 2, np.int8)
+        for number in range(len(self._cuts)):
+            for index, slot in self._slot.items():
+                partner = self._partner[index]
+                if partner == index:
+                    out[number, slot] = 0
+                    continue
+                before, after = (self._green_of(number, t) for t in sorted((index, partner)))
+                out[number, slot] = quantise(dis_flow(before, after, flow_config.preset), flow_config.bound_px)
         return out
 
-    def _grey_of(self, index: int) -> np.ndarray:
-        slot = self._slot.get(index)
-        return self._grey[index] if slot is None else self.frames[slot, 1]
+    def _array(self, name: str, num_channels: int, dtype: type[np.generic]) -> np.ndarray:
+        num_cuts, num_frames, _, height, width = self.frames.shape
+        return self._empty(name, (num_cuts, num_frames, num_channels, height, width), dtype)
 
-    def mirrored(self, flow: np.ndarray | None, partners: np.ndarray | None) -> None:
-        """Mirror the frames, the flow and the partners, in place, if the view says so."""
-        if self.view is None or not self.view.flip:
-            return
-        mirror(self.frames)
-        if flow is not None:
-            mirror(flow)
-            flow[:, 0] *= -1
-        if partners is not None:
-            mirror(partners)
+    def _green_of(self, number: int, index: int) -> np.ndarray:
+        """The green plane of a frame in one cut, of whatever flow looks at."""
+        slot = self._slot.get(index)
+        return self._green[index][number] if slot is None else np.asarray(self.frames[number, slot, 1])

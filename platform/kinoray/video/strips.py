@@ -14,9 +14,10 @@ import cv2
 import numpy as np
 
 from kinoray.catalog.table import Reference, read_videos
-from kinoray.config.shared import DecodeConfig
+from kinoray.config.shared import ClipConfig, DecodeConfig
 from kinoray.errors import KinorayError, MediaError
 from kinoray.storage.objects import Storage
+from kinoray.video.request import Thumbnails
 from kinoray.video.sandbox.pool import Sandbox
 
 __all__ = ["FRAME_HEIGHT_PX", "MAX_FRAME_BYTES", "Strip", "Thumbnail", "contact_strips", "jpeg_uri"]
@@ -71,8 +72,9 @@ def _strip(sandbox: Sandbox, answer: bytes | KinorayError, num_frames: int) -> S
     if isinstance(answer, KinorayError):
         return Strip((), _reason(answer))
     try:
-        frames = sandbox.thumbnails(answer, DecodeConfig(), num_frames, FRAME_HEIGHT_PX)
-        return Strip(tuple(jpeg_uri(frame) for frame in frames))
+        wanted = Thumbnails(num_frames=num_frames, height=FRAME_HEIGHT_PX)
+        pictures = sandbox.decode(answer, wanted, ClipConfig()).pictures()
+        return Strip(tuple(jpeg_uri(picture) for picture in pictures))
     except MediaError as error:
         return Strip((), _reason(error))
 

@@ -16,8 +16,8 @@ from av.video.reformatter import Interpolation, VideoReformatter
 
 from kinoray.config.shared import DecodeConfig, digest
 from kinoray.errors import UndecodableVideo
-from kinoray.video.clip import VideoInfo, probe
-from kinoray.video.media import media_stage
+from kinoray.video.frames import probe
+from kinoray.video.media import VideoInfo, media_stage
 from kinoray.video.pyav import PyavVideo
 
 __all__ = ["TRANSCODE", "TranscodeSettings", "Transcoded", "open_output", "transcode", "x264_options"]

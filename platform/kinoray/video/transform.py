@@ -11,7 +11,7 @@ import numpy as np
 from kinoray.config.scoring import Crops
 from kinoray.config.shared import ViewConfig
 
-__all__ = ["View", "crop_views", "test_view", "train_view"]
+__all__ = ["Cut", "View", "WholeFrame", "crop_views", "test_view", "train_view"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +32,38 @@ class View:
                 f"a cut of {self.size} x {self.size} at ({self.top}, {self.left}) is not inside "
                 f"{self.height} x {self.width}"
             )
+
+    @property
+    def rows(self) -> slice:
+        """Of the scaled frame."""
+        return slice(self.top, self.top + self.size)
+
+    @property
+    def columns(self) -> slice:
+        """Of the scaled frame."""
+        return slice(self.left, self.left + self.size)
+
+
+@dataclass(frozen=True, slots=True)
+class WholeFrame:
+    """Scale the frame to height x width, in pixels, and cut nothing off: for people to look at."""
+
+    height: int
+    width: int
+    flip = False
+
+    @property
+    def rows(self) -> slice:
+        """Of the scaled frame."""
+        return slice(0, self.height)
+
+    @property
+    def columns(self) -> slice:
+        """Of the scaled frame."""
+        return slice(0, self.width)
+
+
+Cut = View | WholeFrame
 
 
 def _resized(config: ViewConfig, width: int, height: int) -> tuple[int, int]:

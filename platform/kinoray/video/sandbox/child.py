@@ -9,7 +9,6 @@ any more once it reads them (jail.py).
 import errno
 import importlib
 import json
-import math
 import mmap
 import os
 import pickle
@@ -21,7 +20,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import dataclass
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
@@ -30,136 +29,52 @@ from typing import Any
 import cv2
 import numpy as np
 
+from kinoray.config.shared import ClipConfig, DecodeConfig
 from kinoray.errors import KinorayError
-from kinoray.video.bank import decode_bank
-from kinoray.video.clip import decode_clip, probe, thumbnails
+from kinoray.video.frames import Frames, decode, probe
+from kinoray.video.media import VideoInfo
+from kinoray.video.request import Request, Sampled
 from kinoray.video.sandbox import jail
-from kinoray.video.transcode import transcode
-from kinoray.video.views import decode_views
+from kinoray.video.sandbox.wire import MESSAGE_BYTES, OutputSpace, pack
+from kinoray.video.transcode import Transcoded, transcode
 
-__all__ = ["MESSAGE_BYTES", "OutputSpace", "main"]
-
-MESSAGE_BYTES = 2**16
-"""Longest request or answer; frames and files go another way."""
+__all__ = ["Decoded", "main"]
 
 _TEXT_LENGTH = 2000
-_ALIGN_BYTES = 64
-_GROW_BYTES = 2**20
 
 
-class OutputSpace:
-    """Arrays in the shared output file: made here, read by the parent at (offset, dtype, shape)."""
+@dataclass(frozen=True, slots=True)
+class Decoded:
+    """What `decode` sends back."""
 
-    def __init__(self, fd: int) -> None:
-        self._fd = fd
-        self._map = mmap.mmap(fd, _GROW_BYTES) if _grow(fd, _GROW_BYTES) else None
-        self._arrays: dict[str, tuple[int, np.ndarray]] = {}
-        self._end = 0
-
-    @property
-    def size_bytes(self) -> int:
-        """Address space that the file takes."""
-        return len(self._map) if self._map is not None else 0
-
-    def clear(self) -> None:
-        """Begin anew; arrays made before are overwritten from now on."""
-        self._arrays.clear()
-        self._end = 0
-
-    def empty(self, name: str, shape: tuple[int, ...], dtype: type[np.generic]) -> np.ndarray:
-        """An array with anything in it. The same name again: the array of that name is given up."""
-        count = math.prod(shape)
-        size_bytes = count * np.dtype(dtype).itemsize
-        offset = self._arrays[name][0] if name in self._arrays else self._end
-        if name in self._arrays and self._arrays[name][1].nbytes != size_bytes:
-            offset = self._end
-        end = offset + size_bytes
-        self._end = max(self._end, -(-end // _ALIGN_BYTES) * _ALIGN_BYTES)
-        if self._map is None or end > len(self._map):
-            size = -(-end // _GROW_BYTES) * _GROW_BYTES
-            _grow(self._fd, size)
-            self._map = mmap.mmap(self._fd, size)  # arrays of the smaller mapping stay valid: the pages are the same
-        array = np.frombuffer(self._map, dtype, count, offset).reshape(shape)
-        self._arrays[name] = (offset, array)
-        return array
-
-    def place(self, name: str, array: np.ndarray) -> list[Any]:
-        """[offset, dtype, shape] of an array made by `empty`; any other is copied in under this name."""
-        address = array.__array_interface__["data"][0]
-        for offset, own in self._arrays.values():
-            if own.__array_interface__["data"][0] == address and own.nbytes == array.nbytes:
-                return [offset, array.dtype.str, list(array.shape)]
-        copy = self.empty(name, array.shape, array.dtype.type)
-        copy[...] = array
-        return [self._arrays[name][0], array.dtype.str, list(array.shape)]
+    frames: Frames
+    rng: dict[str, Any] | None
+    """State of the request's generator, after it was used."""
 
 
-def _grow(fd: int, size: int) -> bool:
-    """Make the file at least so long; it may never shrink."""
-    if os.fstat(fd).st_size < size:
-        os.ftruncate(fd, size)
-    return True
+def _decode(space: OutputSpace, data: bytes, request: Request, clip: ClipConfig) -> Decoded:
+    frames = decode(data, request, clip, empty=space.empty)
+    rng = request.rng if isinstance(request, Sampled) else None
+    return Decoded(frames, None if rng is None else dict(rng.bit_generator.state))
 
 
-def _decode_clip(space: OutputSpace, data: bytes, arguments: dict[str, Any]) -> dict[str, Any]:
-    clip = decode_clip(data, **arguments, empty=space.empty)
-    arrays = {"frames": clip.frames, "flow": clip.flow, "partners": clip.partners, "indices": clip.indices}
-    rng = arguments["rng"]
-    return {
-        "arrays": {name: space.place(name, array) for name, array in arrays.items() if array is not None},
-        "counts": [clip.num_frames, clip.frames_decoded, clip.frames_corrupt],
-        "info": asdict(clip.info),
-        "rng": None if rng is None else rng.bit_generator.state,
-    }
+def _probe(_: OutputSpace, data: bytes, config: DecodeConfig) -> VideoInfo:
+    return probe(data, config)
 
 
-def _decode_views(space: OutputSpace, data: bytes, arguments: dict[str, Any]) -> dict[str, Any]:
-    views = decode_views(data, **arguments, empty=space.empty)
-    arrays = {"frames": views.frames, "flow": views.flow, "partners": views.partners}
-    arrays |= {"indices": views.indices, "windows": views.windows}
-    return {
-        "arrays": {name: space.place(name, array) for name, array in arrays.items() if array is not None},
-        "counts": [views.num_frames, views.frames_decoded, views.frames_corrupt],
-        "info": asdict(views.info),
-        "num_windows": views.num_windows,
-        "mirrored": views.mirrored,
-    }
+def _transcode(_: OutputSpace, data: bytes, config: DecodeConfig) -> Transcoded:
+    return transcode(data, config)
 
 
-def _decode_bank(space: OutputSpace, data: bytes, arguments: dict[str, Any]) -> dict[str, Any]:
-    bank = decode_bank(data, **arguments, empty=space.empty)
-    arrays = {"frames": bank.frames, "flow": bank.flow, "places": np.concatenate(bank.places)}
-    return {
-        "arrays": {name: space.place(name, array) for name, array in arrays.items() if array is not None},
-        "exact": bank.exact,
-    }
-
-
-def _probe(_: OutputSpace, data: bytes, arguments: dict[str, Any]) -> dict[str, Any]:
-    return {"arrays": {}, "info": asdict(probe(data, **arguments))}
-
-
-def _thumbnails(space: OutputSpace, data: bytes, arguments: dict[str, Any]) -> dict[str, Any]:
-    images = thumbnails(data, **arguments)
-    return {"arrays": {str(number): space.place(str(number), image) for number, image in enumerate(images)}}
-
-
-def _transcode(space: OutputSpace, data: bytes, arguments: dict[str, Any]) -> dict[str, Any]:
-    made = transcode(data, **arguments)
-    encoded = space.place("data", np.frombuffer(made.data, np.uint8))
-    return {"arrays": {"data": encoded}, "info": asdict(made.info), "frames_lost": made.frames_lost}
+def _packed(work: Callable[..., Any]) -> Callable[[OutputSpace, bytes, dict[str, Any]], dict[str, Any]]:
+    return lambda space, data, arguments: pack(work(space, data, **arguments), space)
 
 
 _OPERATIONS: dict[str, Callable[[OutputSpace, bytes, dict[str, Any]], dict[str, Any]]] = {
-    "decode_bank": _decode_bank,
-    "decode_clip": _decode_clip,
-    "decode_views": _decode_views,
-    "probe": _probe,
-    "thumbnails": _thumbnails,
-    "transcode": _transcode,
+    "decode": _packed(_decode),
+    "probe": _packed(_probe),
+    "transcode": _packed(_transcode),
 }
-
-
 _MODULES = {
     "pyav": (),
     "decord": ("decord",),

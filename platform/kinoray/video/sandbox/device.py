@@ -7,18 +7,18 @@ import threading
 from collections import Counter
 from dataclasses import replace
 
-from kinoray.config.scoring import ViewsConfig
 from kinoray.config.shared import ClipConfig
 from kinoray.errors import MediaError
+from kinoray.video.frames import Frames, decode
 from kinoray.video.nvdec import NotForNvdec, require_nvdec
+from kinoray.video.request import Request
 from kinoray.video.sandbox.pool import Sandbox
-from kinoray.video.views import ViewClips, decode_views
 
 __all__ = ["DeviceDecoder"]
 
 
 class DeviceDecoder:
-    """`Sandbox.decode_views` for decode.device=cuda.
+    """`Sandbox.decode` for decode.device=cuda.
 
     Raises:
         ConfigError: no GPU, or no torchcodec.
@@ -39,20 +39,18 @@ class DeviceDecoder:
             refused, self._refused = self._refused, Counter()
         return refused
 
-    def decode_views(
-        self, data: bytes, config: ClipConfig, views: ViewsConfig, *, with_flow: bool, first_window: int = 0
-    ) -> ViewClips:
+    def decode(self, data: bytes, request: Request, clip: ClipConfig) -> Frames:
         """As there, with the same frame numbers; colours differ by the 1 to 2 grey levels of another decoder.
 
         Raises:
             MediaError: neither can decode it.
         """
-        on_cpu = replace(config, decode=replace(config.decode, device="cpu"))
-        if not first_window:
+        on_cpu = replace(clip, decode=replace(clip.decode, device="cpu"))
+        if not request.first_window:
             self._sandbox.probe(data, on_cpu.decode)
         try:
-            return decode_views(data, config, views, with_flow=with_flow, first_window=first_window)
+            return decode(data, request, clip)
         except MediaError as error:
             with self._lock:
                 self._refused[error.reason if isinstance(error, NotForNvdec) else type(error).__name__] += 1
-        return self._sandbox.decode_views(data, on_cpu, views, with_flow=with_flow, first_window=first_window)
+        return self._sandbox.decode(data, request, on_cpu)

@@ -1,6 +1,6 @@
 """Decoding in processes of its own: whatever a video does there is an error of that video here, and of no other.
 
-A `Sandbox` has the functions of kinoray.video, with the same results and the same errors. A video whose decoder dies,
+A `Sandbox` does what kinoray.video.frames does, with the same results and the same errors. A video whose decoder dies,
 hangs or takes too much memory is tried once more, in a new process; then it is refused. What is easy to break: a
 process holds one video at a time, so that a death has exactly one cause.
 """
@@ -8,21 +8,19 @@ process holds one video at a time, so that a death has exactly one cause.
 import os
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import TracebackType
-from typing import Any, Self, TypeVar, get_type_hints
+from typing import Any, Self, TypeVar
 
-import numpy as np
-
-from kinoray.config.scoring import ViewsConfig
-from kinoray.config.shared import ClipConfig, DecodeConfig, SampleConfig
-from kinoray.video.bank import FrameBank
-from kinoray.video.clip import Clip, VideoInfo
-from kinoray.video.media import check_size_bytes
+from kinoray.config.shared import ClipConfig, DecodeConfig
+from kinoray.video.frames import Frames, check_answer
+from kinoray.video.media import VideoInfo, check_size_bytes
+from kinoray.video.request import Request, Sampled
+from kinoray.video.sandbox.child import Decoded
 from kinoray.video.sandbox.process import NONSENSE, Answer, DecoderLost, DecoderProcess, makes_no_sense, start_decoder
+from kinoray.video.sandbox.wire import unpack
 from kinoray.video.transcode import Transcoded
-from kinoray.video.views import ViewClips
 
 __all__ = ["Sandbox", "shared_sandbox"]
 
@@ -79,100 +77,31 @@ class Sandbox:
             idle, self._idle[:] = list(self._idle), []
         _kill_all(idle)
 
-    def decode_clip(
-        self, data: bytes, config: ClipConfig, *, with_flow: bool, rng: np.random.Generator | None = None
-    ) -> Clip:
-        """kinoray.video.clip.decode_clip in a decoder process; the generator is left as if it had been used here.
+    def decode(self, data: bytes, request: Request, clip: ClipConfig) -> Frames:
+        """kinoray.video.frames.decode in a decoder process; the generator is left as if it had been used here.
 
         Raises:
             MediaError: as there; DecoderCrashed, DecodeTimeout or MediaOverBudget where that needs two processes.
             DecoderStartFailed: no process can be started.
         """
-        arguments = {"config": config, "with_flow": with_flow, "rng": rng}
 
-        def read(answer: Answer) -> Clip:
-            num_frames, frames_decoded, frames_corrupt = _counts(answer)
-            clip = Clip(
-                frames=answer.arrays["frames"],
-                flow=answer.arrays.get("flow"),
-                indices=answer.arrays["indices"],
-                num_frames=num_frames,
-                frames_decoded=frames_decoded,
-                frames_corrupt=frames_corrupt,
-                info=_video_info(answer),
-                partners=answer.arrays.get("partners"),
-            )
-            if rng is not None:
-                rng.bit_generator.state = answer.fields["rng"]
-            return clip
+        def read(answer: Answer) -> Frames:
+            decoded = unpack(Decoded, answer.fields["record"], answer.arrays)
+            check_answer(decoded.frames, request, clip)
+            if isinstance(request, Sampled) and request.rng is not None:
+                request.rng.bit_generator.state = decoded.rng or {}
+            return decoded.frames
 
-        return self._ask("decode_clip", data, config.decode, arguments, read)
-
-    def decode_views(
-        self, data: bytes, config: ClipConfig, views: ViewsConfig, *, with_flow: bool, first_window: int = 0
-    ) -> ViewClips:
-        """kinoray.video.views.decode_views in a decoder process. Raises what decode_clip raises."""
-        arguments = {"config": config, "views": views, "with_flow": with_flow, "first_window": first_window}
-
-        def read(answer: Answer) -> ViewClips:
-            num_frames, frames_decoded, frames_corrupt = _counts(answer)
-            return ViewClips(
-                frames=answer.arrays["frames"],
-                flow=answer.arrays.get("flow"),
-                indices=answer.arrays["indices"],
-                windows=answer.arrays["windows"],
-                first_window=first_window,
-                num_windows=int(answer.fields["num_windows"]),
-                mirrored=bool(answer.fields["mirrored"]),
-                num_frames=num_frames,
-                frames_decoded=frames_decoded,
-                frames_corrupt=frames_corrupt,
-                info=_video_info(answer),
-                partners=answer.arrays.get("partners"),
-            )
-
-        return self._ask("decode_views", data, config.decode, arguments, read)
-
-    def decode_bank(
-        self,
-        data: bytes,
-        config: ClipConfig,
-        samples: Sequence[SampleConfig],
-        *,
-        with_flow: bool,
-        rng: np.random.Generator | None = None,
-    ) -> FrameBank:
-        """kinoray.video.bank.decode_bank in a decoder process; the generator is used up. Raises as decode_clip."""
-        arguments = {"config": config, "samples": list(samples), "with_flow": with_flow, "rng": rng}
-        ends = np.cumsum([sample.num_segments * sample.frames_per_segment for sample in samples])[:-1]
-
-        def read(answer: Answer) -> FrameBank:
-            places = np.split(answer.arrays["places"], ends)
-            return FrameBank(answer.arrays["frames"], answer.arrays.get("flow"), places, bool(answer.fields["exact"]))
-
-        return self._ask("decode_bank", data, config.decode, arguments, read)
+        return self._ask("decode", data, clip.decode, {"request": request, "clip": clip}, read)
 
     def probe(self, data: bytes, config: DecodeConfig) -> VideoInfo:
-        """kinoray.video.clip.probe in a decoder process. Raises what decode_clip raises."""
-        return self._ask("probe", data, config, {"config": config}, _video_info)
-
-    def thumbnails(self, data: bytes, config: DecodeConfig, num_frames: int, height: int) -> list[np.ndarray]:
-        """kinoray.video.clip.thumbnails in a decoder process. Raises what decode_clip raises."""
-        arguments = {"config": config, "num_frames": num_frames, "height": height}
-
-        def read(answer: Answer) -> list[np.ndarray]:
-            return [answer.arrays[str(number)] for number in range(num_frames)]
-
-        return self._ask("thumbnails", data, config, arguments, read)
+        """kinoray.video.frames.probe in a decoder process. Raises what decode raises."""
+        return self._ask("probe", data, config, {"config": config}, _reader(VideoInfo))
 
     def transcode(self, data: bytes, config: DecodeConfig) -> Transcoded:
-        """kinoray.video.transcode.transcode, in ten times decode.deadline_s. Raises what decode_clip raises."""
-
-        def read(answer: Answer) -> Transcoded:
-            encoded = answer.arrays["data"].tobytes()
-            return Transcoded(encoded, _video_info(answer), int(answer.fields["frames_lost"]))
-
-        return self._ask("transcode", data, config, {"config": config}, read, patience=_TRANSCODE_PATIENCE)
+        """kinoray.video.transcode.transcode, in ten times decode.deadline_s. Raises what decode raises."""
+        arguments = {"config": config}
+        return self._ask("transcode", data, config, arguments, _reader(Transcoded), patience=_TRANSCODE_PATIENCE)
 
     def _ask(
         self,
@@ -236,21 +165,8 @@ class Sandbox:
             return process
 
 
-def _video_info(answer: Answer) -> VideoInfo:
-    return _record(VideoInfo, answer.fields["info"])
-
-
-def _record(kind: type[_Result], found: dict[str, Any]) -> _Result:
-    """A dataclass of numbers and words from JSON."""
-    for name, hint in get_type_hints(kind).items():
-        if not isinstance(found[name], hint):
-            raise TypeError(f"{name} = {found[name]!r}")
-    return kind(**found)
-
-
-def _counts(answer: Answer) -> tuple[int, int, int]:
-    num_frames, frames_decoded, frames_corrupt = (int(count) for count in answer.fields["counts"])
-    return num_frames, frames_decoded, frames_corrupt
+def _reader(kind: type[_Result]) -> Callable[[Answer], _Result]:
+    return lambda answer: unpack(kind, answer.fields["record"], answer.arrays)
 
 
 def _kill_all(processes: list[DecoderProcess]) -> None:

@@ -29,7 +29,7 @@ from kinoray import errors
 from kinoray.config.shared import DecodeConfig
 from kinoray.errors import ConfigError, DecoderCrashed, DecoderStartFailed, DecodeTimeout, MediaError, MediaOverBudget
 from kinoray.storage.records import parse_json
-from kinoray.video.sandbox.child import MESSAGE_BYTES
+from kinoray.video.sandbox.wire import DTYPES, MESSAGE_BYTES
 
 __all__ = ["NONSENSE", "Answer", "DecoderLost", "DecoderProcess", "makes_no_sense", "start_decoder"]
 
@@ -47,7 +47,6 @@ _CHILD_ENV = {
     "MALLOC_MMAP_THRESHOLD_": str(2**25),
     "MALLOC_TRIM_THRESHOLD_": str(2**26),
 }
-_DTYPES = ("|u1", "|i1", "<i8")
 
 NONSENSE = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError)
 """What is raised where an answer is not what an operation gives: its process is replaced, and the video refused."""
@@ -252,7 +251,7 @@ class DecoderProcess:
         return arrays
 
     def _read_array(self, offset: int, dtype: str, shape: list[int], *, room_bytes: int) -> np.ndarray:
-        if dtype not in _DTYPES or not all(isinstance(side, int) and side >= 0 for side in (offset, *shape)):
+        if dtype not in DTYPES or not all(isinstance(side, int) and side >= 0 for side in (offset, *shape)):
             raise ValueError(f"array of dtype {dtype} and shape {shape} at {offset}")
         size_bytes = math.prod(shape) * np.dtype(dtype).itemsize
         if offset + size_bytes > os.fstat(self._output).st_size:

@@ -1,0 +1,175 @@
+"""What can be asked for: which frames of a video, in which cuts. kinoray.video.frames.decode carries it out.
+
+The frames of a clip, or of the clips that several samplings draw (what a cache keeps for all trials of a sweep); all
+views of a video or of its windows; a few to look at. What is easy to break: a request is asked anew where a video turns
+out to have fewer frames than its packets promise, and its generator then goes on from where it is.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from kinoray.config.scoring import NUM_CROPS, ViewsConfig
+from kinoray.config.shared import ClipConfig, SampleConfig
+from kinoray.errors import UndecodableVideo
+from kinoray.video.sample import cut_windows, segment_indices, window_indices
+from kinoray.video.transform import Cut, WholeFrame, crop_views, test_view, train_view
+
+__all__ = ["Choice", "Request", "Sampled", "Thumbnails", "Views"]
+
+_WINDOWS_BYTES = 256 * 2**20
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Choice:
+    """The frames that a request wants of a video, once it is known how many there are."""
+
+    indices: tuple[np.ndarray, ...]
+    windows: np.ndarray
+    num_windows: int = 1
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sampled:
+    """A clip: middle frames and the centre crop (testing); with a generator random frames, scale, place and flip.
+
+    With `samples` the clips of several samplings, which all begin their draws at the generator's state: each is bit for
+    bit the clip that would be decoded alone, as long as the answer is `exact`.
+    """
+
+    rng: np.random.Generator | None = None
+    """Draws; None for testing."""
+    samples: tuple[SampleConfig, ...] = ()
+    """Samplings; none: that of the clip's settings."""
+
+    first_window = 0
+    mirrored = False
+
+    def settings(self, clip: ClipConfig) -> ClipConfig:
+        """The clip's settings, as this request sees them."""
+        return clip
+
+    def reach(self, clip: ClipConfig) -> float:
+        """Share of the frames that is passed for certain before the last wanted one."""
+        return max(_reach(sample) for sample in self.samples or (clip.sample,))
+
+    def choose(self, num_frames: int, fps: float, clip: ClipConfig) -> Choice:
+        """Which frames."""
+        state = self.rng.bit_generator.state if self.rng is not None else {}
+        indices = []
+        for sample in self.samples or (clip.sample,):
+            if self.rng is not None:
+                self.rng.bit_generator.state = state
+            indices.append(segment_indices(num_frames, sample, self.rng)[None])
+        return Choice(indices=tuple(indices), windows=cut_windows(num_frames, fps, None))
+
+    def cuts(self, clip: ClipConfig, width: int, height: int) -> Sequence[Cut]:
+        """Which parts of a frame that is shown as width x height."""
+        if self.rng is None:
+            return [test_view(clip.view, width, height)]
+        return [train_view(clip.view, width, height, self.rng)]
+
+    def shapes(self, clip: ClipConfig) -> list[tuple[int, int, int]]:
+        """(V, S, T) of each sampling; V is that of one window."""
+        return [(1, sample.num_segments, sample.frames_per_segment) for sample in self.samples or (clip.sample,)]
+
+    def num_cuts(self) -> int:
+        """Cuts of each frame, without the mirrored ones."""
+        return 1
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Views:
+    """All views of a video, or of its windows from `first_window` on: as many windows as fit into 256 MiB.
+
+    Each view is what Sampled gives for its frames and its cut, flow included, which is estimated on the cut.
+    """
+
+    views: ViewsConfig = field(default_factory=ViewsConfig)
+    first_window: int = 0
+
+    @property
+    def mirrored(self) -> bool:
+        """Whether each cut is seen mirrored as well."""
+        return self.views.crops == "ten"
+
+    def settings(self, clip: ClipConfig) -> ClipConfig:
+        """See Sampled."""
+        return clip
+
+    def reach(self, clip: ClipConfig) -> float:
+        """See Sampled."""
+        if self.views.windows is not None:
+            return 0.0
+        return _reach(replace(clip.sample, num_segments=clip.sample.num_segments * self.views.temporal))
+
+    def choose(self, num_frames: int, fps: float, clip: ClipConfig) -> Choice:
+        """See Sampled."""
+        every = cut_windows(num_frames, fps, self.views.windows)
+        if self.first_window >= len(every):
+            raise UndecodableVideo(
+                f"window {self.first_window} is gone: {num_frames} frames, fewer than before, make {len(every)} windows"
+            )
+        frames_a_window = clip.sample.num_segments * clip.sample.frames_per_segment * self.views.num_views
+        at_once = max(1, _WINDOWS_BYTES // (frames_a_window * clip.frame_bytes))
+        windows = every[self.first_window : self.first_window + at_once]
+        indices = window_indices(windows, clip.sample, self.views.temporal)
+        return Choice(indices=(indices,), windows=windows, num_windows=len(every))
+
+    def cuts(self, clip: ClipConfig, width: int, height: int) -> Sequence[Cut]:
+        """See Sampled."""
+        return crop_views(clip.view, width, height, self.views.crops)[: self.num_cuts()]
+
+    def shapes(self, clip: ClipConfig) -> list[tuple[int, int, int]]:
+        """See Sampled."""
+        return [(self.views.temporal, clip.sample.num_segments, clip.sample.frames_per_segment)]
+
+    def num_cuts(self) -> int:
+        """See Sampled."""
+        return NUM_CROPS[self.views.crops] // (1 + self.mirrored)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Thumbnails:
+    """Evenly spaced whole frames, for people to look at: `height` pixels tall, the first one's aspect kept."""
+
+    num_frames: int
+    height: int
+
+    first_window = 0
+    mirrored = False
+
+    def settings(self, clip: ClipConfig) -> ClipConfig:
+        """See Sampled."""
+        sample = SampleConfig(num_segments=self.num_frames, frames_per_segment=1)
+        return replace(clip.without_flow(), sample=sample)
+
+    def reach(self, clip: ClipConfig) -> float:
+        """See Sampled."""
+        return _reach(clip.sample)
+
+    def choose(self, num_frames: int, fps: float, clip: ClipConfig) -> Choice:
+        """See Sampled."""
+        indices = segment_indices(num_frames, clip.sample)[None]
+        return Choice(indices=(indices,), windows=cut_windows(num_frames, fps, None))
+
+    def cuts(self, clip: ClipConfig, width: int, height: int) -> Sequence[Cut]:
+        """See Sampled."""
+        return [WholeFrame(height=self.height, width=max(1, round(width * self.height / height)))]
+
+    def shapes(self, clip: ClipConfig) -> list[tuple[int, int, int]]:
+        """See Sampled."""
+        return [(1, self.num_frames, 1)]
+
+    def num_cuts(self) -> int:
+        """See Sampled."""
+        return 1
+
+
+Request = Sampled | Views | Thumbnails
+
+
+def _reach(sample: SampleConfig) -> float:
+    """Share of the frames before the last slot: its frame is wanted, whichever it is."""
+    return 1 - 1 / (sample.num_segments * sample.frames_per_segment)
