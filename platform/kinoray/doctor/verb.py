@@ -4,7 +4,6 @@ Each part gives a Section; another one is another Section in `_sections`. What i
 part may need Ray (it is imported when it is asked for), and nothing but the sample of videos is read.
 """
 
-import importlib
 import json
 import os
 import time
@@ -93,7 +92,9 @@ def _sections(config: DoctorConfig) -> Iterator[tuple[Section, list[QuarantineRo
         yield store_section(config.storage, config.bucket), [], 0
     if config.address or (not config.source and any(os.environ.get(name) for name in _ADDRESS_NAMES)):
         print("doctor: asking the cluster", flush=True)
-        yield importlib.import_module("kinoray.doctor.cluster").cluster_section(config.address), [], 0
+        from kinoray.doctor.cluster import cluster_section  # it needs ray, which videos and machines do not
+
+        yield cluster_section(config.address), [], 0
     if config.source:
         yield from _video_sections(config)
 
