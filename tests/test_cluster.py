@@ -6,8 +6,7 @@ import pytest
 import ray
 from ray.core.generated.autoscaler_pb2 import AutoscalingState
 
-from kinoray.cluster.autoscaler import has_autoscaler, refuses, starting
-from kinoray.cluster.connect import connect, require_fit, shortage
+from kinoray.cluster.connect import connect, has_autoscaler, refuses, require_fit, shortage, starting
 from kinoray.config.shared import ResourcesConfig
 from kinoray.errors import ClusterError, ConfigError
 

@@ -12,9 +12,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from kinoray.cli import main
-from kinoray.config.file import config_from_mapping, load_config, to_yaml
+from kinoray.config.file import config_from_mapping, load_config, parse_yaml, to_yaml
 from kinoray.config.shared import StorageConfig, parse_options
-from kinoray.config.yaml_text import parse_yaml
 from kinoray.errors import ChecksumMismatch, ConfigError, KinorayError, ObjectTooLarge
 from kinoray.label.table import Ledger, Plan, read_predictions
 from kinoray.library.copies import Source, copied_videos
@@ -362,7 +361,7 @@ def test_nothing_else_reads_json_or_yaml() -> None:
     loads = {name for name, text in found.items() if "json.load" in text}
     # models/ import nothing of the platform but the contract of networks
     assert loads == {"platform/kinoray/storage/records.py", "models/video_baselines/huggingface_folder.py"}
-    assert {name for name, text in found.items() if "import yaml" in text} == {"platform/kinoray/config/yaml_text.py"}
+    assert {name for name, text in found.items() if "import yaml" in text} == {"platform/kinoray/config/file.py"}
     assert not [name for name, text in found.items() if "TemporaryDirectory" in text and "checkpoint" not in name]
 
 

@@ -33,7 +33,7 @@ from kinoray.catalog.annotations import read_annotations, read_label_names
 from kinoray.catalog.quarantine import QUARANTINE_SCHEMA, load_quarantine
 from kinoray.catalog.table import CATALOG_SCHEMA, catalog_of_source, load_catalog
 from kinoray.cluster.config import SubmitConfig
-from kinoray.cluster.package import read_settings
+from kinoray.cluster.submit import read_settings
 from kinoray.config.file import load_config
 from kinoray.config.shared import CacheConfig, ClipConfig, DecodeConfig, ModelConfig, digest, parse_options
 from kinoray.errors import ConfigError, KinorayError, MediaError

@@ -13,11 +13,10 @@ import pytest
 import yaml
 
 from conftest import ROOT
-from kinoray.cluster.address import find_url, is_here, is_open
-from kinoray.cluster.client import Attempt, JobsClient
+from kinoray.cluster.client import Attempt, JobsClient, find_token, find_url, is_here, is_open
 from kinoray.cluster.config import SubmitConfig
-from kinoray.cluster.package import build_folder, check_settings, entrypoint, metadata, runtime_env
-from kinoray.cluster.token import find_token, private_token_file
+from kinoray.cluster.connect import private_token_file
+from kinoray.cluster.submit import build_folder, check_settings, entrypoint, metadata, runtime_env
 from kinoray.config.file import load_config, to_yaml
 from kinoray.errors import ClusterError, ConfigError
 from kinoray.pack.config import PackConfig

@@ -16,11 +16,10 @@ from typing import Any
 import pytest
 from aiohttp import web
 
-from kinoray.cluster import follow as submit_follow
+from kinoray.cluster import submit as submit_module
 from kinoray.cluster.client import JobsClient
 from kinoray.cluster.config import SubmitConfig
-from kinoray.cluster.package import metadata
-from kinoray.cluster.submit import submit
+from kinoray.cluster.submit import metadata, submit
 from kinoray.config.file import to_yaml
 from kinoray.errors import ClusterError, ConfigError
 from kinoray.pack.config import PackConfig
@@ -138,7 +137,7 @@ class Cluster:
 
 @pytest.fixture
 def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
-    monkeypatch.setattr(submit_follow, "_POLL_S", 0.02)
+    monkeypatch.setattr(submit_module, "_POLL_S", 0.02)
     made = Cluster()
     loop = asyncio.new_event_loop()
     runner = web.AppRunner(made.make(), shutdown_timeout=0.1)
@@ -271,14 +270,14 @@ def test_equal_settings_are_one_run_without_a_name(cluster: Cluster) -> None:
 def test_a_cluster_that_stays_silent_ends_the_watching_with_an_error(
     cluster: Cluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(submit_follow, "_SILENCE_S", 0.0)
-    attempt_of = submit_follow.JobsClient.attempt
+    monkeypatch.setattr(submit_module, "_SILENCE_S", 0.0)
+    attempt_of = submit_module.JobsClient.attempt
 
-    def cut_off(client: submit_follow.JobsClient, submission_id: str) -> Any:
+    def cut_off(client: submit_module.JobsClient, submission_id: str) -> Any:
         if cluster.submitted and threading.current_thread() is not threading.main_thread():  # while following
             client._client._address = "http://127.0.0.1:9"
         return attempt_of(client, submission_id)
 
-    monkeypatch.setattr(submit_follow.JobsClient, "attempt", cut_off)
+    monkeypatch.setattr(submit_module.JobsClient, "attempt", cut_off)
     with pytest.raises(ClusterError, match=r"does not answer.*The job may go on: the same command follows it again"):
         submit(command(cluster))

@@ -1,10 +1,12 @@
-"""What verbs print: progress, tables and text that only shows. It reads the same on a terminal and in a log.
+"""What verbs print, and workers log: progress, tables, text that only shows, events.
 
-Names of videos and classes, and decoders' errors, are strangers'. Easy to break: a stream that is data for another
-program (CSV in a pipe) must keep every value as it is; it asks for `exact_stdout`.
+Output reads the same on a terminal and in a log. Names of videos and classes, and decoders' errors, are strangers'.
+Easy to break: a stream that is data for another program (CSV in a pipe) must keep every value as it is; it asks for
+`exact_stdout`.
 """
 
 import contextlib
+import logging
 import re
 import signal
 import sys
@@ -13,7 +15,7 @@ import time
 import traceback
 import unicodedata
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from types import FrameType, TracebackType
 from typing import Any, NoReturn, TextIO, cast
 
@@ -23,6 +25,7 @@ __all__ = [
     "ended_by_signals",
     "exact_stdout",
     "format_duration",
+    "log_event",
     "many",
     "plain_streams",
     "print_traceback",
@@ -207,3 +210,16 @@ def ended_by_signals() -> Iterator[None]:
         for number in numbers:
             if signal.getsignal(number) is end:  # else it is Ray's by now
                 signal.signal(number, signal.SIG_DFL)
+
+
+_EVENTS = logging.getLogger("kinoray.events")
+_EVENTS.addHandler(logging.NullHandler())  # else Python prints warnings that no handler takes
+
+
+def log_event(what: str, ids: Mapping[str, str | int | float], *, bad: bool = False) -> None:
+    """Log something that happened in a job; `ids` (run, unit, video) become fields of the record. `bad`: as a warning.
+
+    `resources.logs json` makes Ray write these records as JSON. Without that nobody hears them: a job's output stays
+    what people read.
+    """
+    _EVENTS.log(logging.WARNING if bad else logging.INFO, what, extra=ids)

@@ -1,26 +1,56 @@
-"""The one place that starts or joins Ray, with the settings that every job shares."""
+"""The one place that starts or joins Ray, with the settings that every job shares; nodes that are waited for, and the
+lines that workers tell the driver.
+
+What is easy to break: what is asked of an autoscaler must end with the job. `ray.autoscaler.sdk.request_resources` is
+one slot for the whole cluster: it would replace what others asked for, and hold paid nodes after a driver was killed. A
+placement group is the job's own, and goes with it. And Ray keeps the place of workers whose controller was killed until
+the whole job ends: `Lines.free_place` gives it back.
+"""
 
 import atexit
 import contextlib
 import logging
 import math
 import os
-from collections.abc import Iterator, Mapping
+import secrets
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import TracebackType
+from typing import Any
 
 import ray
 import ray.data
 from ray._private import ray_constants
+from ray._raylet import PlacementGroupID
+from ray.core.generated.autoscaler_pb2 import AutoscalingState, GetClusterStatusReply, NodeStatus
+from ray.exceptions import RayError
+from ray.experimental.internal_kv import internal_kv_get_gcs_client
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from kinoray.cluster.autoscaler import bring_nodes, has_autoscaler
-from kinoray.cluster.token import private_token_file
 from kinoray.config.shared import ResourcesConfig
-from kinoray.errors import ClusterError
+from kinoray.console import format_duration
+from kinoray.errors import ClusterError, ConfigError
 from kinoray.storage.leftovers import Claim, reap, sweep
 
-_claims: list[Claim] = []  # on the session folder of a Ray that was started here
-
-__all__ = ["WORKER_ENV", "connect", "disconnect", "quiet_ray", "require_fit", "shortage"]
+__all__ = [
+    "WORKER_ENV",
+    "Lines",
+    "beside_me",
+    "bring_nodes",
+    "connect",
+    "disconnect",
+    "has_autoscaler",
+    "private_token_file",
+    "quiet_ray",
+    "refuses",
+    "require_fit",
+    "shortage",
+    "starting",
+]
 
 WORKER_ENV = {
     "RAY_DATA_PARQUET_FOOTER_NUM_ACTORS": "1",  # the default starts 32 actors to read one file
@@ -31,6 +61,8 @@ WORKER_ENV = {
     "RAY_CHDIR_TO_TRIAL_DIR": "0",  # else train workers leave the job's folder, and PYTHONPATH=platform:models with it
 }
 """Environment of every worker; never holds a secret, since the jobs API shows it."""
+
+_claims: list[Claim] = []  # on the session folder of a Ray that was started here
 
 
 def quiet_ray() -> None:
@@ -114,8 +146,27 @@ def _makes_token() -> bool:
     return not is_given and os.environ.get("RAY_AUTH_MODE", "token").lower() == "token"
 
 
+def private_token_file() -> Path:
+    """Ray's token file of this user, mode 0600, made if there is none; Ray itself would let others read it.
+
+    Raises:
+        ConfigError: it cannot be written.
+    """
+    path = Path.home() / ".ray" / "auth_token"
+    try:
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    except FileExistsError:
+        return path
+    except OSError as error:
+        raise ConfigError(f"RAY_AUTH_TOKEN_PATH: {path} cannot be written: {error.strerror or error}") from error
+    with os.fdopen(descriptor, "w", encoding="ascii") as file:
+        file.write(secrets.token_hex(32))
+    return path
+
+
 def _logging(config: ResourcesConfig) -> "ray.LoggingConfig | None":
-    """How all processes of the job log; see `kinoray.cluster.events`."""
+    """How all processes of the job log; see `kinoray.console.log_event`."""
     if config.logs == "off":
         return None
     return ray.LoggingConfig(encoding="JSON", log_level="INFO", additional_log_standard_attrs=["name"])
@@ -184,3 +235,153 @@ def shortage(config: ResourcesConfig, have: Mapping[str, float], *, decode_cpus:
                 f"the cluster has {have.get(kind, 0.0):g}"
             )
     return ""
+
+
+_NODES_POLL_S = 1.0
+_SAY_S = 30.0
+_ANSWER_S = 10.0
+_REFUSED_S = 10.0  # a refusal that lasts: while nodes end, their places are not free yet
+
+
+def has_autoscaler() -> bool:
+    """Whether something starts and ends nodes of the joined cluster: such nodes carry an id of their provider."""
+    nodes = _status().cluster_resource_state.node_states
+    return any(node.instance_id for node in nodes if node.status != NodeStatus.DEAD)
+
+
+def bring_nodes(bundles: Sequence[Mapping[str, float]], shortage: Callable[[], str], *, limit_s: float) -> str:
+    """Have the autoscaler start nodes that hold these bundles, such as {"CPU": 1.0}; waits while `shortage` says more.
+
+    What the nodes have is free again on return: the job takes it from there.
+
+    Returns:
+        "" once there is no shortage, else why it is not waited for any longer.
+    """
+    claim = placement_group([{kind: count for kind, count in bundle.items() if count} for bundle in bundles])
+    try:
+        return _wait(claim.id.hex(), shortage, limit_s)
+    finally:
+        remove_placement_group(claim)
+
+
+def _wait(claim: str, shortage: Callable[[], str], limit_s: float) -> str:
+    begun, said, said_s = time.monotonic(), "", -_SAY_S
+    held_s = begun  # when the autoscaler last seemed to be able to
+    while missing := shortage():
+        state = _status().autoscaling_state
+        now = time.monotonic()
+        if not refuses(state, claim) or _others_work():
+            held_s = now
+        if now - held_s > _REFUSED_S:
+            return (
+                "its autoscaler may not start the nodes for that; raise max_workers of its node types, or ask for less"
+            )
+        if now - begun > limit_s:
+            return (
+                f"nodes did not come within resources.wait_for_nodes_s, {format_duration(limit_s)} "
+                f"({starting(state)}); `ray status` on the head says more; the same command tries again"
+            )
+        line = f"{missing}; waiting for nodes, {starting(state)}"
+        if line != said or now - said_s >= _SAY_S:
+            print(f"{line} ({format_duration(now - begun)} of {format_duration(limit_s)})", flush=True)
+            said, said_s = line, now
+        time.sleep(_NODES_POLL_S)
+    if said:
+        print(f"resources: the nodes are there after {format_duration(time.monotonic() - begun)}", flush=True)
+    return ""
+
+
+def refuses(state: AutoscalingState, claim: str) -> bool:
+    """Whether the autoscaler has found that it may start no nodes that hold the placement group with this id."""
+    return any(claim in request.details for request in state.infeasible_gang_resource_requests)
+
+
+def starting(state: AutoscalingState) -> str:
+    """What the autoscaler is about, in words: `2 decode starting`, `none starting, gpu failed: no capacity`."""
+    types = Counter(node.ray_node_type_name for node in state.pending_instances)
+    for request in state.pending_instance_requests:
+        types[request.ray_node_type_name] += request.count
+    named = ", ".join(f"{count} {name}" for name, count in sorted(types.items())) or "none"
+    failed = [f", {one.ray_node_type_name} failed: {one.reason}" for one in state.failed_instance_requests]
+    return f"{named} starting{''.join(failed[-1:])}"
+
+
+def _others_work() -> bool:
+    """Whether other jobs hold something now: what they give back may be what is missing."""
+    free = ray.available_resources()
+    return any(free.get(kind, 0.0) < count for kind, count in ray.cluster_resources().items() if kind in ("CPU", "GPU"))
+
+
+def _status() -> GetClusterStatusReply:
+    reply = GetClusterStatusReply()
+    reply.ParseFromString(internal_kv_get_gcs_client().get_cluster_status(timeout_s=_ANSWER_S))
+    return reply
+
+
+_LINES_POLL_S = 0.5
+
+
+def beside_me(actor: type, **options: Any) -> Any:
+    """A class as an actor without CPUs on the node of this process: elsewhere, the loss of any node could end the job.
+
+    Args:
+        options: of `ray.remote`.
+    """
+    here = NodeAffinitySchedulingStrategy(node_id=ray.get_runtime_context().get_node_id(), soft=False)
+    return ray.remote(num_cpus=0, scheduling_strategy=here, **options)(actor)
+
+
+class _Box:
+    def __init__(self) -> None:
+        self._lines: list[str] = []
+        self._place = ""
+
+    def settle(self, place: str) -> None:
+        self._place = place
+
+    def place(self) -> str:
+        return self._place
+
+    def post(self, line: str) -> None:
+        self._lines.append(line)
+
+    def take(self) -> list[str]:
+        taken, self._lines = self._lines, []
+        return taken
+
+
+class Lines:
+    """A context in which the driver prints what workers post: hand `box` to them and call `box.post.remote(line)`.
+
+    Workers call `box.settle.remote(id)` with their placement group's id in hex.
+    """
+
+    def __init__(self) -> None:
+        self.box: Any = beside_me(_Box).remote()
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._pump, name="lines", daemon=True)
+
+    def free_place(self) -> None:
+        """Remove the placement group of the workers, and what is left of them."""
+        if place := ray.get(self.box.place.remote()):
+            remove_placement_group(PlacementGroup(PlacementGroupID(bytes.fromhex(place))))
+
+    def __enter__(self) -> "Lines":
+        self._thread.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._stop.set()
+        self._thread.join()
+        ray.kill(self.box)
+
+    def _pump(self) -> None:
+        done = False
+        while not done:
+            done = self._stop.wait(_LINES_POLL_S)  # what was posted before the stop is still printed
+            try:
+                for line in ray.get(self.box.take.remote()):
+                    print(line, flush=True)
+            except RayError as error:
+                print(f"progress is no longer shown: {str(error).splitlines()[0]}", flush=True)
+                return

@@ -23,7 +23,7 @@ from kinoray.config.clip import (
     SampleConfig,
     ViewConfig,
 )
-from kinoray.config.yaml_text import parse_yaml
+from kinoray.config.file import parse_yaml
 from kinoray.errors import ConfigError
 
 __all__ = [

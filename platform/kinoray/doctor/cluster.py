@@ -15,9 +15,7 @@ from typing import Any
 from uuid import uuid4
 
 from kinoray import __version__
-from kinoray.cluster.address import find_url, is_here, is_open
-from kinoray.cluster.client import Attempt, JobsClient
-from kinoray.cluster.token import find_token
+from kinoray.cluster.client import Attempt, JobsClient, find_token, find_url, is_here, is_open
 from kinoray.console import many
 from kinoray.doctor.host import host_facts
 from kinoray.doctor.machine import host_checks, version_checks

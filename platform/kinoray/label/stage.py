@@ -18,9 +18,9 @@ import torch
 
 from kinoray.catalog.quarantine import Refusal, error_of, judge, refusal_columns, report
 from kinoray.catalog.table import REFERENCE_COLUMNS
-from kinoray.cluster.events import log_event
 from kinoray.config.scoring import ViewsConfig
 from kinoray.config.shared import ClipConfig
+from kinoray.console import log_event
 from kinoray.errors import AccessDenied, BucketNotFound, CheckpointMismatch, KinorayError, MediaError
 from kinoray.label.answers import AnswerRule, average_logits, top_predictions
 from kinoray.label.read import VideoReader

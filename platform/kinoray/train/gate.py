@@ -12,7 +12,7 @@ import ray
 from ray._raylet import PlacementGroupID
 from ray.util.placement_group import PlacementGroup, get_current_placement_group, remove_placement_group
 
-from kinoray.cluster.lines import beside_me
+from kinoray.cluster.connect import beside_me
 from kinoray.train.runfolder import EpochRow
 
 __all__ = ["Desk", "Gate", "open_desk"]

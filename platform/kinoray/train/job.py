@@ -24,9 +24,8 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from ray.util.placement_group import get_current_placement_group
 
 from kinoray.catalog.table import Catalog
-from kinoray.cluster.connect import connect, quiet_ray, require_fit
+from kinoray.cluster.connect import Lines, connect, quiet_ray, require_fit
 from kinoray.cluster.environment import commits
-from kinoray.cluster.lines import Lines
 from kinoray.errors import (
     CatalogError,
     CheckpointError,
@@ -70,7 +69,7 @@ class TrainJob:
     gate: Gate | None
     """Who decides after each epoch whether the run goes on."""
     box: Any
-    """Where lines for the driver go: an actor handle, see kinoray.cluster.lines."""
+    """Where lines for the driver go: an actor handle, see kinoray.cluster.connect."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,7 +19,7 @@ from torch import Tensor
 from kinoray.catalog.quarantine import QuarantineRow
 from kinoray.catalog.table import Catalog, load_catalog
 from kinoray.cluster.environment import host, software
-from kinoray.cluster.events import log_event
+from kinoray.console import log_event
 from kinoray.errors import (
     CatalogError,
     CheckpointMismatch,

@@ -19,9 +19,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from kinoray.config.file import config_from_mapping, to_yaml
+from kinoray.config.file import config_from_mapping, parse_yaml, to_yaml
 from kinoray.config.shared import digest
-from kinoray.config.yaml_text import parse_yaml
 from kinoray.errors import ConfigError
 from kinoray.train.config import TrainConfig
 

@@ -19,11 +19,9 @@ import ray
 from ray import tune as ray_tune
 
 from kinoray.catalog.table import Catalog, load_catalog
-from kinoray.cluster.autoscaler import has_autoscaler
-from kinoray.cluster.connect import connect, require_fit
-from kinoray.config.file import to_yaml
+from kinoray.cluster.connect import connect, has_autoscaler, require_fit
+from kinoray.config.file import dump_yaml, parse_yaml, to_yaml
 from kinoray.config.shared import CacheConfig, ResourcesConfig, digest
-from kinoray.config.yaml_text import dump_yaml, parse_yaml
 from kinoray.console import format_duration
 from kinoray.errors import ClusterError, ConfigError, JobError
 from kinoray.storage.objects import Storage, absolute, arrow_filesystem, join
