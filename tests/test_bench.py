@@ -12,15 +12,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from kinoray.capacity.bench import bench, refuse_too_many_bad
-from kinoray.capacity.bench_page import Bounds, advice, bounds_of
+from kinoray.capacity.bench import Bounds, advice, bench, bounds_of, refuse_too_many_bad
 from kinoray.capacity.config import BenchConfig, PlanConfig
 from kinoray.capacity.estimate import Conditions, Rates, estimate
-from kinoray.capacity.job import JobFigures
-from kinoray.capacity.loops import DecodeLoop, ModelLoop, decode_loop, model_loop
-from kinoray.capacity.nodes import parse_node
-from kinoray.capacity.plan import Library, calibration, layout, load_rates, plan
-from kinoray.capacity.watch import CpuWatch
+from kinoray.capacity.job import CpuWatch, DecodeLoop, JobFigures, ModelLoop, decode_loop, model_loop
+from kinoray.capacity.plan import Library, calibration, layout, load_rates, parse_node, plan
 from kinoray.catalog.table import catalog_of_source
 from kinoray.config.shared import ClipConfig, InferenceConfig, ResourcesConfig, SampleConfig, ViewConfig
 from kinoray.demo.videos import class_names, make_demo_set
@@ -221,7 +217,7 @@ SCRIPT = """
 import json, sys, time
 from kinoray.config.shared import ResourcesConfig
 from kinoray.capacity.bench import bench
-from kinoray.capacity.watch import CpuWatch
+from kinoray.capacity.job import CpuWatch
 from kinoray.label.verb import label
 from kinoray.label.config import LabelConfig
 from kinoray.capacity.config import BenchConfig

@@ -11,8 +11,7 @@ import pytest
 
 from kinoray.capacity.config import PlanConfig
 from kinoray.capacity.estimate import Conditions, Rates, Site, Work, estimate, fewest_nodes, job_s, unit_s, work_of
-from kinoray.capacity.nodes import gpu_seconds, parse_duration, parse_gpu_rates, parse_node
-from kinoray.capacity.plan import plan
+from kinoray.capacity.plan import gpu_seconds, parse_duration, parse_gpu_rates, parse_node, plan
 from kinoray.catalog.table import save_catalog
 from kinoray.errors import ConfigError, ObjectNotFound
 from kinoray.storage.objects import Storage
