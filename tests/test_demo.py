@@ -14,8 +14,7 @@ from kinoray.cli import VERBS, main
 from kinoray.config.file import to_yaml
 from kinoray.config.shared import StorageConfig
 from kinoray.demo.config import DemoConfig
-from kinoray.demo.recipe import Recipe, command_line, make_recipe, make_videos
-from kinoray.demo.verb import demo, s3_server
+from kinoray.demo.verb import Recipe, command_line, demo, make_recipe, make_videos, s3_server
 from kinoray.errors import ConfigError, MediaError
 from kinoray.storage.objects import Storage
 from kinoray.train import presets

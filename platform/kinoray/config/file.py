@@ -1,7 +1,7 @@
 """Config trees from and to YAML: `--config file.yaml` and `--print-config` speak the same tree as the flags.
 
 Unknown keys and values of a wrong type are refused with the field's full name; nothing is guessed. What is easy to
-break: `yaml.safe_load` runs no code, but 600 bytes of aliases that name aliases make gigabytes: YAML is read with bounds.
+break: `yaml.safe_load` runs no code, but 600 bytes of aliases that name aliases make gigabytes, so it is bounded.
 """
 
 import dataclasses

@@ -1,4 +1,4 @@
-"""Config trees of the verbs that bring their own data or need none: `demo` and `model`."""
+"""Config tree of the verb `demo`."""
 
 from dataclasses import dataclass
 from typing import Literal
