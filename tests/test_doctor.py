@@ -23,7 +23,7 @@ from kinoray.config.shared import ClipConfig, DecodeConfig, SampleConfig, Storag
 from kinoray.console import many
 from kinoray.demo.videos import make_broken, make_video
 from kinoray.doctor.config import DoctorConfig
-from kinoray.doctor.cost import cost_class, estimate_total, spread_over_classes
+from kinoray.doctor.decode import cost_class, estimate_total, spread_over_classes
 from kinoray.doctor.probe import Video, probe_all
 from kinoray.doctor.section import format_bytes
 from kinoray.doctor.source import choose_sample, open_source

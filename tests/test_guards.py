@@ -40,7 +40,7 @@ ROOMS = [
 # Who may import ray, besides cluster/, and why.
 ON_RAY = {
     "capacity/job.py",  # the workers that a plan measures with
-    "doctor/nodes.py",  # a look at each node, run as a job
+    "doctor/host.py",  # a look at each node, run as a job
     "label/job.py",  # the workers of a labelling
     "label/times.py",  # counters that Ray exports
     "pack/job.py",  # the tasks of a packing

@@ -17,9 +17,8 @@ from uuid import uuid4
 from kinoray import __version__
 from kinoray.cluster.client import Attempt, JobsClient, find_token, find_url, is_here, is_open
 from kinoray.console import many
-from kinoray.doctor.host import host_facts
+from kinoray.doctor.host import MARK, host_facts
 from kinoray.doctor.machine import host_checks, version_checks
-from kinoray.doctor.nodes import MARK
 from kinoray.doctor.section import Check, Section, checked, clock_check, over_nodes
 from kinoray.errors import ClusterError, ConfigError
 from kinoray.storage.leftovers import scratch_folder
@@ -31,7 +30,6 @@ _MODULES = (
     "kinoray",
     "kinoray.doctor",
     "kinoray.doctor.host",
-    "kinoray.doctor.nodes",
 )
 _JOB_S = 180.0
 _POLL_S = 0.5
@@ -82,7 +80,7 @@ def _token(url: str, *, is_opened: bool) -> Check:
 
 
 def _ask_nodes(url: str) -> dict[str, Any]:
-    """What nodes.py says, as a job on the cluster.
+    """What host.py says, as a job on the cluster.
 
     Raises:
         ClusterError: the job is refused, fails, or is not over in three minutes.

@@ -1,22 +1,31 @@
 """What one host has: versions, cores, memory, disk and limits, as plain numbers.
 
-What is easy to break: it is sent to cluster nodes by itself, so it needs the standard library and nothing else.
+`python -m kinoray.doctor.host`, as a job, asks every node of a cluster. What is easy to break: this file is sent there
+by itself, so it needs the standard library and, for that job, ray; nothing else of kinoray.
 """
 
+import json
+import logging
 import os
 import platform
 import resource
 import shutil
 import socket
+import time
 from importlib import metadata
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
-__all__ = ["PACKAGES", "host_facts", "ray_temp_folder"]
+__all__ = ["MARK", "PACKAGES", "host_facts", "main", "ray_temp_folder"]
 
 PACKAGES = ("ray", "torch", "torchvision", "pyarrow", "av", "decord", "numpy", "torchcodec")
 """Packages whose versions are told."""
 
+MARK = "kinoray-doctor: "
+"""Begins the line with the job's answer, which is JSON."""
+
+_ANSWER_S = 60.0
+_HEAD = "node:__internal_head__"
 _SHARED_MEMORY = "/dev/shm"
 _CGROUP = "/sys/fs/cgroup"
 
@@ -94,3 +103,55 @@ def _first_line(path: str) -> str:
         return Path(path).read_text().partition("\n")[0].strip()
     except OSError:
         return ""
+
+
+def main() -> None:
+    """Run a task on every node that is alive, and print what they say."""
+    import ray
+
+    now_s = time.time()
+    ray.init(log_to_driver=False, logging_level=logging.ERROR)
+    nodes = [node for node in ray.nodes() if node["Alive"]]
+    asked_s = time.time()
+    tasks = [_ask(node) for node in nodes]
+    ready, _ = ray.wait(tasks, num_returns=len(tasks), timeout=_ANSWER_S)
+    answers = [_answer(node, task if task in ready else None) for node, task in zip(nodes, tasks, strict=True)]
+    print(MARK + json.dumps({"time_s": now_s, "asked_s": asked_s, "answered_s": time.time(), "nodes": answers}))
+
+
+def _look(ray_folder: str) -> dict[str, Any]:
+    return {**host_facts(ray_folder), "time_s": time.time()}
+
+
+def _ask(node: dict[str, Any]) -> Any:
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    strategy = NodeAffinitySchedulingStrategy(node_id=node["NodeID"], soft=False)
+    folder = str(PurePosixPath(node["ObjectStoreSocketName"]).parents[1])  # above SESSION/sockets
+    return ray.remote(num_cpus=0, max_retries=0, scheduling_strategy=strategy)(_look).remote(folder)
+
+
+def _answer(node: dict[str, Any], task: Any) -> dict[str, Any]:
+    import ray
+
+    resources = node["Resources"]
+    about = {
+        "address": node["NodeManagerAddress"],
+        "is_head": _HEAD in resources,
+        "cpus": resources.get("CPU", 0.0),
+        "gpus": resources.get("GPU", 0.0),
+        "object_store_bytes": resources.get("object_store_memory", 0.0),
+        "facts": None,
+        "error": f"no task has run there in {_ANSWER_S:g} s",
+    }
+    if task is None:
+        return about
+    try:
+        return {**about, "facts": ray.get(task), "error": ""}
+    except ray.exceptions.RayError as error:
+        return {**about, "error": " ".join(str(error).split())[:300]}
+
+
+if __name__ == "__main__":
+    main()
