@@ -6,9 +6,8 @@ from typing import Any
 import pytest
 
 from kinoray.catalog.annotations import read_annotations, read_label_names
-from kinoray.catalog.source import find_files
+from kinoray.catalog.source import cells_of, decode_text, find_files, parse_table_text, text_lines
 from kinoray.catalog.table import catalog_of_source
-from kinoray.catalog.tables import cells_of, decode_text, parse_table_text, text_lines
 from kinoray.config.shared import StorageConfig
 from kinoray.errors import CatalogError
 from kinoray.pack.plan import make_plan

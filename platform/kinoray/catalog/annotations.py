@@ -13,8 +13,15 @@ import pyarrow as pa
 
 from kinoray.catalog.folders import VIDEO_EXTENSIONS, split_named
 from kinoray.catalog.kinetics import AnnotationRow, clip_key, key_of_name, window_of_key
-from kinoray.catalog.source import UNLABELLED_SPLITS
-from kinoray.catalog.tables import cells_of, decode_text, parse_records, parse_table_text, text_lines, unquoted
+from kinoray.catalog.source import (
+    UNLABELLED_SPLITS,
+    cells_of,
+    decode_text,
+    parse_records,
+    parse_table_text,
+    text_lines,
+    unquoted,
+)
 from kinoray.errors import CatalogError
 from kinoray.storage.objects import Storage, absolute
 from kinoray.storage.records import parse_json, parse_table

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from kinoray.catalog.source import decode_text, parse_table_text
 from kinoray.catalog.table import CATALOG_SCHEMA, Catalog, catalog_of_source, save_catalog
-from kinoray.catalog.tables import decode_text, parse_table_text
 from kinoray.errors import CatalogError
 from kinoray.label.table import Ledger, open_ledger, row_keys
 from kinoray.library.config import CorrectConfig
