@@ -26,9 +26,9 @@ from kinoray.pack.verb import pack
 from kinoray.storage.objects import Storage, join
 from kinoray.train.config import TrainConfig
 from kinoray.tune.config import TuneConfig
+from kinoray.tune.results import read_trial
 from kinoray.tune.space import trial_id
 from kinoray.tune.study import study_page, study_trials
-from kinoray.tune.table import read_trial
 from kinoray.tune.verb import tune
 
 __all__ = ["AblateConfig", "ablate"]

@@ -33,7 +33,7 @@ from kinoray.demo.videos import make_video
 from kinoray.network.build import build_model
 from kinoray.storage.objects import Storage
 from kinoray.train.config import TrainConfig
-from kinoray.tune.page import TrialRow
+from kinoray.tune.results import TrialRow
 from kinoray.tune.space import apply, trial_id
 from kinoray.tune.study import ROWS, Row, study_page, study_trials
 from kinoray.video.frames import decode

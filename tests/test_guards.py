@@ -48,9 +48,7 @@ ON_RAY = {
     "train/input.py",  # the stream of clips is Ray Data's
     "train/job.py",  # the workers of a training, under Ray Train
     "train/metrics.py",  # counters that Ray exports
-    "tune/cache.py",  # the cache is emptied on every node
-    "tune/search.py",  # Ray Tune's searchers and schedulers
-    "tune/trial.py",  # a trial is a Trainable of Ray Tune
+    "tune/job.py",  # a trial is a Trainable of Ray Tune, and the searchers and schedulers are its own
     "tune/verb.py",  # the sweep under Ray Tune
 }
 

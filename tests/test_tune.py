@@ -32,14 +32,10 @@ from kinoray.storage.objects import Storage, join
 from kinoray.train.config import TrainConfig
 from kinoray.train.runfolder import RunFolder
 from kinoray.train.verb import train
-from kinoray.tune.cache import shared_cache
 from kinoray.tune.config import TuneConfig, train_config
-from kinoray.tune.fit import trials_at_once
-from kinoray.tune.page import TrialRow, heat_map, tune_page
-from kinoray.tune.search import optuna_searcher, planned_trials
+from kinoray.tune.job import optuna_searcher, planned_trials, shared_cache, trial_run, trials_at_once
+from kinoray.tune.results import TrialRow, best_row, heat_map, ranked, read_trial, tune_page, write_outcome
 from kinoray.tune.space import Settings, apply, draw_trials, grid_trials, parse_space, trial_id
-from kinoray.tune.table import best_row, ranked, read_trial, write_outcome
-from kinoray.tune.trial import trial_run
 from kinoray.tune.verb import tune
 from ports import wait_until
 from small_sets import colour_set, epoch_row, set_in

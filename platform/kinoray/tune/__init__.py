@@ -1,1 +1,1 @@
-"""Many trainings -> the best settings: space.py says what is tried, verb.py runs it, trial.py is one training."""
+"""Many trainings -> the best settings: space.py says what is tried, verb.py runs it, job.py is its part on Ray."""

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from kinoray.tune.page import TrialRow
+from kinoray.tune.results import TrialRow
 from kinoray.tune.space import Settings, trial_id
 
 __all__ = ["ROWS", "Row", "study_page", "study_trials"]

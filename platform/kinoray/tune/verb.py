@@ -4,7 +4,7 @@ Everything that counts is in the trials' own run folders; Tune's folder, OUT/ray
 Easy to break: a trial must end by itself when Tune stops it, since what a killed one leaves keeps its CPUs.
 
     sweep.json     what all starts of the sweep must share
-    trials/ID/     one run folder a trial, see trial.py
+    trials/ID/     one run folder a trial, see job.py
     trials.jsonl   one line a trial, best first; tune.json: totals; best.yaml: the best settings; tune.html: a page
 """
 
@@ -30,14 +30,22 @@ from kinoray.train.config import TrainConfig
 from kinoray.train.gate import open_desk
 from kinoray.train.runfolder import run_settings
 from kinoray.train.verb import check_training
-from kinoray.tune.cache import drop_cache, shared_cache
 from kinoray.tune.config import TuneConfig, train_config
-from kinoray.tune.fit import trials_at_once
-from kinoray.tune.page import TrialRow, tune_page
-from kinoray.tune.search import make_scheduler, optuna_searcher, planned_trials, require_optuna
-from kinoray.tune.space import Axis, Settings, apply, grid_trials, parse_space, trial_id
-from kinoray.tune.table import (
+from kinoray.tune.job import (
+    METRIC,
+    TrialContext,
+    TrialRun,
+    drop_cache,
+    make_scheduler,
+    optuna_searcher,
+    planned_trials,
+    require_optuna,
+    shared_cache,
+    trials_at_once,
+)
+from kinoray.tune.results import (
     REPEATED,
+    TrialRow,
     best_row,
     known_trials,
     print_table,
@@ -45,10 +53,11 @@ from kinoray.tune.table import (
     read_outcome,
     read_trial,
     require_own_trials,
+    tune_page,
     write_outcome,
     write_table,
 )
-from kinoray.tune.trial import METRIC, TrialContext, TrialRun
+from kinoray.tune.space import Axis, Settings, apply, grid_trials, parse_space, trial_id
 
 __all__ = ["tune"]
 
