@@ -20,7 +20,8 @@ import pytest
 from kinoray.catalog.table import save_catalog
 from kinoray.config.shared import StorageConfig
 from kinoray.errors import ConfigError
-from kinoray.label.table import Ledger, read_predictions, row_keys
+from kinoray.label.ledger import Ledger, read_predictions
+from kinoray.label.unit import row_keys
 from kinoray.library.config import CorrectConfig, ExportConfig
 from kinoray.library.copies import Source, copied_videos
 from kinoray.library.correct import correct

@@ -15,7 +15,7 @@ from kinoray.catalog.quarantine import Refusal, error_of, refusals_of_columns
 from kinoray.config.shared import ResourcesConfig
 from kinoray.label.open import Labelling
 from kinoray.label.stage import LabelJob, LabelUnits, pack_unit
-from kinoray.label.table import row_keys
+from kinoray.label.unit import row_keys
 from kinoray.label.verb import run_labelling
 from kinoray.storage.objects import join
 

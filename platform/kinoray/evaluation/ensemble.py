@@ -28,7 +28,8 @@ from kinoray.evaluation.record import (
     read_evaluation,
     write_evaluation,
 )
-from kinoray.label.table import PREDICTION_SCHEMA, JobRecord, Ledger, Plan, labelling_id, row_keys
+from kinoray.label.ledger import Ledger
+from kinoray.label.unit import PREDICTION_SCHEMA, JobRecord, Plan, labelling_id, row_keys
 from kinoray.storage.objects import Storage, absolute, join
 
 __all__ = ["ensemble"]

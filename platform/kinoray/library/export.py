@@ -18,7 +18,7 @@ import pyarrow as pa
 from kinoray.catalog.quarantine import Refusal
 from kinoray.console import visible
 from kinoray.errors import ConfigError, IncompleteOutput
-from kinoray.label.table import Ledger, open_ledger
+from kinoray.label.ledger import Ledger, open_ledger
 from kinoray.library.config import ExportConfig
 from kinoray.library.copies import Source, copied_videos, named_videos
 from kinoray.library.rows import BAD_VIDEO, LABEL_SCHEMA, class_names, is_multi_label, scan

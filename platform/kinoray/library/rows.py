@@ -14,7 +14,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from kinoray.errors import ConfigError
-from kinoray.label.table import PLACE, PREDICTION_SCHEMA, WINDOW_SCHEMA, Ledger, leave_out_seen
+from kinoray.label.ledger import PLACE, Ledger, leave_out_seen
+from kinoray.label.unit import PREDICTION_SCHEMA, WINDOW_SCHEMA
 
 __all__ = [
     "BAD_VIDEO",
