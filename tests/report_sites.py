@@ -13,7 +13,7 @@ from kinoray.config.shared import digest
 from kinoray.label.ledger import Ledger
 from kinoray.label.unit import PREDICTION_SCHEMA
 from kinoray.library.config import ReportConfig
-from kinoray.library.report.verb import report
+from kinoray.library.report import report
 from kinoray.storage.objects import Storage
 from small_tables import job_record
 

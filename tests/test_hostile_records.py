@@ -18,7 +18,7 @@ from kinoray.config.yaml_text import parse_yaml
 from kinoray.errors import ChecksumMismatch, ConfigError, KinorayError, ObjectTooLarge
 from kinoray.label.ledger import Ledger, read_predictions
 from kinoray.label.unit import Plan
-from kinoray.library.copies import Source, copied_videos
+from kinoray.library.export import Source, copied_videos
 from kinoray.storage.objects import Storage, join
 from kinoray.storage.records import as_name, is_name, parse_json, parse_record, read_record
 from kinoray.train.config import TrainConfig

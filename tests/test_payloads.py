@@ -57,7 +57,7 @@ from kinoray.network.checkpoint import (
     load_train_state,
     save_checkpoint,
 )
-from kinoray.pack.archive import open_archive
+from kinoray.pack.tars import open_archive
 from kinoray.pack.unit import read_commit
 from kinoray.pack.verb import pin_plan
 from kinoray.storage.objects import Storage, join

@@ -19,8 +19,7 @@ from kinoray.label.config import LabelConfig
 from kinoray.library.config import ReportConfig
 from kinoray.pack.config import PackConfig
 from kinoray.storage.objects import join
-from kinoray.train import presets
-from kinoray.train.config import TrainConfig
+from kinoray.train.config import PRESETS, TrainConfig
 
 __all__ = ["Recipe", "command_line", "make_recipe", "make_videos"]
 
@@ -42,7 +41,7 @@ class Recipe:
 def make_recipe(config: DemoConfig, source: str, base: str, storage: StorageConfig) -> Recipe:
     """The steps over the videos in `source`; all they make goes below `base`, but the page to `config.out`."""
     packed, run, labels = join(base, "set"), join(base, "run"), join(base, "labels")
-    preset = presets.demo()
+    preset = PRESETS["demo"]()
     optim = dataclasses.replace(preset.optim, epochs=config.epochs)
     return Recipe(
         pack=PackConfig(source=source, out=packed, shard_mb=SHARD_MB, val_fraction=VAL_FRACTION, storage=storage),

@@ -26,7 +26,7 @@ from kinoray.errors import ConfigError
 from kinoray.evaluation.metrics import ScoreSummary
 from kinoray.evaluation.verb import evaluate
 from kinoray.label.verb import label
-from kinoray.library.report.verb import report
+from kinoray.library.report import report
 from kinoray.pack.verb import pack
 from kinoray.storage.objects import Storage, join
 from kinoray.storage.records import parse_json

@@ -20,8 +20,7 @@ from kinoray.errors import CatalogError
 from kinoray.label.ledger import Ledger, open_ledger
 from kinoray.label.unit import row_keys
 from kinoray.library.config import CorrectConfig
-from kinoray.library.rows import BAD_VIDEO, class_names, scan
-from kinoray.library.write import undefused
+from kinoray.library.rows import BAD_VIDEO, class_names, scan, undefused
 from kinoray.pack.plan import share
 from kinoray.storage.objects import Storage, absolute, join
 

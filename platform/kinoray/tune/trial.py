@@ -19,7 +19,7 @@ from ray import tune
 from kinoray.errors import KinorayError
 from kinoray.storage.objects import Storage, join
 from kinoray.train.config import TrainConfig
-from kinoray.train.gate import Gate
+from kinoray.train.job import Gate
 from kinoray.train.runfolder import EpochRow, RunFolder
 from kinoray.train.verb import train
 from kinoray.tune.space import apply
