@@ -31,8 +31,7 @@ from kinoray.network.scorer import ClipAnswer, ClipScorer, EarlyExit, ScorerConf
 from kinoray.pack.config import PackConfig
 from kinoray.pack.verb import pack
 from kinoray.storage.objects import Storage
-from kinoray.train import presets
-from kinoray.train.config import TrainConfig
+from kinoray.train.config import PRESETS, TrainConfig
 from kinoray.train.verb import train
 from kinoray.video.frames import Clip, decode
 from kinoray.video.request import Sampled
@@ -46,7 +45,7 @@ def trained(folder: Path, epochs: int) -> str:
     make_demo_set(folder / "train", 60, seed=0)
     resources = ResourcesConfig(num_workers=1, decode_tasks=1)
     pack(PackConfig(source=str(folder / "train"), out=str(folder / "set"), val_fraction=0.1, resources=resources))
-    preset = presets.demo()
+    preset = PRESETS["demo"]()
     model = ModelConfig(factory=preset.model.factory, options={**preset.model.options, "consensus": "probs"})
     config: TrainConfig = dataclasses.replace(
         preset,

@@ -18,7 +18,7 @@ from pathlib import Path
 from faulty_s3 import FaultyS3, Request
 from kills_cluster import Cluster, Process, state_of
 from kinoray.errors import ObjectNotFound
-from kinoray.label.table import Ledger, find_labellings, read_predictions
+from kinoray.label.ledger import Ledger, find_labellings, read_predictions
 from kinoray.storage.objects import Storage
 from ports import wait_until
 

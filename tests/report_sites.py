@@ -10,9 +10,10 @@ import pyarrow as pa
 
 from kinoray.catalog.table import CATALOG_SCHEMA, Catalog, save_catalog
 from kinoray.config.shared import digest
-from kinoray.label.table import PREDICTION_SCHEMA, Ledger
+from kinoray.label.ledger import Ledger
+from kinoray.label.unit import PREDICTION_SCHEMA
 from kinoray.library.config import ReportConfig
-from kinoray.library.report.verb import report
+from kinoray.library.report import report
 from kinoray.storage.objects import Storage
 from small_tables import job_record
 

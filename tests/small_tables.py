@@ -12,7 +12,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from kinoray.catalog.table import Catalog
-from kinoray.label.table import PREDICTION_SCHEMA, JobRecord, Ledger, Plan, labelling_id, row_keys
+from kinoray.label.ledger import Ledger
+from kinoray.label.unit import PREDICTION_SCHEMA, JobRecord, Plan, labelling_id, row_keys
 from kinoray.storage.objects import Storage, join
 from small_sets import LABELS, catalog_of
 

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from kinoray.errors import ChecksumMismatch, DamagedArchive, ObjectNotFound
-from kinoray.pack.archive import Archive, is_archive, open_archive
+from kinoray.pack.tars import Archive, is_archive, open_archive
 from kinoray.storage.objects import Storage
 
 FORMATS = {"pax": tarfile.PAX_FORMAT, "gnu": tarfile.GNU_FORMAT, "ustar": tarfile.USTAR_FORMAT}
@@ -205,7 +205,7 @@ def test_a_malformed_extended_header_marks_its_member(records: bytes) -> None:
 
 def test_a_gzip_that_swells_without_end_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     """A thousandfold, for ever."""
-    monkeypatch.setattr("kinoray.pack.archive._MAX_EXPANSION", (64, 2**26))
+    monkeypatch.setattr("kinoray.pack.tars._MAX_EXPANSION", (64, 2**26))
     header = tarfile.TarInfo("zeros")
     header.size = 2**40
 
@@ -242,7 +242,7 @@ def test_a_name_says_whether_it_is_an_archive() -> None:
 
 MEASURE = """
 import sys
-from kinoray.pack.archive import open_archive
+from kinoray.pack.tars import open_archive
 from kinoray.storage.objects import Storage
 def peak():
     return int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0]) / 1024  # ru_maxrss: also the parent

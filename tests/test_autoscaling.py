@@ -10,7 +10,7 @@ import pytest
 from autoscaling import autoscaling_cluster
 from kills_cluster import Cluster
 from kinoray.config.shared import ClipConfig, SampleConfig, ViewConfig
-from kinoray.label.table import read_predictions
+from kinoray.label.ledger import read_predictions
 from kinoray.storage.objects import Storage
 from label_models import save_untrained
 from ports import wait_until

@@ -7,7 +7,7 @@ import pytest
 
 from kinoray.cli import main
 from kinoray.demo.videos import make_demo_set
-from kinoray.label.table import read_predictions
+from kinoray.label.ledger import read_predictions
 from kinoray.storage.objects import Storage
 from small_baselines import SMALL
 

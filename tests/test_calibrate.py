@@ -14,11 +14,11 @@ from kinoray.demo.videos import class_names, make_demo_set
 from kinoray.errors import CheckpointMismatch, ConfigError
 from kinoray.evaluation.calibrate import calibrate, fit_margins, fit_temperature
 from kinoray.evaluation.config import CalibrateConfig
-from kinoray.label.calibration import load_calibration
+from kinoray.label.answers import load_calibration
 from kinoray.label.config import LabelConfig
+from kinoray.label.ledger import read_predictions
 from kinoray.label.open import open_labelling
 from kinoray.label.stage import LabelUnits, pack_unit
-from kinoray.label.table import read_predictions
 from kinoray.storage.objects import Storage
 from label_models import save_untrained
 

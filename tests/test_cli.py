@@ -18,8 +18,7 @@ from kinoray.config.scoring import LabelWorkConfig, ScoringConfig
 from kinoray.config.shared import ResourcesConfig, digest, parse_options
 from kinoray.errors import ConfigError
 from kinoray.network.build import require_known_model
-from kinoray.train.config import TrainConfig
-from kinoray.train.presets import PRESETS
+from kinoray.train.config import PRESETS, TrainConfig
 
 TRAIN = ["train", "set", "--out", "run"]
 

@@ -30,9 +30,10 @@ from kinoray.evaluation.record import (
     write_evaluation,
 )
 from kinoray.evaluation.verb import evaluate
-from kinoray.label.table import PREDICTION_SCHEMA, Ledger, labelling_id, read_predictions, row_keys
+from kinoray.label.ledger import Ledger, read_predictions
+from kinoray.label.unit import PREDICTION_SCHEMA, labelling_id, row_keys
 from kinoray.library.config import ReportConfig
-from kinoray.library.report.verb import report
+from kinoray.library.report import report
 from kinoray.storage.objects import Storage, join
 from small_sets import save_as_pack
 from small_tables import job_record

@@ -13,7 +13,8 @@ import pytest
 
 from kinoray.cli import main
 from kinoray.console import PlainStream, exact_stdout, many, plain_streams, shortened, table, visible
-from kinoray.label.table import Ledger, Times, row_keys
+from kinoray.label.ledger import Ledger
+from kinoray.label.unit import Times, row_keys
 from kinoray.storage.objects import Storage
 from small_tables import ledger_in, library, rows_for
 

@@ -22,10 +22,11 @@ from kinoray.config.shared import (
 )
 from kinoray.errors import CatalogError, ConfigError
 from kinoray.label.config import LabelConfig
-from kinoray.label.table import Ledger, read_predictions, row_keys
+from kinoray.label.ledger import Ledger, read_predictions
+from kinoray.label.unit import row_keys
 from kinoray.library.config import CorrectConfig
 from kinoray.library.correct import correct
-from kinoray.library.write import defused
+from kinoray.library.rows import defused
 from kinoray.pack.config import PackConfig
 from kinoray.pack.plan import PlannedVideo, plan_of_catalog
 from kinoray.storage.objects import Storage, join

@@ -17,7 +17,7 @@ from kinoray.demo.config import DemoConfig
 from kinoray.demo.verb import Recipe, command_line, demo, make_recipe, make_videos, s3_server
 from kinoray.errors import ConfigError, MediaError
 from kinoray.storage.objects import Storage
-from kinoray.train import presets
+from kinoray.train.config import PRESETS
 from kinoray.video.frames import probe
 
 UNREADABLE = {"empty", "random", "index_lost", "audio_only"}
@@ -62,9 +62,9 @@ def test_the_set_is_whole_or_absent_and_made_once(tmp_path: Path) -> None:
     for path in folder.glob("*/*.mp4"):
         if path.stem.removeprefix("broken-") in UNREADABLE:
             with pytest.raises(MediaError):
-                probe(path.read_bytes(), presets.demo().clip.decode)
+                probe(path.read_bytes(), PRESETS["demo"]().clip.decode)
         else:
-            probe(path.read_bytes(), presets.demo().clip.decode)
+            probe(path.read_bytes(), PRESETS["demo"]().clip.decode)
     before = {path: path.stat().st_mtime_ns for path in folder.glob("*/*.mp4")}
     assert make_videos(folder, videos_per_class=4, seed=3) == 30
     assert {path: path.stat().st_mtime_ns for path in folder.glob("*/*.mp4")} == before

@@ -16,7 +16,7 @@ from conftest import ROOT, free_port, wait_until
 from kinoray.cli import main
 from kinoray.config.shared import StorageConfig
 from kinoray.demo.videos import make_broken, make_demo_set
-from kinoray.label.table import read_predictions
+from kinoray.label.ledger import read_predictions
 from kinoray.storage.objects import Storage
 
 CLASSES = 6

@@ -20,9 +20,9 @@ from kinoray.evaluation.metrics import Confused, confused_classes, wilson_interv
 from kinoray.evaluation.record import EvaluationRecord, Origin, evaluation_record, join_answers, true_classes
 from kinoray.evaluation.verb import evaluate
 from kinoray.label.config import LabelConfig
+from kinoray.label.ledger import read_predictions
 from kinoray.label.open import open_labelling
 from kinoray.label.stage import LabelUnits, pack_unit
-from kinoray.label.table import read_predictions
 from kinoray.storage.objects import Storage
 from label_models import save_untrained
 from tiny_models import OWN_NETWORKS

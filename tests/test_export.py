@@ -20,11 +20,11 @@ import pytest
 from kinoray.catalog.table import save_catalog
 from kinoray.config.shared import StorageConfig
 from kinoray.errors import ConfigError
-from kinoray.label.table import Ledger, read_predictions, row_keys
+from kinoray.label.ledger import Ledger, read_predictions
+from kinoray.label.unit import row_keys
 from kinoray.library.config import CorrectConfig, ExportConfig
-from kinoray.library.copies import Source, copied_videos
 from kinoray.library.correct import correct
-from kinoray.library.export import export
+from kinoray.library.export import Source, copied_videos, export
 from kinoray.storage.objects import Storage, join
 from small_sets import LABELS, catalog_of
 from small_tables import job_record, label_library, ledger_in, library, rows_for

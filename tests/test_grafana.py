@@ -18,7 +18,7 @@ from ray.dashboard.modules.metrics.dashboards import default_dashboard_panels
 from kinoray.catalog.quarantine import Refusal
 from kinoray.label.times import LabelMetrics, UnitTimes
 from kinoray.train.input import Unreadable
-from kinoray.train.metrics import TrainMetrics
+from kinoray.train.recorder import TrainMetrics
 from kinoray.train.runfolder import EpochRow
 from ports import wait_until
 

@@ -44,10 +44,9 @@ ON_RAY = {
     "label/job.py",  # the workers of a labelling
     "label/times.py",  # counters that Ray exports
     "pack/job.py",  # the tasks of a packing
-    "train/gate.py",  # what a sweep and its trials meet at is an actor
     "train/input.py",  # the stream of clips is Ray Data's
-    "train/job.py",  # the workers of a training, under Ray Train
-    "train/metrics.py",  # counters that Ray exports
+    "train/job.py",  # the workers of a training, under Ray Train, and what a sweep and its trials meet at
+    "train/recorder.py",  # counters that Ray exports
     "tune/job.py",  # a trial is a Trainable of Ray Tune, and the searchers and schedulers are its own
     "tune/verb.py",  # the sweep under Ray Tune
 }

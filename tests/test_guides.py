@@ -30,7 +30,7 @@ from guide_world import (
     run_block,
 )
 from kinoray.catalog.table import load_catalog
-from kinoray.label.table import read_predictions
+from kinoray.label.ledger import read_predictions
 from kinoray.storage.objects import Storage
 from kinoray.train.runs import find_runs
 

@@ -15,8 +15,9 @@ from kinoray.cli import main
 from kinoray.config.file import config_from_mapping, load_config, parse_yaml, to_yaml
 from kinoray.config.shared import StorageConfig, parse_options
 from kinoray.errors import ChecksumMismatch, ConfigError, KinorayError, ObjectTooLarge
-from kinoray.label.table import Ledger, Plan, read_predictions
-from kinoray.library.copies import Source, copied_videos
+from kinoray.label.ledger import Ledger, read_predictions
+from kinoray.label.unit import Plan
+from kinoray.library.export import Source, copied_videos
 from kinoray.storage.objects import Storage, join
 from kinoray.storage.records import as_name, is_name, parse_json, parse_record, read_record
 from kinoray.train.config import TrainConfig

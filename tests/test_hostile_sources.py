@@ -40,7 +40,7 @@ from kinoray.errors import (
     StorageUnavailable,
 )
 from kinoray.label.config import LabelConfig
-from kinoray.label.table import read_predictions
+from kinoray.label.ledger import read_predictions
 from kinoray.label.verb import label
 from kinoray.pack.config import PackConfig
 from kinoray.pack.plan import plan_of_catalog

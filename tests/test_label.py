@@ -43,9 +43,10 @@ from kinoray.errors import (
 )
 from kinoray.label.answers import AnswerRule, top_predictions
 from kinoray.label.config import LabelConfig
+from kinoray.label.ledger import Ledger, read_predictions
 from kinoray.label.open import open_labelling
 from kinoray.label.stage import LabelJob, LabelUnits, pack_unit
-from kinoray.label.table import Ledger, Plan, read_predictions, row_keys
+from kinoray.label.unit import Plan, row_keys
 from kinoray.label.verb import label
 from kinoray.network.build import build_model
 from kinoray.network.checkpoint import load_meta

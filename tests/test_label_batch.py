@@ -14,9 +14,10 @@ from kinoray.config.shared import ClipConfig, DecodeConfig, ResourcesConfig, Sam
 from kinoray.errors import ConfigError
 from kinoray.evaluation.config import EvaluateConfig
 from kinoray.label.config import LabelConfig
+from kinoray.label.ledger import Ledger
 from kinoray.label.open import open_labelling
 from kinoray.label.stage import LabelJob, LabelUnits, pack_unit
-from kinoray.label.table import Ledger, Unit, row_keys
+from kinoray.label.unit import Unit, row_keys
 from kinoray.network.checkpoint import load_meta
 from kinoray.network.forward import CPU_BATCH
 from kinoray.network.scorer import ScorerConfig

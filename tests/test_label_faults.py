@@ -11,7 +11,7 @@ from faulty_s3 import faulty_s3
 from kinoray.config.shared import ClipConfig, ResourcesConfig, SampleConfig, StorageConfig, ViewConfig
 from kinoray.demo.videos import class_names, make_broken, make_demo_set
 from kinoray.label.config import LabelConfig
-from kinoray.label.table import read_predictions
+from kinoray.label.ledger import read_predictions
 from kinoray.label.verb import label
 from kinoray.storage.objects import Storage, join
 from label_models import save_untrained

@@ -23,9 +23,9 @@ from kinoray.config.shared import ClipConfig, ResourcesConfig, SampleConfig, Sto
 from kinoray.demo.videos import class_names, make_demo_set
 from kinoray.errors import StorageUnavailable
 from kinoray.label.config import LabelConfig
+from kinoray.label.ledger import Ledger, read_predictions
 from kinoray.label.open import open_labelling
 from kinoray.label.stage import LabelUnits, pack_unit
-from kinoray.label.table import Ledger, read_predictions
 from kinoray.label.times import StageClock, bound_stage
 from kinoray.label.verb import label
 from kinoray.library.config import LabelsConfig

@@ -20,11 +20,11 @@ from kinoray.catalog.table import Catalog, save_catalog
 from kinoray.config.scoring import WindowsConfig
 from kinoray.config.shared import StorageConfig
 from kinoray.errors import CatalogError, ConfigError
-from kinoray.label.table import WINDOW_SCHEMA, Ledger, labelling_id, read_predictions, row_keys
+from kinoray.label.ledger import Ledger, read_predictions
+from kinoray.label.unit import WINDOW_SCHEMA, labelling_id, row_keys
 from kinoray.library.config import LabelsConfig
 from kinoray.library.labels import labels
-from kinoray.library.rows import LABEL_SCHEMA, Where, scan
-from kinoray.library.write import defused, undefused
+from kinoray.library.rows import LABEL_SCHEMA, Where, defused, scan, undefused
 from kinoray.storage.objects import Storage, join
 from small_sets import catalog_of
 from small_tables import answer, job_record, label_library, ledger_in, library, rows_for

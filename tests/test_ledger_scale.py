@@ -23,8 +23,9 @@ import pytest
 from kinoray.catalog.table import CATALOG_SCHEMA, Catalog, save_catalog
 from kinoray.config.shared import ClipConfig, SampleConfig, ViewConfig
 from kinoray.label.config import LabelConfig
+from kinoray.label.ledger import Ledger
 from kinoray.label.open import open_labelling
-from kinoray.label.table import PREDICTION_SCHEMA, Ledger, Plan, Unit
+from kinoray.label.unit import PREDICTION_SCHEMA, Plan, Unit
 from kinoray.label.verb import run_labelling
 from kinoray.storage.objects import Storage
 from label_models import save_untrained

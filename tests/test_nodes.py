@@ -32,7 +32,7 @@ from kinoray.config.shared import (
     ViewConfig,
 )
 from kinoray.label.config import LabelConfig
-from kinoray.label.table import read_predictions
+from kinoray.label.ledger import read_predictions
 from kinoray.label.verb import label
 from kinoray.pack.config import PackConfig
 from kinoray.pack.verb import pack

@@ -38,13 +38,13 @@ from kinoray.config.file import load_config
 from kinoray.config.shared import CacheConfig, ClipConfig, DecodeConfig, ModelConfig, digest, parse_options
 from kinoray.errors import ConfigError, KinorayError, MediaError
 from kinoray.evaluation.record import read_evaluation
-from kinoray.label.calibration import load_calibration
-from kinoray.label.plan import make_plan
-from kinoray.label.table import PREDICTION_SCHEMA, read_predictions, row_keys
+from kinoray.label.answers import load_calibration
+from kinoray.label.ledger import read_predictions
+from kinoray.label.summary import summarise
+from kinoray.label.unit import PREDICTION_SCHEMA, make_plan, row_keys
 from kinoray.library.config import LabelsConfig
 from kinoray.library.correct import read_corrections
 from kinoray.library.labels import labels as list_labels
-from kinoray.library.summary import summarise
 from kinoray.network.build import build_model
 from kinoray.network.checkpoint import (
     META_FILE,
@@ -57,7 +57,7 @@ from kinoray.network.checkpoint import (
     load_train_state,
     save_checkpoint,
 )
-from kinoray.pack.archive import open_archive
+from kinoray.pack.tars import open_archive
 from kinoray.pack.unit import read_commit
 from kinoray.pack.verb import pin_plan
 from kinoray.storage.objects import Storage, join

@@ -19,16 +19,17 @@ from hypothesis import strategies as st
 
 from kinoray.config.shared import StorageConfig
 from kinoray.errors import CatalogError, ChecksumMismatch, ConfigError, IncompleteOutput, ObjectNotFound
-from kinoray.label.part import parse_commit, parse_part, parse_windows
-from kinoray.label.plan import make_plan
-from kinoray.label.table import (
+from kinoray.label.ledger import Ledger, read_predictions
+from kinoray.label.unit import (
     PREDICTION_SCHEMA,
     WINDOW_SCHEMA,
-    Ledger,
     Plan,
     Unit,
     labelling_id,
-    read_predictions,
+    make_plan,
+    parse_commit,
+    parse_part,
+    parse_windows,
     row_keys,
 )
 from kinoray.storage.objects import Storage, join

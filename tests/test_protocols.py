@@ -17,9 +17,10 @@ from kinoray.demo.videos import make_broken, make_video
 from kinoray.errors import ConfigError
 from kinoray.label.answers import AnswerRule, average_logits
 from kinoray.label.config import LabelConfig
+from kinoray.label.ledger import Ledger
 from kinoray.label.open import open_labelling
 from kinoray.label.stage import LabelJob, LabelUnits, pack_unit
-from kinoray.label.table import Ledger, Unit, row_keys
+from kinoray.label.unit import Unit, row_keys
 from kinoray.network.build import build_model
 from kinoray.network.checkpoint import load_meta
 from kinoray.network.scorer import ScorerConfig

@@ -13,8 +13,7 @@ from kinoray.config.shared import AugmentConfig, OptimConfig, ResourcesConfig
 from kinoray.demo.videos import make_video
 from kinoray.network.checkpoint import list_checkpoints, load_model_state
 from kinoray.storage.objects import Storage, join
-from kinoray.train.config import TrainConfig
-from kinoray.train.presets import k400_paper
+from kinoray.train.config import TrainConfig, k400_paper
 from kinoray.train.runfolder import RunFolder
 from kinoray.train.verb import train
 from small_sets import set_in

@@ -17,11 +17,11 @@ from kinoray.console import visible
 from kinoray.demo.videos import make_clip, make_video
 from kinoray.errors import CatalogError, ConfigError, ObjectNotFound
 from kinoray.evaluation.metrics import wilson_interval
-from kinoray.label.table import Ledger
+from kinoray.label.ledger import Ledger
 from kinoray.library.config import ReportConfig
-from kinoray.library.report.numbers import choose, count, join_truth
-from kinoray.library.report.site import ROWS_PER_FILE, STRIPS_PER_FILE, id_ranks
-from kinoray.library.report.verb import HISTOGRAM_HEIGHT, histogram_bars, report
+from kinoray.library.numbers import choose, count, join_truth
+from kinoray.library.report import HISTOGRAM_HEIGHT, histogram_bars, report
+from kinoray.library.site import ROWS_PER_FILE, STRIPS_PER_FILE, id_ranks
 from kinoray.storage.objects import Storage
 from kinoray.video.strips import MAX_FRAME_BYTES, jpeg_uri
 from report_sites import (

@@ -22,9 +22,9 @@ from kinoray.config.shared import (
 )
 from kinoray.demo.videos import make_video
 from kinoray.label.config import LabelConfig
+from kinoray.label.ledger import read_predictions, read_windows
 from kinoray.label.open import open_labelling
 from kinoray.label.stage import UNIT_COLUMNS, LabelUnits, pack_unit
-from kinoray.label.table import read_predictions, read_windows
 from kinoray.label.verb import label
 from kinoray.storage.objects import Storage
 from kinoray.video.sandbox.pool import shared_sandbox

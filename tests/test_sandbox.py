@@ -29,7 +29,7 @@ from kinoray.errors import (
     MediaOverBudget,
 )
 from kinoray.label.config import LabelConfig
-from kinoray.label.table import read_predictions
+from kinoray.label.ledger import read_predictions
 from kinoray.label.verb import label
 from kinoray.storage.objects import Storage
 from kinoray.train.decoding import DecodeTask

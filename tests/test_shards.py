@@ -20,7 +20,7 @@ from kinoray.config.shared import DecodeConfig
 from kinoray.demo.videos import make_broken, make_demo_set
 from kinoray.errors import CatalogError, ObjectNotFound
 from kinoray.pack.plan import Plan, PlannedVideo, Unit, make_plan
-from kinoray.pack.tar import write_tar
+from kinoray.pack.tars import write_tar
 from kinoray.pack.unit import PackSettings, pack_unit, read_commit
 from kinoray.storage.objects import Storage
 

@@ -51,8 +51,8 @@ def through(faulty: FaultyS3, s3_config: StorageConfig) -> Storage:
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Short pauses between attempts."""
-    monkeypatch.setattr("kinoray.storage.s3_retry._FIRST_PAUSE_S", 0.01)
-    monkeypatch.setattr("kinoray.storage.s3_retry._LONGEST_PAUSE_S", 0.05)
+    monkeypatch.setattr("kinoray.storage.s3_requests._FIRST_PAUSE_S", 0.01)
+    monkeypatch.setattr("kinoray.storage.s3_requests._LONGEST_PAUSE_S", 0.05)
 
 
 def random_bytes(length: int, seed: int = 0) -> bytes:

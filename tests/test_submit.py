@@ -20,8 +20,7 @@ from kinoray.cluster.submit import build_folder, check_settings, entrypoint, met
 from kinoray.config.file import load_config, to_yaml
 from kinoray.errors import ClusterError, ConfigError
 from kinoray.pack.config import PackConfig
-from kinoray.train.config import TrainConfig
-from kinoray.train.presets import PRESETS
+from kinoray.train.config import PRESETS, TrainConfig
 
 TOKEN = "c0ffee" * 8
 

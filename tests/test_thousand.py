@@ -21,7 +21,7 @@ from kinoray.catalog.table import load_catalog, read_videos, references
 from kinoray.config.shared import ClipConfig, ModelConfig, ResourcesConfig, SampleConfig, StorageConfig, ViewConfig
 from kinoray.demo.videos import make_broken, make_video
 from kinoray.label.config import LabelConfig
-from kinoray.label.table import read_predictions
+from kinoray.label.ledger import read_predictions
 from kinoray.label.verb import label
 from kinoray.network.build import build_model
 from kinoray.pack.config import PackConfig

@@ -7,9 +7,9 @@ import pytest
 
 from kinoray.cli import main
 from kinoray.config.shared import ModelConfig, OptimConfig, StorageConfig
-from kinoray.label.spans import Span, covered_s, trace_events
-from kinoray.label.table import Ledger, Times, row_keys
-from kinoray.library.summary import summarise
+from kinoray.label.ledger import Ledger
+from kinoray.label.summary import Span, covered_s, summarise, trace_events
+from kinoray.label.unit import Times, row_keys
 from kinoray.storage.objects import Storage
 from kinoray.train.config import TrainConfig
 from kinoray.train.runfolder import RunFolder

@@ -16,8 +16,9 @@ from kinoray.config.shared import ClipConfig, ModelConfig, SampleConfig, Storage
 from kinoray.demo.videos import make_broken, make_video
 from kinoray.errors import ConfigError, ObjectNotFound, UndecodableVideo
 from kinoray.label.answers import AnswerRule
+from kinoray.label.ledger import Ledger, read_windows
 from kinoray.label.stage import LabelJob, LabelUnits, pack_unit
-from kinoray.label.table import Ledger, read_windows, row_keys
+from kinoray.label.unit import row_keys
 from kinoray.network.build import build_model
 from kinoray.network.checkpoint import load_meta
 from kinoray.network.scorer import ScorerConfig

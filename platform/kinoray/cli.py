@@ -71,7 +71,7 @@ VERBS: Mapping[str, Verb] = {
     "report": Verb(
         wish=_LABELS,
         settings="kinoray.library.config:ReportConfig",
-        function="kinoray.library.report.verb:report",
+        function="kinoray.library.report:report",
         summary="results -> a static site to look at, filter and correct",
         main=("out", "catalog", "max_videos", "frames_per_video"),
     ),
@@ -209,7 +209,7 @@ _WITH_PRESETS = ("train", "tune")
 
 
 def _presets() -> Mapping[str, Any]:
-    return typing.cast("Mapping[str, Any]", _load("kinoray.train.presets:PRESETS"))
+    return typing.cast("Mapping[str, Any]", _load("kinoray.train.config:PRESETS"))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -31,8 +31,8 @@ from kinoray.errors import MediaError
 from kinoray.label.open import Labelling
 from kinoray.label.read import VideoReader
 from kinoray.label.stage import LabelJob, LabelUnits, pack_unit
-from kinoray.label.table import row_keys
 from kinoray.label.times import StageClock
+from kinoray.label.unit import row_keys
 from kinoray.label.verb import run_labelling
 from kinoray.network.checkpoint import load_model
 from kinoray.network.scorer import ClipScorer

@@ -33,13 +33,12 @@ from kinoray.evaluation.verb import evaluate
 from kinoray.label.config import LabelConfig
 from kinoray.label.verb import label
 from kinoray.library.config import ReportConfig
-from kinoray.library.report.verb import report
+from kinoray.library.report import report
 from kinoray.pack.config import PackConfig
 from kinoray.pack.verb import pack
 from kinoray.storage.objects import Storage, join
 from kinoray.storage.records import parse_json
-from kinoray.train import presets
-from kinoray.train.config import TrainConfig
+from kinoray.train.config import PRESETS, TrainConfig
 from kinoray.train.verb import train
 
 __all__ = ["Recipe", "command_line", "demo", "make_recipe", "make_videos", "s3_server"]
@@ -62,7 +61,7 @@ class Recipe:
 def make_recipe(config: DemoConfig, source: str, base: str, storage: StorageConfig) -> Recipe:
     """The steps over the videos in `source`; all they make goes below `base`, but the page to `config.out`."""
     packed, run, labels = join(base, "set"), join(base, "run"), join(base, "labels")
-    preset = presets.demo()
+    preset = PRESETS["demo"]()
     optim = dataclasses.replace(preset.optim, epochs=config.epochs)
     return Recipe(
         pack=PackConfig(source=source, out=packed, shard_mb=SHARD_MB, val_fraction=VAL_FRACTION, storage=storage),

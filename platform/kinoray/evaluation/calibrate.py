@@ -17,7 +17,7 @@ from kinoray.errors import CatalogError
 from kinoray.evaluation.config import CalibrateConfig
 from kinoray.evaluation.metrics import calibration_of, wilson_interval
 from kinoray.evaluation.record import true_classes
-from kinoray.label.calibration import Calibrated, MarginPoint
+from kinoray.label.answers import Calibrated, MarginPoint
 from kinoray.label.config import LabelConfig
 from kinoray.label.open import Labelling, open_labelling
 from kinoray.label.verb import refuse_too_many_bad, run_labelling

@@ -29,7 +29,7 @@ from kinoray.evaluation.metrics import (
     score,
     wilson_interval,
 )
-from kinoray.label.table import Ledger
+from kinoray.label.ledger import Ledger
 from kinoray.storage.objects import Storage, absolute, join
 from kinoray.storage.records import MAX_RECORD_BYTES, is_name, parse_json
 

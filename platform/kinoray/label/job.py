@@ -16,7 +16,7 @@ from kinoray.config.shared import ResourcesConfig
 from kinoray.errors import ClusterError
 from kinoray.label.open import Labelling
 from kinoray.label.stage import UNIT_COLUMNS, LabelUnits, pack_unit
-from kinoray.label.table import Unit
+from kinoray.label.unit import Unit
 
 __all__ = ["run_units"]
 

@@ -1,7 +1,17 @@
-"""The folder of one labelling: the plans of its catalogs, the parts that make its table, and how they are checked.
+"""The folder of one labelling: where everything lies, who may write what, and how its table is read and checked.
+
+Under OUT, one folder for each (model, settings), named `labelling_id`:
+
+    job.json                      the model, the settings and the class names that all rows share
+    plans/<catalog digest>.json   which rows of that catalog are in which unit (see unit.py)
+    parts/<unit>.parquet          the rows of a finished unit; its metadata says who wrote them, when, and how many
+    windows/<unit>-<digest>.parquet   rows of the windows of its long videos, where the settings ask for them
+    done/<catalog digest>.json    totals, once every row of the catalog is there
+    jobs/<run id>.json            what each job did that came to its end: totals, rate, and what it waited for
 
 What is easy to break: a part is its own commit. It appears whole or not at all, by `put_if_absent`, under its unit's
-name; from then on it counts, so everything that belongs to it (its windows) has to be there before.
+name; from then on it counts, so everything that belongs to it (its windows) has to be there before. And one labelling
+has rows of several catalogs, so readers go by plans, the newest first.
 """
 
 import hashlib
@@ -16,15 +26,38 @@ from typing import Any, TypeVar
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from kinoray.config.scoring import ScoreKind, WindowsConfig
-from kinoray.config.shared import ModelConfig
-from kinoray.errors import ChecksumMismatch, IncompleteOutput, ObjectNotFound
-from kinoray.label.part import Commit, Times, parse_commit, parse_part, parse_windows, to_part, to_windows
-from kinoray.label.plan import Plan, Unit, make_plan
+from kinoray.errors import ChecksumMismatch, ConfigError, IncompleteOutput, ObjectNotFound
+from kinoray.label.unit import (
+    PREDICTION_SCHEMA,
+    WINDOW_SCHEMA,
+    Commit,
+    JobRecord,
+    Plan,
+    Times,
+    Unit,
+    make_plan,
+    parse_commit,
+    parse_part,
+    parse_windows,
+    to_part,
+    to_windows,
+)
 from kinoray.storage.objects import Storage, join
 from kinoray.storage.records import MAX_RECORD_BYTES, is_name, read_record, record_of
 
-__all__ = ["JobRecord", "Ledger", "Totals"]
+__all__ = [
+    "PLACE",
+    "Ledger",
+    "Totals",
+    "find_labellings",
+    "leave_out_seen",
+    "open_ledger",
+    "read_predictions",
+    "read_windows",
+]
+
+PLACE = ("video_id", "uri", "offset", "length")
+"""Columns that say where a video lies; a file that was replaced is another input in the same place."""
 
 _READERS = 16  # threads that fetch parts, which are small
 _AHEAD = 2 * _READERS  # results that wait for who takes them
@@ -36,28 +69,6 @@ _SUFFIX = ".parquet"
 _TOTAL_COLUMNS = ["video_id", "row_key", "status", "error_class", "error_text", "frames_corrupt", "frames_missing"]
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class JobRecord:
-    """job.json: what all rows of a labelling share."""
-
-    checkpoint: str
-    """What answered; empty for an ensemble."""
-    members: tuple[str, ...] = ()
-    """Evaluations that an ensemble averaged."""
-    model_digest: str
-    config_digest: str
-    labels: tuple[str, ...]
-    """The model's classes, in its order."""
-    scores: ScoreKind = "softmax"
-    """sigmoid: a video may have any number of classes."""
-    windows: WindowsConfig | None = None
-    """How long videos were cut."""
-    model: ModelConfig | None = None
-    """Which network; None for an ensemble."""
-    settings: dict[str, Any]
-    """Whatever else can change a row, for people: config_digest is the digest of it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -368,3 +379,96 @@ def _in_threads(function: Callable[[_Item], _Result], items: Iterable[_Item]) ->
         finally:
             for future in pending:
                 future.cancel()
+
+
+def find_labellings(storage: Storage, out: str) -> list[str]:
+    """Roots of the labellings in a place that `label` wrote to, sorted; the place may be a labelling's root itself.
+
+    Raises:
+        ObjectNotFound: there is none.
+    """
+    out = out.rstrip("/")
+    if storage.exists(join(out, "job.json")):
+        return [out]
+    infos = storage.list(out + "/")
+    roots = [info.uri.rpartition("/")[0] for info in infos if info.uri.endswith("/job.json")]
+    roots = [root for root in roots if root.count("/") == out.count("/") + 1]
+    if not roots:
+        raise ObjectNotFound(f"{out} holds no predictions; expected the --out of `kinoray label` or `evaluate`")
+    return roots
+
+
+def read_predictions(
+    storage: Storage, out: str, *, catalog_digest: str | None = None, columns: Sequence[str] | None = None
+) -> pa.Table:
+    """The rows that are committed so far (PREDICTION_SCHEMA), unit by unit in the order of the catalog.
+
+    Where several catalogs were labelled into one place, the newest one's rows come first, then the others' rows of
+    videos that are not in it. Half-written parts never show.
+
+    Args:
+        out: the --out of `label` or `evaluate`, or the folder of one labelling in it.
+        catalog_digest: only the rows of this catalog.
+        columns: of PREDICTION_SCHEMA; nothing else is held in memory. Default: all.
+
+    Raises:
+        ObjectNotFound: nothing was labelled there.
+        ConfigError: results of several models or settings are there, and none was named.
+    """
+    ledger = open_ledger(storage, out)
+    plans = [plan for plan in ledger.plans() if catalog_digest in (None, plan.catalog_digest)]
+    committed = ledger.committed()
+    names = list(columns or PREDICTION_SCHEMA.names)
+    stored = list(dict.fromkeys([*names, *(PLACE if len(plans) > 1 else ())]))
+    tables = [PREDICTION_SCHEMA.empty_table().select(names)]
+    places: set[tuple[Any, ...]] = set()
+    for plan in reversed(plans):
+        for table in ledger.read_units((unit for unit in plan.units if unit.unit_id in committed), stored):
+            if len(plans) > 1:
+                table = leave_out_seen(table, places)
+            tables.append(table.select(names))
+    return pa.concat_tables(tables)
+
+
+def leave_out_seen(table: pa.Table, places: set[tuple[Any, ...]]) -> pa.Table:
+    """The rows of a table (with the columns PLACE) whose place was not seen yet; the places are added to those seen.
+
+    A video_id is unique in its plan, so from the newest plan on this leaves out rows of older plans only.
+    """
+    rows = list(zip(*(table.column(name).to_pylist() for name in PLACE), strict=True))
+    kept = table.filter(pa.array([row not in places for row in rows], pa.bool_()))
+    places.update(rows)
+    return kept
+
+
+def read_windows(storage: Storage, out: str) -> pa.Table:
+    """The rows of the windows of all videos that are committed so far (WINDOW_SCHEMA), in the order of the newest plan.
+
+    Args:
+        out: as for `read_predictions`.
+
+    Raises:
+        ObjectNotFound: nothing was labelled there, or not in windows.
+        ConfigError: results of several models or settings are there, and none was named.
+    """
+    ledger = open_ledger(storage, out)
+    if ledger.job().windows is None:
+        raise ObjectNotFound(f"{ledger.root} was labelled without windows; label with --window-s")
+    committed, seen = ledger.committed(), set[str]()
+    tables = [WINDOW_SCHEMA.empty_table()]
+    for plan in reversed(ledger.plans()):
+        units = [unit for unit in plan.units if unit.unit_id in committed and unit.unit_id not in seen]
+        seen.update(unit.unit_id for unit in units)
+        tables.extend(ledger.read_windows(units))
+    return pa.concat_tables(tables)
+
+
+def open_ledger(storage: Storage, out: str) -> Ledger:
+    """The only labelling in a place that `label` wrote to. Raises as `read_predictions`."""
+    roots = find_labellings(storage, out)
+    if len(roots) > 1:
+        jobs = [Ledger(storage, root).job() for root in roots]
+        models = [job.checkpoint or ", ".join(job.members) for job in jobs]
+        choices = ", ".join(f"{root} (by {model})" for root, model in zip(roots, models, strict=True))
+        raise ConfigError(f"predictions must name one labelling; {out} holds {len(roots)}: {choices}")
+    return Ledger(storage, roots[0])

@@ -11,11 +11,11 @@ from kinoray.catalog.table import Catalog, catalog_of_source
 from kinoray.config.scoring import PROTOCOLS, ViewsConfig
 from kinoray.config.shared import ClipConfig, digest
 from kinoray.errors import ConfigError, ObjectNotFound
-from kinoray.label.answers import AnswerRule
-from kinoray.label.calibration import Calibrated, load_calibration
+from kinoray.label.answers import AnswerRule, Calibrated, load_calibration
 from kinoray.label.config import LabelConfig
+from kinoray.label.ledger import Ledger, find_labellings
 from kinoray.label.stage import LabelJob
-from kinoray.label.table import JobRecord, Ledger, Plan, find_labellings, labelling_id, row_keys
+from kinoray.label.unit import JobRecord, Plan, labelling_id, row_keys
 from kinoray.network.build import VideoModel, check_clip, is_shipped, trusted_network
 from kinoray.network.checkpoint import CheckpointMeta, find_checkpoint, load_meta, load_model
 from kinoray.network.forward import CPU_BATCH

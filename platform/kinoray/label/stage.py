@@ -23,9 +23,10 @@ from kinoray.config.shared import ClipConfig
 from kinoray.console import log_event
 from kinoray.errors import AccessDenied, BucketNotFound, CheckpointMismatch, KinorayError, MediaError
 from kinoray.label.answers import AnswerRule, average_logits, top_predictions
+from kinoray.label.ledger import Ledger
 from kinoray.label.read import VideoReader
-from kinoray.label.table import PREDICTION_SCHEMA, WINDOW_SCHEMA, Ledger, Unit
 from kinoray.label.times import STAGES, LabelMetrics, StageClock, UnitTimes
+from kinoray.label.unit import PREDICTION_SCHEMA, WINDOW_SCHEMA, Unit
 from kinoray.network.build import VideoModel
 from kinoray.network.checkpoint import load_model
 from kinoray.network.forward import CPU_BATCH, agreed_batch_size, auto_batch_size

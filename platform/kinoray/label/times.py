@@ -16,7 +16,7 @@ from typing import Literal
 import ray
 from ray.util.metrics import Counter, Gauge
 
-from kinoray.label.part import Times
+from kinoray.label.unit import Times
 
 __all__ = ["STAGES", "LabelMetrics", "Stage", "StageClock", "UnitTimes", "bound_stage"]
 

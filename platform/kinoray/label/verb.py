@@ -19,9 +19,10 @@ from kinoray.console import Progress, format_duration
 from kinoray.errors import TooManyBad
 from kinoray.label.config import LabelConfig
 from kinoray.label.job import run_units
+from kinoray.label.ledger import Ledger, Totals
 from kinoray.label.open import Labelling, open_labelling
-from kinoray.label.table import Ledger, Plan, Totals
 from kinoray.label.times import STAGES, bound_stage
+from kinoray.label.unit import Plan
 
 __all__ = ["Preview", "label", "preview", "refuse_too_many_bad", "run_labelling"]
 

@@ -17,10 +17,10 @@ import pyarrow as pa
 from kinoray.catalog.source import decode_text, parse_table_text
 from kinoray.catalog.table import CATALOG_SCHEMA, Catalog, catalog_of_source, save_catalog
 from kinoray.errors import CatalogError
-from kinoray.label.table import Ledger, open_ledger, row_keys
+from kinoray.label.ledger import Ledger, open_ledger
+from kinoray.label.unit import row_keys
 from kinoray.library.config import CorrectConfig
-from kinoray.library.rows import BAD_VIDEO, class_names, scan
-from kinoray.library.write import undefused
+from kinoray.library.rows import BAD_VIDEO, class_names, scan, undefused
 from kinoray.pack.plan import share
 from kinoray.storage.objects import Storage, absolute, join
 

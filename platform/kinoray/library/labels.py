@@ -15,11 +15,20 @@ import pyarrow.compute as pc
 from kinoray.catalog.table import CATALOG_SCHEMA, catalog_of_source
 from kinoray.console import exact_stdout, many
 from kinoray.errors import CatalogError, ConfigError, ObjectNotFound
-from kinoray.label.table import Ledger, open_ledger
+from kinoray.label.ledger import Ledger, open_ledger
+from kinoray.label.summary import summarise
 from kinoray.library.config import LabelsConfig
-from kinoray.library.rows import LABEL_SCHEMA, WINDOW_LABEL_SCHEMA, Where, class_names, scan, scan_windows
-from kinoray.library.summary import summarise
-from kinoray.library.write import print_table, write_parquet, write_text
+from kinoray.library.rows import (
+    LABEL_SCHEMA,
+    WINDOW_LABEL_SCHEMA,
+    Where,
+    class_names,
+    print_table,
+    scan,
+    scan_windows,
+    write_parquet,
+    write_text,
+)
 from kinoray.storage.leftovers import scratch_folder
 from kinoray.storage.objects import Storage, absolute
 

@@ -1,1 +1,1 @@
-"""Videos -> tar shards and a catalog: plan.py says what goes where, shard.py packs one, verb.py runs the job."""
+"""Videos -> tar shards and a catalog: plan.py says what goes where, unit.py packs one unit, verb.py runs the job."""

@@ -29,9 +29,9 @@ from kinoray.catalog.quarantine import Refusal
 from kinoray.catalog.source import SourceFile, find_files
 from kinoray.config.shared import digest
 from kinoray.errors import CatalogError, ConfigError, IncompleteOutput, TooManyBad
-from kinoray.pack.archive import Member, is_archive
 from kinoray.pack.config import PackConfig
 from kinoray.pack.plan import FileVerdict, Plan, PlannedVideo, Unit, cut_evenly, share
+from kinoray.pack.tars import Member, is_archive
 from kinoray.pack.unit import Commit, Packed
 from kinoray.storage.objects import Storage, absolute, is_s3, join
 

@@ -23,9 +23,8 @@ from kinoray.errors import (
     MediaError,
     StorageError,
 )
-from kinoray.pack.archive import Archive, Member, open_archive
 from kinoray.pack.plan import FileVerdict, PlannedVideo, Unit, split_name
-from kinoray.pack.tar import Examined, ShardWriter, examine
+from kinoray.pack.tars import Archive, Examined, Member, ShardWriter, examine, open_archive
 from kinoray.storage.objects import Storage, join
 from kinoray.storage.records import MAX_RECORD_BYTES, parse_json, record_of
 from kinoray.video.sandbox.pool import shared_sandbox

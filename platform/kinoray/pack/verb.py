@@ -1,23 +1,42 @@
 """Pack videos into tar shards and a catalog: plan, pin the plan, pack each unit in a Ray task, settle, finish.
 
 A folder, a list, a catalog and a Kinetics set differ in their plans only. What is easy to break: a plan is pinned
-before the first task, so that a second run can only go on with the same files and settings; and a unit that is
-committed is never touched again.
+before the first task, so that a second run can only go on with the same files and settings; a unit that is committed
+is never touched again; and the sums at the end are checked against counts that were made elsewhere (files planned,
+members counted by the reader, annotation rows read), never against themselves.
 """
 
+import io
 import json
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Any
 
-from kinoray.errors import ConfigError
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from kinoray.catalog.folders import said_of_others
+from kinoray.catalog.quarantine import QuarantineRow, count_reasons, save_quarantine
+from kinoray.catalog.table import CATALOG_SCHEMA, Catalog, save_catalog
+from kinoray.errors import ConfigError, IncompleteOutput, TooManyBad
 from kinoray.pack.config import PackConfig
 from kinoray.pack.job import pack_units
-from kinoray.pack.kinetics import KineticsPlan, plan_kinetics
-from kinoray.pack.plan import Plan, plan_source
-from kinoray.pack.settle import finish, settle
-from kinoray.pack.unit import PackSettings, read_commit
+from kinoray.pack.kinetics import (
+    FILE_VERDICTS,
+    QUARANTINED,
+    KineticsPlan,
+    choose_winners,
+    kinetics_totals,
+    plan_kinetics,
+    print_kinetics,
+    require_usable_kinetics,
+    row_verdicts,
+    verdict_table,
+)
+from kinoray.pack.plan import Plan, PlannedVideo, plan_source
+from kinoray.pack.unit import Commit, PackSettings, quarantine_row, read_commit
 from kinoray.storage.objects import Storage, absolute, join
 from kinoray.storage.records import parse_json
 from kinoray.video.transcode import TRANSCODE
@@ -56,8 +75,8 @@ def pack(config: PackConfig) -> dict[str, Any]:
         pack_units(storage, out, plan, settings, config.resources, done)
     with ThreadPoolExecutor(_THREADS) as pool:
         commits = list(pool.map(lambda unit: read_commit(storage, out, unit.name), plan.units))
-    settled = settle(storage, out, plan, commits)
-    finish(storage, out, config, plan, settled)
+    settled = _settle(storage, out, plan, commits)
+    _finish(storage, out, config, plan, settled)
     return settled.totals
 
 
@@ -112,3 +131,160 @@ def _committed(storage: Storage, out: str) -> set[str]:
     prefix = join(out, "shards") + "/"
     names = (info.uri[len(prefix) :] for info in storage.list(prefix))
     return {name.removesuffix(".json") for name in names if name.endswith(".json")}
+
+
+# From what the units found to the tables of a pack: catalog, quarantine, for Kinetics verdicts; and the sums
+
+
+@dataclass(frozen=True, slots=True)
+class _Settled:
+    """The tables of a finished pack."""
+
+    catalog: Catalog
+    """What is packed, and counts."""
+    refused: Sequence[QuarantineRow]
+    """Rows of the quarantine table: by place or name first, then in the order of units."""
+    totals: dict[str, Any]
+    """Numbers of all of it."""
+    verdicts: pa.Table | None = None
+    """Kinetics: rows of VERDICT_SCHEMA."""
+
+
+def _settle(storage: Storage, out: str, plan: Plan, commits: Sequence[Commit]) -> _Settled:
+    """Decide what concerns several units, and add up. `commits` are those of the plan's units, in their order.
+
+    Raises:
+        IncompleteOutput: a file or a row has no verdict, a tar is not there in full, or the sums do not agree.
+    """
+    for unit, commit in zip(plan.units, commits, strict=True):
+        expected = commit.num_found if unit.archive else len(unit.files)
+        unknown = {verdict.verdict for verdict in commit.files} - FILE_VERDICTS.keys()
+        planned = [file.key for file in unit.files if isinstance(file, PlannedVideo)]
+        found = [
+            verdict.key
+            for verdict, file in zip(commit.files, unit.files, strict=False)
+            if isinstance(file, PlannedVideo)
+        ]
+        if len(commit.files) != expected or unknown or planned != found or _misplaced(commit):
+            raise IncompleteOutput(
+                f"pack: {unit.name} ({unit.what} packed) has {len(commit.files)} verdicts for {expected} files, "
+                f"unknown ones: {sorted(unknown) or 'none'}; remove shards/{unit.name}.json and run the same command "
+                "again"
+            )
+    _require_tars(storage, out, commits)
+    if isinstance(plan, KineticsPlan):
+        return _settle_clips(plan, commits)
+    catalog = _catalog_of(plan, [row for commit in commits for row in commit.rows])
+    refused = [*plan.refused, *(row for commit in commits for row in commit.refused)]
+    num_others = len(plan.others)
+    if len(catalog) + len(refused) + num_others != plan.num_found:
+        raise IncompleteOutput(
+            f"pack: {len(catalog)} packed + {len(refused)} quarantined + {num_others} no videos by name is not the "
+            f"{plan.num_found} files found"
+        )
+    counts = {"found": plan.num_found, "others": num_others, "reasons": count_reasons(refused)}
+    return _Settled(catalog, refused, _totals(catalog, refused, counts))
+
+
+def _settle_clips(plan: KineticsPlan, commits: Sequence[Commit]) -> _Settled:
+    winners = choose_winners(plan, commits)
+    rows = row_verdicts(plan, winners.files)
+    catalog = _catalog_of(plan, [commits[number].row(packed) for number, packed in winners.packed])
+    num_packed = sum(verdict.verdict == "packed" for found in winners.files for verdict in found)
+    if num_packed != len(catalog):
+        raise IncompleteOutput(f"pack: {num_packed} files are packed, the catalog has {len(catalog)}; please report it")
+    refused = [
+        quarantine_row(verdict) for found in winners.files for verdict in found if verdict.verdict in QUARANTINED
+    ]
+    counts = kinetics_totals(plan, rows, commits, winners)
+    table = verdict_table(plan, rows, commits, winners.files)
+    return _Settled(catalog, refused, _totals(catalog, refused, counts), table)
+
+
+def _misplaced(commit: Commit) -> bool:
+    """Whether what is packed is not what the verdicts say."""
+    packed = [position for position, verdict in enumerate(commit.files) if verdict.verdict == "packed"]
+    return packed != [packed.position for packed in commit.packed]
+
+
+def _require_tars(storage: Storage, out: str, commits: Sequence[Commit]) -> None:
+    """Every tar is there in full."""
+    sizes = {info.uri: info.size_bytes for info in storage.list(join(out, "shards") + "/")}
+    for commit in commits:
+        for tar in commit.tars:
+            if sizes.get(tar.uri) != tar.size_bytes:
+                raise IncompleteOutput(
+                    f"pack: {tar.uri} should have {tar.size_bytes} bytes, found {sizes.get(tar.uri, 'nothing')}; "
+                    f"remove {join(out, 'shards', commit.name)}.json and run the same command again"
+                )
+
+
+def _catalog_of(plan: Plan, rows: Sequence[dict[str, Any]]) -> Catalog:
+    arrays = [pa.array([row[field.name] for row in rows], field.type) for field in CATALOG_SCHEMA]
+    return Catalog(pa.table(arrays, schema=CATALOG_SCHEMA), plan.labels)
+
+
+def _totals(catalog: Catalog, refused: Sequence[QuarantineRow], counts: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "packed": len(catalog),
+        "quarantined": len(refused),
+        **counts,
+        "splits": dict(sorted(Counter(catalog.table.column("split").to_pylist()).items())),
+        "classes": len(catalog.labels),
+        "shards": len(set(catalog.table.column("uri").to_pylist())),
+        "video_bytes": sum(catalog.table.column("size_bytes").to_pylist()),
+    }
+
+
+def _finish(storage: Storage, out: str, config: PackConfig, plan: Plan, settled: _Settled) -> None:
+    """Write the tables, pack.json last; say what became of every file.
+
+    Raises:
+        TooManyBad: more than max_bad_fraction of the files were refused.
+        CatalogError: no file is a clip of the annotations.
+    """
+    catalog, totals = settled.catalog, settled.totals
+    if settled.verdicts is not None:
+        sink = io.BytesIO()
+        pq.write_table(settled.verdicts, sink, compression="zstd")
+        storage.put(join(out, "verdicts.parquet"), sink.getvalue())
+    save_quarantine(storage, join(out, "quarantine.parquet"), settled.refused)
+    storage.put(join(out, "labels.json"), json.dumps(list(catalog.labels), ensure_ascii=False, indent=1).encode())
+    save_catalog(storage, join(out, "catalog.parquet"), catalog)
+    transcode = {**asdict(TRANSCODE), "digest": TRANSCODE.digest} if config.transcode else None
+    about = {**totals, "config": asdict(config), "catalog_digest": catalog.digest, "transcode": transcode}
+    storage.put(join(out, "pack.json"), json.dumps(about, indent=1).encode())
+    if isinstance(plan, KineticsPlan):
+        print_kinetics(out, config, totals)
+        require_usable_kinetics(out, config, totals)
+        return
+    _print_totals(out, plan, totals)
+    _require_few_bad(out, config, plan, settled.refused)
+
+
+def _print_totals(out: str, plan: Plan, totals: dict[str, Any]) -> None:
+    splits = ", ".join(f"{count} {split}" for split, count in totals["splits"].items())
+    reasons = ", ".join(f"{count} {reason}" for reason, count in totals["reasons"].items())
+    others = f" + {totals['others']} no videos by name" if plan.others else ""
+    if plan.others:
+        print(f"pack: {said_of_others(plan.others)} and left out")
+    print(
+        f"pack: {totals['packed']} packed ({splits or 'none'}) + {totals['quarantined']} quarantined"
+        f"{f' ({reasons})' if reasons else ''}{others} = {totals['found']} found\n"
+        f"pack: {totals['classes']} classes, {totals['shards']} shards, {totals['video_bytes'] / 1e6:.1f} MB; "
+        f"wrote {join(out, 'catalog.parquet')}",
+        flush=True,
+    )
+
+
+def _require_few_bad(out: str, config: PackConfig, plan: Plan, refused: Sequence[QuarantineRow]) -> None:
+    """Files that are no videos by their place or name do not count: they say nothing of the videos."""
+    num_tried = plan.num_found - len(plan.refused) - len(plan.others)
+    bad = refused[len(plan.refused) :]
+    if len(bad) > config.max_bad_fraction * num_tried:
+        reasons = ", ".join(f"{count} {reason}" for reason, count in count_reasons(bad).items())
+        raise TooManyBad(
+            f"pack: {len(bad)} of {num_tried} files were refused ({reasons}), more than max_bad_fraction "
+            f"{config.max_bad_fraction:g}; the reasons are in {join(out, 'quarantine.parquet')}, the good files "
+            "are packed"
+        )

@@ -1,7 +1,7 @@
 """Storage in S3, or a server that speaks its protocol, through boto3.
 
-How long requests are retried is in s3_retry.py, the reading of bodies in s3_read.py. What is easy to
-break: a write whose answer got lost is repeated, and then meets its own object.
+How long requests are retried, and how bodies are read, is in s3_requests.py. What is easy to break: a write whose
+answer got lost is repeated, and then meets its own object.
 """
 
 import base64
@@ -32,8 +32,7 @@ from kinoray.errors import (
     StorageError,
 )
 from kinoray.storage.folder import Skipped
-from kinoray.storage.s3_read import read_object
-from kinoray.storage.s3_retry import DIGEST_CODES, Retries, code_of, pauses, status_of
+from kinoray.storage.s3_requests import DIGEST_CODES, Retries, code_of, pauses, read_object, status_of
 
 __all__ = ["S3Store", "endpoint_of"]
 

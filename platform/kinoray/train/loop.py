@@ -34,9 +34,8 @@ from kinoray.storage.objects import Storage
 from kinoray.train.augment import Augmenter
 from kinoray.train.config import TrainConfig
 from kinoray.train.input import Feed, Part, Samples, epoch_order, rank_steps, run_length
-from kinoray.train.metrics import Pace, TrainMetrics, epoch_line
 from kinoray.train.recipe import class_weights, learning_rate
-from kinoray.train.recorder import Recorder, Uploader
+from kinoray.train.recorder import Pace, Recorder, TrainMetrics, Uploader, epoch_line
 from kinoray.train.runfolder import EpochRow, RunFolder, run_digest, stopped_early
 from kinoray.train.state import seed_step, start_from
 from kinoray.train.step import Replica, Totals

@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 from kinoray.console import format_duration, many, shortened, table, visible
 from kinoray.errors import ChecksumMismatch, KinorayError, ObjectNotFound, StorageError, StorageUnavailable
-from kinoray.label.spans import Span, bar_line, clock, covered_s
+from kinoray.label.summary import Span, bar_line, clock, covered_s
 from kinoray.storage.objects import Storage, absolute, join
 from kinoray.storage.records import MAX_RECORD_BYTES, parse_json, parse_lines, read_record
 from kinoray.train.config import RunsConfig

@@ -13,8 +13,7 @@ from kinoray.network.build import build_model, check_clip, require_known_model, 
 from kinoray.network.checkpoint import CheckpointMeta, best_of
 from kinoray.storage.objects import Storage, absolute
 from kinoray.train.config import TrainConfig
-from kinoray.train.gate import Gate
-from kinoray.train.job import run_workers
+from kinoray.train.job import Gate, run_workers
 from kinoray.train.recorder import draw_curves
 from kinoray.train.runfolder import RunFolder, stopped_early
 from kinoray.train.runs import Heartbeat

@@ -32,7 +32,7 @@ from kinoray.config.shared import ResourcesConfig, digest
 from kinoray.errors import ClusterError, ConfigError, KinorayError
 from kinoray.storage.objects import Storage, join
 from kinoray.train.config import TrainConfig
-from kinoray.train.gate import Gate
+from kinoray.train.job import Gate
 from kinoray.train.runfolder import EpochRow, RunFolder
 from kinoray.train.verb import train
 from kinoray.tune.config import TuneConfig

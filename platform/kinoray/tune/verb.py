@@ -27,7 +27,7 @@ from kinoray.errors import ClusterError, ConfigError, JobError
 from kinoray.storage.objects import Storage, absolute, arrow_filesystem, join
 from kinoray.storage.records import parse_json, read_record
 from kinoray.train.config import TrainConfig
-from kinoray.train.gate import open_desk
+from kinoray.train.job import open_desk
 from kinoray.train.runfolder import run_settings
 from kinoray.train.verb import check_training
 from kinoray.tune.config import TuneConfig, train_config

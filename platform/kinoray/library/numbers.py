@@ -24,7 +24,7 @@ from kinoray.evaluation.metrics import (
     class_counts,
     count_confusion,
 )
-from kinoray.label.table import open_ledger, read_predictions
+from kinoray.label.ledger import open_ledger, read_predictions
 from kinoray.library.rows import first_item
 from kinoray.storage.objects import Storage
 

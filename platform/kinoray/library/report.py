@@ -19,8 +19,8 @@ from kinoray.console import many
 from kinoray.errors import ConfigError
 from kinoray.evaluation.metrics import Calibration, confused_classes
 from kinoray.library.config import ReportConfig
-from kinoray.library.report.numbers import Confusion, Numbers, ResultTable, choose, count, join_truth, read_result
-from kinoray.library.report.site import Site, add_places, collect_names, site_record
+from kinoray.library.numbers import Confusion, Numbers, ResultTable, choose, count, join_truth, read_result
+from kinoray.library.site import Site, add_places, collect_names, site_record
 from kinoray.storage.objects import Storage, absolute, join
 
 __all__ = ["HISTOGRAM_HEIGHT", "histogram_bars", "report"]

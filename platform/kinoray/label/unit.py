@@ -1,0 +1,379 @@
+"""A unit of work: which rows of a catalog are in it, and the file that its predictions become.
+
+A plan is made by pure functions, so that every driver comes to the same one. A unit's part is one Parquet file, which
+says whose rows they are and proves that it is whole:
+
+    PAR1 | pages, each with Parquet's own checksum | SHA-256 of all before it | SHA-256 of all behind it | footer | PAR1
+
+The footer's key-value metadata `kinoray` is the unit's Commit. Parquet finds pages and footer by their offsets, so its
+readers never look at the 64 bytes between them; ours compares them first, and so finds every flipped bit.
+
+What is easy to break: a unit's id names its rows, not the catalog they came from, so that a library that has grown, or
+two jobs at once, share the units they have in common instead of labelling their videos twice. And Parquet's checksums
+are of pages only: a flipped bit in a page's header or in the footer may rename a column or a unit, and everything still
+reads.
+"""
+
+import hashlib
+import io
+import json
+from collections import Counter
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from itertools import chain
+from operator import eq
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from kinoray.config.scoring import ScoreKind, WindowsConfig
+from kinoray.config.shared import ModelConfig, digest
+from kinoray.errors import CatalogError
+from kinoray.storage.records import as_name, parse_json, parse_table, record_of
+
+__all__ = [
+    "PREDICTION_SCHEMA",
+    "WINDOW_SCHEMA",
+    "Commit",
+    "JobRecord",
+    "Plan",
+    "Times",
+    "Unit",
+    "labelling_id",
+    "make_plan",
+    "parse_commit",
+    "parse_part",
+    "parse_windows",
+    "row_keys",
+    "to_part",
+    "to_windows",
+]
+
+_KEY_COLUMNS = ("video_id", "uri", "offset", "length", "size_bytes", "sha256")
+_SLICE_ROWS = 4096
+
+
+def row_keys(table: pa.Table) -> list[str]:
+    """16 hex digits for each row of a catalog's table: the same name, place and size (and checksum) give the same key.
+
+    A file that was replaced by one of another size is therefore another input, and is labelled again.
+
+    Raises:
+        CatalogError: two rows are the same input.
+    """
+    keys: list[str] = []
+    for start in range(0, table.num_rows, _SLICE_ROWS):  # the columns as Python's objects are ten times the keys
+        part = table.slice(start, _SLICE_ROWS)
+        columns = [part.column(name).to_pylist() for name in _KEY_COLUMNS]
+        keys += [digest(list(row)) for row in zip(*columns, strict=True)]
+    if len(set(keys)) < len(keys):
+        key, count = Counter(keys).most_common(1)[0]
+        video_id, uri = (table.column(name)[keys.index(key)].as_py() for name in ("video_id", "uri"))
+        raise CatalogError(f"{uri} (video {video_id}) is in the catalog {count} times; list it once")
+    return keys
+
+
+def labelling_id(model_digest: str, config_digest: str) -> str:
+    """The folder that holds what one model says under one setting."""
+    return digest([model_digest, config_digest])
+
+
+@dataclass(frozen=True, slots=True)
+class Unit:
+    """What is labelled and committed at once."""
+
+    unit_id: str
+    """Digest of the labelling and of all rows of the unit."""
+    keys: tuple[str, ...]
+    """Its rows that belong to the plan's catalog, in order."""
+    num_rows: int
+    """All its rows: more than `keys` where a finished unit also holds videos that have left the catalog."""
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether all of its rows are in the catalog (else it can be read, but not labelled)."""
+        return len(self.keys) == self.num_rows
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """The units of a catalog: each of its rows is in exactly one of them."""
+
+    catalog_digest: str
+    """Which catalog."""
+    unit_size: int
+    """Rows of each unit that was cut for this plan; units taken over from older plans keep their size."""
+    sequence: int
+    """How many plans there were before this one."""
+    units: tuple[Unit, ...]
+    """In the order of their first row in the catalog."""
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of the catalog."""
+        return sum(len(unit.keys) for unit in self.units)
+
+    def covers(self, keys: Sequence[str]) -> bool:
+        """Whether each key is in exactly one unit, once, and nothing else is."""
+        if self.num_rows != len(keys):
+            return False
+        if all(map(eq, keys, self._keys())):  # in the order of the catalog, as in most plans: nothing is copied
+            return True
+        return sorted(keys) == sorted(self._keys())
+
+    def _keys(self) -> Iterator[str]:
+        return chain.from_iterable(unit.keys for unit in self.units)
+
+    def to_record(self) -> dict[str, Any]:
+        """As JSON values."""
+        units = [{"unit_id": unit.unit_id, "num_rows": unit.num_rows, "keys": list(unit.keys)} for unit in self.units]
+        return {
+            "catalog_digest": self.catalog_digest,
+            "unit_size": self.unit_size,
+            "sequence": self.sequence,
+            "units": units,
+        }
+
+    @classmethod
+    def from_record(cls, record: dict[str, Any]) -> "Plan":
+        """What `to_record` gave."""
+        digest, unit_size, sequence = (record[name] for name in ("catalog_digest", "unit_size", "sequence"))
+        if not (type(unit_size) is int and type(sequence) is int and isinstance(record["units"], list)):
+            raise TypeError("unit_size and sequence must be whole numbers, units a list")
+        return cls(as_name(digest, "catalog_digest"), unit_size, sequence, tuple(map(_to_unit, record["units"])))
+
+
+def _to_unit(record: dict[str, Any]) -> Unit:
+    keys, num_rows = record["keys"], record["num_rows"]
+    if type(num_rows) is not int or not isinstance(keys, list) or set(map(type, keys)) != {str}:
+        raise TypeError("num_rows of a unit must be a whole number, its keys a list of texts")
+    if num_rows < len(keys):
+        raise ValueError(f"a unit has {num_rows} rows and {len(keys)} keys")
+    return Unit(as_name(record["unit_id"], "unit_id"), tuple(keys), num_rows)
+
+
+def make_plan(
+    labelling_id: str,
+    catalog_digest: str,
+    keys: Sequence[str],
+    unit_size: int,
+    *,
+    older: Sequence[Plan] = (),
+    committed: Collection[str] = (),
+) -> Plan:
+    """Cut a catalog into units of `unit_size` rows, after taking over what older plans of the same labelling hold.
+
+    Taken over: units whose rows are all in this catalog (finished or not: another job may be at work on them), and
+    finished units of which some rows are. What is left is exactly what is new.
+
+    Args:
+        labelling_id: digest of model and settings.
+        keys: `row_keys` of the catalog, in order.
+        older: plans of other catalogs.
+        committed: ids of finished units.
+    """
+    position = {key: row for row, key in enumerate(keys)}
+    older_units = [
+        unit for plan in sorted(older, key=lambda plan: (plan.sequence, plan.catalog_digest)) for unit in plan.units
+    ]
+    free = set(keys)
+    taken: dict[str, Unit] = {}
+    for finished in (True, False):  # what is finished first, so that no unfinished unit repeats a row of it
+        for unit in older_units:
+            mine = tuple(key for key in unit.keys if key in free)
+            fits = unit.unit_id in committed if finished else len(mine) == unit.num_rows
+            if mine and fits and unit.unit_id not in taken:
+                taken[unit.unit_id] = Unit(unit.unit_id, mine, unit.num_rows)
+                free.difference_update(mine)
+    units = list(taken.values())
+    new = [key for key in keys if key in free]
+    for start in range(0, len(new), unit_size):
+        part = tuple(new[start : start + unit_size])
+        units.append(Unit(digest([labelling_id, *part]), part, len(part)))
+    units.sort(key=lambda unit: position[unit.keys[0]])
+    return Plan(catalog_digest, unit_size, len(older), tuple(units))
+
+
+# The part of a unit
+
+_KEY = "kinoray"
+_MAGIC = b"PAR1"
+_DIGEST_BYTES = 32
+_END_BYTES = 8  # length of the footer, magic
+
+PREDICTION_SCHEMA = pa.schema(
+    [
+        pa.field("video_id", pa.string(), nullable=False),
+        pa.field("uri", pa.string(), nullable=False),
+        pa.field("offset", pa.int64()),
+        pa.field("length", pa.int64()),
+        pa.field("row_key", pa.string(), nullable=False),  # names the input: row_keys
+        pa.field("status", pa.string(), nullable=False),  # labelled, quarantined or skipped
+        pa.field("error_class", pa.string()),
+        pa.field("error_text", pa.string()),
+        pa.field("label_topk", pa.list_(pa.string())),  # likeliest first; null unless labelled, as all below
+        pa.field("id_topk", pa.list_(pa.int32())),
+        pa.field("score_topk", pa.list_(pa.float32())),  # probabilities
+        pa.field("scores", pa.list_(pa.float32())),  # of all classes in the model's order; null unless asked for
+        pa.field("margin", pa.float32()),  # first score less the second
+        pa.field("entropy", pa.float32()),  # of all classes, in nats
+        pa.field("abstained", pa.bool_(), nullable=False),
+        pa.field("embedding", pa.list_(pa.float16())),  # what goes into the classifiers; null unless asked for
+        pa.field("segment_logits", pa.list_(pa.float32())),  # [S, C] row by row; null unless asked for
+        pa.field("views", pa.int32(), nullable=False),  # of all windows together
+        pa.field("windows", pa.int32(), nullable=False),  # 1 unless the video was cut
+        pa.field("segments_run", pa.int32(), nullable=False),  # that the network looked at, of all views together
+        pa.field("frames_decoded", pa.int32(), nullable=False),
+        pa.field("frames_corrupt", pa.int32(), nullable=False),
+        pa.field("frames_missing", pa.int32(), nullable=False),  # promised by the file's header, and not there
+        pa.field("model_digest", pa.string(), nullable=False),
+        pa.field("config_digest", pa.string(), nullable=False),
+        pa.field("run_id", pa.string(), nullable=False),
+    ]
+)
+"""One row for every input."""
+
+WINDOW_SCHEMA = pa.schema(
+    [
+        pa.field("video_id", pa.string(), nullable=False),
+        pa.field("row_key", pa.string(), nullable=False),
+        pa.field("window", pa.int32(), nullable=False),  # 0, 1, ... in the order of time
+        pa.field("begin_s", pa.float64(), nullable=False),
+        pa.field("end_s", pa.float64(), nullable=False),
+        *(
+            PREDICTION_SCHEMA.field(name)
+            for name in ("label_topk", "id_topk", "score_topk", "scores", "margin", "entropy", "abstained")
+        ),
+    ]
+)
+"""One row for every window of a labelled video, where the settings cut long videos into windows."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class JobRecord:
+    """job.json: what all rows of a labelling share."""
+
+    checkpoint: str
+    """What answered; empty for an ensemble."""
+    members: tuple[str, ...] = ()
+    """Evaluations that an ensemble averaged."""
+    model_digest: str
+    config_digest: str
+    labels: tuple[str, ...]
+    """The model's classes, in its order."""
+    scores: ScoreKind = "softmax"
+    """sigmoid: a video may have any number of classes."""
+    windows: WindowsConfig | None = None
+    """How long videos were cut."""
+    model: ModelConfig | None = None
+    """Which network; None for an ensemble."""
+    settings: dict[str, Any]
+    """Whatever else can change a row, for people: config_digest is the digest of it."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Times:
+    """When a unit was labelled, where, and what the worker waited for. Its commit ends it, so that is not in it."""
+
+    worker: str
+    """Host and process."""
+    begin_s: float
+    """In seconds since 1970."""
+    end_s: float
+    store: float
+    """Seconds of it, as those below."""
+    decode: float
+    model: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Commit:
+    """What a part says of itself."""
+
+    unit_id: str
+    run_id: str
+    """The job that wrote it."""
+    counts: dict[str, int]
+    """Rows by status."""
+    windows: str | None = None
+    """SHA-256 of the file with the rows of its windows; None where nothing is cut."""
+    times: Times | None = None
+
+    @property
+    def rows(self) -> int:
+        """Rows of the part."""
+        return sum(self.counts.values())
+
+
+def to_part(rows: pa.Table, commit: Commit) -> bytes:
+    """The bytes of a part."""
+    data = _to_parquet(rows, asdict(commit))
+    start = _footer_start(data)
+    pages, footer = data[:start], data[start:]
+    return b"".join((pages, hashlib.sha256(pages).digest(), hashlib.sha256(footer).digest(), footer))
+
+
+def to_windows(windows: pa.Table, unit_id: str) -> bytes:
+    """The bytes of a file of windows. It says nothing of its writer: equal windows are equal files."""
+    return _to_parquet(windows, {"unit_id": unit_id})
+
+
+def _to_parquet(table: pa.Table, about: dict[str, Any]) -> bytes:
+    sink = io.BytesIO()
+    with pq.ParquetWriter(sink, table.schema, compression="zstd", write_page_checksum=True) as writer:
+        writer.write_table(table)
+        writer.add_key_value_metadata({_KEY: json.dumps(about)})
+    return sink.getvalue()
+
+
+def parse_part(data: bytes, columns: Sequence[str] | None = None) -> tuple[Commit, pa.Table]:
+    """What a part says of itself, and its rows with these columns only.
+
+    Raises:
+        ValueError, TypeError, pyarrow.ArrowException: it is not what `to_part` made.
+    """
+    digests = _footer_start(data) - 2 * _DIGEST_BYTES
+    if hashlib.sha256(data[:digests]).digest() != data[digests : digests + _DIGEST_BYTES]:
+        raise ValueError("its rows are not those that were written")
+    return parse_commit(data), _parse_rows(data, columns, PREDICTION_SCHEMA)
+
+
+def parse_commit(data: bytes) -> Commit:
+    """What a part says of itself. Raises as `parse_part`.
+
+    Args:
+        data: the part, or its end, with the whole footer.
+    """
+    start = _footer_start(data)
+    if hashlib.sha256(data[start:]).digest() != data[start - _DIGEST_BYTES : start]:
+        raise ValueError("its footer is not the one that was written")
+    about = pq.read_metadata(pa.BufferReader(data)).metadata or {}
+    commit = record_of(Commit)(parse_json(about.get(_KEY.encode(), b"null")))
+    as_name(commit.unit_id, "unit_id")
+    if commit.windows is not None:
+        as_name(commit.windows, "windows")  # it is in the name of a file
+    return commit
+
+
+def parse_windows(data: bytes, commit: Commit) -> pa.Table:
+    """The rows of the windows that a commit names. Raises as `parse_part`."""
+    if hashlib.sha256(data).hexdigest() != commit.windows:
+        raise ValueError("its windows are not those that the unit was committed with")
+    return _parse_rows(data, None, WINDOW_SCHEMA)
+
+
+def _footer_start(data: bytes) -> int:
+    """Where the footer begins, behind the digests."""
+    start = len(data) - _END_BYTES - int.from_bytes(data[-_END_BYTES : -len(_MAGIC)], "little")
+    if data[-len(_MAGIC) :] != _MAGIC or start < 2 * _DIGEST_BYTES:
+        raise ValueError("it is cut short, or no part")
+    return start
+
+
+def _parse_rows(data: bytes, columns: Sequence[str] | None, schema: pa.Schema) -> pa.Table:
+    table = parse_table(data, columns)
+    for field in table.schema:
+        if field.name in schema.names and not field.equals(schema.field(field.name)):
+            raise ValueError(f"column {field.name} is {field.type}, expected {schema.field(field.name).type}")
+    return table.replace_schema_metadata(None)
