@@ -18,6 +18,7 @@ from kinoray.cluster.config import SubmitConfig
 from kinoray.config.shared import digest
 from kinoray.config.yaml_text import parse_yaml
 from kinoray.errors import ConfigError
+from kinoray.network.resolve import is_published
 
 __all__ = ["build_folder", "check_settings", "entrypoint", "metadata", "read_settings", "runtime_env"]
 
@@ -51,9 +52,10 @@ def check_settings(settings: Mapping[str, Any]) -> None:
         values = settings.get(name) or ()
         for value in (values,) if isinstance(values, str) else values:
             if "://" not in value and not os.path.isabs(value):
-                raise ConfigError(
-                    f"{name} must be s3:// or an absolute folder that all nodes share when submitted, got {value!r}"
-                )
+                is_network = name in ("checkpoint", "init_from") and is_published(value)
+                own = f"; kinoray import {value} --out s3://BUCKET/NAME puts it there" if is_network else ""
+                place = "s3:// or an absolute folder that all nodes share when submitted"
+                raise ConfigError(f"{name} must be {place}, got {value!r}{own}")
     address = settings.get("resources", {}).get("address")
     if address:
         raise ConfigError(f"resources.address must be left out: the job joins the cluster it runs on, got {address!r}")
