@@ -15,9 +15,9 @@ from typing import Any, Protocol, cast
 import torch
 from torch import Tensor, nn
 
-from kinoray.config.shared import ClipConfig, ModelConfig
+from kinoray.config.shared import ClipConfig, ModelConfig, SampleConfig, ViewConfig
 from kinoray.errors import CheckpointCorrupt, ConfigError, ModelError
-from kinoray.network.spec import InputSpec, PublishedNetwork
+from kinoray.network.spec import ClipRecipe, InputSpec, PublishedNetwork
 
 __all__ = [
     "SHORT_NAMES",
@@ -30,6 +30,7 @@ __all__ = [
     "build_outline",
     "check_clip",
     "classifier_names",
+    "clip_for",
     "factory_options",
     "is_shipped",
     "require_known_model",
@@ -239,6 +240,57 @@ def check_clip(spec: InputSpec, clip: ClipConfig) -> None:
         if expected is not None and expected != found:
             raise ConfigError(f"{name} must be {expected} for this model, got {found}")
     clip.for_network(spec.flow_channels)
+
+
+def clip_for(spec: InputSpec) -> ClipConfig:
+    """What a network is fed where nobody says otherwise: what it insists on, else what its recipe says, else ours.
+
+    A recipe without a stride or frame rate is taken as spread over the video. Where the network was built for another
+    crop than its recipe's, frames are resized in proportion.
+
+    Raises:
+        ConfigError: the recipe does not lead to square frames.
+    """
+    recipe = getattr(spec, "recipe", ClipRecipe())
+    return ClipConfig(sample=_recipe_sample(spec, recipe), view=_recipe_view(spec, recipe))
+
+
+def _recipe_sample(spec: InputSpec, recipe: ClipRecipe) -> SampleConfig:
+    ours = SampleConfig()
+    frames = spec.frames_per_segment or recipe.frames or ours.frames_per_segment
+    if recipe.frames is None:
+        return replace(ours, num_segments=spec.num_segments or ours.num_segments, frames_per_segment=frames)
+    return SampleConfig(
+        num_segments=spec.num_segments or recipe.segments or 1,
+        frames_per_segment=frames,
+        stride=0 if recipe.segments else recipe.stride or 0,
+        fps=0.0 if recipe.segments or not recipe.stride else recipe.fps or 0.0,
+        placement=recipe.placement,
+        short=recipe.short,
+    )
+
+
+def _recipe_view(spec: InputSpec, recipe: ClipRecipe) -> ViewConfig:
+    ours = ViewConfig()
+    if recipe.resize is None or recipe.resize_px is None:
+        crop = spec.crop_px or recipe.crop_px or ours.crop_px
+        return replace(ours, resize_px=round(ours.resize_px * crop / ours.crop_px), crop_px=crop)
+    height, width = recipe.resize_px
+    if recipe.crop_px is None and height != width:
+        raise ConfigError(f"its recipe resizes to {height} x {width} and crops nothing: networks here take squares")
+    published = recipe.crop_px or height
+    crop = spec.crop_px or published
+    height, width = (max(crop, round(side * crop / published)) for side in (height, width))
+    return replace(
+        ours,
+        resize="short_side" if recipe.resize == "shortest" else "stretch",
+        resize_px=height,
+        resize_width_px=0 if height == width else width,
+        crop_px=crop,
+        interpolation=recipe.interpolation,
+        antialias=recipe.antialias,
+        middle=recipe.middle,
+    )
 
 
 def backbone_parts(model: VideoModel | nn.Module) -> tuple[str, ...]:

@@ -16,9 +16,16 @@ from typing import Any
 
 from torch import Tensor
 
-from kinoray.config.shared import ClipConfig, ModelConfig, ResourcesConfig, SampleConfig, ViewConfig, digest
+from kinoray.config.shared import ModelConfig, ResourcesConfig, digest
 from kinoray.errors import CheckpointMismatch, ConfigError, ModelError, StorageUnavailable
-from kinoray.network.build import build_outline, is_shipped, require_known_model, source_reader, trusted_network
+from kinoray.network.build import (
+    build_outline,
+    clip_for,
+    is_shipped,
+    require_known_model,
+    source_reader,
+    trusted_network,
+)
 from kinoray.network.checkpoint import META_FILE, CheckpointMeta, Origin, require_weights, save_checkpoint
 from kinoray.network.resolve import Source, parse_source
 from kinoray.network.spec import InputSpec, PublishedNetwork
@@ -205,18 +212,3 @@ def _require_names(names: Sequence[str], num_classes: int, where: str, *, is_giv
 def _plain(value: Any) -> Any:
     """As JSON gives it back: tuples are lists."""
     return json.loads(json.dumps(value))
-
-
-def clip_for(spec: InputSpec) -> ClipConfig:
-    recipe = spec.recipe
-    frames = spec.frames_per_segment or recipe.frames or 16
-    crop_px = spec.crop_px or recipe.crop_px or 224
-    resize_px = min(recipe.resize_px) if recipe.resize_px else crop_px
-    return ClipConfig(
-        sample=SampleConfig(num_segments=1, frames_per_segment=frames),
-        view=ViewConfig(
-            resize="short_side" if recipe.resize == "shortest" else "stretch",
-            resize_px=max(resize_px, crop_px),
-            crop_px=crop_px,
-        ),
-    )

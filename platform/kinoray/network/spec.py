@@ -31,11 +31,17 @@ class ClipRecipe:
     """
 
     frames: int | None = None
-    """Frames of one clip."""
+    """Frames of one clip; with segments, of each of them."""
+    segments: int | None = None
+    """Clips that are spread over the whole video, in so many segments; None: a clip is one stretch of the video."""
     stride: int | None = None
     """Frames of the video from one frame of the clip to the next; 1 where a frame rate is given."""
     fps: float | None = None
     """Frames a second that the video is brought to before frames are counted; None: those of the video itself."""
+    placement: Literal["mmaction2", "slowfast", "torchvision"] = "mmaction2"
+    """Whose sampler it was fed by."""
+    short: Literal["loop", "repeat_last"] = "loop"
+    """What a video that is shorter than a clip shows: itself again, or its last frame."""
     resize: Literal["shortest", "exact"] | None = None
     """Resized to a shortest side, or to height and width whatever the picture's shape; None: not resized."""
     resize_px: tuple[int, int] | None = None

@@ -63,9 +63,15 @@ def _import(source: Source, config: ImportConfig, labels: tuple[str, ...]) -> No
 
 
 def _words_of(clip: ClipConfig) -> str:
+    """`1 x 64 frames 1 apart at 25 fps, short_side 256 px, bilinear, crop 224 px`."""
     sample, view = clip.sample, clip.view
-    size = f"{view.resize} {view.resize_px} px, crop {view.crop_px} px"
-    return f"{sample.num_segments} x {sample.frames_per_segment} frames, {size}"
+    frames = f"{sample.num_segments} x {sample.frames_per_segment} frames"
+    if sample.is_dense:
+        frames += f" {sample.stride} apart" + (f" at {sample.fps:g} fps" if sample.fps else "")
+    else:
+        frames += " spread over the video"
+    sides = f"{view.resize_px} x {view.resize_width_px}" if view.resize_width_px else f"{view.resize_px}"
+    return f"{frames}, {view.resize} {sides} px, {view.interpolation}, crop {view.crop_px} px"
 
 
 def _read_labels(path: str) -> tuple[str, ...]:
