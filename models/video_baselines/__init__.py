@@ -6,6 +6,7 @@ docs/models.md says what each is, what it costs, and what was published of it.
 """
 
 from video_baselines.eco import eco
+from video_baselines.huggingface import huggingface
 from video_baselines.i3d import i3d, i3d_nl, s3dg, two_stream_i3d
 from video_baselines.slowfast import slowfast, slowfast_nl
 from video_baselines.streams import ClipClassifier
@@ -26,6 +27,7 @@ from video_baselines.tsn import tsm, tsn
 __all__ = [
     "ClipClassifier",
     "eco",
+    "huggingface",
     "i3d",
     "i3d_nl",
     "mc3_18",

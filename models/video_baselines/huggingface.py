@@ -29,6 +29,11 @@ __all__ = [
 ]
 
 _SIZE_FIELDS = ("image_size", "crop_size")
+_FRAME_FIELDS = ("num_frames", "frames_per_clip")
+# Building takes time and memory for these before anybody can compare shapes: the largest of the field has 48 layers and
+# 18 million numbers in the table of its positions.
+_MAX_LAYERS = 128
+_MAX_TABLE = 2**27
 
 
 def library() -> Any:
@@ -86,7 +91,25 @@ def _config(entries: Mapping[str, Any], num_classes: int) -> Any:
     unknown = sorted(set(rest) - declared_entries(config, transformers))
     if unknown:
         raise ValueError(f"config.{unknown[0]} is not an entry of a {entries['model_type']} config")
+    _require_bounded(config, declared_entries(config, transformers))
     return config
+
+
+def _require_bounded(config: Any, names: set[str]) -> None:
+    """Raise ValueError for a config whose network would take long to lay out, whatever its weights are."""
+    for name in sorted(names):
+        if name.endswith("_layers") and not 0 <= getattr(config, name) <= _MAX_LAYERS:
+            raise ValueError(f"config.{name} must be at most {_MAX_LAYERS}, got {getattr(config, name)}")
+    frames = next((getattr(config, name) for name in _FRAME_FIELDS if hasattr(config, name)), 1)
+    tubelet = getattr(config, "tubelet_size", 1)
+    patch = tubelet[1] if isinstance(tubelet, (list, tuple)) else config.patch_size
+    if patch < 1 or frames < 1:
+        raise ValueError(f"config: frames and patches must be at least 1, got {frames} and {patch}")
+    table = frames * max(1, square_side(config) // patch) ** 2 * config.hidden_size
+    if table > _MAX_TABLE:
+        raise ValueError(
+            f"config: {frames} frames of {square_side(config)} px are {table:,} numbers, over {_MAX_TABLE:,}"
+        )
 
 
 class HubFrames(nn.Module):

@@ -106,6 +106,8 @@ def published_clip(weights: Any) -> ClipRecipe:
         frames=int(length.group(1)) if length else None,
         fps=float(rate.group(1)) if rate else None,
         stride=1 if rate else None,
+        placement="torchvision",
+        short="repeat_last",  # its own sampler leaves videos out that are shorter than a clip
         resize="shortest" if len(sides) == 1 else "exact",
         resize_px=cast(tuple[int, int], sides * 2 if len(sides) == 1 else sides),
         crop_px=height,

@@ -89,6 +89,13 @@ VERBS: Mapping[str, Verb] = {
         summary="results -> FiftyOne, Label Studio, Datumaro, JSONL, CSV",
         main=("copy_videos",),
     ),
+    "import": Verb(
+        wish=_NETWORK,
+        settings="kinoray.network.config:ImportConfig",
+        function="kinoray.network.verb:import_network",
+        summary="a published network -> a checkpoint; lists what there is",
+        main=("out", "labels", "model.factory"),
+    ),
     "pack": Verb(
         wish=_NETWORK,
         settings="kinoray.pack.config:PackConfig",
@@ -235,6 +242,7 @@ def _run(name: str, arguments: list[str]) -> int:
         return 0
     if name == "submit":
         config = _with_settings(config)
+    _load("kinoray.network.resolve:require_sources")(config)  # a wrong name waits for no import of torch
     result = _load(verb.function)(config)
     return int(result) if verb.gives_code else 0
 

@@ -29,6 +29,7 @@ from kinoray.config.file import parse_yaml
 from kinoray.config.shared import digest
 from kinoray.console import exact_stdout
 from kinoray.errors import ClusterError, ConfigError
+from kinoray.network.resolve import is_published
 from kinoray.storage.leftovers import scratch_folder
 
 __all__ = [
@@ -152,9 +153,10 @@ def check_settings(settings: Mapping[str, Any]) -> None:
         values = settings.get(name) or ()
         for value in (values,) if isinstance(values, str) else values:
             if "://" not in value and not os.path.isabs(value):
-                raise ConfigError(
-                    f"{name} must be s3:// or an absolute folder that all nodes share when submitted, got {value!r}"
-                )
+                is_network = name in ("checkpoint", "init_from") and is_published(value)
+                own = f"; kinoray import {value} --out s3://BUCKET/NAME puts it there" if is_network else ""
+                place = "s3:// or an absolute folder that all nodes share when submitted"
+                raise ConfigError(f"{name} must be {place}, got {value!r}{own}")
     address = settings.get("resources", {}).get("address")
     if address:
         raise ConfigError(f"resources.address must be left out: the job joins the cluster it runs on, got {address!r}")

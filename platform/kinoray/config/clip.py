@@ -10,29 +10,63 @@ __all__ = [
     "DecodeConfig",
     "DecodeLimits",
     "FlowConfig",
+    "Interpolation",
     "OwnDecodeConfig",
+    "Placement",
     "SampleConfig",
+    "Short",
     "ViewConfig",
 ]
 
 Backend = Literal["pyav", "decord", "torchcodec"]
+Placement = Literal["mmaction2", "slowfast", "torchvision"]
+Short = Literal["loop", "repeat_last"]
+Interpolation = Literal["direct", "nearest", "bilinear", "bicubic", "lanczos", "box", "hamming"]
+
+_MAX_STRIDE = 1000
+_MAX_FPS = 1000
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SampleConfig:
-    """Which frames of a video the model sees: num_segments x frames_per_segment equal slots, one frame each.
+    """Which frames of a video the model sees.
 
-    Testing takes the middle of each slot, training a random frame of it.
+    Spread over the whole video (stride 0): num_segments x frames_per_segment equal slots, one frame each; testing takes
+    the middle of each slot, training a random frame of it. Dense (stride 1 and more): as many frames from one stretch
+    of the video, which lies in its middle, where a protocol says, or in training anywhere.
     """
 
     num_segments: int = 8
     """Equal parts the video is cut into (n in the paper, section 4.1: 8 or 16)."""
     frames_per_segment: int = 6
     """Frames taken evenly from each segment (T in the paper: 6)."""
+    stride: int = 0
+    """Frames of the video from one frame of a dense clip to the next; 0: the clip is spread over the whole video."""
+    fps: float = 0.0
+    """Frame rate to which the video is brought before stride counts its frames, so that 25, 30 and 60 fps show the same
+    motion; 0: the video's own. Dense clips only."""
+    placement: Placement = "mmaction2"
+    """Whose arithmetic dense clips follow, frame by frame: MMAction2's SampleFrames, PySlowFast's or torchvision's
+    (docs/protocols.md has the formulas). They differ in where several clips lie, and by a frame here and there."""
+    short: Short = "loop"
+    """A video that is shorter than a dense clip is seen again from its start, or its last frame is repeated."""
 
     def __post_init__(self) -> None:
         require(self.num_segments >= 1, "sample.num_segments", "at least 1", self.num_segments)
         require(self.frames_per_segment >= 1, "sample.frames_per_segment", "at least 1", self.frames_per_segment)
+        require(0 <= self.stride <= _MAX_STRIDE, "sample.stride", f"in 0 .. {_MAX_STRIDE}", self.stride)
+        require(0 <= self.fps <= _MAX_FPS, "sample.fps", f"in 0 .. {_MAX_FPS}", self.fps)
+        require(self.is_dense or not self.fps, "sample.fps", "0 with sample.stride 0", self.fps)
+
+    @property
+    def num_frames(self) -> int:
+        """Frames of a clip."""
+        return self.num_segments * self.frames_per_segment
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether a clip is one stretch of the video."""
+        return self.stride > 0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -89,6 +123,16 @@ class ViewConfig:
     """`stretch` to resize_px x resize_px, aspect not kept (the paper's words), or scale the short side to it."""
     resize_px: int = 256
     """Side of the resized frame, in pixels (paper: 256)."""
+    resize_width_px: int = 0
+    """Width of a stretched frame where it is not its height, resize_px (torchvision's R(2+1)D: 171 beside 128)."""
+    interpolation: Interpolation = "direct"
+    """`direct`: from the decoder's own planes to the scaled RGB in one step, bilinear and antialiased. The others:
+    first to RGB as large as the video, then by this filter, as Pillow and torchvision do it and published networks were
+    fed: closer to them by some grey levels, and slower."""
+    antialias: bool = True
+    """Whether the filter grows with the factor where a frame shrinks (direct: it always does)."""
+    middle: Literal["floor", "even"] = "floor"
+    """Half a pixel of margin around the centre crop goes down, or to the even number (torchvision)."""
     crop_px: int = 224
     """Side of the square that is cut out, in pixels (paper: 224)."""
     train_scales: tuple[float, ...] = (1.0, 0.875, 0.75, 0.66)
@@ -99,8 +143,18 @@ class ViewConfig:
     def __post_init__(self) -> None:
         require(self.resize_px >= 16, "view.resize_px", "at least 16", self.resize_px)
         require(16 <= self.crop_px <= self.resize_px, "view.crop_px", "between 16 and view.resize_px", self.crop_px)
+        width = self.resize_width_px
+        fits = not width or (self.resize == "stretch" and width >= self.crop_px)
+        require(fits, "view.resize_width_px", "0, or with resize stretch at least view.crop_px", width)
+        plain = self.antialias or self.interpolation in ("nearest", "bilinear", "bicubic")
+        require(plain, "view.antialias", f"on with view.interpolation {self.interpolation}", self.antialias)
         scales_ok = bool(self.train_scales) and all(0.1 <= scale <= 1.0 for scale in self.train_scales)
         require(scales_ok, "view.train_scales", "one or more numbers in 0.1 .. 1.0", self.train_scales)
+
+    @property
+    def resize_pixels(self) -> int:
+        """Pixels of a resized frame; at least, where its aspect is kept."""
+        return self.resize_px * (self.resize_width_px or self.resize_px)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -170,10 +224,9 @@ class ClipConfig:
         """
         decode = replace(self.decode, **{item.name: getattr(own, item.name) for item in fields(own)}, device=device)
         clip = replace(self, decode=decode)
-        size, sides = clip.sample, clip.view
-        expected = f"at least {sides.resize_px**2:,}: frames are scaled to {sides.resize_px} px"
-        require(sides.resize_px**2 <= own.max_pixels, "decode.max_pixels", expected, own.max_pixels)
-        num_frames = size.num_segments * size.frames_per_segment
+        num_frames, sides = clip.sample.num_frames, clip.view
+        expected = f"at least {sides.resize_pixels:,}: frames are scaled to {sides.resize_px} px"
+        require(sides.resize_pixels <= own.max_pixels, "decode.max_pixels", expected, own.max_pixels)
         needed_mb = 5 * num_frames * sides.crop_px**2 // 2**20  # three channels of colour, two of flow
         expected = f"at least {needed_mb:,}: a clip has {num_frames:,} frames of {sides.crop_px} x {sides.crop_px} px"
         require(needed_mb <= own.max_memory_mb, "decode.max_memory_mb", expected, own.max_memory_mb)

@@ -124,7 +124,8 @@ class ScoringConfig:
     """What every verb asks that runs a checkpoint on videos; the verb's own settings build upon it."""
 
     checkpoint: str
-    """A checkpoint, or a run folder (its best checkpoint)."""
+    """A checkpoint, or a run folder (its best checkpoint); or a published network as `kinoray import` lists them, such
+    as torchvision:mvit_v2_s or i3d, which is imported once into your cache."""
     allow_factory: AllowedFactories = ()
     """PACKAGE:FUNCTION of a network of your own that the checkpoint names: its code runs here with your rights. Without
     it only networks that ship with kinoray are built. May be given several times."""

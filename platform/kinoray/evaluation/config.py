@@ -30,7 +30,8 @@ class EvaluateConfig(ScoringConfig):
     catalog: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="CATALOG")]
     """A pack's folder, or its catalog.parquet; its rows need labels."""
     checkpoint: str = ""
-    """A checkpoint, or a run folder (its best checkpoint). Left out with ensemble."""
+    """A checkpoint, or a run folder (its best checkpoint); or a published network as `kinoray import` lists them. Left
+    out with ensemble."""
     out: str
     """Folder or s3:// prefix for the predictions and evaluation.json."""
     split: str = "val"

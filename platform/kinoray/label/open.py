@@ -20,6 +20,7 @@ from kinoray.network.build import VideoModel, check_clip, is_shipped, trusted_ne
 from kinoray.network.checkpoint import CheckpointMeta, find_checkpoint, load_meta, load_model
 from kinoray.network.forward import CPU_BATCH
 from kinoray.network.prepare import compile_advice
+from kinoray.network.published import checkpoint_of
 from kinoray.network.scorer import EarlyExit, ScorerConfig, SegmentConsensus, check_scorer, segment_consensus
 from kinoray.storage.objects import Storage, absolute, join
 
@@ -75,7 +76,9 @@ def open_labelling(
     """
     storage = Storage(config.storage)
     checkpoint = find_checkpoint(
-        storage, absolute(config.checkpoint), warn=lambda line: print(f"{task}: {line}", flush=True)
+        storage,
+        checkpoint_of(config.checkpoint, "checkpoint", task, resources=config.resources),
+        warn=lambda line: print(f"{task}: {line}", flush=True),
     )
     model, meta = _open_model(storage, checkpoint, config, task)
     consensus = None if model is None else segment_consensus(model)

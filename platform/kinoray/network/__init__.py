@@ -3,6 +3,6 @@
 A network's own code imports this and nothing else of kinoray: what is named here costs it no other import.
 """
 
-from kinoray.network.spec import IMAGENET_MEAN, IMAGENET_STD, ClipRecipe, InputSpec
+from kinoray.network.spec import IMAGENET_MEAN, IMAGENET_STD, ClipRecipe, InputSpec, PublishedNetwork
 
-__all__ = ["IMAGENET_MEAN", "IMAGENET_STD", "ClipRecipe", "InputSpec"]
+__all__ = ["IMAGENET_MEAN", "IMAGENET_STD", "ClipRecipe", "InputSpec", "PublishedNetwork"]

@@ -8,19 +8,20 @@ import importlib
 import inspect
 import math
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import replace
 from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
 
-from kinoray.config.shared import ClipConfig, ModelConfig
+from kinoray.config.shared import ClipConfig, ModelConfig, SampleConfig, ViewConfig
 from kinoray.errors import CheckpointCorrupt, ConfigError, ModelError
-from kinoray.network.spec import InputSpec
+from kinoray.network.spec import ClipRecipe, InputSpec, PublishedNetwork
 
 __all__ = [
     "SHORT_NAMES",
+    "SOURCE_READERS",
     "START_OPTIONS",
     "VideoModel",
     "backbone_names",
@@ -29,9 +30,11 @@ __all__ = [
     "build_outline",
     "check_clip",
     "classifier_names",
+    "clip_for",
     "factory_options",
     "is_shipped",
     "require_known_model",
+    "source_reader",
     "trusted_network",
     "without_start_weights",
 ]
@@ -40,6 +43,7 @@ SHORT_NAMES: Mapping[str, str] = {
     "vcm_sdd": "vcm_sdd:vcm_sdd",
     "vcm_sdd_r101": "vcm_sdd:vcm_sdd_r101",
     "eco": "video_baselines:eco",
+    "huggingface": "video_baselines:huggingface",
     "i3d": "video_baselines:i3d",
     "i3d_nl": "video_baselines:i3d_nl",
     "mc3_18": "video_baselines:mc3_18",
@@ -61,10 +65,27 @@ SHORT_NAMES: Mapping[str, str] = {
 }
 """Short names for the networks that ship with kinoray; anything else is `package:function`."""
 
+SOURCE_READERS: Mapping[str, str] = {
+    "file": "video_baselines.sources:from_file",
+    "hf": "video_baselines.sources:from_huggingface",
+    "i3d": "video_baselines.sources:from_i3d",
+    "torchvision": "video_baselines.sources:from_torchvision",
+}
+"""What reads published weights, by the kind of their source (kinoray.network.resolve); each a PublishedNetwork."""
+
 _SHIPPED = frozenset(SHORT_NAMES) | frozenset(SHORT_NAMES.values())
 _IMPORT_STRING = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*", re.ASCII)
 _PLAIN_TEXT = re.compile(r"[\w.-]{1,100}(:[\w.-]{1,100})?", re.ASCII)  # `timm:NAME`; no path, no URL, no hub
+_ENTRY = re.compile(r"[A-Za-z]\w{0,99}", re.ASCII)
 _MAX_OPTION = 2**31
+
+# Options that are JSON and no single value: only huggingface's factory takes them, and it takes of them only what the
+# installed library's own class of that model_type declares.
+_JSON_OPTIONS: Mapping[str, frozenset[str]] = {
+    "huggingface": frozenset({"config", "recipe", "rgb_mean", "rgb_std"}),
+}
+_MAX_JSON_DEPTH = 3
+_MAX_JSON_VALUES = 1000
 
 START_OPTIONS = frozenset({"backbone_weights", "pretrained", "weights"})
 """Options of these names only choose the weights that training starts from; they must not change the network itself."""
@@ -88,8 +109,9 @@ def is_shipped(factory: str) -> bool:
 def trusted_network(config: ModelConfig, where: str, allowed: Collection[str]) -> ModelConfig:
     """The network that the checkpoint at `where` names, as it may be built. Nothing is imported here.
 
-    Of a network that ships, options are plain numbers and names: none is a path or an address. Start weights are left
-    out, since the checkpoint's replace them. Another network is the user's word, in `allowed`, and so are its options.
+    Of a network that ships, options are plain numbers and names, or (huggingface) JSON of such: none is a path or an
+    address. Start weights are left out, since the checkpoint's replace them. Another network is the user's word, in
+    `allowed`, and so are its options.
 
     Raises:
         ConfigError: the network does not ship and is not allowed; the message says how to allow it.
@@ -99,7 +121,8 @@ def trusted_network(config: ModelConfig, where: str, allowed: Collection[str]) -
     if is_shipped(name):
         config = without_start_weights(config)
         for option, value in config.options.items():
-            if not (_PLAIN_TEXT.fullmatch(option) and _is_plain(value)):
+            is_json = option in _JSON_OPTIONS.get(SHORT_NAMES.get(name, name).partition(":")[2], ())
+            if not (_PLAIN_TEXT.fullmatch(option) and (_is_plain_json(value) if is_json else _is_plain(value))):
                 raise CheckpointCorrupt(
                     f"{where}: option {option[:100]!r} of {name} must be a number, true, false or a plain name, found "
                     f"{str(value)[:100]!r}; a checkpoint may name no file and no address"
@@ -121,6 +144,27 @@ def _is_plain(value: object) -> bool:
     if isinstance(value, float):
         return math.isfinite(value)
     return value is None or (isinstance(value, int) and abs(value) < _MAX_OPTION)
+
+
+def _is_plain_json(value: object, depth: int = 0) -> bool:
+    """Whether it is lists and mappings, bounded, whose names and values are all plain."""
+    if isinstance(value, Mapping):
+        names, items = list(value), list(value.values())
+    elif isinstance(value, list | tuple):
+        names, items = [], list(value)
+    else:
+        return _is_plain(value)
+    return (
+        depth < _MAX_JSON_DEPTH
+        and len(items) <= _MAX_JSON_VALUES
+        and all(isinstance(name, str) and _ENTRY.fullmatch(name) for name in names)
+        and all(_is_plain_json(item, depth + 1) for item in items)
+    )
+
+
+def source_reader(kind: str) -> Callable[..., PublishedNetwork]:
+    """The function that reads published weights of that kind."""
+    return cast(Callable[..., PublishedNetwork], _factory(SOURCE_READERS[kind]))
 
 
 def _factory(name: str) -> Any:
@@ -196,6 +240,57 @@ def check_clip(spec: InputSpec, clip: ClipConfig) -> None:
         if expected is not None and expected != found:
             raise ConfigError(f"{name} must be {expected} for this model, got {found}")
     clip.for_network(spec.flow_channels)
+
+
+def clip_for(spec: InputSpec) -> ClipConfig:
+    """What a network is fed where nobody says otherwise: what it insists on, else what its recipe says, else ours.
+
+    A recipe without a stride or frame rate is taken as spread over the video. Where the network was built for another
+    crop than its recipe's, frames are resized in proportion.
+
+    Raises:
+        ConfigError: the recipe does not lead to square frames.
+    """
+    recipe = getattr(spec, "recipe", ClipRecipe())
+    return ClipConfig(sample=_recipe_sample(spec, recipe), view=_recipe_view(spec, recipe))
+
+
+def _recipe_sample(spec: InputSpec, recipe: ClipRecipe) -> SampleConfig:
+    ours = SampleConfig()
+    frames = spec.frames_per_segment or recipe.frames or ours.frames_per_segment
+    if recipe.frames is None:
+        return replace(ours, num_segments=spec.num_segments or ours.num_segments, frames_per_segment=frames)
+    return SampleConfig(
+        num_segments=spec.num_segments or recipe.segments or 1,
+        frames_per_segment=frames,
+        stride=0 if recipe.segments else recipe.stride or 0,
+        fps=0.0 if recipe.segments or not recipe.stride else recipe.fps or 0.0,
+        placement=recipe.placement,
+        short=recipe.short,
+    )
+
+
+def _recipe_view(spec: InputSpec, recipe: ClipRecipe) -> ViewConfig:
+    ours = ViewConfig()
+    if recipe.resize is None or recipe.resize_px is None:
+        crop = spec.crop_px or recipe.crop_px or ours.crop_px
+        return replace(ours, resize_px=round(ours.resize_px * crop / ours.crop_px), crop_px=crop)
+    height, width = recipe.resize_px
+    if recipe.crop_px is None and height != width:
+        raise ConfigError(f"its recipe resizes to {height} x {width} and crops nothing: networks here take squares")
+    published = recipe.crop_px or height
+    crop = spec.crop_px or published
+    height, width = (max(crop, round(side * crop / published)) for side in (height, width))
+    return replace(
+        ours,
+        resize="short_side" if recipe.resize == "shortest" else "stretch",
+        resize_px=height,
+        resize_width_px=0 if height == width else width,
+        crop_px=crop,
+        interpolation=recipe.interpolation,
+        antialias=recipe.antialias,
+        middle=recipe.middle,
+    )
 
 
 def backbone_parts(model: VideoModel | nn.Module) -> tuple[str, ...]:

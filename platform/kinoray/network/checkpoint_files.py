@@ -36,6 +36,7 @@ __all__ = [
     "TRAIN_FILE",
     "CheckpointMeta",
     "Document",
+    "Origin",
     "Shaped",
     "model_digest",
     "read_document",
@@ -53,6 +54,28 @@ _LARGEST_ITEM = 16  # bytes of a complex128
 _CHUNK = 2**26
 
 T = TypeVar("T")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Origin:
+    """Where weights come from that were not trained here; as `kinoray import` found it."""
+
+    source: str = ""
+    """What was imported: the weight set, the repository and its commit, or the file."""
+    sha256: str = ""
+    """Digest of the files that were read."""
+    licence: str = ""
+    """Licence of the weights, in the source's words; empty where it names none."""
+    top1: float | None = None
+    """Published accuracy in percent, by the network's own protocol."""
+    top5: float | None = None
+    """The same within five answers."""
+    recipe: str = ""
+    """Where its training is described."""
+    library: str = ""
+    """Package and version that it was read with."""
+    fed: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """How its publishers fed it: ClipRecipe, mean and deviation."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -81,6 +104,8 @@ class CheckpointMeta:
     """Settings that a resumed run must share."""
     model_digest: str = ""
     """Names the weights and the network; save_checkpoint fills it in."""
+    origin: Origin | None = None
+    """Of imported weights; None for those that were trained here, wherever they started from."""
 
 
 class Shaped(Protocol):

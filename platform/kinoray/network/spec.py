@@ -12,10 +12,11 @@ the attributes of InputSpec will do. It may also say, as attributes of the modul
 This module imports nothing, so that a network costs no more to import than it needs itself.
 """
 
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
-__all__ = ["IMAGENET_MEAN", "IMAGENET_STD", "ClipRecipe", "InputSpec"]
+__all__ = ["IMAGENET_MEAN", "IMAGENET_STD", "ClipRecipe", "InputSpec", "PublishedNetwork"]
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -30,11 +31,17 @@ class ClipRecipe:
     """
 
     frames: int | None = None
-    """Frames of one clip."""
+    """Frames of one clip; with segments, of each of them."""
+    segments: int | None = None
+    """Clips that are spread over the whole video, in so many segments; None: a clip is one stretch of the video."""
     stride: int | None = None
     """Frames of the video from one frame of the clip to the next; 1 where a frame rate is given."""
     fps: float | None = None
     """Frames a second that the video is brought to before frames are counted; None: those of the video itself."""
+    placement: Literal["mmaction2", "slowfast", "torchvision"] = "mmaction2"
+    """Whose sampler it was fed by."""
+    short: Literal["loop", "repeat_last"] = "loop"
+    """What a video that is shorter than a clip shows: itself again, or its last frame."""
     resize: Literal["shortest", "exact"] | None = None
     """Resized to a shortest side, or to height and width whatever the picture's shape; None: not resized."""
     resize_px: tuple[int, int] | None = None
@@ -71,3 +78,33 @@ class InputSpec:
     rgb_std: tuple[float, float, float] = IMAGENET_STD
     recipe: ClipRecipe = ClipRecipe()
     """How its published weights were fed; nothing is known of a network without any."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PublishedNetwork:
+    """Weights that somebody published, under the names of a network that ships, and what is known of them."""
+
+    factory: str
+    """Short name of the network."""
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """Options of its factory, plain JSON."""
+    state: Mapping[str, Any]
+    """State dict: name -> tensor, on the CPU."""
+    class_names: tuple[str, ...]
+    """Index = number of the logit; empty where nothing says them."""
+    source: str
+    """What names it for ever: with the weight set, or the revision."""
+    sha256: str
+    """Digest of the files that the weights were read from."""
+    licence: str = ""
+    """Licence of the weights, in their source's words."""
+    top1: float | None = None
+    """Published accuracy on the classes' own data set, in percent."""
+    top5: float | None = None
+    """The same within five answers."""
+    recipe: str = ""
+    """Where its training is described."""
+    library: str = ""
+    """Package and version that the weights were read with, where their names belong to it."""
+    notes: tuple[str, ...] = ()
+    """What the user should know: entries that were left out, say."""

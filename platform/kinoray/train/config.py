@@ -53,7 +53,9 @@ class TrainConfig:
     stopped go on."""
     init_from: str = ""
     """Fine-tune: a checkpoint, or a run folder (its best), whose weights the first step starts from. All must fit but
-    the classifier's, which start anew unless the classes are the same; what was left out is listed."""
+    the classifier's, which start anew unless the classes are the same; what was left out is listed. Or a published
+    network as `kinoray import` lists them: without settings of model and clip, these are the network's, too. Or
+    timm:NAME[:FILE], the backbone of tsn, tsm and vcm_sdd."""
     keep_checkpoints: int = 2
     """Newest checkpoints that are kept, of those after epochs."""
     keep_best: int = 1

@@ -2,15 +2,17 @@
 
 import time
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 from kinoray.catalog.table import Catalog, load_catalog
-from kinoray.config.shared import require
+from kinoray.config.shared import ClipConfig, ModelConfig, require
 from kinoray.console import format_duration
 from kinoray.errors import CatalogError, ConfigError, JobError
 from kinoray.network.batch import FLOW_CHANNELS
 from kinoray.network.build import build_model, check_clip, require_known_model, without_start_weights
-from kinoray.network.checkpoint import CheckpointMeta, best_of
+from kinoray.network.checkpoint import CheckpointMeta, best_of, load_meta
+from kinoray.network.published import checkpoint_of
+from kinoray.network.resolve import Source, parse_source
 from kinoray.storage.objects import Storage, absolute
 from kinoray.train.config import TrainConfig
 from kinoray.train.job import Gate, run_workers
@@ -19,9 +21,11 @@ from kinoray.train.runfolder import RunFolder, stopped_early
 from kinoray.train.runs import Heartbeat
 from kinoray.train.state import start_from
 
-__all__ = ["check_training", "train"]
+__all__ = ["check_training", "train", "with_start"]
 
 Checkpoint = tuple[str, CheckpointMeta]
+Settings = TypeVar("Settings", bound=TrainConfig)
+_TIMM_NETWORKS = ("tsn", "tsm", "vcm_sdd")
 
 
 def train(config: TrainConfig, gate: Gate | None = None) -> dict[str, Any]:
@@ -39,8 +43,10 @@ def train(config: TrainConfig, gate: Gate | None = None) -> dict[str, Any]:
         StorageError, CheckpointError: as named.
     """
     start_s = time.monotonic()
-    init_from = absolute(config.init_from) if config.init_from else ""
-    config = replace(config, catalog=absolute(config.catalog), out=absolute(config.out), init_from=init_from)
+    config = replace(config, catalog=absolute(config.catalog), out=absolute(config.out))
+    if config.init_from:
+        config = with_start(config, "train")
+    init_from = config.init_from
     storage = Storage(config.storage)
     folder = RunFolder(storage, config.out)
     require_known_model(config.model)  # before anything is read: a wrong name is the first thing to say
@@ -81,6 +87,46 @@ def _is_finished(folder: RunFolder, config: TrainConfig, newest: Checkpoint) -> 
     if epoch >= config.optim.epochs:
         return True
     return stopped_early([row for row in folder.epochs() if row.epoch <= epoch], config)
+
+
+# Where it starts
+
+
+def with_start(config: Settings, task: str) -> Settings:
+    """The settings with init_from as a checkpoint: published weights are imported, here and once.
+
+    Where nothing is said of network and clip, they are those of the published network. A backbone of timm becomes the
+    network's options, and nothing of init_from is left.
+
+    Raises:
+        ConfigError: a source that is malformed, or a backbone for a network that takes none, or has another one.
+        KinorayError: as checkpoint_of.
+    """
+    source = parse_source(config.init_from, "init_from")
+    if source.kind == "timm":
+        return replace(config, init_from="", model=_with_backbone(config.model, source))
+    where = checkpoint_of(config.init_from, "init_from", task, resources=config.resources, model=config.model)
+    config = replace(config, init_from=where)
+    if source.kind in ("checkpoint", "file") or config.model != ModelConfig():
+        return config
+    meta = load_meta(Storage(), where)
+    clip = meta.clip if config.clip == ClipConfig() else config.clip
+    print(f"{task}: network {meta.model.factory} and its clips are those of {source}", flush=True)
+    return replace(config, model=meta.model, clip=clip)
+
+
+def _with_backbone(model: ModelConfig, source: Source) -> ModelConfig:
+    """The network on a backbone of timm, with the file's weights, or those that timm has for it."""
+    if model.factory not in _TIMM_NETWORKS:
+        names = ", ".join(_TIMM_NETWORKS)
+        raise ConfigError(f"init_from: {source} is a backbone for {names}; model.factory is {model.factory}")
+    options = {"backbone": f"timm:{source.name}", "backbone_weights": source.variant or "imagenet"}
+    for name, value in options.items():
+        if model.options.get(name, value) != value:
+            raise ConfigError(
+                f"model.options.{name} is {model.options[name]!r}, but init_from {source} sets {value!r}; leave one out"
+            )
+    return replace(model, options={**model.options, **options})
 
 
 # What is checked

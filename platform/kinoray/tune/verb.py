@@ -29,7 +29,7 @@ from kinoray.storage.records import parse_json, read_record
 from kinoray.train.config import TrainConfig
 from kinoray.train.job import open_desk
 from kinoray.train.runfolder import run_settings
-from kinoray.train.verb import check_training
+from kinoray.train.verb import check_training, with_start
 from kinoray.tune.config import TuneConfig, train_config
 from kinoray.tune.job import (
     METRIC,
@@ -85,6 +85,8 @@ def tune(config: TuneConfig, given: Sequence[Settings] = ()) -> dict[str, Any]:
     """
     start_s = time.monotonic()
     config = replace(config, catalog=absolute(config.catalog), out=absolute(config.out).rstrip("/"))
+    if config.init_from:
+        config = with_start(config, "tune")
     storage = Storage(config.storage)
     base = train_config(config)
     axes = _axes_of(given) if given else parse_space(config.space)

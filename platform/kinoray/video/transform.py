@@ -71,9 +71,11 @@ def _resized(config: ViewConfig, width: int, height: int) -> tuple[int, int]:
     if width < 1 or height < 1:
         raise ValueError(f"a frame must have at least 1 x 1 pixels, got {width} x {height}")
     if config.resize == "stretch":
-        return config.resize_px, config.resize_px
+        return config.resize_px, config.resize_width_px or config.resize_px
     scale = config.resize_px / min(width, height)
     tall, wide = (round(side * scale) for side in (height, width))
+    if config.interpolation != "direct":  # as torchvision, Hugging Face and PySlowFast have it
+        tall, wide = (config.resize_px * side // min(width, height) for side in (height, width))
     return max(config.resize_px, tall), max(config.resize_px, wide)
 
 
@@ -81,7 +83,8 @@ def test_view(config: ViewConfig, width: int, height: int) -> View:
     """Resize, then the centre crop: the view of testing and labelling. width x height is the frame as displayed."""
     tall, wide = _resized(config, width, height)
     size = config.crop_px
-    top, left = ((side - size) // 2 for side in (tall, wide))
+    # round() takes a half to the even neighbour
+    top, left = (round((side - size) / 2) if config.middle == "even" else (side - size) // 2 for side in (tall, wide))
     return View(height=tall, width=wide, top=top, left=left, size=size, flip=False)
 
 

@@ -1,0 +1,214 @@
+"""Published weights as ordinary checkpoints: read, checked against the network that ships, written, and kept.
+
+`--checkpoint SOURCE` is resolved once, by the driver, into a folder of the user's cache; from then on it is a
+checkpoint as any other. What is easy to break: that folder appears whole, under a name that says what it was made of,
+so two processes may make it at once, and none finds a half.
+"""
+
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from kinoray.config.shared import ModelConfig, ResourcesConfig, digest
+from kinoray.errors import CheckpointMismatch, ConfigError, ModelError, StorageUnavailable
+from kinoray.network.build import (
+    build_outline,
+    clip_for,
+    is_shipped,
+    require_known_model,
+    source_reader,
+    trusted_network,
+)
+from kinoray.network.checkpoint import META_FILE, CheckpointMeta, Origin, require_weights, save_checkpoint
+from kinoray.network.resolve import Source, parse_source
+from kinoray.network.spec import InputSpec, PublishedNetwork
+from kinoray.storage.objects import Storage, absolute
+
+__all__ = ["cache_folder", "checkpoint_of", "import_source"]
+
+_IMPORT_FORMAT = 1  # of what is made of a source: another one makes the cache's folders anew
+_NO_MODEL = ModelConfig(factory="")
+
+
+def checkpoint_of(
+    text: str,
+    option: str,
+    task: str,
+    *,
+    resources: ResourcesConfig | None = None,
+    model: ModelConfig = _NO_MODEL,
+) -> str:
+    """The uri of the checkpoint (or run folder) that the text names; a published network is imported, once a user.
+
+    Args:
+        option: the setting's name, for messages.
+        task: the verb, for the lines that are printed.
+        resources: of the job that will read it: a cluster may not see this machine's folders.
+        model: network of a file of weights.
+
+    Raises:
+        CheckpointNotFound, ConfigError: as parse_source.
+        KinorayError: as import_source.
+    """
+    source = parse_source(text, option)
+    if source.kind == "checkpoint":
+        return absolute(source.name)
+    folder = cache_folder() / f"{source.short}-{_key(source, model)}"
+    if (folder / META_FILE).is_file():
+        print(f"{task}: {source} was imported before: {folder}", flush=True)
+    else:
+        print(f"{task}: importing {source}", flush=True)
+        aside = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}")
+        try:
+            import_source(Storage(), source, str(aside), model=model, any_names=option == "init_from")
+            _put_in_place(aside, folder)
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
+        print(f"{task}: imported {source}: {folder}", flush=True)
+    if resources and (resources.address or os.environ.get("RAY_ADDRESS")):
+        print(
+            f"{task}: {folder} is a folder of this machine; on a cluster whose nodes do not see it the job fails: "
+            f"kinoray import {text} --out s3://BUCKET/NAME, and --{option.replace('_', '-')} s3://BUCKET/NAME",
+            flush=True,
+        )
+    return str(folder)
+
+
+def cache_folder() -> Path:
+    """Where imported networks are kept: kinoray/networks in the user's cache."""
+    base = os.environ.get("XDG_CACHE_HOME", "")
+    return (Path(base) if os.path.isabs(base) else Path.home() / ".cache") / "kinoray" / "networks"
+
+
+def _key(source: Source, model: ModelConfig) -> str:
+    """16 hex digits of what decides the checkpoint, as far as it is known before anything is read."""
+    found: list[Any] = [_IMPORT_FORMAT, str(source), asdict(model)]
+    path = Path(source.name)
+    if source.kind in ("hf", "file") and path.exists():
+        for file in sorted(path.iterdir()) if path.is_dir() else [path]:
+            about = file.stat()
+            found.append([file.name, about.st_size, about.st_mtime_ns])
+    return digest(found)
+
+
+def _put_in_place(aside: Path, folder: Path) -> None:
+    """Rename a finished folder; where another process was faster, its folder stays."""
+    try:
+        aside.rename(folder)
+    except OSError as error:
+        if not (folder / META_FILE).is_file():
+            raise ConfigError(
+                f"{folder} cannot be put in place: {error}; delete what is there, or give another XDG_CACHE_HOME"
+            ) from error
+
+
+def import_source(
+    storage: Storage,
+    source: Source,
+    out: str,
+    *,
+    model: ModelConfig = _NO_MODEL,
+    labels: Sequence[str] = (),
+    any_names: bool = False,
+) -> tuple[CheckpointMeta, tuple[str, ...]]:
+    """Read a published network and write it to `out` as a checkpoint; what it says of itself, and notes for the user.
+
+    Args:
+        model: network of a file of weights.
+        labels: class names, in place of the source's own.
+        any_names: invent names where nothing says them, for weights that are trained on with other classes.
+
+    Raises:
+        ConfigError: a file's network is not named or does not ship, or the class names do not fit.
+        StorageUnavailable: it cannot be fetched.
+        CheckpointMismatch: the weights are not those of the network.
+        ModelError: what was read is not what it should be, or a package is missing.
+    """
+    found, config = _read(source, model)
+    num_classes = _num_classes(found.state, config, str(source))
+    names = tuple(labels) or (found.class_names if len(found.class_names) == num_classes else ())
+    if not names and any_names:
+        names = tuple(f"class {number}" for number in range(num_classes))
+    _require_names(names, num_classes, str(source), is_given=bool(labels))
+    outline = build_outline(config, num_classes)
+    require_weights(outline, found.state, str(source))
+    spec = getattr(outline, "input_spec", InputSpec())
+    origin = Origin(
+        source=found.source,
+        sha256=found.sha256,
+        licence=found.licence,
+        top1=found.top1,
+        top5=found.top5,
+        recipe=found.recipe,
+        library=found.library,
+        fed=_plain({"recipe": asdict(spec.recipe), "rgb_mean": spec.rgb_mean, "rgb_std": spec.rgb_std}),
+    )
+    clip = clip_for(spec)
+    meta = CheckpointMeta(model=config, clip=clip, labels=names, epoch=0, step=0, samples=0, origin=origin)
+    return save_checkpoint(storage, out, model_state=found.state, meta=meta), found.notes
+
+
+def _read(source: Source, model: ModelConfig) -> tuple[PublishedNetwork, ModelConfig]:
+    """The weights, and the network that they are of, as a checkpoint may name it."""
+    reader = source_reader(source.kind)
+    try:
+        if source.kind == "file":
+            _require_network(source, model)
+            found = reader(source.name, model.factory)
+            return found, trusted_network(model, str(source), ())
+        found = reader() if source.kind == "i3d" else reader(source.name, source.variant)
+    except OSError as error:
+        raise StorageUnavailable(f"{source} cannot be fetched: {error}") from error
+    except ValueError as error:
+        if isinstance(error, ConfigError):
+            raise
+        raise ModelError(f"{source}: {error}") from error
+    return found, trusted_network(ModelConfig(factory=found.factory, options=_plain(found.options)), str(source), ())
+
+
+def _require_network(source: Source, model: ModelConfig) -> None:
+    if not model.factory:
+        raise ConfigError(
+            f"model.factory must be given for {source}: a file of weights does not say which network it is of "
+            "(such as --model.factory r3d_18; `kinoray model` lists them)"
+        )
+    if not is_shipped(model.factory):
+        raise ConfigError(f"model.factory must be a network that ships with kinoray, got {model.factory!r}")
+    require_known_model(model)
+
+
+def _num_classes(state: Mapping[str, Tensor], model: ModelConfig, where: str) -> int:
+    """How many classes the weights know: the size that only the number of classes decides."""
+    few, more = (build_outline(model, number).state_dict() for number in (2, 3))
+    for name, tensor in few.items():
+        for axis, (size, other) in enumerate(zip(tensor.shape, more[name].shape, strict=True)):
+            if size == other:
+                continue
+            if name in state and state[name].ndim == tensor.ndim:
+                return int(state[name].shape[axis] * 2 // size)
+            raise CheckpointMismatch(f"{where} does not fit {model.factory}: {name} is missing, or of another shape")
+    raise ModelError(f"{model.factory}: no weight's shape follows from the number of classes")
+
+
+def _require_names(names: Sequence[str], num_classes: int, where: str, *, is_given: bool) -> None:
+    if len(names) != num_classes:
+        found = f"got {len(names)}" if is_given else "nothing says them"
+        raise ConfigError(
+            f"labels must be a text file of {num_classes} lines, one class each in the order of the network's logits, "
+            f"since {where} has so many classes; {found}"
+        )
+    if len(set(names)) != len(names) or not all(names):
+        twice = next(name for name in names if not name or names.count(name) > 1)
+        raise ConfigError(f"labels: class names of {where} must differ and not be empty, got {twice!r:.100} twice")
+
+
+def _plain(value: Any) -> Any:
+    """As JSON gives it back: tuples are lists."""
+    return json.loads(json.dumps(value))

@@ -1,0 +1,274 @@
+"""What may stand where a network is asked for: a checkpoint, or the name of weights that somebody published.
+
+    runs/first, s3://bucket/runs/first     a checkpoint or a run folder
+    torchvision:NAME[:WEIGHTS]             a video weight set of the installed torchvision
+    hf:FOLDER, hf:REPO[@REVISION]          a video classifier as Hugging Face's save_pretrained writes it
+    i3d                                    DeepMind's I3D of Kinetics-400, by the user's own pip
+    FILE.pth, FILE.safetensors             a state dict of a network that ships (import, or --init-from)
+    timm:NAME[:FILE]                       a backbone (--init-from of tsn, tsm and vcm_sdd)
+
+What is easy to break: a wrong name is refused before torch is imported, which takes seconds. So nothing here imports
+it, and the names of torchvision's weights are read from its sources.
+"""
+
+import ast
+import difflib
+import importlib.util
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from kinoray.errors import CheckpointNotFound, ConfigError
+
+__all__ = ["EXAMPLES", "Source", "WeightName", "is_published", "parse_source", "require_sources", "torchvision_weights"]
+
+Kind = Literal["checkpoint", "torchvision", "hf", "i3d", "file", "timm"]
+
+EXAMPLES = (
+    "a checkpoint or run folder (runs/first, s3://bucket/runs/first), torchvision:mvit_v2_s, i3d, "
+    "hf:FOLDER, hf:MCG-NJU/videomae-base-finetuned-kinetics, FILE.pth (`kinoray import` lists them)"
+)
+"""What can be given, for messages."""
+
+_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
+_PREFIXES = ("torchvision", "hf", "timm")
+_FILE_ENDINGS = (".pth", ".pt", ".safetensors", ".bin", ".ckpt")
+_REPO = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?", re.ASCII)
+_REVISION = re.compile(r"[\w./-]{1,200}", re.ASCII)
+_TIMM_NAME = re.compile(r"[\w.-]{1,200}", re.ASCII)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Source:
+    """A network that was asked for, by where it is."""
+
+    kind: Kind
+    name: str
+    """The uri of a checkpoint, a network of torchvision or timm, a folder or repository, or a file."""
+    variant: str = ""
+    """Weight set of torchvision, revision of a repository, file of a timm backbone; empty for the default."""
+
+    def __str__(self) -> str:
+        """As it is written on a command line."""
+        if self.kind in ("checkpoint", "file", "i3d"):
+            return self.name
+        mark = "@" if self.kind == "hf" else ":"
+        return f"{self.kind}:{self.name}{mark if self.variant else ''}{self.variant}"
+
+    @property
+    def short(self) -> str:
+        """Its name as part of the name of a folder."""
+        text = "-".join(part for part in (self.kind, Path(self.name).name, self.variant) if part and part != "i3d")
+        return re.sub(r"[^A-Za-z0-9_.]+", "-", text or self.kind).strip("-.")[:80] or self.kind
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WeightName:
+    """A weight set of torchvision, as far as its source text says."""
+
+    network: str
+    name: str
+    is_default: bool
+    top1: float | None
+    """Published accuracy on Kinetics-400 in percent."""
+
+
+def is_published(text: str) -> bool:
+    """Whether it is no checkpoint of ours, nor a file, but names one that others have published."""
+    return bool(text) and (text == "i3d" or text.partition(":")[0] in _PREFIXES) and not _is_checkpoint(text)
+
+
+def require_sources(config: object) -> None:
+    """Parse the `checkpoint` and `init_from` of a verb's settings, where it has them. Raises as parse_source."""
+    for option in ("checkpoint", "init_from"):
+        text = getattr(config, option, "")
+        if isinstance(text, str) and text:
+            parse_source(text, option)
+
+
+def parse_source(text: str, option: str) -> Source:
+    """What the text names; a local checkpoint is looked for, other machines are not asked.
+
+    A folder of that name with a checkpoint in it wins over the meaning of `i3d` and of prefixes.
+
+    Args:
+        option: the setting's name: checkpoint, init_from or source.
+
+    Raises:
+        CheckpointNotFound: no such file or folder, and no such source.
+        ConfigError: a source that is malformed, or not one for this setting.
+    """
+    if not text or not text.isprintable():
+        raise ConfigError(f"{option} must name a network, got {text!r}; what can be given: {EXAMPLES}")
+    if _SCHEME.match(text) or _is_checkpoint(text):
+        return Source(kind="checkpoint", name=text)
+    prefix, _, rest = text.partition(":")
+    if prefix == "torchvision":
+        source = _torchvision(rest, option)
+    elif prefix == "hf":
+        source = _hugging_face(rest, option)
+    elif prefix == "timm":
+        source = _timm(rest, option)
+    elif text == "i3d":
+        source = Source(kind="i3d", name=text)
+    else:
+        source = _local(text, option)
+    _require_fit(source, option)
+    return source
+
+
+def _is_checkpoint(text: str) -> bool:
+    folder = Path(text).expanduser()
+    return (folder / "checkpoint.json").is_file() or (folder / "checkpoints").is_dir()
+
+
+def _require_fit(source: Source, option: str) -> None:
+    """Refuse what is no network by itself, or needs to be told more than this setting can."""
+    if source.kind == "timm" and option != "init_from":
+        raise ConfigError(
+            f"{option}: {source} is a backbone, which has no classes of its own: kinoray train SET --model.factory tsn "
+            f"--init-from {source} --out RUN trains a network on it"
+        )
+    if source.kind == "file" and option == "checkpoint":
+        raise ConfigError(
+            f"{option}: {source} is a file of weights, which names no network and no classes: kinoray import {source} "
+            "--model.factory NAME --labels FILE --out DIR makes a checkpoint of it, and --checkpoint DIR takes that"
+        )
+
+
+def _torchvision(rest: str, option: str) -> Source:
+    name, _, weights = rest.partition(":")
+    known = torchvision_weights()
+    if name not in known:
+        raise ConfigError(
+            f"{option}: torchvision has no video weights of {name!r}{_meant(name, known)}; it has "
+            f"{', '.join(known)} (such as torchvision:mvit_v2_s)"
+        )
+    names = [one.name for one in known[name]]
+    if weights and weights not in (*names, "DEFAULT"):
+        raise ConfigError(
+            f"{option}: torchvision's {name} has no weight set {weights!r}{_meant(weights, names)}; it has "
+            f"{', '.join(names)} (such as torchvision:{name}:{names[0]})"
+        )
+    if not weights or weights == "DEFAULT":
+        weights = next(one.name for one in known[name] if one.is_default)
+    return Source(kind="torchvision", name=name, variant=weights)
+
+
+def _hugging_face(rest: str, option: str) -> Source:
+    if (Path(rest).expanduser() / "config.json").is_file():
+        return Source(kind="hf", name=str(Path(rest).expanduser().resolve()))
+    name, _, revision = rest.partition("@")
+    is_path = rest.startswith((".", "/", "~")) or Path(rest).expanduser().exists()
+    if is_path or not _REPO.fullmatch(name) or (revision and not _REVISION.fullmatch(revision)) or rest.endswith("@"):
+        reason = "is a folder without a config.json" if Path(rest).expanduser().is_dir() else "is no such folder"
+        raise ConfigError(
+            f"{option}: hf:{rest} {reason if is_path else 'is neither a folder nor a repository'}; expected a folder "
+            "that save_pretrained wrote, or hf:OWNER/NAME[@REVISION], such as "
+            "hf:MCG-NJU/videomae-base-finetuned-kinetics"
+        )
+    return Source(kind="hf", name=name, variant=revision)
+
+
+def _timm(rest: str, option: str) -> Source:
+    name, _, file = rest.partition(":")
+    if not _TIMM_NAME.fullmatch(name):
+        raise ConfigError(f"{option}: timm:{rest} names no network of timm, such as timm:vit_small_patch16_224[:FILE]")
+    if file and not Path(file).expanduser().is_file():
+        raise ConfigError(f"{option}: timm:{rest}: {file} is not a file; expected a .safetensors or .pth of timm's")
+    return Source(kind="timm", name=name, variant=os.path.abspath(os.path.expanduser(file)) if file else "")
+
+
+def _local(text: str, option: str) -> Source:
+    path = Path(text).expanduser()
+    if path.is_dir():
+        if (path / "config.json").is_file():
+            raise ConfigError(
+                f"{option}: {text} is no checkpoint of kinoray; it looks like a folder of Hugging Face's "
+                f"save_pretrained: give it as hf:{text}"
+            )
+        return Source(kind="checkpoint", name=text)  # an s3 prefix and a folder say alike what they lack
+    if path.is_file() and path.suffix in _FILE_ENDINGS:
+        return Source(kind="file", name=str(path.resolve()))
+    what = "is a file, but no weights (.pth, .safetensors)" if path.is_file() else "is not there"
+    raise CheckpointNotFound(
+        f"{option}: {text} is neither a checkpoint nor a run folder: it {what}{_near(text)}; what can be given: "
+        f"{EXAMPLES}"
+    )
+
+
+def _near(text: str) -> str:
+    """What may be meant by a text that is nothing: the right prefix, or a folder with nearly this name."""
+    weights = torchvision_weights()
+    if text in weights:
+        return f" (did you mean torchvision:{text}?)"
+    names = [f"torchvision:{name}" for name in weights] + ["i3d"]
+    names += [f"torchvision:{name}:{one.name}" for name, sets in weights.items() for one in sets]
+    parent = Path(text).expanduser().parent
+    try:
+        beside = sorted(entry.name for entry in os.scandir(parent) if entry.is_dir() and _is_checkpoint(entry.path))
+    except OSError:
+        beside = []
+    found = difflib.get_close_matches(Path(text).name, beside, n=1)
+    if found:
+        return f" (did you mean {Path(text).parent / found[0]}?)"
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", text) and not parent.exists():
+        return f" (did you mean hf:{text}?)"
+    return _meant(text, names)
+
+
+def _meant(text: str, known: Sequence[str] | Mapping[str, object]) -> str:
+    found = difflib.get_close_matches(text, list(known), n=1)
+    return f" (did you mean {found[0]}?)" if found else ""
+
+
+def torchvision_weights() -> dict[str, tuple[WeightName, ...]]:
+    """The video weight sets of the installed torchvision, by network; nothing of it is imported.
+
+    In its sources a network is a function under `register_model`, whose `weights` is annotated with an enum.
+    """
+    spec = importlib.util.find_spec("torchvision")
+    folders = list(spec.submodule_search_locations or ()) if spec else []
+    found: dict[str, tuple[WeightName, ...]] = {}
+    for path in sorted(path for folder in folders for path in Path(folder).glob("models/video/*.py")):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        enums = {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
+        for node in tree.body:
+            if isinstance(node, ast.FunctionDef) and any("register_model" in ast.dump(x) for x in node.decorator_list):
+                annotated = [argument.annotation for argument in node.args.kwonlyargs if argument.arg == "weights"]
+                named = {x.id for part in annotated if part for x in ast.walk(part) if isinstance(x, ast.Name)}
+                for enum in named & enums.keys():
+                    found[node.name] = _members(node.name, enums[enum])
+    return dict(sorted(found.items()))
+
+
+def _members(network: str, enum: ast.ClassDef) -> tuple[WeightName, ...]:
+    values = {
+        target.id: node.value
+        for node in enum.body
+        if isinstance(node, ast.Assign)
+        for target in node.targets
+        if isinstance(target, ast.Name)
+    }
+    default = values.pop("DEFAULT", None)
+    return tuple(
+        WeightName(
+            network=network,
+            name=name,
+            is_default=isinstance(default, ast.Name) and default.id == name,
+            top1=_top1(value),
+        )
+        for name, value in values.items()
+    )
+
+
+def _top1(weights: ast.expr) -> float | None:
+    for node in ast.walk(weights):
+        if isinstance(node, ast.Dict):
+            for key, value in zip(node.keys, node.values, strict=True):
+                if isinstance(key, ast.Constant) and key.value == "acc@1" and isinstance(value, ast.Constant):
+                    return float(value.value)  # type: ignore[arg-type]
+    return None

@@ -1,0 +1,101 @@
+"""`kinoray import`: weights that somebody published become a checkpoint; without a source, what there is to import."""
+
+from kinoray.config.clip import ClipConfig
+from kinoray.config.files import read_file, translated
+from kinoray.console import table
+from kinoray.errors import ConfigError, StorageError
+from kinoray.network.config import ImportConfig
+from kinoray.network.resolve import Source, parse_source, torchvision_weights
+
+__all__ = ["import_network"]
+
+_MAX_LABELS_BYTES = 2**24
+
+
+def import_network(config: ImportConfig) -> None:
+    """Write the source's checkpoint to config.out and say what it is; list what can be imported where none is given.
+
+    Raises:
+        ConfigError: the source or another setting is wrong.
+        CheckpointNotFound: nothing is where the source says.
+        KinorayError: as `kinoray.network.published.import_source`.
+    """
+    if not config.source:
+        _print_known()
+        return
+    source = parse_source(config.source, "source")
+    if source.kind == "checkpoint":
+        raise ConfigError(f"source: {source} is a checkpoint or run folder already: give it to --checkpoint as it is")
+    if not config.out:
+        raise ConfigError("out must be the folder or s3:// prefix of the new checkpoint")
+    labels = _read_labels(config.labels) if config.labels else ()
+    _import(source, config, labels)
+
+
+def _import(source: Source, config: ImportConfig, labels: tuple[str, ...]) -> None:
+    from kinoray.network.checkpoint import META_FILE  # torch, which takes seconds
+    from kinoray.network.published import import_source
+    from kinoray.storage.objects import Storage, absolute, join
+
+    storage, out = Storage(config.storage), absolute(config.out)
+    if storage.exists(join(out, META_FILE)):
+        raise ConfigError(f"out {out} holds a checkpoint already; give another folder, or delete it")
+    meta, notes = import_source(storage, source, out, model=config.model, labels=labels)
+    origin = meta.origin
+    assert origin is not None
+    accuracy = " and ".join(
+        f"top-{k} {value:g}%" for k, value in ((1, origin.top1), (5, origin.top5)) if value is not None
+    )
+    rows = [
+        ("wrote", out),
+        ("network", meta.model.factory),
+        ("classes", f"{len(meta.labels)}: {', '.join(meta.labels[:3])}{', ...' if len(meta.labels) > 3 else ''}"),
+        ("clip", _words_of(meta.clip)),
+        ("from", origin.source),
+        ("sha256", origin.sha256),
+        ("licence", origin.licence or "the source names none"),
+        ("published", accuracy or "the source names no accuracy"),
+        ("recipe", origin.recipe),
+        *(("note", note) for note in notes),
+    ]
+    print("\n".join(table([row for row in rows if row[1]])))
+    print(f"next: kinoray label VIDEOS --checkpoint {config.out} --out OUT", flush=True)
+
+
+def _words_of(clip: ClipConfig) -> str:
+    """`1 x 64 frames 1 apart at 25 fps, short_side 256 px, bilinear, crop 224 px`."""
+    sample, view = clip.sample, clip.view
+    frames = f"{sample.num_segments} x {sample.frames_per_segment} frames"
+    if sample.is_dense:
+        frames += f" {sample.stride} apart" + (f" at {sample.fps:g} fps" if sample.fps else "")
+    else:
+        frames += " spread over the video"
+    sides = f"{view.resize_px} x {view.resize_width_px}" if view.resize_width_px else f"{view.resize_px}"
+    return f"{frames}, {view.resize} {sides} px, {view.interpolation}, crop {view.crop_px} px"
+
+
+def _read_labels(path: str) -> tuple[str, ...]:
+    """Class names, one a line, in the order of the logits."""
+    try:
+        with translated(path):
+            text = read_file(path, _MAX_LABELS_BYTES).decode()
+    except (StorageError, UnicodeDecodeError) as error:
+        raise ConfigError(f"labels: {path} cannot be read as UTF-8 text: {error}") from error
+    return tuple(line.strip() for line in text.splitlines() if line.strip())
+
+
+def _print_known() -> None:
+    rows = [("SOURCE", "TOP-1", "WHAT IT IS")]
+    for sets in torchvision_weights().values():
+        for one in sets:
+            name = f"torchvision:{one.network}" + ("" if one.is_default else f":{one.name}")
+            rows.append((name, f"{one.top1:.1f}" if one.top1 else "", "Kinetics-400, of the installed torchvision"))
+    rows += [
+        ("i3d", "71.1", "Kinetics-400, DeepMind's I3D, by your pip (47 MB)"),
+        ("hf:FOLDER", "", "what Hugging Face's save_pretrained wrote: VideoMAE, TimeSformer, ViViT, V-JEPA 2, ..."),
+        ("hf:OWNER/NAME[@REVISION]", "", "the same from the hub (pip install 'kinoray[hf]')"),
+        ("FILE.pth, FILE.safetensors", "", "a state dict of a network that ships: --model.factory NAME --labels FILE"),
+    ]
+    print("\n".join(table(rows)))
+    print("TOP-1 as published, in percent. kinoray import SOURCE --out DIR makes a checkpoint of one; --checkpoint and")
+    print("--init-from take SOURCE, too. timm:NAME[:FILE] is a backbone: --init-from of tsn, tsm and vcm_sdd.")
