@@ -20,7 +20,7 @@ from kinoray.storage.leftovers import Claim, reap, sweep
 
 _claims: list[Claim] = []  # on the session folder of a Ray that was started here
 
-__all__ = ["WORKER_ENV", "connect", "disconnect", "quiet_ray", "require_fit", "shortage"]
+__all__ = ["WORKER_ENV", "connect", "disconnect", "own_session", "quiet_ray", "require_fit", "shortage"]
 
 WORKER_ENV = {
     "RAY_DATA_PARQUET_FOOTER_NUM_ACTORS": "1",  # the default starts 32 actors to read one file
@@ -140,6 +140,17 @@ def disconnect() -> None:
     """Leave the cluster; a Ray that `connect` started ends with it."""
     ray.shutdown()
     _release()
+
+
+@contextlib.contextmanager
+def own_session() -> Iterator[None]:
+    """What its body starts or joins is left behind it; a cluster that was joined before stays so."""
+    joined = ray.is_initialized()
+    try:
+        yield
+    finally:
+        if not joined:
+            disconnect()
 
 
 def require_fit(config: ResourcesConfig, *, decode_cpus: float = 0.0) -> None:
