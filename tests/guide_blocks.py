@@ -74,6 +74,11 @@ def shell_blocks(page: str) -> list[Block]:
     return [block for block in fenced(page) if block.language == "sh"]
 
 
+def run_blocks(page: str, file: str) -> list[Block]:
+    """Those that a test file runs: of the shell, and programs in Python."""
+    return [block for block in fenced(page) if block.language in ("sh", "python") and block.run_by == file]
+
+
 def commands(block: Block, *start: str) -> list[list[str]]:
     """The words of each simple command of a block that begins so, without redirections, assignments and comments."""
     return [words for words in _commands(block.script) if words[: len(start)] == list(start)]

@@ -160,6 +160,8 @@ def environment_of(checkout: Path, server: str) -> dict[str, str]:
 def run_block(block: Block, checkout: Path, environment: dict[str, str]) -> str:
     """Run it as printed; returns its output. Raises AssertionError with it where the exit code is not 0."""
     command = ["bash", "-euo", "pipefail", "-c", block.text]
+    if block.language == "python":
+        command = ["python", "-c", block.text]
     done = subprocess.run(
         command,
         cwd=checkout,

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from guide_blocks import Block, fenced, pages, shell_blocks
+from guide_blocks import Block, fenced, pages, run_blocks
 from guide_world import (
     BUCKET,
     NUM_VIDEOS,
@@ -134,6 +134,16 @@ def check_protocols(checkout: Path, storage: Storage, said: list[str]) -> None:
     assert (checkout / "compare.html").stat().st_size > 1000
 
 
+def check_python(checkout: Path, storage: Storage, said: list[str]) -> None:
+    answers = [line for line in said[0].splitlines() if line.startswith("Prediction(")]
+    assert len(answers) == NUM_VIDEOS + 1
+    assert "no-such-file.mp4': quarantined, ObjectNotFound)" in answers[-1]
+    assert "frames decoded, 1 clip; 6 classes of " in said[1]
+    assert said[2].startswith(f"{NUM_VIDEOS} {NUM_VIDEOS - 1} 1 {{'UnreadableContainer': 1}}")
+    assert rows_in(checkout / "labels" / "python") == NUM_VIDEOS
+    assert said[3].startswith(f"{checkout}/runs/python/checkpoints/")
+
+
 def check_tuning(checkout: Path, storage: Storage, said: list[str]) -> None:
     for name in ("lr", "scale"):
         assert len((checkout / "sweeps" / name / "trials.jsonl").read_text().splitlines()) == 2
@@ -152,13 +162,14 @@ MADE_FIRST: dict[str, tuple[tuple[str, ...], Check | None]] = {
     "docs/labelling.md": (("bucket",), check_labelling),
     "docs/labels.md": (("sets", "runs", "labels"), check_labels),
     "docs/protocols.md": (("sets", "runs"), check_protocols),
+    "docs/python.md": (("library", "sets", "runs"), check_python),
     "docs/quickstart.md": ((), check_quickstart),
     "docs/tuning.md": (("sets",), check_tuning),
     "docs/your-videos.md": (("videos", "library"), check_your_videos),
 }
 """Page -> what it presupposes, and what is looked at when all of its blocks have run."""
 EVERYTHING = ("videos", "library", "sets", "runs", "labels", "bucket")
-PAGES = [page for page in pages() if any(block.run_by == HERE for block in shell_blocks(page))]
+PAGES = [page for page in pages() if run_blocks(page, HERE)]
 
 
 def prepare(page: str, checkout: Path, server: str, request: pytest.FixtureRequest) -> Storage:
@@ -199,7 +210,7 @@ def test_a_page_runs_as_printed(page: str, tmp_path: Path, s3_server: str, reque
     def has_committed() -> bool:
         return any("/parts/" in info.uri for info in storage.list(f"{BUCKET}/labels/library/"))
 
-    for number, block in enumerate(block for block in shell_blocks(page) if block.run_by == HERE):
+    for number, block in enumerate(run_blocks(page, HERE)):
         if page == "docs/labelling.md" and number == 1:  # it says: kill it; the next block is the same command
             kill_when(block, checkout, environment, has_committed)
             said.append("killed")

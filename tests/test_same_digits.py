@@ -63,7 +63,7 @@ def config_of(library: Path, folder: Path, crop_px: int, **changes: Any) -> Labe
     if not checkpoint.exists():
         options = {"backbone": "tiny", "consensus": "probs", "scale": "dim"}
         save_untrained(LOCAL, str(checkpoint), LABELS, clip_of(crop_px), "vcm_sdd", **options)
-    config = LabelConfig(source=str(library), checkpoint=str(checkpoint), out="", all_scores=True)
+    config = LabelConfig(source=str(library), checkpoint=str(checkpoint), out=str(folder / "out"), all_scores=True)
     return replace(config, **changes)
 
 

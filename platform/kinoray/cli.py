@@ -59,7 +59,7 @@ VERBS: Mapping[str, Verb] = {
         settings="kinoray.label.config:LabelConfig",
         function="kinoray.label.verb:label",
         summary="any videos -> one result row each, exactly once",
-        main=("protocol", "resources.num_workers"),
+        main=("out", "protocol", "resources.num_workers"),
     ),
     "labels": Verb(
         wish=_LABELS,

@@ -17,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from kinoray.catalog.folders import split_named
+from kinoray.catalog.folders import is_video, split_named
 from kinoray.config.files import FILE_SCHEME, local_path, local_uri
 from kinoray.errors import CatalogError, ConfigError, IncompleteOutput, ObjectNotFound, StorageError, StorageUnavailable
 from kinoray.storage.objects import Storage, absolute, is_s3, join
@@ -229,8 +229,8 @@ def warn(text: str) -> None:
 def find_files(storage: Storage, source: str, *, say: Callable[[str], None] = warn) -> list[SourceFile]:
     """All files of a folder or s3:// prefix at any depth, or of a .csv (columns path or uri, label?, split?), by name.
 
-    Paths in a CSV are relative to its folder, absolute, or s3://. A folder that is empty gives an empty list. Folders
-    that cannot be listed are left out and told to `say`.
+    The address of a video (by its name) stands for that video. Paths in a CSV are relative to its folder, absolute, or
+    s3://. A folder that is empty gives an empty list. Folders that cannot be listed are left out and told to `say`.
 
     Raises:
         CatalogError: the CSV lacks a column or a path, names a file twice, or is no CSV; with the line.
@@ -246,10 +246,18 @@ def find_files(storage: Storage, source: str, *, say: Callable[[str], None] = wa
         say(text)
     if len(skipped) > _SHOWN_FOLDERS:
         say(f"{len(skipped) - _SHOWN_FOLDERS} more folders below {source} are left out")
-    if not files and not is_s3(source) and not Path(source).is_dir():
+    if files:
+        return files
+    if is_video(source.rpartition("/")[2]) and storage.exists(source):
+        info = storage.stat(source)
+        return [SourceFile(source.rpartition("/")[2], local_uri(absolute(local_path(source))), info.size_bytes)]
+    if not is_s3(source) and not Path(source).is_dir():
         if Path(source).exists():
-            raise CatalogError(f"{source} is a file; expected a folder or s3:// prefix of videos, a .csv or a .parquet")
-        raise ObjectNotFound(f"{source}: no such folder")
+            raise CatalogError(
+                f"{source} is a file; expected a folder or s3:// prefix of videos, one video (.mp4 and others), a .csv "
+                "or a .parquet"
+            )
+        raise ObjectNotFound(f"{source}: no such folder or video")
     return files
 
 

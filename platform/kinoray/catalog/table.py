@@ -223,24 +223,24 @@ def save_catalog(storage: Storage, uri: str, catalog: Catalog) -> None:
     storage.put(uri, sink.getvalue())
 
 
-def catalog_of_source(storage: Storage, source: str) -> Catalog:
-    """A catalog of what a user points at: a pack's folder, a .parquet, a .csv, or a folder or prefix of videos.
+def catalog_of_source(storage: Storage, source: str, *, say: Callable[[str], None] = warn) -> Catalog:
+    """A catalog of what a user points at: a pack's folder, a .parquet, a .csv, a folder or prefix of videos, or one.
 
     Videos in a folder are known by their names (`is_video`) and stay where they are; their rows are `listed`,
-    not probed, and have no checksum.
+    not probed, and have no checksum. `say` is told what is left out.
 
     Raises:
         CatalogError: nothing there is a video, or the list is malformed.
         StorageError: it cannot be read.
     """
-    if is_catalog(storage, source):
+    if is_catalog(storage, source, say=say):
         return load_catalog(storage, source)
-    files = find_files(storage, source)
+    files = find_files(storage, source, say=say)
     catalog = catalog_of_files(source, files)
     told = ("catalog.parquet", _PACK_RECORD)  # by is_catalog
     others = [file.name for file in files if not is_video(file.name) and file.name not in told]
     if others and len(catalog) < len(files):  # a list may name what it likes
-        warn(f"{source}: {said_of_others(others)}, and left out")
+        say(f"{source}: {said_of_others(others)}, and left out")
     return catalog
 
 

@@ -44,6 +44,7 @@ __all__ = [
     "connect",
     "disconnect",
     "has_autoscaler",
+    "own_session",
     "private_token_file",
     "quiet_ray",
     "refuses",
@@ -191,6 +192,17 @@ def disconnect() -> None:
     """Leave the cluster; a Ray that `connect` started ends with it."""
     ray.shutdown()
     _release()
+
+
+@contextlib.contextmanager
+def own_session() -> Iterator[None]:
+    """What its body starts or joins is left behind it; a cluster that was joined before stays so."""
+    joined = ray.is_initialized()
+    try:
+        yield
+    finally:
+        if not joined:
+            disconnect()
 
 
 def require_fit(config: ResourcesConfig, *, decode_cpus: float = 0.0) -> None:

@@ -5,6 +5,7 @@ from typing import Annotated
 
 import tyro
 
+from kinoray.catalog.folders import is_video
 from kinoray.config.check import check_fraction
 from kinoray.config.scoring import LabelWorkConfig, ScoreKind
 from kinoray.config.shared import require
@@ -23,9 +24,10 @@ class LabelConfig(LabelWorkConfig):
     """
 
     source: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")]
-    """A catalog (folder of a pack, or .parquet), or a folder or s3:// prefix of videos."""
-    out: str
-    """Folder or s3:// prefix for the result table."""
+    """A catalog (folder of a pack, or .parquet), a folder or s3:// prefix of videos, or one video."""
+    out: str = ""
+    """Folder or s3:// prefix for the result table. Without it the answer for one video is printed, and nothing is
+    written."""
     split: str = ""
     """Only this split of the catalog; empty for all of it."""
     top_k: int = 5
@@ -48,6 +50,10 @@ class LabelConfig(LabelWorkConfig):
 
     def __post_init__(self) -> None:
         LabelWorkConfig.__post_init__(self)
+        if self.source and not self.out:
+            wanted = f"given, since {self.source} is not one video by its name (.mp4 and others)"
+            require(is_video(self.source.rpartition("/")[2]), "out", wanted, self.out)
+            require(not self.plan, "out", "given with plan", self.out)
         require(self.top_k >= 1, "top_k", "at least 1", self.top_k)
         require(self.temperature >= 0, "temperature", "at least 0", self.temperature)
         check_fraction("threshold", self.threshold)

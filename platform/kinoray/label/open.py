@@ -1,6 +1,7 @@
 """From a label config to everything that a labelling needs, found and checked before Ray starts.
 
-What is easy to break: whatever can change a row is in `_Settings`, whose digest names the folder of the results.
+`open_network` is the part that needs no source and no place for the result. What is easy to break: whatever can change
+a row is in `_Settings`, whose digest names the folder of the results.
 """
 
 import uuid
@@ -24,7 +25,10 @@ from kinoray.network.published import checkpoint_of
 from kinoray.network.scorer import EarlyExit, ScorerConfig, SegmentConsensus, check_scorer, segment_consensus
 from kinoray.storage.objects import Storage, absolute, join
 
-__all__ = ["Labelling", "open_labelling"]
+__all__ = ["Labelling", "Opened", "Say", "open_labelling", "open_network"]
+
+Say = Callable[[str], None]
+"""Takes a line for people."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -40,6 +44,18 @@ class Labelling:
     plan: Plan
     consensus: SegmentConsensus | None
     """How the network makes one answer of its segments; None for one that sees them together, and with config.plan."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Opened:
+    """A network with the settings under which it labels."""
+
+    model: VideoModel | None
+    """None with config.plan."""
+    meta: CheckpointMeta
+    job: LabelJob
+    """Without a root."""
+    record: JobRecord
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -74,17 +90,54 @@ def open_labelling(
     Raises:
         KinorayError: as `label`.
     """
+
+    def say(line: str) -> None:
+        print(f"{task}: {line}", flush=True)
+
+    if not config.out:
+        raise ConfigError("out must be a folder or an s3:// prefix for the result, got ''")
+    opened = open_network(config, say=say, warn=say, segments=segments)
+    meta, record, storage = opened.meta, opened.record, opened.job.storage
+    catalog = catalog_of_source(storage, absolute(config.source)).select(config.split)
+    if check is not None:
+        check(catalog, meta)
+    keys = row_keys(catalog.table)
+    out = absolute(config.out).rstrip("/")
+    ledger = Ledger(storage, join(out, labelling_id(record.model_digest, record.config_digest)))
+    if config.plan:
+        plan = ledger.draft(catalog.digest, keys, config.unit_size)
+    else:
+        if ledger.pin_job(record):
+            _say_others(storage, out, ledger.root, say)
+        plan = ledger.plan(catalog.digest, keys, config.unit_size)
+    job = replace(opened.job, root=ledger.root)
+    say(f"{len(catalog)} videos, {len(meta.labels)} classes, checkpoint {job.checkpoint}")
+    if job.views.num_views > 1:
+        say(f"protocol {config.protocol}, {job.views.num_views} views of each video")
+    clips = -(-len(catalog) // config.resources.num_workers) * job.views.num_views
+    _say_advice(opened.model, job, config, clips, say)
+    consensus = None if opened.model is None else segment_consensus(opened.model)
+    return Labelling(catalog=catalog, keys=keys, meta=meta, job=job, ledger=ledger, plan=plan, consensus=consensus)
+
+
+def open_network(config: LabelConfig, *, say: Say, warn: Say, segments: bool = False) -> Opened:
+    """Find and check the network and its settings; nothing is written, and config.source and config.out are not read.
+
+    Args:
+        say: is told what is done.
+        warn: is told what may not be what was meant.
+        segments: as for `open_labelling`.
+
+    Raises:
+        KinorayError: as `label`.
+    """
     storage = Storage(config.storage)
-    checkpoint = find_checkpoint(
-        storage,
-        checkpoint_of(config.checkpoint, "checkpoint", task, resources=config.resources),
-        warn=lambda line: print(f"{task}: {line}", flush=True),
-    )
-    model, meta = _open_model(storage, checkpoint, config, task)
-    consensus = None if model is None else segment_consensus(model)
+    named = checkpoint_of(config.checkpoint, "checkpoint", say, resources=config.resources)
+    checkpoint = find_checkpoint(storage, named, warn=warn)
+    model, meta = _open_model(storage, checkpoint, config, say)
     if segments:
-        config = replace(config, segment_scores=consensus is not None)
-    clip = _clip(config, meta.clip, task)
+        config = replace(config, segment_scores=model is not None and segment_consensus(model) is not None)
+    clip = _clip(config, meta.clip, warn)
     views = PROTOCOLS[config.protocol].views(config.view_average, config.windows)
     calibration = load_calibration(storage, config.calibration, meta.model_digest) if config.calibration else None
     answer = _answer_rule(config, len(meta.labels), calibration)
@@ -102,10 +155,6 @@ def open_labelling(
         labels=meta.labels,
         torch_threads=None if on_gpu else torch_threads,
     )
-    catalog = catalog_of_source(storage, absolute(config.source)).select(config.split)
-    if check is not None:
-        check(catalog, meta)
-    keys = row_keys(catalog.table)
     record = JobRecord(
         checkpoint=checkpoint,
         model_digest=meta.model_digest,
@@ -116,17 +165,9 @@ def open_labelling(
         model=meta.model,
         settings=asdict(settings),
     )
-    out = absolute(config.out).rstrip("/")
-    ledger = Ledger(storage, join(out, labelling_id(record.model_digest, record.config_digest)))
-    if config.plan:
-        plan = ledger.draft(catalog.digest, keys, config.unit_size)
-    else:
-        if ledger.pin_job(record):
-            _say_others(storage, out, ledger.root, task)
-        plan = ledger.plan(catalog.digest, keys, config.unit_size)
     job = LabelJob(
         storage=storage,
-        root=ledger.root,
+        root="",
         checkpoint=checkpoint,
         allow_factory=config.allow_factory,
         model_digest=meta.model_digest,
@@ -140,16 +181,11 @@ def open_labelling(
         torch_threads=torch_threads,
         device="cuda" if on_gpu else "cpu",
     )
-    print(f"{task}: {len(catalog)} videos, {len(meta.labels)} classes, checkpoint {checkpoint}", flush=True)
-    if views.num_views > 1:
-        print(f"{task}: protocol {config.protocol}, {views.num_views} views of each video", flush=True)
-    clips = -(-len(catalog) // config.resources.num_workers) * views.num_views
-    _say_advice(model, job, config, clips, task)
-    return Labelling(catalog=catalog, keys=keys, meta=meta, job=job, ledger=ledger, plan=plan, consensus=consensus)
+    return Opened(model=model, meta=meta, job=job, record=record)
 
 
 def _open_model(
-    storage: Storage, checkpoint: str, config: LabelConfig, task: str
+    storage: Storage, checkpoint: str, config: LabelConfig, say: Say
 ) -> tuple[VideoModel | None, CheckpointMeta]:
     """The network, so that what is wrong with it is said before workers start; none with config.plan.
 
@@ -161,11 +197,11 @@ def _open_model(
         return None, meta
     if not is_shipped(network.factory):
         options = f" with options {dict(network.options)!r:.500}" if network.options else ""
-        print(f"{task}: imports {network.factory}{options}, which {checkpoint} names and you allow", flush=True)
+        say(f"imports {network.factory}{options}, which {checkpoint} names and you allow")
     return load_model(storage, checkpoint, config.allow_factory)
 
 
-def _clip(config: LabelConfig, trained: ClipConfig, task: str) -> ClipConfig:
+def _clip(config: LabelConfig, trained: ClipConfig, warn: Say) -> ClipConfig:
     """What each view holds: numbers as in training, limits and back end as this job has them.
 
     Raises:
@@ -176,10 +212,9 @@ def _clip(config: LabelConfig, trained: ClipConfig, task: str) -> ClipConfig:
         clip = replace(clip, sample=replace(clip.sample, num_segments=config.num_segments))
     before, now = trained.decode.backend, config.decode.backend
     if before != now:
-        print(
-            f"{task}: videos are decoded by {now}; the network was trained with {before}, whose frames differ by 1-2 "
-            f"grey levels (--decode.backend {before})",
-            flush=True,
+        warn(
+            f"videos are decoded by {now}; the network was trained with {before}, whose frames differ by 1-2 "
+            f"grey levels (--decode.backend {before})"
         )
     return clip.decoded_by(config.decode, device=config.decode_device)
 
@@ -219,19 +254,19 @@ def _scorer_config(config: LabelConfig, clip: ClipConfig, calibration: Calibrate
     )
 
 
-def _say_advice(model: VideoModel | None, job: LabelJob, config: LabelConfig, clips: int, task: str) -> None:
+def _say_advice(model: VideoModel | None, job: LabelJob, config: LabelConfig, clips: int, say: Say) -> None:
     """Whether compiling pays, where that is known."""
     if model is None or job.device != "cpu":
         return
     if advice := compile_advice(model.input_spec, job.clip, config.inference, clips):
-        print(f"{task}: {advice}", flush=True)
+        say(advice)
 
 
-def _say_others(storage: Storage, out: str, root: str, task: str) -> None:
+def _say_others(storage: Storage, out: str, root: str, say: Say) -> None:
     """A new labelling beside others: never mixed with them, and never unnoticed."""
     try:
         others = [other for other in find_labellings(storage, out) if other != root]
     except ObjectNotFound:
         return
     if others:
-        print(f"{task}: {out} holds results of another model or other settings ({', '.join(others)}); they stay apart")
+        say(f"{out} holds results of another model or other settings ({', '.join(others)}); they stay apart")

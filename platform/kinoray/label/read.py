@@ -50,8 +50,10 @@ class VideoReader:
         self._clock = clock
         self._storage, self._clip, self._views = storage, clip, views
         self._ahead = -(-batch_size // views.num_views) + num_decoders
-        self._threads = ThreadPoolExecutor(num_decoders, thread_name_prefix="decode")
-        self._decoder: Sandbox | DeviceDecoder = shared_sandbox(num_decoders)
+        self._num_decoders = num_decoders
+        self._threads = self._pool()
+        self._sandbox = shared_sandbox(num_decoders)
+        self._decoder: Sandbox | DeviceDecoder = self._sandbox
         self._depths: list[int] = []
         self._buckets: set[str] = set()
 
@@ -63,7 +65,7 @@ class VideoReader:
             ConfigError: decode.device is cuda, and there is no GPU or no torchcodec.
         """
         if self._clip.decode.device == "cuda" and isinstance(self._decoder, Sandbox):
-            self._decoder = DeviceDecoder(self._decoder)  # here, so that a machine without a GPU is an error of the job
+            self._decoder = DeviceDecoder(self._sandbox)  # here, so that a machine without a GPU is an error of the job
         pending: deque[Future[DecodedVideo | Refusal] | Refusal] = deque()
         wanted = references(rows)
         arriving = iter(read_videos(self._storage, wanted, max_bytes=self._clip.decode.max_bytes))
@@ -84,6 +86,15 @@ class VideoReader:
             for entry in pending:
                 if isinstance(entry, Future):
                     entry.cancel()
+
+    def close(self) -> None:
+        """End the decoder processes, those at work behind their video; later videos start new ones."""
+        self._threads.shutdown(cancel_futures=True)
+        self._threads = self._pool()
+        self._sandbox.close()
+
+    def _pool(self) -> ThreadPoolExecutor:
+        return ThreadPoolExecutor(self._num_decoders, thread_name_prefix="decode")
 
     def _judge(self, uri: str, error: KinorayError) -> Refusal:
         """Why there are no bytes; raises where the store is at fault: it is down, or a bucket was there and is gone."""

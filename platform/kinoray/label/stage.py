@@ -1,5 +1,7 @@
 """What a labelling worker does: read, decode, run the model and commit, one unit of work after the other.
 
+`LabelVideos` is the part that knows neither Ray nor ledger, for whoever wants an answer at once (kinoray.api).
+
 What is easy to break: a video's digits depend on nothing but the settings. On a CPU each clip is run by itself; on a
 GPU batches are formed across the views and videos of a unit in its order, so that at least the same units give the same
 digits on any number of workers and after any kill.
@@ -28,13 +30,13 @@ from kinoray.label.read import VideoReader
 from kinoray.label.times import STAGES, LabelMetrics, StageClock, UnitTimes
 from kinoray.label.unit import PREDICTION_SCHEMA, WINDOW_SCHEMA, Unit
 from kinoray.network.build import VideoModel
-from kinoray.network.checkpoint import load_model
+from kinoray.network.checkpoint import CheckpointMeta, load_model
 from kinoray.network.forward import CPU_BATCH, agreed_batch_size, auto_batch_size
 from kinoray.network.scorer import ClipAnswer, ClipScorer, ScorerConfig
 from kinoray.storage.objects import Storage
 from kinoray.video.frames import Frames
 
-__all__ = ["UNIT_COLUMNS", "LabelJob", "LabelUnits", "pack_unit"]
+__all__ = ["UNIT_COLUMNS", "LabelJob", "LabelUnits", "LabelVideos", "Outcome", "pack_unit"]
 
 UNIT_COLUMNS = ("video_id", *REFERENCE_COLUMNS)
 """Columns of a catalog that a worker needs."""
@@ -46,7 +48,7 @@ class LabelJob:
 
     storage: Storage
     root: str
-    """Folder of the labelling, where units are committed."""
+    """Folder of the labelling, where units are committed; "" where nothing is to be kept."""
     checkpoint: str
     model_digest: str
     config_digest: str
@@ -86,10 +88,12 @@ class _Window:
 
 
 @dataclass(slots=True)
-class _Outcome:
+class Outcome:
     """What became of one video: a refusal, or windows with views whose logits become a score."""
 
     refusal: Refusal | None = None
+    duration_s: float | None = None
+    """Of the whole video; None where it could not be opened."""
     windows: list[_Window] = field(default_factory=list)
     answer: dict[str, Any] = field(default_factory=dict)
     window_answers: list[dict[str, Any]] = field(default_factory=list)
@@ -107,6 +111,7 @@ class _Outcome:
         self.frames_decoded += part.frames_decoded
         self.frames_corrupt += part.frames_corrupt
         self.frames_missing = part.info.frames_missing
+        self.duration_s = part.info.duration_s
         rate = part.info.fps or 1.0
         self.windows += [_Window(begin / rate, end / rate) for begin, end in part.windows.tolist()]
 
@@ -114,8 +119,151 @@ class _Outcome:
 class _Place(NamedTuple):
     """Where a clip's answer belongs."""
 
-    outcome: _Outcome
+    outcome: Outcome
     window: int
+
+
+class LabelVideos:
+    """Videos in, what became of each and their rows out, in one process; nothing is written.
+
+    The network is loaded at the first videos, unless it is given. Not for two threads at once.
+    """
+
+    def __init__(
+        self, job: LabelJob, clock: StageClock, network: tuple[VideoModel, CheckpointMeta] | None = None
+    ) -> None:
+        self.job = job
+        self._clock, self._network = clock, network
+        self._scorer: ClipScorer[_Place] | None = None
+        self._labels: tuple[str, ...] = ()
+        self.reader = self._reader(job.scorer.batch_size or CPU_BATCH)
+
+    def label(self, rows: pa.Table) -> list[Outcome]:
+        """One outcome for each row (UNIT_COLUMNS), in order.
+
+        Raises:
+            ModelError, CheckpointError, StorageError: what is wrong is no video's fault.
+        """
+        scorer = self._load()
+        try:
+            return self._label(scorer, rows)
+        except BaseException:  # Ctrl-C, too
+            scorer.clear()  # else its clips would share a batch with the next videos'
+            raise
+
+    def close(self) -> None:
+        """End the decoder processes; later videos start new ones."""
+        self.reader.close()
+
+    def table(self, keys: Sequence[str], rows: pa.Table, outcomes: Sequence[Outcome]) -> pa.Table:
+        """The rows of the result (PREDICTION_SCHEMA); `keys` are their row_key."""
+        shared = {
+            "abstained": False,
+            "model_digest": self.job.model_digest,
+            "config_digest": self.job.config_digest,
+            "run_id": self.job.run_id,
+        }
+        records = []
+        for key, row, outcome in zip(keys, rows.to_pylist(), outcomes, strict=True):
+            bad = outcome.refusal
+            answers = [] if bad else outcome.answers
+            records.append(
+                {name: row[name] for name in ("video_id", "uri", "offset", "length")}
+                | {"row_key": key, "status": "labelled" if bad is None else "quarantined"}
+                | {"error_class": None if bad is None else bad.error_class}
+                | {"error_text": None if bad is None else bad.error_text}
+                | {"views": len(answers), "windows": 0 if bad else len(outcome.windows)}
+                | {"segments_run": sum(answer.segments_run for answer in answers)}
+                | {name: getattr(outcome, name) for name in ("frames_decoded", "frames_corrupt", "frames_missing")}
+                | shared
+                | outcome.answer
+            )
+        return pa.Table.from_pylist(records, schema=PREDICTION_SCHEMA)
+
+    @staticmethod
+    def windows_table(keys: Sequence[str], rows: pa.Table, outcomes: Sequence[Outcome]) -> pa.Table:
+        """The rows of the windows of those that were labelled (WINDOW_SCHEMA)."""
+        records = [
+            {"video_id": video_id, "row_key": key, "window": number, "begin_s": window.begin_s, "end_s": window.end_s}
+            | answer
+            for key, video_id, outcome in zip(keys, rows.column("video_id").to_pylist(), outcomes, strict=True)
+            if outcome.refusal is None
+            for number, (window, answer) in enumerate(zip(outcome.windows, outcome.window_answers, strict=True))
+        ]
+        return pa.Table.from_pylist(records, schema=WINDOW_SCHEMA)
+
+    def _reader(self, batch_size: int) -> VideoReader:
+        job = self.job
+        return VideoReader(
+            job.storage, job.clip, job.views, self._clock, num_decoders=job.decode_tasks, batch_size=batch_size
+        )
+
+    def _batch_size(self, model: VideoModel) -> int:
+        """Clips a forward pass: what the job says, or for 0 what the labelling's first worker found."""
+        job = self.job
+        if job.scorer.batch_size:
+            return job.scorer.batch_size
+        find = partial(auto_batch_size, model, job.clip, job.scorer.inference, job.device)
+        return agreed_batch_size(job.storage, job.root, find) if job.root else find()
+
+    def _load(self) -> ClipScorer[_Place]:
+        if self._scorer is None:
+            job = self.job
+            model, meta = self._network or load_model(job.storage, job.checkpoint, job.allow_factory)
+            if meta.model_digest != job.model_digest:
+                raise CheckpointMismatch(
+                    f"{job.checkpoint} was replaced while the job ran: model {meta.model_digest}, "
+                    f"expected {job.model_digest}; run the command again"
+                )
+            self._labels = meta.labels
+            job = self.job = replace(job, clip=job.clip.for_network(model.input_spec.flow_channels))
+            batch_size = self._batch_size(model)
+            self.reader = self._reader(batch_size)
+            self._scorer = ClipScorer(
+                model,
+                job.clip,
+                replace(job.scorer, batch_size=batch_size),
+                num_classes=len(self._labels),
+                device=job.device,
+            )
+        return self._scorer
+
+    def _label(self, scorer: ClipScorer[_Place], rows: pa.Table) -> list[Outcome]:
+        """One outcome for each row, in order."""
+        outcomes = [Outcome() for _ in range(rows.num_rows)]
+        for outcome, video in zip(outcomes, self.reader.videos(rows), strict=True):
+            if isinstance(video, Refusal):
+                outcome.refusal = video
+                continue
+            try:
+                for part in self.reader.parts(video):
+                    outcome.add(part)
+                    views_a_window = len(part) // len(part.windows)
+                    for view, clip in enumerate(part.clips()):
+                        place = _Place(outcome, part.first_window + view // views_a_window)
+                        with self._clock.timing("model"):
+                            _keep(scorer.put(place, clip))
+            except MediaError as error:  # of a later window; what waits of the earlier ones is dropped with the video
+                outcome.refusal = judge(error, "decode")
+        with self._clock.timing("model"):
+            _keep(scorer.flush())
+        self._score([outcome for outcome in outcomes if outcome.refusal is None])
+        return outcomes
+
+    def _score(self, outcomes: list[Outcome]) -> None:
+        """Make one answer of the views of each window, and one of the windows of each video."""
+        if not outcomes:
+            return
+        average, rule = self.job.views.average, self.job.answer
+        windows = [
+            [average_logits(_stack(window.views), average, rule.scores) for window in outcome.windows]
+            for outcome in outcomes
+        ]
+        videos = np.stack([average_logits(np.stack(logits), average, rule.scores) for logits in windows])
+        for outcome, logits, answer in zip(outcomes, windows, top_predictions(videos, self._labels, rule), strict=True):
+            outcome.answer = answer | _extras(outcome.answers)
+            if self.job.views.windows:
+                outcome.window_answers = top_predictions(np.stack(logits), self._labels, rule)
 
 
 class LabelUnits:
@@ -128,12 +276,10 @@ class LabelUnits:
     def __init__(self, job: LabelJob) -> None:
         self.job = job
         self.ledger = Ledger(job.storage, job.root)
-        self.scorer: ClipScorer[_Place] | None = None
-        self.labels: tuple[str, ...] = ()
         torch.set_num_threads(job.torch_threads)
         self.clock, self.metrics = StageClock(), LabelMetrics(self.ledger.labelling_id)
         self._reasons: Counter[str] = Counter()
-        self.reader = self._reader(job.scorer.batch_size or CPU_BATCH)
+        self.videos = LabelVideos(job, self.clock)
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         results = []
@@ -145,11 +291,9 @@ class LabelUnits:
                 counts = self.label_unit(unit, pa.ipc.open_stream(row["rows"]).read_all())
             except KinorayError as error:
                 failure = report(error, "label")
-                if self.scorer is not None:
-                    self.scorer.clear()  # else its clips would share a batch with the next unit's
             seconds = self.clock.take()
             reasons, self._reasons = self._reasons, Counter()
-            depth = self.reader.take_depth()
+            depth = self.videos.reader.take_depth()
             self.metrics.add(UnitTimes(counts=counts, reasons=reasons, seconds=seconds, decoded_ahead=depth))
             rows = {"rows": sum(counts.values()), "quarantined": counts.get("quarantined", 0)}
             results.append({"unit_id": unit.unit_id, **rows, **{f"{name}_s": seconds[name] for name in STAGES}})
@@ -168,17 +312,17 @@ class LabelUnits:
         commit = self.ledger.find_commit(unit.unit_id)  # by another job, or by this one before its worker was killed
         if commit is None:
             begin_s = time.time()
-            outcomes = self._label(self._load(), rows)
+            outcomes = self.videos.label(rows)
             _refuse_if_none_readable(outcomes)
-            windows = self._windows_table(unit, rows, outcomes) if self.job.views.windows else None
+            windows = self.videos.windows_table(unit.keys, rows, outcomes) if self.job.views.windows else None
             times = self.clock.times(begin_s)
             with self.clock.timing("commit"):
-                table = self._table(unit, rows, outcomes)
+                table = self.videos.table(unit.keys, rows, outcomes)
                 commit = self.ledger.commit(unit, table, self.job.run_id, windows, times)
             self._log(unit, rows, outcomes, times.end_s - begin_s)
         return commit.counts
 
-    def _log(self, unit: Unit, rows: pa.Table, outcomes: Sequence[_Outcome], seconds: float) -> None:
+    def _log(self, unit: Unit, rows: pa.Table, outcomes: Sequence[Outcome], seconds: float) -> None:
         """Count the reasons of what was quarantined, and log the unit with the ids that belong to it."""
         ids: dict[str, str | int | float] = {
             "run": self.job.run_id,
@@ -191,117 +335,9 @@ class LabelUnits:
                 self._reasons[reason] += 1
                 row = {"video": video_id, "reason": reason, "text": outcome.refusal.error_text}
                 log_event("quarantined", ids | row, bad=True)
-        for reason, count in self.reader.take_refused().items():
+        for reason, count in self.videos.reader.take_refused().items():
             log_event("not decoded by the GPU", ids | {"reason": reason, "readings": count})
         log_event("unit committed", ids | {"videos": unit.num_rows, "seconds": round(seconds, 3)})
-
-    def _reader(self, batch_size: int) -> VideoReader:
-        job = self.job
-        return VideoReader(
-            job.storage, job.clip, job.views, self.clock, num_decoders=job.decode_tasks, batch_size=batch_size
-        )
-
-    def _batch_size(self, model: VideoModel) -> int:
-        """Clips a forward pass: what the job says, or for 0 what the labelling's first worker found."""
-        job = self.job
-        if job.scorer.batch_size:
-            return job.scorer.batch_size
-        find = partial(auto_batch_size, model, job.clip, job.scorer.inference, job.device)
-        return agreed_batch_size(job.storage, job.root, find)
-
-    def _load(self) -> ClipScorer[_Place]:
-        if self.scorer is None:
-            job = self.job
-            model, meta = load_model(job.storage, job.checkpoint, job.allow_factory)
-            if meta.model_digest != job.model_digest:
-                raise CheckpointMismatch(
-                    f"{job.checkpoint} was replaced while the job ran: model {meta.model_digest}, "
-                    f"expected {job.model_digest}; run the command again"
-                )
-            self.labels = meta.labels
-            job = self.job = replace(job, clip=job.clip.for_network(model.input_spec.flow_channels))
-            batch_size = self._batch_size(model)
-            self.reader = self._reader(batch_size)
-            self.scorer = ClipScorer(
-                model,
-                job.clip,
-                replace(job.scorer, batch_size=batch_size),
-                num_classes=len(self.labels),
-                device=job.device,
-            )
-        return self.scorer
-
-    def _label(self, scorer: ClipScorer[_Place], rows: pa.Table) -> list[_Outcome]:
-        """One outcome for each row, in order."""
-        outcomes = [_Outcome() for _ in range(rows.num_rows)]
-        for outcome, video in zip(outcomes, self.reader.videos(rows), strict=True):
-            if isinstance(video, Refusal):
-                outcome.refusal = video
-                continue
-            try:
-                for part in self.reader.parts(video):
-                    outcome.add(part)
-                    views_a_window = len(part) // len(part.windows)
-                    for view, clip in enumerate(part.clips()):
-                        place = _Place(outcome, part.first_window + view // views_a_window)
-                        with self.clock.timing("model"):
-                            _keep(scorer.put(place, clip))
-            except MediaError as error:  # of a later window; what waits of the earlier ones is dropped with the video
-                outcome.refusal = judge(error, "decode")
-        with self.clock.timing("model"):
-            _keep(scorer.flush())
-        self._score([outcome for outcome in outcomes if outcome.refusal is None])
-        return outcomes
-
-    def _score(self, outcomes: list[_Outcome]) -> None:
-        """Make one answer of the views of each window, and one of the windows of each video."""
-        if not outcomes:
-            return
-        average, rule = self.job.views.average, self.job.answer
-        windows = [
-            [average_logits(_stack(window.views), average, rule.scores) for window in outcome.windows]
-            for outcome in outcomes
-        ]
-        videos = np.stack([average_logits(np.stack(logits), average, rule.scores) for logits in windows])
-        for outcome, logits, answer in zip(outcomes, windows, top_predictions(videos, self.labels, rule), strict=True):
-            outcome.answer = answer | _extras(outcome.answers)
-            if self.job.views.windows:
-                outcome.window_answers = top_predictions(np.stack(logits), self.labels, rule)
-
-    def _table(self, unit: Unit, rows: pa.Table, outcomes: Sequence[_Outcome]) -> pa.Table:
-        shared = {
-            "abstained": False,
-            "model_digest": self.job.model_digest,
-            "config_digest": self.job.config_digest,
-            "run_id": self.job.run_id,
-        }
-        records = []
-        for key, row, outcome in zip(unit.keys, rows.to_pylist(), outcomes, strict=True):
-            bad = outcome.refusal
-            answers = [] if bad else outcome.answers
-            records.append(
-                {name: row[name] for name in ("video_id", "uri", "offset", "length")}
-                | {"row_key": key, "status": "labelled" if bad is None else "quarantined"}
-                | {"error_class": None if bad is None else bad.error_class}
-                | {"error_text": None if bad is None else bad.error_text}
-                | {"views": len(answers), "windows": 0 if bad else len(outcome.windows)}
-                | {"segments_run": sum(answer.segments_run for answer in answers)}
-                | {name: getattr(outcome, name) for name in ("frames_decoded", "frames_corrupt", "frames_missing")}
-                | shared
-                | outcome.answer
-            )
-        return pa.Table.from_pylist(records, schema=PREDICTION_SCHEMA)
-
-    @staticmethod
-    def _windows_table(unit: Unit, rows: pa.Table, outcomes: Sequence[_Outcome]) -> pa.Table:
-        records = [
-            {"video_id": video_id, "row_key": key, "window": number, "begin_s": window.begin_s, "end_s": window.end_s}
-            | answer
-            for key, video_id, outcome in zip(unit.keys, rows.column("video_id").to_pylist(), outcomes, strict=True)
-            if outcome.refusal is None
-            for number, (window, answer) in enumerate(zip(outcome.windows, outcome.window_answers, strict=True))
-        ]
-        return pa.Table.from_pylist(records, schema=WINDOW_SCHEMA)
 
 
 def _keep(answers: Iterable[tuple[_Place, ClipAnswer]]) -> None:
@@ -326,7 +362,7 @@ def _extras(views: Sequence[ClipAnswer]) -> dict[str, Any]:
     return kept
 
 
-def _refuse_if_none_readable(outcomes: Sequence[_Outcome]) -> None:
+def _refuse_if_none_readable(outcomes: Sequence[Outcome]) -> None:
     """One forbidden object is a quarantine row; a unit of nothing else means that the job cannot read its input."""
     refusals = [outcome.refusal for outcome in outcomes if outcome.refusal is not None]
     kinds = {refusal.error_class for refusal in refusals}

@@ -13,9 +13,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
-import ray
-from ray.util.metrics import Counter, Gauge
-
 from kinoray.label.unit import Times
 
 __all__ = ["STAGES", "LabelMetrics", "Stage", "StageClock", "UnitTimes", "bound_stage"]
@@ -88,6 +85,9 @@ class LabelMetrics:
     """What Ray's metrics say of a labelling; nothing where Ray does not run."""
 
     def __init__(self, labelling_id: str) -> None:
+        import ray  # here, for whoever labels without it: importing ray.data takes seconds
+        from ray.util.metrics import Counter, Gauge
+
         self._tags = {"labelling": labelling_id}
         self._runs = ray.is_initialized()
         if self._runs:

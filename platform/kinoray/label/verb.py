@@ -13,18 +13,20 @@ from typing import Any
 
 import pyarrow as pa
 
+from kinoray.catalog.quarantine import Refusal, error_of
 from kinoray.catalog.table import Catalog
 from kinoray.config.shared import ResourcesConfig
-from kinoray.console import Progress, format_duration
-from kinoray.errors import TooManyBad
+from kinoray.console import Progress, format_duration, many, table
+from kinoray.errors import ConfigError, TooManyBad
 from kinoray.label.config import LabelConfig
-from kinoray.label.job import run_units
 from kinoray.label.ledger import Ledger, Totals
 from kinoray.label.open import Labelling, open_labelling
+from kinoray.label.predict import Model, is_one_video
 from kinoray.label.times import STAGES, bound_stage
 from kinoray.label.unit import Plan
+from kinoray.storage.objects import Storage, absolute
 
-__all__ = ["Preview", "label", "preview", "refuse_too_many_bad", "run_labelling"]
+__all__ = ["Preview", "answer", "label", "preview", "refuse_too_many_bad", "run_labelling"]
 
 _NAMED = ["video_id", "uri", "row_key"]
 
@@ -34,13 +36,15 @@ def label(config: LabelConfig) -> dict[str, Any]:
 
     Returns:
         The totals, with `labelling_id`, `root` (where the table is), `catalog_digest` and `run_id`. With config.plan:
-        videos, done, new, changed, gone, size_bytes and units.
+        videos, done, new, changed, gone, size_bytes and units. Without config.out: as `answer`.
 
     Raises:
         TooManyBad: more than max_bad_fraction were quarantined; the table is complete all the same.
         IncompleteOutput: rows are not inputs.
         KinorayError: the source, the checkpoint, the store or the cluster cannot be used.
     """
+    if not config.out:
+        return answer(config)
     start = time.monotonic()
     labelling = open_labelling(config, "label")
     if config.plan:
@@ -58,12 +62,46 @@ def label(config: LabelConfig) -> dict[str, Any]:
     }
 
 
+def answer(config: LabelConfig) -> dict[str, Any]:
+    """Print what the network says of one video; no Ray is started and nothing is written.
+
+    Returns:
+        uri, top (classes with their scores) and abstained.
+
+    Raises:
+        MediaError, StorageError: the video is one that a job would quarantine.
+        KinorayError: the checkpoint or the store cannot be used.
+    """
+
+    def say(line: str) -> None:
+        print(f"label: {line}", flush=True)
+
+    source = absolute(config.source)
+    if not is_one_video(Storage(config.storage), source):
+        raise ConfigError(f"out must be given, since {config.source} is not one video")
+    with Model(config, say=say, warn=say) as model:
+        found = model.predict(source)
+    if found.status == "quarantined":
+        raise error_of(Refusal("label", str(found.error_class), f"{found.uri} is quarantined: {found.error_text}"))
+    length = "" if found.duration_s is None else f"{found.duration_s:.1f} s long, "
+    damaged = f", {found.frames_corrupt} more would not decode" if found.frames_corrupt else ""
+    frames = f"{many(found.frames_decoded, 'frame')} decoded{damaged}, {many(found.views, 'clip')}"
+    say(f"{found.uri}: {length}{frames}; {len(model.labels)} classes of {model.checkpoint}")
+    rows = [(name, f"{score:.4f}") for name, score in found.top]
+    print("\n".join(table(rows, head=("CLASS", "SCORE"), right=(1,))) if rows else "no class reaches the threshold")
+    if found.abstained:
+        say("abstained: below threshold or min_margin")
+    return {"uri": found.uri, "top": found.top, "abstained": found.abstained}
+
+
 def run_labelling(labelling: Labelling, resources: ResourcesConfig, task: str) -> Totals:
     """Label the units that are missing, check the whole table, declare it complete and print what it holds.
 
     Raises:
         KinorayError: as `label`, but for TooManyBad.
     """
+    from kinoray.label.job import run_units  # here: importing ray.data takes seconds, for which `answer` need not wait
+
     ledger, plan = labelling.ledger, labelling.plan
     began, start, stages = datetime.now(UTC), time.monotonic(), Counter[str]()
     done = ledger.committed()
@@ -138,8 +176,8 @@ def preview(ledger: Ledger, catalog: Catalog, keys: Sequence[str], plan: Plan) -
     older = {unit.unit_id: unit for before in ledger.plans() for unit in before.units if unit.unit_id in committed}
     gone = [unit for unit in older.values() if not known.issuperset(unit.keys)]
     left: dict[tuple[str, str], str] = {}
-    for table in ledger.read_units(gone, _NAMED):
-        for row in table.to_pylist():
+    for rows_left in ledger.read_units(gone, _NAMED):
+        for row in rows_left.to_pylist():
             if row["row_key"] not in known:
                 left[row["video_id"], row["uri"]] = row["row_key"]
     changed = sum((row["video_id"], row["uri"]) in left for row in rows)

@@ -9,7 +9,7 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -40,7 +40,7 @@ _NO_MODEL = ModelConfig(factory="")
 def checkpoint_of(
     text: str,
     option: str,
-    task: str,
+    say: Callable[[str], object],
     *,
     resources: ResourcesConfig | None = None,
     model: ModelConfig = _NO_MODEL,
@@ -49,7 +49,7 @@ def checkpoint_of(
 
     Args:
         option: the setting's name, for messages.
-        task: the verb, for the lines that are printed.
+        say: is told what is fetched, and where it lies.
         resources: of the job that will read it: a cluster may not see this machine's folders.
         model: network of a file of weights.
 
@@ -62,21 +62,20 @@ def checkpoint_of(
         return absolute(source.name)
     folder = cache_folder() / f"{source.short}-{_key(source, model)}"
     if (folder / META_FILE).is_file():
-        print(f"{task}: {source} was imported before: {folder}", flush=True)
+        say(f"{source} was imported before: {folder}")
     else:
-        print(f"{task}: importing {source}", flush=True)
+        say(f"importing {source}")
         aside = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}")
         try:
             import_source(Storage(), source, str(aside), model=model, any_names=option == "init_from")
             _put_in_place(aside, folder)
         finally:
             shutil.rmtree(aside, ignore_errors=True)
-        print(f"{task}: imported {source}: {folder}", flush=True)
+        say(f"imported {source}: {folder}")
     if resources and (resources.address or os.environ.get("RAY_ADDRESS")):
-        print(
-            f"{task}: {folder} is a folder of this machine; on a cluster whose nodes do not see it the job fails: "
-            f"kinoray import {text} --out s3://BUCKET/NAME, and --{option.replace('_', '-')} s3://BUCKET/NAME",
-            flush=True,
+        say(
+            f"{folder} is a folder of this machine; on a cluster whose nodes do not see it the job fails: kinoray "
+            f"import {text} --out s3://BUCKET/NAME, and --{option.replace('_', '-')} s3://BUCKET/NAME"
         )
     return str(folder)
 

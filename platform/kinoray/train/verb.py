@@ -102,16 +102,20 @@ def with_start(config: Settings, task: str) -> Settings:
         ConfigError: a source that is malformed, or a backbone for a network that takes none, or has another one.
         KinorayError: as checkpoint_of.
     """
+
+    def say(line: str) -> None:
+        print(f"{task}: {line}", flush=True)
+
     source = parse_source(config.init_from, "init_from")
     if source.kind == "timm":
         return replace(config, init_from="", model=_with_backbone(config.model, source))
-    where = checkpoint_of(config.init_from, "init_from", task, resources=config.resources, model=config.model)
+    where = checkpoint_of(config.init_from, "init_from", say, resources=config.resources, model=config.model)
     config = replace(config, init_from=where)
     if source.kind in ("checkpoint", "file") or config.model != ModelConfig():
         return config
     meta = load_meta(Storage(), where)
     clip = meta.clip if config.clip == ClipConfig() else config.clip
-    print(f"{task}: network {meta.model.factory} and its clips are those of {source}", flush=True)
+    say(f"network {meta.model.factory} and its clips are those of {source}")
     return replace(config, model=meta.model, clip=clip)
 
 
