@@ -17,7 +17,7 @@ CHECKPOINT = ["--checkpoint", "run", "--out", "out"]
 def run(arguments: list[str], environment: dict[str, str] | None = None, cwd: Path | None = None) -> tuple[int, str]:
     """The command line in a process of its own: exit code and what it said on stderr."""
     done = subprocess.run(
-        [sys.executable, "-m", "kinoray.cli", *arguments],
+        [sys.executable, "-m", "kinoray", *arguments],
         env=environment or dict(os.environ),
         cwd=cwd,
         capture_output=True,

@@ -543,7 +543,7 @@ def test_a_hubconf_does_not_run(tmp_path: Path, videos: Path, stranger: Path, ma
     options = {"repo_or_dir": str(stranger), "model": "net", "source": "local"}
     uri = make_checkpoint(tmp_path / "checkpoint", "torch.hub:load", options)
     for plan in ([], ["--plan"]):
-        command = [sys.executable, "-m", "kinoray.cli", "label", str(videos), "--checkpoint", uri]
+        command = [sys.executable, "-m", "kinoray", "label", str(videos), "--checkpoint", uri]
         done = subprocess.run(
             [*command, "--out", str(tmp_path / "out"), *plan], capture_output=True, text=True, cwd=stranger, check=False
         )
@@ -558,7 +558,7 @@ def test_a_network_of_my_own_labels_in_workers(tmp_path: Path, videos: Path, str
     state = {"classify.weight": torch.zeros(3, 3), "classify.bias": torch.tensor([0.0, 1.0, 0.0])}
     meta = load_meta(LOCAL, make_checkpoint(tmp_path / "checkpoint", "stranger_net:net", {}))
     save_checkpoint(LOCAL, str(tmp_path / "checkpoint"), model_state=state, meta=meta)
-    command = [sys.executable, "-m", "kinoray.cli", "label", str(videos), "--checkpoint", str(tmp_path / "checkpoint")]
+    command = [sys.executable, "-m", "kinoray", "label", str(videos), "--checkpoint", str(tmp_path / "checkpoint")]
     command += ["--out", str(tmp_path / "out"), "--workers", "1", "--allow-factory", "stranger_net:net"]
     path = os.pathsep.join([str(stranger), os.environ["PYTHONPATH"]])
     done = subprocess.run(

@@ -214,7 +214,7 @@ def test_options_are_read_as_yaml() -> None:
 
 
 def test_a_wrong_setting_fails_before_ray_or_torch_are_even_imported() -> None:
-    command = [sys.executable, "-X", "importtime", "-m", "kinoray.cli", *TRAIN, "--optim.lr", "0"]
+    command = [sys.executable, "-X", "importtime", "-m", "kinoray", *TRAIN, "--optim.lr", "0"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert done.returncode == 2
     assert "optim.lr must be greater than 0" in done.stderr

@@ -50,7 +50,7 @@ class Head:
     def kinoray(self, *arguments: str) -> "subprocess.Popen[str]":
         """A kinoray command of that somebody."""
         return subprocess.Popen(
-            [sys.executable, "-m", "kinoray.cli", *arguments],
+            [sys.executable, "-m", "kinoray", *arguments],
             env={**self.environment, "PYTHONPATH": os.environ["PYTHONPATH"]},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -91,7 +91,7 @@ class Head:
     def driver(self) -> Process | None:
         """The job's driver, once it runs."""
         tree = below(self.process.pid, processes())
-        return next((one for one in tree if one.title.startswith("python -m kinoray.cli")), None)
+        return next((one for one in tree if one.title.startswith("python -m kinoray ")), None)
 
 
 @pytest.fixture(scope="module")

@@ -152,7 +152,7 @@ def test_no_command_sends_a_stranger_s_controls_to_a_terminal(tmp_path: Path) ->
 
 def test_csv_and_settings_stay_exact_in_a_pipe(tmp_path: Path) -> None:
     hostile_table(tmp_path / "out")
-    command = [sys.executable, "-m", "kinoray.cli"]
+    command = [sys.executable, "-m", "kinoray"]
     flags = ["labels", str(tmp_path / "out"), "--format", "csv", "--columns", "uri", "error_text"]
     done = subprocess.run([*command, *flags], capture_output=True, check=True)
     rows = list(csv.reader(io.StringIO(done.stdout.decode("utf-8"), newline="")))

@@ -157,7 +157,7 @@ def proxy(s3_server: str) -> Iterator[FaultyS3]:
 def start_driver(cluster: Cluster, config: LabelConfig, logs: Path) -> Driver:
     """`kinoray label` with these settings, as a process that joins the cluster."""
     logs.mkdir()
-    command = [sys.executable, "-m", "kinoray.cli", "label", config.source, "--checkpoint", config.checkpoint]
+    command = [sys.executable, "-m", "kinoray", "label", config.source, "--checkpoint", config.checkpoint]
     command += ["--allow-factory", "label_models:mixing"]
     command += ["--out", config.out, "--unit-size", str(config.unit_size), "--window-s", str(config.window_s)]
     command += ["--resources.num-workers", "2", "--resources.decode-tasks", "1"]

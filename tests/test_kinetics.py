@@ -435,7 +435,7 @@ def test_a_killed_pack_goes_on_with_unfinished_archives_only(tmp_path: Path) -> 
     command = [
         sys.executable,
         "-m",
-        "kinoray.cli",
+        "kinoray",
         "pack",
         config.source,
         "--kinetics",

@@ -430,7 +430,7 @@ def test_a_killed_driver_loses_nothing_and_repeats_only_what_was_in_flight(
 ) -> None:
     out = tmp_path / "out"
     held = Held(tmp_path, hold_after=6 * UNIT_SIZE)
-    command = [sys.executable, "-m", "kinoray.cli", "label", str(library), "--checkpoint", held.checkpoint]
+    command = [sys.executable, "-m", "kinoray", "label", str(library), "--checkpoint", held.checkpoint]
     command += ["--allow-factory", "label_models:mixing"]
     command += ["--out", str(out), "--unit-size", str(UNIT_SIZE), "--resources.num-workers", "2"]
     with (tmp_path / "log").open("w") as log:

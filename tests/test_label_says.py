@@ -169,7 +169,7 @@ def counted(labelling_id: str) -> dict[str, float]:
 def test_workers_log_units_and_refusals_as_json_with_their_ids(config: LabelConfig) -> None:
     """In a Ray of the command's own, since Ray sets logging up once for all processes of a driver."""
     folder = Path(tempfile.mkdtemp(prefix="kr-"))  # Ray's sockets need a short path
-    command = [sys.executable, "-m", "kinoray.cli", "label", config.source, "--checkpoint", config.checkpoint]
+    command = [sys.executable, "-m", "kinoray", "label", config.source, "--checkpoint", config.checkpoint]
     command += ["--allow-factory", "label_models:mixing"]
     command += ["--out", config.out, "--unit-size", "4", "--workers", "1", "--resources.logs", "json"]
     try:

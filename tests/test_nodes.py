@@ -124,7 +124,7 @@ def lose_a_node(cluster: Cluster, proxy: FaultyS3, config: Config, folder: Path,
     file = folder / "config.yaml"
     verb = type(config).__name__.removesuffix("Config").lower()
     file.write_text(to_yaml(replace(config, storage=replace(config.storage, endpoint_url=proxy.url))))
-    command = [sys.executable, "-m", "kinoray.cli", verb, "--config", str(file)]
+    command = [sys.executable, "-m", "kinoray", verb, "--config", str(file)]
     driver = Driver([*command, "--resources.address", cluster.address], cluster.environment, folder)
     try:
         assert gate.is_reached.wait(LIMIT_S), f"the job wrote little: {driver.said()[-4000:]}"

@@ -137,7 +137,7 @@ def test_nothing_of_the_environment_is_sent(tmp_path: Path, monkeypatch: pytest.
         "working_dir": str(tmp_path),
         "env_vars": {"PYTHONPATH": "platform:models:packages", "PYTHONUNBUFFERED": "1"},
     }
-    assert entrypoint(config) == "python -m kinoray.cli pack --config job.yaml"
+    assert entrypoint(config) == "python -m kinoray pack --config job.yaml"
     said = metadata(config, "nightly", 2)
     assert said["kinoray_out"] == "s3://b/s"
     assert "canary" not in json.dumps(said) + yaml.safe_dump(config.settings)

@@ -167,7 +167,7 @@ def test_a_job_is_followed_to_its_end(cluster: Cluster, capsys: pytest.CaptureFi
     assert f"nightly submitted to {cluster.url}" in printed.err
     assert printed.err.rstrip().endswith("nightly: done")
     [asked] = cluster.submitted
-    assert asked["entrypoint"] == "python -m kinoray.cli pack --config job.yaml"
+    assert asked["entrypoint"] == "python -m kinoray pack --config job.yaml"
     assert asked["runtime_env"]["env_vars"]["PYTHONPATH"] == "platform:models:packages"
     with zipfile.ZipFile(io.BytesIO(cluster.packages[0])) as package:
         names = package.namelist()

@@ -437,7 +437,3 @@ def _one_line(box: str) -> str:
     message = [part for part in parts[1:] if part and not part.startswith(("For full helptext", "Argument helptext"))]
     text = " ".join(message or parts).removeprefix("Error parsing ")
     return re.sub(r"^[\w.-]+: (?=[\w.]+ must )", "", text)  # our own checks name the whole field already
-
-
-if __name__ == "__main__":
-    sys.exit(main())

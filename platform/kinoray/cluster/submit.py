@@ -231,7 +231,7 @@ def runtime_env(folder: Path) -> dict[str, Any]:
 
 def entrypoint(config: SubmitConfig) -> str:
     """The job's command."""
-    return f"python -m kinoray.cli {config.verb} --config {_PAYLOAD}"
+    return f"python -m kinoray {config.verb} --config {_PAYLOAD}"
 
 
 def metadata(config: SubmitConfig, run: str, number: int) -> dict[str, str]:
