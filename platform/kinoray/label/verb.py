@@ -14,7 +14,7 @@ from typing import Any
 import pyarrow as pa
 
 from kinoray.catalog.table import Catalog
-from kinoray.config.shared import ResourcesConfig
+from kinoray.config.shared import WorkersConfig
 from kinoray.console import Progress, format_duration
 from kinoray.errors import TooManyBad
 from kinoray.label.config import LabelConfig
@@ -57,7 +57,7 @@ def label(config: LabelConfig) -> dict[str, Any]:
     }
 
 
-def run_labelling(labelling: Labelling, resources: ResourcesConfig, task: str) -> Totals:
+def run_labelling(labelling: Labelling, resources: WorkersConfig, task: str) -> Totals:
     """Label the units that are missing, check the whole table, declare it complete and print what it holds.
 
     Raises:

@@ -12,8 +12,8 @@ from kinoray.config.shared import (
     ClipConfig,
     ModelConfig,
     OptimConfig,
-    ResourcesConfig,
     StorageConfig,
+    TrainResourcesConfig,
     require,
 )
 
@@ -71,7 +71,7 @@ class TrainConfig:
     memory, more traffic). Checkpoints are the same, so a run may go on with the other one."""
     storage: StorageConfig = field(default_factory=StorageConfig)
     """Object storage."""
-    resources: ResourcesConfig = field(default_factory=ResourcesConfig)
+    resources: TrainResourcesConfig = field(default_factory=TrainResourcesConfig)
     """Workers and decoders."""
 
     def __post_init__(self) -> None:
