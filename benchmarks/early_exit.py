@@ -43,7 +43,7 @@ SHARES = (0.001, 0.01)
 def trained(folder: Path, epochs: int) -> str:
     """Train on 60 videos a class; the run folder."""
     make_demo_set(folder / "train", 60, seed=0)
-    resources = ResourcesConfig(num_workers=1, decode_tasks=1)
+    resources = ResourcesConfig(num_workers=1, decoders_per_worker=1)
     pack(PackConfig(source=str(folder / "train"), out=str(folder / "set"), val_fraction=0.1, resources=resources))
     preset = PRESETS["demo"]()
     model = ModelConfig(factory=preset.model.factory, options={**preset.model.options, "consensus": "probs"})

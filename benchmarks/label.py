@@ -87,10 +87,9 @@ def measure(folder: Path, quick: bool) -> dict[str, Any]:
             source=make_library(folder, 4 if quick else 12, num_videos),
             checkpoint=make_checkpoint(folder, name),
             videos=num_videos,
-            rounds=2 if quick else 3,
             unit_size=num_videos // 6,
         )
-        found = bench(config)
+        found = bench(config, rounds=2 if quick else 3)
         bounds, start = found["bounds"], found["start"]
         first = start["first_over_actor_and_unit"]
         result |= {

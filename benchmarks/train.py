@@ -31,7 +31,14 @@ from torch.utils.data import DataLoader, Dataset
 
 from kinoray.catalog.table import Catalog, load_catalog, read_video, references, save_catalog
 from kinoray.cluster.connect import disconnect
-from kinoray.config.shared import ClipConfig, ModelConfig, OptimConfig, ResourcesConfig, SampleConfig
+from kinoray.config.shared import (
+    ClipConfig,
+    ModelConfig,
+    OptimConfig,
+    SampleConfig,
+    TrainResourcesConfig,
+    WorkersConfig,
+)
 from kinoray.demo.videos import make_video
 from kinoray.network.batch import VideoBatch, collate, model_inputs
 from kinoray.network.build import build_model
@@ -62,7 +69,7 @@ def video(label: str, seed: int) -> bytes:
     return make_video(np.clip(frames + noise[np.arange(300) % 8], 0, 255).astype(np.uint8), fps=30, gop=12)
 
 
-def make_set(folder: Path, num_videos: int, repeats: int, resources: ResourcesConfig) -> str:
+def make_set(folder: Path, num_videos: int, repeats: int, resources: WorkersConfig) -> str:
     """Videos in packed shards, each `repeats` times in the catalog, under other names."""
     for number in range(num_videos):
         path = folder / "videos" / "train" / LABELS[number % 2] / f"{number}.mp4"
@@ -88,7 +95,7 @@ def settings(catalog: str, out: str, epochs: int, decode_tasks: int) -> TrainCon
         clip=ClipConfig(sample=SampleConfig(num_segments=8, frames_per_segment=1)),
         model=ModelConfig(factory="stream:mean_colour"),
         optim=OptimConfig(epochs=epochs, batch_size=16),
-        resources=ResourcesConfig(num_workers=1, decode_tasks=decode_tasks, local_cpus=decode_tasks + 2),
+        resources=TrainResourcesConfig(num_workers=1, decode_tasks=decode_tasks, local_cpus=decode_tasks + 2),
         checkpoint_every_steps=0,
     )
 
@@ -197,7 +204,7 @@ def main() -> int:
     rounds, num_videos, repeats, epochs = (2, 8, 24, 2) if arguments.quick else (5, 20, 30, 2)
     results: dict[str, list[dict[str, object]]] = {"ray": [], "plain": []}
     with tempfile.TemporaryDirectory(prefix="kinoray-bench-") as folder:
-        resources = ResourcesConfig(num_workers=1, decode_tasks=1)
+        resources = WorkersConfig(num_workers=1)
         catalog = make_set(Path(folder), num_videos, repeats, resources)
         disconnect()
         for number in range(rounds):

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from kinoray.cluster.connect import disconnect
-from kinoray.config.shared import CacheConfig, ClipConfig, ModelConfig, OptimConfig, ResourcesConfig, SampleConfig
+from kinoray.config.shared import CacheConfig, ClipConfig, ModelConfig, OptimConfig, SampleConfig, TrainResourcesConfig
 from kinoray.demo.videos import make_video
 from kinoray.pack.config import PackConfig
 from kinoray.pack.verb import pack
@@ -38,7 +38,7 @@ SEGMENTS, FRAMES, NUM_TRIALS = (4, 8, 16), 6, 8
 BAR = 1.5
 LABELS = ("left", "right")
 RATES = "0.001,0.002,0.004"
-RESOURCES = ResourcesConfig(num_workers=1, decode_tasks=1, local_cpus=4)
+RESOURCES = TrainResourcesConfig(num_workers=1, decode_tasks=1, local_cpus=4)
 
 
 class Spec:
@@ -131,7 +131,7 @@ def main() -> int:
                 **settings(catalog, Path(folder) / "sweep", SEGMENTS[0], epochs),
                 space={"optim.lr": RATES, "clip.sample.num_segments": "4,8,16"},
                 num_trials=NUM_TRIALS,
-                scheduler="fifo",
+                grace_epochs=epochs,
                 cache=CacheConfig(gb=20, folder=str(Path(folder) / "cache")),
             )
         )

@@ -86,7 +86,7 @@ def ablate(config: AblateConfig) -> str:
         pack(PackConfig(source=str(videos), out=config.catalog, storage=config.storage, resources=config.resources))
     trials = study_trials(config.model.options, config.seeds)
     shared = {item.name: getattr(config, item.name) for item in fields(TrainConfig)} | {"model": ModelConfig()}
-    tune(TuneConfig(**shared, scheduler="fifo"), trials)
+    tune(TuneConfig(**shared, grace_epochs=config.optim.epochs), trials)
     rows = [read_trial(storage, config.out, trial_id(settings), settings) for settings in trials]
     page = study_page(rows, config.model.options, config.seeds)
     storage.put(join(config.out, "ablation.md"), page.encode())

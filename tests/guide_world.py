@@ -59,7 +59,6 @@ _VIEW = ["--clip.sample.num-segments", "1", "--clip.sample.frames-per-segment", 
 _VIEW += ["--clip.view.resize-px", "36", "--clip.view.crop-px", "32"]
 _RECIPE = [*_VIEW, "--optim.epochs", "1", "--optim.batch-size", "8", *_ONE, "--resources.decode-tasks", "1"]
 _SMALL = {
-    "demo": ["--videos-per-class", "4", "--epochs", "1"],
     "pack": _ONE,
     "train": _RECIPE,
     "tune": [*_RECIPE, "--num-trials", "2"],
@@ -73,6 +72,10 @@ _SMALL = {
 def small(arguments: Sequence[str]) -> list[str]:
     """The command line with the small settings of its verb."""
     verb = arguments[0] if arguments else ""
+    if verb == "demo":  # how much it does is no setting
+        from kinoray.demo.verb import demo
+
+        demo.__kwdefaults__ = {"videos_per_class": 4, "epochs": 1}
     if "--config" in arguments or "--ensemble" in arguments:  # an ensemble runs nothing
         return list(arguments)
     options = _tiny(arguments) if verb in ("train", "tune") else []

@@ -45,7 +45,7 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def command_of(cluster: Cluster, library: Path, out: Path, *flags: str) -> list[str]:
     """`kinoray label` on the cluster, in units of one video."""
     command = [sys.executable, "-m", "kinoray", "label", str(library / "videos"), "--out", str(out)]
-    command += ["--checkpoint", str(library / "run"), "--unit-size", "1", "--resources.decode-tasks", "1"]
+    command += ["--checkpoint", str(library / "run"), "--unit-size", "1", "--resources.decoders-per-worker", "1"]
     command += ["--allow-factory", "label_models:mixing"]
     return [*command, "--resources.address", cluster.address, *flags]
 

@@ -79,7 +79,7 @@ def test_rates_of_a_library_that_is_mostly_bad_end_with_an_error() -> None:
             {"cores": 16, "decode_cpu_s": 1.2},
             {"decode": 3.3, "model": 6.7, "shared": 3.3},
             {},
-            "4 decoders do not use 16 cores: set --resources.decode-tasks 8",
+            "4 decoders do not use 16 cores: set --resources.decoders-per-worker 8",
         ),
         ({"cores": 16}, {}, {}, "2 workers of 1 threads do not use 16 cores: set --workers 16"),
         ({"gpu": "NVIDIA L4"}, {}, {}, "the model on NVIDIA L4 binds: --inference.precision bf16"),
@@ -106,7 +106,7 @@ def test_bounds_are_medians_of_ratios_within_a_turn() -> None:
     assert bounds.job_over_shared == pytest.approx(4.0 / 5.0)
     assert bounds.job_over_min_both == pytest.approx(4.0 / (20 / 3))
     assert bounds.cpu_over_job == pytest.approx(0.4 / 0.45)
-    one_thread = bounds_of(replace(RATES, num_workers=1, decode_tasks=1), [(decode, model, job)])
+    one_thread = bounds_of(replace(RATES, num_workers=1, decoders_per_worker=1), [(decode, model, job)])
     assert (one_thread.decode, one_thread.model) == (10.0, pytest.approx(10 / 3))  # the other core cannot be used
     with_gpu = bounds_of(replace(RATES, gpu="NVIDIA L4"), [(decode, model, job)])
     assert with_gpu.model == pytest.approx(2 * 20 / 3)  # two workers, each with a GPU like the one of the loop
@@ -119,7 +119,6 @@ def test_bounds_are_medians_of_ratios_within_a_turn() -> None:
     ("changes", "message"),
     [
         ({"videos": 5}, r"videos must be at least 3 a worker \(6\), got 5"),
-        ({"rounds": 0}, "rounds must be at least 1, got 0"),
         ({"resources": ResourcesConfig(address="head:6379")}, "resources.address must be left out: the loops and the"),
     ],
 )

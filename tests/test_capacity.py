@@ -35,7 +35,7 @@ RATES = Rates(
     num_videos=256,
     num_workers=2,
     cpus_per_worker=1.0,
-    decode_tasks=2,
+    decoders_per_worker=2,
     torch_threads=1,
     batch_size=8,
     unit_size=64,
@@ -113,9 +113,6 @@ def test_what_surrounds_the_work_is_in_the_time() -> None:
     assert estimate(WORK, site, Conditions(head_room=0.5), 6400, 1).work_s == pytest.approx(2 * bare.work_s)
     assert estimate(WORK, site, Conditions(retry_fraction=0.1), 6400, 1).work_s == pytest.approx(1.1 * bare.work_s)
     assert estimate(WORK, site, Conditions(calibration=0.8), 6400, 1).work_s == pytest.approx(bare.work_s / 0.8)
-    limited = Conditions(store_bytes_per_s=1e6)
-    store = estimate(replace(WORK, bytes_per_video=1e6), site, limited, 6400, 50)
-    assert (store.work_s, store.bound, store.videos_per_s) == (6400, "store", 1.0)
 
 
 def test_starting_more_workers_than_cores_takes_longer() -> None:
@@ -223,11 +220,11 @@ def test_a_wrong_node_is_said_with_what_is_right(text: str, message: str) -> Non
 
 
 def test_durations_and_gpu_rates_are_read() -> None:
-    assert [parse_duration(text, "deadline") for text in ("45s", "90min", "24h", "1.5d")] == [45, 5400, 86400, 129600]
+    assert [parse_duration(text) for text in ("45s", "90min", "24h", "1.5d")] == [45, 5400, 86400, 129600]
     assert parse_gpu_rates(["H100=180", "l4=20.5"]) == {"h100": 180.0, "l4": 20.5}
     for text in ("24", "h", "-1h", "0h"):
         with pytest.raises(ConfigError, match="deadline must be a time like"):
-            parse_duration(text, "deadline")
+            parse_duration(text)
     for item in ("H100", "H100=fast", "H100=0"):
         with pytest.raises(ConfigError, match="gpu_clips_per_s must be GPU=CLIPS_A_SECOND"):
             parse_gpu_rates([item])
@@ -299,7 +296,6 @@ def test_missing_rates_are_named(tmp_path: Path) -> None:
         ({"videos": None}, "catalog must be given, or videos instead"),
         ({"catalog": "library"}, "catalog must be given, or videos instead"),
         ({"videos": 0}, "videos must be at least 1"),
-        ({"head_room": 1.0}, "head_room must be in 0 .. 1, below 1"),
         ({"mean_duration": 0.0}, "mean_duration must be greater than 0"),
         ({"deadline": "soon"}, "deadline must be a time like"),
         ({"node": ("gpu:16cpu,1xH100",)}, "gpu_clips_per_s: no rate is known for a H100"),
@@ -311,9 +307,9 @@ def test_a_wrong_setting_names_the_field(rates_file: str, changes: dict[str, Any
 
 
 def test_cpu_nodes_share_their_cores(rates_file: str, capsys: pytest.CaptureFixture[str]) -> None:
-    found = plan(config_of(rates_file, head_room=0.0))["nodes"][0]
-    # As many workers a core as in the measured job; 1 % of the work is done twice.
-    per_node = RATES.job_videos_per_s / RATES.cores * 16 / 1.01
+    found = plan(config_of(rates_file))["nodes"][0]
+    # As many workers a core as in the measured job; 1 % of the work is done twice, 20 % of the rate is kept back.
+    per_node = RATES.job_videos_per_s / RATES.cores * 16 / 1.01 * 0.8
     assert found["videos_per_s"] == pytest.approx(found["nodes"] * per_node, rel=0.01)
     assert found["work_s"] == pytest.approx(NUM_VIDEOS / found["videos_per_s"], rel=0.02)
     assert found["bound"] == "CPU: the model"
@@ -321,7 +317,7 @@ def test_cpu_nodes_share_their_cores(rates_file: str, capsys: pytest.CaptureFixt
     assert found["hours"] < 24
     shown = capsys.readouterr().out
     assert "the model is the limit: --inference.precision bf16, or a GPU, would help" in shown
-    assert f"--workers {found['workers']} --resources.cpus-per-worker 1 --resources.decode-tasks 2" in shown
+    assert f"--workers {found['workers']} --resources.cpus-per-worker 1 --resources.decoders-per-worker 2" in shown
     assert "a CPU of a node is 1 x a core of some CPU (cpu_speed)" in shown
     assert "no node is lost" in shown
 
@@ -331,8 +327,8 @@ def test_a_gpu_moves_the_limit_to_decoding_and_a_slow_network_to_the_network(rat
     fast = plan(config_of(rates_file, node=nodes, gpu_clips_per_s=("H100=400",)))["nodes"]
     assert [node["bound"] for node in fast] == ["CPU: decoding", "network", "GPU (H100)"]
     assert fast[1]["nodes"] > fast[0]["nodes"] > fast[2]["nodes"]
-    assert fast[0]["decode_tasks"] == 16
-    assert "--resources.gpus-per-worker 1 --resources.decode-tasks 16" in fast[0]["flags"]
+    assert fast[0]["decoders_per_worker"] == 16
+    assert "--resources.gpus-per-worker 1 --resources.decoders-per-worker 16" in fast[0]["flags"]
 
 
 def test_every_assumption_has_its_line(rates_file: str) -> None:
@@ -355,7 +351,7 @@ def test_every_assumption_has_its_line(rates_file: str) -> None:
         "feeding a GPU takes was not measured",
         "a CPU of a node is 0.5 x a core",
         "20% of every rate is kept back",
-        "a node takes 3min to start",
+        "a node takes 3 min 00 s to start",
     ):
         assert part in lines
 

@@ -15,7 +15,7 @@ from kinoray.cli import VERBS, main
 from kinoray.config.file import config_from_mapping, load_config, to_yaml
 from kinoray.config.help import settings_of
 from kinoray.config.scoring import LabelWorkConfig, ScoringConfig
-from kinoray.config.shared import ResourcesConfig, digest, parse_options
+from kinoray.config.shared import TrainResourcesConfig, digest, parse_options
 from kinoray.errors import ConfigError
 from kinoray.network.build import require_known_model
 from kinoray.train.config import PRESETS, TrainConfig
@@ -191,7 +191,7 @@ def test_what_verbs_share_is_checked_alike(
 
 
 def test_print_config_round_trips(tmp_path: Path) -> None:
-    config = TrainConfig(catalog="s3://b/set", out="run", resources=ResourcesConfig(num_workers=3))
+    config = TrainConfig(catalog="s3://b/set", out="run", resources=TrainResourcesConfig(num_workers=3))
     path = tmp_path / "c.yaml"
     path.write_text(to_yaml(config), encoding="utf-8")
     assert load_config(TrainConfig, str(path)) == config

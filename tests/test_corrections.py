@@ -340,7 +340,7 @@ def test_a_network_is_trained_on_from_the_corrected_catalog(ray_local: None, tmp
     source = str(tmp_path / "library")
     original = colour_set(storage, source, train=24, val=12)
     checkpoint = save_untrained(storage, str(tmp_path / "run"), LABELS, CLIP, "tiny_models:mean_colour")
-    resources = ResourcesConfig(num_workers=1, decode_tasks=1)
+    resources = ResourcesConfig(num_workers=1, decoders_per_worker=1)
     totals = label(
         LabelConfig(
             allow_factory=OWN_NETWORKS,

@@ -19,7 +19,7 @@ from kinoray import errors
 from kinoray.catalog.source import find_files, unique_ids
 from kinoray.catalog.table import CATALOG_SCHEMA, Catalog, Reference, catalog_of_source
 from kinoray.cli import main
-from kinoray.config.shared import ClipConfig, DecodeConfig, SampleConfig, StorageConfig, ViewConfig
+from kinoray.config.shared import ClipConfig, DecodeConfig, FlowConfig, SampleConfig, StorageConfig, ViewConfig
 from kinoray.console import many
 from kinoray.demo.videos import make_broken, make_video
 from kinoray.doctor.config import DoctorConfig
@@ -37,7 +37,11 @@ from kinoray.video.media import VideoInfo
 from small_sets import save_as_pack
 
 LOCAL = Storage()
-CLIP = ClipConfig(sample=SampleConfig(num_segments=4, frames_per_segment=2), view=ViewConfig(resize_px=36, crop_px=32))
+CLIP = ClipConfig(
+    sample=SampleConfig(num_segments=4, frames_per_segment=2),
+    view=ViewConfig(resize_px=36, crop_px=32),
+    flow=FlowConfig(estimator="none"),
+)
 BROKEN = {"empty": "EmptyMedia", "random": "UnreadableContainer", "audio_only": "NoVideoStream"}
 
 
@@ -74,7 +78,7 @@ def write_set(storage: Storage, uri: str) -> dict[str, bytes]:
 
 
 def config_of(source: Path | str, **changes: Any) -> DoctorConfig:
-    return replace(DoctorConfig(source=str(source), clip=CLIP, decode_sample=4, transcode_sample=0), **changes)
+    return replace(DoctorConfig(source=str(source), clip=CLIP, decode_sample=4), **changes)
 
 
 def check_set(record: dict[str, Any], files: dict[str, bytes]) -> None:
@@ -141,7 +145,7 @@ def test_a_prefix_in_s3_gives_what_a_folder_gives(
 ) -> None:
     storage = Storage(s3_config)
     files = write_set(storage, f"{bucket}/set")
-    sizes = ["--clip.view.resize-px", "36", "--clip.view.crop-px", "32", "--transcode-sample", "0"]
+    sizes = ["--clip.view.resize-px", "36", "--clip.view.crop-px", "32"]
     command = ["doctor", f"{bucket}/set/", "--out", f"{bucket}/out", "--storage.endpoint-url", s3_server, *sizes]
     assert main([*command, "--storage.addressing", "path"]) == 0
     assert f"wrote {bucket}/out/doctor.json" in capsys.readouterr().out
@@ -263,7 +267,7 @@ def test_the_estimate_is_the_weighted_sum_of_what_was_measured(tmp_path: Path) -
     for number in range(3):
         LOCAL.put(str(tmp_path / f"large{number}.mkv"), large(number))
     LOCAL.put(str(tmp_path / "broken.mp4"), b"broken")
-    decode = doctor(config_of(tmp_path, decode_sample=4, flow=True))["decode"]
+    decode = doctor(config_of(tmp_path, decode_sample=4, clip=replace(CLIP, flow=FlowConfig())))["decode"]
     videos = decode["videos"]
     assert Counter(row["class"] for row in videos) == {"h264 <= 256": 2, "mpeg4 <= 360": 2}
     for key, name in (("rgb_cpu_s", "rgb"), ("rgb_and_flow_cpu_s", "rgb_and_flow")):
@@ -286,7 +290,7 @@ def test_transcoding_is_measured_where_it_can_gain(tmp_path: Path, capsys: pytes
     frames = noise.repeat(8, axis=1).repeat(8, axis=2)
     LOCAL.put(str(tmp_path / "big.mkv"), make_video(frames, fps=30, container="matroska", gop=600))
     LOCAL.put(str(tmp_path / "small.mp4"), small(0))
-    decode = doctor(config_of(tmp_path, transcode_sample=2))["decode"]
+    decode = doctor(config_of(tmp_path))["decode"]
     made = decode["transcode"]
     assert made["num_transcoded"] == 1
     assert made["bytes_before"] == (tmp_path / "big.mkv").stat().st_size

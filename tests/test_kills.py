@@ -129,7 +129,7 @@ def label_calmly(
         unit_size=unit_size,
         window_s=window_s,
         storage=server,
-        resources=ResourcesConfig(num_workers=2, decode_tasks=1),
+        resources=ResourcesConfig(num_workers=2, decoders_per_worker=1),
     )
     label(config)
     return Calm(library, config, table_of(storage, config.out), windows_of(storage, config))
@@ -160,7 +160,7 @@ def start_driver(cluster: Cluster, config: LabelConfig, logs: Path) -> Driver:
     command = [sys.executable, "-m", "kinoray", "label", config.source, "--checkpoint", config.checkpoint]
     command += ["--allow-factory", "label_models:mixing"]
     command += ["--out", config.out, "--unit-size", str(config.unit_size), "--window-s", str(config.window_s)]
-    command += ["--resources.num-workers", "2", "--resources.decode-tasks", "1"]
+    command += ["--resources.num-workers", "2", "--resources.decoders-per-worker", "1"]
     command += ["--resources.address", cluster.address, "--storage.endpoint-url", str(config.storage.endpoint_url)]
     command += ["--storage.region", "us-east-1", "--storage.addressing", "path"]
     return Driver(command, cluster.environment, logs)

@@ -29,6 +29,7 @@ from kinoray.config.shared import (
     ResourcesConfig,
     SampleConfig,
     StorageConfig,
+    TrainResourcesConfig,
     ViewConfig,
 )
 from kinoray.label.config import LabelConfig
@@ -48,7 +49,7 @@ from tiny_models import OWN_NETWORKS
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
 CLIP = ClipConfig(sample=SampleConfig(num_segments=1, frames_per_segment=2), view=ViewConfig(resize_px=32, crop_px=24))
-A_NODE_EACH = ResourcesConfig(num_workers=2, cpus_per_worker=1.5, decode_tasks=1)
+A_NODE_EACH = ResourcesConfig(num_workers=2, cpus_per_worker=1.5, decoders_per_worker=1)
 NUM_VIDEOS = 24
 BROKEN = 5
 LIMIT_S = 500.0
@@ -237,9 +238,9 @@ def test_tune_loses_a_node(cluster: Cluster, base: str, server: StorageConfig, p
         optim=OptimConfig(epochs=2, batch_size=8),
         space={"optim.lr": "0.001,0.01,0.05"},
         search="grid",
-        scheduler="fifo",
+        grace_epochs=2,
         storage=server,
-        resources=ResourcesConfig(num_workers=1, decode_tasks=1),
+        resources=TrainResourcesConfig(num_workers=1, decode_tasks=1),
     )
     said = lose_a_node(cluster, proxy, config, tmp_path, Gate("/checkpoints/", 2), "ray::RayTrainWorker")
     assert "tune: 3 trials (3 finished)" in said

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from kinoray.catalog.table import CATALOG_SCHEMA, Catalog, save_catalog
-from kinoray.config.shared import AugmentConfig, OptimConfig, ResourcesConfig
+from kinoray.config.shared import AugmentConfig, OptimConfig, TrainResourcesConfig
 from kinoray.demo.videos import make_video
 from kinoray.network.checkpoint import list_checkpoints, load_model_state
 from kinoray.storage.objects import Storage, join
@@ -57,7 +57,7 @@ def test_the_papers_recipe_takes_steps(tmp_path: Path, ray_local: None) -> None:
         out=str(tmp_path / "run"),
         clip=clip,
         optim=dataclasses.replace(preset.optim, epochs=1, batch_size=1),
-        resources=ResourcesConfig(num_workers=1, decode_tasks=1),
+        resources=TrainResourcesConfig(num_workers=1, decode_tasks=1),
     )
     result = train(config)
     assert (result["epochs"], result["steps"], result["samples"]) == (1, 2, 2)
@@ -98,7 +98,7 @@ def test_a_run_with_a_rich_recipe_stops_early_and_keeps_its_best(
             freeze_bn=True,
             backbone_lr_factor=0.5,
         ),
-        resources=ResourcesConfig(num_workers=2, decode_tasks=2),
+        resources=TrainResourcesConfig(num_workers=2, decode_tasks=2),
     )
     result = train(config)
 

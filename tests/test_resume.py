@@ -27,9 +27,9 @@ from kinoray.config.shared import (
     ClipConfig,
     ModelConfig,
     OptimConfig,
-    ResourcesConfig,
     SampleConfig,
     StorageConfig,
+    TrainResourcesConfig,
     ViewConfig,
 )
 from kinoray.errors import JobError, StorageUnavailable
@@ -62,7 +62,7 @@ def make_config(catalog: str, out: Path | str, **changes: Any) -> TrainConfig:
         "val_split": "",
         "model": mortal(),
         "optim": OptimConfig(epochs=2, batch_size=4, lr=0.05),
-        "resources": ResourcesConfig(num_workers=2, decode_tasks=2),
+        "resources": TrainResourcesConfig(num_workers=2, decode_tasks=2),
         "checkpoint_every_steps": 1,
     }
     return TrainConfig(catalog=catalog, out=str(out), **(settings | changes))
@@ -209,7 +209,7 @@ def test_a_run_goes_on_with_another_number_of_workers(tmp_path: Path, ray_local:
         train(config)
     before = list_checkpoints(Storage(), out)[-1][1]
     assert (before.epoch, 1 <= before.epoch_steps < 3) == (0, True)
-    fewer = dataclasses.replace(config, resources=ResourcesConfig(num_workers=1, decode_tasks=1))
+    fewer = dataclasses.replace(config, resources=TrainResourcesConfig(num_workers=1, decode_tasks=1))
     assert_equals_plain_training(train(fewer), config)
 
 
@@ -254,7 +254,7 @@ def test_what_was_trained_on_is_not_read_again(
         storage=through,
         model=mortal(plan_deaths(tmp_path / "deaths", f"{step} self {bucket}/run {s3_config.endpoint_url}")),
         optim=OptimConfig(epochs=1, batch_size=4, lr=0.05),
-        resources=ResourcesConfig(num_workers=2, decode_tasks=2),
+        resources=TrainResourcesConfig(num_workers=2, decode_tasks=2),
     )
     result = train(config)
 

@@ -184,34 +184,32 @@ def test_output_after_a_broken_connection_is_printed_once(cluster: Cluster, caps
 
 
 @pytest.mark.parametrize(
-    ("ends", "retries", "code", "tries"),
+    ("ends", "code", "tries"),
     [
-        pytest.param([KILLED, NODE_DIED, DONE], 3, 0, 3, id="killed twice, then done"),
-        pytest.param([KILLED, failed(1)], 3, 1, 2, id="killed, then failed by itself"),
-        pytest.param([failed(1)], 3, 1, 1, id="failed"),
-        pytest.param([failed(2)], 3, 2, 1, id="a wrong setting"),
-        pytest.param([failed(42)], 3, 42, 1, id="another code"),
-        pytest.param([KILLED] * 3, 2, 137, 3, id="killed once too often"),
-        pytest.param([KILLED], 0, 137, 1, id="never again"),
-        pytest.param([{"status": "STOPPED"}], 3, 130, 1, id="stopped by somebody"),
+        pytest.param([KILLED, NODE_DIED, DONE], 0, 3, id="killed twice, then done"),
+        pytest.param([KILLED, failed(1)], 1, 2, id="killed, then failed by itself"),
+        pytest.param([failed(1)], 1, 1, id="failed"),
+        pytest.param([failed(2)], 2, 1, id="a wrong setting"),
+        pytest.param([failed(42)], 42, 1, id="another code"),
+        pytest.param([KILLED] * 4, 137, 4, id="killed once too often"),
+        pytest.param([{"status": "STOPPED"}], 130, 1, id="stopped by somebody"),
     ],
 )
 def test_only_what_was_killed_is_submitted_again(
     cluster: Cluster,
     ends: list[dict[str, Any]],
-    retries: int,
     code: int,
     tries: int,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     cluster.ends = list(ends)
-    assert submit(command(cluster, retries=retries)) == code
-    names = ["nightly", "nightly-try2", "nightly-try3"]
+    assert submit(command(cluster)) == code
+    names = ["nightly", "nightly-try2", "nightly-try3", "nightly-try4"]
     assert [asked["submission_id"] for asked in cluster.submitted] == names[:tries]
     assert {asked["metadata"]["kinoray_run"] for asked in cluster.submitted} == {"nightly"}
     said = capsys.readouterr().err
     assert said.count("submitted again") == tries - 1
-    assert ("are used up" in said) == (retries > 0 and tries == retries + 1)
+    assert ("it was submitted 4 times" in said) == (tries == 4)
     known = JobsClient(cluster.url, allow_open=False).run("nightly")
     assert [one.submission_id for one in known] == names[:tries]
     assert known[-1].exit_code == code

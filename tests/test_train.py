@@ -25,9 +25,9 @@ from kinoray.config.shared import (
     ClipConfig,
     ModelConfig,
     OptimConfig,
-    ResourcesConfig,
     SampleConfig,
     StorageConfig,
+    TrainResourcesConfig,
     ViewConfig,
 )
 from kinoray.errors import (
@@ -67,7 +67,7 @@ def make_config(catalog: str, out: str, **changes: Any) -> TrainConfig:
         "clip": CLIP,
         "model": ModelConfig(factory="tiny_models:mean_colour", options={"flow_channels": 2}),
         "optim": OptimConfig(epochs=3, batch_size=8, lr=0.05),
-        "resources": ResourcesConfig(num_workers=2, decode_tasks=2),
+        "resources": TrainResourcesConfig(num_workers=2, decode_tasks=2),
     }
     return TrainConfig(catalog=catalog, out=out, **(settings | changes))
 
@@ -132,7 +132,9 @@ def test_a_run_folder_is_resumed_only_with_the_settings_that_decide_the_result(s
     catalog = load_catalog(storage, small_set)
     folder = RunFolder(storage, out)
     folder.claim(config, catalog)
-    folder.claim(dataclasses.replace(config, keep_checkpoints=9, resources=ResourcesConfig(num_workers=1)), catalog)
+    folder.claim(
+        dataclasses.replace(config, keep_checkpoints=9, resources=TrainResourcesConfig(num_workers=1)), catalog
+    )
     assert "keep_checkpoints: 2" in (tmp_path / "run" / "config.yaml").read_text()
 
     other = dataclasses.replace(config, optim=dataclasses.replace(config.optim, lr=0.5, epochs=9), val_split="")
@@ -349,7 +351,7 @@ def test_one_worker_and_two_equal_a_plain_loop(
 ) -> None:
     """The same global batches: both are within 1e-5 of it, which is what float32 sums in another order make."""
     config = make_config(
-        small_set, str(tmp_path / "run"), resources=ResourcesConfig(num_workers=num_workers, decode_tasks=1)
+        small_set, str(tmp_path / "run"), resources=TrainResourcesConfig(num_workers=num_workers, decode_tasks=1)
     )
     assert_equals_plain_training(train(config), config)
 

@@ -22,9 +22,9 @@ from kinoray.config.shared import (
     ClipConfig,
     ModelConfig,
     OptimConfig,
-    ResourcesConfig,
     SampleConfig,
     StorageConfig,
+    TrainResourcesConfig,
     ViewConfig,
 )
 from kinoray.errors import ClusterError, ConfigError, JobError
@@ -50,7 +50,7 @@ def make_config(catalog: str, out: str, **changes: Any) -> TuneConfig:
         "clip": CLIP,
         "model": ModelConfig(factory="tiny_models:mean_colour"),
         "optim": OptimConfig(epochs=2, batch_size=8),
-        "resources": ResourcesConfig(num_workers=1, decode_tasks=1, local_cpus=4),
+        "resources": TrainResourcesConfig(num_workers=1, decode_tasks=1, local_cpus=4),
         "space": SPACE,
     }
     return TuneConfig(catalog=catalog, out=out, **(settings | changes))
@@ -172,13 +172,13 @@ def test_no_trial_is_judged_before_a_third_of_its_epochs_nor_before_eight(epochs
 
 
 def test_flags_and_files_give_the_same_space(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    flags = ["--space", "optim.lr=log:1e-4..1e-2", "clip.sample.num_segments=4,8", "--scheduler", "fifo"]
+    flags = ["--space", "optim.lr=log:1e-4..1e-2", "clip.sample.num_segments=4,8", "--grace-epochs", "20"]
     assert main(["tune", "set", "--out", "o", *flags, "--print-config"]) == 0
     path = tmp_path / "sweep.yaml"
     path.write_text(capsys.readouterr().out)
     config = load_config(TuneConfig, str(path))
     assert config.space == {"optim.lr": "log:1e-4..1e-2", "clip.sample.num_segments": "4,8"}
-    assert config.scheduler == "fifo"
+    assert config.grace == 20
     assert main(["tune", "set", "--out", "o", "--space", "optim.lr", "--print-config"]) == 2
     assert "space must be PATH=VALUES" in capsys.readouterr().err
 
@@ -189,30 +189,30 @@ def test_flags_and_files_give_the_same_space(tmp_path: Path, capsys: pytest.Capt
 @pytest.mark.parametrize(
     ("nodes", "resources", "expected"),
     [
-        ([4], ResourcesConfig(num_workers=2, decode_tasks=2), 1),
-        ([4], ResourcesConfig(num_workers=1, decode_tasks=1), 2),
-        ([8, 8], ResourcesConfig(num_workers=2, decode_tasks=2), 4),
-        ([3, 3], ResourcesConfig(num_workers=1, cpus_per_worker=2, decode_tasks=1), 2),
-        ([2, 2], ResourcesConfig(num_workers=1, cpus_per_worker=2, decode_tasks=1), 1),
-        ([16], ResourcesConfig(num_workers=4, cpus_per_worker=0.5, decode_tasks=3), 3),
+        ([4], TrainResourcesConfig(num_workers=2, decode_tasks=2), 1),
+        ([4], TrainResourcesConfig(num_workers=1, decode_tasks=1), 2),
+        ([8, 8], TrainResourcesConfig(num_workers=2, decode_tasks=2), 4),
+        ([3, 3], TrainResourcesConfig(num_workers=1, cpus_per_worker=2, decode_tasks=1), 2),
+        ([2, 2], TrainResourcesConfig(num_workers=1, cpus_per_worker=2, decode_tasks=1), 1),
+        ([16], TrainResourcesConfig(num_workers=4, cpus_per_worker=0.5, decode_tasks=3), 3),
     ],
 )
 def test_as_many_trials_run_as_have_room_for_workers_and_decoders(
-    nodes: list[float], resources: ResourcesConfig, expected: int
+    nodes: list[float], resources: TrainResourcesConfig, expected: int
 ) -> None:
     assert trials_at_once([{"CPU": float(cpus)} for cpus in nodes], resources) == expected
 
 
 def test_gpus_are_counted_node_by_node() -> None:
     nodes = [{"CPU": 0.0}, {"CPU": 32.0, "GPU": 4.0}, {"CPU": 16.0}]
-    resources = ResourcesConfig(num_workers=2, cpus_per_worker=4, gpus_per_worker=1, decode_tasks=8)
+    resources = TrainResourcesConfig(num_workers=2, cpus_per_worker=4, gpus_per_worker=1, decode_tasks=8)
     assert trials_at_once(nodes, resources) == 2
     with pytest.raises(ClusterError, match="but the cluster has 0 CPU and 0 GPU, 32 CPU and 4 GPU, 16 CPU and 0 GPU"):
         trials_at_once(nodes, dataclasses.replace(resources, gpus_per_worker=3))
 
 
 def test_a_trial_that_cannot_fit_is_refused_with_the_sum() -> None:
-    resources = ResourcesConfig(num_workers=3, cpus_per_worker=1.5, decode_tasks=2)
+    resources = TrainResourcesConfig(num_workers=3, cpus_per_worker=1.5, decode_tasks=2)
     with pytest.raises(ClusterError) as caught:
         trials_at_once([{"CPU": 6.0}], resources)
     message = str(caught.value)
@@ -357,7 +357,6 @@ def test_the_page_is_inert_and_has_every_trial() -> None:
         "out": HOSTILE,
         "catalog": HOSTILE,
         "search": "random",
-        "scheduler": "asha",
         "grace_epochs": 8,
         "status": {"finished": 3},
     }
@@ -395,7 +394,7 @@ def test_four_trials_run_where_two_have_room_and_the_best_can_be_trained_again(
 ) -> None:
     """Four drivers of one CPU each, as Tune starts them by itself, would hold all CPUs of this Ray for ever."""
     cache = CacheConfig(gb=0.1, folder=str(tmp_path / "cache"))
-    config = make_config(small_set, str(tmp_path / "sweep"), cache=cache, scheduler="fifo")
+    config = make_config(small_set, str(tmp_path / "sweep"), cache=cache, grace_epochs=99)
     summary = tune(config)
 
     assert "tune: 2 trials at a time" in capsys.readouterr().out
@@ -466,7 +465,7 @@ def test_a_killed_sweep_goes_on_and_asha_stops_nothing_before_the_grace_period(s
         space={"optim.lr": "0.2,0.1,0.05,0.02,0.0001,0.00001"},
         search="grid",
         grace_epochs=2,
-        resources=ResourcesConfig(num_workers=1, decode_tasks=3, local_cpus=4),  # one at a time
+        resources=TrainResourcesConfig(num_workers=1, decode_tasks=3, local_cpus=4),  # one at a time
     )
     trials = tmp_path / "sweep" / "trials"
     process = start_sweep(config, tmp_path)
@@ -542,7 +541,7 @@ def test_a_trial_whose_process_dies_goes_on_and_what_it_held_is_free_again(
         str(tmp_path / "sweep"),
         optim=OptimConfig(epochs=40, batch_size=8),
         space={"optim.lr": "0.05"},
-        resources=ResourcesConfig(num_workers=1, cpus_per_worker=3, decode_tasks=1, local_cpus=4),
+        resources=TrainResourcesConfig(num_workers=1, cpus_per_worker=3, decode_tasks=1, local_cpus=4),
     )
     killed: list[int] = []
 

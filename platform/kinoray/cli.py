@@ -179,7 +179,7 @@ VERBS: Mapping[str, Verb] = {
         settings="kinoray.demo.config:DemoConfig",
         function="kinoray.demo.verb:demo",
         summary="all of the above on a small generated set",
-        main=("out", "storage", "epochs"),
+        main=("out", "storage"),
     ),
     "model": Verb(
         wish=_TRY,

@@ -56,8 +56,11 @@ class _Round:
     job: JobFigures
 
 
-def bench(config: BenchConfig) -> dict[str, Any]:
+def bench(config: BenchConfig, *, rounds: int = 1) -> dict[str, Any]:
     """Measure, print a table and a sentence of advice, and write the rates to config.out.
+
+    Args:
+        rounds: how often the three are measured in turn; medians are reported.
 
     Returns:
         rates (see kinoray.capacity.estimate.Rates), bounds (videos a second) and start (seconds).
@@ -74,7 +77,7 @@ def bench(config: BenchConfig) -> dict[str, Any]:
         )
     storage = Storage(config.storage)
     catalog, unit_size = _sample(storage, config)
-    rounds = []
+    turns = []
     with scratch_folder("bench") as scratch:
         folder = str(scratch)
         begin = time.perf_counter()
@@ -82,22 +85,22 @@ def bench(config: BenchConfig) -> dict[str, Any]:
         connect(config.resources)
         require_fit(config.resources)
         driver_s = time.perf_counter() - begin
-        for number in range(config.rounds):
+        for number in range(rounds):
             alone = _open(config, folder, catalog, f"start-{number}", unit_size)
             labelling = _open(config, folder, catalog, f"round-{number}", unit_size)
-            rounds.append(_measure(config, alone, labelling))
+            turns.append(_measure(config, alone, labelling))
         plan_s, check_s = driver_costs(labelling)
-    rates = _rates(labelling, rounds, config, (driver_s, plan_s, check_s), unit_size)
-    bounds = bounds_of(rates, [(turn.decode, turn.model, turn.job) for turn in rounds])
+    rates = _rates(labelling, turns, config, (driver_s, plan_s, check_s), unit_size)
+    bounds = bounds_of(rates, [(turn.decode, turn.model, turn.job) for turn in turns])
     rates = replace(rates, job_videos_per_s=bounds.job)
-    times = _times(rounds)
-    print_bench(rates, bounds, times, rounds[-1].decode, config)
+    times = _times(turns)
+    print_bench(rates, bounds, times, turns[-1].decode, config)
     record = {"rates": rates.to_record(), "bounds": bounds.to_record(), "start": times}
     if config.out:
         body = rates.to_record() | {"bounds": bounds.to_record(), "start": times}
         storage.put(absolute(config.out), json.dumps(body, indent=1).encode())
         print(f"bench: wrote {absolute(config.out)}; next: kinoray plan --rates {config.out} --node ...", flush=True)
-    refuse_too_many_bad(rounds[-1].decode, config.max_bad_fraction)
+    refuse_too_many_bad(turns[-1].decode, config.max_bad_fraction)
     return record
 
 
@@ -117,7 +120,7 @@ def _sample(storage: Storage, config: BenchConfig) -> tuple[Catalog, int]:
     Raises:
         ConfigError: there are too few.
     """
-    catalog = catalog_of_source(storage, absolute(config.source)).select(config.split)
+    catalog = catalog_of_source(storage, absolute(config.source))
     least = _UNITS_A_WORKER * config.resources.num_workers
     if len(catalog) < least:
         raise ConfigError(
@@ -195,7 +198,7 @@ def _rates(
         num_videos=videos,
         num_workers=config.resources.num_workers,
         cpus_per_worker=config.resources.cpus_per_worker,
-        decode_tasks=labelling.job.decode_tasks,
+        decoders_per_worker=labelling.job.decode_tasks,
         torch_threads=labelling.job.torch_threads,
         batch_size=labelling.job.scorer.batch_size,
         unit_size=unit_size,
@@ -242,7 +245,7 @@ def bounds_of(rates: Rates, rounds: Sequence[tuple[DecodeLoop, ModelLoop, JobFig
     for decode, model, job in rounds:
         decode_s = decode.cpu_s / decode.videos
         model_s = rates.clips_per_video * model.cpu_s / model.clips
-        decode_rate = min(rates.cores, rates.num_workers * rates.decode_tasks) / decode_s
+        decode_rate = min(rates.cores, rates.num_workers * rates.decoders_per_worker) / decode_s
         if rates.gpu:  # the loop ran on one of them
             model_rate = rates.num_workers * model.clips / model.wall_s / rates.clips_per_video
         else:
@@ -272,7 +275,12 @@ def print_bench(
     """The table and the advice."""
     where = rates.gpu or f"{rates.torch_threads} threads each"
     rows = [
-        ("decode alone", bounds.decode, rates.decode_cpu_s, f"{rates.num_workers * rates.decode_tasks} decoders"),
+        (
+            "decode alone",
+            bounds.decode,
+            rates.decode_cpu_s,
+            f"{rates.num_workers * rates.decoders_per_worker} decoders",
+        ),
         ("model alone", bounds.model, rates.model_cpu_s, f"{rates.num_workers} workers, {where}"),
         ("min(both)", bounds.min_both, None, "each with all the cores to itself"),
         ("shared cores", bounds.shared, rates.decode_cpu_s + rates.model_cpu_s, f"both on {rates.cores} cores"),
@@ -304,7 +312,7 @@ def print_bench(
 
 def advice(rates: Rates, bounds: Bounds, config: BenchConfig, *, has_bf16: bool) -> str:
     """Which stage binds, and what would help, in one sentence."""
-    decoders = rates.num_workers * rates.decode_tasks
+    decoders = rates.num_workers * rates.decoders_per_worker
     if rates.gpu and bounds.model < bounds.decode:
         return f"the model on {rates.gpu} binds: {_model_remedy(config, on_gpu=True, has_bf16=True)}"
     cpu_s = rates.decode_cpu_s + rates.model_cpu_s
@@ -312,8 +320,8 @@ def advice(rates: Rates, bounds: Bounds, config: BenchConfig, *, has_bf16: bool)
     if not saturated and bounds.decode <= bounds.model:
         wanted = -(-rates.cores // rates.num_workers)
         return (
-            f"decoding binds, and {decoders} decoders do not use {rates.cores} cores: set --resources.decode-tasks "
-            f"{max(wanted, rates.decode_tasks + 1)}"
+            f"decoding binds, and {decoders} decoders do not use {rates.cores} cores: set "
+            f"--resources.decoders-per-worker {max(wanted, rates.decoders_per_worker + 1)}"
         )
     if not saturated:
         return (
@@ -328,7 +336,7 @@ def advice(rates: Rates, bounds: Bounds, config: BenchConfig, *, has_bf16: bool)
     share = rates.decode_cpu_s / cpu_s
     if share >= 0.5:
         return (
-            f"decoding binds: it takes {share:.0%} of the CPU time and all cores are busy, so more decode_tasks would "
+            f"decoding binds: it takes {share:.0%} of the CPU time and all cores are busy, so more decoders would "
             "not help; more machines would, and videos that are cheap to decode (kinoray pack --transcode)"
         )
     remedy = _model_remedy(config, on_gpu=False, has_bf16=has_bf16)

@@ -33,15 +33,10 @@ class BenchConfig(LabelWorkConfig):
     """File or s3:// object for the measured rates, as JSON. Default: they are printed only."""
     videos: int = 256
     """Videos that are measured, spread evenly over the catalog; all of them if there are fewer."""
-    rounds: int = 1
-    """How often the three are measured in turn; medians are reported."""
-    split: str = ""
-    """Only this split of the catalog; empty for all of it."""
 
     def __post_init__(self) -> None:
         LabelWorkConfig.__post_init__(self)
-        for name in ("rounds", "batch_size"):
-            require(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
+        require(self.batch_size >= 1, "batch_size", "at least 1", self.batch_size)
         least = 3 * self.resources.num_workers
         require(self.videos >= least, "videos", f"at least 3 a worker ({least})", self.videos)
         require(
@@ -73,8 +68,6 @@ class PlanConfig:
     needed."""
     catalog: str = ""
     """The library: anything that `kinoray label` takes. Its sizes are taken from it."""
-    split: str = ""
-    """Only this split of the catalog."""
     videos: int | None = None
     """Videos of the library, instead of a catalog."""
     mean_duration: float | None = None
@@ -82,20 +75,14 @@ class PlanConfig:
     too. Default: as long as those that were measured."""
     deadline: str = "24h"
     """Time from asking for the nodes to the finished table: 90min, 24h, 2d."""
-    head_room: float = 0.2
-    """Share of every rate that is not counted on."""
     losses_per_node_hour: float = 0.0
     """How often an hour a node is taken away (spot: 0.05 is once in 20 hours); another one then starts."""
-    node_start: str = "3min"
-    """From asking for a node until its Ray runs."""
     cpu_speed: float = 1.0
     """How fast a CPU of the nodes is, as a multiple of a core of the machine that was measured (cloud vCPUs are mostly
     half a core: measure on one)."""
     gpu_clips_per_s: tuple[str, ...] = ()
     """Clips a second of one GPU, measured elsewhere: H100=180 L4=21. Without it a GPU's rate comes from rates.json, if
     those were taken on a GPU; on another kind of GPU they are scaled by published TFLOPS, and that is said."""
-    storage_gbit: float = 0.0
-    """What the object store gives to all nodes together, in Gbit/s; 0 for no limit."""
     out: str = ""
     """File or s3:// object for the plan, as JSON. Default: it is printed only."""
     storage: StorageConfig = field(default_factory=StorageConfig)
@@ -109,7 +96,5 @@ class PlanConfig:
         if self.mean_duration is not None:
             require(self.mean_duration > 0, "mean_duration", "greater than 0", self.mean_duration)
             require(not self.catalog, "mean_duration", "left out with a catalog", self.mean_duration)
-        require(0 <= self.head_room < 1, "head_room", "in 0 .. 1, below 1", self.head_room)
         require(self.losses_per_node_hour >= 0, "losses_per_node_hour", "at least 0", self.losses_per_node_hour)
         require(self.cpu_speed > 0, "cpu_speed", "greater than 0", self.cpu_speed)
-        require(self.storage_gbit >= 0, "storage_gbit", "at least 0", self.storage_gbit)

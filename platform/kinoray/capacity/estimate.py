@@ -62,7 +62,7 @@ class Rates:
     """Workers of that job."""
     cpus_per_worker: float
     """CPUs that each asked for."""
-    decode_tasks: int
+    decoders_per_worker: int
     """Decoders of each."""
     torch_threads: int
     """Threads of each model."""
@@ -182,8 +182,6 @@ class Conditions:
     """Share of every rate that is not counted on."""
     calibration: float = 1.0
     """Measured rate of a whole job / the rate that these formulas give for it."""
-    store_bytes_per_s: float = math.inf
-    """What the object store gives to all nodes together."""
 
 
 def work_of(rates: Rates, *, decoders: int | None = None, threads: int | None = None) -> Work:
@@ -193,7 +191,7 @@ def work_of(rates: Rates, *, decoders: int | None = None, threads: int | None = 
         decode_cpu_s=rates.decode_cpu_s,
         model_s=rates.model_s if rates.gpu else rates.model_cpu_s / num_threads,
         model_cpu_s=rates.model_cpu_s,
-        decoders=decoders or rates.decode_tasks,
+        decoders=decoders or rates.decoders_per_worker,
         threads=1 if rates.gpu else num_threads,
         batch=max(1.0, rates.batch_size / rates.clips_per_video),
         unit=rates.unit_size,
@@ -250,7 +248,7 @@ class Estimate:
     videos_per_s: float
     """All nodes together, once they work; head-room, losses and retries taken off."""
     bound: str
-    """What limits it: cores, model, decoders, network or store."""
+    """What limits it: cores, model, decoders or network."""
     decode_share: float
     """Share of decoding in the CPU seconds of a video."""
 
@@ -264,11 +262,8 @@ def estimate(work: Work, site: Site, conditions: Conditions, num_videos: int, nu
     again_s = conditions.node_start_s + conditions.actor_start_s + unit_s(work, site) / 2
     lost = conditions.losses_per_node_hour / 3600 * again_s
     slower = (1 + lost) * (1 + conditions.retry_fraction) / (conditions.calibration * (1 - conditions.head_room))
-    store_s = num_videos * work.bytes_per_video / conditions.store_bytes_per_s
-    nodes_s = slower * job_s(work, site, num_videos, num_nodes)
-    work_s = max(nodes_s, store_s)
+    work_s = slower * job_s(work, site, num_videos, num_nodes)
     limits = _limits(work, site, site.workers, work.unit)
-    bound = "store" if store_s > nodes_s else max(limits, key=lambda name: limits[name])
     check_s = conditions.check_s * math.ceil(num_videos / work.unit)
     steady = num_nodes * site.workers * work.unit / (unit_s(work, site) * slower)
     return Estimate(
@@ -276,8 +271,8 @@ def estimate(work: Work, site: Site, conditions: Conditions, num_videos: int, nu
         wall_s=start_s + work_s + check_s,
         start_s=start_s,
         work_s=work_s,
-        videos_per_s=min(steady, conditions.store_bytes_per_s / max(work.bytes_per_video, 1e-9)),
-        bound=bound,
+        videos_per_s=steady,
+        bound=max(limits, key=lambda name: limits[name]),
         decode_share=work.decode_cpu_s / work.cpu_s,
     )
 

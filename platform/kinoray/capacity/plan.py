@@ -106,12 +106,12 @@ def parse_node(text: str) -> NodeType:
     )
 
 
-def parse_duration(text: str, name: str) -> float:
-    """Seconds in `90min`, `24h`, `2d`, `45s`. Raises ConfigError that names the field."""
+def parse_duration(text: str) -> float:
+    """Seconds in `90min`, `24h`, `2d`, `45s`: a deadline. Raises ConfigError that names the field."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)(s|min|h|d)", text.strip())
     seconds = float(match[1]) * _UNITS_S[match[2]] if match else 0.0
-    if match is None or (seconds == 0 and name == "deadline"):
-        raise ConfigError(f"{name} must be a time like 45s, 90min, 24h or 2d, got {text!r}")
+    if not seconds:
+        raise ConfigError(f"deadline must be a time like 45s, 90min, 24h or 2d, got {text!r}")
     return seconds
 
 
@@ -158,12 +158,14 @@ def _names(full: str, short: str) -> bool:
     return short.lower() in re.split(r"[^a-z0-9]+", full.lower())
 
 
+_NODE_START_S = 180.0  # from asking for a node until its Ray runs: what clouds take, image and all
+_HEAD_ROOM = 0.2  # of every rate, that is not counted on
 _RETRY_FRACTION = 0.01  # of the work is done twice: retries, and units that two workers do at once
 
 _Row = tuple[NodeType, Work, Site, Estimate | None]
 
 _BYTES_PER_GBIT = 1e9 / 8
-_BOUNDS = {"decoders": "decoders", "network": "network", "store": "object store"}
+_BOUNDS = {"decoders": "decoders", "network": "network"}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -240,21 +242,20 @@ def plan(config: PlanConfig) -> dict[str, Any]:
     """
     storage = Storage(config.storage)
     nodes = [parse_node(text) for text in config.node]
-    deadline_s = parse_duration(config.deadline, "deadline")
+    deadline_s = parse_duration(config.deadline)
     rates = load_rates(storage, config.rates)
     library = _library(storage, config, rates)
     measured = calibration(rates)
     conditions = Conditions(
-        node_start_s=parse_duration(config.node_start, "node_start"),
+        node_start_s=_NODE_START_S,
         driver_s=rates.driver_s,
         actor_start_s=rates.actor_start_s,
         plan_s=rates.plan_s,
         check_s=rates.check_s,
         losses_per_node_hour=config.losses_per_node_hour,
         retry_fraction=_RETRY_FRACTION,
-        head_room=config.head_room,
+        head_room=_HEAD_ROOM,
         calibration=measured,
-        store_bytes_per_s=config.storage_gbit * _BYTES_PER_GBIT or math.inf,
     )
     notes, rows = [*library.notes, *_notes(config, rates, measured)], []
     for node in nodes:
@@ -279,7 +280,7 @@ def plan(config: PlanConfig) -> dict[str, Any]:
 def _library(storage: Storage, config: PlanConfig, rates: Rates) -> Library:
     """What is known of the library, and how its videos compare with the measured ones."""
     if config.catalog:
-        catalog = catalog_of_source(storage, absolute(config.catalog)).select(config.split)
+        catalog = catalog_of_source(storage, absolute(config.catalog))
         return _library_of(catalog, rates)
     num_videos, notes, factor = config.videos or 0, [], 1.0
     if config.mean_duration is not None:
@@ -328,9 +329,8 @@ def _library_of(catalog: Catalog, rates: Rates) -> Library:
 def _notes(config: PlanConfig, rates: Rates, measured: float) -> list[str]:
     notes = [
         f"a CPU of a node is {config.cpu_speed:g} x a core of {rates.cpu} (cpu_speed)",
-        f"{config.head_room:.0%} of every rate is kept back (head_room); {_RETRY_FRACTION:.0%} of the work is "
-        "done twice",
-        f"a node takes {config.node_start} to start (node_start), a worker {rates.actor_start_s:.0f} s (measured)",
+        f"{_HEAD_ROOM:.0%} of every rate is kept back; {_RETRY_FRACTION:.0%} of the work is done twice",
+        f"a node takes {format_duration(_NODE_START_S)} to start, a worker {rates.actor_start_s:.0f} s (measured)",
         f"rates are x {measured:.2f}: what the measured job reached of what these formulas give for it",
     ]
     if config.losses_per_node_hour:
@@ -351,7 +351,7 @@ def _record(node: NodeType, work: Work, site: Site, found: Estimate | None) -> d
         **asdict(found),
         "bound": _bound(node, found),
         "workers": found.nodes * site.workers,
-        "decode_tasks": work.decoders,
+        "decoders_per_worker": work.decoders,
         "hours": found.wall_s / 3600,
         "usd": _usd(node, found),
         "flags": _flags(node, work, site, found),
@@ -378,7 +378,7 @@ def _flags(node: NodeType, work: Work, site: Site, found: Estimate) -> str:
     gpus = f" --resources.gpus-per-worker {1 if node.gpus else 0}"
     return (
         f"--workers {found.nodes * site.workers} --resources.cpus-per-worker {node.cpus / site.workers:g}"
-        f"{gpus if node.gpus else ''} --resources.decode-tasks {work.decoders} --unit-size {work.unit}"
+        f"{gpus if node.gpus else ''} --resources.decoders-per-worker {work.decoders} --unit-size {work.unit}"
     )
 
 
@@ -430,12 +430,10 @@ def _advice(rows: Sequence[_Row]) -> str:
 
 
 def _remedy(node: NodeType, found: Estimate) -> str:
-    if found.bound == "store":
-        return "the object store is the limit: more nodes would not help"
     if found.bound == "network":
         return "the nodes' network is the limit: take nodes with more Gbit/s, or smaller videos (pack --transcode)"
     if found.bound == "decoders" and not node.gpus:
-        return "the decoders are the limit, not the cores: measure again with more --resources.decode-tasks"
+        return "the decoders are the limit, not the cores: measure again with more --resources.decoders-per-worker"
     if found.bound == "model" and node.gpus:
         return "the GPUs are the limit"
     if found.decode_share < 0.5 and not node.gpus:

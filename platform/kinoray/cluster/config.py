@@ -27,7 +27,8 @@ class SubmitConfig:
     share.
 
     Ctrl-C stops watching; the job goes on. The same command again (or the same --run-id) follows the running job
-    instead of starting a second one, and starts it anew once it has ended: the verbs go on from what is there. Ray's
+    instead of starting a second one, and starts it anew once it has ended: the verbs go on from what is there. A job
+    whose driver was killed or whose node died is submitted again, three times at most; others are not. Ray's
     own commands list, show and stop what was submitted: ray job list, ray job logs RUN --follow, ray job stop RUN.
 
     Exit codes: 0 done, 1 the job failed, 2 a setting is wrong, 130 stopped or no longer watched, else the job's own.
@@ -43,8 +44,6 @@ class SubmitConfig:
     RAY_ADDRESS."""
     run_id: str = ""
     """Name of the run, which makes submitting idempotent. Default: the verb and a digest of its settings."""
-    retries: int = 3
-    """How often a job is submitted again whose driver was killed or whose node died; others are not."""
     wait: bool = True
     """Follow the job's output to its end; --no-wait returns once it is submitted, and nobody submits it again then."""
     code: tuple[str, ...] = ()
@@ -57,4 +56,3 @@ class SubmitConfig:
     def __post_init__(self) -> None:
         plain = not self.run_id or bool(_RUN_ID.fullmatch(self.run_id))
         require(plain, "run_id", "1 to 80 letters, digits, dots, dashes and underscores", self.run_id)
-        require(self.retries >= 0, "retries", "at least 0", self.retries)

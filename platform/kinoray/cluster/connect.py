@@ -31,7 +31,7 @@ from ray.experimental.internal_kv import internal_kv_get_gcs_client
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from kinoray.config.shared import ResourcesConfig
+from kinoray.config.shared import WorkersConfig
 from kinoray.console import format_duration
 from kinoray.errors import ClusterError, ConfigError
 from kinoray.storage.leftovers import Claim, reap, sweep
@@ -78,7 +78,7 @@ def quiet_ray() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
-def connect(config: ResourcesConfig) -> None:
+def connect(config: WorkersConfig) -> None:
     """Join the configured cluster, or start a Ray on this machine; nothing happens where one is joined already.
 
     Raises:
@@ -166,7 +166,7 @@ def private_token_file() -> Path:
     return path
 
 
-def _logging(config: ResourcesConfig) -> "ray.LoggingConfig | None":
+def _logging(config: WorkersConfig) -> "ray.LoggingConfig | None":
     """How all processes of the job log; see `kinoray.console.log_event`."""
     if config.logs == "off":
         return None
@@ -205,7 +205,7 @@ def own_session() -> Iterator[None]:
             disconnect()
 
 
-def require_fit(config: ResourcesConfig, *, decode_cpus: float = 0.0) -> None:
+def require_fit(config: WorkersConfig, *, decode_cpus: float = 0.0) -> None:
     """Refuse a job that the cluster can never hold: Ray itself would wait for ever without a word.
 
     Where the cluster has an autoscaler, the job's nodes are asked for and waited for, config.wait_for_nodes_s at most.
@@ -234,7 +234,7 @@ def require_fit(config: ResourcesConfig, *, decode_cpus: float = 0.0) -> None:
         raise ClusterError(f"{missing()}; {reason}")
 
 
-def shortage(config: ResourcesConfig, have: Mapping[str, float], *, decode_cpus: float = 0.0) -> str:
+def shortage(config: WorkersConfig, have: Mapping[str, float], *, decode_cpus: float = 0.0) -> str:
     """What a job asks for and a cluster with these resources lacks, as a sum; "" where it fits."""
     cpus = config.num_workers * config.cpus_per_worker + decode_cpus
     gpus = config.num_workers * config.gpus_per_worker

@@ -45,6 +45,7 @@ __all__ = [
 ]
 
 _INTERRUPTED = 130
+_RETRIES = 3  # of a job whose driver was killed; one that is killed a fourth time is a case for a person
 
 
 def submit(config: SubmitConfig) -> int:
@@ -73,12 +74,12 @@ def submit(config: SubmitConfig) -> int:
 
 def _see_through(jobs: JobsClient, config: SubmitConfig, attempt: Attempt) -> int:
     """Follow the try to its end, and the tries after it; the exit code of the last."""
-    for left in range(config.retries, -1, -1):
+    for left in range(_RETRIES, -1, -1):
         end = follow(jobs, attempt)
         lost = end is None or end.was_killed
         said = f"{attempt.submission_id}: {how_it_ended(end)}"
         if not (lost and left):
-            _say(said + (f"; --retries {config.retries} are used up" if lost and config.retries else ""))
+            _say(said + (f"; it was submitted {_RETRIES + 1} times" if lost else ""))
             return 1 if end is None or end.exit_code is None else end.exit_code
         _say(f"{said}; submitted again, {left - 1} more retries left")
         attempt = _running(jobs, attempt.run, attempt.settings) or _start(jobs, config, attempt.run)

@@ -42,7 +42,9 @@ __all__ = [
     "ResourcesConfig",
     "SampleConfig",
     "StorageConfig",
+    "TrainResourcesConfig",
     "ViewConfig",
+    "WorkersConfig",
     "digest",
     "parse_options",
     "require",
@@ -264,7 +266,7 @@ class InferenceConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class ResourcesConfig:
+class WorkersConfig:
     """What a job asks of the cluster. A job that cannot fit is refused before it starts, with the arithmetic."""
 
     address: str = ""
@@ -277,8 +279,6 @@ class ResourcesConfig:
     """CPUs of each; its thread counts follow from this."""
     gpus_per_worker: float = 0.0
     """GPUs of each; above 0 the model runs on CUDA."""
-    decode_tasks: int = 2
-    """Decoders: tasks of one CPU each beside the workers (train), or threads inside each worker (label, evaluate)."""
     logs: Literal["off", "json"] = "off"
     """`json`: workers log each unit, epoch and refused video as a line of JSON with the ids of run, unit and video,
     where Ray keeps its logs (and with what the driver prints, where Ray passes that on)."""
@@ -291,5 +291,28 @@ class ResourcesConfig:
         require(self.num_workers >= 1, "resources.num_workers", "at least 1", self.num_workers)
         require(self.cpus_per_worker > 0, "resources.cpus_per_worker", "greater than 0", self.cpus_per_worker)
         require(self.gpus_per_worker >= 0, "resources.gpus_per_worker", "at least 0", self.gpus_per_worker)
-        require(self.decode_tasks >= 1, "resources.decode_tasks", "at least 1", self.decode_tasks)
         require(self.wait_for_nodes_s >= 0, "resources.wait_for_nodes_s", "at least 0", self.wait_for_nodes_s)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ResourcesConfig(WorkersConfig):
+    """What a job asks of the cluster whose workers decode what they score."""
+
+    decoders_per_worker: int = 2
+    """Decoder processes of each worker; they take its CPUs."""
+
+    def __post_init__(self) -> None:
+        WorkersConfig.__post_init__(self)
+        require(self.decoders_per_worker >= 1, "resources.decoders_per_worker", "at least 1", self.decoders_per_worker)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainResourcesConfig(WorkersConfig):
+    """What a training asks of the cluster: decoding is beside the workers, on any node."""
+
+    decode_tasks: int = 2
+    """Decoders of all workers together: tasks of one CPU each, beside the workers."""
+
+    def __post_init__(self) -> None:
+        WorkersConfig.__post_init__(self)
+        require(self.decode_tasks >= 1, "resources.decode_tasks", "at least 1", self.decode_tasks)

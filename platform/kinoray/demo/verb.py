@@ -43,6 +43,8 @@ from kinoray.train.verb import train
 
 __all__ = ["Recipe", "command_line", "demo", "make_recipe", "make_videos", "s3_server"]
 
+VIDEOS_PER_CLASS = 80  # of 6 classes; a quarter is held out
+EPOCHS = 10
 VAL_FRACTION = 0.25
 SHARD_MB = 1
 
@@ -58,11 +60,11 @@ class Recipe:
     report: ReportConfig
 
 
-def make_recipe(config: DemoConfig, source: str, base: str, storage: StorageConfig) -> Recipe:
+def make_recipe(config: DemoConfig, source: str, base: str, storage: StorageConfig, *, epochs: int = EPOCHS) -> Recipe:
     """The steps over the videos in `source`; all they make goes below `base`, but the page to `config.out`."""
     packed, run, labels = join(base, "set"), join(base, "run"), join(base, "labels")
     preset = PRESETS["demo"]()
-    optim = dataclasses.replace(preset.optim, epochs=config.epochs)
+    optim = dataclasses.replace(preset.optim, epochs=epochs)
     return Recipe(
         pack=PackConfig(source=source, out=packed, shard_mb=SHARD_MB, val_fraction=VAL_FRACTION, storage=storage),
         train=dataclasses.replace(preset, catalog=packed, out=run, optim=optim, storage=storage),
@@ -145,7 +147,7 @@ _S3_UNSET = ("AWS_PROFILE", "AWS_SESSION_TOKEN", "AWS_ENDPOINT_URL", "AWS_ENDPOI
 _T = TypeVar("_T")
 
 
-def demo(config: DemoConfig) -> dict[str, Any]:
+def demo(config: DemoConfig, *, videos_per_class: int = VIDEOS_PER_CLASS, epochs: int = EPOCHS) -> dict[str, Any]:
     """Run all steps, print a summary and return it: top1, chance, videos, labelled, quarantined, report, seconds.
 
     Raises:
@@ -153,15 +155,15 @@ def demo(config: DemoConfig) -> dict[str, Any]:
         KinorayError: as the steps.
     """
     out = Path(config.out)
-    _pin(config, out)
+    _pin(out, {"videos_per_class": videos_per_class, "epochs": epochs})
     with _ray_of_its_own(), _base(config, out) as (base, storage):
         steps = _Steps()
-        num_videos = _make_videos(config, out, steps)
+        num_videos = _make_videos(out, videos_per_class, steps)
         source = str(out / "videos")
         if config.storage == "s3":
             source = join(base, "videos")
             _upload(out / "videos", source, storage, steps)
-        scores, labelled, page = _run(make_recipe(config, source, base, storage), steps)
+        scores, labelled, page = _run(make_recipe(config, source, base, storage, epochs=epochs), steps)
     steps.print_table()
     _print_results(config, scores, labelled, page["out"])
     return {
@@ -175,9 +177,8 @@ def demo(config: DemoConfig) -> dict[str, Any]:
     }
 
 
-def _pin(config: DemoConfig, out: Path) -> None:
+def _pin(out: Path, settings: dict[str, int]) -> None:
     """Write the settings to out/demo.json, or compare with those that are there."""
-    settings = {"videos_per_class": config.videos_per_class, "epochs": config.epochs}
     path = out / "demo.json"
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -273,10 +274,10 @@ class _Steps:
         print("\n".join(table(rows, right=(1,), indent="   ")))
 
 
-def _make_videos(config: DemoConfig, out: Path, steps: _Steps) -> int:
+def _make_videos(out: Path, videos_per_class: int, steps: _Steps) -> int:
     what = "6 classes (2 things x 3 motions) of real H.264 files, and 6 files broken in different ways"
     with steps.step("videos", what) as result:
-        num_videos = make_videos(out / "videos", config.videos_per_class, seed=0)
+        num_videos = make_videos(out / "videos", videos_per_class, seed=0)
         result.append(f"{num_videos} files in {out / 'videos'}")
         print(f"videos: {result[0]}", flush=True)
     return num_videos

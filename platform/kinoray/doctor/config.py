@@ -40,20 +40,17 @@ class DoctorConfig:
     """Videos that are read whole and probed; 0 for all."""
     decode_sample: int = 20
     """Probed videos that are decoded for the estimate of the cost, spread over codecs and sizes; 0 for none."""
-    transcode_sample: int = 3
-    """Decoded videos on which it is measured what `pack --transcode` would save, where it could save; 0 for none."""
-    flow: bool = False
-    """Decode with optical flow, too, as networks with a flow stream need it."""
     max_bad_fraction: float = 0.2
     """More bad videos than this share of the sample make the exit code 1."""
-    clip: ClipConfig = field(default_factory=ClipConfig)
-    """What would be decoded: frames, sizes, limits."""
+    clip: ClipConfig = field(default_factory=lambda: ClipConfig().without_flow())
+    """What would be decoded: frames, sizes, limits; with --clip.flow.estimator dis flow, too, as networks with a flow
+    stream need it."""
     storage: StorageConfig = field(default_factory=StorageConfig)
     """Object storage."""
 
     def __post_init__(self) -> None:
         is_known = self.bucket.startswith("s3://") or "://" not in self.bucket
         require(is_known, "bucket", "s3://bucket/prefix or a folder", self.bucket)
-        for name in ("sample", "decode_sample", "transcode_sample"):
+        for name in ("sample", "decode_sample"):
             require(getattr(self, name) >= 0, name, "at least 0", getattr(self, name))
         require(0 <= self.max_bad_fraction <= 1, "max_bad_fraction", "in 0 .. 1", self.max_bad_fraction)

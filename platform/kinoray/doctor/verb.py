@@ -28,6 +28,7 @@ from kinoray.storage.objects import Storage, absolute, join
 
 __all__ = ["doctor"]
 
+_TRANSCODED = 3  # decoded videos on which it is measured what `pack --transcode` would save, where it could save
 _DECODERS = 2  # videos that are decoded at the same time, in a process each
 
 _TITLES = {
@@ -124,8 +125,8 @@ def _decoded(
     costs = measure(
         storage,
         [found.video for found in chosen],
-        config.clip if config.flow else config.clip.without_flow(),
-        transcode_ids=choose_transcoded(chosen, config.transcode_sample),
+        config.clip,
+        transcode_ids=choose_transcoded(chosen, _TRANSCODED),
         num_decoders=_DECODERS,
     )
     failed = [

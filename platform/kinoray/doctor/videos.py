@@ -142,10 +142,10 @@ def _warnings(values: dict[str, Any], good: Sequence[tuple[Probed, VideoInfo]], 
     if values["num_long_gop"]:
         median = values["keyframe_distance"]["median"]
         text = f"{share('num_long_gop')} with more than {_LONG_GOP} frames a key frame (median of all {median:.0f})"
-        found.append(Warn(text, "for many epochs, `kinoray pack --transcode` may pay; --transcode-sample measures it"))
+        found.append(Warn(text, "for many epochs, `kinoray pack --transcode` may pay; some are tried in what follows"))
     if values["num_large"]:
         text = f"{share('num_large')} with a short side over {TRANSCODE.short_side_px}"
-        found.append(Warn(text, "for many epochs, `kinoray pack --transcode` may pay; --transcode-sample measures it"))
+        found.append(Warn(text, "for many epochs, `kinoray pack --transcode` may pay; some are tried in what follows"))
     if values["num_miscounted"]:
         example = next(item.video.video_id for item, info in good if info.miscounted)
         text = f"{share('num_miscounted')} with another number of frames than the header promises, such as {example}"

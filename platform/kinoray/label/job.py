@@ -12,7 +12,7 @@ from ray.exceptions import RayError, RayTaskError
 
 from kinoray.catalog.quarantine import error_of, refusals_of_columns
 from kinoray.cluster.connect import connect, quiet_ray, require_fit
-from kinoray.config.shared import ResourcesConfig
+from kinoray.config.shared import WorkersConfig
 from kinoray.errors import ClusterError
 from kinoray.label.open import Labelling
 from kinoray.label.stage import UNIT_COLUMNS, LabelUnits, pack_unit
@@ -23,7 +23,7 @@ __all__ = ["run_units"]
 _MAX_BLOCKS = 20_000  # each is a Ray object and a task; more units than this share blocks
 
 
-def run_units(labelling: Labelling, units: list[Unit], resources: ResourcesConfig) -> Iterator[dict[str, Any]]:
+def run_units(labelling: Labelling, units: list[Unit], resources: WorkersConfig) -> Iterator[dict[str, Any]]:
     """Label units: one row of counts for each, as they finish (see `LabelUnits`).
 
     Raises:

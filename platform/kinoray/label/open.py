@@ -177,7 +177,7 @@ def open_network(config: LabelConfig, *, say: Say, warn: Say, segments: bool = F
         views=views,
         answer=answer,
         scorer=scorer,
-        decode_tasks=config.resources.decode_tasks,
+        decode_tasks=config.resources.decoders_per_worker,
         torch_threads=torch_threads,
         device="cuda" if on_gpu else "cpu",
     )

@@ -15,7 +15,7 @@ import pyarrow as pa
 
 from kinoray.catalog.quarantine import Refusal, error_of
 from kinoray.catalog.table import Catalog
-from kinoray.config.shared import ResourcesConfig
+from kinoray.config.shared import WorkersConfig
 from kinoray.console import Progress, format_duration, many, table
 from kinoray.errors import ConfigError, TooManyBad
 from kinoray.label.config import LabelConfig
@@ -94,7 +94,7 @@ def answer(config: LabelConfig) -> dict[str, Any]:
     return {"uri": found.uri, "top": found.top, "abstained": found.abstained}
 
 
-def run_labelling(labelling: Labelling, resources: ResourcesConfig, task: str) -> Totals:
+def run_labelling(labelling: Labelling, resources: WorkersConfig, task: str) -> Totals:
     """Label the units that are missing, check the whole table, declare it complete and print what it holds.
 
     Raises:

@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import Tensor
 
-from kinoray.config.shared import ModelConfig, ResourcesConfig, digest
+from kinoray.config.shared import ModelConfig, WorkersConfig, digest
 from kinoray.errors import CheckpointMismatch, ConfigError, ModelError, StorageUnavailable
 from kinoray.network.build import (
     build_outline,
@@ -42,7 +42,7 @@ def checkpoint_of(
     option: str,
     say: Callable[[str], object],
     *,
-    resources: ResourcesConfig | None = None,
+    resources: WorkersConfig | None = None,
     model: ModelConfig = _NO_MODEL,
 ) -> str:
     """The uri of the checkpoint (or run folder) that the text names; a published network is imported, once a user.

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 import tyro
 
 from kinoray.config.check import check_fraction
-from kinoray.config.shared import DecodeConfig, ResourcesConfig, StorageConfig, require
+from kinoray.config.shared import DecodeConfig, StorageConfig, WorkersConfig, require
 
 __all__ = ["PackConfig"]
 
@@ -63,7 +63,7 @@ class PackConfig:
     """Limits that a file is probed against."""
     storage: StorageConfig = field(default_factory=StorageConfig)
     """Object storage."""
-    resources: ResourcesConfig = field(default_factory=ResourcesConfig)
+    resources: WorkersConfig = field(default_factory=WorkersConfig)
     """Workers."""
 
     def __post_init__(self) -> None:

@@ -12,7 +12,7 @@ import ray
 from ray.exceptions import RayError, RayTaskError
 
 from kinoray.cluster.connect import connect, require_fit
-from kinoray.config.shared import ResourcesConfig
+from kinoray.config.shared import WorkersConfig
 from kinoray.console import Progress
 from kinoray.errors import JobError, KinorayError, StorageUnavailable
 from kinoray.pack.kinetics import ClipJudge, KineticsPlan
@@ -30,7 +30,7 @@ def pack_units(
     out: str,
     plan: Plan,
     settings: PackSettings,
-    resources: ResourcesConfig,
+    resources: WorkersConfig,
     done: AbstractSet[str],
 ) -> None:
     """Pack the units of a plan that are not done.
@@ -72,7 +72,7 @@ def _replaced(storage: Storage, out: str, units: Sequence[Unit]) -> frozenset[st
 
 
 def _run(
-    resources: ResourcesConfig, function: Callable[..., Any], tasks: Iterator[tuple[Unit, tuple[Any, ...]]]
+    resources: WorkersConfig, function: Callable[..., Any], tasks: Iterator[tuple[Unit, tuple[Any, ...]]]
 ) -> Iterator[tuple[Unit, Any]]:
     """Run a task for each unit; the units come out with their results as they end."""
     task = ray.remote(function).options(

@@ -18,9 +18,9 @@ from kinoray.config.shared import (
     FlowConfig,
     ModelConfig,
     OptimConfig,
-    ResourcesConfig,
     SampleConfig,
     StorageConfig,
+    TrainResourcesConfig,
     ViewConfig,
     require,
 )
@@ -81,7 +81,7 @@ class TrainConfig:
     memory, more traffic). Checkpoints are the same, so a run may go on with the other one."""
     storage: StorageConfig = field(default_factory=StorageConfig)
     """Object storage."""
-    resources: ResourcesConfig = field(default_factory=ResourcesConfig)
+    resources: TrainResourcesConfig = field(default_factory=TrainResourcesConfig)
     """Workers and decoders."""
 
     def __post_init__(self) -> None:

@@ -74,14 +74,12 @@ class TuneConfig(TrainConfig):
     search: Literal["random", "grid", "optuna"] = "random"
     """Which settings are tried: drawn at random, all combinations of lists, or chosen by Optuna's TPE from the results
     so far (pip install 'kinoray[optuna]')."""
-    scheduler: Literal["asha", "fifo"] = "asha"
-    """asha: stop a trial at a rung (grace_epochs, three times that, ...) unless it is among the best
-    third there. fifo: train all to the end."""
     num_trials: int = 8
     """Trials of a random or Optuna search; a grid has as many as it has."""
     grace_epochs: int | None = None
-    """ASHA: no trial is stopped before it. Default: a third of the epochs, but at least 8 (or all, if fewer). Networks
-    that bind what moves to where stay flat for 5 to 8 epochs before they learn: an eager scheduler kills the good ones.
+    """A trial is stopped at a rung (this, three times this, ...) unless it is among the best third there (ASHA). As
+    many as epochs, or more, train all to the end. Default: a third of the epochs, but at least 8 (or all, if fewer):
+    networks that bind what moves to where stay flat for 5 to 8 epochs, and an eager scheduler stops the good ones.
     """
 
     def __post_init__(self) -> None:
@@ -89,14 +87,14 @@ class TuneConfig(TrainConfig):
         parse_space(self.space)
         require(bool(self.val_split), "val_split", "a split to compare trials on", self.val_split)
         require(self.eval_every == 1, "eval_every", "1: trials are compared after each epoch", self.eval_every)
-        require(self.patience == 0, "patience", "0: scheduler says which trials stop", self.patience)
+        require(self.patience == 0, "patience", "0: grace_epochs says which trials stop", self.patience)
         require(self.num_trials >= 1, "num_trials", "at least 1", self.num_trials)
         require(self.grace_epochs is None or self.grace_epochs >= 1, "grace_epochs", "at least 1", self.grace_epochs)
 
     @property
     def grace(self) -> int:
         """grace_epochs, or its default."""
-        return min(self.optim.epochs, self.grace_epochs or max(8, -(-self.optim.epochs // 3)))
+        return self.grace_epochs or min(self.optim.epochs, max(8, -(-self.optim.epochs // 3)))
 
 
 def train_config(config: TuneConfig) -> TrainConfig:

@@ -28,7 +28,7 @@ from ray.tune.schedulers import AsyncHyperBandScheduler, TrialScheduler
 from ray.tune.search import Searcher
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from kinoray.config.shared import ResourcesConfig, digest
+from kinoray.config.shared import TrainResourcesConfig, digest
 from kinoray.errors import ClusterError, ConfigError, KinorayError
 from kinoray.storage.objects import Storage, join
 from kinoray.train.config import TrainConfig
@@ -180,16 +180,16 @@ def planned_trials(config: TuneConfig, axes: Sequence[Axis]) -> dict[str, Settin
 
 def make_scheduler(config: TuneConfig, epochs: int) -> TrialScheduler | None:
     """Tune's scheduler, counting in epochs; None trains all trials to the end."""
-    if config.scheduler == "asha":
-        return AsyncHyperBandScheduler(
-            time_attr="epoch",
-            metric=METRIC,
-            mode="max",
-            max_t=epochs,
-            grace_period=min(config.grace, epochs),
-            reduction_factor=_REDUCTION_FACTOR,
-        )
-    return None
+    if config.grace >= epochs:
+        return None
+    return AsyncHyperBandScheduler(
+        time_attr="epoch",
+        metric=METRIC,
+        mode="max",
+        max_t=epochs,
+        grace_period=config.grace,
+        reduction_factor=_REDUCTION_FACTOR,
+    )
 
 
 def require_optuna() -> None:
@@ -283,7 +283,7 @@ def _params(axes: Sequence[Axis], settings: Settings) -> dict[str, Any]:
     return {axis.path: axis.values.index(places[axis.path]) if axis.values else places[axis.path] for axis in axes}
 
 
-def trials_at_once(nodes: Sequence[Mapping[str, float]], resources: ResourcesConfig) -> int:
+def trials_at_once(nodes: Sequence[Mapping[str, float]], resources: TrainResourcesConfig) -> int:
     """How many trials fit on nodes with these resources (such as {"CPU": 8.0, "GPU": 1.0}), at least 1.
 
     A trial takes num_workers times cpus_per_worker CPUs and gpus_per_worker GPUs, each worker on one node, and
@@ -311,7 +311,7 @@ def trials_at_once(nodes: Sequence[Mapping[str, float]], resources: ResourcesCon
     )
 
 
-def _fits(nodes: Sequence[Mapping[str, float]], resources: ResourcesConfig, trials: int) -> bool:
+def _fits(nodes: Sequence[Mapping[str, float]], resources: TrainResourcesConfig, trials: int) -> bool:
     """Whether all workers of so many trials find a place, and then all their decoders."""
     free_cpus = [node.get("CPU", 0.0) for node in nodes]
     free_gpus = [node.get("GPU", 0.0) for node in nodes]

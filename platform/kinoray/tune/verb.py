@@ -21,7 +21,7 @@ from ray import tune as ray_tune
 from kinoray.catalog.table import Catalog, load_catalog
 from kinoray.cluster.connect import connect, has_autoscaler, require_fit
 from kinoray.config.file import dump_yaml, parse_yaml, to_yaml
-from kinoray.config.shared import CacheConfig, ResourcesConfig, digest
+from kinoray.config.shared import CacheConfig, TrainResourcesConfig, digest
 from kinoray.console import format_duration
 from kinoray.errors import ClusterError, ConfigError, JobError
 from kinoray.storage.objects import Storage, absolute, arrow_filesystem, join
@@ -106,7 +106,7 @@ def tune(config: TuneConfig, given: Sequence[Settings] = ()) -> dict[str, Any]:
     num_trials = len(trials) or config.num_trials
     search = "given" if given else config.search
     print(
-        f"tune: {num_trials} trials (search {search}, scheduler {config.scheduler}), "
+        f"tune: {num_trials} trials (search {search}, none stopped before epoch {config.grace}), "
         f"{sum(map(bool, status.values()))} have ended already; to {config.out}",
         flush=True,
     )
@@ -155,7 +155,7 @@ def _check_trials(base: TrainConfig, tried: Sequence[Settings], catalog: Catalog
 def _claim_sweep(storage: Storage, config: TuneConfig, catalog: Catalog, *, is_study: bool) -> None:
     """Make config.out this sweep's folder, or check that it is; only the number of trials may grow."""
     ours = run_settings(config, catalog)
-    for name in ("space", "search", "scheduler", "grace"):
+    for name in ("space", "search", "grace"):
         ours[name] = getattr(config, name)
     if is_study:
         ours["space"] = ours["search"] = "given"
@@ -221,7 +221,7 @@ class _Watch(ray_tune.Callback):  # type: ignore[misc]
         print(f"tune: trial {name} {status}{': ' if error_text else ''}{error_text}", flush=True)
 
 
-def _room(resources: ResourcesConfig) -> int:
+def _room(resources: TrainResourcesConfig) -> int:
     """How many trials the cluster holds; where it has shrunk to nothing, nodes for one are brought up first."""
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     try:
@@ -251,8 +251,9 @@ def _run_trials(
     desk = open_desk()
     context = TrialContext(base=base, desk=desk)
     ended = {name for name, how in status.items() if how}
+    epochs = _most_epochs(base, trials)
     if trials:
-        choices = _choices(config, trials, status)
+        choices = _choices(trials, status, is_judged=config.grace < epochs)
         space = {"choice": ray_tune.grid_search(choices)}
         search = {}
     else:
@@ -264,7 +265,7 @@ def _run_trials(
         ray_tune.with_resources(ray_tune.with_parameters(TrialRun, context=context), {"memory": 1}),
         param_space=space,
         tune_config=ray_tune.TuneConfig(
-            scheduler=make_scheduler(config, _most_epochs(base, trials)),
+            scheduler=make_scheduler(config, epochs),
             max_concurrent_trials=at_once,
             trial_name_creator=_trial_name,
             trial_dirname_creator=_trial_name,
@@ -293,12 +294,12 @@ def _most_epochs(base: TrainConfig, trials: Mapping[str, Settings]) -> int:
     return max(apply(base, settings).optim.epochs for settings in [{}, *trials.values()])
 
 
-def _choices(config: TuneConfig, trials: Mapping[str, Settings], status: Mapping[str, str]) -> list[dict[str, Any]]:
+def _choices(trials: Mapping[str, Settings], status: Mapping[str, str], *, is_judged: bool) -> list[dict[str, Any]]:
     """What Tune is to run. ASHA compares with trials that have ended: those are shown to it once more."""
     choices = []
     for name, settings in sorted(trials.items(), key=lambda item: not status.get(item[0])):  # stable: ended ones first
         ended = bool(status.get(name))
-        if status.get(name) == "failed" or (ended and config.scheduler == "fifo"):
+        if status.get(name) == "failed" or (ended and not is_judged):
             continue
         choices.append({"trial": name, "settings": settings, "ended": ended})
     return choices
@@ -332,7 +333,6 @@ def _finish(
         "out": config.out,
         "catalog": config.catalog,
         "search": config.search,
-        "scheduler": config.scheduler,
         "grace_epochs": config.grace,
         "trials": len(rows),
         "status": status,
