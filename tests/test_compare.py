@@ -198,9 +198,7 @@ def test_an_ensemble_is_the_weighted_mean_of_the_scores(tmp_path: Path, capsys: 
     assert "checkpoint" not in written
     nested = evaluate(EvaluateConfig(catalog=source, ensemble=(config.out, one.uri), out=str(tmp_path / "nested")))
     assert (nested.scores.evaluated, nested.origin.views) == (38, 3)
-    totals = report(
-        ReportConfig(predictions=config.out, catalog=source, out=str(tmp_path / "page"), frames_per_video=0)
-    )
+    totals = report(ReportConfig(predictions=config.out, catalog=source, out=str(tmp_path / "page"), max_strips=0))
     assert totals["top1"] == scores.top1
     page = (tmp_path / "page" / "index.html").read_text()
     assert f"Calibration error (ECE) {record.calibration.ece:.1%}" in page

@@ -73,7 +73,7 @@ VERBS: Mapping[str, Verb] = {
         settings="kinoray.library.config:ReportConfig",
         function="kinoray.library.report:report",
         summary="results -> a static site to look at, filter and correct",
-        main=("out", "catalog", "max_videos", "frames_per_video"),
+        main=("out", "catalog", "max_videos", "max_strips"),
     ),
     "correct": Verb(
         wish=_LABELS,

@@ -176,8 +176,8 @@ def _where(config: LabelsConfig, ledger: Ledger) -> Where:
     return Where(
         status=config.status,
         label=config.label,
-        score=(config.min_score, config.max_score),
-        margin=(config.min_margin, config.max_margin),
+        score=config.score,
+        margin=config.margin,
         video_id=config.video_id,
     )
 

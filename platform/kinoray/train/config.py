@@ -10,15 +10,14 @@ from typing import Annotated, Literal
 
 import tyro
 
-from kinoray.config.check import check_fraction
 from kinoray.config.shared import (
     AugmentConfig,
     CacheConfig,
     ClipConfig,
     FlowConfig,
+    JobConfig,
     ModelConfig,
     OptimConfig,
-    ResourcesConfig,
     SampleConfig,
     StorageConfig,
     ViewConfig,
@@ -29,7 +28,7 @@ __all__ = ["PRESETS", "RunsConfig", "TrainConfig", "demo", "k400_paper", "k600_p
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class TrainConfig:
+class TrainConfig(JobConfig):
     """Train a model on a packed catalog.
 
     Example: kinoray train s3://bucket/set --out s3://bucket/runs/first --model.options backbone=resnet18
@@ -55,15 +54,11 @@ class TrainConfig:
     """Fine-tune: a checkpoint, or a run folder (its best), whose weights the first step starts from. All must fit but
     the classifier's, which start anew unless the classes are the same; what was left out is listed."""
     keep_checkpoints: int = 2
-    """Newest checkpoints that are kept, of those after epochs."""
-    keep_best: int = 1
-    """Best checkpoints (by val_top1) that are kept besides."""
+    """Newest checkpoints that are kept, of those after epochs, and the best one (by val_top1) besides."""
     checkpoint_every_steps: int = 200
     """Steps between checkpoints inside an epoch (the newest is kept), written while training goes on; 0 for none."""
     max_failures: int = 3
     """How often dead workers are started again from the newest checkpoint, and Ray Train's controller likewise."""
-    max_bad_fraction: float = 0.2
-    """More unreadable training videos than this share end the run."""
     model: ModelConfig = field(default_factory=ModelConfig)
     """The network."""
     clip: ClipConfig = field(default_factory=ClipConfig)
@@ -77,20 +72,16 @@ class TrainConfig:
     parallel: Literal["ddp", "fsdp"] = "ddp"
     """How several workers share the network: a copy each, or weights, gradients and moments in shards (FSDP2: less
     memory, more traffic). Checkpoints are the same, so a run may go on with the other one."""
-    storage: StorageConfig = field(default_factory=StorageConfig)
-    """Object storage."""
-    resources: ResourcesConfig = field(default_factory=ResourcesConfig)
-    """Workers and decoders."""
 
     def __post_init__(self) -> None:
-        for name in ("keep_checkpoints", "keep_best", "eval_every"):
+        JobConfig.__post_init__(self)  # super() does not work in a dataclass with slots
+        for name in ("keep_checkpoints", "eval_every"):
             require(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
         require(self.patience >= 0, "patience", "at least 0", self.patience)
         require(not self.patience or bool(self.val_split), "patience", "0 without val_split", self.patience)
         every = self.checkpoint_every_steps
         require(every >= 0, "checkpoint_every_steps", "at least 0", every)
         require(self.max_failures >= 0, "max_failures", "at least 0", self.max_failures)
-        check_fraction("max_bad_fraction", self.max_bad_fraction)
         workers = self.resources.num_workers
         batch = self.optim.batch_size
         require(batch >= workers, "optim.batch_size", f"at least resources.num_workers ({workers})", batch)

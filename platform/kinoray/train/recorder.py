@@ -140,9 +140,7 @@ class Recorder:
     def _save(self, state: Snapshot, meta: CheckpointMeta) -> None:
         uri = self._folder.checkpoint_uri(meta.epoch, meta.step)
         save_checkpoint(self._folder.storage, uri, model_state=state.weights, meta=meta, train_state=state.train)
-        self._folder.prune_checkpoints(
-            self._config.keep_checkpoints, keep_best=self._config.keep_best, written=(meta.epoch, meta.step)
-        )
+        self._folder.prune_checkpoints(self._config.keep_checkpoints, written=(meta.epoch, meta.step))
 
     def _step_rows(self, epoch: int, history: Tensor) -> list[StepRow]:
         optim = self._config.optim

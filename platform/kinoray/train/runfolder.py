@@ -246,8 +246,8 @@ class RunFolder:
         """
         return newest_checkpoint(self.storage, self.uri, warn=warn)
 
-    def prune_checkpoints(self, keep: int, keep_best: int = 1, *, written: tuple[int, int] | None = None) -> None:
-        """Delete all but the newest, the newest `keep` of those after epochs, and the `keep_best` best ones.
+    def prune_checkpoints(self, keep: int, *, written: tuple[int, int] | None = None) -> None:
+        """Delete all but the newest, the newest `keep` of those after epochs, and the best one.
 
         With them goes what writers that were killed have left: files in a folder of ours without checkpoint.json. So
         this must not run while a checkpoint is being written. Those that cannot be read stay: what they hold may be
@@ -264,11 +264,6 @@ class RunFolder:
         after_epochs = [item for item in found if not item[1].epoch_steps]
         kept = {found[-1][0], best_of(found)[0]}
         kept.update(uri for uri, _ in after_epochs[-keep:])
-        scored = [item for item in after_epochs if "val_top1" in item[1].metrics]
-        for _ in range(min(keep_best, len(scored))):
-            best = best_of(scored)
-            kept.add(best[0])
-            scored.remove(best)
         spare = {uri for uri, _ in found if uri not in kept}
         for uri in sorted(spare | self._unfinished_checkpoints()):
             delete_checkpoint(self.storage, uri)
