@@ -412,7 +412,7 @@ def test_a_run_trains_on_it_and_is_scored_on_it(tmp_path: Path) -> None:
     )
     train(settings)
     last = RunFolder(Storage(), settings.out).epochs()[-1]
-    assert (last.unreadable, last.val_videos) == (1, 6)
+    assert (last.quarantined, last.val_videos) == (1, 6)
     meta = load_meta(Storage(), find_checkpoint(Storage(), settings.out))
     assert meta.clip == settings.clip
     assert meta.metrics["val_top1"] == 1.0

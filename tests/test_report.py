@@ -79,7 +79,7 @@ def test_a_row_without_any_class_has_no_answer_and_lowers_the_accuracy_of_all() 
     numbers = count(join_truth(predictions(rows), catalog_of(truth)), CLASSES)
     assert numbers.accuracy is not None
     top1 = numbers.accuracy.top1
-    assert (top1.right, top1.evaluated, top1.unreadable, top1.missing) == (1, 2, 1, 1)
+    assert (top1.right, top1.evaluated, top1.quarantined, top1.missing) == (1, 2, 1, 1)
     assert (top1.value, top1.of_all) == (1 / 2, 1 / 4)
     assert numbers.confusion is not None
     assert numbers.confusion.counts.tolist() == [[1, 1, 0], [0, 0, 0], [0, 0, 0]]
@@ -99,14 +99,14 @@ def test_numbers_equal_plain_loops() -> None:
     pairs: Counter[tuple[str, str]] = Counter()
     right: Counter[str] = Counter()
     total: Counter[str] = Counter()
-    unreadable: Counter[str] = Counter()
+    quarantined: Counter[str] = Counter()
     for item in rows:
         label, split = known[item["video_id"]]
         if label is None:
             continue
         assert split is not None
         if item["status"] != "labelled":
-            unreadable[split] += 1
+            quarantined[split] += 1
             continue
         total[split] += 1
         right[split] += item["label_topk"][0] == label
@@ -114,8 +114,8 @@ def test_numbers_equal_plain_loops() -> None:
             pairs[label, item["label_topk"][0]] += 1
     assert numbers.confusion is not None
     assert numbers.confusion.counts.tolist() == [[pairs[true, called] for called in CLASSES] for true in CLASSES]
-    assert [(item.split, item.top1.right, item.top1.evaluated, item.top1.unreadable) for item in numbers.splits] == [
-        (split, right[split], total[split], unreadable[split]) for split in ("test", "train", "val")
+    assert [(item.split, item.top1.right, item.top1.evaluated, item.top1.quarantined) for item in numbers.splits] == [
+        (split, right[split], total[split], quarantined[split]) for split in ("test", "train", "val")
     ]
     assert numbers.accuracy is not None
     counted = total["val"] + total["test"]

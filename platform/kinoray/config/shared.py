@@ -281,7 +281,7 @@ class ResourcesConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class JobConfig:
-    """What a job asks that reads videos on a cluster and may find some of them unreadable."""
+    """What a job asks that reads videos on a cluster and may not be able to read some of them."""
 
     max_bad_fraction: float = 0.2
     """More quarantined videos than this share make the job fail; what is good is written all the same."""

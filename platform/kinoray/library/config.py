@@ -1,4 +1,4 @@
-"""Config trees of the verbs that work on a finished result table: `labels`, `report`, `export` and `correct`."""
+"""Config trees of the verbs that work on predictions: `labels`, `report`, `export` and `correct`."""
 
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
@@ -32,7 +32,7 @@ def _check_share(name: str, value: float | None) -> None:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LabelsConfig(PredictionsConfig):
-    """Read a result table: filter it, join it with a catalog, and print it or write it to a file.
+    """Read predictions: filter them, join them with a catalog, and print them or write them to a file.
 
     Example: kinoray labels labels/library --status labelled --margin 0 0.1 --sort margin --limit 20
 
@@ -84,7 +84,7 @@ class LabelsConfig(PredictionsConfig):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ExportConfig(PredictionsConfig):
-    """Hand a result table over to another tool, with one entry for every labelled video.
+    """Hand predictions over to another tool, with one entry for every labelled video.
 
     Example: kinoray export labels/library --format label-studio --to handover
 

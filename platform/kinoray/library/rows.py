@@ -1,4 +1,4 @@
-"""Rows of a result table as a stream, and a stream as CSV, JSON lines, Parquet or columns for the eyes.
+"""Rows of predictions as a stream, and a stream as CSV, JSON lines, Parquet or columns for the eyes.
 
 Rows are filtered unit by unit, with only the columns that are asked for, and written as they come, never held whole.
 
@@ -49,7 +49,7 @@ BAD_VIDEO = "__bad__"
 """What a correction calls a video that should not be in a set at all."""
 
 _FIRST = {"label": "label_topk", "score": "score_topk"}
-_WINDOW = 256  # units that are fetched ahead of the reader, so that a slow one holds no whole table
+_WINDOW = 256  # units that are prefetched, so that a slow one holds no whole table
 _FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n", "\uff1d", "\uff0b", "\uff0d", "\uff20")  # the last: full-width forms
 _ROW_GROUP = 65_536
 _MAX_CELL = 48

@@ -274,7 +274,7 @@ class Site:
             made = contact_strips(self.storage, places, _STRIP_FRAMES)
             for place, strip in zip(order, made, strict=True):
                 strips[place] = strip
-                progress.update(1, unreadable=int(not strip.frames))
+                progress.update(1, without_frames=int(not strip.frames))
             for first in range(0, len(window), STRIPS_PER_FILE):
                 part = [strips[place] for place in range(first, min(first + STRIPS_PER_FILE, len(window)))]
                 yield f"strips-{(start + first) // STRIPS_PER_FILE}", part

@@ -132,7 +132,7 @@ class RunsConfig:
 def k400_paper() -> TrainConfig:
     """VCM-SDD on Kinetics-400 as published (section 4.1): 16 x 6 frames, ResNet-101 twice, batch 128, 100 epochs.
 
-    Frames are resized to 256 x 256, aspect not kept, and cut to 224 x 224, in training with multi-scale crops and
+    Frames are resized to 256 x 256, aspect not kept, and cropped to 224 x 224, in training with multi-scale crops and
     flips; AdamW with rate 0.008; the segments' logits are averaged. Not published, and ours: weight decay, warm-up,
     gradient norm. Weights start at random; `--model.options backbone_weights=imagenet` takes ImageNet's. The paper
     used 8 GPUs: 16 videos each. recompute changes no number and makes room; for more of it see optim.accumulate and
