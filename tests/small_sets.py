@@ -74,6 +74,6 @@ def set_in(folder: Path, *, train: int, val: int, broken: tuple[int, ...] = ()) 
 
 def epoch_row(epoch: int, **changes: Any) -> EpochRow:
     """What a training writes of an epoch; nothing of it was measured but what is given."""
-    row: dict[str, Any] = {"epoch": epoch, "step": epoch, "samples": 0, "unreadable": 0, "lr": 0.5, "time_s": 1e9}
+    row: dict[str, Any] = {"epoch": epoch, "step": epoch, "samples": 0, "quarantined": 0, "lr": 0.5, "time_s": 1e9}
     times = dict.fromkeys(("videos_per_s", "decode_wait", "train_s", "decode_cpu_s", "epoch_s"), 0.0)
     return EpochRow(**(row | times | changes))

@@ -43,7 +43,7 @@ def one_line(capsys: pytest.CaptureFixture[str]) -> str:
         (["train", "set"], "--out"),
         (["label", "x", "--checkpoint", "c", "--out", "o", "--top-k", "0"], "top_k must be at least 1, got 0"),
         (["pack", "x", "--out", "o", "--val-fraction", "2"], "val_fraction must be in 0 .. 1, got 2.0"),
-        (["report", "x", "--frames-per-video", "99"], "frames_per_video must be in 0 .. 16, got 99"),
+        (["report", "x", "--max-strips", "-1"], "max_strips must be at least 0, got -1"),
         (["train", "--config", "absent.yaml"], "absent.yaml"),
         (["train", "--config"], "--config needs"),
         ([*TRAIN, "--preset", "k300"], "--preset must be one of k400_paper, k600_paper, small, demo, got 'k300'"),

@@ -86,7 +86,7 @@ def evaluated(
     *,
     labels: tuple[str, ...] = LABELS,
     skill: float = 1.0,
-    unreadable: tuple[str, ...] = (),
+    quarantined: tuple[str, ...] = (),
     all_scores: bool = True,
     storage: Storage = LOCAL,
     split: str = "val",
@@ -118,7 +118,7 @@ def evaluated(
             **about,
         }
         record |= {"frames_corrupt": 0, "frames_missing": 0, "status": "labelled"}
-        if row["video_id"] in unreadable:
+        if row["video_id"] in quarantined:
             record |= {"status": "quarantined", "error_class": "EmptyMedia", "error_text": "no bytes"}
         else:
             order = np.argsort(-p, kind="stable")[:5].tolist()
@@ -155,8 +155,8 @@ def stored(storage: Storage, out: str) -> EvaluationRecord:
 def test_an_ensemble_is_the_weighted_mean_of_the_scores(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The second member numbers the classes otherwise, and could not read what the first could."""
     source = catalog_at(str(tmp_path / "set"), 40)
-    one = evaluated(str(tmp_path / "one"), source, 1, unreadable=("v003",))
-    two = evaluated(str(tmp_path / "two"), source, 2, labels=LABELS[::-1], unreadable=("v005", "v003"))
+    one = evaluated(str(tmp_path / "one"), source, 1, quarantined=("v003",))
+    two = evaluated(str(tmp_path / "two"), source, 2, labels=LABELS[::-1], quarantined=("v005", "v003"))
     config = EvaluateConfig(catalog=source, ensemble=(one.uri, two.uri), weights=(1.0, 3.0), out=str(tmp_path / "both"))
     record = evaluate(config)
 
@@ -184,11 +184,11 @@ def test_an_ensemble_is_the_weighted_mean_of_the_scores(tmp_path: Path, capsys: 
     assert rows["v005"]["error_text"] == f"in {two.uri}: no bytes"
     right = sum(LABELS[int(np.argmax(expected[name]))] == one.truth[name] for name in readable)
     scores = record.scores
-    assert (scores.top1, scores.evaluated, scores.unreadable) == (right / 38, 38, 2)
+    assert (scores.top1, scores.evaluated, scores.quarantined) == (right / 38, 38, 2)
     assert (scores.top1_of_all, scores.coverage) == (right / 40, 38 / 40)
     assert record.origin.members == (one.uri, two.uri)
     said = capsys.readouterr().out
-    assert "40 videos = 38 evaluated + 2 unreadable + 0 missing (coverage 95.0%)" in said
+    assert "40 videos = 38 evaluated + 2 quarantined + 0 missing (coverage 95.0%)" in said
 
     assert evaluate(config) == record  # again: nothing is written twice
     assert len(list(tmp_path.glob("both/*/parts/*"))) == 1
@@ -198,9 +198,7 @@ def test_an_ensemble_is_the_weighted_mean_of_the_scores(tmp_path: Path, capsys: 
     assert "checkpoint" not in written
     nested = evaluate(EvaluateConfig(catalog=source, ensemble=(config.out, one.uri), out=str(tmp_path / "nested")))
     assert (nested.scores.evaluated, nested.origin.views) == (38, 3)
-    totals = report(
-        ReportConfig(predictions=config.out, catalog=source, out=str(tmp_path / "page"), frames_per_video=0)
-    )
+    totals = report(ReportConfig(predictions=config.out, catalog=source, out=str(tmp_path / "page"), max_strips=0))
     assert totals["top1"] == scores.top1
     page = (tmp_path / "page" / "index.html").read_text()
     assert f"Calibration error (ECE) {record.calibration.ece:.1%}" in page
@@ -363,8 +361,8 @@ def test_a_comparison_is_what_plain_loops_count(
     """Overlapping sets of videos, classes numbered otherwise, and videos that only one could read."""
     first = catalog_at(str(tmp_path / "set"), 120)
     second = catalog_at(str(tmp_path / "other"), 115, first=10)
-    a = evaluated(str(tmp_path / "a"), first, 1, unreadable=("v020", "v021"))
-    b = evaluated(str(tmp_path / "b"), second, 2, labels=LABELS[::-1], skill=2.0, unreadable=("v021", "v022", "v023"))
+    a = evaluated(str(tmp_path / "a"), first, 1, quarantined=("v020", "v021"))
+    b = evaluated(str(tmp_path / "b"), second, 2, labels=LABELS[::-1], skill=2.0, quarantined=("v021", "v022", "v023"))
     out = tmp_path / "page.html"
     monkeypatch.setattr("kinoray.evaluation.compare._MAX_VIDEOS", 5)
     config = CompareConfig(a=a.uri, b=b.uri, out=str(out), frames_per_video=0)

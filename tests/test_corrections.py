@@ -98,7 +98,7 @@ def test_corrections_and_confident_answers_become_a_catalog(
         assert row["uri"] == before[video_id]["uri"]
         assert row["label_id"] == LABELS.index(row["label"])
         assert (row["split"], row["status"]) == ("train", "listed")
-    counts = {"corrected": 2, "changed": 1, "kept": 0, "accepted": len(confident), "bad": 1, "unreadable": 4}
+    counts = {"corrected": 2, "changed": 1, "kept": 0, "accepted": len(confident), "bad": 1, "quarantined": 4}
     assert totals.items() >= counts.items()
     assert totals["unlabelled"] == 20 - 2 - len(confident) - 1 - 4
     assert load_catalog(Storage(), join(out, "catalog.parquet")).labels == LABELS
@@ -308,7 +308,7 @@ def test_label_then_correct_then_pack_gives_the_labels_and_the_bytes(ray_local: 
     done = correct(
         CorrectConfig(predictions=ledger.root, corrections=(file,), out=str(tmp_path / "second"), val_fraction=0.3)
     )
-    assert (done["corrected"], done["bad"], done["unreadable"], done["unlabelled"]) == (9, 1, 1, 1)
+    assert (done["corrected"], done["bad"], done["quarantined"], done["unlabelled"]) == (9, 1, 1, 1)
 
     packed = pack(
         PackConfig(

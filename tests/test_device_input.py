@@ -406,13 +406,13 @@ def test_a_run_trains_on_it_and_is_scored_on_it(tmp_path: Path) -> None:
             flow=TVL1,
         ),
         model=ModelConfig(factory="tiny_models:mean_colour", options={"flow_channels": 2}),
-        augment=AugmentConfig(colour_jitter=0.1, mixup_alpha=0.2, mix_probability=0.3),
+        augment=AugmentConfig(colour_jitter=0.1, mixup_alpha=0.2),
         optim=OptimConfig(epochs=6, batch_size=6, lr=0.05),
         resources=TrainResourcesConfig(num_workers=2, decode_tasks=2),
     )
     train(settings)
     last = RunFolder(Storage(), settings.out).epochs()[-1]
-    assert (last.unreadable, last.val_videos) == (1, 6)
+    assert (last.quarantined, last.val_videos) == (1, 6)
     meta = load_meta(Storage(), find_checkpoint(Storage(), settings.out))
     assert meta.clip == settings.clip
     assert meta.metrics["val_top1"] == 1.0

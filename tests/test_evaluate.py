@@ -67,7 +67,7 @@ def test_a_video_without_a_label_is_named(tmp_path: Path) -> None:
 
 
 def test_scores_agree_with_a_plain_count(tmp_path: Path) -> None:
-    """200 videos of 7 classes with random predictions, some unreadable, some without any row."""
+    """200 videos of 7 classes with random predictions, some quarantined, some without any row."""
     rng = np.random.default_rng(1)
     labels = tuple("ABCDEFG")
     catalog = catalog_with(tmp_path, [(f"{n:03d}.mp4", labels[rng.integers(7)], "") for n in range(200)])
@@ -87,20 +87,20 @@ def test_scores_agree_with_a_plain_count(tmp_path: Path) -> None:
 
     by_id = {row["video_id"]: row for row in rows}
     pairs = Counter()
-    unreadable = missing = top5 = 0
+    quarantined = missing = top5 = 0
     for video_id, label in zip(catalog.table.column("video_id").to_pylist(), truth, strict=True):
         row = by_id.get(video_id)
         if row is None:
             missing += 1
         elif row["status"] == "quarantined":
-            unreadable += 1
+            quarantined += 1
         else:
             pairs[(int(label), row["id_topk"][0])] += 1
             top5 += int(label) in row["id_topk"]
-    evaluated = 200 - unreadable - missing
+    evaluated = 200 - quarantined - missing
     right = sum(count for (true, said), count in pairs.items() if true == said)
-    assert min(unreadable, missing, right) > 0
-    assert (scores.top1.evaluated, scores.unreadable, scores.missing) == (evaluated, unreadable, missing)
+    assert min(quarantined, missing, right) > 0
+    assert (scores.top1.evaluated, scores.quarantined, scores.missing) == (evaluated, quarantined, missing)
     assert scores.top1.value == right / evaluated
     assert scores.top5.value == top5 / evaluated
     assert scores.top1.of_all == right / 200
@@ -127,7 +127,7 @@ def test_scores_of_nothing_readable_are_empty_and_not_an_error(tmp_path: Path) -
     rows = pa.table({"video_id": ["a"], "status": ["quarantined"], "id_topk": nothing[0], "score_topk": nothing[1]})
     answers = join_answers(catalog, np.zeros(1, np.int64), rows, 6)
     scores = answers.scores
-    assert (scores.top1.evaluated, scores.unreadable, scores.top1.of_all) == (0, 1, 0.0)
+    assert (scores.top1.evaluated, scores.quarantined, scores.top1.of_all) == (0, 1, 0.0)
     assert confused_classes(scores.confusion, "abcdef", 10) == []
     record = json.loads(evaluation_record(answers, "abcdef", NOWHERE).to_json(), parse_constant=pytest.fail)
     assert (record["top1"], record["calibration"]["ece"], record["classes"][0]["top1"]) == (None, None, None)
@@ -167,7 +167,7 @@ def test_evaluate_scores_the_split_and_writes_all_numbers(
     scores = result.scores
     assert (scores.top1, scores.top5) == (right / 18, top5 / 18)
     assert (scores.top1_of_all, scores.coverage) == (right / 19, 18 / 19)
-    assert (scores.evaluated, scores.unreadable, scores.missing) == (18, 1, 0)
+    assert (scores.evaluated, scores.quarantined, scores.missing) == (18, 1, 0)
     assert scores.top1_interval == wilson_interval(right, 18)
     confusion = np.zeros((6, 6), int)
     for row in table:
@@ -181,7 +181,7 @@ def test_evaluate_scores_the_split_and_writes_all_numbers(
     )
     assert stored(tmp_path / "eval") == result
     assert f"evaluate: top-1 {right / 18:.1%} (95% interval " in said
-    assert "19 videos = 18 evaluated + 1 unreadable + 0 missing (coverage 94.7%)" in said
+    assert "19 videos = 18 evaluated + 1 quarantined + 0 missing (coverage 94.7%)" in said
     shares = [f"{confusion[index, index] / 3:.1%}" for index in range(6)]
     width = max(map(len, shares))
     for label, share in zip(LABELS, shares, strict=True):

@@ -87,7 +87,7 @@ def test_entries_and_quarantined_rows_are_all_rows(
         "rows": 20,
         "exported": 16,
         "quarantined": 4,
-        "unreadable": 0,
+        "not_copied": 0,
         "unfinished": 0,
         "to": str(folder),
     }
@@ -194,7 +194,7 @@ def test_videos_are_copied_out_of_shards_and_one_that_is_gone_is_counted(files: 
     folder = tmp_path / "handover"
     config = ExportConfig(predictions=files, format="fiftyone", to=str(folder), copy_videos=videos_of(files))
     totals = export(config)
-    assert (totals["rows"], totals["exported"], totals["quarantined"], totals["unreadable"]) == (10, 7, 2, 1)
+    assert (totals["rows"], totals["exported"], totals["quarantined"], totals["not_copied"]) == (10, 7, 2, 1)
     samples = json.loads((folder / "samples.json").read_text())["samples"]
     for sample in samples:
         path = folder / sample["filepath"]
@@ -234,7 +234,7 @@ def test_only_videos_of_the_named_source_are_copied(tmp_path: Path) -> None:
     totals = export(config)
     good = {row["video_id"] for row in said(str(tmp_path / "out")).values() if row["status"] == "labelled"}
     assert totals["exported"] == 1
-    assert totals["unreadable"] == len(good) - 1 >= 4
+    assert totals["not_copied"] == len(good) - 1 >= 4
     assert [path.read_bytes() for path in (to / "videos").iterdir()] == [b"a"]
     refused = [row for row in aside(to) if row["status"] == "labelled"]
     assert {row["error_class"] for row in refused} == {"InvalidReference"}

@@ -17,7 +17,7 @@ from ray.dashboard.modules.metrics.dashboards import default_dashboard_panels
 
 from kinoray.catalog.quarantine import Refusal
 from kinoray.label.times import LabelMetrics, UnitTimes
-from kinoray.train.input import Unreadable
+from kinoray.train.input import NoClip
 from kinoray.train.recorder import TrainMetrics
 from kinoray.train.runfolder import EpochRow
 from ports import wait_until
@@ -107,13 +107,13 @@ def test_every_variable_that_is_used_is_there(board: dict[str, Any]) -> None:
 
 @pytest.mark.slow
 def test_prometheus_sees_the_names_and_tags_of_the_dashboard(ray_local: None) -> None:
-    unit = UnitTimes(counts={"labelled": 3}, reasons={"NotAVideo": 1}, seconds={"decode": 1.5}, decoded_ahead=2.0)
+    unit = UnitTimes(counts={"labelled": 3}, reasons={"NotAVideo": 1}, seconds={"decode": 1.5}, prefetched=2.0)
     LabelMetrics("0123456789abcdef").add(unit)
     training = TrainMetrics("first")
-    training.step(8, [Unreadable(0, Refusal("decode", "NotAVideo", "no video"))])
+    training.step(8, [NoClip(0, Refusal("decode", "NotAVideo", "no video"))])
     training.spent("decode", 1.5)
     numbers = dict.fromkeys(("lr", "videos_per_s", "decode_wait", "train_s", "decode_cpu_s", "epoch_s", "time_s"), 1.0)
-    training.epoch(EpochRow(epoch=1, step=1, samples=8, unreadable=0, loss=0.5, **numbers))
+    training.epoch(EpochRow(epoch=1, step=1, samples=8, quarantined=0, loss=0.5, **numbers))
     url = f"http://127.0.0.1:{ray.nodes()[0]['MetricsExportPort']}/metrics"
 
     def text() -> str:

@@ -164,7 +164,7 @@ def test_the_stream_gives_every_row_once_to_any_number_of_ranks(videos: Catalog,
         batches = list(stream(videos, steps, task, decode_tasks=2, world_size=world))
         assert len(batches) == sum(len(rows) > 0 for rows in steps)
         for planned, samples in zip((rows for rows in steps if len(rows)), batches, strict=True):
-            bad = [item.row for item in samples.unreadable]
+            bad = [item.row for item in samples.quarantined]
             assert sorted([*samples.rows.tolist(), *bad]) == sorted(planned.tolist())
             assert samples.rows.tolist() == [row for row in planned.tolist() if row not in bad]
             assert len(samples.clips) == len(samples.rows)
@@ -175,7 +175,7 @@ def test_the_stream_gives_every_row_once_to_any_number_of_ranks(videos: Catalog,
                 clip = decode(data, Sampled(rng=clip_rng(5, 1, f"v{row:03d}")), CLIP).clip()
                 assert samples.clips.rgb is not None
                 assert np.array_equal(samples.clips.rgb[index].numpy(), clip.frames)
-        assert {item.row for samples in batches for item in samples.unreadable} <= {4, 9}
+        assert {item.row for samples in batches for item in samples.quarantined} <= {4, 9}
     assert sorted(seen) == list(range(13))
 
 

@@ -518,7 +518,7 @@ def test_what_cannot_be_called_a_success_fails(tmp_path: Path) -> None:
     made.row("unreadable", 9)
     made.write(tmp_path)
     config = config_of(tmp_path, max_bad_fraction=0.1)
-    with pytest.raises(TooManyBad, match=r"1 of 7 wanted files were refused \(1 UnreadableContainer\)"):
+    with pytest.raises(TooManyBad, match=r"1 of 7 wanted files were quarantined \(1 UnreadableContainer\)"):
         pack(config)
     check(made, config, pack(replace(config, max_bad_fraction=0.2)))
     (tmp_path / "other.csv").write_text(f"path,label,split\n{key(5000)}.mp4,x,train\n")

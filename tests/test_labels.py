@@ -69,12 +69,12 @@ def at_least(row: Row, name: str, value: float) -> bool:
         ({"status": ("abstained",)}, lambda row: row["abstained"]),
         ({"label": ("red",)}, lambda row: row["label"] == "red"),
         ({"label": ("red", "blue")}, lambda row: row["label"] in ("red", "blue")),
-        ({"min_score": 0.75}, lambda row: at_least(row, "score", 0.75)),
-        ({"max_score": 0.7}, lambda row: row["score"] is not None and row["score"] <= 0.7),
-        ({"min_margin": 0.21, "max_margin": 0.59}, lambda row: at_least(row, "margin", 0.21) and row["margin"] < 0.59),
+        ({"score": (0.75, 1.0)}, lambda row: at_least(row, "score", 0.75)),
+        ({"score": (0.0, 0.7)}, lambda row: row["score"] is not None and row["score"] <= 0.7),
+        ({"margin": (0.21, 0.59)}, lambda row: at_least(row, "margin", 0.21) and row["margin"] < 0.59),
         ({"video_id": "v00?[13]"}, lambda row: fnmatch.fnmatchcase(row["video_id"], "v00?[13]")),
         (
-            {"video_id": "*1*", "label": ("green",), "min_score": 0.6},
+            {"video_id": "*1*", "label": ("green",), "score": (0.6, 1.0)},
             lambda row: "1" in row["video_id"] and row["label"] == "green" and at_least(row, "score", 0.6),
         ),
     ],
@@ -231,7 +231,7 @@ def test_a_join_adds_columns_of_the_catalog_by_video_id(
         ],
     )
     columns = ("catalog_duration_s", "video_id", "catalog_split")
-    config = LabelsConfig(predictions=out, join=known, columns=columns, min_score=0.6, sort="score")
+    config = LabelsConfig(predictions=out, join=known, columns=columns, score=(0.6, 1.0), sort="score")
     rows = written(config, tmp_path / "rows.jsonl")
     assert "rows have no video in" in capsys.readouterr().err
     assert len(rows) > 10
@@ -336,7 +336,7 @@ def test_unknown_names_are_refused_with_those_that_there_are(out: str, tmp_path:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"min_score": 1.5}, "min_score must be in 0 .. 1, got 1.5"),
+        ({"score": (0.5, 1.5)}, r"score must be two numbers in 0 .. 1, the smaller one first, got \(0.5, 1.5\)"),
         ({"limit": -1}, "limit must be at least 0, got -1"),
         ({"descending": True}, "descending must be given with --sort only"),
         ({"format": "parquet"}, "to must be a file with --format parquet"),

@@ -51,9 +51,9 @@ def test_counts_equal_a_loop_over_the_videos(num_classes: int, k: int) -> None:
 @pytest.mark.parametrize("cuts", [[100], [1, 2, 3], [0, 150, 200], [37, 90]])
 def test_scores_of_parts_add_up_to_the_whole(cuts: list[int]) -> None:
     labels, topk = random_predictions(200, 7, 5, seed=3)
-    whole = score(labels, topk, 7, unreadable=5, missing=2)
+    whole = score(labels, topk, 7, quarantined=5, missing=2)
     parts = [
-        score(a, b, 7, unreadable=int(index == 0) * 5, missing=int(index == 0) * 2)
+        score(a, b, 7, quarantined=int(index == 0) * 5, missing=int(index == 0) * 2)
         for index, (a, b) in enumerate(zip(np.split(labels, cuts), np.split(topk, cuts), strict=True))
     ]
     total = sum(parts[1:], start=parts[0])
@@ -64,9 +64,9 @@ def test_scores_of_parts_add_up_to_the_whole(cuts: list[int]) -> None:
 
 def test_videos_that_were_not_scored_lower_the_accuracy_of_all_but_not_of_the_evaluated() -> None:
     scores = score(np.array([0, 1, 2, 2]), np.array([[0, 1, 2], [1, 0, 2], [2, 0, 1], [0, 2, 1]]), 3)
-    scores += score(np.array([], dtype=np.int64), np.zeros((0, 3), dtype=np.int64), 3, unreadable=3, missing=1)
+    scores += score(np.array([], dtype=np.int64), np.zeros((0, 3), dtype=np.int64), 3, quarantined=3, missing=1)
     top1, top5 = scores.top1, scores.top5
-    assert (top1.evaluated, top1.unreadable, top1.missing, top1.total) == (4, 3, 1, 8)
+    assert (top1.evaluated, top1.quarantined, top1.missing, top1.total) == (4, 3, 1, 8)
     assert top1.coverage == 0.5
     assert top1.value == 0.75
     assert top1.of_all == 0.375
@@ -80,7 +80,7 @@ def test_a_class_without_videos_has_no_accuracy_and_leaves_the_class_mean_alone(
 
 
 def test_nothing_evaluated_is_nan_not_zero() -> None:
-    scores = score(np.array([], dtype=np.int64), np.zeros((0, 2), dtype=np.int64), 2, unreadable=4)
+    scores = score(np.array([], dtype=np.int64), np.zeros((0, 2), dtype=np.int64), 2, quarantined=4)
     assert math.isnan(scores.top1.value)
     assert math.isnan(scores.mean_class)
     assert scores.top1.of_all == 0.0

@@ -130,13 +130,11 @@ def test_labelling_with_another_network(name: str) -> None:
 
 
 def test_what_torchvision_sends_from_the_host() -> None:
-    """So MViT runs without a CUDA graph, and hue_jitter and sharpness cost a wait a clip (docs/gpu.md)."""
+    """So MViT runs without a CUDA graph, and sharpness costs a wait a clip (docs/gpu.md)."""
     model = network(ModelConfig(factory="mvit_v2_s")).eval()
     with torch.no_grad(), on_device(), pytest.raises(LeavesDevice):
         model(**inputs_of(model.input_spec))
     clip = cuda(2, 3, 3, SIZE, SIZE, dtype=torch.uint8)
-    with on_device(), pytest.raises(LeavesDevice):
-        colour_clip(clip, AugmentConfig(hue_jitter=0.1), np.random.default_rng(0))
     with on_device(), pytest.raises(LeavesDevice):
         augment._randaugment(clip[0, 0], "sharpness", 9, 1.0, SIZE)
 

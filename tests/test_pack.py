@@ -151,7 +151,7 @@ def test_split_folders_become_splits_and_shards(videos: Path, tmp_path: Path) ->
 def test_too_many_bad_files_fail_after_the_good_ones_are_packed(videos: Path, tmp_path: Path) -> None:
     config = PackConfig(source=str(videos), out=str(tmp_path / "out"), max_bad_fraction=0.2)
     with pytest.raises(
-        TooManyBad, match=r"4 of 16 files were refused \(2 UnreadableContainer, .*max_bad_fraction 0\.2"
+        TooManyBad, match=r"4 of 16 files were quarantined \(2 UnreadableContainer, .*max_bad_fraction 0\.2"
     ):
         pack(config)
     assert len(load_catalog(Storage(), str(tmp_path / "out"))) == 12
@@ -163,7 +163,7 @@ def test_only_broken_files_give_an_empty_catalog_and_a_failure(videos: Path, tmp
     (tmp_path / "set" / "x").mkdir(parents=True)
     for kind in BROKEN:
         shutil.copy(videos / "disc-up" / f"{kind}.mp4", tmp_path / "set" / "x")
-    with pytest.raises(TooManyBad, match="4 of 4 files were refused"):
+    with pytest.raises(TooManyBad, match="4 of 4 files were quarantined"):
         pack(PackConfig(source=str(tmp_path / "set"), out=str(tmp_path / "out")))
     assert len(load_catalog(Storage(), str(tmp_path / "out"))) == 0
     assert not list((tmp_path / "out" / "shards").glob("*.tar"))

@@ -71,7 +71,7 @@ def weights_after(config: TrainConfig, steps: int = 2, **changes: Any) -> dict[s
 
 
 def test_the_rate_drops_at_the_named_epochs() -> None:
-    config = OptimConfig(epochs=5, lr=0.5, schedule="step", step_epochs=(2, 4), warmup_fraction=0.1)
+    config = OptimConfig(epochs=5, lr=0.5, step_epochs=(2, 4), warmup_fraction=0.1)
     rates = [learning_rate(config, step, 20) for step in range(20)]  # 4 steps an epoch, 2 of warm-up
     assert rates[:2] == pytest.approx([0.5 / 3, 1.0 / 3])
     assert rates[2:] == pytest.approx([0.5] * 6 + [0.05] * 8 + [0.005] * 4)
@@ -239,9 +239,8 @@ def test_a_compiled_network_takes_the_same_step() -> None:
     ("settings", "message"),
     [
         ({"precision": "fp16"}, "fp32 or bf16 on CPUs"),
-        ({"schedule": "step"}, "one or more with schedule step"),
-        ({"step_epochs": (3,)}, "none with cosine"),
-        ({"schedule": "step", "step_epochs": (3, 2)}, "rising whole numbers"),
+        ({"step_epochs": (3, 2)}, "rising whole numbers"),
+        ({"step_epochs": (0, 2)}, "rising whole numbers"),
         ({"compile": True, "recompute": "all"}, "none with optim.compile"),
         ({"class_balance": 2.0}, "in 0 .. 1"),
     ],
@@ -324,26 +323,24 @@ def a_clip(seed: int = 0) -> Tensor:
 def test_jitter_is_torchvisions_with_one_draw_for_all_frames() -> None:
     """Without contrast, which looks at the whole picture, each frame is what torchvision makes of it alone."""
     clip, seen = a_clip(), set()
-    config = AugmentConfig(colour_jitter=0.4, hue_jitter=0.1)
+    config = AugmentConfig(colour_jitter=0.4)
     for seed in range(20):
         ours = colour_clip(clip, config, np.random.Generator(np.random.PCG64(seed)))
         draws = np.random.Generator(np.random.PCG64(seed))
         factors = [float(draws.uniform(0.6, 1.4)) for _ in range(3)]
-        turn = float(draws.uniform(-0.1, 0.1))
-        order = draws.permutation(4).tolist()
+        order = draws.permutation(3).tolist()
         frames = clip.flatten(0, 1)
         for which in order:
             if which == 1:  # mean grey of the whole clip: PIL and torchvision take that of the picture
                 grey = V.rgb_to_grayscale(frames).float().floor().mean()
                 frames = (factors[1] * frames + (1 - factors[1]) * grey).clamp(0, 255).to(torch.uint8)
             else:
-                value = turn if which == 3 else factors[which]
-                adjust = {0: V.adjust_brightness, 2: V.adjust_saturation, 3: V.adjust_hue}[which]
-                frames = torch.stack([adjust(frame, value) for frame in frames])
+                adjust = {0: V.adjust_brightness, 2: V.adjust_saturation}[which]
+                frames = torch.stack([adjust(frame, factors[which]) for frame in frames])
         # Rounding of the mean grey may move a pixel by one level before later operations scale it.
         assert (ours.flatten(0, 1).int() - frames.int()).abs().max() <= 3
         seen.add(tuple(order))
-    assert len(seen) > 10
+    assert len(seen) == 6
 
 
 @pytest.mark.parametrize("name", PHOTOMETRIC)
@@ -423,15 +420,13 @@ def test_mixtures_blend_both_streams_alike() -> None:
 
 
 def test_mixtures_are_drawn_for_the_step() -> None:
-    both = Augmenter(AugmentConfig(mixup_alpha=0.8, cutmix_alpha=1.0, mix_probability=0.5), 0, CPU)
+    both = Augmenter(AugmentConfig(mixup_alpha=0.8, cutmix_alpha=1.0), 0, CPU)
     drawn = [both.mix(8, 32, 1, step) for step in range(300)]
     kinds = ["none" if mix is None else "mixup" if mix.box is None else "cutmix" for mix in drawn]
-    assert 110 < kinds.count("none") < 190
-    assert 40 < kinds.count("mixup") < 110
-    assert 40 < kinds.count("cutmix") < 110
+    assert kinds.count("none") == 0
+    assert 110 < kinds.count("mixup") < 190
     for mix in drawn:
-        if mix is None:
-            continue
+        assert mix is not None
         assert 0.5 <= mix.share <= 1.0
         assert sorted(mix.partners.tolist()) == list(range(8))
         assert not any(index == partner for index, partner in enumerate(mix.partners.tolist()))
@@ -440,11 +435,10 @@ def test_mixtures_are_drawn_for_the_step() -> None:
             assert 0 <= top <= 32 - height
             assert 0 <= left <= 32 - width
             assert mix.share == 1 - height * width / 1024
-    again, other = both.mix(8, 32, 1, 7), both.mix(8, 32, 2, 7)
-    assert (again is None) == (drawn[7] is None)
-    assert again is None or drawn[7] is None or (again.share, again.box) == (drawn[7].share, drawn[7].box)
-    assert [both.mix(8, 32, 2, step) is None for step in range(300)] != [mix is None for mix in drawn]
-    assert other is None or again is None or other.share != again.share
+    again = [both.mix(8, 32, 1, step) for step in range(300)]
+    other = [both.mix(8, 32, 2, step) for step in range(300)]
+    assert [(mix.share, mix.box) for mix in again if mix] == [(mix.share, mix.box) for mix in drawn if mix]
+    assert [mix.share for mix in other if mix] != [mix.share for mix in drawn if mix]
     assert both.mix(1, 32, 1, 0) is None
     assert Augmenter(AugmentConfig(), 0, CPU).mix(8, 32, 1, 0) is None
 

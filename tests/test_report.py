@@ -79,7 +79,7 @@ def test_a_row_without_any_class_has_no_answer_and_lowers_the_accuracy_of_all() 
     numbers = count(join_truth(predictions(rows), catalog_of(truth)), CLASSES)
     assert numbers.accuracy is not None
     top1 = numbers.accuracy.top1
-    assert (top1.right, top1.evaluated, top1.unreadable, top1.missing) == (1, 2, 1, 1)
+    assert (top1.right, top1.evaluated, top1.quarantined, top1.missing) == (1, 2, 1, 1)
     assert (top1.value, top1.of_all) == (1 / 2, 1 / 4)
     assert numbers.confusion is not None
     assert numbers.confusion.counts.tolist() == [[1, 1, 0], [0, 0, 0], [0, 0, 0]]
@@ -99,14 +99,14 @@ def test_numbers_equal_plain_loops() -> None:
     pairs: Counter[tuple[str, str]] = Counter()
     right: Counter[str] = Counter()
     total: Counter[str] = Counter()
-    unreadable: Counter[str] = Counter()
+    quarantined: Counter[str] = Counter()
     for item in rows:
         label, split = known[item["video_id"]]
         if label is None:
             continue
         assert split is not None
         if item["status"] != "labelled":
-            unreadable[split] += 1
+            quarantined[split] += 1
             continue
         total[split] += 1
         right[split] += item["label_topk"][0] == label
@@ -114,8 +114,8 @@ def test_numbers_equal_plain_loops() -> None:
             pairs[label, item["label_topk"][0]] += 1
     assert numbers.confusion is not None
     assert numbers.confusion.counts.tolist() == [[pairs[true, called] for called in CLASSES] for true in CLASSES]
-    assert [(item.split, item.top1.right, item.top1.evaluated, item.top1.unreadable) for item in numbers.splits] == [
-        (split, right[split], total[split], unreadable[split]) for split in ("test", "train", "val")
+    assert [(item.split, item.top1.right, item.top1.evaluated, item.top1.quarantined) for item in numbers.splits] == [
+        (split, right[split], total[split], quarantined[split]) for split in ("test", "train", "val")
     ]
     assert numbers.accuracy is not None
     counted = total["val"] + total["test"]
@@ -218,7 +218,7 @@ def test_the_files_hold_every_row_and_the_numbers_count_all(tmp_path: Path) -> N
     rows[5] |= {"abstained": True, "offset": 512, "length": 1000}
     rows[6] |= {"status": "skipped"}
     catalog = catalog_of(truth)
-    site = make_site(tmp_path, rows, catalog, frames_per_video=0)
+    site = make_site(tmp_path, rows, catalog, max_strips=0)
     known = {video_id: (label, split) for video_id, label, split in truth}
     table = {item["id"]: item for item in site.rows()}
     assert len(site.rows()) == len(table) == 240
@@ -252,7 +252,7 @@ def test_contact_strips_are_packed_and_show_the_videos(tmp_path: Path) -> None:
     video.write_bytes(make_video(frames))
     rows = [row(f"v{number:02d}", uri=str(video), margin=number / 100) for number in range(STRIPS_PER_FILE + 3)]
     rows[2] |= {"uri": str(tmp_path / "gone.mp4")}
-    site = make_site(tmp_path, [*rows, refused("empty")], frames_per_video=3, max_strips=STRIPS_PER_FILE + 2)
+    site = make_site(tmp_path, [*rows, refused("empty")], max_strips=STRIPS_PER_FILE + 2)
     strips = [item["strip"] for item in site.rows()]
     assert strips == [*range(STRIPS_PER_FILE + 2), -1, -1]
     assert sorted(path.name for path in (site.folder / "data").glob("strips*")) == ["strips-0.js", "strips-1.js"]
@@ -263,7 +263,7 @@ def test_contact_strips_are_packed_and_show_the_videos(tmp_path: Path) -> None:
     with av.open(str(video)) as container:
         decoded = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
     for strip in (first[0], second[1]):
-        assert len(strip) == 3
+        assert len(strip) == 4
         for width, height, data in strip:
             shown = picture_of(data).astype(int)
             assert shown.shape == (height, width, 3) == (96, 96, 3)
@@ -272,7 +272,7 @@ def test_contact_strips_are_packed_and_show_the_videos(tmp_path: Path) -> None:
 
 def test_what_is_not_listed_is_counted_and_the_page_says_so(tmp_path: Path) -> None:
     rows = [row(f"v{number}", margin=number / 10) for number in range(8)] + [refused("z")]
-    site = make_site(tmp_path, rows, max_videos=4, frames_per_video=0)
+    site = make_site(tmp_path, rows, max_videos=4, max_strips=0)
     assert [item["id"] for item in site.rows()] == ["v0", "v1", "v2", "z"]
     assert (site.totals["videos"], site.totals["shown"]) == (9, 4)
     assert "This list has 4 of 9 videos, the least certain ones first" in site.text
@@ -284,7 +284,7 @@ def test_what_is_not_listed_is_counted_and_the_page_says_so(tmp_path: Path) -> N
 def test_an_unfinished_labelling_says_what_is_to_come(tmp_path: Path) -> None:
     rows = [row(f"v{number}") for number in range(10)]
     labels = write_predictions(tmp_path / "labels", predictions(rows), 3, num_units=2)
-    config = ReportConfig(predictions=labels, out=str(tmp_path / "report"), frames_per_video=0)
+    config = ReportConfig(predictions=labels, out=str(tmp_path / "report"), max_strips=0)
     totals = report(config)
     assert (totals["inputs"], totals["videos"]) == (10, 6)
     page = (tmp_path / "report" / "index.html").read_text()
@@ -321,7 +321,7 @@ def test_many_classes_are_a_picture_and_a_list_of_mistakes(tmp_path: Path) -> No
     names = tuple(f"class {number}" for number in range(40))
     rows = [row(f"v{n}", label_topk=[names[n]], score_topk=[1.0], id_topk=[n], margin=None) for n in range(40)]
     truth: Truth = [(f"v{n}", names[max(n, 1)], "val") for n in range(40)]
-    site = make_site(tmp_path, rows, catalog_of(truth, names), frames_per_video=0)
+    site = make_site(tmp_path, rows, catalog_of(truth, names), max_strips=0)
     (image,) = site.all("img")
     picture = picture_of((image["src"] or "").partition(",")[2])
     expected = np.zeros((40, 40), bool)
@@ -334,12 +334,12 @@ def test_many_classes_are_a_picture_and_a_list_of_mistakes(tmp_path: Path) -> No
 
 def test_a_second_report_replaces_the_first_and_leaves_other_files(tmp_path: Path) -> None:
     rows = [row(f"v{number}") for number in range(ROWS_PER_FILE + 1)]
-    first = make_site(tmp_path / "first", rows, frames_per_video=0)
+    first = make_site(tmp_path / "first", rows, max_strips=0)
     assert (first.folder / "data" / "rows-1.js").exists()
     for name in ("data/notes.txt", "data/rows-1.js.bak", "mine.html"):
         (first.folder / name).write_text("mine")
     labels = write_predictions(tmp_path / "second", predictions(rows[:2]))
-    report(ReportConfig(predictions=labels, out=str(first.folder), frames_per_video=0))
+    report(ReportConfig(predictions=labels, out=str(first.folder), max_strips=0))
     left = sorted(str(path.relative_to(first.folder)) for path in first.folder.rglob("*") if path.is_file())
     assert left == [
         *("assets/report.css", "assets/report.js", "data/notes.txt", "data/rows-0.js", "data/rows-1.js.bak"),
@@ -349,7 +349,7 @@ def test_a_second_report_replaces_the_first_and_leaves_other_files(tmp_path: Pat
 
 def test_the_same_table_gives_the_same_files(tmp_path: Path) -> None:
     rows, truth = random_rows(50, seed=3)
-    one, two = (make_site(tmp_path / name, rows, catalog_of(truth), frames_per_video=0) for name in ("one", "two"))
+    one, two = (make_site(tmp_path / name, rows, catalog_of(truth), max_strips=0) for name in ("one", "two"))
     for path in (path for path in one.folder.rglob("*.*") if path.name != "index.html"):
         assert path.read_bytes() == (two.folder / path.relative_to(one.folder)).read_bytes()
     assert one.html.replace("/one/", "/two/") == two.html
@@ -358,13 +358,13 @@ def test_the_same_table_gives_the_same_files(tmp_path: Path) -> None:
 @pytest.mark.ray
 def test_a_site_in_a_bucket_is_the_same_as_in_a_folder(tmp_path: Path, bucket: str, s3_config: StorageConfig) -> None:
     rows, _ = random_rows(30, seed=4)
-    site = make_site(tmp_path, rows, frames_per_video=0)
+    site = make_site(tmp_path, rows, max_strips=0)
     storage = Storage(s3_config)
     labels = str(tmp_path / "labels")
     for path in Path(labels).rglob("*.*"):
         storage.put(f"{bucket}/labels/{path.relative_to(labels)}", path.read_bytes())
     totals = report(
-        ReportConfig(predictions=f"{bucket}/labels", out=f"{bucket}/site/", frames_per_video=0, storage=s3_config)
+        ReportConfig(predictions=f"{bucket}/labels", out=f"{bucket}/site/", max_strips=0, storage=s3_config)
     )
     assert totals["out"] == f"{bucket}/site/index.html"
     names = sorted(str(path.relative_to(site.folder)) for path in site.folder.rglob("*.*"))
@@ -378,7 +378,7 @@ def test_a_site_in_a_bucket_is_the_same_as_in_a_folder(tmp_path: Path, bucket: s
 
 
 def test_the_policy_allows_the_site_and_nothing_else(tmp_path: Path) -> None:
-    site = make_site(tmp_path, [row("a")], frames_per_video=0)
+    site = make_site(tmp_path, [row("a")], max_strips=0)
     (meta,) = site.all("meta", **{"http-equiv": "Content-Security-Policy"})
     policy = dict(rule.strip().split(" ", 1) for rule in (meta["content"] or "").split(";"))
     (script,), (style,) = site.all("script"), site.all("link", rel="stylesheet")
@@ -453,7 +453,7 @@ def test_no_frame_is_larger_than_its_share(width: int) -> None:
 
 def test_a_listed_row_takes_less_than_400_bytes_and_the_page_does_not_grow(tmp_path: Path) -> None:
     rows = [row(f"some/longer/path/to/a/video-{number:05d}", margin=number % 50 / 50) for number in range(5000)]
-    small, large = (make_site(tmp_path / str(len(part)), part, frames_per_video=0) for part in (rows[:50], rows))
+    small, large = (make_site(tmp_path / str(len(part)), part, max_strips=0) for part in (rows[:50], rows))
     assert large.data("site")["rows"] == 3
     assert (large.totals["bytes"] - small.totals["bytes"]) / 4950 < 400
     assert abs(len(large.html) - len(small.html)) < 500
@@ -501,6 +501,6 @@ def test_a_table_of_nothing_but_quarantine_is_a_site(tmp_path: Path) -> None:
 
 
 def test_an_empty_error_text_and_no_reason_are_shown(tmp_path: Path) -> None:
-    site = make_site(tmp_path, [row("a"), refused("b", None) | {"error_text": None}], frames_per_video=0)
+    site = make_site(tmp_path, [row("a"), refused("b", None) | {"error_text": None}], max_strips=0)
     assert "no reason was recorded" in site.text
     assert [item["reason"] for item in site.rows()] == [None, "quarantined"]

@@ -89,7 +89,7 @@ def site(table: tuple[Rows, Truth], tmp_path_factory: pytest.TempPathFactory) ->
     # A shard's member cannot be this one file, so strips are made of whole files.
     rows = [item | {"uri": str(video), "offset": None, "length": None} for item in rows]
     rows = [item | {"uri": "/gone.mp4"} if item["video_id"] == gone["video_id"] else item for item in rows]
-    return make_site(folder, rows, catalog_of(truth, NAMES), title="180 videos", frames_per_video=2, max_strips=130)
+    return make_site(folder, rows, catalog_of(truth, NAMES), title="180 videos", max_strips=130)
 
 
 def visit(page: Page, site: Site, fragment: str = "", base: str = "") -> None:
@@ -414,7 +414,7 @@ def test_the_site_works_from_a_server_too(quiet: Page, site: Site, table: tuple[
 
 def test_a_site_that_lacks_a_file_says_which(page: Page, tmp_path: Path) -> None:
     rows, _ = random_table(20, seed=6)
-    site = make_site(tmp_path, rows, frames_per_video=0)
+    site = make_site(tmp_path, rows, max_strips=0)
     data = site.folder / "data" / "rows-0.js"
     whole = data.read_text()
     for text, message in [
@@ -435,7 +435,7 @@ def test_a_site_that_lacks_a_file_says_which(page: Page, tmp_path: Path) -> None
 def test_ten_thousand_videos_are_filtered_sorted_and_paged_like_a_few(quiet: Page, tmp_path: Path) -> None:
     rows, truth = random_table(10_000, seed=7)
     table = (rows, truth)
-    site = make_site(tmp_path, rows, catalog_of(truth, NAMES), frames_per_video=0)
+    site = make_site(tmp_path, rows, catalog_of(truth, NAMES), max_strips=0)
     visit(quiet, site, "#view=videos")
     assert ids_shown(quiet) == expected(table)[:PER_PAGE]
     for sort in ("-score", "entropy", "id"):

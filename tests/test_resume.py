@@ -258,7 +258,7 @@ def test_what_was_trained_on_is_not_read_again(
     )
     result = train(config)
 
-    assert (result["samples"], result["unreadable"]) == (num_videos, 0)
+    assert (result["samples"], result["quarantined"]) == (num_videos, 0)
     starts = json.loads(Storage(s3_config).read(join(config.out, "environment.json")))["starts"]
     assert [bool(start["after"]) for start in starts] == [False, True]
     resumed_at = int(starts[1]["after"].split()[1])  # "step N of epoch 1"
@@ -284,7 +284,7 @@ def assert_an_outage_ends_the_run(config: TrainConfig, faulty: FaultyS3, said: p
     assert (run.state, run.error.partition(":")[0]) == ("failed", "StorageUnavailable")
     faulty.outage = ""
     result = train(config)
-    assert (result["unreadable"], result["samples"]) == (0, 17)
+    assert (result["quarantined"], result["samples"]) == (0, 17)
     assert not storage.exists(join(config.out, "quarantine.parquet"))
 
 

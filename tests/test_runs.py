@@ -220,7 +220,7 @@ def test_curves_show_every_metric_at_its_place(tmp_path: Path) -> None:
                 epoch=number,
                 step=3000 * (number - 1) + step,
                 videos=8,
-                unreadable=0,
+                quarantined=0,
                 lr=0.1,
                 loss=None if step == 8 else 1.0 / number,  # a batch of which nothing could be read
             )

@@ -175,7 +175,7 @@ def test_an_epoch_that_is_trained_again_replaces_what_it_wrote(tmp_path: Path) -
     folder = RunFolder(Storage(), str(tmp_path))
     for epoch, loss in [(1, 0.5), (2, 0.25), (3, 9.0), (2, 0.125)]:
         row = epoch_row(epoch, loss=loss, val_top1=0.75, videos_per_s=8.0)
-        step = StepRow(epoch=epoch, step=epoch, videos=4, unreadable=0, lr=0.5, loss=loss)
+        step = StepRow(epoch=epoch, step=epoch, videos=4, quarantined=0, lr=0.5, loss=loss)
         folder.write_epoch(row)
         write_events(folder, row, [step])
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
@@ -196,7 +196,7 @@ def test_an_epoch_that_is_trained_again_replaces_what_it_wrote(tmp_path: Path) -
 def test_a_line_that_is_no_row_is_named(tmp_path: Path, line: str) -> None:
     folder = RunFolder(Storage(), str(tmp_path))
     folder.write_epoch(epoch_row(1, loss=0.5))
-    folder.write_steps(1, [StepRow(epoch=1, step=1, videos=4, unreadable=0, lr=0.5, loss=0.5)])
+    folder.write_steps(1, [StepRow(epoch=1, step=1, videos=4, quarantined=0, lr=0.5, loss=0.5)])
     for name, read in (("metrics.jsonl", folder.epochs), ("losses/epoch-000001.jsonl", folder.steps)):
         (row,) = read()
         assert row.loss == 0.5
@@ -337,7 +337,7 @@ def assert_equals_plain_training(result: dict[str, Any], config: TrainConfig) ->
         assert row["loss"] == pytest.approx(expected["loss"], abs=1e-5)
         assert row["val_loss"] == pytest.approx(expected["val_loss"], abs=1e-5)
         assert row["val_top1"] == expected["val_top1"]
-        assert (row["unreadable"], row["val_unreadable"], row["val_videos"]) == (1, 1, 6)
+        assert (row["quarantined"], row["val_quarantined"], row["val_videos"]) == (1, 1, 6)
     trained, meta = load_model(Storage(), result["newest"], OWN_NETWORKS)
     for name, value in model.state_dict().items():
         torch.testing.assert_close(trained.state_dict()[name], value, atol=1e-5, rtol=0)

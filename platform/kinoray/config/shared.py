@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 import tyro
 from tyro.constructors import PrimitiveConstructorSpec
 
-from kinoray.config.check import require
+from kinoray.config.check import check_fraction, require
 from kinoray.config.clip import (
     ClipConfig,
     DecodeConfig,
@@ -35,6 +35,7 @@ __all__ = [
     "DecodeLimits",
     "FlowConfig",
     "InferenceConfig",
+    "JobConfig",
     "ModelConfig",
     "ModelOptions",
     "OptimConfig",
@@ -148,8 +149,6 @@ class AugmentConfig:
 
     colour_jitter: float = 0.0
     """Brightness, contrast and saturation are scaled by numbers in 1 - x .. 1 + x, in random order (usual: 0.4)."""
-    hue_jitter: float = 0.0
-    """Hue is turned by a share of the circle in -x .. x (0.1 is usual)."""
     randaugment_ops: int = 0
     """RandAugment: so many operations a clip, drawn from its photometric ones: identity, brightness, colour, contrast,
     sharpness, posterize, solarize, autocontrast, equalize. The geometric ones are left out for every network: they
@@ -162,30 +161,19 @@ class AugmentConfig:
     cutmix_alpha: float = 0.0
     """CutMix: a box of each frame comes from another clip, its area from Beta(alpha, alpha), the label in proportion
     (1.0 is usual). With both, each step draws one of the two."""
-    mix_probability: float = 1.0
-    """Share of the steps that mix, where mixup_alpha or cutmix_alpha is set."""
 
     def __post_init__(self) -> None:
         require(0 <= self.colour_jitter <= 1, "augment.colour_jitter", "in 0 .. 1", self.colour_jitter)
-        require(0 <= self.hue_jitter <= 0.5, "augment.hue_jitter", "in 0 .. 0.5", self.hue_jitter)
         require(self.randaugment_ops >= 0, "augment.randaugment_ops", "at least 0", self.randaugment_ops)
         magnitude = self.randaugment_magnitude
         require(0 <= magnitude <= 30, "augment.randaugment_magnitude", "in 0 .. 30", magnitude)
         require(self.mixup_alpha >= 0, "augment.mixup_alpha", "at least 0", self.mixup_alpha)
         require(self.cutmix_alpha >= 0, "augment.cutmix_alpha", "at least 0", self.cutmix_alpha)
-        require(0 < self.mix_probability <= 1, "augment.mix_probability", "in 0 .. 1, above 0", self.mix_probability)
-        mixes = self.mixup_alpha > 0 or self.cutmix_alpha > 0
-        require(
-            mixes or self.mix_probability == 1,
-            "augment.mix_probability",
-            "1 without augment.mixup_alpha and augment.cutmix_alpha",
-            self.mix_probability,
-        )
 
     @property
     def changes_colours(self) -> bool:
         """Whether RGB is changed at all."""
-        return self.colour_jitter > 0 or self.hue_jitter > 0 or self.randaugment_ops > 0
+        return self.colour_jitter > 0 or self.randaugment_ops > 0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -200,10 +188,9 @@ class OptimConfig:
     """Peak learning rate of AdamW (paper: 0.008 on K400, 0.012 on K600)."""
     weight_decay: float = 0.02
     """AdamW's weight decay."""
-    schedule: Literal["cosine", "step"] = "cosine"
-    """After the warm-up: fall along a cosine to zero, or drop at step_epochs."""
     step_epochs: tuple[int, ...] = ()
-    """schedule=step: after so many epochs each the rate falls to a tenth, such as 20 40 of 50 (TSN)."""
+    """After so many epochs each the rate falls to a tenth, such as 20 40 of 50 (TSN). Default: after the warm-up it
+    falls along a cosine to zero."""
     warmup_fraction: float = 0.1
     """Share of all steps over which the rate rises linearly."""
     backbone_lr_factor: float = 1.0
@@ -241,9 +228,6 @@ class OptimConfig:
         require(self.weight_decay >= 0, "optim.weight_decay", "at least 0", self.weight_decay)
         rising = self.step_epochs == tuple(sorted(set(self.step_epochs))) and all(x >= 1 for x in self.step_epochs)
         require(rising, "optim.step_epochs", "rising whole numbers of at least 1", self.step_epochs)
-        is_step = self.schedule == "step"
-        expected = "one or more with schedule step, none with cosine"
-        require(is_step == bool(self.step_epochs), "optim.step_epochs", expected, self.step_epochs)
         require(0 <= self.warmup_fraction < 1, "optim.warmup_fraction", "in 0 .. 1", self.warmup_fraction)
         require(self.backbone_lr_factor >= 0, "optim.backbone_lr_factor", "at least 0", self.backbone_lr_factor)
         require(self.clip_norm >= 0, "optim.clip_norm", "at least 0", self.clip_norm)
@@ -316,3 +300,16 @@ class TrainResourcesConfig(WorkersConfig):
     def __post_init__(self) -> None:
         WorkersConfig.__post_init__(self)
         require(self.decode_tasks >= 1, "resources.decode_tasks", "at least 1", self.decode_tasks)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class JobConfig:
+    """What a job asks that reads videos on a cluster and may not be able to read some of them."""
+
+    max_bad_fraction: float = 0.2
+    """More quarantined videos than this share make the job fail; what is good is written all the same."""
+    storage: StorageConfig = field(default_factory=StorageConfig)
+    """Object storage."""
+
+    def __post_init__(self) -> None:
+        check_fraction("max_bad_fraction", self.max_bad_fraction)

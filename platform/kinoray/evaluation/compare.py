@@ -48,7 +48,7 @@ _SIDE_ORIGIN = (
     "model_digest",
     "config_digest",
 )
-_SIDE_SCORES = ("top1", "top1_interval", "top5", "mean_class", "top1_of_all", "coverage", "evaluated", "unreadable")
+_SIDE_SCORES = ("top1", "top1_interval", "top5", "mean_class", "top1_of_all", "coverage", "evaluated", "quarantined")
 _SCALE = 100.0  # drawing units from no difference to one of 100 points
 
 

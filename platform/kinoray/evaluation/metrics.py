@@ -69,15 +69,15 @@ class Accuracy:
     right: int
     evaluated: int
     """Videos that were scored."""
-    unreadable: int = 0
+    quarantined: int = 0
     """Videos of the set that were quarantined."""
     missing: int = 0
     """Videos of the set of which there is no answer at all."""
 
     @property
     def total(self) -> int:
-        """Videos of the set: evaluated + unreadable + missing."""
-        return self.evaluated + self.unreadable + self.missing
+        """Videos of the set: evaluated + quarantined + missing."""
+        return self.evaluated + self.quarantined + self.missing
 
     @property
     def value(self) -> float:
@@ -86,7 +86,7 @@ class Accuracy:
 
     @property
     def of_all(self) -> float:
-        """The same with every video that is unreadable or missing counted as wrong."""
+        """The same with every video that is quarantined or missing counted as wrong."""
         return _ratio(self.right, self.total)
 
     @property
@@ -150,7 +150,7 @@ class ScoreSummary:
     top5_of_all: float | None
     coverage: float | None
     evaluated: int
-    unreadable: int
+    quarantined: int
     missing: int
     total: int
     top1_interval: tuple[float, float]
@@ -169,7 +169,7 @@ class Scores:
     """int64 [C, C]: evaluated videos by true class (row) and first predicted class (column)."""
     hits_top5: IntArray
     """int64 [C]: evaluated videos, by true class, whose class is among the first 5 (or all, with fewer classes)."""
-    unreadable: int = 0
+    quarantined: int = 0
     """Videos of the set that were quarantined."""
     missing: int = 0
     """Videos of the set of which there is no answer at all."""
@@ -186,7 +186,7 @@ class Scores:
         return Scores(
             self.confusion + other.confusion,
             self.hits_top5 + other.hits_top5,
-            self.unreadable + other.unreadable,
+            self.quarantined + other.quarantined,
             self.missing + other.missing,
         )
 
@@ -198,12 +198,12 @@ class Scores:
     @property
     def top1(self) -> Accuracy:
         """The first prediction is the true class."""
-        return Accuracy(int(self.confusion.trace()), int(self.confusion.sum()), self.unreadable, self.missing)
+        return Accuracy(int(self.confusion.trace()), int(self.confusion.sum()), self.quarantined, self.missing)
 
     @property
     def top5(self) -> Accuracy:
         """The true class is among the first 5 predictions."""
-        return Accuracy(int(self.hits_top5.sum()), int(self.confusion.sum()), self.unreadable, self.missing)
+        return Accuracy(int(self.hits_top5.sum()), int(self.confusion.sum()), self.quarantined, self.missing)
 
     @property
     def mean_class(self) -> float:
@@ -226,7 +226,7 @@ class Scores:
             top5_of_all=_or_none(top5.of_all),
             coverage=_or_none(top1.coverage),
             evaluated=top1.evaluated,
-            unreadable=top1.unreadable,
+            quarantined=top1.quarantined,
             missing=top1.missing,
             total=top1.total,
             top1_interval=top1.interval,
@@ -245,14 +245,14 @@ def count_confusion(truth: NDArray[np.integer[Any]], first: NDArray[np.integer[A
     return np.bincount(cells, minlength=num_classes * num_classes).reshape(num_classes, num_classes).astype(np.int64)
 
 
-def score(labels: IntArray, topk: IntArray, num_classes: int, *, unreadable: int = 0, missing: int = 0) -> Scores:
+def score(labels: IntArray, topk: IntArray, num_classes: int, *, quarantined: int = 0, missing: int = 0) -> Scores:
     """Count predictions against labels.
 
     Args:
         labels: int [N], true class ids.
         topk: int [N, K], predicted class ids, best first; K at least min(5, num_classes), more is ignored.
         num_classes: number of classes C.
-        unreadable: videos of the set that were quarantined.
+        quarantined: videos of the set that were quarantined.
         missing: videos of the set without a result.
 
     Raises:
@@ -267,7 +267,7 @@ def score(labels: IntArray, topk: IntArray, num_classes: int, *, unreadable: int
     confusion = count_confusion(labels, topk[:, 0], num_classes)
     within = (topk[:, :top] == labels[:, None]).any(axis=1)
     hits = np.bincount(labels[within], minlength=num_classes).astype(np.int64)
-    return Scores(confusion, hits, unreadable, missing)
+    return Scores(confusion, hits, quarantined, missing)
 
 
 def class_counts(confusion: IntArray, labels: Sequence[str], hits_top5: IntArray | None = None) -> list[ClassCounts]:

@@ -68,7 +68,7 @@ class Answers:
     """int64 [N, K]: predicted classes, best first; -1 where there is no answer."""
     first_score: NDArray[np.float32]
     """float32 [N]: score of the first class; NaN where there is no answer."""
-    unreadable: NDArray[np.bool_]
+    quarantined: NDArray[np.bool_]
     """bool [N]: the video was quarantined."""
     missing: NDArray[np.bool_]
     """bool [N]: there is no row of it at all."""
@@ -76,8 +76,8 @@ class Answers:
 
     @property
     def answered(self) -> NDArray[np.bool_]:
-        """bool [N]: neither unreadable nor missing."""
-        return ~(self.unreadable | self.missing)
+        """bool [N]: neither quarantined nor missing."""
+        return ~(self.quarantined | self.missing)
 
     @property
     def right(self) -> NDArray[np.bool_]:
@@ -91,7 +91,7 @@ class Answers:
             self.truth[self.answered],
             self.topk[self.answered],
             self.num_classes,
-            unreadable=int(self.unreadable.sum()),
+            quarantined=int(self.quarantined.sum()),
             missing=int(self.missing.sum()),
         )
 
@@ -143,14 +143,14 @@ def join_answers(catalog: Catalog, truth: NDArray[np.int64], predictions: pa.Tab
     top = max((len(found) for found in ids if found), default=min(_TOP, num_classes))
     topk = np.full((len(video_ids), top), -1, np.int64)
     first_score = np.full(len(video_ids), np.nan, np.float32)
-    unreadable = np.zeros(len(video_ids), bool)
+    quarantined = np.zeros(len(video_ids), bool)
     missing = np.zeros(len(video_ids), bool)
     for place, video_id in enumerate(video_ids):
         row = row_of.get(video_id)
         if row is None:
             missing[place] = True
         elif status[row] != "labelled":
-            unreadable[place] = True
+            quarantined[place] = True
         else:
             topk[place] = ids[row]
             first_score[place] = scores[row][0]
@@ -159,7 +159,7 @@ def join_answers(catalog: Catalog, truth: NDArray[np.int64], predictions: pa.Tab
         truth=truth,
         topk=topk,
         first_score=first_score,
-        unreadable=unreadable,
+        quarantined=quarantined,
         missing=missing,
         num_classes=num_classes,
     )
@@ -387,7 +387,7 @@ def print_evaluation(task: str, record: EvaluationRecord) -> None:
     scores = record.scores
     calibration = record.calibration
     lines = [
-        f"{many(scores.total, 'video')} = {scores.evaluated:,} evaluated + {scores.unreadable:,} unreadable + "
+        f"{many(scores.total, 'video')} = {scores.evaluated:,} evaluated + {scores.quarantined:,} quarantined + "
         f"{scores.missing:,} missing (coverage {_percent(scores.coverage)})",
         _accuracy_line("top-1", scores.top1, scores.top1_interval, scores.top1_of_all),
         _accuracy_line("top-5", scores.top5, scores.top5_interval, scores.top5_of_all),
@@ -404,7 +404,7 @@ def print_evaluation(task: str, record: EvaluationRecord) -> None:
 def _accuracy_line(name: str, value: float | None, interval: tuple[float, float], of_all: float | None) -> str:
     low, high = interval
     return (
-        f"{name} {_percent(value)} (95% interval {low:.1%} .. {high:.1%}); {_percent(of_all)} with unreadable and "
+        f"{name} {_percent(value)} (95% interval {low:.1%} .. {high:.1%}); {_percent(of_all)} with quarantined and "
         "missing counted as wrong"
     )
 

@@ -60,7 +60,7 @@ PLACE = ("video_id", "uri", "offset", "length")
 """Columns that say where a video lies; a file that was replaced is another input in the same place."""
 
 _READERS = 16  # threads that fetch parts, which are small
-_AHEAD = 2 * _READERS  # results that wait for who takes them
+_PREFETCHED = 2 * _READERS  # results that wait for who takes them
 _NUM_EXAMPLES = 10
 _MAX_PLAN_BYTES = 2**30  # of 40 million videos
 _TAIL_BYTES = 2**18  # of a part: more than its footer, whose statistics have at most 8 kB a column
@@ -366,13 +366,13 @@ def _to_json(record: dict[str, Any]) -> bytes:
 
 
 def _in_threads(function: Callable[[_Item], _Result], items: Iterable[_Item]) -> Iterator[_Result]:
-    """The results in the order of the items, made a few ahead of who takes them: no more of them wait in memory."""
+    """The results in the order of the items, a few of them prefetched: no more of them wait in memory."""
     pending: deque[Future[_Result]] = deque()
     with ThreadPoolExecutor(_READERS) as pool:
         try:
             for item in items:
                 pending.append(pool.submit(function, item))
-                if len(pending) > _AHEAD:
+                if len(pending) > _PREFETCHED:
                     yield pending.popleft().result()
             while pending:
                 yield pending.popleft().result()

@@ -1,4 +1,4 @@
-"""Videos of a unit, read and decoded ahead of the model: each as its views, or as the reason why there are none.
+"""Videos of a unit, prefetched for the network: each as its views, or as the reason why there are none.
 
 What is easy to break: decoders are the worker's own processes, so decoded frames never leave its machine; and no more
 videos are held than the model needs next.
@@ -49,7 +49,7 @@ class VideoReader:
     ) -> None:
         self._clock = clock
         self._storage, self._clip, self._views = storage, clip, views
-        self._ahead = -(-batch_size // views.num_views) + num_decoders
+        self._prefetched = -(-batch_size // views.num_views) + num_decoders
         self._num_decoders = num_decoders
         self._threads = self._pool()
         self._sandbox = shared_sandbox(num_decoders)
@@ -58,7 +58,7 @@ class VideoReader:
         self._buckets: set[str] = set()
 
     def videos(self, rows: pa.Table) -> Iterator[DecodedVideo | Refusal]:
-        """One for each row, in order, some ahead of the consumer: as many as fill a batch, and the decoders.
+        """One for each row, in order, some of them prefetched: as many as fill a batch, and the decoders.
 
         Raises:
             StorageUnavailable, DecoderStartFailed: the store is down, or this machine; that is no fault of a video.
@@ -78,7 +78,7 @@ class VideoReader:
                 else:
                     self._buckets.add(_bucket(uri))
                     pending.append(self._threads.submit(self._open, data))
-                if len(pending) > self._ahead:
+                if len(pending) > self._prefetched:
                     yield self._next(pending)
             while pending:
                 yield self._next(pending)

@@ -294,7 +294,7 @@ class LabelUnits:
             seconds = self.clock.take()
             reasons, self._reasons = self._reasons, Counter()
             depth = self.videos.reader.take_depth()
-            self.metrics.add(UnitTimes(counts=counts, reasons=reasons, seconds=seconds, decoded_ahead=depth))
+            self.metrics.add(UnitTimes(counts=counts, reasons=reasons, seconds=seconds, prefetched=depth))
             rows = {"rows": sum(counts.values()), "quarantined": counts.get("quarantined", 0)}
             results.append({"unit_id": unit.unit_id, **rows, **{f"{name}_s": seconds[name] for name in STAGES}})
             failures.append(failure)

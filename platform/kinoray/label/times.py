@@ -2,7 +2,7 @@
 
 The same numbers go to Ray's Prometheus metrics, where Ray runs: `ray_kinoray_label_videos_total` by status,
 `ray_kinoray_label_quarantined_total` by reason, `ray_kinoray_label_stage_seconds_total` by stage, and
-`ray_kinoray_label_decoded_ahead` of each worker; all by labelling.
+`ray_kinoray_label_prefetched` of each worker; all by labelling.
 """
 
 import os
@@ -77,7 +77,7 @@ class UnitTimes:
     """Quarantined videos by error class."""
     seconds: Mapping[str, float]
     """What was waited for, by stage."""
-    decoded_ahead: float
+    prefetched: float
     """Decoded videos that waited for the network, on average."""
 
 
@@ -103,7 +103,7 @@ class LabelMetrics:
                 tag_keys=("labelling", "stage"),
             )
             self._depth = Gauge(
-                "kinoray_label_decoded_ahead",
+                "kinoray_label_prefetched",
                 "decoded videos of a worker that wait for the network, mean over a unit",
                 tag_keys=("labelling",),
             )
@@ -120,4 +120,4 @@ class LabelMetrics:
             for name, value in values.items():
                 if value > 0:
                     counter.inc(value, tags={**self._tags, tag: name})
-        self._depth.set(unit.decoded_ahead, tags=self._tags)
+        self._depth.set(unit.prefetched, tags=self._tags)

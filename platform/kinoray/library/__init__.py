@@ -1,1 +1,1 @@
-"""A result table in use: rows, exports, corrections."""
+"""Predictions in use: rows, exports, corrections."""

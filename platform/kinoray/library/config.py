@@ -1,4 +1,4 @@
-"""Config trees of the verbs that work on a finished result table: `labels`, `report`, `export` and `correct`."""
+"""Config trees of the verbs that work on predictions: `labels`, `report`, `export` and `correct`."""
 
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
@@ -11,10 +11,19 @@ __all__ = [
     "CorrectConfig",
     "ExportConfig",
     "LabelsConfig",
+    "PredictionsConfig",
     "ReportConfig",
 ]
 
-_Table = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="PREDICTIONS")]
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PredictionsConfig:
+    """Predictions, and where they are: what each of these verbs asks."""
+
+    predictions: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="PREDICTIONS")]
+    """What `label` or `evaluate` wrote: the --out, or the folder of one labelling in it."""
+    storage: StorageConfig = field(default_factory=StorageConfig)
+    """Object storage."""
 
 
 def _check_share(name: str, value: float | None) -> None:
@@ -22,30 +31,24 @@ def _check_share(name: str, value: float | None) -> None:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class LabelsConfig:
-    """Read a result table: filter it, join it with a catalog, and print it or write it to a file.
+class LabelsConfig(PredictionsConfig):
+    """Read predictions: filter them, join them with a catalog, and print them or write them to a file.
 
-    Example: kinoray labels labels/library --status labelled --max-margin 0.1 --sort margin --limit 20
+    Example: kinoray labels labels/library --status labelled --margin 0 0.1 --sort margin --limit 20
 
     All filters must hold. Without --format it prints a table for the eyes, the first 50 rows unless --limit says more;
     csv, jsonl and parquet have all rows. A CSV is safe to open in a spreadsheet: text that would be taken for a formula
     starts with a quote sign.
     """
 
-    predictions: _Table
-    """What `label` or `evaluate` wrote: the --out, or the folder of one labelling in it."""
     status: tuple[Literal["labelled", "quarantined", "skipped", "abstained"], ...] = ()
     """Only rows of these states; labelled has the rows that abstained, too."""
     label: tuple[str, ...] = ()
     """Only rows whose first class is one of these."""
-    min_score: float | None = None
-    """Only rows whose first class has at least this probability."""
-    max_score: float | None = None
-    """Only rows whose first class has at most this probability."""
-    min_margin: float | None = None
-    """Only rows whose first class leads the second by at least this."""
-    max_margin: float | None = None
-    """Only rows whose first class leads the second by at most this."""
+    score: tuple[float, float] | None = None
+    """Only rows whose first class has a probability from the first number to the second one, such as 0 0.5."""
+    margin: tuple[float, float] | None = None
+    """Only rows whose first class leads the second by so much: from, and to."""
     video_id: str = ""
     """Only videos whose id is like this pattern: * stands for any text, ? for a character, [ab] for one of them."""
     join: str = ""
@@ -68,20 +71,20 @@ class LabelsConfig:
     asked while the job runs; --to then writes the units' spans for https://ui.perfetto.dev."""
     windows: bool = False
     """Rows of the windows of long videos (label --window-s) instead of rows of videos."""
-    storage: StorageConfig = field(default_factory=StorageConfig)
-    """Object storage."""
 
     def __post_init__(self) -> None:
-        for name in ("min_score", "max_score", "min_margin", "max_margin"):
-            _check_share(name, getattr(self, name))
+        for name in ("score", "margin"):
+            span = getattr(self, name)
+            fits = span is None or 0 <= span[0] <= span[1] <= 1
+            require(fits, name, "two numbers in 0 .. 1, the smaller one first", span)
         require(self.limit is None or self.limit >= 0, "limit", "at least 0", self.limit)
         require(not self.descending or bool(self.sort), "descending", "given with --sort only", self.descending)
         require(self.format != "parquet" or bool(self.to), "to", "a file with --format parquet", self.to)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class ExportConfig:
-    """Hand a result table over to another tool, with one entry for every labelled video.
+class ExportConfig(PredictionsConfig):
+    """Hand predictions over to another tool, with one entry for every labelled video.
 
     Example: kinoray export labels/library --format label-studio --to handover
 
@@ -94,8 +97,6 @@ class ExportConfig:
       jsonl, csv    the table with all its columns
     """
 
-    predictions: _Table
-    """What `label` or `evaluate` wrote: the --out, or the folder of one labelling in it."""
     format: Literal["fiftyone", "label-studio", "datumaro", "jsonl", "csv"]
     """For which tool."""
     to: str
@@ -105,12 +106,10 @@ class ExportConfig:
 
     Name what was labelled (folder, prefix, pack or list): only its videos are copied, whatever files the table names.
     """
-    storage: StorageConfig = field(default_factory=StorageConfig)
-    """Object storage."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class CorrectConfig:
+class CorrectConfig(PredictionsConfig):
     """Corrected labels (and confident ones) -> a catalog to train on; videos stay where they are.
 
     Example: kinoray correct labels/library --corrections corrections.csv --accept-score 0.95 --out sets/second
@@ -123,8 +122,6 @@ class CorrectConfig:
     trained on from where it is. `kinoray pack sets/second/catalog.parquet --out ...` copies the videos into shards.
     """
 
-    predictions: _Table
-    """What `label` or `evaluate` wrote: the --out, or the folder of one labelling in it."""
     out: str
     """Folder or s3:// prefix for catalog.parquet and corrections.json."""
     corrections: tuple[str, ...] = ()
@@ -137,8 +134,6 @@ class CorrectConfig:
     """Classes that corrections may name although the model does not know them; they come last."""
     val_fraction: float = 0.0
     """Share of the videos without a split that goes to split `val` (by a hash of the video's id)."""
-    storage: StorageConfig = field(default_factory=StorageConfig)
-    """Object storage."""
 
     def __post_init__(self) -> None:
         _check_share("accept_score", self.accept_score)
@@ -148,7 +143,7 @@ class CorrectConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class ReportConfig:
+class ReportConfig(PredictionsConfig):
     """Make a static site from predictions: numbers, contact strips, filters, classes, quarantine, corrections.
 
     Example: kinoray report s3://bucket/labels --out report
@@ -158,8 +153,6 @@ class ReportConfig:
     browser until you download it as a CSV, which `kinoray correct` takes.
     """
 
-    predictions: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="PREDICTIONS")]
-    """What `label` or `evaluate` wrote."""
     out: str = "report"
     """The site's folder or s3:// prefix; a site that is there is replaced."""
     catalog: str = ""
@@ -169,16 +162,11 @@ class ReportConfig:
     max_videos: int = 20_000
     """Videos listed, least certain first; the numbers always cover all."""
     max_strips: int = 2_000
-    """Listed videos that get a contact strip, least certain first; each is read and decoded for it."""
-    frames_per_video: int = 4
-    """Frames in each contact strip; 0 for none."""
-    storage: StorageConfig = field(default_factory=StorageConfig)
-    """Object storage."""
+    """Listed videos that get a contact strip, least certain first; each is read and decoded for it. 0: none."""
 
     def __post_init__(self) -> None:
         require(self.max_videos >= 0, "max_videos", "at least 0", self.max_videos)
         require(self.max_strips >= 0, "max_strips", "at least 0", self.max_strips)
-        require(0 <= self.frames_per_video <= 16, "frames_per_video", "in 0 .. 16", self.frames_per_video)
         require(bool(self.out), "out", "a folder or s3:// prefix", self.out)
         is_page = self.out.rstrip("/").lower().endswith((".html", ".htm"))
         require(not is_page, "out", "a folder or s3:// prefix (the report is a site now, no single page)", self.out)

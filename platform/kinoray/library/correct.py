@@ -1,4 +1,4 @@
-"""`kinoray correct`: what people said of a result table, and what the model was sure of, become a catalog to train on.
+"""`kinoray correct`: what people said of predictions, and what the model was sure of, become a catalog to train on.
 
 What is easy to break: a correction belongs to a row_key, which names the very file that was looked at; a key or a class
 that is not known is an error with its line, never a row that is left out in silence.
@@ -49,7 +49,7 @@ def correct(config: CorrectConfig) -> dict[str, Any]:
     """Write OUT/catalog.parquet and OUT/corrections.json, and print what went in and what did not.
 
     Returns:
-        Counts of rows: `corrected`, `kept` (label of --catalog), `accepted` (the model's), `bad`, `unreadable`
+        Counts of rows: `corrected`, `kept` (label of --catalog), `accepted` (the model's), `bad`, `quarantined`
         (quarantined or skipped), `unlabelled`; `videos` in the catalog, `changed` (corrected to another class than the
         model's), `splits`, `classes` and `catalog_digest`.
 
@@ -134,7 +134,7 @@ def _correction(uri: str, number: int, line: Mapping[str, str], classes: set[str
     where = f"{uri} line {number}"
     row_key, label = line["row_key"].strip(), line["label"]
     if not row_key:
-        raise CatalogError(f"{where}, column row_key: it is empty; it must name a row of the result table")
+        raise CatalogError(f"{where}, column row_key: it is empty; it must name a row of the predictions")
     for candidate in (label, undefused(label), undefused(label).strip()):  # a quote sign defuses formulas
         if candidate in classes:
             label = candidate
@@ -195,7 +195,7 @@ def _label_of(
     if correction and correction.label == BAD_VIDEO:
         return None, "bad"
     if said["status"] != "labelled":
-        return None, "unreadable"
+        return None, "quarantined"
     if correction:
         return correction.label, "corrected"
     if before and before["label"] is not None:
@@ -231,7 +231,7 @@ def _require_used(corrections: Mapping[str, Correction], counts: Counter[str], l
 
 
 def _totals(counts: Counter[str], catalog: Catalog, repeated: int) -> dict[str, Any]:
-    names = ("corrected", "kept", "accepted", "bad", "unreadable", "unlabelled", "changed")
+    names = ("corrected", "kept", "accepted", "bad", "quarantined", "unlabelled", "changed")
     return {
         **{name: counts[name] for name in names},
         "repeated": repeated,
@@ -257,7 +257,7 @@ def _report(out: str, totals: dict[str, Any]) -> None:
         f"{totals['accepted']} as the model has them"
     )
     print(
-        f"correct: left out: {totals['bad']} bad videos, {totals['unreadable']} that could not be read, "
+        f"correct: left out: {totals['bad']} bad videos, {totals['quarantined']} that could not be read, "
         f"{totals['unlabelled']} without a label"
     )
     if totals["repeated"]:

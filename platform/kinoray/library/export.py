@@ -1,4 +1,4 @@
-"""`kinoray export`: a result table in the form that another tool takes in, with nothing lost on the way.
+"""`kinoray export`: predictions in the form that another tool takes in, with nothing lost on the way.
 
 What is easy to break: what has no answer is no entry in the tool, so it goes to quarantined.jsonl, and entries +
 quarantined = rows is checked before the export is called done. Every file has to end well-formed however many entries
@@ -308,7 +308,7 @@ def export(config: ExportConfig) -> dict[str, Any]:
     """Write the files.
 
     Returns:
-        `rows`, `exported`, `quarantined` (and skipped), `unreadable` (not copied), `unfinished` (no row yet) and `to`.
+        `rows`, `exported`, `quarantined` (and skipped), `not_copied`, `unfinished` (no row yet) and `to`.
 
     Raises:
         ConfigError: the folder is no folder of this machine, or videos in shards are not to be copied.
@@ -326,14 +326,14 @@ def export(config: ExportConfig) -> dict[str, Any]:
             totals = _export_rows(storage, config, ledger, folder, side)
     except OSError as error:
         raise ConfigError(f"to: {folder} cannot be written: {error.strerror or error}") from error
-    if totals["rows"] != totals["exported"] + totals["quarantined"] + totals["unreadable"]:
+    if totals["rows"] != totals["exported"] + totals["quarantined"] + totals["not_copied"]:
         raise IncompleteOutput(f"{folder} does not hold every row: {totals}; export again")
     if unfinished := _num_unfinished(ledger):
         print(f"export: {unfinished} videos are not labelled yet and not in it; run the label command again, then this")
-    unreadable = f" + {totals['unreadable']} that could not be copied" if totals["unreadable"] else ""
+    not_copied = f" + {totals['not_copied']} that could not be copied" if totals["not_copied"] else ""
     print(
         f"export: {totals['rows']} rows = {totals['exported']} in {folder} for {config.format} + "
-        f"{totals['quarantined']} quarantined or skipped{unreadable}; the others are in {folder / 'quarantined.jsonl'}",
+        f"{totals['quarantined']} quarantined or skipped{not_copied}; the others are in {folder / 'quarantined.jsonl'}",
         flush=True,
     )
     return {**totals, "unfinished": unfinished, "to": str(folder)}
@@ -353,7 +353,7 @@ def _export_rows(storage: Storage, config: ExportConfig, ledger: Ledger, folder:
     several = is_multi_label(ledger)
     writer = _FORMATS[config.format](folder, class_names(ledger), {**about, "multi_label": several})
     source = Source(storage, config.copy_videos) if config.copy_videos else None
-    totals = {"rows": 0, "exported": 0, "quarantined": 0, "unreadable": 0}
+    totals = {"rows": 0, "exported": 0, "quarantined": 0, "not_copied": 0}
     with contextlib.closing(writer):
         for rows in _batches(scan(ledger, _COLUMNS)):
             totals["rows"] += len(rows)
@@ -366,7 +366,7 @@ def _export_rows(storage: Storage, config: ExportConfig, ledger: Ledger, folder:
             places = copied_videos(storage, good, writer.videos, source) if source else named_videos(good)
             for row, place in zip(good, places, strict=True):
                 if isinstance(place, Refusal):
-                    totals["unreadable"] += 1
+                    totals["not_copied"] += 1
                     _put_aside(side, {**row, "error_class": place.error_class, "error_text": place.error_text})
                 else:
                     totals["exported"] += 1
@@ -378,7 +378,7 @@ def _export_rows(storage: Storage, config: ExportConfig, ledger: Ledger, folder:
 
 def _export_table(config: ExportConfig, ledger: Ledger, folder: Path, side: TextIO) -> dict[str, int]:
     """Every row is in the table itself; what has no answer is aside, too, as with the other formats."""
-    totals = {"rows": 0, "exported": 0, "quarantined": 0, "unreadable": 0}
+    totals = {"rows": 0, "exported": 0, "quarantined": 0, "not_copied": 0}
 
     def watched() -> Iterator[pa.Table]:
         for table in scan(ledger, LABEL_SCHEMA.names):

@@ -1,4 +1,4 @@
-"""`kinoray labels`: a result table filtered, joined with a catalog, sorted, and printed or written to a file.
+"""`kinoray labels`: predictions filtered, joined with a catalog, sorted, and printed or written to a file.
 
 What is easy to break: rows pass through as a stream of small tables; only a sort holds them, and with a limit no more
 than that many (and a block).
@@ -176,8 +176,8 @@ def _where(config: LabelsConfig, ledger: Ledger) -> Where:
     return Where(
         status=config.status,
         label=config.label,
-        score=(config.min_score, config.max_score),
-        margin=(config.min_margin, config.max_margin),
+        score=config.score,
+        margin=config.margin,
         video_id=config.video_id,
     )
 

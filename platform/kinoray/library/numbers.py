@@ -1,4 +1,4 @@
-"""What a report is made of: the rows of a result table, what is still to come, and all that it says in numbers.
+"""What a report is made of: the rows of predictions, what is still to come, and all that it says in numbers.
 
 What is easy to break: a table may be read while it is being written; what is to come is counted from commits that were
 listed before the rows were read, so no input is lost between the two. The numbers cover all rows, not only the videos
@@ -266,12 +266,12 @@ def _accuracy(split: str | None, rows: pa.Table) -> SplitAccuracy | None:
     evaluated = pc.count(rows["top1"]).as_py()
     if not evaluated:
         return None
-    unreadable = pc.sum(pc.not_equal(rows["status"], "labelled")).as_py() or 0
+    quarantined = pc.sum(pc.not_equal(rows["status"], "labelled")).as_py() or 0
     top1 = Accuracy(
         right=pc.sum(rows["right"]).as_py() or 0,
         evaluated=evaluated,
-        unreadable=unreadable,
-        missing=len(rows) - evaluated - unreadable,
+        quarantined=quarantined,
+        missing=len(rows) - evaluated - quarantined,
     )
     return SplitAccuracy(split, top1)
 

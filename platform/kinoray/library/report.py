@@ -59,10 +59,10 @@ def report(config: ReportConfig) -> dict[str, Any]:
     rows = join_truth(result.rows, catalog)
     labels = tuple(dict.fromkeys((*(catalog.labels if catalog else ()), *result.labels)))
     numbers = count(rows, labels)
-    listed = add_places(choose(rows, config.max_videos), config.max_strips if config.frames_per_video else 0)
+    listed = add_places(choose(rows, config.max_videos), config.max_strips)
     names = collect_names(listed, numbers)
     site = Site(storage, out, listed, names, site_record(numbers, names, listed, config.title, result.digest))
-    without_frames = site.write(_values(config, result, rows, numbers, listed), config.frames_per_video)
+    without_frames = site.write(_values(config, result, rows, numbers, listed))
     _print_totals(out, site.num_bytes, result, numbers, len(listed), without_frames)
     return {
         "out": join(out, "index.html"),

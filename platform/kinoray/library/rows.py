@@ -1,4 +1,4 @@
-"""Rows of a result table as a stream, and a stream as CSV, JSON lines, Parquet or columns for the eyes.
+"""Rows of predictions as a stream, and a stream as CSV, JSON lines, Parquet or columns for the eyes.
 
 Rows are filtered unit by unit, with only the columns that are asked for, and written as they come, never held whole.
 
@@ -49,7 +49,7 @@ BAD_VIDEO = "__bad__"
 """What a correction calls a video that should not be in a set at all."""
 
 _FIRST = {"label": "label_topk", "score": "score_topk"}
-_WINDOW = 256  # units that are fetched ahead of the reader, so that a slow one holds no whole table
+_WINDOW = 256  # units that are prefetched, so that a slow one holds no whole table
 _FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n", "\uff1d", "\uff0b", "\uff0d", "\uff20")  # the last: full-width forms
 _ROW_GROUP = 65_536
 _MAX_CELL = 48
@@ -78,9 +78,9 @@ class Where:
     """labelled, quarantined, skipped, or abstained (rows with that flag)."""
     label: tuple[str, ...] = ()
     """Names of the first class."""
-    score: tuple[float | None, float | None] = (None, None)
+    score: tuple[float, float] | None = None
     """Least and greatest."""
-    margin: tuple[float | None, float | None] = (None, None)
+    margin: tuple[float, float] | None = None
     """Least and greatest."""
     video_id: str = ""
     """A pattern with * ? and [...]."""
@@ -88,8 +88,7 @@ class Where:
     @property
     def columns(self) -> list[str]:
         """Columns that `mask` looks at."""
-        used = [name for name in ("score", "margin") if getattr(self, name) != (None, None)]
-        used += [name for name in ("label", "video_id") if getattr(self, name)]
+        used = [name for name in ("score", "margin", "label", "video_id") if getattr(self, name)]
         return used + (["status", "abstained"] if self.status else [])
 
     def mask(self, table: pa.Table) -> pa.ChunkedArray | pa.Array:
@@ -101,11 +100,11 @@ class Where:
         if self.label:
             keep = pc.and_(keep, pc.is_in(table["label"], value_set=pa.array(self.label, pa.string())))
         for name in ("score", "margin"):
-            least, most = getattr(self, name)
-            if least is not None:
-                keep = pc.and_(keep, pc.greater_equal(table[name], pa.scalar(least, pa.float32())))
-            if most is not None:
-                keep = pc.and_(keep, pc.less_equal(table[name], pa.scalar(most, pa.float32())))
+            span = getattr(self, name)
+            if span is not None:
+                least, most = (pa.scalar(number, pa.float32()) for number in span)
+                keep = pc.and_(keep, pc.greater_equal(table[name], least))
+                keep = pc.and_(keep, pc.less_equal(table[name], most))
         if self.video_id:
             fits = re.compile(fnmatch.translate(self.video_id)).match
             ids = table["video_id"].to_pylist()

@@ -40,6 +40,7 @@ __all__ = [
 
 ROWS_PER_FILE = 2_000
 STRIPS_PER_FILE = 10
+_STRIP_FRAMES = 4  # as many as are seen at one glance
 """So many that a page of 50 needs 5 files in the first order, so few that any other order does not load too much."""
 
 SCRIPTS = ("data", "select", "corrections", "card", "sheet", "view", "keys")
@@ -213,12 +214,11 @@ class Site:
         self.nonce = hashlib.sha256(b"nonce" + content).hexdigest()[:32]  # no name can foresee it: it is part of it
         self.num_bytes = 0
 
-    def write(self, values: dict[str, object], num_frames: int) -> int:
+    def write(self, values: dict[str, object]) -> int:
         """Write all files, index.html last, and remove data files of an older site in the same place.
 
         Args:
             values: what the page's template needs, but for what every page has.
-            num_frames: of each contact strip.
 
         Returns:
             How many of the videos that should have a strip could not be read for it.
@@ -234,7 +234,7 @@ class Site:
             yield "site", self.record
             for index, chunk in enumerate(self.chunks):
                 yield f"rows-{index}", chunk
-            for name, strips in self._strip_files(num_frames):
+            for name, strips in self._strip_files():
                 num_unreadable += sum(not strip.frames for strip in strips)
                 yield name, [_strip_record(strip) for strip in strips]
 
@@ -259,10 +259,10 @@ class Site:
         shared = {"build": self.build, "link": _link}
         return render_site_page("report.html.j2", {**values, **shared}, nonce=self.nonce)
 
-    def _strip_files(self, num_frames: int) -> Iterator[tuple[str, list[Strip]]]:
+    def _strip_files(self) -> Iterator[tuple[str, list[Strip]]]:
         """Names and strips, made in windows of the list, so that they need not fit in memory together."""
         wanted = self.listed.filter(pc.greater_equal(self.listed["strip"], 0))
-        if not num_frames or not len(wanted):
+        if not len(wanted):
             return
         progress = Progress(len(wanted), "report", "contact strips")
         for start in range(0, len(wanted), _STRIPS_AT_ONCE):
@@ -271,10 +271,10 @@ class Site:
             strips: dict[int, Strip] = {}
             columns = [window[name].take(order).to_pylist() for name in ("uri", "offset", "length")]
             places = [Reference(*place) for place in zip(*columns, strict=True)]
-            made = contact_strips(self.storage, places, num_frames)
+            made = contact_strips(self.storage, places, _STRIP_FRAMES)
             for place, strip in zip(order, made, strict=True):
                 strips[place] = strip
-                progress.update(1, unreadable=int(not strip.frames))
+                progress.update(1, without_frames=int(not strip.frames))
             for first in range(0, len(window), STRIPS_PER_FILE):
                 part = [strips[place] for place in range(first, min(first + STRIPS_PER_FILE, len(window)))]
                 yield f"strips-{(start + first) // STRIPS_PER_FILE}", part

@@ -6,13 +6,13 @@ from typing import Annotated, Literal
 import tyro
 
 from kinoray.config.check import check_fraction
-from kinoray.config.shared import DecodeConfig, StorageConfig, WorkersConfig, require
+from kinoray.config.shared import DecodeConfig, JobConfig, WorkersConfig, require
 
 __all__ = ["PackConfig"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class PackConfig:
+class PackConfig(JobConfig):
     """Pack a folder of class folders, or a CSV (path,label[,split]), into tar shards and a catalog.
 
     Example: kinoray pack videos/ --out s3://bucket/set
@@ -57,19 +57,15 @@ class PackConfig:
     """Aimed size of a shard, in MiB."""
     val_fraction: float = 0.0
     """Share of each class that goes to split `val` where the source names no splits (by a hash of the file's path)."""
-    max_bad_fraction: float = 0.2
-    """More unreadable files than this share make the job fail (after writing what is good)."""
     decode: DecodeConfig = field(default_factory=DecodeConfig)
     """Limits that a file is probed against."""
-    storage: StorageConfig = field(default_factory=StorageConfig)
-    """Object storage."""
     resources: WorkersConfig = field(default_factory=WorkersConfig)
     """Workers."""
 
     def __post_init__(self) -> None:
+        JobConfig.__post_init__(self)  # super() does not work in a dataclass with slots
         require(self.shard_mb >= 1, "shard_mb", "at least 1", self.shard_mb)
         check_fraction("val_fraction", self.val_fraction)
-        check_fraction("max_bad_fraction", self.max_bad_fraction)
         require(self.limit is None or self.limit >= 1, "limit", "at least 1", self.limit)
         if self.kinetics is None:
             for name, default in (("annotations", ()), ("label_names", ""), ("leaks", "remove"), ("limit", None)):

@@ -55,7 +55,7 @@ __all__ = [
 ROW_VERDICTS = {
     "packed": "the clip is in the catalog",
     "missing": "no usable file of the clip was found",
-    "unreadable": "every file of the clip was refused by the decoder, or cut",
+    "unreadable": "no file of the clip can be decoded, or all are cut",
     "too_short": "the best file of the clip is much shorter than its window",
     "duplicate": "another row has the same clip",
     "leak": "a row of train whose source video, or content, is in another split, too",
@@ -65,7 +65,7 @@ ROW_VERDICTS = {
 
 FILE_VERDICTS = {
     "packed": "in the catalog",
-    "unreadable": "the decoder refused it, or it could not be read; the reason is an error class",
+    "unreadable": "it could not be read or decoded; the reason is an error class",
     "too_short": "much shorter than its window",
     "duplicate": "an earlier file of the same clip is packed",
     "replaced": "a replacement of the same clip is packed",
@@ -80,7 +80,7 @@ FILE_VERDICTS = {
 """What can become of a file or a member of an archive."""
 
 QUARANTINED = frozenset({"unreadable", "too_short", "not_a_video", "not_regular", "unsafe_name"})
-"""Verdicts whose files are refused for what they are: rows of quarantine.parquet."""
+"""Verdicts whose files are quarantined for what they are: rows of quarantine.parquet."""
 
 VERDICT_SCHEMA: pa.Schema = pa.schema(
     [
@@ -429,6 +429,6 @@ def require_usable_kinetics(out: str, config: PackConfig, totals: Mapping[str, A
     if bad > config.max_bad_fraction * tried:
         reasons = ", ".join(f"{count} {reason}" for reason, count in totals["unreadable"].items())
         raise TooManyBad(
-            f"pack: {bad} of {tried} wanted files were refused ({reasons}), more than max_bad_fraction "
+            f"pack: {bad} of {tried} wanted files were quarantined ({reasons}), more than max_bad_fraction "
             f"{config.max_bad_fraction:g}; the reasons are in {verdicts}, the good files are packed"
         )

@@ -152,7 +152,7 @@ class Plan:
     units: tuple[Unit, ...]
     """The work."""
     refused: tuple[QuarantineRow, ...] = ()
-    """Files that are refused by their place or name, without reading them."""
+    """Files that are quarantined by their place or name, without reading them."""
     others: tuple[str, ...] = ()
     """Names of files that say that they are no videos; they are counted and left out."""
     size_bytes: int = 0
@@ -278,7 +278,7 @@ def plan_of_catalog(source: str, catalog: Catalog, *, shard_bytes: int, val_frac
 
 
 def _with_sizes(storage: Storage, catalog: Catalog) -> Catalog:
-    """The catalog with the sizes of whole objects that it does not know; what is not there will be refused by name."""
+    """The catalog with the sizes of whole objects that it does not know; what is not there is quarantined by name."""
     table = catalog.table
     columns = [table.column(name).to_pylist() for name in ("uri", "offset", "size_bytes")]
 

@@ -48,7 +48,7 @@ MemberKind = Literal["file", "folder", "link", "special"]
 
 _BLOCK_BYTES = 512
 _CHUNK_BYTES = 4 * 2**20
-_CHUNKS_AHEAD = 2
+_PREFETCHED_CHUNKS = 2
 _SLICE_BYTES = 2**18
 _MAX_EXTENSION_BYTES = 2**20  # of a header that extends the next one: long names, times, attributes
 _MAX_EXTENSIONS = 64  # such headers in a row
@@ -287,10 +287,10 @@ def _fetch(storage: Storage, uri: str) -> Iterator[bytes]:
     before = storage.stat(uri)
     offsets = iter(range(0, before.size_bytes, _CHUNK_BYTES))
     running: deque[Future[bytes]] = deque()
-    pool = ThreadPoolExecutor(_CHUNKS_AHEAD, thread_name_prefix="read-archive")
+    pool = ThreadPoolExecutor(_PREFETCHED_CHUNKS, thread_name_prefix="read-archive")
     try:
         while True:
-            while len(running) < _CHUNKS_AHEAD and (offset := next(offsets, None)) is not None:
+            while len(running) < _PREFETCHED_CHUNKS and (offset := next(offsets, None)) is not None:
                 length = min(_CHUNK_BYTES, before.size_bytes - offset)
                 running.append(pool.submit(storage.read_range, uri, offset, length))
             if not running:

@@ -119,7 +119,7 @@ class Commit:
 
 
 def quarantine_row(file: FileVerdict) -> QuarantineRow:
-    """The row of the quarantine table of a file that was refused."""
+    """The row of the quarantine table of a file that was quarantined."""
     refusal = file.refusal
     assert refusal is not None
     if file.member is not None:
@@ -247,7 +247,7 @@ class _Packer:
         return [self._stored[number] for number in sorted(self._stored)]
 
     def pack_files(self) -> None:
-        """Pack the unit's files; those that are wanted are read a few ahead."""
+        """Pack the unit's files; a few of those that are wanted are prefetched."""
         wanted = [file for file in self._unit.files if isinstance(file, PlannedVideo) and self._is_read(file)]
         references = [video.reference for video in wanted]
         blobs = read_videos(self._storage, references, max_bytes=self._settings.decode.max_bytes)

@@ -54,7 +54,7 @@ def pack(config: PackConfig) -> dict[str, Any]:
         CatalogError: there is nothing to pack, or a list or the annotations are malformed.
         ConfigError: out lies inside the source, or holds the pack of other files or settings.
         StorageError: the source cannot be listed or out cannot be written.
-        TooManyBad: everything is written, but more than max_bad_fraction of the files were refused.
+        TooManyBad: everything is written, but more than max_bad_fraction of the files were quarantined.
         IncompleteOutput: a file or an annotation row has no verdict, or the sums do not agree.
     """
     storage = Storage(config.storage)
@@ -240,7 +240,7 @@ def _finish(storage: Storage, out: str, config: PackConfig, plan: Plan, settled:
     """Write the tables, pack.json last; say what became of every file.
 
     Raises:
-        TooManyBad: more than max_bad_fraction of the files were refused.
+        TooManyBad: more than max_bad_fraction of the files were quarantined.
         CatalogError: no file is a clip of the annotations.
     """
     catalog, totals = settled.catalog, settled.totals
@@ -284,7 +284,7 @@ def _require_few_bad(out: str, config: PackConfig, plan: Plan, refused: Sequence
     if len(bad) > config.max_bad_fraction * num_tried:
         reasons = ", ".join(f"{count} {reason}" for reason, count in count_reasons(bad).items())
         raise TooManyBad(
-            f"pack: {len(bad)} of {num_tried} files were refused ({reasons}), more than max_bad_fraction "
+            f"pack: {len(bad)} of {num_tried} files were quarantined ({reasons}), more than max_bad_fraction "
             f"{config.max_bad_fraction:g}; the reasons are in {join(out, 'quarantine.parquet')}, the good files "
             "are packed"
         )

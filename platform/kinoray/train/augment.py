@@ -80,8 +80,6 @@ class Augmenter:
         if not kinds or num_videos < 2:
             return None
         rng = clip_rng(self._seed, epoch, f"\nmix\n{step}")  # no video is named so
-        if rng.random() >= config.mix_probability:
-            return None
         kind = kinds[int(rng.integers(len(kinds)))]
         alpha = config.mixup_alpha if kind == "mixup" else config.cutmix_alpha
         # Both clips of a pair are in the batch, so the larger share may always be the clip's own.
@@ -135,9 +133,6 @@ def _jitter(config: AugmentConfig, rng: np.random.Generator) -> list[Callable[[T
         for adjust in (V.adjust_brightness, V.adjust_contrast, V.adjust_saturation):
             factor = float(rng.uniform(low, high))
             operations.append(partial(_adjusted, adjust, factor))
-    if config.hue_jitter > 0:
-        turn = float(rng.uniform(-config.hue_jitter, config.hue_jitter))
-        operations.append(partial(_adjusted, V.adjust_hue, turn))
     return [operations[index] for index in rng.permutation(len(operations))]
 
 

@@ -10,12 +10,12 @@ from typing import Annotated, Literal
 
 import tyro
 
-from kinoray.config.check import check_fraction
 from kinoray.config.shared import (
     AugmentConfig,
     CacheConfig,
     ClipConfig,
     FlowConfig,
+    JobConfig,
     ModelConfig,
     OptimConfig,
     SampleConfig,
@@ -29,7 +29,7 @@ __all__ = ["PRESETS", "RunsConfig", "TrainConfig", "demo", "k400_paper", "k600_p
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class TrainConfig:
+class TrainConfig(JobConfig):
     """Train a model on a packed catalog.
 
     Example: kinoray train s3://bucket/set --out s3://bucket/runs/first --model.options backbone=resnet18
@@ -57,15 +57,11 @@ class TrainConfig:
     network as `kinoray import` lists them: without settings of model and clip, these are the network's, too. Or
     timm:NAME[:FILE], the backbone of tsn, tsm and vcm_sdd."""
     keep_checkpoints: int = 2
-    """Newest checkpoints that are kept, of those after epochs."""
-    keep_best: int = 1
-    """Best checkpoints (by val_top1) that are kept besides."""
+    """Newest checkpoints that are kept, of those after epochs, and the best one (by val_top1) besides."""
     checkpoint_every_steps: int = 200
     """Steps between checkpoints inside an epoch (the newest is kept), written while training goes on; 0 for none."""
     max_failures: int = 3
     """How often dead workers are started again from the newest checkpoint, and Ray Train's controller likewise."""
-    max_bad_fraction: float = 0.2
-    """More unreadable training videos than this share end the run."""
     model: ModelConfig = field(default_factory=ModelConfig)
     """The network."""
     clip: ClipConfig = field(default_factory=ClipConfig)
@@ -79,20 +75,18 @@ class TrainConfig:
     parallel: Literal["ddp", "fsdp"] = "ddp"
     """How several workers share the network: a copy each, or weights, gradients and moments in shards (FSDP2: less
     memory, more traffic). Checkpoints are the same, so a run may go on with the other one."""
-    storage: StorageConfig = field(default_factory=StorageConfig)
-    """Object storage."""
     resources: TrainResourcesConfig = field(default_factory=TrainResourcesConfig)
     """Workers and decoders."""
 
     def __post_init__(self) -> None:
-        for name in ("keep_checkpoints", "keep_best", "eval_every"):
+        JobConfig.__post_init__(self)  # super() does not work in a dataclass with slots
+        for name in ("keep_checkpoints", "eval_every"):
             require(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
         require(self.patience >= 0, "patience", "at least 0", self.patience)
         require(not self.patience or bool(self.val_split), "patience", "0 without val_split", self.patience)
         every = self.checkpoint_every_steps
         require(every >= 0, "checkpoint_every_steps", "at least 0", every)
         require(self.max_failures >= 0, "max_failures", "at least 0", self.max_failures)
-        check_fraction("max_bad_fraction", self.max_bad_fraction)
         workers = self.resources.num_workers
         batch = self.optim.batch_size
         require(batch >= workers, "optim.batch_size", f"at least resources.num_workers ({workers})", batch)
@@ -143,7 +137,7 @@ class RunsConfig:
 def k400_paper() -> TrainConfig:
     """VCM-SDD on Kinetics-400 as published (section 4.1): 16 x 6 frames, ResNet-101 twice, batch 128, 100 epochs.
 
-    Frames are resized to 256 x 256, aspect not kept, and cut to 224 x 224, in training with multi-scale crops and
+    Frames are resized to 256 x 256, aspect not kept, and cropped to 224 x 224, in training with multi-scale crops and
     flips; AdamW with rate 0.008; the segments' logits are averaged. Not published, and ours: weight decay, warm-up,
     gradient norm. Weights start at random; `--model.options backbone_weights=imagenet` takes ImageNet's. The paper
     used 8 GPUs: 16 videos each. recompute changes no number and makes room; for more of it see optim.accumulate and

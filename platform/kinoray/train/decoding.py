@@ -44,7 +44,7 @@ class DecodeTask:
         return sample.num_segments * sample.frames_per_segment * self.clip.frame_bytes
 
     def __call__(self, block: pa.Table) -> dict[str, np.ndarray]:
-        """Decode a block of references: one row in, one row out; an unreadable one is zeros, ok=False and a reason.
+        """Decode a block of references: one row in, one row out; a quarantined one is zeros, ok=False and a reason.
 
         The columns are those of VideoBatch, or of RawBatch where the device finds the flow.
         StorageUnavailable is no fault of a video: it ends the block, with that reason in what is left of its rows.
@@ -104,7 +104,7 @@ class DecodeTask:
         return cache.load(self._key(cache, video), place["rgb"], place.get("flow"))
 
     def rng(self, video: Mapping[str, Any]) -> np.random.Generator | None:
-        """What draws a video's frames and cut; None for the middle frames and the centre crop."""
+        """What draws a video's frames and crop; None for the middle frames and the centre crop."""
         return None if self.epoch is None else clip_rng(self.seed, self.epoch, video["video_id"])
 
     def _decode(

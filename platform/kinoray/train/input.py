@@ -34,9 +34,9 @@ from kinoray.train.decoding import DecodeTask
 __all__ = [
     "DecodeCost",
     "Feed",
+    "NoClip",
     "Part",
     "Samples",
-    "Unreadable",
     "epoch_order",
     "rank_part",
     "rank_steps",
@@ -117,7 +117,7 @@ def rank_steps(order: Rows, *, batch_size: int, rank: int, world_size: int, firs
 
 
 @dataclass(frozen=True, slots=True)
-class Unreadable:
+class NoClip:
     """A row that gave no clip, and why."""
 
     row: int
@@ -132,7 +132,7 @@ class Samples:
     """Row in the catalog of each clip, int64 [B]."""
     clips: VideoBatch
     """The clips; B may be 0."""
-    unreadable: tuple[Unreadable, ...]
+    quarantined: tuple[NoClip, ...]
     """What is not among them; never replaced by another video."""
     decode_cpu_s: float
     """CPU seconds that decode tasks spent on what arrived with this batch, reading included."""
@@ -162,9 +162,9 @@ class Part:
     def __len__(self) -> int:
         return len(self.catalog)
 
-    def refuse(self, unreadable: Sequence[Unreadable]) -> None:
+    def quarantine(self, quarantined: Sequence[NoClip]) -> None:
         """Take down videos that could not be read."""
-        for item in unreadable:
+        for item in quarantined:
             row = self.catalog.table.select(["video_id", "uri", "offset", "length"]).slice(item.row, 1).to_pylist()[0]
             stage = f"train on {self.name or 'all'}"
             self.refusals.append(QuarantineRow(**row, refusal=replace(item.refusal, stage=stage)))
@@ -213,7 +213,7 @@ class Feed:
                 finish=self._finish,
             ):
                 self._spent += torch.tensor([samples.decode_cpu_s, samples.cached], dtype=torch.float64)
-                part.refuse(samples.unreadable)
+                part.quarantine(samples.quarantined)
                 yield samples if self._feeder is None else self._sent(samples, self._feeder)
         except StorageUnavailable as error:
             self.outage = error
@@ -279,7 +279,7 @@ def stream(
         if found is None or not np.array_equal(found.rows, planned):
             there = "no more rows" if found is None else f"rows {found.rows.tolist()}"
             raise JobError(f"Ray Data broke the plan of the epoch: expected rows {planned.tolist()}, got {there}")
-        for item in found.unreadable:
+        for item in found.quarantined:
             error = error_of(item.refusal)
             if isinstance(error, StorageUnavailable):
                 raise error
@@ -287,7 +287,7 @@ def stream(
         if isinstance(clips, RawBatch):
             assert finish is not None
             clips = finish(clips)
-        yield Samples(found.kept, clips, found.unreadable, found.decode_cpu_s, found.cached)
+        yield Samples(found.kept, clips, found.quarantined, found.decode_cpu_s, found.cached)
 
 
 def _dataset(catalog: Catalog, rows: Rows, task: DecodeTask, decode_tasks: int, local_batch: int) -> ray.data.Dataset:
@@ -316,7 +316,7 @@ class _Arrived(NamedTuple):
     rows: Rows
     kept: Rows
     clips: VideoBatch | RawBatch
-    unreadable: tuple[Unreadable, ...]
+    quarantined: tuple[NoClip, ...]
     decode_cpu_s: float
     cached: int
 
@@ -331,8 +331,8 @@ class _Collate(NumpyBatchCollateFn):  # type: ignore[misc]  # ray has no types
             rows=rows,
             kept=rows[ok],
             clips=_clips(batch, ok),
-            unreadable=tuple(
-                Unreadable(row, refusal)
+            quarantined=tuple(
+                NoClip(row, refusal)
                 for row, refusal in zip(rows.tolist(), refusals_of_columns(batch), strict=True)
                 if refusal is not None
             ),

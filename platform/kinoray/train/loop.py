@@ -204,13 +204,13 @@ class TrainLoop:
             loss=_measured(trained.loss),
             top1=_measured(trained.top1),
             top5=_measured(trained.top5),
-            unreadable=trained.unreadable,
+            quarantined=trained.quarantined,
             lr=learning_rate(self.optim, epoch * self.num_steps - 1, self.optim.epochs * self.num_steps),
             val_loss=_measured(scored.loss) if scored else None,
             val_top1=_measured(scored.top1) if scored else None,
             val_top5=_measured(scored.top5) if scored else None,
             val_videos=scored.videos if scored else None,
-            val_unreadable=scored.unreadable if scored else None,
+            val_quarantined=scored.quarantined if scored else None,
             videos_per_s=num_videos / train_s,
             decode_wait=wait_s / train_s,
             train_s=train_s,
@@ -280,14 +280,14 @@ class TrainLoop:
             return
         labels = self.train.labels[samples.rows]
         video_ids = self.train.catalog.table["video_id"].take(samples.rows).to_pylist()
-        self._metrics.step(len(video_ids), samples.unreadable)
-        for item in samples.unreadable:
+        self._metrics.step(len(video_ids), samples.quarantined)
+        for item in samples.quarantined:
             name = self.train.catalog.table["video_id"][item.row].as_py()
             about = {"reason": item.refusal.error_class, "text": item.refusal.error_text}
-            log_event("unreadable", {"run": self._run, "epoch": epoch, "video": name, **about}, bad=True)
+            log_event("quarantined", {"run": self._run, "epoch": epoch, "video": name, **about}, bad=True)
         clips = self.augmenter.colour(samples.clips, video_ids, epoch)
         mix = self.augmenter.mix(len(labels), self.config.clip.view.crop_px, epoch, index)
-        self.replica.train_step(clips, labels, len(samples.unreadable), rate, mix)
+        self.replica.train_step(clips, labels, len(samples.quarantined), rate, mix)
 
     def _evaluate(self, part: Part) -> Totals:
         """Score the model on every video of the part, each on one rank; totals over all ranks."""
@@ -296,7 +296,7 @@ class TrainLoop:
         self.replica.reset()
         self.replica.eval()
         for samples in self.feed.batches(part, steps, None):
-            self.replica.score(samples.clips, part.labels[samples.rows], len(samples.unreadable))
+            self.replica.score(samples.clips, part.labels[samples.rows], len(samples.quarantined))
         if self.feed.outage is not None:
             self.replica.halt()
         totals = self.replica.finish()
@@ -315,11 +315,11 @@ class TrainLoop:
         self._require_stores()
         limit = self.config.max_bad_fraction
         count = len(self.train)
-        if totals.unreadable > limit * count:
+        if totals.quarantined > limit * count:
             refusals = self._refusals()
-            self._write(lambda: self.folder.refuse(refusals))
+            self._write(lambda: self.folder.quarantine(refusals))
             raise TooManyBad(
-                f"{totals.unreadable} of {count} training videos could not be read in epoch {epoch}, more than "
+                f"{totals.quarantined} of {count} training videos could not be read in epoch {epoch}, more than "
                 f"max_bad_fraction = {limit:g}; {self.folder.quarantine_uri} lists them with the reasons"
             )
         if not math.isfinite(totals.loss_sum):

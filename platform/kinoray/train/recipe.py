@@ -32,20 +32,20 @@ __all__ = [
     "trained_parameters",
 ]
 
-_STEP_FACTOR = 0.1  # schedule=step: what the rate is multiplied by
+_STEP_FACTOR = 0.1  # what the rate is multiplied by after each of step_epochs
 
 # Shapes: B videos, C classes
 
 
 def learning_rate(config: OptimConfig, step: int, num_steps: int) -> float:
-    """Rate of step 0 .. num_steps - 1: rises linearly over warmup_fraction of the steps, then follows the schedule.
+    """Rate of step 0 .. num_steps - 1: rises linearly over warmup_fraction of the steps, then falls.
 
     The first step already has a rate above zero; on a cosine the step after the last would have zero.
     """
     num_warmup = round(config.warmup_fraction * num_steps)
     if step < num_warmup:
         return config.lr * (step + 1) / (num_warmup + 1)
-    if config.schedule == "step":
+    if config.step_epochs:
         whole_epochs = step * config.epochs // num_steps
         return config.lr * _STEP_FACTOR ** sum(whole_epochs >= epoch for epoch in config.step_epochs)
     share = (step - num_warmup) / (num_steps - num_warmup)

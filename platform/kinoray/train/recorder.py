@@ -3,10 +3,10 @@
 Training goes on meanwhile: every method of the recorder is a job for the uploader's thread. Easy to break:
 checkpoint.json comes last, so that whatever a resumed run will not do again is in the run folder already.
 
-Ray's metrics have the same numbers, where Ray runs: `ray_kinoray_train_videos_total`;
-`ray_kinoray_train_seconds_total` by stage (`decode`: a worker waited for clips, `step`: the rest of its training,
-`score`); `ray_kinoray_train_unreadable_total` by reason; `ray_kinoray_train_score` by name. All by run (the name of its
-folder).
+Ray's metrics have the same numbers, where Ray runs, all by run (the name of its folder):
+`ray_kinoray_train_videos_total`; `ray_kinoray_train_quarantined_total` by reason; `ray_kinoray_train_seconds_total` by
+stage (`decode`: a worker waited for clips, `step`: the rest of its training, `score`); `ray_kinoray_train_score` by
+name.
 """
 
 import io
@@ -34,7 +34,7 @@ from kinoray.console import format_duration
 from kinoray.network.checkpoint import CheckpointMeta, save_checkpoint
 from kinoray.storage.leftovers import scratch_folder
 from kinoray.train.config import TrainConfig
-from kinoray.train.input import Unreadable
+from kinoray.train.input import NoClip
 from kinoray.train.recipe import learning_rate
 from kinoray.train.runfolder import EpochRow, RunFolder, StepRow, run_digest
 from kinoray.train.state import Snapshot
@@ -117,7 +117,7 @@ class Recorder:
         self, state: Snapshot, history: Tensor, *, epoch: int, samples: int, refusals: Sequence[QuarantineRow]
     ) -> None:
         """Make the run resumable inside `epoch`, after the steps in history (Replica.history)."""
-        self._folder.refuse(refusals)
+        self._folder.quarantine(refusals)
         self._folder.write_steps(epoch, self._step_rows(epoch, history))
         done = len(history)
         step = (epoch - 1) * self._num_steps + done
@@ -125,7 +125,7 @@ class Recorder:
 
     def keep_epoch(self, state: Snapshot, history: Tensor, row: EpochRow, refusals: Sequence[QuarantineRow]) -> None:
         """Write a finished epoch; a kill before its end costs the epoch's result, and the next try replaces it."""
-        self._folder.refuse(refusals)
+        self._folder.quarantine(refusals)
         steps = self._step_rows(row.epoch, history)
         self._folder.write_steps(row.epoch, steps)
         self._folder.write_epoch(row)
@@ -140,21 +140,19 @@ class Recorder:
     def _save(self, state: Snapshot, meta: CheckpointMeta) -> None:
         uri = self._folder.checkpoint_uri(meta.epoch, meta.step)
         save_checkpoint(self._folder.storage, uri, model_state=state.weights, meta=meta, train_state=state.train)
-        self._folder.prune_checkpoints(
-            self._config.keep_checkpoints, keep_best=self._config.keep_best, written=(meta.epoch, meta.step)
-        )
+        self._folder.prune_checkpoints(self._config.keep_checkpoints, written=(meta.epoch, meta.step))
 
     def _step_rows(self, epoch: int, history: Tensor) -> list[StepRow]:
         optim = self._config.optim
         rows = []
-        for index, (videos, unreadable, loss_sum, _, _) in enumerate(history.tolist()):
+        for index, (videos, quarantined, loss_sum, _, _) in enumerate(history.tolist()):
             step = (epoch - 1) * self._num_steps + index
             rows.append(
                 StepRow(
                     epoch=epoch,
                     step=step + 1,
                     videos=int(videos),
-                    unreadable=int(unreadable),
+                    quarantined=int(quarantined),
                     lr=learning_rate(optim, step, optim.epochs * self._num_steps),
                     loss=loss_sum / videos if videos else None,
                 )
@@ -269,7 +267,7 @@ class Pace:
         parts = [f"train: epoch {epoch}/{self._optim.epochs}, step {step}/{self._num_steps}"]
         parts += [f"loss {totals.loss:.3f}"] if totals.videos else []
         parts += [f"{rate:.1f} videos/s", f"{format_duration(left_s)} left"]
-        parts += [f"unreadable {totals.unreadable}"] if totals.unreadable else []
+        parts += [f"quarantined {totals.quarantined}"] if totals.quarantined else []
         return ", ".join(parts)
 
 
@@ -281,9 +279,9 @@ def epoch_line(row: EpochRow, epochs: int) -> str:
         numbers = f"loss {_shown(row.val_loss)}, top-1 {_shown(row.val_top1)}, top-5 {_shown(row.val_top5)}"
         parts.append(f"val {numbers} ({row.val_videos} videos)")
     parts.append(f"{row.videos_per_s:.1f} videos/s, {row.decode_wait:.0%} of it waiting for decoders")
-    bad = row.unreadable + (row.val_unreadable or 0)
+    bad = row.quarantined + (row.val_quarantined or 0)
     if bad:
-        parts.append(f"unreadable {bad}")
+        parts.append(f"quarantined {bad}")
     return "; ".join(parts)
 
 
@@ -299,22 +297,22 @@ class TrainMetrics:
         self._runs = ray.is_initialized()
         if self._runs:
             self._videos = Counter("kinoray_train_videos", "videos that were trained on", tag_keys=("run",))
-            self._unreadable = Counter(
-                "kinoray_train_unreadable", "videos that gave no clip, by reason", tag_keys=("run", "reason")
+            self._quarantined = Counter(
+                "kinoray_train_quarantined", "videos that gave no clip, by reason", tag_keys=("run", "reason")
             )
             self._seconds = Counter(
                 "kinoray_train_seconds", "seconds of training workers, by stage", tag_keys=("run", "stage")
             )
             self._score = Gauge("kinoray_train_score", "numbers of the last epoch, by name", tag_keys=("run", "name"))
 
-    def step(self, videos: int, unreadable: Iterable[Unreadable]) -> None:
+    def step(self, videos: int, quarantined: Iterable[NoClip]) -> None:
         """Count a step."""
         if not self._runs:
             return
         if videos:
             self._videos.inc(videos, tags=self._tags)
-        for reason, count in Count(item.refusal.error_class for item in unreadable).items():
-            self._unreadable.inc(count, tags={**self._tags, "reason": reason})
+        for reason, count in Count(item.refusal.error_class for item in quarantined).items():
+            self._quarantined.inc(count, tags={**self._tags, "reason": reason})
 
     def spent(self, stage: Literal["decode", "step", "score"], seconds: float) -> None:
         """Count time."""

@@ -56,14 +56,14 @@ class EpochRow:
     step: int
     """Optimizer steps so far."""
     samples: int
-    """Videos trained on so far, unreadable ones not counted."""
+    """Videos trained on so far, quarantined ones not counted."""
     loss: float | None = None
     """Mean loss in training; of what could be read."""
     top1: float | None = None
     """Share of training videos whose label came first."""
     top5: float | None = None
     """Share whose label was among the first 5."""
-    unreadable: int
+    quarantined: int
     """Training videos that could not be read."""
     lr: float
     """Learning rate of the last step."""
@@ -73,7 +73,7 @@ class EpochRow:
     val_top5: float | None = None
     val_videos: int | None = None
     """Videos that were scored."""
-    val_unreadable: int | None = None
+    val_quarantined: int | None = None
     videos_per_s: float
     """Of this start of the workers, while training."""
     decode_wait: float
@@ -107,7 +107,7 @@ class StepRow:
     """From 1, counted through all epochs."""
     videos: int
     """Videos that were trained on."""
-    unreadable: int
+    quarantined: int
     """Videos that could not be read."""
     lr: float
     """Learning rate."""
@@ -221,7 +221,7 @@ class RunFolder:
         """Write the steps of an epoch so far; they replace those of a try that failed."""
         self.storage.put(join(self.uri, "losses", f"epoch-{epoch:06d}.jsonl"), _lines(rows))
 
-    def refuse(self, refusals: Sequence[QuarantineRow]) -> None:
+    def quarantine(self, refusals: Sequence[QuarantineRow]) -> None:
         """Add videos that could not be read to the quarantine table, each once (the first reason stays)."""
         if not refusals:
             return
@@ -246,8 +246,8 @@ class RunFolder:
         """
         return newest_checkpoint(self.storage, self.uri, warn=warn)
 
-    def prune_checkpoints(self, keep: int, keep_best: int = 1, *, written: tuple[int, int] | None = None) -> None:
-        """Delete all but the newest, the newest `keep` of those after epochs, and the `keep_best` best ones.
+    def prune_checkpoints(self, keep: int, *, written: tuple[int, int] | None = None) -> None:
+        """Delete all but the newest, the newest `keep` of those after epochs, and the best one.
 
         With them goes what writers that were killed have left: files in a folder of ours without checkpoint.json. So
         this must not run while a checkpoint is being written. Those that cannot be read stay: what they hold may be
@@ -264,11 +264,6 @@ class RunFolder:
         after_epochs = [item for item in found if not item[1].epoch_steps]
         kept = {found[-1][0], best_of(found)[0]}
         kept.update(uri for uri, _ in after_epochs[-keep:])
-        scored = [item for item in after_epochs if "val_top1" in item[1].metrics]
-        for _ in range(min(keep_best, len(scored))):
-            best = best_of(scored)
-            kept.add(best[0])
-            scored.remove(best)
         spare = {uri for uri, _ in found if uri not in kept}
         for uri in sorted(spare | self._unfinished_checkpoints()):
             delete_checkpoint(self.storage, uri)

@@ -45,7 +45,7 @@ class Totals:
 
     videos: int
     """Videos that went through the model."""
-    unreadable: int
+    quarantined: int
     """Videos that could not be decoded."""
     loss_sum: float
     """Sum of their losses: cross entropies, in training smoothed, weighted and mixed as the recipe says."""
@@ -109,7 +109,7 @@ class Replica:
             optimizer=make_optimizer(self.module, config.optim, backbone),
             scaler=torch.amp.GradScaler(device.type, enabled=config.optim.precision == "fp16"),
         )
-        # Per step: videos, unreadable, loss, top-1 and top-5 hits; pending ones are this rank's, not yet added up.
+        # Per step: videos, quarantined, loss, top-1 and top-5 hits; pending ones are this rank's, not yet added up.
         self._pending = torch.zeros(5, dtype=torch.float64, device=device)
         self._totals = torch.zeros(5, dtype=torch.float64, device=device)
         self._history: list[Tensor] = []  # of training steps, over all ranks
@@ -141,7 +141,7 @@ class Replica:
         self._scorer.eval()
 
     def train_step(
-        self, clips: VideoBatch | None, labels: Tensor, unreadable: int, lr: float, mix: Mix | None = None
+        self, clips: VideoBatch | None, labels: Tensor, quarantined: int, lr: float, mix: Mix | None = None
     ) -> None:
         """One optimizer step at rate lr on this rank's part of a global batch.
 
@@ -174,7 +174,7 @@ class Replica:
         if self.state.average is not None:
             self.state.average.update(self.module)
         self._require_recomputed()
-        self._pending[1] += unreadable
+        self._pending[1] += quarantined
         self._stepped = True
 
     def _parts(self, count: int) -> list[slice]:
@@ -198,13 +198,13 @@ class Replica:
             )
 
     @torch.no_grad()
-    def score(self, clips: VideoBatch, labels: Tensor, unreadable: int) -> None:
+    def score(self, clips: VideoBatch, labels: Tensor, quarantined: int) -> None:
         """Count the model's predictions on clips; call `eval` first. Ranks may call it unequally often."""
         if len(clips):
             labels = labels.to(self.device, non_blocking=True)
             logits = self._logits(self._scorer, model_inputs(clips, self._spec, self.device), len(clips))
             self._count(logits, labels, loss_sum(logits, labels))
-        self._pending[1] += unreadable
+        self._pending[1] += quarantined
 
     def halt(self) -> None:
         """Tell all ranks, with the next training step or `finish`, that this one cannot go on."""
@@ -216,8 +216,8 @@ class Replica:
 
     def totals(self) -> Totals:
         """Totals over all ranks since `reset`, without the last training step (see `finish`). The same on all ranks."""
-        videos, unreadable, loss, top1, top5 = self._totals.tolist()
-        return Totals(int(videos), int(unreadable), loss, int(top1), int(top5))
+        videos, quarantined, loss, top1, top5 = self._totals.tolist()
+        return Totals(int(videos), int(quarantined), loss, int(top1), int(top5))
 
     def finish(self) -> Totals:
         """Add up what is pending on all ranks and return the totals; all ranks must call it."""
@@ -227,7 +227,7 @@ class Replica:
     def history(self) -> Tensor:
         """What each training step since `reset` counted over all ranks, without the last (see `finish`).
 
-        float64 [steps, 5] on the CPU: videos, unreadable, sum of losses, top-1 hits, top-5 hits.
+        float64 [steps, 5] on the CPU: videos, quarantined, sum of losses, top-1 hits, top-5 hits.
         """
         return torch.stack(self._history).cpu() if self._history else torch.zeros(0, 5, dtype=torch.float64)
 

@@ -202,7 +202,7 @@ def _result(folder: RunFolder, last: Checkpoint, took_s: float) -> dict[str, Any
         "epochs": newest.epoch,
         "steps": newest.step,
         "samples": newest.samples,
-        "unreadable": int(newest.metrics.get("unreadable", 0)),
+        "quarantined": int(newest.metrics.get("quarantined", 0)),
         "newest": newest_uri,
         "best": best_uri,
         "best_epoch": best.epoch,
@@ -215,7 +215,7 @@ def _result(folder: RunFolder, last: Checkpoint, took_s: float) -> dict[str, Any
     scored = f", val top-1 {totals['val_top1']:.3f}" if totals["val_top1"] is not None else ""
     print(
         f"train: {newest.epoch} epochs, {newest.step} steps, {newest.samples} samples in {format_duration(took_s)}; "
-        f"unreadable {totals['unreadable']}; best is epoch {best.epoch}{scored}: {best_uri}",
+        f"quarantined {totals['quarantined']}; best is epoch {best.epoch}{scored}: {best_uri}",
         flush=True,
     )
     return totals

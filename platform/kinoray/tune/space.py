@@ -31,7 +31,7 @@ Settings = dict[str, Any]
 
 _FIXED = {
     *("catalog", "out", "storage", "resources", "cache", "parallel", "eval_every", "patience"),
-    *("checkpoint_every_steps", "keep_best", "keep_checkpoints", "max_failures", "max_bad_fraction"),
+    *("checkpoint_every_steps", "keep_checkpoints", "max_failures", "max_bad_fraction"),
 }
 _MAX_GRID = 10_000
 
