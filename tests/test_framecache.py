@@ -48,6 +48,30 @@ def test_a_bank_holds_what_each_sampling_alone_would_decode(videos: list[bytes],
             assert np.array_equal(bank.flow[0, places].reshape(clip.flow.shape), clip.flow)
 
 
+@pytest.mark.parametrize("epoch", [None, 1, 2])
+def test_a_bank_of_spread_and_dense_clips_serves_each_of_them(
+    videos: list[bytes], epoch: int | None, tmp_path: Path
+) -> None:
+    """The grids of a sweep over stride; the middle one begins again in short videos."""
+    own = SampleConfig(num_segments=1, frames_per_segment=4, stride=3)
+    samples = [own, dataclasses.replace(own, stride=8), dataclasses.replace(own, stride=0)]
+    names = tuple(grid_name(sample) for sample in samples)
+    assert names == ("1x4/3", "1x4/8", "1x4")
+    for sample in samples:
+        config = CacheConfig(gb=1, folder=str(tmp_path / "cache"), grids=names)
+        assert FrameCache(config, clip_of(sample)).samples == sorted(samples, key=grid_name)
+    for data in videos:
+        cache = FrameCache(config, clip_of(samples[0]))
+        bank = decode(data, Sampled(samples=tuple(cache.samples), rng=epoch and clip_rng(0, epoch, "v")), cache.clip)
+        assert cache.add("ab" * 16, bank)
+        for sample in samples:
+            clip = decode(data, Sampled(rng=epoch and clip_rng(0, epoch, "v")), clip_of(sample)).clip()
+            found, flow = np.empty_like(clip.frames), np.empty_like(clip.flow)
+            assert FrameCache(config, clip_of(sample)).load("ab" * 16, found, flow)
+            assert np.array_equal(found, clip.frames)
+            assert np.array_equal(flow, clip.flow)
+
+
 def test_a_bank_of_a_damaged_file_is_either_what_each_sampling_would_decode_or_says_that_it_is_not(
     videos: list[bytes],
 ) -> None:

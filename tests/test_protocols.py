@@ -11,7 +11,7 @@ import torch
 
 from decode_reference import moving, plain_decode
 from kinoray.catalog.table import Catalog, catalog_of_source
-from kinoray.config.scoring import PROTOCOLS, ProtocolName, ViewAverage, ViewsConfig
+from kinoray.config.scoring import ViewAverage, ViewsConfig, protocol_named
 from kinoray.config.shared import ClipConfig, ModelConfig, SampleConfig, StorageConfig, ViewConfig
 from kinoray.demo.videos import make_broken, make_video
 from kinoray.errors import ConfigError
@@ -94,10 +94,14 @@ def assert_same_views(found: Frames, expected: list[Clip]) -> None:
         ("10x3", 30, (2, 3)),
         ("5x3", 15, (2, 3)),
         ("25x10", 10, (25, 3)),
+        ("1x1", 1, (2, 3)),
+        ("4x3", 12, (2, 3)),
+        ("12x1", 12, (2, 3)),
+        ("2x10", 20, (2, 3)),
     ],
 )
-def test_protocols_are_what_their_names_say(name: ProtocolName, num_views: int, shape: tuple[int, int]) -> None:
-    protocol = PROTOCOLS[name]
+def test_protocols_are_what_their_names_say(name: str, num_views: int, shape: tuple[int, int]) -> None:
+    protocol = protocol_named(name)
     clip, views = protocol.clip(CLIP), protocol.views("probs")
     assert views.num_views == num_views
     assert (clip.sample.num_segments, clip.sample.frames_per_segment) == shape
@@ -294,15 +298,22 @@ def test_a_protocol_is_another_labelling_unless_it_means_the_same(
     trained = replace(CLIP, sample=SampleConfig(num_segments=8, frames_per_segment=6))
     run = save_untrained(LOCAL, str(tmp_path / "run"), LABELS, trained, "label_models:mixing")
     config = LabelConfig(allow_factory=OWN_NETWORKS, source=str(library), checkpoint=run, out=str(tmp_path / "out"))
-    roots = {name: open_labelling(replace(config, protocol=name), "label").ledger.root for name in PROTOCOLS}
-    assert roots["center"] == roots["8x6"]
-    assert len(set(roots.values())) == len(PROTOCOLS) - 1
+    names = ("center", "1x1", "8x6", "16x6", "10x3", "5x3", "25x10")
+    roots = {name: open_labelling(replace(config, protocol=name), "label").ledger.root for name in names}
+    assert roots["center"] == roots["8x6"] == roots["1x1"]
+    assert len(set(roots.values())) == len(names) - 2
     logits = open_labelling(replace(config, protocol="10x3", view_average="logits"), "label").ledger.root
     scores = open_labelling(replace(config, all_scores=True), "label").ledger.root
-    assert len({*roots.values(), logits, scores}) == len(PROTOCOLS) + 1
+    assert len({*roots.values(), logits, scores}) == len(names)
     assert "label: protocol 10x3, 30 views of each video" in capsys.readouterr().out
     job = Ledger(LOCAL, roots["10x3"]).job()
-    assert job.settings["views"] == {"temporal": 10, "crops": "three", "average": "probs", "windows": None}
+    assert job.settings["views"] == {
+        "temporal": 10,
+        "placed": False,
+        "crops": "three",
+        "average": "probs",
+        "windows": None,
+    }
 
 
 def test_a_protocol_that_the_network_cannot_be_fed_with_is_refused(library: Path, tmp_path: Path) -> None:
@@ -313,6 +324,25 @@ def test_a_protocol_that_the_network_cannot_be_fed_with_is_refused(library: Path
     with pytest.raises(ConfigError, match=r"protocol 25x10: clip.sample.num_segments must be 2 for this model, got 25"):
         open_labelling(config, "label")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["", "10x", "0x3", "10x2", "10x6", "1000x1", "10X3", "05x3", "centre", "10x3x1"])
+def test_a_protocol_that_is_none_is_refused(name: str) -> None:
+    with pytest.raises(ConfigError, match=rf"CLIPSxCROPS with 1, 3 or 10 crops, such as 10x3, got '{name}'$"):
+        LabelConfig(source="x", checkpoint="c", out="o", protocol=name)
+
+
+def test_one_dense_clip_is_the_middle_one_or_the_samplers(library: Path, tmp_path: Path) -> None:
+    """torchvision begins with the video, where a 1x1 of its paper lies; for a spread clip there is no difference."""
+    sample = SampleConfig(num_segments=1, frames_per_segment=4, stride=2, placement="torchvision")
+    trained = replace(CLIP, sample=sample)
+    run = save_untrained(LOCAL, str(tmp_path / "run"), LABELS, trained, "label_models:mixing")
+    config = LabelConfig(allow_factory=OWN_NETWORKS, source=str(library), checkpoint=run, out=str(tmp_path / "out"))
+    center, placed = (open_labelling(replace(config, protocol=name), "label").job for name in ("center", "1x1"))
+    assert center.config_digest != placed.config_digest
+    data = (library / "8.mp4").read_bytes()
+    starts = [int(decode(data, Views(views=job.views), job.clip).indices[0].min()) for job in (center, placed)]
+    assert starts == [(61 - 7) // 2, 0]
 
 
 def test_a_protocol_that_names_its_segments_takes_no_other_number() -> None:

@@ -5,6 +5,7 @@ square crop. What is easy to break: a protocol changes where views lie and never
 network sees what it was trained on.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
@@ -26,16 +27,15 @@ __all__ = [
     "Crops",
     "LabelWorkConfig",
     "Protocol",
-    "ProtocolName",
     "ScoreKind",
     "ScoringConfig",
     "ViewAverage",
     "ViewsConfig",
     "WindowsConfig",
+    "protocol_named",
     "shared_settings",
 ]
 
-ProtocolName = Literal["center", "8x6", "16x6", "10x3", "5x3", "25x10"]
 Crops = Literal["center", "three", "ten"]
 ScoreKind = Literal["softmax", "sigmoid"]
 ViewAverage = Literal["probs", "logits"]
@@ -64,7 +64,10 @@ class ViewsConfig:
     """Which views of a video are scored; part of a result's digest."""
 
     temporal: int = 1
-    """Interleaved samplings of the whole video (kinoray.video.sample.view_indices)."""
+    """Clips along time: of spread clips interleaved samplings of the whole video (kinoray.video.sample.view_indices),
+    of dense clips so many stretches of it (kinoray.video.dense)."""
+    placed: bool = False
+    """Whether a single dense clip lies where its sampler puts one, and not in the middle."""
     crops: Crops = "center"
     """Crops of each frame (kinoray.video.transform.crop_views)."""
     average: ViewAverage = "probs"
@@ -91,6 +94,8 @@ class Protocol:
     """T of each view."""
     temporal: int = 1
     """Temporal views."""
+    placed: bool = False
+    """Of a single dense clip: see ViewsConfig."""
     crops: Crops = "center"
     """Spatial views."""
 
@@ -105,18 +110,37 @@ class Protocol:
 
     def views(self, average: ViewAverage, windows: WindowsConfig | None = None) -> ViewsConfig:
         """Where the views lie, and how they are averaged."""
-        return ViewsConfig(temporal=self.temporal, crops=self.crops, average=average, windows=windows)
+        return ViewsConfig(
+            temporal=self.temporal, placed=self.placed, crops=self.crops, average=average, windows=windows
+        )
 
 
-PROTOCOLS: Mapping[ProtocolName, Protocol] = {
+PROTOCOLS: Mapping[str, Protocol] = {
     "center": Protocol(),
     "8x6": Protocol(num_segments=8, frames_per_segment=6),
     "16x6": Protocol(num_segments=16, frames_per_segment=6),
-    "10x3": Protocol(temporal=10, crops="three"),
-    "5x3": Protocol(temporal=5, crops="three"),
     "25x10": Protocol(num_segments=25, crops="ten"),
 }
-"""The names that `evaluate` and `label` take; docs/protocols.md says what they are and where they come from."""
+"""Names with a meaning of their own; docs/protocols.md says where they come from."""
+
+_CROPS_OF: Mapping[str, Crops] = {str(number): crops for crops, number in NUM_CROPS.items()}
+_CLIPS_BY_CROPS = re.compile(r"([1-9][0-9]{0,2})x(1|3|10)", re.ASCII)
+
+
+def protocol_named(name: str) -> Protocol:
+    """A name of PROTOCOLS, or KxC: K temporal clips, each in C crops.
+
+    Raises:
+        ConfigError: it is neither.
+    """
+    if name in PROTOCOLS:
+        return PROTOCOLS[name]
+    found = _CLIPS_BY_CROPS.fullmatch(name)
+    expected = f"{', '.join(PROTOCOLS)}, or CLIPSxCROPS with 1, 3 or 10 crops, such as 10x3"
+    require(found is not None, "protocol", expected, name)
+    assert found is not None
+    temporal = int(found[1])
+    return Protocol(temporal=temporal, placed=temporal == 1, crops=_CROPS_OF[found[2]])
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -129,10 +153,11 @@ class ScoringConfig:
     allow_factory: AllowedFactories = ()
     """PACKAGE:FUNCTION of a network of your own that the checkpoint names: its code runs here with your rights. Without
     it only networks that ship with kinoray are built. May be given several times."""
-    protocol: ProtocolName = "center"
-    """Views of each video. center: one, the middle frames and centre crop, segments and frames as in training. 8x6,
-    16x6: the same with 8 or 16 segments x 6 frames. 10x3, 5x3: 10 or 5 interleaved temporal views x 3 crops along the
-    longer side (left, centre, right). 25x10: 25 segments x 10 crops (corners and centre, and their mirror images)."""
+    protocol: str = "center"
+    """Views of each video. center: one, the middle frames and centre crop, segments and frames as in training. KxC,
+    such as 1x1, 5x1, 4x3, 10x3: K clips along time x C crops; C is 1 (centre), 3 (left, centre, right along the longer
+    side) or 10 (corners and centre, and their mirror images). Three names mean something else, as in their papers: 8x6,
+    16x6 are 8 or 16 segments x 6 frames in one view, 25x10 is 25 segments in 10 crops."""
     view_average: ViewAverage = "probs"
     """What is averaged over the views: probabilities, or logits."""
     num_segments: int | None = None
@@ -157,7 +182,8 @@ class ScoringConfig:
 
     def __post_init__(self) -> None:
         require(self.num_segments is None or self.num_segments >= 1, "num_segments", "at least 1", self.num_segments)
-        if self.num_segments is not None and PROTOCOLS[self.protocol].num_segments is not None:
+        protocol = protocol_named(self.protocol)
+        if self.num_segments is not None and protocol.num_segments is not None:
             wanted = f"left out with protocol {self.protocol}, which names it"
             require(False, "num_segments", wanted, self.num_segments)
         require(self.batch_size >= 0, "batch_size", "at least 0", self.batch_size)
@@ -169,7 +195,7 @@ class ScoringConfig:
     @property
     def has_one_view(self) -> bool:
         """Whether each video is one clip."""
-        return PROTOCOLS[self.protocol].views(self.view_average).num_views == 1
+        return protocol_named(self.protocol).views(self.view_average).num_views == 1
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

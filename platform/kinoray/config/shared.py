@@ -117,13 +117,13 @@ class CacheConfig:
     folder: str = ""
     """Where. Default: a folder of this user's in the node's temporary folder."""
     grids: tuple[str, ...] = ()
-    """SEGMENTSxFRAMES of all runs that share it, such as 8x6 16x6: one reading then serves them all. Default: this
-    run's alone. `kinoray tune` fills it in."""
+    """SEGMENTSxFRAMES of all runs that share it, of dense clips with /STRIDE, such as 8x6 16x6 1x16/4: one reading then
+    serves them all. Default: this run's alone. `kinoray tune` fills it in."""
 
     def __post_init__(self) -> None:
         require(self.gb >= 0, "cache.gb", "at least 0", self.gb)
-        is_grid = all(re.fullmatch(r"[1-9][0-9]{0,3}x[1-9][0-9]{0,3}", grid) for grid in self.grids)
-        require(is_grid, "cache.grids", "like 8x6 (segments x frames of each)", self.grids)
+        is_grid = all(re.fullmatch(r"[1-9][0-9]{0,3}x[1-9][0-9]{0,3}(/[1-9][0-9]{0,3})?", name) for name in self.grids)
+        require(is_grid, "cache.grids", "like 8x6 (segments x frames) or 1x16/4 (every fourth frame)", self.grids)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 
 from kinoray.catalog.table import Catalog, catalog_of_source
-from kinoray.config.scoring import PROTOCOLS, ViewsConfig
+from kinoray.config.scoring import ViewsConfig, protocol_named
 from kinoray.config.shared import ClipConfig, digest
 from kinoray.errors import ConfigError, ObjectNotFound
 from kinoray.label.answers import AnswerRule
@@ -85,7 +85,7 @@ def open_labelling(
     if segments:
         config = replace(config, segment_scores=consensus is not None)
     clip = _clip(config, meta.clip, task)
-    views = PROTOCOLS[config.protocol].views(config.view_average, config.windows)
+    views = _views(config, clip)
     calibration = load_calibration(storage, config.calibration, meta.model_digest) if config.calibration else None
     answer = _answer_rule(config, len(meta.labels), calibration)
     scorer = _scorer_config(config, clip, calibration)
@@ -171,7 +171,7 @@ def _clip(config: LabelConfig, trained: ClipConfig, task: str) -> ClipConfig:
     Raises:
         ConfigError: the two do not go together.
     """
-    clip = PROTOCOLS[config.protocol].clip(trained)
+    clip = protocol_named(config.protocol).clip(trained)
     if config.num_segments is not None:
         clip = replace(clip, sample=replace(clip.sample, num_segments=config.num_segments))
     before, now = trained.decode.backend, config.decode.backend
@@ -182,6 +182,12 @@ def _clip(config: LabelConfig, trained: ClipConfig, task: str) -> ClipConfig:
             flush=True,
         )
     return clip.decoded_by(config.decode, device=config.decode_device)
+
+
+def _views(config: LabelConfig, clip: ClipConfig) -> ViewsConfig:
+    """Where the views lie. Protocols that mean the same for this network share their results."""
+    views = protocol_named(config.protocol).views(config.view_average, config.windows)
+    return replace(views, placed=views.placed and clip.sample.is_dense)
 
 
 def _check_clip(config: LabelConfig, model: VideoModel, clip: ClipConfig) -> None:

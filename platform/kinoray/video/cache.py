@@ -19,7 +19,7 @@ import uuid
 import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +39,9 @@ _CHECKED_BYTES = 4096
 
 
 def grid_name(sample: SampleConfig) -> str:
-    """`16x6` for 16 segments of 6 frames."""
-    return f"{sample.num_segments}x{sample.frames_per_segment}"
+    """`16x6` for 16 segments of 6 frames, `1x16/4` for a dense clip of 16 frames, every fourth of the video."""
+    grid = f"{sample.num_segments}x{sample.frames_per_segment}"
+    return f"{grid}/{sample.stride}" if sample.is_dense else grid
 
 
 def cache_folder(config: CacheConfig) -> Path:
@@ -54,7 +55,7 @@ class FrameCache:
 
     config: CacheConfig
     clip: ClipConfig
-    """What the clips of this run are; every other setting of the sweep's clips is the same but the sampling."""
+    """What the clips of this run are; clips of other grids in the same file differ from them in their grid alone."""
     _root: Path = field(init=False)
 
     def __post_init__(self) -> None:
@@ -67,7 +68,7 @@ class FrameCache:
         """The samplings that a file serves: config.grids, and this run's own."""
         own = grid_name(self.clip.sample)
         names = sorted({*self.config.grids, own}) if own in self.config.grids else [own]
-        return [_sample(name) for name in names]
+        return [self._sample(name) for name in names]
 
     def key(self, video: Mapping[str, Any], seed: int, epoch: int | None) -> str:
         """Names the frames: 32 hex digits of all that decides their bytes. `video` is a row of references."""
@@ -75,7 +76,10 @@ class FrameCache:
         del clip["sample"]
         draw = None if epoch is None else [seed, epoch, video["video_id"]]
         reference = [video[name] for name in ("uri", "offset", "length", "sha256")]
-        grids = [grid_name(sample) for sample in self.samples]
+        sample = self.clip.sample
+        grids = [grid_name(each) for each in self.samples]
+        if any(each.is_dense for each in self.samples):
+            grids += [f"{sample.fps} {sample.placement} {sample.short}"]
         parts = [reference, clip, draw, grids]
         return digest(parts) + digest([*parts, "second half"])
 
@@ -162,7 +166,7 @@ class FrameCache:
 
     def has_room(self) -> bool:
         """Whether one more video fits, as far as one can tell before it is decoded."""
-        most = max(sample.num_segments * sample.frames_per_segment for sample in self.samples)
+        most = max(sample.num_frames for sample in self.samples)
         return self._count(0, most * self.clip.frame_bytes)
 
     @contextmanager
@@ -209,13 +213,19 @@ class FrameCache:
         with self._locked("used") as descriptor:  # it may be shorter than what was counted for it
             os.pwrite(descriptor, f"{self._measured():32d}".encode(), 0)
 
+    def _sample(self, name: str) -> SampleConfig:
+        grid, _, stride = name.partition("/")
+        segments, _, frames = grid.partition("x")
+        return replace(
+            self.clip.sample,
+            num_segments=int(segments),
+            frames_per_segment=int(frames),
+            stride=int(stride or 0),
+            fps=self.clip.sample.fps if stride else 0.0,
+        )
+
     def _path(self, key: str) -> Path:
         return self._root / key[:2] / f"{key}.frames"
-
-
-def _sample(name: str) -> SampleConfig:
-    segments, _, frames = name.partition("x")
-    return SampleConfig(num_segments=int(segments), frames_per_segment=int(frames))
 
 
 def _checksum(parts: list[np.ndarray]) -> list[int]:

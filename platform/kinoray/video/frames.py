@@ -19,11 +19,12 @@ from kinoray.config.shared import ClipConfig, DecodeConfig
 from kinoray.video.media import VideoInfo
 from kinoray.video.pyav import PyavVideo
 from kinoray.video.readers import read_frames
-from kinoray.video.request import Request, Thumbnails
+from kinoray.video.request import Rate, Request, Thumbnails
 from kinoray.video.sink import Empty, FrameArrays, mirror, new_array
 
 __all__ = ["Clip", "Frames", "check_answer", "decode", "probe"]
 
+_RATES_AGREE = 0.01  # of a rate: more is a container that is wrong, or a video whose rate changes
 _SHAPES = {
     "frames": ("uint8", "C U 3 H W"),
     "flow": ("int8", "C U 2 H W"),
@@ -154,11 +155,13 @@ class Frames:
         return [np.moveaxis(self.frames[0, place], 0, -1) for place in self.places()[0]]
 
     def _clip(self, indices: np.ndarray, places: np.ndarray, cut: int, flip: bool) -> Clip:
+        in_order = np.array_equal(places, np.arange(self.frames.shape[1]))  # not of a dense clip that begins again
+
         def chosen(rows: np.ndarray | None) -> np.ndarray | None:
             if rows is None:
                 return None
-            if not flip and len(places) == len(rows[cut]):
-                return np.asarray(rows[cut])  # places never fall and reach every row
+            if not flip and in_order:
+                return np.asarray(rows[cut])
             return np.asarray(rows[cut][places])
 
         def shaped(rows: np.ndarray | None) -> np.ndarray | None:
@@ -215,8 +218,7 @@ def decode(data: bytes, request: Request, clip: ClipConfig, *, empty: Empty = ne
         promised = video.num_frames
         while True:
             num_frames = video.num_frames
-            fps = num_frames / video.duration_s if video.duration_s > 0 else 0.0
-            chosen = request.choose(num_frames, fps, clip)
+            chosen = request.choose(num_frames, _rate(video), clip)
             sink = FrameArrays(
                 _distinct(chosen.indices),
                 num_frames,
@@ -243,6 +245,12 @@ def decode(data: bytes, request: Request, clip: ClipConfig, *, empty: Empty = ne
             frames_corrupt=reading.frames_corrupt,
             info=video.info,
         )
+
+
+def _rate(video: PyavVideo) -> Rate:
+    measured = video.num_frames / video.duration_s if video.duration_s > 0 else 0.0
+    claimed = float(video.frame_rate)
+    return Rate(measured=measured, claimed=claimed if abs(claimed - measured) <= _RATES_AGREE * measured else measured)
 
 
 def check_answer(frames: Frames, request: Request, clip: ClipConfig) -> None:

@@ -13,12 +13,24 @@ import numpy as np
 from kinoray.config.scoring import NUM_CROPS, ViewsConfig
 from kinoray.config.shared import ClipConfig, SampleConfig
 from kinoray.errors import UndecodableVideo
-from kinoray.video.sample import cut_windows, segment_indices, window_indices
+from kinoray.video.dense import dense_reach
+from kinoray.video.sample import clip_indices, cut_windows, segment_indices, window_indices
 from kinoray.video.transform import Cut, WholeFrame, crop_views, test_view, train_view
 
-__all__ = ["Choice", "Request", "Sampled", "Thumbnails", "Views"]
+__all__ = ["Choice", "Rate", "Request", "Sampled", "Thumbnails", "Views"]
 
 _WINDOWS_BYTES = 256 * 2**20
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Rate:
+    """Frames a second of a video; 0 where nothing says."""
+
+    measured: float
+    """Frames by their duration: what windows are cut by."""
+    claimed: float
+    """As the container has it (25, 30000/1001) where that is near what was measured: published samplers count by it,
+    and a rate of 24.9999 would give them another frame than 25."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -52,17 +64,18 @@ class Sampled:
 
     def reach(self, clip: ClipConfig) -> float:
         """Share of the frames that is passed for certain before the last wanted one."""
-        return max(_reach(sample) for sample in self.samples or (clip.sample,))
+        drawn = self.rng is not None
+        return max(_reach(sample, drawn=drawn) for sample in self.samples or (clip.sample,))
 
-    def choose(self, num_frames: int, fps: float, clip: ClipConfig) -> Choice:
-        """Which frames."""
+    def choose(self, num_frames: int, rate: Rate, clip: ClipConfig) -> Choice:
+        """Which frames of so many."""
         state = self.rng.bit_generator.state if self.rng is not None else {}
         indices = []
         for sample in self.samples or (clip.sample,):
             if self.rng is not None:
                 self.rng.bit_generator.state = state
-            indices.append(segment_indices(num_frames, sample, self.rng)[None])
-        return Choice(indices=tuple(indices), windows=cut_windows(num_frames, fps, None))
+            indices.append(clip_indices(num_frames, rate.claimed, sample, self.rng)[None])
+        return Choice(indices=tuple(indices), windows=cut_windows(num_frames, rate.measured, None))
 
     def cuts(self, clip: ClipConfig, width: int, height: int) -> Sequence[Cut]:
         """Which parts of a frame that is shown as width x height."""
@@ -102,19 +115,19 @@ class Views:
         """See Sampled."""
         if self.views.windows is not None:
             return 0.0
-        return _reach(replace(clip.sample, num_segments=clip.sample.num_segments * self.views.temporal))
+        return _reach(clip.sample, self.views.temporal, placed=self.views.placed)
 
-    def choose(self, num_frames: int, fps: float, clip: ClipConfig) -> Choice:
+    def choose(self, num_frames: int, rate: Rate, clip: ClipConfig) -> Choice:
         """See Sampled."""
-        every = cut_windows(num_frames, fps, self.views.windows)
+        every = cut_windows(num_frames, rate.measured, self.views.windows)
         if self.first_window >= len(every):
             raise UndecodableVideo(
                 f"window {self.first_window} is gone: {num_frames} frames, fewer than before, make {len(every)} windows"
             )
-        frames_a_window = clip.sample.num_segments * clip.sample.frames_per_segment * self.views.num_views
+        frames_a_window = clip.sample.num_frames * self.views.num_views
         at_once = max(1, _WINDOWS_BYTES // (frames_a_window * clip.frame_bytes))
         windows = every[self.first_window : self.first_window + at_once]
-        indices = window_indices(windows, clip.sample, self.views.temporal)
+        indices = window_indices(windows, rate.claimed, clip.sample, self.views)
         return Choice(indices=(indices,), windows=windows, num_windows=len(every))
 
     def cuts(self, clip: ClipConfig, width: int, height: int) -> Sequence[Cut]:
@@ -149,10 +162,10 @@ class Thumbnails:
         """See Sampled."""
         return _reach(clip.sample)
 
-    def choose(self, num_frames: int, fps: float, clip: ClipConfig) -> Choice:
+    def choose(self, num_frames: int, rate: Rate, clip: ClipConfig) -> Choice:
         """See Sampled."""
         indices = segment_indices(num_frames, clip.sample)[None]
-        return Choice(indices=(indices,), windows=cut_windows(num_frames, fps, None))
+        return Choice(indices=(indices,), windows=cut_windows(num_frames, rate.measured, None))
 
     def cuts(self, clip: ClipConfig, width: int, height: int) -> Sequence[Cut]:
         """See Sampled."""
@@ -170,6 +183,8 @@ class Thumbnails:
 Request = Sampled | Views | Thumbnails
 
 
-def _reach(sample: SampleConfig) -> float:
-    """Share of the frames before the last slot: its frame is wanted, whichever it is."""
-    return 1 - 1 / (sample.num_segments * sample.frames_per_segment)
+def _reach(sample: SampleConfig, num_views: int = 1, *, placed: bool = False, drawn: bool = False) -> float:
+    """Share of the frames before the last slot, whose frame is wanted whichever it is; see dense_reach."""
+    if sample.is_dense:
+        return dense_reach(num_views, placed=placed, drawn=drawn)
+    return 1 - 1 / (sample.num_frames * num_views)

@@ -7,17 +7,28 @@ Random draws nest: from one generator state, the frames that few slots draw are 
 among those that a multiple of the slots draws, and the generator is left alike. Trials with other segment counts then
 need almost the same frames, decoded once (see kinoray.video.cache). Easy to break: draw nothing that depends on S or T.
 
-Long videos are cut into windows: every frame of the video is in one, and all windows of a video are equally long.
+Dense clips are in dense.py. Long videos are cut into windows: every frame of the video is in one, and all windows of a
+video are equally long.
 """
 
 import hashlib
 
 import numpy as np
 
-from kinoray.config.scoring import WindowsConfig
+from kinoray.config.scoring import ViewsConfig, WindowsConfig
 from kinoray.config.shared import SampleConfig
+from kinoray.video.dense import dense_indices
 
-__all__ = ["clip_rng", "cut_windows", "segment_indices", "view_indices", "window_indices"]
+__all__ = ["clip_indices", "clip_rng", "cut_windows", "segment_indices", "view_indices", "window_indices"]
+
+
+def clip_indices(
+    num_frames: int, fps: float, config: SampleConfig, rng: np.random.Generator | None = None
+) -> np.ndarray:
+    """Frame numbers of one clip, int64 [S, T]: spread over the video, or a dense clip in its middle (rng: anywhere)."""
+    if config.is_dense:
+        return np.asarray(dense_indices(num_frames, fps, config, rng=rng)[0])
+    return segment_indices(num_frames, config, rng)
 
 
 def segment_indices(num_frames: int, config: SampleConfig, rng: np.random.Generator | None = None) -> np.ndarray:
@@ -91,9 +102,19 @@ def cut_windows(num_frames: int, fps: float, config: WindowsConfig | None) -> np
     return np.stack([starts, starts + length], axis=1)
 
 
-def window_indices(windows: np.ndarray, sample: SampleConfig, num_views: int) -> np.ndarray:
-    """Frame numbers of the temporal views of each window, int64 [W * V, S, T]: window by window, see `view_indices`."""
-    return np.concatenate([start + view_indices(int(end - start), sample, num_views) for start, end in windows])
+def window_indices(windows: np.ndarray, fps: float, sample: SampleConfig, views: ViewsConfig) -> np.ndarray:
+    """Frame numbers of the temporal views of each window, int64 [W * V, S, T], window by window.
+
+    Spread clips interleave (`view_indices`), dense clips lie over the window (`dense_indices`).
+    """
+    found = []
+    for start, end in windows.tolist():
+        if sample.is_dense:
+            indices = dense_indices(end - start, fps, sample, views.temporal, placed=views.placed)
+        else:
+            indices = view_indices(end - start, sample, views.temporal)
+        found.append(start + indices)
+    return np.concatenate(found)
 
 
 def clip_rng(seed: int, epoch: int, video_id: str) -> np.random.Generator:
