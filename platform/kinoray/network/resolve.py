@@ -159,10 +159,10 @@ def _torchvision(rest: str, option: str) -> Source:
 
 
 def _hugging_face(rest: str, option: str) -> Source:
-    if (Path(rest).expanduser() / "config.json").is_file():
+    if rest and (Path(rest).expanduser() / "config.json").is_file():
         return Source(kind="hf", name=str(Path(rest).expanduser().resolve()))
     name, _, revision = rest.partition("@")
-    is_path = rest.startswith((".", "/", "~")) or Path(rest).expanduser().exists()
+    is_path = rest.startswith((".", "/", "~")) or (rest != "" and Path(rest).expanduser().exists())
     if is_path or not _REPO.fullmatch(name) or (revision and not _REVISION.fullmatch(revision)) or rest.endswith("@"):
         reason = "is a folder without a config.json" if Path(rest).expanduser().is_dir() else "is no such folder"
         raise ConfigError(
