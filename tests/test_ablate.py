@@ -311,7 +311,7 @@ def test_the_study_of_a_packed_set_runs_and_resumes(
     ]
     assert run(job, *flags) == 0
     out = capsys.readouterr().out
-    assert "tune: 2 trials (search given, none stopped before epoch , 0 have ended already" in out
+    assert "tune: 2 trials (search given, none stopped before epoch 1), 0 have ended already" in out
     page = (tmp_path / "out" / "ablation.md").read_text(encoding="utf-8")
     assert page in out
     cells = dict(line.split(" | ")[:2] for line in page.splitlines() if " | " in line)
