@@ -120,7 +120,7 @@ def test_help_names_the_flags_that_are_parsed(verb: str, capsys: pytest.CaptureF
     parsed = set()
     for line in capsys.readouterr().out.splitlines():
         if line[1:3] == " -":  # behind the box
-            parsed.update(flag.findall(line.strip("|\u2502 ").split("   ")[0]))
+            parsed.update(flag.findall(line.strip("|\u2502 ").split("  ")[0]))
     explained = {name for setting in settings_of(VERBS[verb].config()) for name in flag.findall(setting.flag)}
     assert explained == parsed - {"--help"}
 

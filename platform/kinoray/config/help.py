@@ -84,7 +84,7 @@ def verb_help(command: str, cls: type[Any], main: tuple[str, ...], extra: str, *
         extra: one more line about flags that are no settings.
     """
     width = min(shutil.get_terminal_size().columns, _WIDEST)
-    everything = list(settings_of(cls))
+    everything = sorted(settings_of(cls), key=lambda item: item.flag.startswith("--"))  # what has no flag comes first
     shown = [item for item in everything if every or item.path in main or item.is_needed]
     needed = [item.flag for item in everything if item.is_needed]
     lines = [

@@ -45,9 +45,9 @@ class LabelsConfig(PredictionsConfig):
     """Only rows of these states; labelled has the rows that abstained, too."""
     label: tuple[str, ...] = ()
     """Only rows whose first class is one of these."""
-    score: tuple[float, float] | None = None
+    score: Annotated[tuple[float, float] | None, tyro.conf.arg(metavar="FROM TO")] = None
     """Only rows whose first class has a probability from the first number to the second one, such as 0 0.5."""
-    margin: tuple[float, float] | None = None
+    margin: Annotated[tuple[float, float] | None, tyro.conf.arg(metavar="FROM TO")] = None
     """Only rows whose first class leads the second by so much: from, and to."""
     video_id: str = ""
     """Only videos whose id is like this pattern: * stands for any text, ? for a character, [ab] for one of them."""
