@@ -1,6 +1,7 @@
 """Fixtures that every test may use: an S3 server of its own process, and one Ray for the whole session."""
 
 import os
+import socket
 import subprocess
 import sys
 import urllib.request
@@ -54,6 +55,18 @@ def _environment() -> Iterator[None]:
     yield
     os.environ.clear()
     os.environ.update(saved)
+
+
+@pytest.fixture
+def offline(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A connection, or a question for an address, ends the test."""
+
+    def refuse(*args: object, **kwargs: object) -> None:
+        raise AssertionError(f"a connection: {args}")
+
+    for name in ("create_connection", "getaddrinfo"):
+        monkeypatch.setattr(socket, name, refuse)
+    monkeypatch.setattr(socket.socket, "connect", refuse)
 
 
 @pytest.fixture(scope="session")

@@ -4,7 +4,6 @@ import functools
 import hashlib
 import json
 import os
-import socket
 import struct
 import subprocess
 import sys
@@ -91,18 +90,6 @@ def stranger(tmp_path: Path, marker: Path, monkeypatch: pytest.MonkeyPatch) -> I
     monkeypatch.syspath_prepend(str(folder))
     yield folder
     sys.modules.pop("stranger_net", None)
-
-
-@pytest.fixture
-def offline(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A connection, or a question for an address, ends the test."""
-
-    def refuse(*args: object, **kwargs: object) -> None:
-        raise AssertionError(f"a connection: {args}")
-
-    for name in ("create_connection", "getaddrinfo"):
-        monkeypatch.setattr(socket, name, refuse)
-    monkeypatch.setattr(socket.socket, "connect", refuse)
 
 
 FOREIGN: list[tuple[str, dict[str, Any]]] = [
@@ -233,6 +220,84 @@ def test_an_option_in_a_checkpoint_is_no_file_and_no_address(value: object, tmp_
         load_model(LOCAL, uri)
 
 
+VIDEOMAE: dict[str, Any] = {
+    "model_type": "videomae",
+    "image_size": 32,
+    "num_frames": 4,
+    "hidden_size": 24,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "intermediate_size": 32,
+}
+SCALING = {"rgb_mean": [0.5] * 3, "rgb_std": [0.5] * 3}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"config": {**VIDEOMAE, "hidden_act": "/etc/passwd"}},
+        {"config": {**VIDEOMAE, "hidden_act": "http://127.0.0.1:1/x"}},
+        {"config": {**VIDEOMAE, "_attn_implementation": "eager"}},
+        {"config": {**VIDEOMAE, "auto_map": {"AutoConfig": "evil.C"}, "__class__": "x"}},
+        {"config": {**VIDEOMAE, "a b": 1}},
+        {"config": {**VIDEOMAE, "hidden_size": 10**12}},
+        {"config": {**VIDEOMAE, "layer_norm_eps": {"a": {"b": {"c": 1}}}}},
+        {"config": {**VIDEOMAE, **{f"entry{number}": 1 for number in range(1001)}}},
+        {"config": [[[[1]]]]},
+        {"rgb_mean": ["../x"] * 3},
+        {"recipe": {"frames": "s3://bucket/x"}},
+        {"drop_path": {"a": 1}},  # only the four that are JSON may be
+    ],
+    ids=lambda change: str(change)[:40],
+)
+@pytest.mark.parametrize("factory", ["huggingface", "video_baselines:huggingface"])
+@pytest.mark.usefixtures("offline")
+def test_json_of_a_published_config_is_plain_and_bounded(
+    factory: str, change: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    uri = make_checkpoint(tmp_path / "checkpoint", factory, {"config": VIDEOMAE, **SCALING, **change})
+    monkeypatch.setattr("kinoray.network.checkpoint.build_outline", None)  # refused before anything is built
+    with pytest.raises(CheckpointCorrupt, match="must be a number, true, false or a plain name"):
+        load_model(LOCAL, uri)
+
+
+@pytest.mark.parametrize(
+    ("entries", "message"),
+    [
+        ({"model_type": "llama"}, "model_type must be one of timesformer, "),
+        ({"model_type": "evil"}, "model_type must be one of timesformer, "),
+        ({"model_type": None}, "model_type must be one of timesformer, "),
+        ({"auto_map": {"AutoModelForVideoClassification": "evil.M"}}, "config.auto_map is not an entry of a videomae"),
+        ({"attn_implementation": "someone.kernel"}, "config.attn_implementation is not an entry"),
+        ({"quantization_config": {}}, "config.quantization_config is not an entry"),
+        ({"trust_remote_code": True}, "config.trust_remote_code is not an entry"),
+        ({"name_or_path": "someone"}, "config.name_or_path is not an entry"),
+        ({"num_hidden_layers": 2**30}, "num_hidden_layers must be at most 128"),
+        ({"image_size": 2**16, "patch_size": 1}, "numbers, over"),
+        ({"hidden_size": 2**30}, "numbers, over"),
+        ({"hidden_act": "no_such"}, "no_such"),
+        ({"hidden_size": "wide"}, "hidden_size"),
+        ({"patch_size": 0}, "must be at least 1|ZeroDivision|modulo"),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+@pytest.mark.usefixtures("offline")
+def test_a_config_builds_what_the_installed_library_declares_and_nothing_else(
+    entries: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    pytest.importorskip("transformers", reason="needs the package transformers")
+    uri = make_checkpoint(tmp_path / "checkpoint", "huggingface", {"config": {**VIDEOMAE, **entries}, **SCALING})
+    with pytest.raises((ConfigError, ModelError), match=message):
+        load_model(LOCAL, uri)
+
+
+@pytest.mark.parametrize("value", [{"model_type": "videomae"}, [1, 2]])
+def test_other_networks_take_no_json(value: object, tmp_path: Path) -> None:
+    uri = make_checkpoint(tmp_path / "checkpoint", "tsn", {"config": value})
+    with pytest.raises(CheckpointCorrupt, match="must be a number, true, false or a plain name"):
+        load_model(LOCAL, uri)
+
+
 @pytest.mark.usefixtures("offline")
 def test_start_weights_in_a_checkpoint_are_not_read(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "weights.pth")  # to open it would be to wait for ever
@@ -299,6 +364,10 @@ def set_meta(**values: object) -> Callable[[dict[str, Any]], object]:
         (set_meta(metrics={"val_top1": "1"}), CheckpointMismatch),
         (set_meta(metrics={"val_top1": float("nan")}), (CheckpointMismatch, CheckpointCorrupt)),
         (set_meta(metrics=[1]), CheckpointMismatch),
+        (set_meta(origin="torchvision"), CheckpointMismatch),
+        (set_meta(origin={"sha256": 5}), CheckpointMismatch),
+        (set_meta(origin={"run": "x"}), CheckpointMismatch),
+        (set_meta(origin={"fed": []}), CheckpointMismatch),
         (set_meta(model_digest="0" * 16), CheckpointCorrupt),
         (set_meta(clip={"flow": {"bound_px": 10**400}}), CheckpointCorrupt),
         (lambda document: document["meta"].pop("labels"), CheckpointMismatch),
