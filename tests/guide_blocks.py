@@ -11,7 +11,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 RUN_BY = re.compile(r"# run by (tests/test_\w+\.py)")
-NOT_RUN = ("# needs a cloud", "# needs the package index", "# needs a GPU", "# takes hours", "# measured by hand")
+NOT_RUN = ("# needs a cloud", "# needs the internet", "# needs a GPU", "# takes hours", "# measured by hand")
 
 _FENCE = re.compile(r"^( *)```(\w*)\n(.*?)^\1```$", flags=re.DOTALL | re.MULTILINE)
 _ENDS_COMMAND = re.compile(r"[;&|()]+")
