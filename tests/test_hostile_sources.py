@@ -48,6 +48,7 @@ from kinoray.pack.unit import PackSettings, pack_unit
 from kinoray.pack.verb import pack
 from kinoray.storage.objects import Storage, join
 from kinoray.video.sandbox.pool import shared_sandbox
+from kinoray.video.sandbox.process import DecoderProcess
 from label_models import save_untrained
 from small_sets import LABELS, catalog_of, colour_video
 
@@ -468,6 +469,49 @@ def test_every_good_video_of_a_hostile_folder_is_labelled(ray_local: None, tmp_p
         f"{folder}/self.mp4": "StorageError",
         f"{folder}/pipe.mp4": "ObjectNotFound",
     }
+
+
+MODULES = "numpy cv2 av torch pyarrow pandas safetensors yaml tyro vcm_sdd video_baselines sitecustomize usercustomize"
+
+
+def poisoned(folder: Path) -> Path:
+    """A library with files that are called like modules; each leaves a mark where it is imported. Returns the mark."""
+    mark = folder.parent / "imported"
+    for name in MODULES.split():
+        (folder / f"{name}.py").write_text(f"print({name!r}, file=open({str(mark)!r}, 'a'))\n")
+    return mark
+
+
+@pytest.mark.ray
+def test_files_of_a_library_are_no_modules(tmp_path: Path) -> None:
+    """Commands are given in the library itself: neither they, nor Ray's workers, nor decoders import from there."""
+    folder = tmp_path / "library"
+    folder.mkdir()
+    (folder / "v.mp4").write_bytes(colour_video("blue", 0))
+    mark = poisoned(folder)
+    out = tmp_path / "out"
+    checkpoint = label_config(str(folder), tmp_path, str(out)).checkpoint
+    command = [sys.executable, "-m", "kinoray", "label", ".", "--checkpoint", checkpoint, "--out", "../out"]
+    done = subprocess.run(
+        [*command, "--workers", "1"], cwd=folder, capture_output=True, text=True, timeout=280, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "1 inputs = 1 labelled + 0 quarantined" in done.stdout
+    assert not mark.exists(), mark.read_text()
+    found = read_predictions(STORAGE, str(out)).to_pylist()
+    assert [row["uri"] for row in found] == [str(folder / "v.mp4")]
+
+
+def test_a_decoder_imports_nothing_from_the_folder_of_a_script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "library"
+    folder.mkdir()
+    mark = poisoned(folder)
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("PYTHONPATH", str(folder))
+    monkeypatch.setattr(sys, "path", [str(folder), "", *sys.path])
+    process = DecoderProcess()
+    process.kill()
+    assert not mark.exists(), mark.read_text()
 
 
 def label_config(source: str, folder: Path, out: str) -> LabelConfig:

@@ -49,7 +49,7 @@ def arm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None
     def use(lacks: str) -> None:
         python = tmp_path / "python"
         command = shlex.join([sys.executable, str(script), lacks])
-        python.write_text(f'#!/bin/sh\nshift 3\nexec {command} "$@"\n')  # without -P -m kinoray.video.sandbox.child
+        python.write_text(f'#!/bin/sh\nshift 4\nexec {command} "$@"\n')  # without -P -s -m kinoray.video.sandbox.child
         python.chmod(0o755)
         monkeypatch.setattr("kinoray.video.sandbox.process._PYTHON", str(python))
 

@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -156,14 +157,13 @@ class DecoderProcess:
 
     def _popen(self, theirs: socket.socket, stderr: int) -> "subprocess.Popen[bytes]":
         descriptors = (theirs.fileno(), self._input, self._output)
-        root = str(Path(__file__).resolve().parents[3])
-        path = [root, *(os.path.abspath(entry) for entry in sys.path if entry and os.path.exists(entry))]
         env = {name: os.environ[name] for name in _INHERITED if name in os.environ}
-        env |= _CHILD_ENV | {"PYTHONPATH": os.pathsep.join(dict.fromkeys(path))}
+        env |= _CHILD_ENV | {"PYTHONPATH": os.pathsep.join(_import_path(self.backend))}
         return subprocess.Popen(
             [
                 _PYTHON,
                 "-P",
+                "-s",
                 "-m",
                 "kinoray.video.sandbox.child",
                 *map(str, descriptors),
@@ -292,6 +292,21 @@ class DecoderProcess:
         self._socket.close()
         for descriptor in (self._input, self._output, self._stderr):
             os.close(descriptor)
+
+
+def _import_path(backend: str) -> list[str]:
+    """Where a decoder imports from: kinoray's root, installed packages, and where what it decodes with lies.
+
+    Not all of sys.path: the folder of a script, or the one a command is given in, can be a stranger's library, and a
+    sitecustomize.py in it would run before the decoder is in its jail.
+    """
+    path = [str(Path(__file__).resolve().parents[3])]
+    path += [os.path.abspath(entry) for entry in sys.path if Path(entry).name in ("site-packages", "dist-packages")]
+    for package in ("numpy", "cv2", "av", backend):
+        spec = find_spec(package)
+        if spec is not None and spec.origin:
+            path.append(str(Path(os.path.abspath(spec.origin)).parents[1]))
+    return list(dict.fromkeys(path))
 
 
 def _output_file() -> int:
