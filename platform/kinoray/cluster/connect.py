@@ -88,7 +88,7 @@ class _Job(JobConfig):  # type: ignore[misc]  # ray is not typed
 
     def _serialize(self) -> bytes:
         own = {os.path.realpath(entry) for entry in sys.path}  # "" is the working folder
-        self._py_driver_sys_path = [entry for entry in self._py_driver_sys_path if os.path.realpath(entry) in own]
+        self._py_driver_sys_path[:] = [entry for entry in self._py_driver_sys_path if os.path.realpath(entry) in own]
         return bytes(super()._serialize())
 
 
