@@ -183,6 +183,18 @@ def test_torchvision_draws_from_the_same_clips() -> None:
     assert len(every) == 50 - 16 + 1
 
 
+# Ours
+
+
+@pytest.mark.parametrize(
+    ("fps", "steps"), [(25.0, 1), (30.0, 1), (15.0, 1), (50.0, 2), (60.0, 2), (120.0, 5), (0.0, 1)]
+)
+def test_even_takes_the_nearest_whole_stride(fps: float, steps: int) -> None:
+    config = dense(8, 1, fps=25.0, placement="even")
+    found = flat(dense_indices(300, fps, config, 5))
+    assert found == mmaction2(300, 8, steps, 5, None, "loop")
+
+
 # What holds for all of them
 
 CONFIGS = st.builds(
@@ -193,7 +205,7 @@ CONFIGS = st.builds(
     st.integers(1, 32),
     st.integers(1, 40),
     st.sampled_from([0.0, 7.5, 15.0, 25.0, 30.0]),
-    st.sampled_from(["mmaction2", "slowfast", "torchvision"]),
+    st.sampled_from(["mmaction2", "slowfast", "torchvision", "even"]),
     st.sampled_from(["loop", "repeat_last"]),
 )
 

@@ -1,12 +1,26 @@
 """Views: geometry by hand, and against cutting first and resizing afterwards."""
 
+from dataclasses import replace
+
 import cv2
 import numpy as np
 import pytest
+import torch
+from PIL import Image
 
+from decode_reference import moving, plain_decode
+from kinoray.config.clip import Interpolation
+from kinoray.config.scoring import ViewsConfig
 from kinoray.config.shared import ViewConfig
+from kinoray.demo.videos import make_video
+from kinoray.errors import ConfigError
+from kinoray.network import ClipRecipe, InputSpec
+from kinoray.network.build import clip_for
 from kinoray.video import transform
+from kinoray.video.frames import decode
+from kinoray.video.request import Views
 from kinoray.video.transform import View, crop_views, train_view
+from vcm_sdd.preprocess import preprocess
 
 STRETCH = ViewConfig()
 SHORT = ViewConfig(resize="short_side")
@@ -116,6 +130,93 @@ def test_a_view_is_cutting_first_and_resizing_afterwards(config: ViewConfig) -> 
         top, bottom = (round(edge * height / view.height) for edge in (view.top, view.top + view.size))
         naive = cv2.resize(picture[top:bottom, left:right], (view.size, view.size), interpolation=cv2.INTER_LINEAR)
         assert np.abs(ours - naive).max() < 0.5 * 1.3 * 2 + 1
+
+
+# Resizing as published networks were fed
+
+
+@pytest.mark.parametrize(
+    ("config", "width", "height", "expected"),
+    [
+        pytest.param(
+            ViewConfig(resize_px=128, resize_width_px=171, crop_px=112, middle="even", interpolation="bilinear"),
+            *(340, 256, View(128, 171, 8, 30, 112, False)),
+            id="exact, half a pixel to the even side",
+        ),
+        pytest.param(
+            ViewConfig(resize_px=128, resize_width_px=171, crop_px=112),
+            *(340, 256, View(128, 171, 8, 29, 112, False)),
+            id="exact, half a pixel down",
+        ),
+        pytest.param(
+            replace(SHORT, interpolation="bilinear"),
+            *(1366, 720, View(256, 485, 16, 130, 224, False)),
+            id="the longer side is cut to whole pixels, 485.7",
+        ),
+        pytest.param(SHORT, 1366, 720, View(256, 486, 16, 131, 224, False), id="and rounded otherwise"),
+    ],
+)
+def test_published_geometry(config: ViewConfig, width: int, height: int, expected: View) -> None:
+    assert transform.test_view(config, width, height) == expected
+    assert {view.height for view in crop_views(config, width, height, "ten")} == {expected.height}
+
+
+@pytest.mark.parametrize("antialias", [True, False])
+@pytest.mark.parametrize("interpolation", ["nearest", "bilinear", "bicubic", "lanczos", "box", "hamming"])
+@pytest.mark.parametrize(("width", "height"), [(640, 360), (90, 160), (256, 256)])
+def test_frames_are_resized_as_published_networks_were_fed(
+    interpolation: Interpolation, antialias: bool, width: int, height: int
+) -> None:
+    """Against torchvision's words (vcm_sdd.preprocess), or Pillow itself for filters that torch does not have.
+
+    Both round to whole grey levels, each in its own order, and OpenCV's weights are whole numbers.
+    """
+    recipe = ClipRecipe(
+        resize="shortest",
+        resize_px=(128, 128),
+        crop_px=112,
+        middle="even",
+        interpolation=interpolation,
+        antialias=antialias,
+    )
+    if not antialias and interpolation not in ("nearest", "bilinear", "bicubic"):
+        with pytest.raises(ConfigError, match=f"view.antialias must be on with view.interpolation {interpolation}"):
+            clip_for(InputSpec(recipe=recipe))
+        return
+    view = clip_for(InputSpec(recipe=recipe)).view
+    cut = transform.test_view(view, width, height)
+    rng = np.random.default_rng(0)
+    picture = cv2.GaussianBlur(rng.integers(0, 256, (height, width, 3), np.uint8), (0, 0), 1.5)
+    found = np.stack([transform.resized_cut(picture[..., channel], cut, view) for channel in range(3)])
+    if interpolation in ("lanczos", "box", "hamming"):
+        how = Image.Resampling[interpolation.upper()]
+        whole = np.asarray(Image.fromarray(picture).resize((cut.width, cut.height), how))
+        expected = np.moveaxis(whole[cut.rows, cut.columns], -1, 0)
+    else:
+        spec = InputSpec(rgb_mean=(0, 0, 0), rgb_std=(1, 1, 1), recipe=recipe)
+        expected = np.rint(255 * preprocess(torch.from_numpy(picture)[None], spec)[0].numpy())
+    difference = np.abs(found.astype(int) - expected.astype(int))
+    assert difference.max() <= (2 if interpolation == "bicubic" else 1)
+    assert difference.mean() < 0.5
+
+
+def test_decoded_frames_are_resized_from_rgb_as_large_as_the_video() -> None:
+    """Every frame of a clip, in three crops, against a plain decode without scaling; the flow is of these frames."""
+    data = make_video(moving(6, 80, 120))
+    spec = InputSpec(recipe=ClipRecipe(frames=3, stride=2, resize="shortest", resize_px=(40, 40), crop_px=32))
+    clip = clip_for(spec)
+    found = list(decode(data, Views(views=ViewsConfig(crops="three")), clip).clips())
+    plain = plain_decode(data, 80, 120)
+    places = found[1].indices[0].tolist()
+    assert places == [0, 2, 4]
+    frames = torch.from_numpy(np.stack([np.moveaxis(plain[place], 0, -1) for place in places]))
+    expected = 255 * preprocess(frames, replace(spec, rgb_mean=(0, 0, 0), rgb_std=(1, 1, 1))).numpy()
+    assert np.abs(found[1].frames[0] - expected).max() <= 1.01
+    assert found[1].flow is not None
+    assert found[1].flow.shape == (1, 3, 2, 32, 32)
+    assert not np.array_equal(found[0].frames, found[2].frames)
+    (alone,) = decode(data, Views(views=ViewsConfig()), clip).clips()
+    assert np.array_equal(alone.frames, found[1].frames)
 
 
 @pytest.mark.parametrize(("top", "left"), [(-1, 0), (0, -1), (33, 0), (0, 77)])

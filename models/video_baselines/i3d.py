@@ -28,10 +28,11 @@ from video_baselines.streams import (
 __all__ = ["PooledClassifier", "i3d", "i3d_nl", "s3dg", "two_stream_i3d"]
 
 _HALF = (0.5, 0.5, 0.5)
-# Carreira and Zisserman (2017), section 3: 64 frames at 25 a second, shortest side 256, centre crop 224. Frames are
-# taken one after the other, as its users do: Kinetics' videos have 25 or 30 a second, and leaving every sixth of 30 out
-# jerks, which moves scores by 0.1.
-_I3D_RECIPE = ClipRecipe(frames=64, stride=1, resize="shortest", resize_px=(256, 256), crop_px=224)
+# Carreira and Zisserman (2017), section 3: 64 frames at 25 a second, shortest side 256, centre crop 224; short videos
+# are looped. Every frame of a video of 30 a second, as its users take them, and not five of six.
+_I3D_RECIPE = ClipRecipe(
+    frames=64, stride=1, fps=25.0, placement="even", resize="shortest", resize_px=(256, 256), crop_px=224
+)
 _NONLOCAL = {0: (0, 0), 5: (2, 3), 10: (4, 6)}
 
 

@@ -6,6 +6,7 @@ from typing import Literal
 from kinoray.config.check import require
 
 __all__ = [
+    "MAX_STRIDE",
     "ClipConfig",
     "DecodeConfig",
     "DecodeLimits",
@@ -19,11 +20,11 @@ __all__ = [
 ]
 
 Backend = Literal["pyav", "decord", "torchcodec"]
-Placement = Literal["mmaction2", "slowfast", "torchvision"]
+Placement = Literal["mmaction2", "slowfast", "torchvision", "even"]
 Short = Literal["loop", "repeat_last"]
 Interpolation = Literal["direct", "nearest", "bilinear", "bicubic", "lanczos", "box", "hamming"]
 
-_MAX_STRIDE = 1000
+MAX_STRIDE = 1000
 _MAX_FPS = 1000
 
 
@@ -47,14 +48,15 @@ class SampleConfig:
     motion; 0: the video's own. Dense clips only."""
     placement: Placement = "mmaction2"
     """Whose arithmetic dense clips follow, frame by frame: MMAction2's SampleFrames, PySlowFast's or torchvision's
-    (docs/protocols.md has the formulas). They differ in where several clips lie, and by a frame here and there."""
+    (docs/protocols.md has the formulas). They differ in where several clips lie, and by a frame here and there. `even`:
+    MMAction2's, but fps only chooses the nearest whole stride, so that frames are equally far apart."""
     short: Short = "loop"
     """A video that is shorter than a dense clip is seen again from its start, or its last frame is repeated."""
 
     def __post_init__(self) -> None:
         require(self.num_segments >= 1, "sample.num_segments", "at least 1", self.num_segments)
         require(self.frames_per_segment >= 1, "sample.frames_per_segment", "at least 1", self.frames_per_segment)
-        require(0 <= self.stride <= _MAX_STRIDE, "sample.stride", f"in 0 .. {_MAX_STRIDE}", self.stride)
+        require(0 <= self.stride <= MAX_STRIDE, "sample.stride", f"in 0 .. {MAX_STRIDE}", self.stride)
         require(0 <= self.fps <= _MAX_FPS, "sample.fps", f"in 0 .. {_MAX_FPS}", self.fps)
         require(self.is_dense or not self.fps, "sample.fps", "0 with sample.stride 0", self.fps)
 

@@ -38,8 +38,8 @@ class ClipRecipe:
     """Frames of the video from one frame of the clip to the next; 1 where a frame rate is given."""
     fps: float | None = None
     """Frames a second that the video is brought to before frames are counted; None: those of the video itself."""
-    placement: Literal["mmaction2", "slowfast", "torchvision"] = "mmaction2"
-    """Whose sampler it was fed by."""
+    placement: Literal["mmaction2", "slowfast", "torchvision", "even"] = "mmaction2"
+    """Whose sampler it was fed by (clip.sample.placement)."""
     short: Literal["loop", "repeat_last"] = "loop"
     """What a video that is shorter than a clip shows: itself again, or its last frame."""
     resize: Literal["shortest", "exact"] | None = None

@@ -8,18 +8,21 @@ Each sampler is followed index by index, its roundings and its float32 included 
                   spread from a clip's first to its last one, a little more than a stride apart
     torchvision   VideoClips and UniformClipSampler, torchvision/datasets/video_utils.py and samplers/clip_sampler.py
 
-What they do not say is ours: a single clip lies in the middle of the video unless `placed` asks for the sampler's own
-place, and torchvision, which leaves short videos out, repeats frames as the others do.
+    even          ours: mmaction2 without a frame rate, every round(stride * fps / config.fps)-th frame
+
+What they do not say is ours, too: a single clip lies in the middle of the video unless `placed` asks for the sampler's
+own place, and torchvision, which leaves short videos out, repeats frames as the others do.
 
 Shapes: V clips, N = S * T frames of each
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Protocol
 
 import numpy as np
 
-from kinoray.config.clip import Placement, SampleConfig
+from kinoray.config.clip import MAX_STRIDE, Placement, SampleConfig
 
 __all__ = ["dense_indices", "dense_reach"]
 
@@ -129,6 +132,14 @@ class _MMAction2:
         return places
 
 
+class _Even(_MMAction2):
+    """The whole stride that comes nearest to the frame rate."""
+
+    def __init__(self, num_frames: int, fps: float, config: SampleConfig) -> None:
+        stride = round(config.stride * fps / config.fps) if config.fps else config.stride
+        super().__init__(num_frames, fps, replace(config, stride=min(max(1, stride), MAX_STRIDE), fps=0.0))
+
+
 class _SlowFast:
     """V clips in steps of free / V: the first begins with the video, the last ends before its end."""
 
@@ -197,4 +208,5 @@ _SAMPLERS: Mapping[Placement, type[_MMAction2] | type[_SlowFast] | type[_Torchvi
     "mmaction2": _MMAction2,
     "slowfast": _SlowFast,
     "torchvision": _Torchvision,
+    "even": _Even,
 }

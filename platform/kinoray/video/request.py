@@ -156,7 +156,8 @@ class Thumbnails:
     def settings(self, clip: ClipConfig) -> ClipConfig:
         """See Sampled."""
         sample = SampleConfig(num_segments=self.num_frames, frames_per_segment=1)
-        return replace(clip.without_flow(), sample=sample)
+        view = replace(clip.view, interpolation="direct", antialias=True)
+        return replace(clip.without_flow(), sample=sample, view=view)
 
     def reach(self, clip: ClipConfig) -> float:
         """See Sampled."""

@@ -10,7 +10,7 @@ import numpy as np
 
 from kinoray.config.shared import ClipConfig
 from kinoray.video.flow_dis import dis_flow, quantise
-from kinoray.video.transform import Cut
+from kinoray.video.transform import Cut, resized_cut
 
 __all__ = ["Empty", "FrameArrays", "mirror", "new_array"]
 
@@ -54,6 +54,7 @@ class FrameArrays:
         empty: Empty,
     ) -> None:
         self._clip, self._choose_cuts, self._empty = clip, cuts, empty
+        self._direct = clip.view.interpolation == "direct"
         self._slot = {index: slot for slot, index in enumerate(wanted.tolist())}
         # Flow looks from t to t + 1; from t - 1 to t at the video's last frame.
         self._partner = {t: t + 1 if t + 1 < num_frames else max(0, t - 1) for t in self._slot}
@@ -68,24 +69,27 @@ class FrameArrays:
         return np.array(sorted(frames), np.int64)
 
     def scaled_size(self, width: int, height: int) -> tuple[int, int]:
-        """See FrameSink; the first frame decides."""
+        """See FrameSink; the first frame decides. Frames that are resized here come as large as they are."""
         if not self._cuts:
             self._cuts = self._choose_cuts(width, height)
             first = self._cuts[0]
             sides = (first.rows.stop - first.rows.start, first.columns.stop - first.columns.start)
             self.frames = self._empty("frames", (len(self._cuts), len(self._slot), 3, *sides), np.uint8)
-        return self._cuts[0].height, self._cuts[0].width
+        return (self._cuts[0].height, self._cuts[0].width) if self._direct else (height, width)
 
     def put(self, index: int, planes: tuple[np.ndarray, np.ndarray, np.ndarray]) -> None:
         """See FrameSink."""
         slot = self._slot.get(index)
         if slot is None:
-            self._green[index] = [planes[1][cut.rows, cut.columns].copy() for cut in self._cuts]
+            self._green[index] = [self._cut(planes[1], cut).copy() for cut in self._cuts]
             return
         for number, cut in enumerate(self._cuts):
             for channel, plane in enumerate(planes):
-                self.frames[number, slot, channel] = plane[cut.rows, cut.columns]
+                self.frames[number, slot, channel] = self._cut(plane, cut)
         self._filled.add(index)
+
+    def _cut(self, plane: np.ndarray, cut: Cut) -> np.ndarray:
+        return plane[cut.rows, cut.columns] if self._direct else resized_cut(plane, cut, self._clip.view)
 
     def finish(self) -> dict[str, np.ndarray]:
         """`frames`; `flow`, int8 [C, U, 2, H, W], or, where the device finds it, `partners`, uint8 [C, U, 1, H, W]:

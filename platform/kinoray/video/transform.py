@@ -1,17 +1,22 @@
 """Which part of a frame the model sees: one scaling, one cut, one mirror, chosen once a clip.
 
 A crop of a smaller region "resized to crop_px" is written as a larger scaling followed by a cut of exactly crop_px:
-the decoder scales once, straight from YUV, and no second resize follows.
+the decoder scales once, straight from YUV, and no second resize follows. For view.interpolation other than `direct` it
+does not scale at all, and `resized_cut` does it as Pillow and torchvision do.
 """
 
 from dataclasses import dataclass, replace
 
+import cv2
 import numpy as np
+from PIL import Image
 
 from kinoray.config.scoring import Crops
 from kinoray.config.shared import ViewConfig
 
-__all__ = ["Cut", "View", "WholeFrame", "crop_views", "test_view", "train_view"]
+__all__ = ["Cut", "View", "WholeFrame", "crop_views", "resized_cut", "test_view", "train_view"]
+
+_WITHOUT_ANTIALIAS = {"bilinear": cv2.INTER_LINEAR, "bicubic": cv2.INTER_CUBIC}
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +69,20 @@ class WholeFrame:
 
 
 Cut = View | WholeFrame
+
+
+def resized_cut(plane: np.ndarray, cut: Cut, config: ViewConfig) -> np.ndarray:
+    """A plane of a whole frame, uint8 [h, w], resized by view.interpolation, in the cut: uint8 [rows, columns]."""
+    if not config.antialias and config.interpolation in _WITHOUT_ANTIALIAS:
+        how = _WITHOUT_ANTIALIAS[config.interpolation]
+        whole = cv2.resize(np.ascontiguousarray(plane), (cut.width, cut.height), interpolation=how)
+        return np.asarray(whole[cut.rows, cut.columns])
+    picture = Image.fromarray(np.ascontiguousarray(plane))
+    across, down = picture.width / cut.width, picture.height / cut.height
+    rows, columns = cut.rows, cut.columns
+    part = (columns.start * across, rows.start * down, columns.stop * across, rows.stop * down)
+    size = (columns.stop - columns.start, rows.stop - rows.start)
+    return np.asarray(picture.resize(size, Image.Resampling[config.interpolation.upper()], part))
 
 
 def _resized(config: ViewConfig, width: int, height: int) -> tuple[int, int]:
