@@ -16,7 +16,7 @@ from kinoray.label.calibration import Calibrated, load_calibration
 from kinoray.label.config import LabelConfig
 from kinoray.label.stage import LabelJob
 from kinoray.label.table import JobRecord, Ledger, Plan, find_labellings, labelling_id, row_keys
-from kinoray.network.build import VideoModel, check_clip, is_shipped, trusted_network
+from kinoray.network.build import VideoModel, check_clip, is_shipped, recipe_departures, trusted_network
 from kinoray.network.checkpoint import CheckpointMeta, find_checkpoint, load_meta, load_model
 from kinoray.network.forward import CPU_BATCH
 from kinoray.network.prepare import compile_advice
@@ -92,6 +92,7 @@ def open_labelling(
     if model is not None:
         _check_clip(config, model, clip)
         check_scorer(model, scorer, len(meta.labels))
+        _say_departures(model, meta, clip, task)
     on_gpu = config.resources.gpus_per_worker > 0
     torch_threads = max(1, int(config.resources.cpus_per_worker))
     settings = _Settings(
@@ -231,6 +232,14 @@ def _say_advice(model: VideoModel | None, job: LabelJob, config: LabelConfig, cl
         return
     if advice := compile_advice(model.input_spec, job.clip, config.inference, clips):
         print(f"{task}: {advice}", flush=True)
+
+
+def _say_departures(model: VideoModel, meta: CheckpointMeta, clip: ClipConfig, task: str) -> None:
+    """Whether a flag of this labelling contradicts what the network was made for; a training's own choice stands."""
+    if clip.sample == meta.clip.sample:
+        return
+    if departures := recipe_departures(model.input_spec, replace(clip, view=meta.clip.view)):
+        print(f"{task}: warning: {meta.model.factory} is not fed as it was made to be: {departures}", flush=True)
 
 
 def _say_others(storage: Storage, out: str, root: str, task: str) -> None:
