@@ -195,10 +195,9 @@ def test_fine_tuning_replaces_the_linear_layer_only() -> None:
 
 def test_i3d_says_how_it_was_fed() -> None:
     recipe = vb.i3d(num_classes=2, **I3D_OPTIONS).input_spec.recipe
-    assert (recipe.frames, recipe.stride, recipe.fps, recipe.resize, recipe.resize_px, recipe.crop_px) == (
+    assert (recipe.frames, recipe.fps, recipe.resize, recipe.resize_px, recipe.crop_px) == (
         64,
-        1,
-        None,
+        25.0,
         "shortest",
         (256, 256),
         224,

@@ -16,6 +16,7 @@ from vcm_sdd.backbone import build_backbones
 from vcm_sdd.weights import flow_stem, load_strict, read_state
 from video_baselines.inception3d import ClippedPool3d, Inception3d
 from video_baselines.resnet3d import DEPTHS, ResNet3d, inflate_state
+from video_baselines.slowfast import slowfast_recipe
 from video_baselines.streams import (
     ClipClassifier,
     Modality,
@@ -29,9 +30,10 @@ __all__ = ["PooledClassifier", "i3d", "i3d_nl", "s3dg", "two_stream_i3d"]
 
 _HALF = (0.5, 0.5, 0.5)
 # Carreira and Zisserman (2017), section 3: 64 frames at 25 a second, shortest side 256, centre crop 224; short videos
-# are looped. Frames are taken one after the other, as its users do: Kinetics' videos have 25 or 30 a second, and
-# leaving every sixth of 30 out jerks, which moves scores by 0.1.
-_I3D_RECIPE = ClipRecipe(frames=64, stride=1, placement="even", resize="shortest", resize_px=(256, 256), crop_px=224)
+# are looped. Every frame of a video of 30 a second, as its users take them, and not five of six.
+_I3D_RECIPE = ClipRecipe(
+    frames=64, stride=1, fps=25.0, placement="even", resize="shortest", resize_px=(256, 256), crop_px=224
+)
 _NONLOCAL = {0: (0, 0), 5: (2, 3), 10: (4, 6)}
 
 
@@ -109,7 +111,9 @@ def i3d(
             _load_inflated(net, states[stream], inflation, source=f"backbone_weights {backbone_weights}")
         return PooledClassifier(net, net.num_channels, num_classes, dropout, windows=pooling == "windows")
 
-    spec = InputSpec(rgb_mean=_HALF, rgb_std=_HALF, recipe=_I3D_RECIPE) if inception else InputSpec()
+    # Over ResNets: 8 frames, every 8th (I3D 8x8 of PySlowFast), or Wang et al.'s 128 in a row for the strided stem.
+    resnet = InputSpec(recipe=slowfast_recipe(128, 1) if strided_stem else slowfast_recipe(8, 8))
+    spec = InputSpec(rgb_mean=_HALF, rgb_std=_HALF, recipe=_I3D_RECIPE) if inception else resnet
     return build_streams(modality, make, spec=spec, flow_channels=flow_channels, flow_weight=flow_weight)
 
 
@@ -169,7 +173,7 @@ def s3dg(
         net = Inception3d("gated" if gating else "separable", in_channels=channels)
         return PooledClassifier(net, net.num_channels, num_classes, dropout)
 
-    spec = InputSpec(rgb_mean=_HALF, rgb_std=_HALF)
+    spec = InputSpec(rgb_mean=_HALF, rgb_std=_HALF, recipe=_I3D_RECIPE)  # Xie et al. (2018): 64 frames at 25 a second
     return build_streams(modality, make, spec=spec, flow_channels=flow_channels, flow_weight=flow_weight)
 
 

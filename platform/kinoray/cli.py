@@ -213,6 +213,7 @@ def _overview() -> str:
 
 
 _WITH_PRESETS = ("train", "tune")
+_FED_BY_DEFAULT = ("vcm_sdd", "vcm_sdd_r101")  # the defaults of the settings are theirs
 
 
 def _presets() -> Mapping[str, Any]:
@@ -326,12 +327,31 @@ def _parse(name: str, cls: type[Any], arguments: list[str]) -> tuple[Any, bool]:
         default = _preset(name, cls, preset)
     _require_own_word(name, arguments, default, path)
     try:
-        return _parse_flags(name, cls, [*arguments, *submitted], default), print_only
+        config = _parse_flags(name, cls, [*arguments, *submitted], default)
     except ConfigError as error:
         reordered = _source_first(arguments) if str(error).startswith("Missing") else arguments
         if reordered == arguments:
             raise
-        return _parse_flags(name, cls, reordered, default), print_only
+        config = _parse_flags(name, cls, reordered, default)
+    if name in _WITH_PRESETS and default is None and config.model.factory not in _FED_BY_DEFAULT:
+        config = _parse_flags(name, cls, arguments, _fed_by_recipe(cls, config))
+    return config, print_only
+
+
+def _fed_by_recipe(cls: type[Any], config: Any) -> Any:
+    """The defaults of a verb that trains, with the clip of the network's own recipe; flags are read over them again.
+
+    A preset or a file says how its network is fed, so this is for flags alone.
+    """
+    clip = _load("kinoray.network.build:clip_of_network")(config.model)
+    missing = _load("tyro:MISSING")
+    values: dict[str, Any] = {}
+    for field in dataclasses.fields(cls):
+        if field.default_factory is not dataclasses.MISSING:
+            values[field.name] = field.default_factory()
+        else:
+            values[field.name] = missing if field.default is dataclasses.MISSING else field.default
+    return cls(**(values | {"clip": clip, "model": config.model}))
 
 
 def _require_own_word(name: str, arguments: list[str], default: Any, path: str) -> None:

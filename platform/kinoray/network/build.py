@@ -31,8 +31,10 @@ __all__ = [
     "check_clip",
     "classifier_names",
     "clip_for",
+    "clip_of_network",
     "factory_options",
     "is_shipped",
+    "recipe_departures",
     "require_known_model",
     "source_reader",
     "trusted_network",
@@ -86,6 +88,11 @@ _JSON_OPTIONS: Mapping[str, frozenset[str]] = {
 }
 _MAX_JSON_DEPTH = 3
 _MAX_JSON_VALUES = 1000
+
+_RECIPE_SETTINGS = {
+    "sample": ("num_segments", "frames_per_segment", "stride", "fps"),
+    "view": ("resize", "resize_px", "resize_width_px", "crop_px"),
+}
 
 START_OPTIONS = frozenset({"backbone_weights", "pretrained", "weights"})
 """Options of these names only choose the weights that training starts from; they must not change the network itself."""
@@ -253,6 +260,31 @@ def clip_for(spec: InputSpec) -> ClipConfig:
     """
     recipe = getattr(spec, "recipe", ClipRecipe())
     return ClipConfig(sample=_recipe_sample(spec, recipe), view=_recipe_view(spec, recipe))
+
+
+def clip_of_network(config: ModelConfig) -> ClipConfig:
+    """`clip_for` the configured network, which is built without memory or weights; ours for one that does not ship.
+
+    Raises:
+        ConfigError, ModelError: it cannot be built with these options.
+    """
+    if not is_shipped(config.factory):
+        return ClipConfig()
+    outline = cast(VideoModel, build_outline(without_start_weights(config), num_classes=2))
+    return clip_for(outline.input_spec)
+
+
+def recipe_departures(spec: InputSpec, clip: ClipConfig) -> str:
+    """Where a clip is not what the network's recipe says, setting by setting with both values; "" for nowhere."""
+    if getattr(spec, "recipe", ClipRecipe()).frames is None:
+        return ""
+    own = clip_for(spec)
+    pairs = [
+        (f"clip.{part}.{name}", getattr(getattr(clip, part), name), getattr(getattr(own, part), name))
+        for part, names in _RECIPE_SETTINGS.items()
+        for name in names
+    ]
+    return ", ".join(f"{name} {found} (its recipe: {expected})" for name, found, expected in pairs if found != expected)
 
 
 def _recipe_sample(spec: InputSpec, recipe: ClipRecipe) -> SampleConfig:

@@ -80,8 +80,9 @@ _MODULES = {
     "decord": ("decord",),
     "torchcodec": ("torchcodec.decoders", "torchcodec.transforms"),
 }
-_LATE = ("av.subtitles.codeccontext", "av.subtitles.stream", "av.subtitles.subtitle", "numpy.ma")
-"""Modules that libraries import in the middle of their work: PyAV for files with subtitles, numpy for np.unique.
+_LATE = ("PIL.ImageFile", "av.subtitles.codeccontext", "av.subtitles.stream", "av.subtitles.subtitle", "numpy.ma")
+"""Modules that libraries import in the middle of their work: PyAV for files with subtitles, numpy for np.unique, Pillow
+for a resize.
 tests/test_jail.py finds those that are missing here."""
 
 
