@@ -33,6 +33,7 @@ __all__ = [
     "catalog_of_files",
     "catalog_of_source",
     "is_catalog",
+    "lies_inside",
     "load_catalog",
     "read_video",
     "read_videos",
@@ -201,19 +202,21 @@ def _absolute_uris(uris: pa.ChunkedArray, folder: str) -> pa.ChunkedArray:
 def _require_inside(path: str, catalog: Catalog) -> None:
     """Raise CatalogError for a row whose bytes lie outside of the folder of its table, also by way of a link."""
     root = absolute(path).rpartition("/")[0]
-    real_root = "" if is_s3(root) else os.path.realpath(root)
     uris = catalog.table.column("uri")
     for uri in uris.unique().to_pylist():
-        if is_s3(root) or is_s3(uri):
-            inside = uri.startswith(f"{root}/")
-        else:
-            inside = "\0" not in uri and os.path.realpath(local_path(uri)).startswith(f"{real_root.rstrip('/')}/")
-        if not inside:
+        if not lies_inside(root, uri):
             row = uris.to_pylist().index(uri)
             raise CatalogError(
                 f"{path} row {row} ({catalog.table.column('video_id')[row].as_py()}) refers to {uri}, which lies "
                 f"outside of {root}; if you trust this table, name it itself: {path}"
             )
+
+
+def lies_inside(root: str, uri: str) -> bool:
+    """Whether an address leads to something below a folder or prefix, links resolved."""
+    if is_s3(root) or is_s3(uri):
+        return uri.startswith(f"{root}/")
+    return "\0" not in uri and os.path.realpath(local_path(uri)).startswith(f"{os.path.realpath(root).rstrip('/')}/")
 
 
 def save_catalog(storage: Storage, uri: str, catalog: Catalog) -> None:
