@@ -201,6 +201,7 @@ def _check_names(where: str, names: Sequence[str], delimiter: str) -> None:
 _SHOWN_FOLDERS = 10
 _STAT_THREADS = 16
 _MAX_ID_BYTES = 180  # leaves room for an extension in the 255 bytes of a file name
+_DIGEST_CHARS = (0, 10, 64)  # of a name's SHA-256 in its video_id: none, enough against chance, enough against intent
 UNLABELLED_SPLITS = frozenset({"test", "holdout", "unlabelled"})
 """Splits whose videos may have no label."""
 
@@ -265,14 +266,21 @@ def unique_ids(names: Sequence[str]) -> list[str]:
     """A video_id for each (unique) name: the path without its extension, in letters, digits, `_` and `-`.
 
     `bus/a.b.mp4` -> `bus__a_b`: a key that every WebDataset reader splits at the same dot. Names that come out equal,
-    or too long, all get a digest of the name at the end, whatever their order.
+    or too long, all get a digest of the name at the end, whatever their order; a whole one where names were chosen so
+    that they come out equal all the same.
     """
-    ids = [_sanitise(name) for name in names]
-    counts = Counter(ids)
-    return [
-        video_id if counts[video_id] == 1 and len(video_id.encode()) <= _MAX_ID_BYTES else _with_digest(video_id, name)
-        for video_id, name in zip(ids, names, strict=True)
-    ]
+    plain = [_sanitise(name) for name in names]
+    lengths = [int(len(video_id.encode()) > _MAX_ID_BYTES) for video_id in plain]  # places in _DIGEST_CHARS
+    ids = list(map(_with_digest, plain, names, lengths))
+    while True:
+        counts = Counter(ids)
+        equal = [place for place, video_id in enumerate(ids) if counts[video_id] > 1]
+        longer = [place for place in equal if lengths[place] < len(_DIGEST_CHARS) - 1]
+        if not longer:
+            return ids
+        for place in longer:
+            lengths[place] += 1
+            ids[place] = _with_digest(plain[place], names[place], lengths[place])
 
 
 def _sanitise(name: str) -> str:
@@ -282,9 +290,14 @@ def _sanitise(name: str) -> str:
     return re.sub(r"[^\w-]", "_", text.replace("/", "__"))
 
 
-def _with_digest(video_id: str, name: str) -> str:
-    digest = hashlib.sha256(name.encode(errors="surrogatepass")).hexdigest()[:10]
-    return f"{video_id.encode()[:_MAX_ID_BYTES].decode(errors='ignore')}-{digest}"
+def _with_digest(video_id: str, name: str, length: int) -> str:
+    """The id with so much of the name's digest (a place in _DIGEST_CHARS), cut to leave room for it."""
+    num_chars = _DIGEST_CHARS[length]
+    if not num_chars:
+        return video_id
+    digest = hashlib.sha256(name.encode(errors="surrogatepass")).hexdigest()[:num_chars]
+    room_bytes = _MAX_ID_BYTES + _DIGEST_CHARS[1] - num_chars
+    return f"{video_id.encode()[:room_bytes].decode(errors='ignore')}-{digest}"
 
 
 def _read_csv(storage: Storage, source: str) -> list[SourceFile]:

@@ -86,6 +86,8 @@ class _Job(JobConfig):  # type: ignore[misc]  # ray is not typed
     Ray would add the working folder, ahead of everything else: a library with a torch.py in it would be code.
     """
 
+    _py_driver_sys_path: list[str]
+
     def _serialize(self) -> bytes:
         own = {os.path.realpath(entry) for entry in sys.path}  # "" is the working folder
         self._py_driver_sys_path[:] = [entry for entry in self._py_driver_sys_path if os.path.realpath(entry) in own]
