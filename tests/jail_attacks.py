@@ -327,6 +327,14 @@ def lie(space: child.OutputSpace, data: bytes, arguments: dict[str, Any]) -> dic
         "a frame that is not there": (frames, "num_frames", 3),
         "another window": (frames, "first_window", 1),
         "many samplings": (frames, "indices", 10**9),
+        "too many frames": (frames, "frames_corrupt", 2**40),
+        "too many promised": (frames["info"], "claimed_frames", 2**200),
+        "too wide": (frames["info"], "width", 2**31),
+        "a negative count": (frames["info"], "num_keyframes", -1),
+        "no rate": (frames["info"], "fps", 1e308),
+        "a turn": (frames["info"], "rotation", 12345),
+        "an odd codec": (frames["info"], "codec", "\x1b[31mhi"),
+        "windows elsewhere": (arrays, "frames.windows", [*arrays["frames.indices.0"][:2], [1, 2]]),
         "infinite count": (frames, "num_frames", float("inf")),
     }
     if what == "size":

@@ -283,7 +283,7 @@ def test_nothing_is_imported_or_opened_once_the_jail_is_closed(backend: Any, hos
     assert ask(process, "events").fields["events"] == []
 
 
-LIES = ("depth", "size", "job error", "setting error", "words for numbers", "another size")
+LIES = ("depth", "size", "job error", "setting error", "too many frames", "words for numbers", "another size")
 MORE_LIES = (
     "no frames",
     "no arrays",
@@ -298,6 +298,13 @@ MORE_LIES = (
     "another window",
     "many samplings",
     "infinite count",
+    "too many promised",
+    "too wide",
+    "a negative count",
+    "no rate",
+    "a turn",
+    "an odd codec",
+    "windows elsewhere",
 )
 
 
