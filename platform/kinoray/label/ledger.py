@@ -280,8 +280,8 @@ class Ledger:
         for unit, table in zip(plan.units, self.read_units(plan.units, _TOTAL_COLUMNS), strict=True):
             exact = exact and table.column("row_key").to_pylist() == list(unit.keys)
             status.update(table.column("status").to_pylist())
-            bad = pc.add(table.column("frames_corrupt"), table.column("frames_missing"))
-            damaged += pc.sum(pc.greater(bad, 0)).as_py() or 0
+            bad = pc.or_(*(pc.greater(table.column(name), 0) for name in ("frames_corrupt", "frames_missing")))
+            damaged += pc.sum(bad).as_py() or 0
             for row in table.filter(pc.equal(table.column("status"), "quarantined")).to_pylist():
                 reasons[row["error_class"]] += 1
                 if len(examples) < _NUM_EXAMPLES:
