@@ -131,3 +131,12 @@ def test_a_flag_against_the_recipe_is_warned_of(tmp_path: Path, capsys: pytest.C
     assert text in capsys.readouterr().out
     open_labelling(replace(config, num_segments=16), "label")
     assert "clip.sample.num_segments 16 (its recipe: 8)" in capsys.readouterr().out
+
+
+def test_early_exit_of_clips_of_one_segment_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.mp4").write_bytes(b"never read")
+    clip = ClipConfig(sample=SampleConfig(num_segments=1, frames_per_segment=8, stride=2))
+    run = save_untrained(LOCAL, str(tmp_path / "run"), ("a", "b"), clip, "tsn", backbone="tiny")
+    config = LabelConfig(source=str(tmp_path), checkpoint=run, out=str(tmp_path / "out"), early_exit="exact")
+    with pytest.raises(ConfigError, match="early_exit must be off for clips of one segment, which is seen at once"):
+        open_labelling(config, "label")

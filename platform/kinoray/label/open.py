@@ -212,6 +212,10 @@ def _answer_rule(config: LabelConfig, num_classes: int, calibration: Calibrated 
 def _scorer_config(config: LabelConfig, clip: ClipConfig, calibration: Calibrated | None) -> ScorerConfig:
     """What is run. Raises ConfigError: the calibration does not hold what early exit asks of it."""
     early_exit = None
+    if config.early_exit != "off" and clip.sample.num_segments == 1:
+        raise ConfigError(
+            f"early_exit must be off for clips of one segment, which is seen at once, got {config.early_exit}"
+        )
     if config.early_exit == "exact":
         early_exit = EarlyExit()
     elif config.early_exit == "margin":
