@@ -343,15 +343,12 @@ def _fed_by_recipe(cls: type[Any], config: Any) -> Any:
 
     A preset or a file says how its network is fed, so this is for flags alone.
     """
-    clip = _load("kinoray.network.build:clip_of_network")(config.model)
-    missing = _load("tyro:MISSING")
-    values: dict[str, Any] = {}
+    values = {"clip": _load("kinoray.network.build:clip_of_network")(config.model), "model": config.model}
     for field in dataclasses.fields(cls):
-        if field.default_factory is not dataclasses.MISSING:
-            values[field.name] = field.default_factory()
-        else:
-            values[field.name] = missing if field.default is dataclasses.MISSING else field.default
-    return cls(**(values | {"clip": clip, "model": config.model}))
+        needed = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+        if needed:
+            values[field.name] = _load("tyro:MISSING")
+    return cls(**values)
 
 
 def _require_own_word(name: str, arguments: list[str], default: Any, path: str) -> None:
