@@ -8,4 +8,4 @@ if not sys.flags.safe_path:
 from kinoray.cli import main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -3,6 +3,7 @@
 Exit codes: 0 done, 1 the job failed, 2 a setting is wrong (nothing was started), 128 + signal (130: Ctrl-C).
 """
 
+import atexit
 import contextlib
 import dataclasses
 import difflib
@@ -12,16 +13,17 @@ import os
 import re
 import shlex
 import sys
+import threading
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from kinoray import __version__
 from kinoray.console import ended_by_signals, exact_stdout, plain_streams, print_traceback
 from kinoray.errors import ConfigError, KinorayError
 
-__all__ = ["VERBS", "Verb", "guarded", "main", "parse_settings"]
+__all__ = ["VERBS", "Verb", "end", "guarded", "main", "parse_settings"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -221,10 +223,36 @@ def _presets() -> Mapping[str, Any]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command line (default: sys.argv) and return its exit code; never a traceback for a foreseen error."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
+    """Run one command line and return its exit code; never a traceback for a foreseen error.
+
+    Without argv it is sys.argv's, and the whole of the process, which ends with it.
+    """
+    if argv is None:
+        end(lambda: main(sys.argv[1:]))
+    arguments = list(argv)
     name, rest = (arguments[0], arguments[1:]) if arguments else ("", [])
     return guarded(name, lambda: _run(name, rest))
+
+
+def end(run: Callable[[], int]) -> NoReturn:
+    """End this process with what `run` returns, when all that waits for its end has had its turn.
+
+    Python itself would now take the interpreter apart while threads of native libraries are at work. One of Arrow's
+    that gives back memory then, which happens after a command that was short, aborts the process.
+    """
+    code = 1
+    try:
+        code = run()
+    except SystemExit as error:
+        code = error.code if isinstance(error.code, int) else int(error.code is not None)
+    except BaseException:  # noqa: BLE001  (as Python ends a program)
+        sys.excepthook(*typing.cast("Any", sys.exc_info()))
+    threading._shutdown()  # type: ignore[attr-defined]  # waits for threads, as Python does
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):  # its reader is gone, or it was closed
+            stream.flush()
+    os._exit(code)
 
 
 def _run(name: str, arguments: list[str]) -> int:
