@@ -113,7 +113,7 @@ def parse_table_text(uri: str, text: str, needed: Collection[str], remedy: str) 
     head = lines[start] if start < len(lines) else ""
     names, delimiter = _header(f"{uri} line {start + 1}", head, delimiters, needed, remedy)
     records = parse_records(uri, lines, start + 1, names, delimiter)
-    num_filled = sum(bool(re.search(rf'[^\s"{delimiter}]', line)) for line in lines[start + 1 :])
+    num_filled = sum(not _is_bare(line, delimiter) for line in lines[start + 1 :])
     if len(records) != num_filled:
         raise CatalogError(f"{uri}: {num_filled} lines below its header, but {len(records)} rows; please report it")
     return TextTable(names, tuple(records))
@@ -131,6 +131,10 @@ def parse_records(uri: str, lines: Sequence[str], start: int, names: Sequence[st
         cells = cells_of(where, line, delimiter)
         if not any(cell.strip() for cell in cells):
             continue
+        if _is_bare(line, delimiter):
+            raise CatalogError(
+                f"{where}: its cells hold quotes and {_DELIMITERS[delimiter]} alone; name something in it"
+            )
         if len(cells) != len(names):
             more = "more" if len(cells) > len(names) else "fewer"
             raise CatalogError(
@@ -141,6 +145,11 @@ def parse_records(uri: str, lines: Sequence[str], start: int, names: Sequence[st
     return records
 
 
+def _is_bare(line: str, delimiter: str) -> bool:
+    """Whether a line holds nothing but what divides and quotes cells."""
+    return re.search(rf'[^\s"{delimiter}]', line) is None
+
+
 def cells_of(where: str, line: str, delimiter: str = ",") -> list[str]:
     """The cells of one line, as RFC 4180 has them.
 
@@ -149,7 +158,7 @@ def cells_of(where: str, line: str, delimiter: str = ",") -> list[str]:
     """
     if '"' not in line:
         return line.split(delimiter)
-    cell = re.compile(rf'(?:"((?:[^"]|"")*)"|([^"{delimiter}]*))(?={delimiter}|\Z)')
+    cell = re.compile(rf'(?:"((?:[^"]++|"")*+)"|([^"{delimiter}]*))(?={delimiter}|\Z)')  # possessive: no memory
     cells: list[str] = []
     position = 0
     while position <= len(line):
