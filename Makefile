@@ -17,7 +17,7 @@ setup: .venv/ready
 	@touch $@
 
 demo: setup
-	$(BIN)/kinoray demo
+	$(BIN)/kinoray demo $(if $(VIDEOS),--videos '$(VIDEOS)')
 
 test: setup
 	$(PYTEST) $(PYTEST_ARGS)

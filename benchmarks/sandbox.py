@@ -26,7 +26,7 @@ import cv2
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "platform"))
-from kinoray.config.shared import ClipConfig, SampleConfig
+from kinoray.config.shared import ClipConfig, DecodeConfig, SampleConfig
 from kinoray.demo.videos import make_video
 from kinoray.video.frames import Frames, decode
 from kinoray.video.request import Sampled
@@ -110,7 +110,7 @@ def start_cost(python: str) -> tuple[float, float]:
     """CPU seconds of a decoder process before its first video, and seconds until it is ready."""
     process._PYTHON = python
     begin_s = time.perf_counter()
-    started = process.DecoderProcess()
+    started = process.DecoderProcess(DecodeConfig())
     cost = (cpu_s(started.pid), time.perf_counter() - begin_s)
     started.kill()
     return cost

@@ -10,7 +10,7 @@ import sys
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
-from kinoray.cli import guarded, parse_settings
+from kinoray.cli import end, guarded, parse_settings
 from kinoray.config.shared import (
     CacheConfig,
     ClipConfig,
@@ -102,4 +102,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(guarded("ablate", main))
+    end(lambda: guarded("ablate", main))

@@ -6,7 +6,7 @@ ray job submit --working-dir . --runtime-env-json '{"env_vars": {"PYTHONPATH": "
 
 import sys
 
-from kinoray.cli import main
+from kinoray.cli import end, main
 
 if __name__ == "__main__":
-    sys.exit(main(["tune", *sys.argv[1:]]))
+    end(lambda: main(["tune", *sys.argv[1:]]))

@@ -195,6 +195,11 @@ def kill_when(block: Block, checkout: Path, environment: dict[str, str], happene
 
 
 def copy_into(checkout: Path, world: Path, names: Sequence[str]) -> None:
-    """Copies of what was made in the world."""
+    """Copies of what was made in the world; links to its sets, since a copied catalog would name shards elsewhere."""
     for name in names:
-        shutil.copytree(world / name, checkout / name, dirs_exist_ok=True)
+        if name != "sets":
+            shutil.copytree(world / name, checkout / name, dirs_exist_ok=True)
+            continue
+        (checkout / name).mkdir(exist_ok=True)
+        for packed in (world / name).iterdir():
+            (checkout / name / packed.name).symlink_to(packed)

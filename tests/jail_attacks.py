@@ -146,6 +146,8 @@ def attacks(parent: int, port: int, unix: str, readable: str, folder: str, input
         "pidfd_getfd": call("pidfd_getfd", 0, 0, 0),
         "pidfd_send_signal": call("pidfd_send_signal", 0, 0, None, 0),
         "limits of the parent": lambda: LIBC.prlimit(parent, resource.RLIMIT_AS, limit, None),
+        "more address space": lambda: LIBC.setrlimit(resource.RLIMIT_AS, limit),
+        "larger files": lambda: LIBC.setrlimit(resource.RLIMIT_FSIZE, limit),
         "more open files": lambda: LIBC.setrlimit(resource.RLIMIT_NOFILE, limit),
         "core files": lambda: LIBC.setrlimit(resource.RLIMIT_CORE, limit),
         "unshare": lambda: LIBC.unshare(0x10000000),
@@ -220,6 +222,23 @@ def start_thread() -> str:
     return "" if ran else "it did not run"
 
 
+def fill_memory(output_fd: int, room_bytes: int) -> dict[str, Any]:
+    """What came of taking more memory than a process is made for."""
+    _, most = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (most, most))
+    found = {}
+    try:
+        mmap.mmap(-1, 2 * room_bytes + 1)
+    except OSError as error:
+        found["memory"] = error.errno
+    os.ftruncate(output_fd, room_bytes)
+    try:
+        os.ftruncate(output_fd, room_bytes + 1)
+    except OSError as error:
+        found["output"] = error.errno
+    return found
+
+
 EVENTS: list[str] = []
 """What Python imported or opened."""
 
@@ -239,6 +258,12 @@ def look(_: object, data: bytes, arguments: dict[str, Any]) -> dict[str, Any]:
         seen = EVENTS.copy()
         EVENTS.clear()
         return {"arrays": {}, "events": seen}
+    if what == "two answers":
+        message = b'{"arrays": {}, "cpu_s": 0}'
+        LIBC.send(int(sys.argv[1]), message, len(message), 0)
+        return {"arrays": {}}
+    if what == "fill memory":
+        return {"arrays": {}} | fill_memory(int(sys.argv[3]), **arguments)
     if what == "abort":
         LIBC.abort()
     if what == "world":
@@ -283,6 +308,8 @@ def lie(space: child.OutputSpace, data: bytes, arguments: dict[str, Any]) -> dic
         return {}
     if what == "job error":
         return {"error": "StorageUnavailable", "text": "the store is down"}
+    if what == "setting error":
+        return {"error": "ConfigError", "text": "decode.backend is wrong"}
     answer = true_answer(space, arguments["clip"])
     frames, arrays = answer["record"]["frames"], answer["arrays"]
     lies: dict[str, tuple[dict[str, Any], str, Any]] = {
@@ -300,11 +327,19 @@ def lie(space: child.OutputSpace, data: bytes, arguments: dict[str, Any]) -> dic
         "a frame that is not there": (frames, "num_frames", 3),
         "another window": (frames, "first_window", 1),
         "many samplings": (frames, "indices", 10**9),
+        "too many frames": (frames, "frames_corrupt", 2**40),
+        "too many promised": (frames["info"], "claimed_frames", 2**200),
+        "too wide": (frames["info"], "width", 2**31),
+        "a negative count": (frames["info"], "num_keyframes", -1),
+        "no rate": (frames["info"], "fps", 1e308),
+        "a turn": (frames["info"], "rotation", 12345),
+        "an odd codec": (frames["info"], "codec", "\x1b[31mhi"),
+        "windows elsewhere": (arrays, "frames.windows", [*arrays["frames.indices.0"][:2], [1, 2]]),
         "infinite count": (frames, "num_frames", float("inf")),
     }
     if what == "size":
-        os.ftruncate(int(sys.argv[3]), 2**50)
-        arrays["frames.frames"] = [0, "|u1", [2**42]]
+        os.ftruncate(int(sys.argv[3]), 2**31 + 2**25)
+        arrays["frames.frames"] = [0, "|u1", [2**31 + 2**24]]
     elif what == "flow that was not asked for":
         frames["flow"] = "array"
         arrays["frames.flow"] = [0, "|i1", [1, *arrays["frames.frames"][2][1:2], 2, *arrays["frames.frames"][2][3:]]]

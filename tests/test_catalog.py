@@ -14,11 +14,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from faulty_s3 import faulty_s3
-from kinoray.catalog.source import find_files, unique_ids
+from kinoray.catalog.source import SourceFile, find_files, unique_ids
 from kinoray.catalog.table import (
     CATALOG_SCHEMA,
     Catalog,
     Reference,
+    catalog_of_files,
     catalog_of_source,
     load_catalog,
     read_video,
@@ -298,6 +299,31 @@ def test_ids_are_unique_safe_and_independent_of_order(names: list[str]) -> None:
     assert not any(set(video_id) & set("./\\\0 ") for video_id in ids)
     assert all(0 < len(video_id.encode()) < 200 for video_id in ids)
     assert dict(zip(reversed(names), unique_ids(names[::-1]), strict=True)) == dict(zip(names, ids, strict=True))
+
+
+def test_names_that_are_chosen_to_come_out_equal_do_not() -> None:
+    """A digest that is another file's plain name, a digest of that one, one of a cut name, and two that begin alike."""
+
+    def digest(name: str) -> str:
+        return hashlib.sha256(name.encode()).hexdigest()
+
+    first = f"a_b-{digest('a b.mp4')[:10]}"
+    second = f"{first}-{digest(first + '.mp4')[:10]}"
+    long = "x" * 200
+    names = ["a b.mp4", "a_b.mp4", f"{first}.mp4", f"{first}.avi", f"{second}.mp4", f"{long}.mp4", "c.mp4"]
+    names += [f"{long[:180]}-{digest(long + '.mp4')[:10]}.mp4"]
+    names += [f"a_b-{digest('a b.mp4')}.mp4"]
+    twins = ['!$%%(".mp4', "#((%+*.mp4"]  # found by trying
+    assert len({digest(name)[:10] for name in twins}) == 1
+    names += twins
+    for chosen in (names, names[::-1], names[:3]):
+        ids = unique_ids(chosen)
+        assert len(set(ids)) == len(chosen)
+        assert all(len(video_id.encode()) <= 191 for video_id in ids)
+        assert dict(zip(chosen, ids, strict=True)) == dict(zip(reversed(chosen), unique_ids(chosen[::-1]), strict=True))
+    assert dict(zip(names, unique_ids(names), strict=True))["c.mp4"] == "c"
+    table = catalog_of_files("folder", [SourceFile(name, f"/folder/{name}", 1) for name in names]).table
+    assert len(table) == len(names)
 
 
 def test_a_long_name_is_cut_and_stays_unique() -> None:

@@ -1,20 +1,24 @@
 """Whatever the bytes are, there is a clip with a count of what was damaged, or one of our errors that says why."""
 
 import pickle
+import re
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from decode_reference import Collect, moving, plain_decode, remux
 from kinoray.config.shared import ClipConfig, DecodeConfig, SampleConfig, ViewConfig
 from kinoray.demo.videos import make_broken, make_video
 from kinoray.errors import (
+    DecoderCrashed,
     EmptyMedia,
     MediaError,
     MediaOverBudget,
@@ -22,6 +26,7 @@ from kinoray.errors import (
     UndecodableVideo,
     UnreadableContainer,
 )
+from kinoray.label.stage import Outcome
 from kinoray.video.frames import decode, probe
 from kinoray.video.pyav import PyavVideo
 from kinoray.video.request import Sampled, Thumbnails
@@ -42,6 +47,28 @@ def good() -> bytes:
 @pytest.fixture(scope="module")
 def reference(good: bytes) -> list[np.ndarray]:
     return plain_decode(good)
+
+
+@pytest.mark.parametrize("container", ["avi", "matroska"])
+def test_counts_that_a_header_makes_up_fit_a_table(container: str) -> None:
+    data = make_video(moving(20), fps=60, codec="mpeg4", container=container)
+    if container == "avi":
+        place = data.index(b"strh") + 8 + 32  # dwLength
+        data = data[:place] + b"\xff" * 4 + data[place + 4 :]
+    else:
+        data, num_times = re.subn(rb"\d\d:\d\d:\d\d\.\d{9}", b"9999:59:59.9999999", data)
+        assert num_times
+    outcome = Outcome()
+    outcome.add(decode(data, Sampled(), CLIP.without_flow()))
+    assert pa.array([outcome.frames_missing], pa.int32()).to_pylist() == [2**31 - 1 - 20]
+
+
+def test_counts_of_many_windows_that_add_up_to_more_than_a_table_holds_refuse_the_video(good: bytes) -> None:
+    part = replace(decode(good, Sampled(), CLIP.without_flow()), frames_decoded=2**31 - 1)
+    outcome = Outcome()
+    outcome.add(part)
+    with pytest.raises(DecoderCrashed, match="its decoder counts 4,294,967,294 frames"):
+        outcome.add(part)
 
 
 # Files that give an error

@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 
+from kinoray.catalog.quarantine import Refusal
 from kinoray.catalog.table import save_catalog
 from kinoray.config.shared import StorageConfig
 from kinoray.errors import ConfigError
@@ -26,10 +27,11 @@ from kinoray.library.config import CorrectConfig, ExportConfig
 from kinoray.library.correct import correct
 from kinoray.library.export import Source, copied_videos, export
 from kinoray.storage.objects import Storage, join
-from small_sets import LABELS, catalog_of
+from small_sets import LABELS, catalog_of, colour_video
 from small_tables import job_record, label_library, ledger_in, library, rows_for
 
 CATALOG = library(20)
+VIDEO = colour_video("blue", 0)
 GOOD = [f"v{index:04d}" for index in range(20) if index % 5 != 4]
 Row = dict[str, Any]
 
@@ -50,7 +52,7 @@ def files(tmp_path: Path) -> str:
     shard = b""
     for index in range(10):
         name = f"v{index:04d}"
-        data = b"\0\0\0\x20ftypisom" + name.encode()
+        data = VIDEO + name.encode()
         if index % 2:
             rows.append({"video_id": name, "uri": str(videos / "s.tar"), "offset": len(shard), "length": len(data)})
             shard += data
@@ -198,7 +200,7 @@ def test_videos_are_copied_out_of_shards_and_one_that_is_gone_is_counted(files: 
     samples = json.loads((folder / "samples.json").read_text())["samples"]
     for sample in samples:
         path = folder / sample["filepath"]
-        assert path.read_bytes() == b"\0\0\0\x20ftypisom" + sample["video_id"].encode()
+        assert path.read_bytes() == VIDEO + sample["video_id"].encode()
         assert path.suffix == (".mp4" if int(sample["video_id"][1:]) % 2 else ".mkv")  # sniffed, or as it was
     assert len(list((folder / "data").iterdir())) == 7
     gone = [row for row in aside(folder) if row["status"] == "labelled"]
@@ -210,11 +212,18 @@ def test_only_videos_of_the_named_source_are_copied(tmp_path: Path) -> None:
     """A stranger's table may name any file of its reader; none but those of the source gets into the hand-over."""
     library = tmp_path / "library"
     library.mkdir()
-    (library / "a.mp4").write_bytes(b"a")
+    (library / "a.mp4").write_bytes(VIDEO)
     (library / "notes.txt").write_bytes(b"private")
-    (tmp_path / "secret").write_bytes(b"secret")
-    (library / "link.mp4").symlink_to(tmp_path / "secret")  # the user's own link is the user's word
+    (tmp_path / "secret").mkdir()
+    (tmp_path / "secret" / "key.mp4").write_bytes(VIDEO)
+    (library / "link.mp4").symlink_to(tmp_path / "secret" / "key.mp4")
+    (library / "folder").symlink_to(tmp_path / "secret")
+    (library / "not\udcff.mp4").symlink_to(tmp_path / "secret" / "key.mp4")
+    (library / "kernel.mp4").symlink_to("/proc/self/environ")
+    leads_out = ["link.mp4", "folder/key.mp4", "kernel.mp4"]
     hostile = [
+        *(f"{library}/{name}" for name in leads_out),
+        f"file://{library}/not%FF.mp4",
         str(tmp_path / "secret"),
         f"{library}/../secret",
         f"file://{tmp_path}/secret",
@@ -235,10 +244,33 @@ def test_only_videos_of_the_named_source_are_copied(tmp_path: Path) -> None:
     good = {row["video_id"] for row in said(str(tmp_path / "out")).values() if row["status"] == "labelled"}
     assert totals["exported"] == 1
     assert totals["not_copied"] == len(good) - 1 >= 4
-    assert [path.read_bytes() for path in (to / "videos").iterdir()] == [b"a"]
+    assert [path.name.split("-")[0] for path in (to / "videos").iterdir()] == ["v0000"]
     refused = [row for row in aside(to) if row["status"] == "labelled"]
     assert {row["error_class"] for row in refused} == {"InvalidReference"}
-    assert f"is no video of {library} (copy_videos), so it was not copied" in refused[0]["error_text"]
+    texts = {row["uri"]: row["error_text"] for row in refused}
+    for uri in hostile[:4]:
+        assert uri not in texts or f"is a link that leads out of {library} (copy_videos)" in texts.pop(uri)
+    assert len(texts) < len(refused)
+    assert all(f"is no video of {library} (copy_videos), so it was not copied" in text for text in texts.values())
+
+
+def test_what_is_no_video_is_not_copied(tmp_path: Path) -> None:
+    """Not by a list, nor by a hard link: whatever it is called, it has to open as a video."""
+    (tmp_path / "secret").write_bytes(b"-----BEGIN PRIVATE KEY-----")
+    (tmp_path / "library").mkdir()
+    (tmp_path / "library" / "a.mp4").write_bytes(VIDEO)
+    os.link(tmp_path / "secret", tmp_path / "library" / "b.mp4")
+    (tmp_path / "list.csv").write_text(f"path\nlibrary/a.mp4\n{tmp_path}/secret\n")
+    for source, other in ((tmp_path / "library", "library/b.mp4"), (tmp_path / "list.csv", "secret")):
+        rows = [
+            {"video_id": name, "row_key": "0", "uri": str(tmp_path / name), "offset": None, "length": None}
+            for name in ("library/a.mp4", other)
+        ]
+        copied = list(copied_videos(Storage(), rows, tmp_path / "to", Source(Storage(), str(source))))
+        assert isinstance(copied[0], Path)
+        assert isinstance(copied[1], Refusal)
+        assert copied[1].error_class == "UnreadableContainer"
+    assert [path.read_bytes() for path in (tmp_path / "to").iterdir()] == [VIDEO]
 
 
 def test_videos_in_shards_need_to_be_copied(files: str, tmp_path: Path) -> None:
@@ -251,7 +283,7 @@ def test_videos_in_shards_need_to_be_copied(files: str, tmp_path: Path) -> None:
 def test_hostile_names_make_no_path(tmp_path: Path) -> None:
     """The copy of a video lies in the folder, whatever the video is called, and no two are the same."""
     names = ["../../v1", "/etc/v2", "a/../v3", "v4\0", ".v5", "v6" * 99, "v7\u202egpj", "v8 a", "v8.a", "", "-rf"]
-    (tmp_path / "video.mp4").write_bytes(b"x")
+    (tmp_path / "video.mp4").write_bytes(VIDEO)
     place = {"uri": str(tmp_path / "video.mp4"), "offset": None, "length": None}
     rows = [{**place, "video_id": name, "row_key": f"{index:016x}"} for index, name in enumerate(names)]
     paths = list(copied_videos(Storage(), rows, tmp_path / "copies", Source(Storage(), str(tmp_path))))
@@ -260,7 +292,7 @@ def test_hostile_names_make_no_path(tmp_path: Path) -> None:
         assert isinstance(path, Path)
         assert path.parent == tmp_path / "copies"
         assert len(path.name) < 150
-        assert path.read_bytes() == b"x"
+        assert path.read_bytes() == VIDEO
     assert sorted(tmp_path.rglob("*.*")) == sorted([tmp_path / "video.mp4", *(Path(str(path)) for path in paths)])
 
 
@@ -283,14 +315,15 @@ def test_from_s3(bucket: str, s3_config: StorageConfig, tmp_path: Path) -> None:
     storage = Storage(s3_config)
     names = [f"v{index:04d}" for index in range(3)]
     for name in names:
-        storage.put(join(bucket, f"{name}.mp4"), name.encode())
+        storage.put(join(bucket, f"{name}.mp4"), VIDEO + name.encode())
     catalog = catalog_of([{"video_id": name, "uri": join(bucket, f"{name}.mp4")} for name in names])
     label_library(ledger_in(storage, join(bucket, "out")), catalog)
     config = ExportConfig(
         predictions=join(bucket, "out"), format="label-studio", to=str(tmp_path / "to"), storage=s3_config
     )
     export(replace(config, copy_videos=bucket))
-    assert sorted(path.read_text() for path in (tmp_path / "to" / "videos").iterdir()) == names
+    copies = sorted(path.read_bytes() for path in (tmp_path / "to" / "videos").iterdir())
+    assert copies == [VIDEO + name.encode() for name in names]
     export(config)
     tasks = json.loads((tmp_path / "to" / "tasks.json").read_text())
     assert [task["data"]["video"] for task in tasks] == [join(bucket, f"{name}.mp4") for name in names]

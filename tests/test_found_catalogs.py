@@ -1,10 +1,13 @@
 """Tables that lie in a folder which a user names: a pack's stands for it, and none leads out of it."""
 
+import contextlib
+import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from kinoray.catalog.table import catalog_of_source, load_catalog, save_catalog
+from kinoray.catalog.table import catalog_of_source, is_catalog, load_catalog, save_catalog
 from kinoray.config.shared import (
     DecodeConfig,
     StorageConfig,
@@ -44,6 +47,53 @@ def test_a_table_among_videos_does_not_take_their_place(tmp_path: Path, capsys: 
     (folder / "a.mp4").unlink()
     with pytest.raises(CatalogError, match=r"name the table itself to use it: .*library/catalog\.parquet"):
         catalog_of_source(STORAGE, str(folder))
+
+
+@pytest.mark.parametrize("name", ["catalog.parquet", "pack.json"])
+@pytest.mark.parametrize("target", ["itself", "nothing", "a folder", "a pipe", "the kernel", "a name that is too long"])
+def test_a_table_that_cannot_be_read_keeps_no_videos_from_being_listed(name: str, target: str, tmp_path: Path) -> None:
+    folder = tmp_path / "library"
+    folder.mkdir()
+    (folder / "a.mp4").write_bytes(b"a")
+    save_catalog(STORAGE, str(folder / "catalog.parquet"), catalog_of([{"video_id": "x", "uri": "/etc/passwd"}]))
+    path = folder / name
+    path.unlink(missing_ok=True)
+    if target == "a pipe":
+        os.mkfifo(path)
+    else:
+        leads = {"itself": name, "nothing": "absent", "a folder": str(tmp_path), "the kernel": "/proc/self/mem"}
+        path.symlink_to(leads.get(target, "x" * 300))
+    said: list[str] = []
+    assert catalog_of_source(STORAGE, str(folder), say=said.append).table["uri"].to_pylist() == [f"{folder}/a.mp4"]
+    assert not is_catalog(STORAGE, str(folder), say=said.append)
+
+
+def test_a_table_that_one_may_not_look_at_keeps_no_videos_from_being_listed(tmp_path: Path) -> None:
+    folder = tmp_path / "library"
+    (folder / "dark").mkdir(parents=True)
+    (folder / "a.mp4").write_bytes(b"a")
+    (folder / "catalog.parquet").symlink_to("dark/catalog.parquet")
+    (folder / "dark").chmod(0)
+    for place in (tmp_path, *tmp_path.parents[:2]):
+        place.chmod(place.stat().st_mode | 0o055)
+    with as_nobody():
+        said: list[str] = []
+        table = catalog_of_source(STORAGE, str(folder), say=said.append).table
+    (folder / "dark").chmod(0o755)
+    assert table["uri"].to_pylist() == [f"{folder}/a.mp4"]
+    assert any("catalog.parquet is ignored" in line for line in said)
+
+
+@contextlib.contextmanager
+def as_nobody() -> Iterator[None]:
+    """Modes of files mean nothing to root."""
+    user = os.geteuid()
+    if not user:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(user)
 
 
 def test_a_pack_refers_to_nothing_outside_of_itself(tmp_path: Path) -> None:

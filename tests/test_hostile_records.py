@@ -1,6 +1,7 @@
 """JSON, YAML and names from strangers: bounded and typed before use, each refused with one line that names the file."""
 
 import json
+import math
 import os
 import time
 import tracemalloc
@@ -8,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
@@ -16,7 +18,7 @@ from kinoray.config.file import config_from_mapping, load_config, parse_yaml, to
 from kinoray.config.shared import StorageConfig, parse_options
 from kinoray.errors import ChecksumMismatch, ConfigError, KinorayError, ObjectTooLarge
 from kinoray.label.ledger import Ledger, read_predictions
-from kinoray.label.unit import Plan
+from kinoray.label.unit import PREDICTION_SCHEMA, Plan
 from kinoray.library.export import Source, copied_videos
 from kinoray.storage.objects import Storage, join
 from kinoray.storage.records import as_name, is_name, parse_json, parse_record, read_record
@@ -135,6 +137,8 @@ BAD_COMMITS: dict[str, Callable[[dict[str, Any]], object]] = {
     "run_id is null": lambda record: record.update(run_id=None),
     "counts are texts": lambda record: record.update(counts={"labelled": "x"}),
     "counts are a list": lambda record: record.update(counts=[20]),
+    "counts are negative": lambda record: record.update(counts={"labelled": 10**18, "quarantined": 20 - 10**18}),
+    "counts are of something else": lambda record: record.update(counts={"\x1b[31m": 20}),
     "windows climb": lambda record: record.update(windows="../../../secret"),
     "windows are a path": lambda record: record.update(windows="/etc/passwd"),
     "windows are an object": lambda record: record.update(windows={"rows": 1, "size_bytes": 1}),
@@ -167,6 +171,51 @@ def test_a_commit_that_is_not_ours_is_refused_by_all_readers(
         assert str(path) in said
         assert said.count("\n") == 1
     assert sorted(file for file in tmp_path.rglob("*") if file.is_file()) == there
+
+
+BAD_ROWS: dict[str, dict[str, Any]] = {
+    "scores are no numbers": {"score_topk": [math.nan, 0.5]},
+    "a score is more than 1": {"score_topk": [1.5, 0.5]},
+    "a margin is none": {"margin": math.nan},
+    "an entropy is endless": {"entropy": math.inf},
+    "a label is null": {"label_topk": [None, "cat"]},
+    "no labels": {"label_topk": None},
+    "fewer scores than labels": {"score_topk": [0.5]},
+    "fewer labels than classes": {"label_topk": []},
+    "a class that is not there": {"id_topk": [0, 10**6]},
+    "a class below 0": {"id_topk": [-1, 0]},
+    "scores of other classes": {"scores": [0.5, 0.5]},
+    "another status": {"status": "\x1b[31mhi"},
+    "frames below 0": {"frames_corrupt": -1},
+}
+
+
+@pytest.mark.parametrize("change", BAD_ROWS.values(), ids=BAD_ROWS)
+def test_rows_that_no_labelling_gives_are_refused_by_all_readers(
+    change: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Their digests are right: who makes a folder makes them, too. What a command does not read, it does not judge."""
+    ledger = ledger_in(Storage(), tmp_path / "out")
+    label_library(ledger, library(4))
+    (path,) = Path(ledger.root, "parts").iterdir()
+    record = json.loads(pq.read_metadata(path).metadata[b"kinoray"])
+    rows = pq.read_table(path)
+    path.write_bytes(part_of(rows, record | {"counts": {"labelled": 5}}))
+    with pytest.raises(ChecksumMismatch, match="it has 4 rows, and says 5"):
+        read_predictions(Storage(), ledger.root)
+    bad = pa.Table.from_pylist([row | change for row in rows.to_pylist()], schema=PREDICTION_SCHEMA)
+    path.write_bytes(part_of(bad, record))
+    with pytest.raises(ChecksumMismatch, match=f"{path} is not what was committed: column .*{next(iter(change))}"):
+        read_predictions(Storage(), ledger.root)
+    out = str(tmp_path / "out")
+    for arguments in (
+        ["report", out, "--out", str(tmp_path / "site")],
+        ["export", out, "--format", "datumaro", "--to", str(tmp_path / "datumaro")],
+        ["labels", out, "--format", "jsonl", "--to", str(tmp_path / "rows.jsonl")],
+    ):
+        failed = main(arguments)
+        said = capsys.readouterr().err
+        assert failed == (f"{path} is not what was committed" in said)
 
 
 BAD_PLANS: dict[str, Callable[[dict[str, Any]], object]] = {
@@ -363,7 +412,9 @@ def test_nothing_else_reads_json_or_yaml() -> None:
     # models/ import nothing of the platform but the contract of networks
     assert loads == {"platform/kinoray/storage/records.py", "models/video_baselines/huggingface_folder.py"}
     assert {name for name, text in found.items() if "import yaml" in text} == {"platform/kinoray/config/file.py"}
-    assert not [name for name, text in found.items() if "TemporaryDirectory" in text and "checkpoint" not in name]
+    downloads = "models/video_baselines/sources.py"
+    makes_folders = {name for name, text in found.items() if "TemporaryDirectory" in text}
+    assert makes_folders == {"platform/kinoray/network/checkpoint.py", downloads}
 
 
 def test_no_error_of_a_record_is_another_error(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from kinoray.catalog.read import Reference, read_videos, time_problem
 from kinoray.catalog.source import find_files
 from kinoray.catalog.table import catalog_of_source, save_catalog
 from kinoray.config.file import load_config
-from kinoray.config.files import read_file
+from kinoray.config.files import translated
 from kinoray.config.shared import (
     ClipConfig,
     DecodeConfig,
@@ -37,6 +37,7 @@ from kinoray.errors import (
     MediaOverBudget,
     ObjectNotFound,
     ObjectTooLarge,
+    StorageError,
     StorageUnavailable,
 )
 from kinoray.label.config import LabelConfig
@@ -48,6 +49,7 @@ from kinoray.pack.unit import PackSettings, pack_unit
 from kinoray.pack.verb import pack
 from kinoray.storage.objects import Storage, join
 from kinoray.video.sandbox.pool import shared_sandbox
+from kinoray.video.sandbox.process import DecoderProcess
 from label_models import save_untrained
 from small_sets import LABELS, catalog_of, colour_video
 
@@ -296,10 +298,34 @@ def test_members_far_apart_are_not_joined_without_end(tmp_path: Path, monkeypatc
     assert max(spans) <= 32 * 2**20
 
 
-def test_a_file_without_a_size_and_one_that_grows_are_bounded(tmp_path: Path) -> None:
-    assert read_file("/proc/self/status", 10**6).startswith(b"Name:")
-    with pytest.raises(ObjectTooLarge, match="goes on behind byte 10"):
-        STORAGE.read("/proc/self/status", max_bytes=10)
+@pytest.mark.parametrize(
+    "name", ["/proc/self/mem", "/proc/self/environ", "/proc/self/pagemap", "/sys/kernel/uevent_seqnum"]
+)
+def test_files_of_the_kernel_are_not_read(name: str, tmp_path: Path) -> None:
+    """They have no end, give back what no disk holds, or fail as a broken disk does; links lead to them."""
+    (tmp_path / "link.mp4").symlink_to(name)
+    for path in (name, str(tmp_path / "link.mp4")):
+        with pytest.raises(ObjectNotFound, match=r"is a file of the kernel's"):
+            STORAGE.read(path)
+        with pytest.raises(ObjectNotFound, match=r"is a file of the kernel's"):
+            STORAGE.read_range(path, 0, 1)
+
+
+def test_a_bad_sector_is_its_files_and_a_folder_that_is_gone_is_the_stores(tmp_path: Path) -> None:
+    def read(path: Path, *, to_read: bool) -> None:
+        with translated(str(path), to_read=to_read), open("/proc/self/mem", "rb", buffering=0) as file:
+            file.read(1)  # the one file that always gives an I/O error
+
+    with pytest.raises(StorageError, match=r"bad\.mp4: Input/output error") as bad:
+        read(tmp_path / "bad.mp4", to_read=True)
+    assert type(bad.value) is StorageError
+    assert judge(bad.value, "read").error_class == "StorageError"
+    for path, to_read in ((tmp_path / "gone" / "bad.mp4", True), (tmp_path / "bad.mp4", False)):
+        with pytest.raises(StorageUnavailable, match=r"bad\.mp4: Input/output error"):
+            read(path, to_read=to_read)
+
+
+def test_a_file_that_grows_is_bounded(tmp_path: Path) -> None:
     path = tmp_path / "growing.mp4"
     path.write_bytes(b"x" * 10**6)
     stop = threading.Event()
@@ -378,6 +404,7 @@ def hostile_rows(folder: Path) -> tuple[list[dict[str, Any]], dict[str, str]]:
     with (folder / "huge.mp4").open("wb") as file:
         file.truncate(200 * 10**9)
     (folder / "self.mp4").symlink_to("self.mp4")
+    (folder / "mem.mp4").symlink_to("/proc/self/mem")
     os.mkfifo(folder / "pipe.mp4")
     (folder / "not\udcff.mp4").write_bytes(data[0])
     whole, length = str(folder / "v0.mp4"), len(data[0])
@@ -401,6 +428,7 @@ def hostile_rows(folder: Path) -> tuple[list[dict[str, Any]], dict[str, str]]:
         "nowhere": ({"uri": ""}, "InvalidReference"),
         "self": ({"uri": str(folder / "self.mp4")}, "StorageError"),
         "pipe": ({"uri": str(folder / "pipe.mp4")}, "ObjectNotFound"),
+        "mem": ({"uri": str(folder / "mem.mp4")}, "ObjectNotFound"),
         "folder": ({"uri": str(folder)}, "ObjectNotFound"),
     }
     labels = {"label": "blue", "label_id": 0, "split": "train"}
@@ -467,7 +495,51 @@ def test_every_good_video_of_a_hostile_folder_is_labelled(ray_local: None, tmp_p
         f"{folder}/huge.mp4": "MediaOverBudget",
         f"{folder}/self.mp4": "StorageError",
         f"{folder}/pipe.mp4": "ObjectNotFound",
+        f"{folder}/mem.mp4": "ObjectNotFound",
     }
+
+
+MODULES = "numpy cv2 av torch pyarrow pandas safetensors yaml tyro vcm_sdd video_baselines sitecustomize usercustomize"
+
+
+def poisoned(folder: Path) -> Path:
+    """A library with files that are called like modules; each leaves a mark where it is imported. Returns the mark."""
+    mark = folder.parent / "imported"
+    for name in MODULES.split():
+        (folder / f"{name}.py").write_text(f"print({name!r}, file=open({str(mark)!r}, 'a'))\n")
+    return mark
+
+
+@pytest.mark.ray
+def test_files_of_a_library_are_no_modules(tmp_path: Path) -> None:
+    """Commands are given in the library itself: neither they, nor Ray's workers, nor decoders import from there."""
+    folder = tmp_path / "library"
+    folder.mkdir()
+    (folder / "v.mp4").write_bytes(colour_video("blue", 0))
+    mark = poisoned(folder)
+    out = tmp_path / "out"
+    checkpoint = label_config(str(folder), tmp_path, str(out)).checkpoint
+    command = [sys.executable, "-m", "kinoray", "label", ".", "--checkpoint", checkpoint, "--out", "../out"]
+    done = subprocess.run(
+        [*command, "--workers", "1"], cwd=folder, capture_output=True, text=True, timeout=280, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "1 inputs = 1 labelled + 0 quarantined" in done.stdout
+    assert not mark.exists(), mark.read_text()
+    found = read_predictions(STORAGE, str(out)).to_pylist()
+    assert [row["uri"] for row in found] == [str(folder / "v.mp4")]
+
+
+def test_a_decoder_imports_nothing_from_the_folder_of_a_script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "library"
+    folder.mkdir()
+    mark = poisoned(folder)
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("PYTHONPATH", str(folder))
+    monkeypatch.setattr(sys, "path", [str(folder), "", *sys.path])
+    process = DecoderProcess()
+    process.kill()
+    assert not mark.exists(), mark.read_text()
 
 
 def label_config(source: str, folder: Path, out: str) -> LabelConfig:

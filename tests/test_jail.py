@@ -18,6 +18,7 @@ import av
 import numpy as np
 import pytest
 
+from conftest import wait_until
 from decode_reference import moving
 from kinoray.config.scoring import ViewsConfig
 from kinoray.config.shared import ClipConfig, DecodeConfig, SampleConfig, ViewConfig
@@ -49,7 +50,7 @@ def arm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None
     def use(lacks: str) -> None:
         python = tmp_path / "python"
         command = shlex.join([sys.executable, str(script), lacks])
-        python.write_text(f'#!/bin/sh\nshift 3\nexec {command} "$@"\n')  # without -P -m kinoray.video.sandbox.child
+        python.write_text(f'#!/bin/sh\nshift 4\nexec {command} "$@"\n')  # without -P -s -m kinoray.video.sandbox.child
         python.chmod(0o755)
         monkeypatch.setattr("kinoray.video.sandbox.process._PYTHON", str(python))
 
@@ -61,9 +62,9 @@ def hostile(arm: Callable[[str], None]) -> Iterator[Start]:
     """Starts one such decoder process; `lacks` names what the kernel refuses it."""
     made = []
 
-    def start(lacks: str = "", backend: str = "pyav") -> DecoderProcess:
+    def start(lacks: str = "", backend: Any = "pyav", max_memory_mb: int = 2048) -> DecoderProcess:
         arm(lacks)
-        made.append(DecoderProcess(backend))
+        made.append(DecoderProcess(DecodeConfig(backend=backend, max_memory_mb=max_memory_mb)))
         return made[-1]
 
     yield start
@@ -156,6 +157,20 @@ def test_a_decoder_that_aborts_in_its_jail_says_so(hostile: Start) -> None:
     assert type(lost.value.error) is DecoderCrashed
 
 
+def test_code_in_a_decoder_takes_no_more_memory_than_its_limits_give(hostile: Start) -> None:
+    process = hostile(max_memory_mb=64)
+    found = ask(process, "fill memory", room_bytes=process.room_bytes).fields
+    assert {name: found.get(name) for name in ("memory", "output")} == {"memory": errno.ENOMEM, "output": errno.EFBIG}
+
+
+def test_an_answer_that_nobody_asked_for_is_no_videos(hostile: Start) -> None:
+    process = hostile()
+    assert process.serves(DecodeConfig(), 5)
+    ask(process, "two answers")
+    wait_until(lambda: not process.serves(DecodeConfig(), 5), 10, "the second answer is there")
+    assert process.is_alive()
+
+
 def test_what_a_decoder_was_given_holds_no_secret(hostile: Start, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "HF_TOKEN", "RAY_AUTH_TOKEN"):
         monkeypatch.setenv(name, SECRET)
@@ -191,6 +206,11 @@ def test_the_real_decoder_is_in_the_jail_as_it_says(good: bytes) -> None:
         assert re.search(r"Max core file size +0 +0 ", limits)
         assert re.search(r"Max processes +0 +0 ", limits)
         assert re.search(r"Max open files +64 +64 ", limits)
+        assert re.search(rf"Max file size +{process.room_bytes} +{process.room_bytes} ", limits)
+        space = re.search(r"Max address space +(\d+) +(\d+) ", limits)
+        assert space
+        assert space[1] == space[2]
+        assert int(space[2]) < 2 * process.room_bytes + 2**32
         if os.geteuid() != 0:
             return  # nobody but root looks further into a decoder
         if not process.layers["network"]:
@@ -263,7 +283,7 @@ def test_nothing_is_imported_or_opened_once_the_jail_is_closed(backend: Any, hos
     assert ask(process, "events").fields["events"] == []
 
 
-LIES = ("depth", "size", "job error", "words for numbers", "another size")
+LIES = ("depth", "size", "job error", "setting error", "too many frames", "words for numbers", "another size")
 MORE_LIES = (
     "no frames",
     "no arrays",
@@ -278,6 +298,13 @@ MORE_LIES = (
     "another window",
     "many samplings",
     "infinite count",
+    "too many promised",
+    "too wide",
+    "a negative count",
+    "no rate",
+    "a turn",
+    "an odd codec",
+    "windows elsewhere",
 )
 
 

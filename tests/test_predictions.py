@@ -228,6 +228,7 @@ def test_of_8_writers_exactly_one_wins_and_the_others_leave_nothing(ledger: Ledg
 def test_late_writers_on_s3_change_nothing(bucket: str, s3_config: StorageConfig) -> None:
     """Late, not at once: the test server looks before it writes, without a lock between."""
     ledger = Ledger(Storage(s3_config), join(bucket, LABELLING))
+    ledger.pin_job(job_record())
     table = inputs("ab")
     unit = ledger.plan("one", row_keys(table), 2).units[0]
     first = ledger.commit(unit, rows_of(table, unit, run_id="first"), "first")
@@ -251,6 +252,7 @@ class LostAnswer(Storage):
 
 def test_a_writer_whose_answer_got_lost_keeps_its_part(tmp_path: Path) -> None:
     ledger = Ledger(LostAnswer(StorageConfig()), str(tmp_path / LABELLING))
+    ledger.pin_job(job_record())
     table = inputs("ab")
     plan = ledger.plan("one", row_keys(table), 2)
     ledger.commit(plan.units[0], rows_of(table, plan.units[0]), "run")
@@ -479,7 +481,7 @@ def windows_of(table: pa.Table, unit: Unit, score: float = 0.5) -> pa.Table:
     known = dict(zip(row_keys(table), table.column("video_id").to_pylist(), strict=True))
     rows = [
         {"video_id": known[key], "row_key": key, "window": window, "begin_s": window, "end_s": window + 1}
-        | {"score_topk": [score], "abstained": False}
+        | {"label_topk": ["cat"], "id_topk": [0], "score_topk": [score], "abstained": False}
         for key in unit.keys
         for window in range(2)
     ]

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from kinoray.cluster.package import check_settings
+from kinoray.cluster.submit import check_settings
 from kinoray.errors import CheckpointNotFound, ConfigError
 from kinoray.network.resolve import Source, is_published, parse_source, torchvision_weights
 from video_baselines.weight_sets import weight_sets

@@ -14,7 +14,7 @@ from typing import Any, cast
 import pytest
 
 from kinoray.cli import main
-from kinoray.cluster.environment import git_commit, host, software
+from kinoray.cluster.environment import commits, git_commit, host, software
 from kinoray.config.file import load_config
 from kinoray.config.shared import ModelConfig, OptimConfig, StorageConfig
 from kinoray.errors import StorageError, TooManyBad
@@ -193,21 +193,62 @@ def test_the_environment_names_versions_commit_and_host_and_no_secret(
         RunFolder(Storage(), str(tmp_path)).add_start({})
 
 
-def test_the_commit_is_that_of_the_folder(tmp_path: Path) -> None:
-    def git(*arguments: str) -> str:
-        identity = ["-c", "user.name=Test", "-c", "user.email=test@example.org"]
-        command = ["git", "-C", str(tmp_path), *identity, *arguments]
-        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+def git(folder: Path, *arguments: str) -> str:
+    identity = ["-c", "user.name=Test", "-c", "user.email=test@example.org"]
+    command = ["git", "-C", str(folder), *identity, *arguments]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
 
+
+def test_the_commit_is_that_of_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert git_commit(tmp_path) == ""
-    git("init", "-q")
+    git(tmp_path, "init", "-q")
     (tmp_path / "file").write_text("1")
-    git("add", "file")
-    git("commit", "-q", "-m", "one")
-    commit = git("rev-parse", "HEAD")
+    git(tmp_path, "add", "file")
+    git(tmp_path, "commit", "-q", "-m", "one")
+    commit = git(tmp_path, "rev-parse", "HEAD")
     assert git_commit(tmp_path) == commit
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("kinoray.__file__", str(tmp_path / "kinoray" / "__init__.py"))
+    (tmp_path / "kinoray").mkdir()
+    assert commits() == {"commit": commit, "kinoray_commit": commit}
     (tmp_path / "file").write_text("2")
-    assert git_commit(tmp_path) == commit + "+"
+    assert commits() == {"commit": commit, "kinoray_commit": commit + "+"}
+
+
+@pytest.mark.parametrize("place", ["itself", "a .git file", "a submodule"])
+def test_no_command_of_a_strangers_repository_runs(place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, mark = tmp_path / "library", tmp_path / "mark"
+    folder.mkdir()
+    run = f"touch {mark}"
+    git(folder, "init", "-q")
+    (folder / "file").write_text("1")
+    (folder / ".gitattributes").write_text("* filter=evil diff=evil\n")
+    git(folder, "add", ".")
+    git(folder, "commit", "-q", "-m", "one")
+    commit = git(folder, "rev-parse", "HEAD")
+    (folder / ".git" / "hooks").mkdir(exist_ok=True)
+    for name in ("core.fsmonitor", "filter.evil.clean", "diff.evil.command", "core.pager"):
+        git(folder, "config", name, run)
+    git(folder, "config", "core.hooksPath", str(tmp_path))
+    (folder / "file").write_text("2")
+    if place == "a .git file":
+        (folder / ".git").rename(tmp_path / "elsewhere")
+        (folder / ".git").write_text(f"gitdir: {tmp_path / 'elsewhere'}\n")
+    if place == "a submodule":
+        (tmp_path / "outer").mkdir()
+        git(tmp_path / "outer", "init", "-q")
+        folder = folder.rename(tmp_path / "outer" / "library")
+        git(tmp_path / "outer", "add", "library")
+        git(tmp_path / "outer", "commit", "-q", "-m", "two")
+        commit = git(tmp_path / "outer", "rev-parse", "HEAD")
+        folder = tmp_path / "outer"
+    monkeypatch.chdir(folder)
+    mark.unlink(missing_ok=True)  # adding it to the outer repository asked it already
+    assert commits()["commit"] == commit
+    assert not mark.exists()
+    if place != "a submodule":
+        git(folder, "status")
+        assert mark.exists()
 
 
 def test_curves_show_every_metric_at_its_place(tmp_path: Path) -> None:

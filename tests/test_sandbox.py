@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from decode_reference import moving
 from kinoray.config.shared import ClipConfig, DecodeConfig, OwnDecodeConfig, SampleConfig, ViewConfig
 from kinoray.demo.videos import BROKEN_KINDS, make_broken, make_video
 from kinoray.errors import (
+    ConfigError,
     DecoderCrashed,
     DecoderStartFailed,
     DecodeTimeout,
@@ -174,6 +176,32 @@ def test_a_clip_is_the_callers_own_and_sizes_may_change(sandbox: Sandbox, good: 
     first.frames[...] = 0
 
 
+def test_a_process_is_replaced_for_a_file_or_a_limit_that_it_has_no_room_for(sandbox: Sandbox, good: bytes) -> None:
+    pids = []
+    for size_bytes, max_memory_mb in ((0, 64), (2**26, 64), (2**26 + 1, 64), (0, 64), (0, 192), (0, 193)):
+        config = DecodeConfig(max_memory_mb=max_memory_mb)
+        process = sandbox._idle_process(False, config, size_bytes)
+        assert process.room_bytes >= max_memory_mb * 2**20 + size_bytes
+        sandbox._idle.append(process)
+        pids.append(process.pid)
+    assert pids[0] == pids[1] != pids[2] == pids[3] != pids[4] != pids[5]
+
+
+def test_a_back_end_that_is_missing_is_the_settings_error(
+    good: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    python = tmp_path / "python"
+    script = "import sys; sys.modules['decord'] = None; from kinoray.video.sandbox import child; child.main()"
+    python.write_text(f'#!/bin/sh\nshift 3\nexec {shlex.quote(sys.executable)} -c {shlex.quote(script)} "$@"\n')
+    python.chmod(0o755)
+    monkeypatch.setattr("kinoray.video.sandbox.process._PYTHON", str(python))
+    with (
+        Sandbox(1) as sandbox,
+        pytest.raises(ConfigError, match=r"^decode\.backend decord cannot be imported .* or use"),
+    ):
+        sandbox.probe(good, DecodeConfig(backend="decord"))
+
+
 # What the process is
 
 
@@ -221,7 +249,8 @@ from kinoray.video.sandbox.pool import Sandbox
 data = open(sys.argv[1], "rb").read()
 sandbox = Sandbox(2)
 threads = [threading.Thread(target=sandbox.probe, args=(data, DecodeConfig())) for _ in range(2)]
-with sandbox._process(new=True) as first, sandbox._process(new=True) as second:
+config = DecodeConfig()
+with sandbox._process(config, 0, new=True) as first, sandbox._process(config, 0, new=True) as second:
     first.ask("probe", data, DecodeConfig(), {"config": DecodeConfig()})
     second.ask("probe", data, DecodeConfig(), {"config": DecodeConfig()})
     os.kill(second.pid, signal.SIGSTOP)
@@ -322,7 +351,7 @@ def test_a_decoder_that_dies_with_nothing_to_do_harms_no_video(sandbox: Sandbox,
     (pid,) = idle_pids(sandbox)
     os.kill(pid, signal.SIGKILL)
     wait_until(lambda: gone(pid), 10, "the decoder is dead")
-    process = sandbox._idle_process(new=False)
+    process = sandbox._idle_process(False, DecodeConfig(), 0)
     assert process.pid != pid
     process.kill()
 
@@ -401,7 +430,7 @@ def test_decoders_that_cannot_start_are_the_jobs_error(
         DecodeTask(storage=Storage(), clip=CLIP.without_flow())(pa.table(block))
     monkeypatch.setattr("kinoray.video.sandbox.process._PYTHON", str(tmp_path / "nothing"))
     with pytest.raises(DecoderStartFailed, match="No such file or directory"):
-        DecoderProcess()
+        DecoderProcess(DecodeConfig())
 
 
 def test_answers_are_not_believed_without_a_look(sandbox: Sandbox, good: bytes) -> None:
@@ -452,7 +481,8 @@ def test_a_labelling_with_poison_labels_every_good_video(
 def test_a_relative_path_to_python_will_do(tmp_path: Path) -> None:
     """As of `PATH=.venv/bin:$PATH python`; decoders start in another folder."""
     code = (
-        "import sys; from kinoray.video.sandbox.process import DecoderProcess as D; print(sys.executable); D().kill()"
+        "import sys; from kinoray.config.shared import DecodeConfig; "
+        "from kinoray.video.sandbox.process import DecoderProcess as D; print(sys.executable); D(DecodeConfig()).kill()"
     )
     folder = Path(sys.executable).parent
     environment = {**os.environ, "PATH": f"{folder.name}:{os.environ['PATH']}"}

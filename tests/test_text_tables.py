@@ -1,5 +1,6 @@
 """Lists, annotations and corrections that people write: read as they are meant, or refused with the line."""
 
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,17 @@ def test_cells_are_what_rfc_4180_says(tmp_path: Path) -> None:
     assert rows_of(tmp_path, 'path,label\n"x\u2028\x85.mp4",walk\n'.encode()) == [("x\u2028\x85.mp4", "walk", None)]
 
 
+@pytest.mark.parametrize("text", ["x", '""'])
+def test_a_long_cell_takes_no_more_memory_than_its_text(text: str) -> None:
+    line = f'"{text * 1_000_000}",walk'
+    tracemalloc.start()
+    cells = cells_of("x", line)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert [len(cell) for cell in cells] == [1_000_000, 4]
+    assert peak < 5_000_000
+
+
 def test_one_quote_loses_no_row(tmp_path: Path) -> None:
     """150 rows, one unbalanced quote: an error with the line where it opens, not 100 rows."""
     lines = ["path,label", *(f"v{index:03d}.mp4,walk" for index in range(150))]
@@ -91,6 +103,8 @@ def test_one_quote_loses_no_row(tmp_path: Path) -> None:
         (b"sep=|\npath|label\n", r"line 1: cells divided by '\|' are not read"),
         (b"path|label\na.mp4|walk\n", "line 1: there is no column path"),
         (b"path,label\n ,walk\n", "line 2: the path is empty"),
+        (b'path,label\na.mp4,walk\n",",\n', "line 3: its cells hold quotes and commas alone"),
+        (b'path,label\n"""",\n', "line 2: its cells hold quotes and commas alone"),
     ],
 )
 def test_what_is_odd_is_named_by_its_line(data: bytes, message: str, tmp_path: Path) -> None:

@@ -211,10 +211,10 @@ def test_a_video_is_quarantined_once_with_its_first_reason(tmp_path: Path) -> No
         return QuarantineRow(video_id, "u", Refusal("train on train", "EmptyMedia", reason))
 
     folder = RunFolder(Storage(), str(tmp_path))
-    folder.refuse([])
+    folder.quarantine([])
     assert not list(tmp_path.iterdir())
-    folder.refuse([refusal("b", "first"), refusal("b", "second")])
-    folder.refuse([refusal("b", "third"), refusal("a", "first")])
+    folder.quarantine([refusal("b", "first"), refusal("b", "second")])
+    folder.quarantine([refusal("b", "third"), refusal("a", "first")])
     rows = load_quarantine(Storage(), folder.quarantine_uri)
     assert [(row.video_id, row.error_text) for row in rows] == [("b", "first"), ("a", "first")]
 

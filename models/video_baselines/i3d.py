@@ -16,6 +16,7 @@ from vcm_sdd.backbone import build_backbones
 from vcm_sdd.weights import flow_stem, load_strict, read_state
 from video_baselines.inception3d import ClippedPool3d, Inception3d
 from video_baselines.resnet3d import DEPTHS, ResNet3d, inflate_state
+from video_baselines.slowfast import slowfast_recipe
 from video_baselines.streams import (
     ClipClassifier,
     DepthParts,
@@ -117,7 +118,9 @@ def i3d(
             _load_inflated(net, states[stream], inflation, source=f"backbone_weights {backbone_weights}")
         return PooledClassifier(net, net.num_channels, num_classes, dropout, windows=pooling == "windows")
 
-    spec = InputSpec(rgb_mean=_HALF, rgb_std=_HALF, recipe=_I3D_RECIPE) if inception else InputSpec()
+    # Over ResNets: 8 frames, every 8th (I3D 8x8 of PySlowFast), or Wang et al.'s 128 in a row for the strided stem.
+    resnet = InputSpec(recipe=slowfast_recipe(128, 1) if strided_stem else slowfast_recipe(8, 8))
+    spec = InputSpec(rgb_mean=_HALF, rgb_std=_HALF, recipe=_I3D_RECIPE) if inception else resnet
     return build_streams(modality, make, spec=spec, flow_channels=flow_channels, flow_weight=flow_weight)
 
 
@@ -177,7 +180,7 @@ def s3dg(
         net = Inception3d("gated" if gating else "separable", in_channels=channels)
         return PooledClassifier(net, net.num_channels, num_classes, dropout)
 
-    spec = InputSpec(rgb_mean=_HALF, rgb_std=_HALF)
+    spec = InputSpec(rgb_mean=_HALF, rgb_std=_HALF, recipe=_I3D_RECIPE)  # Xie et al. (2018): 64 frames at 25 a second
     return build_streams(modality, make, spec=spec, flow_channels=flow_channels, flow_weight=flow_weight)
 
 

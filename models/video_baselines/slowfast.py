@@ -11,7 +11,7 @@ import functools
 import torch
 from torch import Tensor, nn
 
-from kinoray.network import InputSpec
+from kinoray.network import ClipRecipe, InputSpec
 from video_baselines.nonlocal_block import NonLocalBlock, nonlocal_positions
 from video_baselines.resnet3d import DEPTHS, BasicBlock3d, Bottleneck3d, TimeConv3d, make_stage
 from video_baselines.streams import (
@@ -23,7 +23,25 @@ from video_baselines.streams import (
     require_fraction,
 )
 
-__all__ = ["SlowFast", "slowfast", "slowfast_nl"]
+__all__ = ["SlowFast", "slowfast", "slowfast_nl", "slowfast_recipe"]
+
+
+def slowfast_recipe(frames: int, stride: int) -> ClipRecipe:
+    """How PySlowFast feeds its networks: frames at 30 a second, resized to a shortest side of 256 without antialiasing.
+
+    16x8 is 64 frames of the fast pathway, every second one. It trains on crops of 224 and tests on 256.
+    """
+    return ClipRecipe(
+        frames=frames,
+        stride=stride,
+        fps=30.0,
+        placement="slowfast",
+        short="repeat_last",
+        resize="shortest",
+        resize_px=(256, 256),
+        crop_px=224,
+        antialias=False,
+    )
 
 
 class _Stem(nn.Module):
@@ -180,7 +198,7 @@ def slowfast(
             nonlocal_blocks=nonlocal_blocks,
             dropout=dropout,
         ),
-        spec=InputSpec(rgb_mean=(0.45, 0.45, 0.45), rgb_std=(0.225, 0.225, 0.225)),
+        spec=InputSpec(rgb_mean=(0.45, 0.45, 0.45), rgb_std=(0.225, 0.225, 0.225), recipe=slowfast_recipe(64, 2)),
     )
 
 

@@ -8,6 +8,7 @@ Shapes: M clips, T frames, C channels, Y X pixels, K classes
 import functools
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, Literal, cast
 
 import torchvision
@@ -376,4 +377,6 @@ def r2plus1d_34(
         return FramesFirst("r2plus1d_34", net)
 
     spec = _spec("r2plus1d_18", crop_px=crop_px)
+    recipe = replace(spec.recipe, frames=32, stride=1, fps=None)  # the paper, section 4: 32 frames in a row
+    spec = replace(spec, recipe=recipe)
     return build_streams(modality, make, spec=spec, flow_channels=flow_channels, flow_weight=flow_weight)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
-from kinoray.network import InputSpec
+from kinoray.network import ClipRecipe, InputSpec
 from vcm_sdd.backbone import Backbone, ResNetGrid, TimmGrid, TinyGrid, build_backbone, build_backbones, laid_out
 from video_baselines.streams import (
     ClipClassifier,
@@ -24,6 +24,10 @@ from video_baselines.streams import (
 )
 
 __all__ = ["FrameClassifier", "ShiftedGrid", "ShiftedTimm", "temporal_shift", "tsm", "tsn"]
+
+
+# Lin et al. (2019), section 5.1: a frame of each of 8 (or 16) segments, shortest side 256, crop 224.
+_TSM_RECIPE = ClipRecipe(frames=1, segments=8, resize="shortest", resize_px=(256, 256), crop_px=224, antialias=False)
 
 
 def temporal_shift(x_MTCYX: Tensor, *, div: int = 8, online: bool = False) -> Tensor:
@@ -292,7 +296,8 @@ def _frame_model(
             raise ValueError(f"backbone must be tiny, timm:NAME or a torchvision ResNet for tsm, got {backbone!r}")
         return FrameClassifier(shifted, grid.num_channels, num_classes, dropout)
 
-    spec = InputSpec(rgb_mean=first.rgb_mean, rgb_std=first.rgb_std)
+    recipe = ClipRecipe() if shift is None else _TSM_RECIPE
+    spec = InputSpec(rgb_mean=first.rgb_mean, rgb_std=first.rgb_std, recipe=recipe)
     return build_streams(
         modality, make, spec=spec, flow_channels=flow_channels, grouping="video", flow_weight=flow_weight
     )

@@ -3,6 +3,7 @@
 Exit codes: 0 done, 1 the job failed, 2 a setting is wrong (nothing was started), 128 + signal (130: Ctrl-C).
 """
 
+import atexit
 import contextlib
 import dataclasses
 import difflib
@@ -12,16 +13,17 @@ import os
 import re
 import shlex
 import sys
+import threading
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from kinoray import __version__
 from kinoray.console import ended_by_signals, exact_stdout, plain_streams, print_traceback
-from kinoray.errors import ConfigError, KinorayError, StorageError
+from kinoray.errors import ConfigError, KinorayError
 
-__all__ = ["VERBS", "Verb", "guarded", "main", "parse_settings"]
+__all__ = ["VERBS", "Verb", "end", "guarded", "main", "parse_settings"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -220,10 +222,36 @@ def _presets() -> Mapping[str, Any]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command line (default: sys.argv) and return its exit code; never a traceback for a foreseen error."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
+    """Run one command line and return its exit code; never a traceback for a foreseen error.
+
+    Without argv it is sys.argv's, and the whole of the process, which ends with it.
+    """
+    if argv is None:
+        end(lambda: main(sys.argv[1:]))
+    arguments = list(argv)
     name, rest = (arguments[0], arguments[1:]) if arguments else ("", [])
     return guarded(name, lambda: _run(name, rest))
+
+
+def end(run: Callable[[], int]) -> NoReturn:
+    """End this process with what `run` returns, when all that waits for its end has had its turn.
+
+    Python itself would now take the interpreter apart while threads of native libraries are at work. One of Arrow's
+    that gives back memory then, which happens after a command that was short, aborts the process.
+    """
+    code = 1
+    try:
+        code = run()
+    except SystemExit as error:
+        code = error.code if isinstance(error.code, int) else int(error.code is not None)
+    except BaseException:  # noqa: BLE001  (as Python ends a program)
+        sys.excepthook(*typing.cast("Any", sys.exc_info()))
+    threading._shutdown()  # type: ignore[attr-defined]  # waits for threads, as Python does
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):  # its reader is gone, or it was closed
+            stream.flush()
+    os._exit(code)
 
 
 def _run(name: str, arguments: list[str]) -> int:
@@ -298,9 +326,8 @@ def parse_settings(
     """
     flags = arguments[: arguments.index("--")] if "--" in arguments else arguments
     if asked := {"-h", "--help", "--help-all"} & set(flags):
-        presets = f"--preset NAME ({', '.join(_presets())}; likewise), --like RUN (a run's settings; likewise), "
+        extra = f"--preset NAME ({', '.join(_presets())}), --like RUN (likewise), " if name in _WITH_PRESETS else ""
         explain = _load("kinoray.config.help:verb_help")
-        extra = presets if name in _WITH_PRESETS else ""
         print(explain(command or f"kinoray {name}", cls, main, extra, every="--help-all" in asked))
         return None
     config, print_only = _parse(name, cls, arguments)
@@ -320,6 +347,8 @@ def _parse(name: str, cls: type[Any], arguments: list[str]) -> tuple[Any, bool]:
     arguments, preset = _take(arguments, "--preset", f"one of {', '.join(_presets())}")
     arguments, run = _take(arguments, "--like", "a run folder")
     flags = [flag for flag, value in (("--preset", preset), ("--config", path), ("--like", run)) if value]
+    if flags and flags[0] != "--config" and name not in _WITH_PRESETS:
+        raise ConfigError(f"{flags[0]} is for {' and '.join(_WITH_PRESETS)}, not for {name}")
     if len(flags) > 1:
         raise ConfigError(f"{flags[0]} and {flags[1]} exclude each other; {flags[0]} ... --print-config makes a file")
 
@@ -332,68 +361,21 @@ def _parse(name: str, cls: type[Any], arguments: list[str]) -> tuple[Any, bool]:
                 raise
             return _parse_flags(name, cls, reordered, default)
 
+    default = None
     if path:
         default = _load("kinoray.config.file:load_config")(cls, path)
         folders = {Path(path).parent, Path(path).resolve().parent}
         if any((folder / file).exists() for folder in folders for file in _RUN_FILES):
             _require_own_word(name, arguments, default, f"--config {path} lies in a run folder and")
     elif preset:
-        default = _preset(name, cls, preset)
+        default = _load("kinoray.train.defaults:preset_of")(cls, preset)
     elif run:
-        default = _like(name, cls, run, parse)
+        default = _load("kinoray.train.defaults:like")(cls, run, parse)
         _require_own_word(name, arguments, default, f"--like {run}")
-    else:
-        default = None
     config = parse(default)
     if name in _WITH_PRESETS:
-        config = _on_its_network(name, cls, config, default, parse, is_preset=bool(preset))
+        config = _load("kinoray.train.defaults:on_its_network")(cls, config, default, parse, is_preset=bool(preset))
     return config, print_only
-
-
-def _like(name: str, cls: type[Any], run: str, parse: Callable[[Any], Any]) -> Any:
-    """The settings of a run. Where it wrote, the store, the cluster and the cache's folder are this command's own.
-
-    Raises:
-        ConfigError: there is no run, or its settings cannot be read.
-    """
-    if name not in _WITH_PRESETS:
-        raise ConfigError(f"--like is for {' and '.join(_WITH_PRESETS)}, not for {name}")
-    join, own = _load("kinoray.storage.objects:join"), parse(cls(catalog="", out=""))
-    try:
-        limit = _load("kinoray.config.file:MAX_FILE_BYTES")
-        data = _load("kinoray.storage.objects:Storage")(own.storage).read(join(run, "config.yaml"), max_bytes=limit)
-    except StorageError as error:
-        raise ConfigError(f"--like must name the run folder of a training, got {run}: {error}") from error
-    found = _load("kinoray.config.file:config_from_bytes")(cls, data, f"--like {run}: config.yaml")
-    resources = dataclasses.replace(found.resources, address=own.resources.address)
-    cache = dataclasses.replace(found.cache, folder=own.cache.folder)
-    missing = _load("tyro:MISSING")
-    return dataclasses.replace(found, out=missing, storage=own.storage, resources=resources, cache=cache)
-
-
-def _on_its_network(
-    name: str, cls: type[Any], config: Any, default: Any, parse: Callable[[Any], Any], *, is_preset: bool
-) -> Any:
-    """Settings that were made for one network, where flags name another one; and the recipe of published weights.
-
-    Options go to the network that they were written for. A preset's clips are fitted to the other network, but a
-    published one has its own (kinoray.train.verb.with_start).
-    """
-    published = _load("kinoray.network.resolve:is_whole")(config.init_from)
-    if default is None:
-        return parse(_preset(name, cls, "finetune")) if published else config
-    model = type(config.model)(factory=config.model.factory)
-    is_other = config.model.factory != default.model.factory
-    if published and is_preset:
-        clip = type(default.clip)()
-        return parse(dataclasses.replace(default, model=model if is_other else type(model)(), clip=clip))
-    if not is_other:
-        return config
-    config = parse(dataclasses.replace(default, model=model))
-    if not is_preset or default.clip == type(default.clip)():
-        return config
-    clip = _load("kinoray.network.build:clip_on")(config.model, default.clip, default.model)
-    return parse(dataclasses.replace(default, model=model, clip=clip))
 
 
 def _require_own_word(name: str, arguments: list[str], default: Any, where: str) -> None:
@@ -407,9 +389,8 @@ def _require_own_word(name: str, arguments: list[str], default: Any, where: str)
         flag = "--model.factory"
         named = [] if _take(arguments, flag, "a network")[1] else [default.model.factory]
     for factory in named:
-        if factory in arguments or f"{flag}={factory}" in arguments:
-            continue
-        if _load("kinoray.network.build:is_shipped")(factory):
+        is_said = factory in arguments or f"{flag}={factory}" in arguments
+        if is_said or _load("kinoray.network.build:is_shipped")(factory):
             continue
         raise ConfigError(
             f"{where} names the network {factory!r}, which does not ship with kinoray; nothing of it was imported, "
@@ -429,18 +410,9 @@ def _parse_flags(name: str, cls: type[Any], arguments: list[str], default: Any) 
     messages = io.StringIO()
     try:
         with contextlib.redirect_stderr(messages):
-            config = tyro.cli(cls, args=arguments, default=default, prog=f"kinoray {name}")
+            return tyro.cli(cls, args=arguments, default=default, prog=f"kinoray {name}")
     except SystemExit:
         raise ConfigError(_one_line(messages.getvalue())) from None
-    return config if default is None or name not in _WITH_PRESETS else _with_options(config, default)
-
-
-def _with_options(config: Any, default: Any) -> Any:
-    """Options of the network that flags name join those of the file or preset, as all other flags do."""
-    if config.model.factory != default.model.factory:
-        return config
-    options = {**default.model.options, **config.model.options}
-    return dataclasses.replace(config, model=dataclasses.replace(config.model, options=options))
 
 
 def _source_first(arguments: list[str]) -> list[str]:
@@ -453,17 +425,6 @@ def _source_first(arguments: list[str]) -> list[str]:
     if end - begin < 2:
         return arguments
     return [arguments[end - 1], *arguments[: end - 1], *arguments[end:]]
-
-
-def _preset(name: str, cls: type[Any], preset: str) -> Any:
-    """The config with a preset's recipe in it."""
-    if name not in _WITH_PRESETS:
-        raise ConfigError(f"--preset is for {' and '.join(_WITH_PRESETS)}, not for {name}")
-    presets = _presets()
-    if preset not in presets:
-        raise ConfigError(f"--preset must be one of {', '.join(presets)}, got {preset!r}")
-    recipe = presets[preset]()
-    return cls(**{field.name: getattr(recipe, field.name) for field in dataclasses.fields(recipe)})
 
 
 def _take(arguments: list[str], flag: str, what: str) -> tuple[list[str], str]:

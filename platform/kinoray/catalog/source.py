@@ -113,7 +113,7 @@ def parse_table_text(uri: str, text: str, needed: Collection[str], remedy: str) 
     head = lines[start] if start < len(lines) else ""
     names, delimiter = _header(f"{uri} line {start + 1}", head, delimiters, needed, remedy)
     records = parse_records(uri, lines, start + 1, names, delimiter)
-    num_filled = sum(bool(re.search(rf'[^\s"{delimiter}]', line)) for line in lines[start + 1 :])
+    num_filled = sum(not _is_bare(line, delimiter) for line in lines[start + 1 :])
     if len(records) != num_filled:
         raise CatalogError(f"{uri}: {num_filled} lines below its header, but {len(records)} rows; please report it")
     return TextTable(names, tuple(records))
@@ -131,6 +131,10 @@ def parse_records(uri: str, lines: Sequence[str], start: int, names: Sequence[st
         cells = cells_of(where, line, delimiter)
         if not any(cell.strip() for cell in cells):
             continue
+        if _is_bare(line, delimiter):
+            raise CatalogError(
+                f"{where}: its cells hold quotes and {_DELIMITERS[delimiter]} alone; name something in it"
+            )
         if len(cells) != len(names):
             more = "more" if len(cells) > len(names) else "fewer"
             raise CatalogError(
@@ -141,6 +145,11 @@ def parse_records(uri: str, lines: Sequence[str], start: int, names: Sequence[st
     return records
 
 
+def _is_bare(line: str, delimiter: str) -> bool:
+    """Whether a line holds nothing but what divides and quotes cells."""
+    return re.search(rf'[^\s"{delimiter}]', line) is None
+
+
 def cells_of(where: str, line: str, delimiter: str = ",") -> list[str]:
     """The cells of one line, as RFC 4180 has them.
 
@@ -149,7 +158,7 @@ def cells_of(where: str, line: str, delimiter: str = ",") -> list[str]:
     """
     if '"' not in line:
         return line.split(delimiter)
-    cell = re.compile(rf'(?:"((?:[^"]|"")*)"|([^"{delimiter}]*))(?={delimiter}|\Z)')
+    cell = re.compile(rf'(?:"((?:[^"]++|"")*+)"|([^"{delimiter}]*))(?={delimiter}|\Z)')  # possessive: no memory
     cells: list[str] = []
     position = 0
     while position <= len(line):
@@ -201,6 +210,7 @@ def _check_names(where: str, names: Sequence[str], delimiter: str) -> None:
 _SHOWN_FOLDERS = 10
 _STAT_THREADS = 16
 _MAX_ID_BYTES = 180  # leaves room for an extension in the 255 bytes of a file name
+_DIGEST_CHARS = (0, 10, 64)  # of a name's SHA-256 in its video_id: none, enough against chance, enough against intent
 UNLABELLED_SPLITS = frozenset({"test", "holdout", "unlabelled"})
 """Splits whose videos may have no label."""
 
@@ -265,14 +275,21 @@ def unique_ids(names: Sequence[str]) -> list[str]:
     """A video_id for each (unique) name: the path without its extension, in letters, digits, `_` and `-`.
 
     `bus/a.b.mp4` -> `bus__a_b`: a key that every WebDataset reader splits at the same dot. Names that come out equal,
-    or too long, all get a digest of the name at the end, whatever their order.
+    or too long, all get a digest of the name at the end, whatever their order; a whole one where names were chosen so
+    that they come out equal all the same.
     """
-    ids = [_sanitise(name) for name in names]
-    counts = Counter(ids)
-    return [
-        video_id if counts[video_id] == 1 and len(video_id.encode()) <= _MAX_ID_BYTES else _with_digest(video_id, name)
-        for video_id, name in zip(ids, names, strict=True)
-    ]
+    plain = [_sanitise(name) for name in names]
+    lengths = [int(len(video_id.encode()) > _MAX_ID_BYTES) for video_id in plain]  # places in _DIGEST_CHARS
+    ids = list(map(_with_digest, plain, names, lengths))
+    while True:
+        counts = Counter(ids)
+        equal = [place for place, video_id in enumerate(ids) if counts[video_id] > 1]
+        longer = [place for place in equal if lengths[place] < len(_DIGEST_CHARS) - 1]
+        if not longer:
+            return ids
+        for place in longer:
+            lengths[place] += 1
+            ids[place] = _with_digest(plain[place], names[place], lengths[place])
 
 
 def _sanitise(name: str) -> str:
@@ -282,9 +299,14 @@ def _sanitise(name: str) -> str:
     return re.sub(r"[^\w-]", "_", text.replace("/", "__"))
 
 
-def _with_digest(video_id: str, name: str) -> str:
-    digest = hashlib.sha256(name.encode(errors="surrogatepass")).hexdigest()[:10]
-    return f"{video_id.encode()[:_MAX_ID_BYTES].decode(errors='ignore')}-{digest}"
+def _with_digest(video_id: str, name: str, length: int) -> str:
+    """The id with so much of the name's digest (a place in _DIGEST_CHARS), cut to leave room for it."""
+    num_chars = _DIGEST_CHARS[length]
+    if not num_chars:
+        return video_id
+    digest = hashlib.sha256(name.encode(errors="surrogatepass")).hexdigest()[:num_chars]
+    room_bytes = _MAX_ID_BYTES + _DIGEST_CHARS[1] - num_chars
+    return f"{video_id.encode()[:room_bytes].decode(errors='ignore')}-{digest}"
 
 
 def _read_csv(storage: Storage, source: str) -> list[SourceFile]:

@@ -4,12 +4,13 @@ Catalogs are immutable. What is easy to break: the digest names the content, not
 how Parquet encodes it.
 """
 
+import contextlib
 import hashlib
 import io
 import json
 import os
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -20,7 +21,7 @@ from kinoray.catalog.folders import VIDEO_EXTENSIONS, is_video, said_of_others
 from kinoray.catalog.read import Reference, read_video, read_videos, time_problem
 from kinoray.catalog.source import SourceFile, find_files, unique_ids, warn
 from kinoray.config.files import local_path, local_uri
-from kinoray.errors import CatalogError, ChecksumMismatch, ObjectNotFound
+from kinoray.errors import AccessDenied, CatalogError, ObjectNotFound, StorageError, StorageUnavailable
 from kinoray.storage.objects import Storage, absolute, is_s3, join
 from kinoray.storage.records import parse_json, parse_record, parse_table
 
@@ -32,6 +33,7 @@ __all__ = [
     "catalog_of_files",
     "catalog_of_source",
     "is_catalog",
+    "lies_inside",
     "load_catalog",
     "read_video",
     "read_videos",
@@ -200,19 +202,21 @@ def _absolute_uris(uris: pa.ChunkedArray, folder: str) -> pa.ChunkedArray:
 def _require_inside(path: str, catalog: Catalog) -> None:
     """Raise CatalogError for a row whose bytes lie outside of the folder of its table, also by way of a link."""
     root = absolute(path).rpartition("/")[0]
-    real_root = "" if is_s3(root) else os.path.realpath(root)
     uris = catalog.table.column("uri")
     for uri in uris.unique().to_pylist():
-        if is_s3(root) or is_s3(uri):
-            inside = uri.startswith(f"{root}/")
-        else:
-            inside = "\0" not in uri and os.path.realpath(local_path(uri)).startswith(f"{real_root.rstrip('/')}/")
-        if not inside:
+        if not lies_inside(root, uri):
             row = uris.to_pylist().index(uri)
             raise CatalogError(
                 f"{path} row {row} ({catalog.table.column('video_id')[row].as_py()}) refers to {uri}, which lies "
                 f"outside of {root}; if you trust this table, name it itself: {path}"
             )
+
+
+def lies_inside(root: str, uri: str) -> bool:
+    """Whether an address leads to something below a folder or prefix, links resolved."""
+    if is_s3(root) or is_s3(uri):
+        return uri.startswith(f"{root}/")
+    return "\0" not in uri and os.path.realpath(local_path(uri)).startswith(f"{os.path.realpath(root).rstrip('/')}/")
 
 
 def save_catalog(storage: Storage, uri: str, catalog: Catalog) -> None:
@@ -256,10 +260,13 @@ def is_catalog(storage: Storage, source: str, *, say: Callable[[str], None] = wa
     if source.endswith(".parquet"):
         return True
     table = join(source, "catalog.parquet")
-    if source.lower().endswith(".csv") or not storage.exists(table):
+    if source.lower().endswith(".csv"):
         return False
-    if _is_pack(storage, join(source, _PACK_RECORD)):
-        return True
+    with _left_aside_if_unreadable(source):
+        if not storage.exists(table):
+            return False
+        if _is_pack(storage, join(source, _PACK_RECORD)):
+            return True
     say(
         f"{table} is ignored and the videos of its folder are listed, since no finished pack lies there (it would have "
         f"a {_PACK_RECORD}); to use that table, name it itself: {table}"
@@ -268,10 +275,24 @@ def is_catalog(storage: Storage, source: str, *, say: Callable[[str], None] = wa
 
 
 def _is_pack(storage: Storage, uri: str) -> bool:
+    return isinstance(parse_record(storage.read(uri), uri, dict).get("catalog_digest"), str)
+
+
+@contextlib.contextmanager
+def _left_aside_if_unreadable(source: str) -> Iterator[None]:
+    """What cannot be read of a table in a folder, or of its record, does not keep from the videos beside it.
+
+    But a bucket denies what is not there, too, and a store that is down says nothing.
+    """
     try:
-        return isinstance(parse_record(storage.read(uri), uri, dict).get("catalog_digest"), str)
-    except (ObjectNotFound, ChecksumMismatch):
-        return False
+        yield
+    except StorageUnavailable:
+        raise
+    except AccessDenied:
+        if is_s3(source):
+            raise
+    except StorageError:
+        return
 
 
 def catalog_of_files(source: str, files: list[SourceFile]) -> Catalog:

@@ -13,6 +13,7 @@ import logging
 import math
 import os
 import secrets
+import sys
 import threading
 import time
 from collections import Counter
@@ -28,6 +29,7 @@ from ray._raylet import PlacementGroupID
 from ray.core.generated.autoscaler_pb2 import AutoscalingState, GetClusterStatusReply, NodeStatus
 from ray.exceptions import RayError
 from ray.experimental.internal_kv import internal_kv_get_gcs_client
+from ray.job_config import JobConfig
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -78,6 +80,20 @@ def quiet_ray() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
+class _Job(JobConfig):  # type: ignore[misc]  # ray is not typed
+    """A job whose workers import from where this process does, and from nowhere else.
+
+    Ray would add the working folder, ahead of everything else: a library with a torch.py in it would be code.
+    """
+
+    _py_driver_sys_path: list[str]
+
+    def _serialize(self) -> bytes:
+        own = {os.path.realpath(entry) for entry in sys.path}  # "" is the working folder
+        self._py_driver_sys_path[:] = [entry for entry in self._py_driver_sys_path if os.path.realpath(entry) in own]
+        return bytes(super()._serialize())
+
+
 def connect(config: WorkersConfig) -> None:
     """Join the configured cluster, or start a Ray on this machine; nothing happens where one is joined already.
 
@@ -98,6 +114,7 @@ def connect(config: WorkersConfig) -> None:
             ray.init(
                 address=address,
                 runtime_env={"env_vars": WORKER_ENV},
+                job_config=None if "://" in address else _Job(),  # a Ray client's server does not know our class
                 log_to_driver=True,
                 logging_config=_logging(config),
             )
@@ -111,6 +128,7 @@ def connect(config: WorkersConfig) -> None:
                     logging_level=logging.ERROR,
                     logging_config=_logging(config),
                     runtime_env={"env_vars": WORKER_ENV},
+                    job_config=_Job(),
                 )
             _clean_up_after()
     except Exception as error:  # a node that does not start in time is a bare Exception in Ray

@@ -35,33 +35,36 @@ def software() -> dict[str, str]:
 
 
 def commits() -> dict[str, str]:
-    """The commits of this process's working folder and, unless it is an installed copy, of kinoray's own code."""
+    """The commits of this process's working folder and, unless it is an installed copy, of kinoray's own code.
+
+    Only of the latter it is said that files differ, with `+`: git looks through files with filters and monitors that
+    a repository's own config names, and the working folder may be a stranger's.
+    """
     package = Path(kinoray.__file__).resolve().parent
     found = {"commit": git_commit(Path.cwd())}
     if "site-packages" not in package.parts:
-        found["kinoray_commit"] = git_commit(package)
+        own = git_commit(package)
+        found["kinoray_commit"] = own + ("+" if own and _git(package, "status", "--porcelain", "-uno") else "")
     return {name: commit for name, commit in found.items() if commit}
 
 
 def git_commit(folder: Path) -> str:
-    """The commit that the folder's repository is at, with `+` where files differ from it; empty if there is none."""
+    """The commit that the folder's repository is at; empty if there is none. Runs nothing that its config names."""
+    return _git(folder, "rev-parse", "HEAD")
+
+
+def _git(folder: Path, *arguments: str) -> str:
+    """What git says; empty where it cannot."""
     git = shutil.which("git")
     if git is None:
         return ""
-
-    def ask(*arguments: str) -> str | None:
-        command = [git, "-C", str(folder), *arguments]
-        try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=_GIT_S, check=False)
-        except (OSError, subprocess.TimeoutExpired):
-            return None
-        return done.stdout.strip() if done.returncode == 0 else None
-
-    commit = ask("rev-parse", "HEAD")
-    if not commit:
+    command = [git, "-C", str(folder), "-c", "core.fsmonitor=false", "-c", "core.hooksPath=/dev/null", *arguments]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_GIT_S, check=False, env=environment)
+    except (OSError, subprocess.TimeoutExpired):
         return ""
-    changed = ask("status", "--porcelain", "--untracked-files=no")
-    return commit + ("+" if changed else "")
+    return done.stdout.strip() if done.returncode == 0 else ""
 
 
 def host(rank: int) -> dict[str, Any]:

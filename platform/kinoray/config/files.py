@@ -7,11 +7,11 @@ catalog gives is opened here.
 
 import contextlib
 import errno
+import functools
 import os
 import stat
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
 from urllib.parse import quote_from_bytes, unquote_to_bytes
 
 from kinoray.errors import (
@@ -30,7 +30,11 @@ FILE_SCHEME = "file://"
 """What the uri of a file begins with whose name is not UTF-8: `file:///videos/a%FF.mp4` can be written to a table."""
 
 _FLAGS = os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC  # a pipe without a writer, or a modem, would wait
-_PART_BYTES = 2**16
+_KERNEL = (
+    *("proc", "sysfs", "debugfs", "tracefs", "securityfs", "configfs"),
+    *("cgroup", "cgroup2", "bpf", "pstore", "efivarfs", "binfmt_misc", "fusectl"),
+)
+"""File systems whose files are the kernel's: they have no end, fail oddly, or show what is nobody's video."""
 _UNAVAILABLE = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE}
 
 
@@ -68,9 +72,23 @@ def open_file(path: str | Path) -> Iterator[int]:
         if not stat.S_ISREG(info.st_mode):
             kind = "a folder, a file is expected" if stat.S_ISDIR(info.st_mode) else "not a regular file"
             raise ObjectNotFound(f"{path} is {kind}")
+        if info.st_dev in _kernel_devices():
+            raise ObjectNotFound(f"{path} is a file of the kernel's (/proc, /sys), which are not read")
         yield descriptor
     finally:
         os.close(descriptor)
+
+
+@functools.cache
+def _kernel_devices() -> frozenset[int]:
+    devices = set()
+    table = Path("/proc/self/mountinfo")
+    for line in table.read_text(encoding="utf-8", errors="replace").splitlines() if table.exists() else []:
+        mounted, _, kind = line.partition(" - ")
+        if kind.split()[0] in _KERNEL:
+            major, _, minor = mounted.split()[2].partition(":")
+            devices.add(os.makedev(int(major), int(minor)))
+    return frozenset(devices)
 
 
 def read_file(path: str | Path, max_bytes: int) -> bytes:
@@ -84,8 +102,6 @@ def read_file(path: str | Path, max_bytes: int) -> bytes:
         size_bytes = os.fstat(descriptor).st_size
         if size_bytes > max_bytes:
             raise ObjectTooLarge(f"{path} has {size_bytes:,} bytes, {max_bytes:,} are allowed; it was not read")
-        if not size_bytes:  # files of /proc do not say how long they are, and some have no end
-            return _read_to_end(path, file, max_bytes)
         data = file.read(size_bytes + 1)
     if len(data) != size_bytes:
         what = "more" if len(data) > size_bytes else f"{len(data):,}"
@@ -94,15 +110,6 @@ def read_file(path: str | Path, max_bytes: int) -> bytes:
             "run the same command again when it is finished"
         )
     return data
-
-
-def _read_to_end(path: str | Path, file: BinaryIO, max_bytes: int) -> bytes:
-    data = bytearray()
-    while part := file.read(_PART_BYTES):
-        data += part
-        if len(data) > max_bytes:
-            raise ObjectTooLarge(f"{path} goes on behind byte {max_bytes:,}, the last one that is allowed")
-    return bytes(data)
 
 
 def read_file_range(path: str | Path, offset: int, length: int) -> bytes:
@@ -126,8 +133,12 @@ def read_file_range(path: str | Path, offset: int, length: int) -> bytes:
 
 
 @contextlib.contextmanager
-def translated(path: str) -> Iterator[None]:
-    """Turn the operating system's errors into ours, with the path in the message."""
+def translated(path: str, *, to_read: bool = False) -> Iterator[None]:
+    """Turn the operating system's errors into ours, with the path in the message.
+
+    Args:
+        to_read: the body reads the file; where its folder still answers, an I/O error is that of this file alone.
+    """
     try:
         yield
     except KinorayError:
@@ -143,5 +154,17 @@ def translated(path: str) -> Iterator[None]:
     except MemoryError as error:
         raise StorageError(f"{path}: no memory for its bytes") from error
     except OSError as error:
-        kind = StorageUnavailable if error.errno in _UNAVAILABLE else StorageError
+        is_its_own = to_read and error.errno == errno.EIO and _answers(os.path.dirname(path) or ".")
+        kind = StorageUnavailable if error.errno in _UNAVAILABLE and not is_its_own else StorageError
         raise kind(f"{path}: {error.strerror or error}") from error
+
+
+def _answers(folder: str) -> bool:
+    """Whether a folder and its file system can be looked at; of the latter no answer is kept by the system."""
+    try:
+        os.statvfs(folder)
+        with os.scandir(folder) as entries:
+            next(entries, None)
+    except OSError:
+        return False
+    return True

@@ -21,22 +21,24 @@ from typing import Any, TypeVar
 import boto3
 import tyro
 
+from kinoray.catalog.table import catalog_of_source
 from kinoray.cluster.connect import disconnect
 from kinoray.config.shared import StorageConfig
-from kinoray.console import Progress, format_duration, table
+from kinoray.console import Progress, format_duration, many, table
 from kinoray.demo.config import DemoConfig
 from kinoray.demo.videos import BROKEN_KINDS, class_names, make_broken, make_demo_set
-from kinoray.errors import ConfigError
+from kinoray.errors import ConfigError, StorageUnavailable
 from kinoray.evaluation.config import EvaluateConfig
 from kinoray.evaluation.metrics import ScoreSummary
 from kinoray.evaluation.verb import evaluate
 from kinoray.label.config import LabelConfig
+from kinoray.label.predict import Model
 from kinoray.label.verb import label
 from kinoray.library.config import ReportConfig
 from kinoray.library.report import report
 from kinoray.pack.config import PackConfig
 from kinoray.pack.verb import pack
-from kinoray.storage.objects import Storage, join
+from kinoray.storage.objects import Storage, absolute, join
 from kinoray.storage.records import parse_json
 from kinoray.train.config import PRESETS, TrainConfig
 from kinoray.train.verb import train
@@ -47,6 +49,7 @@ VIDEOS_PER_CLASS = 80  # of 6 classes; a quarter is held out
 EPOCHS = 10
 VAL_FRACTION = 0.25
 SHARD_MB = 1
+OWN_VIDEOS = 9  # of the user's, about two seconds each
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,6 +158,7 @@ def demo(config: DemoConfig, *, videos_per_class: int = VIDEOS_PER_CLASS, epochs
         KinorayError: as the steps.
     """
     out = Path(config.out)
+    own = _own_videos(config.videos) if config.videos else []
     _pin(out, {"videos_per_class": videos_per_class, "epochs": epochs})
     with _ray_of_its_own(), _base(config, out) as (base, storage):
         steps = _Steps()
@@ -164,6 +168,8 @@ def demo(config: DemoConfig, *, videos_per_class: int = VIDEOS_PER_CLASS, epochs
             source = join(base, "videos")
             _upload(out / "videos", source, storage, steps)
         scores, labelled, page = _run(make_recipe(config, source, base, storage, epochs=epochs), steps)
+    if own:
+        _ask_published(config.videos, own, steps)
     steps.print_table()
     _print_results(config, scores, labelled, page["out"])
     return {
@@ -321,8 +327,36 @@ def _run(recipe: Recipe, steps: _Steps) -> tuple[ScoreSummary, dict[str, Any], d
     return scores, labelled, page
 
 
+def _own_videos(source: str) -> list[str]:
+    """Addresses of the first few videos of the user's. Raises CatalogError, ObjectNotFound: there are none."""
+    table = catalog_of_source(Storage(), absolute(source)).table
+    return [str(uri) for uri in table.column("uri").slice(0, OWN_VIDEOS).to_pylist()]
+
+
+def _ask_published(source: str, videos: list[str], steps: _Steps) -> None:
+    """What a published network says of the user's own videos, or that it could not be fetched."""
+    what = f"DeepMind's I3D, trained on Kinetics-400, on {many(len(videos), 'video')} of {source}"
+    command = shlex.join(["kinoray", "label", source, "--checkpoint", "i3d", "--out", "labels/own"])
+    with steps.step("your own", what, command) as result:
+        try:
+            model = Model(LabelConfig(source=source, checkpoint="i3d", out=""), say=_say, warn=_say)
+        except StorageUnavailable as error:
+            result.append("I3D could not be fetched")
+            _say(f"{error}; everything else of the demo is done")
+            return
+        with model:
+            answers = model.predict(videos)
+        rows = [(Path(one.uri).name, one.label or str(one.error_class), f"{one.score or 0:.2f}") for one in answers]
+        print("\n".join(table(rows, head=("VIDEO", "CLASS", "SCORE"), right=(2,), indent="   ")), flush=True)
+        result.append(f"{many(len(answers), 'video')} asked about")
+
+
+def _say(line: str) -> None:
+    print(f"demo: {line}", flush=True)
+
+
 def _show_pack(totals: dict[str, Any]) -> str:
-    return f"{totals['packed']} packed, {totals['quarantined']} refused"
+    return f"{totals['packed']} packed, {totals['quarantined']} quarantined"
 
 
 def _show_label(totals: dict[str, Any]) -> str:
@@ -336,7 +370,8 @@ def _print_results(config: DemoConfig, scores: ScoreSummary, labelled: dict[str,
         f"(95% interval {100 * low:.0f} to {high:.0%}); guessing gives {1 / len(class_names()):.1%}\n"
         f"   {labelled['inputs']} files: {labelled['labelled']} labelled, {labelled['quarantined']} quarantined\n"
         f"   report: {page}\n\n"
-        "   Next: open the report; then use your own videos, one folder a class:\n"
+        "   Next: open the report; label videos of your own with a published network; then with your own classes:\n"
+        "   kinoray label ~/Videos --checkpoint i3d --out labels/videos\n"
         "   kinoray pack videos/ --out sets/mine --val-fraction 0.2\n"
         "   kinoray train sets/mine --out runs/first --model.options backbone=resnet18 scale=dim\n"
         "   kinoray label /path/to/library --checkpoint runs/first --out labels/library\n"

@@ -173,7 +173,7 @@ _SECCOMP = "a kernel, or a container's profile, that allows seccomp"
 def _jail_layers() -> dict[str, str]:
     """What a decoder process says of its jail; nothing where none can start, which the checks of the decoders tell."""
     try:
-        process = start_decoder(DecodeConfig().backend)
+        process = start_decoder(DecodeConfig())
     except DecoderStartFailed:
         return {}
     process.kill()

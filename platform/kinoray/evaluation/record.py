@@ -152,8 +152,8 @@ def join_answers(catalog: Catalog, truth: NDArray[np.int64], predictions: pa.Tab
         elif status[row] != "labelled":
             quarantined[place] = True
         else:
-            topk[place] = ids[row]
-            first_score[place] = scores[row][0]
+            topk[place, : len(ids[row])] = ids[row]
+            first_score[place] = scores[row][0] if scores[row] else 0.0
     return Answers(
         video_ids=video_ids,
         truth=truth,

@@ -38,6 +38,7 @@ from kinoray.label.open import Labelling, open_labelling
 from kinoray.label.unit import PREDICTION_SCHEMA, JobRecord, Plan, labelling_id, row_keys
 from kinoray.label.verb import refuse_too_many_bad, run_labelling
 from kinoray.storage.objects import Storage, absolute, join
+from kinoray.video.media import MAX_COUNT
 
 __all__ = ["evaluate"]
 
@@ -250,7 +251,9 @@ def _commit(
 def _averaged(said: list[_Row], members: list[Evaluation], weights: NDArray[np.float64]) -> _Row:
     """The columns of one video, from those of all members."""
     counts = {
-        **{name: sum(row[name] for row in said) for name in ("views", "segments_run", "frames_decoded")},
+        **{
+            name: min(MAX_COUNT, sum(row[name] for row in said)) for name in ("views", "segments_run", "frames_decoded")
+        },
         **{name: max(row[name] for row in said) for name in ("windows", "frames_corrupt", "frames_missing")},
     }
     for row, member in zip(said, members, strict=True):

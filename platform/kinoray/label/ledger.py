@@ -94,6 +94,7 @@ class Ledger:
         self.storage = storage
         self.root = root
         self.labelling_id = root.rpartition("/")[2]
+        self._num_classes: int | None = None
 
     def pin_job(self, record: JobRecord) -> bool:
         """Say what this labelling is; the first writer's record stays. Whether this was the first."""
@@ -101,7 +102,15 @@ class Ledger:
 
     def job(self) -> JobRecord:
         """What `pin_job` wrote."""
-        return self._read(self._uri("job.json"), record_of(JobRecord))
+        job = self._read(self._uri("job.json"), record_of(JobRecord))
+        self._num_classes = len(job.labels) or None
+        return job
+
+    def _known_classes(self) -> int | None:
+        """How many classes its rows can name; None where job.json does not say."""
+        if self._num_classes is None:
+            self.job()
+        return self._num_classes
 
     def plan(self, catalog_digest: str, keys: Sequence[str], unit_size: int) -> Plan:
         """The plan of a catalog, made and stored at the first call: later calls, and jobs at once, get the same one."""
@@ -222,12 +231,13 @@ class Ledger:
             if commit.windows is None:
                 raise IncompleteOutput(f"{self.root}: unit {unit.unit_id} was committed without windows")
             uri = self._windows_uri(unit.unit_id, commit.windows)
+            num_classes = self._known_classes()
             try:
                 data = self.storage.read(uri)
             except ObjectNotFound:
                 raise IncompleteOutput(f"{uri} was committed but is gone; {self._again(unit.unit_id)}") from None
             with self._refused(uri, unit.unit_id):
-                return _of_plan(parse_windows(data, commit), unit)
+                return _of_plan(parse_windows(data, commit, num_classes), unit)
 
         return _in_threads(read, units)
 
@@ -243,8 +253,9 @@ class Ledger:
             data = self.storage.read(uri)
         except ObjectNotFound:
             return None
+        num_classes = self._known_classes() if columns is None or "scores" in columns or "id_topk" in columns else None
         with self._refused(uri, unit_id):
-            commit, table = parse_part(data, columns)
+            commit, table = parse_part(data, columns, num_classes)
             return _of_unit(commit, unit_id), table
 
     @contextmanager
@@ -280,8 +291,8 @@ class Ledger:
         for unit, table in zip(plan.units, self.read_units(plan.units, _TOTAL_COLUMNS), strict=True):
             exact = exact and table.column("row_key").to_pylist() == list(unit.keys)
             status.update(table.column("status").to_pylist())
-            bad = pc.add(table.column("frames_corrupt"), table.column("frames_missing"))
-            damaged += pc.sum(pc.greater(bad, 0)).as_py() or 0
+            bad = pc.or_(*(pc.greater(table.column(name), 0) for name in ("frames_corrupt", "frames_missing")))
+            damaged += pc.sum(bad).as_py() or 0
             for row in table.filter(pc.equal(table.column("status"), "quarantined")).to_pylist():
                 reasons[row["error_class"]] += 1
                 if len(examples) < _NUM_EXAMPLES:

@@ -17,7 +17,7 @@ from kinoray.label.config import LabelConfig
 from kinoray.label.ledger import Ledger, find_labellings
 from kinoray.label.stage import LabelJob
 from kinoray.label.unit import JobRecord, Plan, labelling_id, row_keys
-from kinoray.network.build import VideoModel, check_clip, is_shipped, trusted_network
+from kinoray.network.build import VideoModel, check_clip, is_shipped, recipe_departures, trusted_network
 from kinoray.network.checkpoint import CheckpointMeta, find_checkpoint, load_meta, load_model
 from kinoray.network.forward import CPU_BATCH
 from kinoray.network.prepare import compile_advice
@@ -145,6 +145,7 @@ def open_network(config: LabelConfig, *, say: Say, warn: Say, segments: bool = F
     if model is not None:
         _check_clip(config, model, clip)
         check_scorer(model, scorer, len(meta.labels))
+        _say_departures(model, meta, clip, warn)
     on_gpu = config.resources.gpus_per_worker > 0
     torch_threads = max(1, int(config.resources.cpus_per_worker))
     settings = _Settings(
@@ -246,6 +247,10 @@ def _answer_rule(config: LabelConfig, num_classes: int, calibration: Calibrated 
 def _scorer_config(config: LabelConfig, clip: ClipConfig, calibration: Calibrated | None) -> ScorerConfig:
     """What is run. Raises ConfigError: the calibration does not hold what early exit asks of it."""
     early_exit = None
+    if config.early_exit != "off" and clip.sample.num_segments == 1:
+        raise ConfigError(
+            f"early_exit must be off for clips of one segment, which is seen at once, got {config.early_exit}"
+        )
     if config.early_exit == "exact":
         early_exit = EarlyExit()
     elif config.early_exit == "margin":
@@ -266,6 +271,14 @@ def _say_advice(model: VideoModel | None, job: LabelJob, config: LabelConfig, cl
         return
     if advice := compile_advice(model.input_spec, job.clip, config.inference, clips):
         say(advice)
+
+
+def _say_departures(model: VideoModel, meta: CheckpointMeta, clip: ClipConfig, warn: Say) -> None:
+    """Whether a flag of this labelling contradicts what the network was made for; a training's own choice stands."""
+    if clip.sample == meta.clip.sample:
+        return
+    if departures := recipe_departures(model.input_spec, replace(clip, view=meta.clip.view)):
+        warn(f"warning: {meta.model.factory} is not fed as it was made to be: {departures}")
 
 
 def _say_others(storage: Storage, out: str, root: str, say: Say) -> None:

@@ -23,7 +23,14 @@ from kinoray.catalog.table import REFERENCE_COLUMNS
 from kinoray.config.scoring import ViewsConfig
 from kinoray.config.shared import ClipConfig
 from kinoray.console import log_event
-from kinoray.errors import AccessDenied, BucketNotFound, CheckpointMismatch, KinorayError, MediaError
+from kinoray.errors import (
+    AccessDenied,
+    BucketNotFound,
+    CheckpointMismatch,
+    DecoderCrashed,
+    KinorayError,
+    MediaError,
+)
 from kinoray.label.answers import AnswerRule, average_logits, top_predictions
 from kinoray.label.ledger import Ledger
 from kinoray.label.read import VideoReader
@@ -35,6 +42,7 @@ from kinoray.network.forward import CPU_BATCH, agreed_batch_size, auto_batch_siz
 from kinoray.network.scorer import ClipAnswer, ClipScorer, ScorerConfig
 from kinoray.storage.objects import Storage
 from kinoray.video.frames import Frames
+from kinoray.video.media import MAX_COUNT
 
 __all__ = ["UNIT_COLUMNS", "LabelJob", "LabelUnits", "LabelVideos", "Outcome", "pack_unit"]
 
@@ -107,10 +115,16 @@ class Outcome:
         return [view for window in self.windows for view in window.views]
 
     def add(self, part: Frames) -> None:
-        """Make room for the windows of a part, and count its frames."""
+        """Make room for the windows of a part, and count its frames.
+
+        Raises:
+            DecoderCrashed: they are more than the table can hold, so a decoder made them up.
+        """
         self.frames_decoded += part.frames_decoded
         self.frames_corrupt += part.frames_corrupt
         self.frames_missing = part.info.frames_missing
+        if max(self.frames_decoded, self.frames_corrupt) > MAX_COUNT:
+            raise DecoderCrashed(f"its decoder counts {self.frames_decoded:,} frames, {self.frames_corrupt:,} corrupt")
         self.duration_s = part.info.duration_s
         rate = part.info.fps or 1.0
         self.windows += [_Window(begin / rate, end / rate) for begin, end in part.windows.tolist()]

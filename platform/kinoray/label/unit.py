@@ -25,6 +25,7 @@ from operator import eq
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from kinoray.config.scoring import ScoreKind, WindowsConfig
@@ -34,6 +35,7 @@ from kinoray.storage.records import as_name, parse_json, parse_table, record_of
 
 __all__ = [
     "PREDICTION_SCHEMA",
+    "STATUSES",
     "WINDOW_SCHEMA",
     "Commit",
     "JobRecord",
@@ -202,6 +204,12 @@ _MAGIC = b"PAR1"
 _DIGEST_BYTES = 32
 _END_BYTES = 8  # length of the footer, magic
 
+STATUSES = frozenset(("labelled", "quarantined", "skipped"))
+"""What a row may be."""
+_ANSWER = {"label_topk", "id_topk", "score_topk"}
+_SCORES = {"score_topk", "scores", "margin"}  # 0 .. 1
+_FINITE = {"entropy", "begin_s", "end_s"}
+
 PREDICTION_SCHEMA = pa.schema(
     [
         pa.field("video_id", pa.string(), nullable=False),
@@ -327,8 +335,13 @@ def _to_parquet(table: pa.Table, about: dict[str, Any]) -> bytes:
     return sink.getvalue()
 
 
-def parse_part(data: bytes, columns: Sequence[str] | None = None) -> tuple[Commit, pa.Table]:
+def parse_part(
+    data: bytes, columns: Sequence[str] | None = None, num_classes: int | None = None
+) -> tuple[Commit, pa.Table]:
     """What a part says of itself, and its rows with these columns only.
+
+    Args:
+        num_classes: of the labelling, where it is known.
 
     Raises:
         ValueError, TypeError, pyarrow.ArrowException: it is not what `to_part` made.
@@ -336,7 +349,10 @@ def parse_part(data: bytes, columns: Sequence[str] | None = None) -> tuple[Commi
     digests = _footer_start(data) - 2 * _DIGEST_BYTES
     if hashlib.sha256(data[:digests]).digest() != data[digests : digests + _DIGEST_BYTES]:
         raise ValueError("its rows are not those that were written")
-    return parse_commit(data), _parse_rows(data, columns, PREDICTION_SCHEMA)
+    commit, table = parse_commit(data), _parse_rows(data, columns, PREDICTION_SCHEMA, num_classes)
+    if table.num_columns and table.num_rows != commit.rows:
+        raise ValueError(f"it has {table.num_rows} rows, and says {commit.rows}")
+    return commit, table
 
 
 def parse_commit(data: bytes) -> Commit:
@@ -351,16 +367,18 @@ def parse_commit(data: bytes) -> Commit:
     about = pq.read_metadata(pa.BufferReader(data)).metadata or {}
     commit = record_of(Commit)(parse_json(about.get(_KEY.encode(), b"null")))
     as_name(commit.unit_id, "unit_id")
+    if not commit.counts.keys() <= STATUSES or not all(count >= 0 for count in commit.counts.values()):
+        raise ValueError(f"its counts are {commit.counts!s:.80}")
     if commit.windows is not None:
         as_name(commit.windows, "windows")  # it is in the name of a file
     return commit
 
 
-def parse_windows(data: bytes, commit: Commit) -> pa.Table:
+def parse_windows(data: bytes, commit: Commit, num_classes: int | None = None) -> pa.Table:
     """The rows of the windows that a commit names. Raises as `parse_part`."""
     if hashlib.sha256(data).hexdigest() != commit.windows:
         raise ValueError("its windows are not those that the unit was committed with")
-    return _parse_rows(data, None, WINDOW_SCHEMA)
+    return _parse_rows(data, None, WINDOW_SCHEMA, num_classes)
 
 
 def _footer_start(data: bytes) -> int:
@@ -371,9 +389,47 @@ def _footer_start(data: bytes) -> int:
     return start
 
 
-def _parse_rows(data: bytes, columns: Sequence[str] | None, schema: pa.Schema) -> pa.Table:
-    table = parse_table(data, columns)
+def _parse_rows(data: bytes, columns: Sequence[str] | None, schema: pa.Schema, num_classes: int | None) -> pa.Table:
+    table = parse_table(data, schema.names if columns is None else columns)
     for field in table.schema:
         if field.name in schema.names and not field.equals(schema.field(field.name)):
             raise ValueError(f"column {field.name} is {field.type}, expected {schema.field(field.name).type}")
+    _check_values(table, num_classes)
     return table.replace_schema_metadata(None)
+
+
+def _check_values(table: pa.Table, num_classes: int | None) -> None:
+    """Refuse what no labelling writes, and no reader expects: rows may be a stranger's, with digests that are right."""
+    for field in table.schema:
+        column = table.column(field.name)
+        if not field.nullable and column.null_count:
+            raise ValueError(f"column {field.name} holds a null")
+        if pa.types.is_list(field.type):
+            if field.name == "scores" and num_classes is not None:
+                _require(field.name, pc.equal(pc.list_value_length(column), num_classes))
+            column = pc.list_flatten(column)
+            if column.null_count:
+                raise ValueError(f"column {field.name} holds a list with a null")
+        if field.name in _SCORES:
+            _require(field.name, pc.and_(pc.greater_equal(column, 0), pc.less_equal(column, 1)))
+        elif field.name in _FINITE:
+            _require(field.name, pc.is_finite(column))
+        elif field.name == "id_topk" and num_classes is not None:
+            _require(field.name, pc.less(column, num_classes))
+        if pa.types.is_int32(column.type):
+            _require(field.name, pc.greater_equal(column, 0))
+    if "status" in table.column_names:
+        status = table.column("status")
+        _require("status", pc.is_in(status, value_set=pa.array(sorted(STATUSES))))
+        for name in _ANSWER & set(table.column_names):
+            answered = pc.is_valid(table.column(name))
+            _require(name, pc.or_(answered, pc.not_equal(status, "labelled")))
+    lengths = [pc.fill_null(pc.list_value_length(table.column(name)), -1) for name in _ANSWER & set(table.column_names)]
+    for other in lengths[1:]:
+        _require("label_topk, id_topk or score_topk", pc.equal(lengths[0], other))
+
+
+def _require(name: str, holds: Any) -> None:
+    """`holds` has a truth for each value; nulls are let pass."""
+    if pc.all(holds).as_py() is False:
+        raise ValueError(f"column {name} holds a value that no labelling gives")

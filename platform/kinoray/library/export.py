@@ -21,14 +21,23 @@ import pyarrow as pa
 
 from kinoray.catalog.folders import extension
 from kinoray.catalog.quarantine import Refusal, judge
-from kinoray.catalog.table import Reference, catalog_of_source, read_videos
+from kinoray.catalog.table import Reference, catalog_of_source, lies_inside, read_videos
+from kinoray.config.shared import DecodeConfig
 from kinoray.console import visible
-from kinoray.errors import ChecksumMismatch, ConfigError, IncompleteOutput, KinorayError
+from kinoray.errors import (
+    ChecksumMismatch,
+    ConfigError,
+    IncompleteOutput,
+    KinorayError,
+    MediaError,
+    MediaOverBudget,
+)
 from kinoray.label.ledger import Ledger, open_ledger
 from kinoray.library.config import ExportConfig
 from kinoray.library.rows import BAD_VIDEO, LABEL_SCHEMA, class_names, is_multi_label, rows_of, scan, write_text
 from kinoray.storage.objects import Storage, absolute, is_s3
 from kinoray.storage.records import as_name
+from kinoray.video.sandbox.pool import shared_sandbox
 
 __all__ = ["Datumaro", "FiftyOne", "Format", "LabelStudio", "Source", "copied_videos", "export", "named_videos"]
 
@@ -230,14 +239,20 @@ class Source:
     def __init__(self, storage: Storage, uri: str) -> None:
         table = catalog_of_source(storage, absolute(uri)).table
         self._uri = uri
+        self._root = absolute(uri).rstrip("/") if not is_s3(uri) and os.path.isdir(absolute(uri)) else ""
         columns = [table.column(name).to_pylist() for name in ("uri", "offset", "length")]
         self._places = set(zip(*columns, strict=True))
 
     def problem(self, row: dict[str, Any]) -> str:
         """Why the video of a row is none of these; empty if it is."""
-        if (row["uri"], row["offset"], row["length"]) in self._places:
-            return ""
-        return f"{row['uri']} is no video of {self._uri} (copy_videos), so it was not copied"
+        if (row["uri"], row["offset"], row["length"]) not in self._places:
+            return f"{row['uri']} is no video of {self._uri} (copy_videos), so it was not copied"
+        if self._root and not lies_inside(self._root, row["uri"]):
+            return (
+                f"{row['uri']} is a link that leads out of {self._uri} (copy_videos), so it was not copied; if it "
+                "should be, name a list of the videos (.csv) there"
+            )
+        return ""
 
 
 def named_videos(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
@@ -260,7 +275,8 @@ def copied_videos(
 ) -> Iterator[Path | Refusal]:
     """Copy each row's video into a file in the folder: its path, or why there is none.
 
-    A table can be a stranger's, and name any file that its reader may read: only those that `source` has are copied.
+    A table can be a stranger's, and name any file that its reader may read: only those that `source` has are copied,
+    and of them only what opens as a video.
 
     Raises:
         StorageUnavailable: the store is at fault, not a video.
@@ -272,6 +288,13 @@ def copied_videos(
             yield judge(data, "read")
             continue
         path = folder / _file_name(row, data)
+        try:
+            shared_sandbox(1).probe(data, DecodeConfig())
+        except MediaOverBudget:
+            pass  # it opened, and was labelled with other limits
+        except MediaError as error:
+            yield judge(error, "probe")
+            continue
         aside = folder / f".{uuid.uuid4().hex}"
         aside.write_bytes(data)
         os.replace(aside, path)

@@ -31,10 +31,12 @@ __all__ = [
     "check_clip",
     "classifier_names",
     "clip_for",
+    "clip_of_network",
     "clip_on",
     "depths",
     "factory_options",
     "is_shipped",
+    "recipe_departures",
     "require_known_model",
     "source_reader",
     "trusted_network",
@@ -88,6 +90,11 @@ _JSON_OPTIONS: Mapping[str, frozenset[str]] = {
 }
 _MAX_JSON_DEPTH = 3
 _MAX_JSON_VALUES = 1000
+
+_RECIPE_SETTINGS = {
+    "sample": ("num_segments", "frames_per_segment", "stride", "fps"),
+    "view": ("resize", "resize_px", "resize_width_px", "crop_px"),
+}
 
 START_OPTIONS = frozenset({"backbone_weights", "pretrained", "weights"})
 """Options of these names only choose the weights that training starts from; they must not change the network itself."""
@@ -257,6 +264,31 @@ def clip_for(spec: InputSpec) -> ClipConfig:
     return ClipConfig(sample=_recipe_sample(spec, recipe), view=_recipe_view(spec, recipe))
 
 
+def clip_of_network(config: ModelConfig) -> ClipConfig:
+    """`clip_for` the configured network, which is built without memory or weights; ours for one that does not ship.
+
+    Raises:
+        ConfigError, ModelError: it cannot be built with these options.
+    """
+    if not is_shipped(config.factory):
+        return ClipConfig()
+    outline = cast(VideoModel, build_outline(without_start_weights(config), num_classes=2))
+    return clip_for(outline.input_spec)
+
+
+def recipe_departures(spec: InputSpec, clip: ClipConfig) -> str:
+    """Where a clip is not what the network's recipe says, setting by setting with both values; "" for nowhere."""
+    if getattr(spec, "recipe", ClipRecipe()).frames is None:
+        return ""
+    own = clip_for(spec)
+    pairs = [
+        (f"clip.{part}.{name}", getattr(getattr(clip, part), name), getattr(getattr(own, part), name))
+        for part, names in _RECIPE_SETTINGS.items()
+        for name in names
+    ]
+    return ", ".join(f"{name} {found} (its recipe: {expected})" for name, found, expected in pairs if found != expected)
+
+
 def _recipe_sample(spec: InputSpec, recipe: ClipRecipe) -> SampleConfig:
     ours = SampleConfig()
     frames = spec.frames_per_segment or recipe.frames or ours.frames_per_segment
@@ -299,11 +331,14 @@ def clip_on(model: ModelConfig, clip: ClipConfig, made_for: ModelConfig) -> Clip
     """The clip of a recipe that was made for one network, as another one takes it.
 
     Segments that do not see each other are a way to label of that network's own family: elsewhere their frames are one
-    clip. What the network insists on, it gets; frames are resized in proportion.
+    clip. What the network insists on, it gets; frames are resized in proportion. A network that does not ship gets it
+    as it is.
 
     Raises:
         ConfigError, ModelError: the network cannot be built.
     """
+    if not is_shipped(model.factory):
+        return clip
     net = build_outline(without_start_weights(model), 2)
     spec: InputSpec = cast(Any, net).input_spec
     sample, view = clip.sample, clip.view

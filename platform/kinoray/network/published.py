@@ -30,6 +30,7 @@ from kinoray.network.checkpoint import META_FILE, CheckpointMeta, Origin, requir
 from kinoray.network.resolve import Source, parse_source
 from kinoray.network.spec import InputSpec, PublishedNetwork
 from kinoray.storage.objects import Storage, absolute
+from kinoray.storage.records import parse_json
 
 __all__ = ["cache_folder", "checkpoint_of", "import_source"]
 
@@ -210,4 +211,4 @@ def _require_names(names: Sequence[str], num_classes: int, where: str, *, is_giv
 
 def _plain(value: Any) -> Any:
     """As JSON gives it back: tuples are lists."""
-    return json.loads(json.dumps(value))
+    return parse_json(json.dumps(value))

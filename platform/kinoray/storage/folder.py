@@ -4,6 +4,7 @@ What is easy to break: nothing may be visible under its final name before all of
 """
 
 import contextlib
+import errno
 import heapq
 import os
 import shutil
@@ -32,12 +33,12 @@ class FolderStore:
 
     def read(self, path: str, max_bytes: int) -> bytes:
         """All bytes of a regular file of at most max_bytes."""
-        with translated(path):
+        with translated(path, to_read=True):
             return read_file(path, max_bytes)
 
     def read_range(self, path: str, offset: int, length: int) -> bytes:
         """Exactly `length` bytes from byte `offset` on, or ChecksumMismatch."""
-        with translated(path):
+        with translated(path, to_read=True):
             return read_file_range(path, offset, length)
 
     def put(self, path: str, data: bytes) -> None:
@@ -79,7 +80,7 @@ class FolderStore:
 
     def stat(self, path: str) -> tuple[int, float, str]:
         """(size, time, "") of a regular file."""
-        with translated(path):
+        with translated(path, to_read=True):
             info = _require_file(path)
         return info.st_size, info.st_mtime, ""
 
@@ -108,7 +109,12 @@ def _is_older(path: str, before_s: float) -> bool:
 
 def _require_file(path: str | Path) -> os.stat_result:
     """Stat of a regular file; opening a pipe or a device could wait for ever."""
-    info = os.stat(path)
+    try:
+        info = os.stat(path)
+    except OSError as error:
+        if error.errno not in (errno.ELOOP, errno.ENAMETOOLONG):
+            raise
+        raise ObjectNotFound(f"{path}: no file can be there ({error.strerror})") from error
     if not stat.S_ISREG(info.st_mode):
         raise ObjectNotFound(f"{path} is {'a folder' if stat.S_ISDIR(info.st_mode) else 'not a regular file'}")
     return info

@@ -11,7 +11,16 @@ from kinoray.config.shared import ClipConfig, ModelConfig, OptimConfig, require
 from kinoray.console import format_duration
 from kinoray.errors import CatalogError, ConfigError, JobError
 from kinoray.network.batch import FLOW_CHANNELS
-from kinoray.network.build import build_model, check_clip, require_known_model, without_start_weights
+from kinoray.network.build import (
+    VideoModel,
+    build_model,
+    build_outline,
+    check_clip,
+    is_shipped,
+    recipe_departures,
+    require_known_model,
+    without_start_weights,
+)
 from kinoray.network.checkpoint import CheckpointMeta, best_of, load_meta
 from kinoray.network.published import checkpoint_of
 from kinoray.network.resolve import Source, is_whole, parse_source
@@ -56,6 +65,7 @@ def train(config: TrainConfig, gate: Gate | None = None) -> dict[str, Any]:
     require_known_model(config.model)  # before anything is read: a wrong name is the first thing to say
     catalog = load_catalog(storage, config.catalog)
     num_train, num_val = check_training(config, catalog)
+    _say_departures(config)
     broken: list[str] = []
     newest = folder.newest(warn=broken.append)
     if init_from and newest is None:
@@ -221,6 +231,15 @@ def _check_model(config: TrainConfig, catalog: Catalog) -> None:
         raise ConfigError(
             f"model.options: the network wants {spec.flow_channels} flow channels, but decoding gives {FLOW_CHANNELS}"
         )
+
+
+def _say_departures(config: TrainConfig) -> None:
+    """Whether the network is fed otherwise than its authors did; it may well be meant so."""
+    if not is_shipped(config.model.factory):
+        return
+    outline = cast(VideoModel, build_outline(without_start_weights(config.model), num_classes=2))
+    if departures := recipe_departures(outline.input_spec, config.clip):
+        print(f"train: warning: {config.model.factory} is not fed as in its paper: {departures}", flush=True)
 
 
 def _check_start(storage: Storage, config: TrainConfig, catalog: Catalog) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from kinoray.config.shared import ClipConfig, DecodeConfig
-from kinoray.video.media import VideoInfo
+from kinoray.video.media import VideoInfo, check_counts
 from kinoray.video.pyav import PyavVideo
 from kinoray.video.readers import read_frames
 from kinoray.video.request import Rate, Request, Thumbnails
@@ -66,7 +66,7 @@ class Frames:
     """The frames of a video that a request wants, and which of them each clip takes.
 
     Raises (when made):
-        ValueError: an array is not of the shape that the others say.
+        ValueError: an array is not of the shape that the others say, or a count is none.
     """
 
     frames: np.ndarray
@@ -97,6 +97,7 @@ class Frames:
     info: VideoInfo
 
     def __post_init__(self) -> None:
+        check_counts(self, "num_frames", "first_window", "num_windows", "frames_decoded", "frames_corrupt")
         sizes: dict[str, int] = {}
         for name, (dtype, letters) in _SHAPES.items():
             array = getattr(self, name)
@@ -110,6 +111,8 @@ class Frames:
                 f"indices name {len(wanted)} distinct frames in {wanted[0]} .. {wanted[-1]}, expected the "
                 f"{sizes['U']} of `frames`, in 0 .. {self.num_frames - 1}"
             )
+        if not (self.windows >= 0).all() or not (self.windows <= self.num_frames).all():
+            raise ValueError(f"windows {self.windows.tolist()!s:.80} of a video of {self.num_frames} frames")
         if not 0 <= self.first_window < self.first_window + len(self.windows) <= self.num_windows:
             raise ValueError(
                 f"{len(self.windows)} windows from window {self.first_window} on, expected at least one, of "

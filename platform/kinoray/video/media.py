@@ -6,6 +6,7 @@ are not on the list, no protocol is allowed, and opening a second file is refuse
 """
 
 import io
+import math
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,7 +28,7 @@ from kinoray.errors import (
 from kinoray.video.budget import MAX_STREAMS, check_boxes, check_index
 from kinoray.video.plan import PacketTable
 
-__all__ = ["LIBAV_ERRORS", "Media", "VideoInfo", "check_size_bytes", "media_stage"]
+__all__ = ["LIBAV_ERRORS", "MAX_COUNT", "Media", "VideoInfo", "check_counts", "check_size_bytes", "media_stage"]
 
 _FORMATS = ("mov", "mp4", "m4a", "3gp", "matroska", "webm", "avi", "mpegts", "mpeg", "flv", "asf", "ogg")
 """Containers that hold everything themselves. No playlists, concat lists, image sequences or network protocols."""
@@ -42,13 +43,33 @@ _MAX_EXPANSION = 4
 _KEEP_BYTES = 64 * 2**20
 """Packets of larger files are not kept beside the file itself, but read again when they are decoded."""
 
+MAX_COUNT = 2**31 - 1
+"""The largest count that is believed: tables hold 32 bits."""
+_FPS = (1e-9, 1e12)
+_WORD = re.compile(r"[\w+./-]{0,64}", re.ASCII)
+
 LIBAV_ERRORS = (av.FFmpegError, OSError, ValueError, LookupError, MemoryError, ArithmeticError, RuntimeError)
 """What PyAV is known to raise on damaged input: its own tree, and bare Python errors from its wrappers."""
 
 
+def check_counts(record: object, *names: str) -> None:
+    """Refuse counts that no table holds: what is made of a file, or comes from a decoder process, may claim anything.
+
+    Raises:
+        ValueError: one is negative, or above MAX_COUNT.
+    """
+    for name in names:
+        if not 0 <= getattr(record, name) <= MAX_COUNT:
+            raise ValueError(f"{name} = {getattr(record, name)}, expected 0 .. {MAX_COUNT:,}")
+
+
 @dataclass(frozen=True, slots=True)
 class VideoInfo:
-    """What a video is, as displayed: rotation is already applied to width and height."""
+    """What a video is, as displayed: rotation is already applied to width and height.
+
+    Raises (when made):
+        ValueError: a value is not one that a video can have.
+    """
 
     duration_s: float
     fps: float
@@ -69,6 +90,17 @@ class VideoInfo:
     """Frames from which decoding can begin, by the packets."""
     container: str = ""
     """The kind of file, as libav calls it: `mov/mp4`, `matroska/webm`, `mpegts`, ..."""
+
+    def __post_init__(self) -> None:
+        check_counts(self, "num_frames", "width", "height", "num_keyframes")
+        if self.claimed_frames is not None:
+            check_counts(self, "claimed_frames")
+        if not 0 <= self.duration_s < math.inf or not (self.fps == 0 or _FPS[0] <= self.fps <= _FPS[1]):
+            raise ValueError(f"{self.duration_s} s at {self.fps} frames per second")
+        if self.rotation not in (0, 90, 180, 270):
+            raise ValueError(f"rotation = {self.rotation}, expected 0, 90, 180 or 270")
+        if not _WORD.fullmatch(self.codec) or not _WORD.fullmatch(self.container):
+            raise ValueError(f"codec {self.codec!r:.80} in container {self.container!r:.80} are no names of libav's")
 
     @property
     def miscounted(self) -> bool:
@@ -300,7 +332,7 @@ class Media:
         """From the first frame's start to the last frame's end by the packets; by the frame rate where they lie."""
         if self.table.timed:
             first, end = self._span
-            return float((end - first) * self._stream.time_base)
+            return max(0.0, float((end - first) * self._stream.time_base))
         rate = float(self._stream.average_rate or 0)
         return self.table.num_frames / rate if rate else 0.0
 
@@ -308,17 +340,17 @@ class Media:
     def claimed_frames(self) -> int | None:
         """Frames that the header promises, without those that an edit list hides; None where it makes no promise.
 
-        It is compared with what is there, and never used for anything else. MP4, MOV and AVI store a count. Matroska
-        stores the track's duration, taken at the rate of the packets: frames lost from its middle are not noticed.
-        MPEG-TS stores nothing.
+        It is compared with what is there, and never used for anything else; it may be a lie, and is cut to MAX_COUNT.
+        MP4, MOV and AVI store a count. Matroska stores the track's duration, taken at the rate of the packets: frames
+        lost from its middle are not noticed. MPEG-TS stores nothing.
         """
         if self._stream.frames:
             hidden = self.table.num_packets - self.table.num_frames
-            return max(0, int(self._stream.frames) - hidden)
+            return min(max(0, int(self._stream.frames) - hidden), MAX_COUNT)
         claimed_s = _seconds(self._stream.metadata.get("DURATION", ""))
         if claimed_s is None or self.duration_s <= 0:
             return None
-        return round(self.table.num_frames * claimed_s / self.duration_s)
+        return round(min(self.table.num_frames * claimed_s / self.duration_s, MAX_COUNT))
 
     def packets(self, begin: int, end: int) -> Iterator[tuple[int, Any]]:
         """(place, packet) for the places begin .. end - 1 of the table."""

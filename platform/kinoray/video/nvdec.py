@@ -26,7 +26,7 @@ from kinoray.video.pyav import PyavVideo
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["NotForNvdec", "read_on_device", "require_nvdec"]
+__all__ = ["NotForNvdec", "not_in_sandbox", "read_on_device", "require_nvdec"]
 
 _CHUNK_BYTES = 2**27  # of decoded frames at their own size; four times as much while they are scaled
 _ERRORS = (RuntimeError, LookupError, ValueError, OSError, MemoryError)
@@ -52,10 +52,7 @@ def require_nvdec() -> None:
         ConfigError: saying what is missing.
     """
     if "torch" not in sys.modules:
-        raise ConfigError(
-            "decode.device cuda decodes where the model runs, and this is a decoder process without it; use "
-            "decode.device cpu here"
-        )
+        raise not_in_sandbox()
     import torch
 
     if not torch.cuda.is_available():
@@ -64,6 +61,14 @@ def require_nvdec() -> None:
             "one (--resources.gpus-per-worker 1), or use decode.device cpu"
         )
     _import_torchcodec()
+
+
+def not_in_sandbox() -> ConfigError:
+    """The error of a decoder process that is asked for the GPU."""
+    return ConfigError(
+        "decode.device cuda decodes where the model runs, and this is a decoder process without it; use "
+        "decode.device cpu here"
+    )
 
 
 def _import_torchcodec() -> Any:

@@ -19,6 +19,7 @@ our own look at the packets, before decord or torchcodec sees the file. Why thos
 Both apply rotation by themselves.
 """
 
+import importlib
 import io
 import re
 
@@ -30,10 +31,36 @@ from kinoray.video.nvdec import read_on_device, require_nvdec
 from kinoray.video.plan import FrameSink, Reading
 from kinoray.video.pyav import PyavVideo
 
-__all__ = ["read_frames"]
+__all__ = ["read_frames", "require_backend"]
 
 _TORCHCODEC_ERRORS = (RuntimeError, LookupError, ValueError, OSError, MemoryError)
 """What torchcodec is known to raise on damaged input."""
+
+
+_MODULES: dict[str, tuple[tuple[str, ...], str]] = {
+    "pyav": ((), ""),
+    "decord": (("decord",), "pip install decord"),
+    "torchcodec": (
+        ("torchcodec.decoders", "torchcodec.transforms"),
+        "pip install torchcodec and FFmpeg's shared libraries (versions 4 to 8)",
+    ),
+}
+"""What a back end imports, and how one gets it."""
+
+
+def require_backend(backend: str) -> None:
+    """Import what a decode.backend needs.
+
+    Raises:
+        ConfigError: saying what is missing.
+    """
+    modules, remedy = _MODULES[backend]
+    try:
+        for module in modules:
+            importlib.import_module(module)
+    except (ImportError, OSError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:120]
+        raise ConfigError(f"decode.backend {backend} cannot be imported ({reason}); {remedy}, or use pyav") from error
 
 
 def read_frames(data: bytes, video: PyavVideo, wanted: np.ndarray, sink: FrameSink, config: DecodeConfig) -> Reading:
@@ -64,12 +91,9 @@ def _read_with_decord(data: bytes, video: PyavVideo, wanted: np.ndarray, sink: F
         MediaOverBudget: more than decode.max_frames would have to be decoded, or a frame would be scaled too large.
         ConfigError: decord is not installed.
     """
-    try:
-        import decord
-    except ImportError as error:
-        raise ConfigError(
-            f"decode.backend decord cannot be imported ({error}); pip install decord, or use pyav"
-        ) from error
+    require_backend("decord")
+    import decord
+
     runs = video.table.runs_for(wanted)
     video.check_frames(runs)
     height, width = sink.scaled_size(*video.size)
@@ -105,15 +129,10 @@ def _read_with_torchcodec(data: bytes, video: PyavVideo, wanted: np.ndarray, sin
         MediaOverBudget: more than decode.max_frames would have to be decoded, or a frame would be scaled too large.
         ConfigError: torchcodec is not installed, or finds no FFmpeg.
     """
-    try:
-        from torchcodec.decoders import VideoDecoder
-        from torchcodec.transforms import Resize
-    except (ImportError, RuntimeError, OSError) as error:
-        reason = " ".join(str(error).split())[:120]
-        raise ConfigError(
-            f"decode.backend torchcodec cannot be imported ({reason}); pip install torchcodec and FFmpeg's shared "
-            "libraries (versions 4 to 8), or use pyav"
-        ) from error
+    require_backend("torchcodec")
+    from torchcodec.decoders import VideoDecoder
+    from torchcodec.transforms import Resize
+
     runs = video.table.runs_for(wanted)
     video.check_frames(runs)
     height, width = sink.scaled_size(*video.size)

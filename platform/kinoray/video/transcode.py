@@ -17,7 +17,7 @@ from av.video.reformatter import Interpolation, VideoReformatter
 from kinoray.config.shared import DecodeConfig, digest
 from kinoray.errors import UndecodableVideo
 from kinoray.video.frames import probe
-from kinoray.video.media import VideoInfo, media_stage
+from kinoray.video.media import VideoInfo, check_counts, media_stage
 from kinoray.video.pyav import PyavVideo
 
 __all__ = ["TRANSCODE", "TranscodeSettings", "Transcoded", "open_output", "transcode", "x264_options"]
@@ -58,6 +58,9 @@ class Transcoded:
     """The probe of these bytes."""
     frames_lost: int
     """Frames that the source promises and that could not be decoded; their time belongs to the frame before."""
+
+    def __post_init__(self) -> None:
+        check_counts(self, "frames_lost")
 
 
 class _NoTimesError(Exception):

@@ -1,9 +1,9 @@
 """The inside of a decoder process: take one request after the other, decode, put the frames into shared memory.
 
-`python -m kinoray.video.sandbox.child SOCKET INPUT OUTPUT PARENT BACKEND`: three inherited descriptors, the parent's
-process id and the decode.backend. What is easy to break: nothing here may import torch or ray, and what goes back is
-JSON and raw arrays, never a pickle, since this process reads what strangers made. And nothing can be imported or opened
-any more once it reads them (jail.py).
+`python -m kinoray.video.sandbox.child SOCKET INPUT OUTPUT PARENT BACKEND ROOM`: three inherited descriptors, the
+parent's process id, the decode.backend and the room_bytes of `_Decoder`. What is easy to break: nothing here may import
+torch or ray, and what goes back is JSON and raw arrays, never a pickle, since this process reads what strangers made.
+And nothing can be imported or opened any more once it reads them (jail.py).
 """
 
 import errno
@@ -21,18 +21,16 @@ import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.abc import MetaPathFinder
-from importlib.machinery import ModuleSpec
-from types import ModuleType
 from typing import Any
 
 import cv2
 import numpy as np
 
 from kinoray.config.shared import ClipConfig, DecodeConfig
-from kinoray.errors import KinorayError
+from kinoray.errors import ConfigError, MediaError
 from kinoray.video.frames import Frames, decode, probe
 from kinoray.video.media import VideoInfo
+from kinoray.video.readers import require_backend
 from kinoray.video.request import Request, Sampled
 from kinoray.video.sandbox import jail
 from kinoray.video.sandbox.wire import MESSAGE_BYTES, OutputSpace, pack
@@ -41,6 +39,8 @@ from kinoray.video.transcode import Transcoded, transcode
 __all__ = ["Decoded", "main"]
 
 _TEXT_LENGTH = 2000
+_LARGEST = 2**62  # limit that the kernel takes
+_NO_ROOM = (errno.ENOMEM, errno.EFBIG)
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,62 +75,55 @@ _OPERATIONS: dict[str, Callable[[OutputSpace, bytes, dict[str, Any]], dict[str, 
     "probe": _packed(_probe),
     "transcode": _packed(_transcode),
 }
-_MODULES = {
-    "pyav": (),
-    "decord": ("decord",),
-    "torchcodec": ("torchcodec.decoders", "torchcodec.transforms"),
-}
-_LATE = ("av.subtitles.codeccontext", "av.subtitles.stream", "av.subtitles.subtitle", "numpy.ma")
-"""Modules that libraries import in the middle of their work: PyAV for files with subtitles, numpy for np.unique.
-tests/test_jail.py finds those that are missing here."""
+_LATE = ("PIL.ImageFile", "av.subtitles.codeccontext", "av.subtitles.stream", "av.subtitles.subtitle", "numpy.ma")
+"""Modules that libraries import in the middle of their work: PyAV for files with subtitles, numpy for np.unique, Pillow
+for a resize; tests/test_jail.py finds those that are missing here."""
 
 
-class _Absent(MetaPathFinder):
-    """Says again why a back end could not be imported, where decoding asks for it."""
+def _load(backend: str) -> str:
+    """Import all that decoding uses; what its libraries look up on the machine, they look up now.
 
-    def __init__(self, package: str, error: Exception) -> None:
-        self._package, self._error = package, error
-
-    def find_spec(self, name: str, path: object, target: ModuleType | None = None) -> ModuleSpec | None:
-        if name == self._package:
-            raise self._error
-        return None
-
-
-def _load(backend: str) -> None:
-    """Import all that decoding uses; what its libraries look up on the machine, they look up now."""
+    Returns:
+        Why the back end cannot be used; "" if it can.
+    """
     for module in _LATE:
         importlib.import_module(module)
     cv2.setNumThreads(1)  # OpenCV looks for processors and for plugins of its thread pool
     platform.machine()  # keeps what it found, for x264_options
-    for module in _MODULES[backend]:
-        try:
-            importlib.import_module(module)
-        except (ImportError, OSError, RuntimeError) as error:
-            sys.meta_path.insert(0, _Absent(module.partition(".")[0], error))
+    try:
+        require_backend(backend)
+    except ConfigError as error:
+        return str(error)
+    return ""
 
 
 class _Decoder:
-    """Answers requests, each within the address space it may take."""
+    """Answers requests, each within the address space it may take.
 
-    def __init__(self, input_fd: int, output_fd: int) -> None:
+    That is a soft limit, which code that has taken over this process can lift. Two hard ones hold against it as well:
+    the output file has at most `room_bytes`, and all address space is what the largest request may need.
+    """
+
+    def __init__(self, input_fd: int, output_fd: int, room_bytes: int) -> None:
         self._input = input_fd
         self._space = OutputSpace(output_fd)
         self._idle_bytes = _address_space() - self._space.size_bytes
+        _set_limit(resource.RLIMIT_FSIZE, room_bytes)  # all other files are closed to it
+        self._most_bytes = _set_limit(resource.RLIMIT_AS, self._idle_bytes + 2 * room_bytes)
 
     def answer(self, request: dict[str, Any]) -> dict[str, Any]:
         """What came of a request: the result, or `error` and `text`."""
         self._space.clear()
         limit = self._idle_bytes + self._space.size_bytes + request["size_bytes"] + request["memory_bytes"]
         try:
-            resource.setrlimit(resource.RLIMIT_AS, (limit, resource.RLIM_INFINITY))
+            resource.setrlimit(resource.RLIMIT_AS, (min(limit, self._most_bytes), self._most_bytes))
             return _OPERATIONS[request["operation"]](
                 self._space, self._read(request["size_bytes"]), request["arguments"]
             )
         except Exception as error:  # noqa: BLE001  (whatever a video does to the decoder is said about that video)
             return _refusal(error)
         finally:
-            resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+            resource.setrlimit(resource.RLIMIT_AS, (self._most_bytes, self._most_bytes))
 
     def _read(self, size_bytes: int) -> bytes:
         parts, offset = [], 0
@@ -145,14 +138,22 @@ class _Decoder:
 
 def _refusal(error: Exception) -> dict[str, Any]:
     causes = (error, error.__cause__)
-    if any(isinstance(one, MemoryError) or getattr(one, "errno", None) == errno.ENOMEM for one in causes):
+    if any(isinstance(one, MemoryError) or getattr(one, "errno", None) in _NO_ROOM for one in causes):
         return {"error": "memory", "text": ""}
-    if isinstance(error, KinorayError):
+    if isinstance(error, MediaError):
         return {"error": type(error).__name__, "text": str(error)[:_TEXT_LENGTH]}
     frame, line = list(traceback.walk_tb(error.__traceback__))[-1]  # extract_tb would read the source
     file = os.path.basename(frame.f_code.co_filename)
     text = f"{type(error).__name__} in {file}:{line}: {' '.join(str(error).split())}"
     return {"error": "unexpected", "text": text[:_TEXT_LENGTH]}
+
+
+def _set_limit(kind: int, size_bytes: int) -> int:
+    """Set a limit for good, unless a lower one is in force; returns the one that is."""
+    _, hard = resource.getrlimit(kind)
+    limit = min(size_bytes, _LARGEST if hard == resource.RLIM_INFINITY else hard)
+    resource.setrlimit(kind, (limit, limit))
+    return limit
 
 
 def _address_space() -> int:
@@ -170,14 +171,14 @@ def _prepare() -> None:
 def main() -> None:
     """Serve until the parent closes its end of the socket."""
     socket_fd, input_fd, output_fd, parent = (int(text) for text in sys.argv[1:5])
-    backend = sys.argv[5]
+    backend, room_bytes = sys.argv[5], int(sys.argv[6])
     jail.die_with(parent)
     _prepare()
-    _load(backend)
-    decoder = _Decoder(input_fd, output_fd)
+    missing = _load(backend)
+    decoder = _Decoder(input_fd, output_fd, room_bytes)
     with socket.socket(fileno=socket_fd) as connection:
         layers = jail.enter(socket_fd, input_fd, output_fd, parent, threads=backend != "pyav")
-        connection.send(json.dumps({"ready": os.getpid(), "layers": layers}).encode())
+        connection.send(json.dumps({"missing": missing, "layers": layers}).encode())
         while message := connection.recv(MESSAGE_BYTES):
             begin_s = time.process_time()
             answer = decoder.answer(pickle.loads(message))

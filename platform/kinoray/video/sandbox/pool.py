@@ -16,6 +16,7 @@ from typing import Any, Self, TypeVar
 from kinoray.config.shared import ClipConfig, DecodeConfig
 from kinoray.video.frames import Frames, check_answer
 from kinoray.video.media import VideoInfo, check_size_bytes
+from kinoray.video.nvdec import not_in_sandbox
 from kinoray.video.request import Request, Sampled
 from kinoray.video.sandbox.child import Decoded
 from kinoray.video.sandbox.process import NONSENSE, Answer, DecoderLost, DecoderProcess, makes_no_sense, start_decoder
@@ -27,6 +28,7 @@ __all__ = ["Sandbox", "shared_sandbox"]
 _Result = TypeVar("_Result")
 
 _TRIES = 2
+_MOST_CPU_S = 1e6  # for one video; what a process says is not believed
 _TRANSCODE_PATIENCE = 10  # every frame is decoded and encoded
 
 
@@ -82,8 +84,11 @@ class Sandbox:
 
         Raises:
             MediaError: as there; DecoderCrashed, DecodeTimeout or MediaOverBudget where that needs two processes.
+            ConfigError: the back end is not installed, or decode.device is cuda.
             DecoderStartFailed: no process can be started.
         """
+        if clip.decode.device == "cuda":
+            raise not_in_sandbox()
 
         def read(answer: Answer) -> Frames:
             decoded = unpack(Decoded, answer.fields["record"], answer.arrays)
@@ -115,11 +120,13 @@ class Sandbox:
     ) -> _Result:
         check_size_bytes(len(data), config)  # before gigabytes are copied
         for left in reversed(range(_TRIES)):
-            with self._process(new=left == 0, backend=config.backend) as process:
+            with self._process(config, len(data), new=left == 0) as process:
                 try:
                     answer = process.ask(operation, data, config, arguments, patience=patience)
                     try:
                         result, cpu_s = read(answer), float(answer.fields["cpu_s"])
+                        if not 0 <= cpu_s < _MOST_CPU_S:
+                            raise ValueError(f"{cpu_s} CPU seconds")
                     except NONSENSE as cause:
                         process.is_usable = False
                         raise DecoderLost(makes_no_sense(cause)) from cause
@@ -132,10 +139,10 @@ class Sandbox:
         raise AssertionError("the last try returns or raises")
 
     @contextmanager
-    def _process(self, *, new: bool, backend: str = "pyav") -> Iterator[DecoderProcess]:
+    def _process(self, config: DecodeConfig, size_bytes: int, *, new: bool) -> Iterator[DecoderProcess]:
         """An idle process, or a new one. It is kept for later only if it answered."""
         with self._room:
-            process = self._idle_process(new, backend)
+            process = self._idle_process(new, config, size_bytes)
             with self._lock:
                 self._busy.add(process)
             try:
@@ -148,8 +155,8 @@ class Sandbox:
                 if not process.is_usable:
                     process.kill()
 
-    def _idle_process(self, new: bool, backend: str = "pyav") -> DecoderProcess:
-        """The process used last if it is alive and of that back end, else a new one in its place.
+    def _idle_process(self, new: bool, config: DecodeConfig, size_bytes: int) -> DecoderProcess:
+        """The process used last if it serves for the file, else a new one in its place.
 
         One that died while it had nothing to do harms no video.
         """
@@ -157,8 +164,8 @@ class Sandbox:
             with self._lock:
                 process = self._idle.pop() if self._idle else None
             if process is None:
-                return start_decoder(backend)
-            if new or process.backend != backend or not process.is_alive():
+                return start_decoder(config, size_bytes)
+            if new or not process.serves(config, size_bytes):
                 process.kill()
                 new = False
                 continue

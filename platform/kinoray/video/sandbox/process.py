@@ -11,6 +11,7 @@ import math
 import os
 import pickle
 import queue
+import select
 import signal
 import socket
 import subprocess
@@ -20,6 +21,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -31,13 +33,14 @@ from kinoray.errors import ConfigError, DecoderCrashed, DecoderStartFailed, Deco
 from kinoray.storage.records import parse_json
 from kinoray.video.sandbox.wire import DTYPES, MESSAGE_BYTES
 
-__all__ = ["NONSENSE", "Answer", "DecoderLost", "DecoderProcess", "makes_no_sense", "start_decoder"]
+__all__ = ["NONSENSE", "Answer", "DecoderLost", "DecoderProcess", "makes_no_sense", "room_for", "start_decoder"]
 
 _PYTHON = os.path.abspath(sys.executable)  # relative where PATH is, and a decoder starts in /
 _START_TRIES = 3
 _START_DEADLINE_S = 120.0
 _KEEP_INPUT_BYTES = 2**24  # of the input file between two videos
 _STDERR_BYTES = 2**16
+_LEAST_FILE_BYTES = 2**26
 _INHERITED = ("PATH", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "PYTHONHOME", "PYTHONPYCACHEPREFIX", "TMPDIR")
 """What a decoder sees of the environment: no credentials."""
 _CHILD_ENV = {
@@ -109,30 +112,42 @@ def _starter() -> _Starter:
         return _starters[-1]
 
 
-def start_decoder(backend: str) -> "DecoderProcess":
-    """A new decoder process, ready for its first video. `backend` is a decode.backend.
+def room_for(config: DecodeConfig, size_bytes: int) -> int:
+    """Bytes that a decoder process must have room for to be given a file: its size is rounded up to a power of two.
+
+    So that a process is seldom replaced for its room, and one that reads small files gets little more than they need.
+    """
+    return config.max_memory_mb * 2**20 + max(_LEAST_FILE_BYTES, 1 << (size_bytes - 1).bit_length())
+
+
+def start_decoder(config: DecodeConfig, size_bytes: int = 0) -> "DecoderProcess":
+    """A new decoder process, ready for its first video, which has so many bytes.
 
     Raises:
+        ConfigError: decode.backend cannot be imported.
         DecoderStartFailed: three in a row did not start.
     """
     for _ in range(_START_TRIES - 1):
         with contextlib.suppress(DecoderStartFailed):
-            return DecoderProcess(backend)
-    return DecoderProcess(backend)
+            return DecoderProcess(config, size_bytes)
+    return DecoderProcess(config, size_bytes)
 
 
 class DecoderProcess:
     """A running decoder process for one decode.backend; used by one thread at a time.
 
     Raises (when made):
+        ConfigError: the back end cannot be imported.
         DecoderStartFailed: it could not be started.
     """
 
     is_usable = True
     """False while it is asked, and after that if it did not answer in full."""
 
-    def __init__(self, backend: str = "pyav") -> None:
-        self.backend = backend
+    def __init__(self, config: DecodeConfig, size_bytes: int = 0) -> None:
+        self.backend = config.backend
+        self.room_bytes = room_for(config, size_bytes)
+        """It can never take more memory than thrice this."""
         self.layers: dict[str, str] = {}
         """Layer of its jail (jail.LAYERS) -> why it is not in force here; "" where it is."""
         self._owner = os.getpid()
@@ -156,19 +171,19 @@ class DecoderProcess:
 
     def _popen(self, theirs: socket.socket, stderr: int) -> "subprocess.Popen[bytes]":
         descriptors = (theirs.fileno(), self._input, self._output)
-        root = str(Path(__file__).resolve().parents[3])
-        path = [root, *(os.path.abspath(entry) for entry in sys.path if entry and os.path.exists(entry))]
         env = {name: os.environ[name] for name in _INHERITED if name in os.environ}
-        env |= _CHILD_ENV | {"PYTHONPATH": os.pathsep.join(dict.fromkeys(path))}
+        env |= _CHILD_ENV | {"PYTHONPATH": os.pathsep.join(_import_path(self.backend))}
         return subprocess.Popen(
             [
                 _PYTHON,
                 "-P",
+                "-s",
                 "-m",
                 "kinoray.video.sandbox.child",
                 *map(str, descriptors),
                 str(os.getpid()),
                 self.backend,
+                str(self.room_bytes),
             ],
             pass_fds=descriptors,
             stdin=subprocess.DEVNULL,
@@ -185,13 +200,21 @@ class DecoderProcess:
             raise _start_failed(f"it was not ready within {_START_DEADLINE_S:g} s") from error
         if not message:
             raise _start_failed(self._last_words())
-        self.layers = parse_json(message)["layers"]
+        found = parse_json(message)  # it has read nothing of a stranger's yet
+        self.layers = found["layers"]
+        if found["missing"]:
+            raise ConfigError(found["missing"])
 
     @property
     def pid(self) -> int:
         """Process id."""
         assert self._process is not None
         return self._process.pid
+
+    def serves(self, config: DecodeConfig, size_bytes: int) -> bool:
+        """Whether it can be given a file of so many bytes: it still runs, and says nothing unasked."""
+        fits = self.backend == config.backend and self.room_bytes >= room_for(config, size_bytes)
+        return fits and self.is_alive() and not select.select([self._socket], [], [], 0)[0]
 
     def is_alive(self) -> bool:
         """Whether the process still runs."""
@@ -202,11 +225,11 @@ class DecoderProcess:
     ) -> Answer:
         """Have one of the child's operations done on a file, within `patience` times decode.deadline_s.
 
-        The process must be one for config.backend.
+        The process must be one that `serves`.
 
         Raises:
             DecoderLost: no answer, or one that shows that the process must be replaced; `kill` it.
-            KinorayError: what the operation raised.
+            MediaError: what the operation raised.
         """
         deadline = time.monotonic() + patience * config.deadline_s
         memory_bytes = config.max_memory_mb * 2**20
@@ -294,6 +317,21 @@ class DecoderProcess:
             os.close(descriptor)
 
 
+def _import_path(backend: str) -> list[str]:
+    """Where a decoder imports from: kinoray's root, installed packages, and where what it decodes with lies.
+
+    Not all of sys.path: the folder of a script, or the one a command is given in, can be a stranger's library, and a
+    sitecustomize.py in it would run before the decoder is in its jail.
+    """
+    path = [str(Path(__file__).resolve().parents[3])]
+    path += [os.path.abspath(entry) for entry in sys.path if Path(entry).name in ("site-packages", "dist-packages")]
+    for package in ("numpy", "cv2", "av", backend):
+        spec = find_spec(package)
+        if spec is not None and spec.origin:
+            path.append(str(Path(os.path.abspath(spec.origin)).parents[1]))
+    return list(dict.fromkeys(path))
+
+
 def _output_file() -> int:
     """A memory file that its other holder cannot shrink while it is read here."""
     descriptor = os.memfd_create("kinoray-frames", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
@@ -330,7 +368,7 @@ def _error_of(fields: dict[str, Any], config: DecodeConfig) -> Exception | None:
     if kind == "unexpected":
         return DecoderCrashed(f"the decoder failed unexpectedly: {text}")
     found = getattr(errors, kind) if kind in errors.__all__ else None
-    if found is None or not issubclass(found, (MediaError, ConfigError)):  # no video may say that the store is down
+    if found is None or not issubclass(found, MediaError):  # no video may say that the store is down, or end a job
         raise ValueError(f"error {kind!r}")
     error: Exception = found(text)
     return error
