@@ -94,10 +94,10 @@ def tsm_file(folder: Path) -> list[str]:
 
 
 def videomae_folder(folder: Path) -> list[str]:
-    """A tiny transformer as save_pretrained writes it: 4 frames in a dense clip, 32 px, two layers."""
+    """A tiny transformer as save_pretrained writes it, and dense clips: 4 of 6 frames, from 0, 1 or 2 on."""
     hub = pytest.importorskip("test_huggingface", reason="needs the package transformers")
     hub.save(folder / "saved", "videomae")
-    return ["--init-from", f"hf:{folder / 'saved'}"]
+    return ["--init-from", f"hf:{folder / 'saved'}", "--clip.sample.stride", "1"]
 
 
 @pytest.mark.ray
@@ -139,6 +139,7 @@ def test_one_line_fine_tunes_a_published_network(
     meta, source = load_meta(storage, trained), load_meta(storage, where)
     assert meta.labels == ("blue", "green", "red")
     assert meta.model == source.model
+    assert meta.clip.sample.is_dense == (published is videomae_folder)
     assert meta.step == 1
     before, after = load_model_state(storage, where), load_model_state(storage, trained)
     torch.manual_seed(0)
