@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import re
 import socket
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 
 from kinoray.config.shared import ModelConfig
 from kinoray.network import ClipRecipe
-from kinoray.network.build import build_model, classifier_names
+from kinoray.network.build import build_model, classifier_names, depths
 from vcm_sdd.preprocess import preprocess
 from vcm_sdd.weights import WeightsMismatch
 from video_baselines.huggingface import huggingface, known_model_types
@@ -139,6 +140,24 @@ def test_another_number_of_classes_changes_the_classifier_only(saved: tuple[Any,
     config = ModelConfig(factory="video_baselines.huggingface:huggingface", options=network.options)
     names = classifier_names(build_model(config, 7), config, 7)
     assert names == {"rgb_net.net.classifier.weight", "rgb_net.net.classifier.bias"}
+
+
+def test_every_layer_has_a_depth_of_its_own(saved: tuple[Any, Any, HubNetwork]) -> None:
+    model = rebuilt(saved[2])
+    config = saved[0].config
+    layers = [getattr(config, f"num_{kind}_layers", 0) for kind in ("hidden", "spatial", "temporal")]
+    found = depths(model)
+    assert set(found.values()) == set(range(sum(layers) + 2))
+    assert found["rgb_net.net.classifier.weight"] == 0
+    deepest = {name for name, depth in found.items() if depth == sum(layers) + 1}
+    assert all("embeddings" in name for name in deepest)
+    assert any("patch_embeddings" in name for name in deepest)
+    for name, depth in found.items():
+        number = re.search(r"\.(?:encoder\.layer|layers|spatial_layers|temporal_layers)\.(\d+)\.", name)
+        if number and "predictor" not in name:
+            behind = config.num_temporal_layers if "spatial_layers" in name else 0
+            inside = layers[2] if "temporal_layers" in name else layers[1] if "spatial_layers" in name else layers[0]
+            assert depth == behind + inside - int(number.group(1)), name
 
 
 def test_every_weight_that_may_train_does(saved: tuple[Any, Any, HubNetwork]) -> None:

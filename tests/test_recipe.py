@@ -3,7 +3,8 @@
 import dataclasses
 import math
 from collections.abc import Iterator
-from typing import Any
+from functools import partial
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -16,13 +17,14 @@ from torchvision.transforms.v2 import functional as V
 from kinoray.config.shared import AugmentConfig, ClipConfig, ModelConfig, OptimConfig, SampleConfig, ViewConfig
 from kinoray.errors import ConfigError
 from kinoray.network.batch import VideoBatch, model_inputs
-from kinoray.network.build import backbone_names, build_model, classifier_names
+from kinoray.network.build import backbone_names, build_model, build_outline, classifier_names, depths
 from kinoray.train.augment import PHOTOMETRIC, Augmenter, Mix, colour_clip, mix_inputs
 from kinoray.train.config import TrainConfig
-from kinoray.train.recipe import class_weights, freeze, learning_rate, loss_sum, make_optimizer
+from kinoray.train.recipe import class_weights, freeze, learning_rate, loss_sum, make_optimizer, set_rate
 from kinoray.train.runfolder import stopped_early
 from kinoray.train.state import seed_step
 from kinoray.train.step import Replica
+from small_baselines import SMALL
 from small_sets import epoch_row
 
 CLIP = ClipConfig(sample=SampleConfig(num_segments=2, frames_per_segment=2), view=ViewConfig(resize_px=32, crop_px=32))
@@ -106,6 +108,94 @@ def test_backbones_step_at_their_own_rate() -> None:
         expected = 0.0025 if name in backbone else 0.01
         moved = (value - before[name]).abs().max().item()
         assert moved == pytest.approx(expected, rel=2e-2), name
+
+
+DEEP = ModelConfig(factory="mvit_v2_s", options={"crop_px": 32, "frames": 2})
+
+
+@pytest.mark.parametrize(
+    ("model", "depth_of"),
+    [
+        (TINY, {"rgb_backbone.stem.0.weight": 3, "flow_backbone.down.1.0.weight": 2, "rgb_backbone.block.2.bias": 1}),
+        (ModelConfig(factory="tsm", options={"backbone": "tiny"}), {"rgb_net.backbone.grid.stem.0.weight": 3}),
+        (
+            DEEP,
+            {"rgb_net.net.conv_proj.weight": 17, "rgb_net.net.blocks.0.norm1.weight": 16}
+            | {"rgb_net.net.blocks.15.norm1.weight": 1, "rgb_net.net.norm.weight": 0},
+        ),
+    ],
+    ids=["vcm_sdd", "tsm", "mvit_v2_s"],
+)
+def test_the_rate_falls_with_the_depth(model: ModelConfig, depth_of: dict[str, int]) -> None:
+    """lr_factor ** depth, and the backbone's own factor once."""
+    net = cast(nn.Module, build_outline(model, 3))
+    config = OptimConfig(layer_decay=0.8, backbone_lr_factor=0.5, lr=0.25)
+    backbone = backbone_names(cast(Any, net), model, 3)
+    optimizer = make_optimizer(net, config, backbone)
+    set_rate(optimizer, 0.25)
+    names = {id(parameter): name for name, parameter in net.named_parameters()}
+    rates = {names[id(value)]: group["lr"] for group in optimizer.param_groups for value in group["params"]}
+    assert set(rates) == set(names.values())
+    for name, depth in depth_of.items():
+        assert rates[name] == pytest.approx(0.25 * 0.5 * 0.8**depth), name
+    for name in classifier_names(cast(Any, net), model, 3):
+        assert rates[name] == 0.25
+    plain = make_optimizer(net, OptimConfig(backbone_lr_factor=0.5), backbone)
+    assert [group["lr_factor"] for group in plain.param_groups] == [1.0, 0.5]
+
+
+def test_steps_follow_the_rates_of_the_depths() -> None:
+    """AdamW's first step is lr * sign(gradient), nearly."""
+    replica = make_replica(config_of(layer_decay=0.5, weight_decay=0.0, clip_norm=0.0))
+    before = {name: value.clone() for name, value in replica.module.named_parameters()}
+    replica.train()
+    replica.train_step(*some_clips(6), 0, 0.01)
+    for name, value in replica.module.named_parameters():
+        depth = {"stem": 3, "down": 2, "block": 1}.get(name.split(".")[1], 0) if "backbone" in name else 0
+        moved = (value - before[name]).abs().max().item()
+        assert moved == pytest.approx(0.01 * 0.5**depth, rel=2e-2), name
+
+
+@pytest.mark.parametrize("case", [*SMALL, "vcm_sdd"])
+def test_every_network_names_its_depths_in_the_order_of_its_forward_pass(case: str) -> None:
+    factory, options, (segments, frames), crop = SMALL.get(case, ("vcm_sdd", {"backbone": "resnet18"}, (2, 2), 32))
+    model = ModelConfig(factory=factory, options=options)
+    net = build_outline(model, 3).eval()
+    found = depths(net)
+    assert set(found.values()) == set(range(len(cast(Any, net).depth_parts) + 1))
+    assert {name for name, depth in found.items() if depth == 0} >= classifier_names(cast(Any, net), model, 3)
+    named = [part for group in cast(Any, net).depth_parts for part in group]
+    for name, depth in found.items():
+        assert sum(name == part or name.startswith(f"{part}.") for part in named) == (depth > 0), name
+    called: dict[str, list[int]] = {}
+
+    def note(stream: list[int], depth: int, *_: Any) -> None:
+        stream.append(depth)
+
+    for name, module in net.named_modules():
+        own = [found[f"{name}.{one}"] for one, _ in module.named_parameters(recurse=False)]
+        if own and max(own):
+            stream = called.setdefault(name.split(".")[0], [])
+            module.register_forward_pre_hook(partial(note, stream, max(own)))
+    spec = cast(Any, net).input_spec
+    shape = (1, segments, frames, 3, crop, crop)
+    rgb = torch.empty(shape, device="meta") if spec.rgb else None
+    flow = torch.empty((*shape[:3], 2, crop, crop), device="meta") if spec.flow_channels else None
+    with torch.no_grad():
+        cast(Any, net)(rgb=rgb, flow=flow)
+    for stream in called.values():
+        if factory == "eco":  # its tails lie side by side
+            stream = stream[: stream.index(3) if 3 in stream else None]
+        assert stream
+        assert stream == sorted(stream, reverse=True)
+
+
+def test_a_network_without_named_depths_has_one_rate() -> None:
+    net = cast(nn.Module, build_model(COLOUR, 3))
+    with pytest.raises(ConfigError, match=r"optim\.layer_decay must be 1 for MeanColour, which names no depth_parts"):
+        make_optimizer(net, OptimConfig(layer_decay=0.9))
+    with pytest.raises(ValueError, match=r"optim\.layer_decay must be above 0 and at most 1, got 1\.5"):
+        OptimConfig(layer_decay=1.5)
 
 
 def test_frozen_backbones_and_batch_norms_stay() -> None:

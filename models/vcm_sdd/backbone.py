@@ -60,6 +60,8 @@ class Backbone(Protocol):
     rgb_mean: Triple
     rgb_std: Triple
 
+    @property
+    def depth_parts(self) -> tuple[tuple[str, ...], ...]: ...
     def __call__(self, frames_FCYX: Tensor) -> Tensor: ...
 
 
@@ -68,6 +70,7 @@ class ResNetGrid(nn.Module):
 
     rgb_mean = IMAGENET_MEAN
     rgb_std = IMAGENET_STD
+    depth_parts = (("conv1", "bn1"), ("layer1",), ("layer2",), ("layer3",), ("layer4",))
 
     def __init__(self, name: str, in_channels: int = 3) -> None:
         super().__init__()
@@ -91,6 +94,7 @@ class TinyGrid(nn.Module):
     num_channels = 96
     rgb_mean = IMAGENET_MEAN
     rgb_std = IMAGENET_STD
+    depth_parts = (("stem",), ("down",), ("block",))
 
     def __init__(self, in_channels: int = 3) -> None:
         super().__init__()
@@ -131,6 +135,14 @@ class TimmGrid(nn.Module):
         names = self.trunk.pretrained_cfg.get("classifier", ())
         self.classifier_names = (names,) if isinstance(names, str) else tuple(names)
         self.stem_name = str(self.trunk.pretrained_cfg["first_conv"])
+
+    @property
+    def depth_parts(self) -> tuple[tuple[str, ...], ...]:
+        """As timm itself groups the network's parameters for rates that fall with the depth."""
+        from timm.models import group_parameters
+
+        groups = group_parameters(self.trunk, self.trunk.group_matcher())
+        return tuple(tuple(f"trunk.{name}" for name in groups[place]) for place in sorted(groups))
 
     def forward(self, frames_FCYX: Tensor) -> Tensor:
         """Return features [F, D, H, W]; raises ValueError if the network does not make a grid of this frame size."""

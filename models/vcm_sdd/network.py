@@ -142,6 +142,15 @@ class VCMSDD(nn.Module):
         return cast(Tensor, self.head(rgb_MND, flow_MND, grid=grid, num_segments=rgb.shape[1]))
 
     @property
+    def depth_parts(self) -> tuple[tuple[str, ...], ...]:
+        """Those of the backbones, side by side; the head is not deep."""
+        pairs = zip(self.rgb_backbone.depth_parts, self.flow_backbone.depth_parts, strict=True)
+        return tuple(
+            (*(f"rgb_backbone.{part}" for part in rgb), *(f"flow_backbone.{part}" for part in flow))
+            for rgb, flow in pairs
+        )
+
+    @property
     def segment_consensus(self) -> Literal["logits", "probs"]:
         """What the answer is the mean of, over segments that do not see each other: any part of them may be run."""
         return self.head.options.consensus

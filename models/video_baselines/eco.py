@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kinoray.network import InputSpec
-from video_baselines.streams import ClipClassifier, build_streams, require_count, require_fraction
+from video_baselines.streams import ClipClassifier, DepthParts, build_streams, require_count, require_fraction
 
 __all__ = ["BN_INCEPTION", "BnInceptionBlock", "Eco", "eco"]
 
@@ -128,6 +128,13 @@ class Eco(nn.Module):
         self.volume = nn.Sequential(_Stage3d(96, 128, 1), _Stage3d(128, 256, 2), _Stage3d(256, 512, 2))
         self.dropout = nn.Dropout(dropout)
         self.classifier = nn.Linear(512 if lite else 512 + inputs, num_classes)
+
+    @property
+    def depth_parts(self) -> DepthParts:
+        """The common part, block by block; then each stage of the 3D tail beside two or three blocks of the 2D one."""
+        tails = (("volume.0", "4a", "4b"), ("volume.1", "4c", "4d", "4e"), ("volume.2", "5a", "5b"))
+        beside = tuple((stage, *(f"blocks.{name}" for name in names)) for stage, *names in tails)
+        return ("stem",), ("blocks.3a",), ("blocks.3b",), ("blocks.3c", "lite_maps"), *beside
 
     def forward(self, clips_MTCYX: Tensor) -> Tensor:
         """Return logits [M, K]."""

@@ -16,7 +16,7 @@ from typing import Any, cast
 from torch import Tensor, nn
 
 from kinoray.network import ClipRecipe, InputSpec
-from video_baselines.streams import ClipClassifier, require_count, require_fraction
+from video_baselines.streams import ClipClassifier, DepthParts, require_count, require_fraction
 
 __all__ = [
     "HubFrames",
@@ -120,6 +120,19 @@ class HubFrames(nn.Module):
         self.net = net
         self.num_classes = num_classes
         self.input_name = str(cast(Any, net).main_input_name)
+
+    @property
+    def depth_parts(self) -> DepthParts:
+        """The embeddings, then each layer of the network's own lists of layers, without those of its pooling."""
+        base = cast(Any, self.net).base_model
+        trained = [
+            (f"net.{self.net.base_model_prefix}.{name}", module)
+            for name, module in base.named_modules()
+            if any(parameter.requires_grad for parameter in module.parameters())
+        ]
+        embeddings = tuple(name for name, _ in trained if name.endswith("embeddings"))
+        lists = [(name, module) for name, module in trained if isinstance(module, nn.ModuleList)]
+        return embeddings, *((f"{name}.{number}",) for name, layers in lists for number in range(len(layers)))
 
     def forward(self, clips_MTCYX: Tensor) -> Tensor:
         """Return logits [M, K]."""

@@ -6,7 +6,7 @@ Shapes: M clips, T frames, C channels, Y X pixels, K classes
 """
 
 import functools
-from typing import Literal
+from typing import Literal, cast
 
 import torchvision
 from torch import Tensor, nn
@@ -19,11 +19,13 @@ from video_baselines.resnet3d import DEPTHS, ResNet3d, inflate_state
 from video_baselines.slowfast import slowfast_recipe
 from video_baselines.streams import (
     ClipClassifier,
+    DepthParts,
     Modality,
     build_streams,
     require_choice,
     require_count,
     require_fraction,
+    under,
 )
 
 __all__ = ["PooledClassifier", "i3d", "i3d_nl", "s3dg", "two_stream_i3d"]
@@ -52,6 +54,11 @@ class PooledClassifier(nn.Module):
         self.pool = ClippedPool3d() if windows else nn.Identity()
         self.dropout = nn.Dropout(dropout)
         self.classifier = nn.Linear(num_channels, num_classes)
+
+    @property
+    def depth_parts(self) -> DepthParts:
+        """Those of the features."""
+        return under("features", cast(DepthParts, self.features.depth_parts))
 
     def forward(self, clips_MTCYX: Tensor) -> Tensor:
         """Return logits [M, K] for clips [M, T, C, Y, X]."""

@@ -159,6 +159,7 @@ class Inception3d(nn.Module):
     """
 
     num_channels = 1024
+    depth_parts = (("conv1",), ("conv2",), ("conv3",), *((f"inception{name}",) for name in BLOCKS))
 
     def __init__(self, kind: Kind, *, in_channels: int = 3, pool_both: bool = False, same_stem: bool = False) -> None:
         super().__init__()

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from video_baselines.nonlocal_block import NonLocalBlock, nonlocal_positions
+from video_baselines.streams import DepthParts
 
 __all__ = [
     "DEPTHS",
@@ -135,6 +136,9 @@ def make_stage(
     return nn.Sequential(*blocks)
 
 
+_STAGES = ("layer1", "layer2", "layer3", "layer4")
+
+
 class ResNet3d(nn.Module):
     """I3D over a ResNet (Wang et al. 2018, table 1): clips in, the feature grid of res5 out.
 
@@ -181,6 +185,11 @@ class ResNet3d(nn.Module):
             }
         )
         self.num_channels = 512 * expansion
+        blocks_of = {name: [part for part in self.nonlocal_blocks if part.startswith(f"{name}_")] for name in _STAGES}
+        self.depth_parts: DepthParts = (
+            ("conv1", "bn1"),
+            *((name, *(f"nonlocal_blocks.{part}" for part in blocks)) for name, blocks in blocks_of.items()),
+        )
 
     def forward(self, x_MCTYX: Tensor) -> Tensor:
         """Return features [M, num_channels, ceil(T / 2), Y / 32, X / 32] (T / 8 with a strided stem)."""

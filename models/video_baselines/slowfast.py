@@ -14,7 +14,14 @@ from torch import Tensor, nn
 from kinoray.network import ClipRecipe, InputSpec
 from video_baselines.nonlocal_block import NonLocalBlock, nonlocal_positions
 from video_baselines.resnet3d import DEPTHS, BasicBlock3d, Bottleneck3d, TimeConv3d, make_stage
-from video_baselines.streams import ClipClassifier, build_streams, require_choice, require_count, require_fraction
+from video_baselines.streams import (
+    ClipClassifier,
+    DepthParts,
+    build_streams,
+    require_choice,
+    require_count,
+    require_fraction,
+)
 
 __all__ = ["SlowFast", "slowfast", "slowfast_nl", "slowfast_recipe"]
 
@@ -105,6 +112,10 @@ class SlowFast(nn.Module):
         self.nonlocal_blocks = nn.ModuleDict(
             {str(i): NonLocalBlock(slow_out[3]) for i in nonlocal_positions(DEPTHS[name][2], nonlocal_blocks)}
         )
+        pathways = ("laterals", "slow_stages", "fast_stages")
+        stages = [tuple(f"{pathway}.{i}" for pathway in pathways) for i in range(4)]
+        stages[2] += ("nonlocal_blocks",)
+        self.depth_parts: DepthParts = (("slow_stem", "fast_stem"), *stages)
         self.dropout = nn.Dropout(dropout)
         self.classifier = nn.Linear(slow_out[4] + fast_out[4], num_classes)
         _zero_residuals(self)

@@ -13,9 +13,24 @@ from torch import Tensor, nn
 
 from kinoray.network import InputSpec
 
-__all__ = ["ClipClassifier", "Modality", "build_streams", "require_choice", "require_count", "require_fraction"]
+__all__ = [
+    "ClipClassifier",
+    "DepthParts",
+    "Modality",
+    "build_streams",
+    "require_choice",
+    "require_count",
+    "require_fraction",
+    "under",
+]
 
 Modality = Literal["rgb", "flow", "two_stream"]
+DepthParts = tuple[tuple[str, ...], ...]
+
+
+def under(name: str, groups: DepthParts) -> DepthParts:
+    """The depth_parts of a submodule, as the module that has it under this name calls them."""
+    return tuple(tuple(f"{name}.{part}" for part in group) for group in groups)
 
 
 def require_choice(name: str, value: object, choices: Iterable[object]) -> None:
@@ -72,6 +87,16 @@ class ClipClassifier(nn.Module):
     def segment_consensus(self) -> Literal["logits"] | None:
         """ "logits" where the answer is their mean over segments that do not see each other; None for whole videos."""
         return "logits" if self.grouping == "segment" else None
+
+    @property
+    def depth_parts(self) -> DepthParts:
+        """The streams' own; what is equally deep in two streams is one group. None where a stream does not say."""
+        streams = [
+            under(name, getattr(net, "depth_parts", ()))
+            for name, net in (("rgb_net", self.rgb_net), ("flow_net", self.flow_net))
+            if net is not None
+        ]
+        return tuple(sum(groups, ()) for groups in zip(*streams, strict=True))
 
     def forward(self, *, rgb: Tensor | None, flow: Tensor | None) -> Tensor:
         """Return logits [B, K] for rgb [B, S, T, 3, Y, X] and flow [B, S, T, flow_channels, Y, X], both float.

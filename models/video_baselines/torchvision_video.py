@@ -13,7 +13,7 @@ from typing import Any, Literal, cast
 
 import torchvision
 from torch import Tensor, nn
-from torchvision.models.video import MViT, VideoResNet
+from torchvision.models.video import S3D, MViT, SwinTransformer3d, VideoResNet
 from torchvision.models.video.mvit import MSBlockConfig
 from torchvision.models.video.resnet import BasicBlock, Conv2Plus1D, R2Plus1dStem
 from torchvision.ops import StochasticDepth
@@ -21,7 +21,15 @@ from torchvision.ops import StochasticDepth
 from kinoray.network import ClipRecipe, InputSpec
 from vcm_sdd.weights import load_strict, read_state
 from video_baselines.inception3d import ClippedPool3d
-from video_baselines.streams import ClipClassifier, Modality, build_streams, require_count, require_fraction
+from video_baselines.streams import (
+    ClipClassifier,
+    DepthParts,
+    Modality,
+    build_streams,
+    require_count,
+    require_fraction,
+    under,
+)
 
 __all__ = [
     "FramesFirst",
@@ -48,6 +56,11 @@ class FramesFirst(nn.Module):
         self.net = net
         self.min_frames = min_frames
 
+    @property
+    def depth_parts(self) -> DepthParts:
+        """Blocks of a transformer, stages of a ResNet, layers of an S3D, each behind what stands in front of it."""
+        return under("net", tuple(_depth_parts(self.net)))
+
     def forward(self, clips_MTCYX: Tensor) -> Tensor:
         """Return logits [M, K]. Raises ValueError for fewer than min_frames frames."""
         if clips_MTCYX.shape[1] < self.min_frames:
@@ -57,6 +70,26 @@ class FramesFirst(nn.Module):
             )
         logits_MK: Tensor = self.net(clips_MTCYX.transpose(1, 2))
         return logits_MK
+
+
+def _depth_parts(net: Any) -> list[tuple[str, ...]]:
+    if isinstance(net, MViT):
+        return [("conv_proj", "pos_encoding"), *((f"blocks.{number}",) for number in range(len(net.blocks)))]
+    if isinstance(net, VideoResNet):
+        return [("stem",), ("layer1",), ("layer2",), ("layer3",), ("layer4",)]
+    if isinstance(net, S3D):
+        return [(f"features.{name}",) for name, layer in net.features.named_children() if list(layer.parameters())]
+    assert isinstance(net, SwinTransformer3d)
+    groups: list[tuple[str, ...]] = [("patch_embed",)]
+    merging: tuple[str, ...] = ()
+    for name, stage in net.features.named_children():
+        if not isinstance(stage, nn.Sequential):  # patches are merged for the block behind it
+            merging = (f"features.{name}",)
+            continue
+        for number in range(len(stage)):
+            groups.append((*merging, f"features.{name}.{number}"))
+            merging = ()
+    return groups
 
 
 def _head(net: nn.Module) -> tuple[str, nn.Module]:

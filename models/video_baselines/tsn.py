@@ -14,11 +14,13 @@ from kinoray.network import ClipRecipe, InputSpec
 from vcm_sdd.backbone import Backbone, ResNetGrid, TimmGrid, TinyGrid, build_backbone, build_backbones, laid_out
 from video_baselines.streams import (
     ClipClassifier,
+    DepthParts,
     Modality,
     build_streams,
     require_choice,
     require_count,
     require_fraction,
+    under,
 )
 
 __all__ = ["FrameClassifier", "ShiftedGrid", "ShiftedTimm", "temporal_shift", "tsm", "tsn"]
@@ -58,6 +60,11 @@ class ShiftedGrid(nn.Module):
         self.grid = grid
         self.div = div
         self.online = online
+
+    @property
+    def depth_parts(self) -> DepthParts:
+        """Those of the grid."""
+        return under("grid", self.grid.depth_parts)
 
     def forward(self, frames_FCYX: Tensor, num_frames: int) -> Tensor:
         """Return features [F, D, H, W] of F = M * num_frames frames, clip by clip in order of time."""
@@ -99,6 +106,11 @@ class ShiftedTimm(nn.Module):
         self._frames = _FrameCount()
         for entry, prefix in _branch_entries(grid):
             entry.register_forward_pre_hook(_ShiftInput(self._frames, prefix, div, online))
+
+    @property
+    def depth_parts(self) -> DepthParts:
+        """Those of the grid."""
+        return under("grid", self.grid.depth_parts)
 
     def forward(self, frames_FCYX: Tensor, num_frames: int) -> Tensor:
         """Return features [F, D, H, W] of F = M * num_frames frames, clip by clip in order of time."""
@@ -179,6 +191,11 @@ class FrameClassifier(nn.Module):
         self.backbone = backbone
         self.dropout = nn.Dropout(dropout)
         self.classifier = nn.Linear(num_channels, num_classes)
+
+    @property
+    def depth_parts(self) -> DepthParts:
+        """Those of the backbone."""
+        return under("backbone", self.backbone.depth_parts)
 
     def forward(self, clips_MTCYX: Tensor) -> Tensor:
         """Return logits [M, K] for clips [M, T, C, Y, X]."""

@@ -196,6 +196,9 @@ class OptimConfig:
     backbone_lr_factor: float = 1.0
     """The backbones' rate as a multiple of lr; less than 1 spares pretrained weights, 0 freezes them. A network says
     what its backbones are; of others it is all but the classifier."""
+    layer_decay: float = 1.0
+    """Each block's rate as a multiple of the rate of the block behind it, towards the input: x ** depth, times
+    backbone_lr_factor (fine-tuned transformers: 0.65 to 0.9). 1 for one rate; a network names its blocks."""
     freeze_bn: bool = False
     """Batch norms keep their statistics, scales and offsets: for small batches and pretrained backbones (TSN)."""
     clip_norm: float = 5.0
@@ -230,6 +233,7 @@ class OptimConfig:
         require(rising, "optim.step_epochs", "rising whole numbers of at least 1", self.step_epochs)
         require(0 <= self.warmup_fraction < 1, "optim.warmup_fraction", "in 0 .. 1", self.warmup_fraction)
         require(self.backbone_lr_factor >= 0, "optim.backbone_lr_factor", "at least 0", self.backbone_lr_factor)
+        require(0 < self.layer_decay <= 1, "optim.layer_decay", "above 0 and at most 1", self.layer_decay)
         require(self.clip_norm >= 0, "optim.clip_norm", "at least 0", self.clip_norm)
         require(0 <= self.label_smoothing < 1, "optim.label_smoothing", "in 0 .. 1", self.label_smoothing)
         require(0 <= self.class_balance <= 1, "optim.class_balance", "in 0 .. 1", self.class_balance)

@@ -32,6 +32,8 @@ __all__ = [
     "classifier_names",
     "clip_for",
     "clip_of_network",
+    "clip_on",
+    "depths",
     "factory_options",
     "is_shipped",
     "recipe_departures",
@@ -325,12 +327,60 @@ def _recipe_view(spec: InputSpec, recipe: ClipRecipe) -> ViewConfig:
     )
 
 
+def clip_on(model: ModelConfig, clip: ClipConfig, made_for: ModelConfig) -> ClipConfig:
+    """The clip of a recipe that was made for one network, as another one takes it.
+
+    Segments that do not see each other are a way to label of that network's own family: elsewhere their frames are one
+    clip. What the network insists on, it gets; frames are resized in proportion.
+
+    Raises:
+        ConfigError, ModelError: the network cannot be built.
+    """
+    net = build_outline(without_start_weights(model), 2)
+    spec: InputSpec = cast(Any, net).input_spec
+    sample, view = clip.sample, clip.view
+    ours, theirs = (SHORT_NAMES.get(name, name).partition(":")[0] for name in (model.factory, made_for.factory))
+    is_one_clip = ours != theirs and getattr(net, "segment_consensus", None) is not None
+    segments = spec.num_segments or (1 if is_one_clip else sample.num_segments)
+    frames = spec.frames_per_segment or (sample.num_frames // segments if is_one_clip else sample.frames_per_segment)
+    crop = spec.crop_px or view.crop_px
+    return replace(
+        clip,
+        sample=replace(sample, num_segments=segments, frames_per_segment=frames),
+        view=replace(view, crop_px=crop, resize_px=round(view.resize_px * crop / view.crop_px)),
+    )
+
+
 def backbone_parts(model: VideoModel | nn.Module) -> tuple[str, ...]:
     """Names of the submodules that the network calls its backbones; none if it does not say.
 
     Its forward calls them. Of a network that names none, all but the classifier counts as backbone.
     """
     return tuple(getattr(model, "backbone_parts", ()))
+
+
+def depths(model: nn.Module) -> dict[str, int]:
+    """How deep each parameter lies: 1 in the last of the network's depth_parts, their number in the first, else 0.
+
+    Raises:
+        ConfigError: the network names no depth_parts.
+    """
+    parts = tuple(getattr(model, "depth_parts", ()))
+    if not parts:
+        raise ConfigError(
+            f"optim.layer_decay must be 1 for {type(model).__name__}, which names no depth_parts "
+            "(kinoray.network.spec); optim.backbone_lr_factor gives all but its classifier a rate of their own"
+        )
+    found = {}
+    for name, _ in model.named_parameters():
+        depth = (len(parts) - place for place, group in enumerate(parts) if any(_is_of(name, part) for part in group))
+        found[name] = next(depth, 0)
+    return found
+
+
+def _is_of(name: str, part: str) -> bool:
+    """Whether a parameter is this one, or of this submodule."""
+    return name == part or name.startswith(f"{part}.")
 
 
 def classifier_names(model: VideoModel, config: ModelConfig, num_classes: int) -> frozenset[str]:

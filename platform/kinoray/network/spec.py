@@ -4,6 +4,8 @@ A network is a torch module with an `input_spec` and `forward(*, rgb, flow) -> l
 the attributes of InputSpec will do. It may also say, as attributes of the module:
 
     backbone_parts         submodules that training may freeze, recompute and shard (kinoray.network.build)
+    depth_parts            groups of submodules or parameters in order from input to answer, one for each depth, such as
+                           (("stem",), ("blocks.0",), ("blocks.1",)); training may let the rate fall with the depth
     segment_consensus      "logits" or "probs": what the answer is the mean of, over segments that do not see each other
     reads_bf16_features    what follows its folded parts takes bfloat16 (kinoray.network.prepare)
     compile_parts          submodules that are compiled on a GPU besides its folded parts

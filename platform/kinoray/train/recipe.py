@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from kinoray.config.shared import OptimConfig
 from kinoray.errors import ConfigError
-from kinoray.network.build import backbone_parts
+from kinoray.network.build import backbone_parts, depths
 
 __all__ = [
     "Recomputed",
@@ -27,6 +27,7 @@ __all__ = [
     "learning_rate",
     "loss_sum",
     "make_optimizer",
+    "rate_factors",
     "recompute",
     "set_rate",
     "trained_parameters",
@@ -68,17 +69,37 @@ def freeze(module: nn.Module, config: OptimConfig, backbone: Collection[str]) ->
                 parameter.requires_grad_(False)
 
 
+def rate_factors(module: nn.Module, config: OptimConfig, backbone: Collection[str] = ()) -> dict[str, float]:
+    """What the rate is multiplied by for each parameter that is trained:
+
+        factor = layer_decay ** depth * (backbone_lr_factor in `backbone`, else 1)
+
+    depth is 1 in the block in front of the answer and grows towards the input (kinoray.network.build.depths).
+
+    Raises:
+        ConfigError: layer_decay is set, and the network names no depth_parts.
+    """
+    deep = {} if config.layer_decay == 1 else depths(module)
+    return {
+        name: config.layer_decay ** deep.get(name, 0) * (config.backbone_lr_factor if name in backbone else 1.0)
+        for name, _ in trained_parameters(module)
+    }
+
+
 def make_optimizer(module: nn.Module, config: OptimConfig, backbone: Collection[str] = ()) -> torch.optim.AdamW:
-    """AdamW over all parameters that are trained; those named in `backbone` have a rate of their own (set_rate).
+    """AdamW over all parameters that are trained, in groups of one rate_factors each (set_rate), the largest first.
 
     On CUDA it is one kernel over all of them; elsewhere torch's plain form, whose digits are other ones.
     """
-    head = [parameter for name, parameter in trained_parameters(module) if name not in backbone]
-    rest = [parameter for name, parameter in trained_parameters(module) if name in backbone]
-    groups = [{"params": head, "lr_factor": 1.0}, {"params": rest, "lr_factor": config.backbone_lr_factor}]
-    on_cuda = all(parameter.device.type == "cuda" for parameter in (*head, *rest))
+    factors = rate_factors(module, config, backbone)
+    trained = trained_parameters(module)
+    groups = [
+        {"params": [parameter for name, parameter in trained if factors[name] == factor], "lr_factor": factor}
+        for factor in sorted(set(factors.values()), reverse=True)
+    ]
+    on_cuda = all(parameter.device.type == "cuda" for _, parameter in trained)
     return torch.optim.AdamW(
-        [group for group in groups if group["params"]],
+        groups,
         lr=config.lr,
         weight_decay=config.weight_decay,
         fused=True if on_cuda else None,
