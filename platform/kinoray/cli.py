@@ -21,7 +21,7 @@ from typing import Any, NoReturn
 
 from kinoray import __version__
 from kinoray.console import ended_by_signals, exact_stdout, plain_streams, print_traceback
-from kinoray.errors import ConfigError, KinorayError
+from kinoray.errors import ConfigError, KinorayError, StorageError
 
 __all__ = ["VERBS", "Verb", "end", "guarded", "main", "parse_settings"]
 
@@ -327,9 +327,10 @@ def parse_settings(
     """
     flags = arguments[: arguments.index("--")] if "--" in arguments else arguments
     if asked := {"-h", "--help", "--help-all"} & set(flags):
-        presets = f"--preset NAME ({', '.join(_presets())}; likewise), " if name in _WITH_PRESETS else ""
+        presets = f"--preset NAME ({', '.join(_presets())}; likewise), --like RUN (a run's settings; likewise), "
         explain = _load("kinoray.config.help:verb_help")
-        print(explain(command or f"kinoray {name}", cls, main, presets, every="--help-all" in asked))
+        extra = presets if name in _WITH_PRESETS else ""
+        print(explain(command or f"kinoray {name}", cls, main, extra, every="--help-all" in asked))
         return None
     config, print_only = _parse(name, cls, arguments)
     if print_only:
@@ -339,31 +340,64 @@ def parse_settings(
 
 
 def _parse(name: str, cls: type[Any], arguments: list[str]) -> tuple[Any, bool]:
-    """The config from `--config FILE` and flags (flags win), and whether to print it only."""
+    """The config from a file, preset or run and flags (flags win), and whether to print it only."""
     end = arguments.index("--") if "--" in arguments else len(arguments)
     arguments, submitted = arguments[:end], arguments[end:]  # what follows `--` are flags of the verb that is submitted
     print_only = "--print-config" in arguments
     arguments = [argument for argument in arguments if argument != "--print-config"]
     arguments, path = _take(arguments, "--config", "the name of a YAML file")
     arguments, preset = _take(arguments, "--preset", f"one of {', '.join(_presets())}")
-    if preset and path:
-        raise ConfigError("--preset and --config exclude each other; --preset NAME --print-config makes a file")
-    default = None
+    arguments, run = _take(arguments, "--like", "a run folder")
+    flags = [flag for flag, value in (("--preset", preset), ("--config", path), ("--like", run)) if value]
+    if len(flags) > 1:
+        raise ConfigError(f"{flags[0]} and {flags[1]} exclude each other; {flags[0]} ... --print-config makes a file")
+
+    def parse(default: Any) -> Any:
+        try:
+            return _parse_flags(name, cls, [*arguments, *submitted], default)
+        except ConfigError as error:
+            reordered = _source_first(arguments) if str(error).startswith("Missing") else arguments
+            if reordered == arguments:
+                raise
+            return _parse_flags(name, cls, reordered, default)
+
     if path:
         default = _load("kinoray.config.file:load_config")(cls, path)
+        folders = {Path(path).parent, Path(path).resolve().parent}
+        if any((folder / file).exists() for folder in folders for file in _RUN_FILES):
+            _require_own_word(name, arguments, default, f"--config {path} lies in a run folder and")
     elif preset:
         default = _preset(name, cls, preset)
-    _require_own_word(name, arguments, default, path)
-    try:
-        config = _parse_flags(name, cls, [*arguments, *submitted], default)
-    except ConfigError as error:
-        reordered = _source_first(arguments) if str(error).startswith("Missing") else arguments
-        if reordered == arguments:
-            raise
-        config = _parse_flags(name, cls, reordered, default)
-    if name in _WITH_PRESETS and default is None and config.model.factory not in _FED_BY_DEFAULT:
-        config = _parse_flags(name, cls, arguments, _fed_by_recipe(cls, config))
+    elif run:
+        default = _like(name, cls, run, parse)
+        _require_own_word(name, arguments, default, f"--like {run}")
+    else:
+        default = None
+    config = parse(default)
+    if name in _WITH_PRESETS:
+        config = _on_its_network(name, cls, config, default, parse, is_preset=bool(preset))
     return config, print_only
+
+
+def _like(name: str, cls: type[Any], run: str, parse: Callable[[Any], Any]) -> Any:
+    """The settings of a run. Where it wrote, the store, the cluster and the cache's folder are this command's own.
+
+    Raises:
+        ConfigError: there is no run, or its settings cannot be read.
+    """
+    if name not in _WITH_PRESETS:
+        raise ConfigError(f"--like is for {' and '.join(_WITH_PRESETS)}, not for {name}")
+    join, own = _load("kinoray.storage.objects:join"), parse(cls(catalog="", out=""))
+    try:
+        limit = _load("kinoray.config.file:MAX_FILE_BYTES")
+        data = _load("kinoray.storage.objects:Storage")(own.storage).read(join(run, "config.yaml"), max_bytes=limit)
+    except StorageError as error:
+        raise ConfigError(f"--like must name the run folder of a training, got {run}: {error}") from error
+    found = _load("kinoray.config.file:config_from_bytes")(cls, data, f"--like {run}: config.yaml")
+    resources = dataclasses.replace(found.resources, address=own.resources.address)
+    cache = dataclasses.replace(found.cache, folder=own.cache.folder)
+    missing = _load("tyro:MISSING")
+    return dataclasses.replace(found, out=missing, storage=own.storage, resources=resources, cache=cache)
 
 
 def _fed_by_recipe(cls: type[Any], config: Any) -> Any:
@@ -379,15 +413,39 @@ def _fed_by_recipe(cls: type[Any], config: Any) -> Any:
     return cls(**values)
 
 
-def _require_own_word(name: str, arguments: list[str], default: Any, path: str) -> None:
-    """Refuse networks that only a config in a run folder names: the folder may be a stranger's.
+def _on_its_network(
+    name: str, cls: type[Any], config: Any, default: Any, parse: Callable[[Any], Any], *, is_preset: bool
+) -> Any:
+    """Settings that were made for one network, where flags name another one; and the recipe of published weights.
+
+    Options go to the network that they were written for. A preset's clips are fitted to the other network, but a
+    published one has its own (kinoray.train.verb.with_start).
+    """
+    published = _load("kinoray.network.resolve:is_whole")(config.init_from)
+    if default is None:
+        if published:
+            return parse(_preset(name, cls, "finetune"))
+        return config if config.model.factory in _FED_BY_DEFAULT else parse(_fed_by_recipe(cls, config))
+    model = type(config.model)(factory=config.model.factory)
+    is_other = config.model.factory != default.model.factory
+    if published and is_preset:
+        clip = type(default.clip)()
+        return parse(dataclasses.replace(default, model=model if is_other else type(model)(), clip=clip))
+    if not is_other:
+        return config
+    config = parse(dataclasses.replace(default, model=model))
+    if not is_preset or default.clip == type(default.clip)():
+        return config
+    clip = _load("kinoray.network.build:clip_on")(config.model, default.clip, default.model)
+    return parse(dataclasses.replace(default, model=model, clip=clip))
+
+
+def _require_own_word(name: str, arguments: list[str], default: Any, where: str) -> None:
+    """Refuse networks that only a run folder names: the folder may be a stranger's.
 
     Raises:
         ConfigError: one does not ship with kinoray, and no flag says it again.
     """
-    folders = {Path(path).parent, Path(path).resolve().parent}
-    if not path or not any((folder / file).exists() for folder in folders for file in _RUN_FILES):
-        return
     flag, named = "--allow-factory", list(getattr(default, "allow_factory", ()))
     if name in _WITH_PRESETS:
         flag = "--model.factory"
@@ -398,9 +456,8 @@ def _require_own_word(name: str, arguments: list[str], default: Any, path: str) 
         if _load("kinoray.network.build:is_shipped")(factory):
             continue
         raise ConfigError(
-            f"--config {path} lies in a run folder and names the network {factory!r}, which does not ship with "
-            "kinoray; nothing of it was imported, since its code would run with your rights. If you trust it, add "
-            f"{flag} {shlex.quote(factory)}"
+            f"{where} names the network {factory!r}, which does not ship with kinoray; nothing of it was imported, "
+            f"since its code would run with your rights. If you trust it, add {flag} {shlex.quote(factory)}"
         )
 
 

@@ -23,7 +23,16 @@ from typing import Literal
 
 from kinoray.errors import CheckpointNotFound, ConfigError
 
-__all__ = ["EXAMPLES", "Source", "WeightName", "is_published", "parse_source", "require_sources", "torchvision_weights"]
+__all__ = [
+    "EXAMPLES",
+    "Source",
+    "WeightName",
+    "is_published",
+    "is_whole",
+    "parse_source",
+    "require_sources",
+    "torchvision_weights",
+]
 
 Kind = Literal["checkpoint", "torchvision", "hf", "i3d", "file", "timm"]
 
@@ -79,6 +88,13 @@ class WeightName:
 def is_published(text: str) -> bool:
     """Whether it is no checkpoint of ours, nor a file, but names one that others have published."""
     return bool(text) and (text == "i3d" or text.partition(":")[0] in _PREFIXES) and not _is_checkpoint(text)
+
+
+def is_whole(text: str) -> bool:
+    """Whether it is published, or a file, and has weights of a whole network, as far as its name says."""
+    if is_published(text):
+        return not text.startswith("timm:")
+    return text.endswith(_FILE_ENDINGS) and not (_SCHEME.match(text) or _is_checkpoint(text))
 
 
 def require_sources(config: object) -> None:
