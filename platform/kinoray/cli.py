@@ -95,7 +95,7 @@ VERBS: Mapping[str, Verb] = {
         wish=_NETWORK,
         settings="kinoray.network.config:ImportConfig",
         function="kinoray.network.verb:import_network",
-        summary="a published network -> a checkpoint; lists what there is",
+        summary="networks: what there is, what one costs; published -> checkpoint",
         main=("out", "labels", "model.factory"),
     ),
     "pack": Verb(
@@ -182,13 +182,6 @@ VERBS: Mapping[str, Verb] = {
         function="kinoray.demo.verb:demo",
         summary="all of the above on a small generated set",
         main=("out", "storage"),
-    ),
-    "model": Verb(
-        wish=_TRY,
-        settings="kinoray.network.config:ModelVerbConfig",
-        function="kinoray.network.cost:describe_model",
-        summary="a network's parameters and operations",
-        main=("describe", "options"),
     ),
 }
 
