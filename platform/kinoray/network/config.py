@@ -17,9 +17,9 @@ class ImportConfig:
     Example: kinoray import torchvision:mvit_v2_s --out networks/mvit
 
     Without SOURCE it lists the networks that ship and what can be imported. With the name of one that ships, or
-    `package:function`, and without --out it says what that one costs, part by part. `label`, `evaluate`, `calibrate` and
-    `bench` take a SOURCE as --checkpoint, `train` and `tune` as --init-from, and import it by themselves; import it to
-    s3:// for a cluster. No code of a source runs: weights are read as data, and the networks are those that ship.
+    `package:function`, and without --out it says what that one costs, part by part. `label`, `evaluate`, `calibrate`
+    and `bench` take a SOURCE as --checkpoint, `train` and `tune` as --init-from, and import it by themselves; import it
+    to s3:// for a cluster. No code of a source runs: weights are read as data, and the networks are those that ship.
     """
 
     source: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="[SOURCE]")] = ""
