@@ -3,7 +3,6 @@
 Exit codes: 0 done, 1 the job failed, 2 a setting is wrong (nothing was started), 128 + signal (130: Ctrl-C).
 """
 
-import atexit
 import contextlib
 import dataclasses
 import difflib
@@ -13,17 +12,16 @@ import os
 import re
 import shlex
 import sys
-import threading
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from kinoray import __version__
-from kinoray.console import ended_by_signals, exact_stdout, plain_streams, print_traceback
+from kinoray.console import end_process, ended_by_signals, exact_stdout, plain_streams, print_traceback, visible
 from kinoray.errors import ConfigError, KinorayError
 
-__all__ = ["VERBS", "Verb", "end", "guarded", "main", "parse_settings"]
+__all__ = ["VERBS", "Verb", "guarded", "main", "parse_settings"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -227,31 +225,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     Without argv it is sys.argv's, and the whole of the process, which ends with it.
     """
     if argv is None:
-        end(lambda: main(sys.argv[1:]))
+        end_process(lambda: main(sys.argv[1:]))
     arguments = list(argv)
     name, rest = (arguments[0], arguments[1:]) if arguments else ("", [])
     return guarded(name, lambda: _run(name, rest))
-
-
-def end(run: Callable[[], int]) -> NoReturn:
-    """End this process with what `run` returns, when all that waits for its end has had its turn.
-
-    Python itself would now take the interpreter apart while threads of native libraries are at work. One of Arrow's
-    that gives back memory then, which happens after a command that was short, aborts the process.
-    """
-    code = 1
-    try:
-        code = run()
-    except SystemExit as error:
-        code = error.code if isinstance(error.code, int) else int(error.code is not None)
-    except BaseException:  # noqa: BLE001  (as Python ends a program)
-        sys.excepthook(*typing.cast("Any", sys.exc_info()))
-    threading._shutdown()  # type: ignore[attr-defined]  # waits for threads, as Python does
-    atexit._run_exitfuncs()
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError, ValueError):  # its reader is gone, or it was closed
-            stream.flush()
-    os._exit(code)
 
 
 def _run(name: str, arguments: list[str]) -> int:
@@ -308,7 +285,7 @@ def _known(name: str) -> str:
 
 def _fail(name: str, error: KinorayError, code: int) -> int:
     message = " ".join(str(error).split())
-    print(f"kinoray {name}: {type(error).__name__}: {message}", file=sys.stderr)
+    print(f"kinoray {visible(name)}: {type(error).__name__}: {message}", file=sys.stderr)
     return code
 
 
@@ -363,13 +340,18 @@ def _parse(name: str, cls: type[Any], arguments: list[str]) -> tuple[Any, bool]:
 
 
 def _require_own_word(name: str, arguments: list[str], default: Any, path: str) -> None:
-    """Refuse networks that only a config in a run folder names: the folder may be a stranger's.
+    """Refuse networks that only a config of a run names: the run may be a stranger's.
+
+    It may lack what would show that it is one, so the names that kinoray gives to such files are enough.
 
     Raises:
         ConfigError: one does not ship with kinoray, and no flag says it again.
     """
-    folders = {Path(path).parent, Path(path).resolve().parent}
-    if not path or not any((folder / file).exists() for folder in folders for file in _RUN_FILES):
+    places = (Path(path), Path(path).resolve()) if path else ()
+    if not any(
+        place.name in _OUR_CONFIGS or any(os.path.lexists(place.parent / file) for file in _RUN_FILES)
+        for place in places
+    ):
         return
     flag, named = "--allow-factory", list(getattr(default, "allow_factory", ()))
     if name in _WITH_PRESETS:
@@ -381,9 +363,9 @@ def _require_own_word(name: str, arguments: list[str], default: Any, path: str) 
         if _load("kinoray.network.build:is_shipped")(factory):
             continue
         raise ConfigError(
-            f"--config {path} lies in a run folder and names the network {factory!r}, which does not ship with "
-            "kinoray; nothing of it was imported, since its code would run with your rights. If you trust it, add "
-            f"{flag} {shlex.quote(factory)}"
+            f"--config {path} is of a run, by its name or its folder, and names the network {factory!r}, which does "
+            "not ship with kinoray; nothing of it was imported, since its code would run with your rights. If you "
+            f"trust it, add {flag} {shlex.quote(factory)}"
         )
 
 
@@ -453,7 +435,8 @@ def _take(arguments: list[str], flag: str, what: str) -> tuple[list[str], str]:
     return rest, value
 
 
-_RUN_FILES = ("run.json", "sweep.json")  # what kinoray writes beside config.yaml and best.yaml
+_OUR_CONFIGS = ("config.yaml", "best.yaml")  # what kinoray writes into runs and sweeps
+_RUN_FILES = ("run.json", "sweep.json")  # what it writes beside them
 _FRAME = "\u2502\u256d\u256e\u2570\u256f"  # what tyro draws its boxes with, where the output can show it
 _RULE = re.compile("[-\u2500]{3,}")
 
