@@ -3,7 +3,6 @@
 Exit codes: 0 done, 1 the job failed, 2 a setting is wrong (nothing was started), 128 + signal (130: Ctrl-C).
 """
 
-import atexit
 import contextlib
 import dataclasses
 import difflib
@@ -13,17 +12,16 @@ import os
 import re
 import shlex
 import sys
-import threading
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from kinoray import __version__
-from kinoray.console import ended_by_signals, exact_stdout, plain_streams, print_traceback
+from kinoray.console import end_process, ended_by_signals, exact_stdout, plain_streams, print_traceback, visible
 from kinoray.errors import ConfigError, KinorayError, StorageError
 
-__all__ = ["VERBS", "Verb", "end", "guarded", "main", "parse_settings"]
+__all__ = ["VERBS", "Verb", "guarded", "main", "parse_settings"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -221,31 +219,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     Without argv it is sys.argv's, and the whole of the process, which ends with it.
     """
     if argv is None:
-        end(lambda: main(sys.argv[1:]))
+        end_process(lambda: main(sys.argv[1:]))
     arguments = list(argv)
     name, rest = (arguments[0], arguments[1:]) if arguments else ("", [])
     return guarded(name, lambda: _run(name, rest))
-
-
-def end(run: Callable[[], int]) -> NoReturn:
-    """End this process with what `run` returns, when all that waits for its end has had its turn.
-
-    Python itself would now take the interpreter apart while threads of native libraries are at work. One of Arrow's
-    that gives back memory then, which happens after a command that was short, aborts the process.
-    """
-    code = 1
-    try:
-        code = run()
-    except SystemExit as error:
-        code = error.code if isinstance(error.code, int) else int(error.code is not None)
-    except BaseException:  # noqa: BLE001  (as Python ends a program)
-        sys.excepthook(*typing.cast("Any", sys.exc_info()))
-    threading._shutdown()  # type: ignore[attr-defined]  # waits for threads, as Python does
-    atexit._run_exitfuncs()
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError, ValueError):  # its reader is gone, or it was closed
-            stream.flush()
-    os._exit(code)
 
 
 def _run(name: str, arguments: list[str]) -> int:
@@ -302,7 +279,7 @@ def _known(name: str) -> str:
 
 def _fail(name: str, error: KinorayError, code: int) -> int:
     message = " ".join(str(error).split())
-    print(f"kinoray {name}: {type(error).__name__}: {message}", file=sys.stderr)
+    print(f"kinoray {visible(name)}: {type(error).__name__}: {message}", file=sys.stderr)
     return code
 
 
@@ -356,9 +333,8 @@ def _parse(name: str, cls: type[Any], arguments: list[str]) -> tuple[Any, bool]:
 
     if path:
         default = _load("kinoray.config.file:load_config")(cls, path)
-        folders = {Path(path).parent, Path(path).resolve().parent}
-        if any((folder / file).exists() for folder in folders for file in _RUN_FILES):
-            _require_own_word(name, arguments, default, f"--config {path} lies in a run folder and")
+        if _is_of_a_run(path):
+            _require_own_word(name, arguments, default, f"--config {path} is of a run, by its name or its folder, and")
     elif preset:
         default = _preset(name, cls, preset)
     elif run:
@@ -431,6 +407,14 @@ def _on_its_network(
         return config
     clip = _load("kinoray.network.build:clip_on")(config.model, default.clip, default.model)
     return parse(dataclasses.replace(default, model=model, clip=clip))
+
+
+def _is_of_a_run(path: str) -> bool:
+    """Whether a config may be a stranger's run: that may lack what would show it, so the name of the file is enough."""
+    return any(
+        place.name in _OUR_CONFIGS or any(os.path.lexists(place.parent / file) for file in _RUN_FILES)
+        for place in (Path(path), Path(path).resolve())
+    )
 
 
 def _require_own_word(name: str, arguments: list[str], default: Any, where: str) -> None:
@@ -520,7 +504,8 @@ def _take(arguments: list[str], flag: str, what: str) -> tuple[list[str], str]:
     return rest, value
 
 
-_RUN_FILES = ("run.json", "sweep.json")  # what kinoray writes beside config.yaml and best.yaml
+_OUR_CONFIGS = ("config.yaml", "best.yaml")  # what kinoray writes into runs and sweeps
+_RUN_FILES = ("run.json", "sweep.json")  # what it writes beside them
 _FRAME = "\u2502\u256d\u256e\u2570\u256f"  # what tyro draws its boxes with, where the output can show it
 _RULE = re.compile("[-\u2500]{3,}")
 
