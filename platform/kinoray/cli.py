@@ -19,7 +19,7 @@ from typing import Any
 
 from kinoray import __version__
 from kinoray.console import end_process, ended_by_signals, exact_stdout, plain_streams, print_traceback, visible
-from kinoray.errors import ConfigError, KinorayError, StorageError
+from kinoray.errors import ConfigError, KinorayError
 
 __all__ = ["VERBS", "Verb", "guarded", "main", "parse_settings"]
 
@@ -206,7 +206,6 @@ def _overview() -> str:
 
 
 _WITH_PRESETS = ("train", "tune")
-_FED_BY_DEFAULT = ("vcm_sdd", "vcm_sdd_r101")  # the defaults of the settings are theirs
 
 
 def _presets() -> Mapping[str, Any]:
@@ -336,77 +335,19 @@ def _parse(name: str, cls: type[Any], arguments: list[str]) -> tuple[Any, bool]:
         if _is_of_a_run(path):
             _require_own_word(name, arguments, default, f"--config {path} is of a run, by its name or its folder, and")
     elif preset:
-        default = _preset(name, cls, preset)
+        _require_trains(name, "--preset")
+        default = _load("kinoray.train.defaults:preset_settings")(cls, preset)
     elif run:
-        default = _like(name, cls, run, parse)
+        _require_trains(name, "--like")
+        default = _load("kinoray.train.defaults:settings_of_run")(cls, run, parse)
         _require_own_word(name, arguments, default, f"--like {run}")
     else:
         default = None
     config = parse(default)
     if name in _WITH_PRESETS:
-        config = _on_its_network(name, cls, config, default, parse, is_preset=bool(preset))
+        fit = _load("kinoray.train.defaults:fit_to_network")
+        config = fit(cls, config, default, parse, is_preset=bool(preset))
     return config, print_only
-
-
-def _like(name: str, cls: type[Any], run: str, parse: Callable[[Any], Any]) -> Any:
-    """The settings of a run. Where it wrote, the store, the cluster and the cache's folder are this command's own.
-
-    Raises:
-        ConfigError: there is no run, or its settings cannot be read.
-    """
-    if name not in _WITH_PRESETS:
-        raise ConfigError(f"--like is for {' and '.join(_WITH_PRESETS)}, not for {name}")
-    join, own = _load("kinoray.storage.objects:join"), parse(cls(catalog="", out=""))
-    try:
-        limit = _load("kinoray.config.file:MAX_FILE_BYTES")
-        data = _load("kinoray.storage.objects:Storage")(own.storage).read(join(run, "config.yaml"), max_bytes=limit)
-    except StorageError as error:
-        raise ConfigError(f"--like must name the run folder of a training, got {run}: {error}") from error
-    found = _load("kinoray.config.file:config_from_bytes")(cls, data, f"--like {run}: config.yaml")
-    resources = dataclasses.replace(found.resources, address=own.resources.address)
-    cache = dataclasses.replace(found.cache, folder=own.cache.folder)
-    missing = _load("tyro:MISSING")
-    return dataclasses.replace(found, out=missing, storage=own.storage, resources=resources, cache=cache)
-
-
-def _fed_by_recipe(cls: type[Any], config: Any) -> Any:
-    """The defaults of a verb that trains, with the clip of the network's own recipe; flags are read over them again.
-
-    A preset or a file says how its network is fed, so this is for flags alone.
-    """
-    values = {"clip": _load("kinoray.network.build:clip_of_network")(config.model), "model": config.model}
-    for field in dataclasses.fields(cls):
-        needed = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
-        if needed:
-            values[field.name] = _load("tyro:MISSING")
-    return cls(**values)
-
-
-def _on_its_network(
-    name: str, cls: type[Any], config: Any, default: Any, parse: Callable[[Any], Any], *, is_preset: bool
-) -> Any:
-    """Settings that were made for one network, where flags name another one; and the recipe of published weights.
-
-    Options go to the network that they were written for. A preset's clips are fitted to the other network, but a
-    published one has its own (kinoray.train.verb.with_start).
-    """
-    published = _load("kinoray.network.resolve:is_whole")(config.init_from)
-    if default is None:
-        if published:
-            return parse(_preset(name, cls, "finetune"))
-        return config if config.model.factory in _FED_BY_DEFAULT else parse(_fed_by_recipe(cls, config))
-    model = type(config.model)(factory=config.model.factory)
-    is_other = config.model.factory != default.model.factory
-    if published and is_preset:
-        clip = type(default.clip)()
-        return parse(dataclasses.replace(default, model=model if is_other else type(model)(), clip=clip))
-    if not is_other:
-        return config
-    config = parse(dataclasses.replace(default, model=model))
-    if not is_preset or default.clip == type(default.clip)():
-        return config
-    clip = _load("kinoray.network.build:clip_on")(config.model, default.clip, default.model)
-    return parse(dataclasses.replace(default, model=model, clip=clip))
 
 
 def _is_of_a_run(path: str) -> bool:
@@ -415,6 +356,11 @@ def _is_of_a_run(path: str) -> bool:
         place.name in _OUR_CONFIGS or any(os.path.lexists(place.parent / file) for file in _RUN_FILES)
         for place in (Path(path), Path(path).resolve())
     )
+
+
+def _require_trains(name: str, flag: str) -> None:
+    if name not in _WITH_PRESETS:
+        raise ConfigError(f"{flag} is for {' and '.join(_WITH_PRESETS)}, not for {name}")
 
 
 def _require_own_word(name: str, arguments: list[str], default: Any, where: str) -> None:
@@ -453,15 +399,11 @@ def _parse_flags(name: str, cls: type[Any], arguments: list[str], default: Any) 
             config = tyro.cli(cls, args=arguments, default=default, prog=f"kinoray {name}")
     except SystemExit:
         raise ConfigError(_one_line(messages.getvalue())) from None
-    return config if default is None or name not in _WITH_PRESETS else _with_options(config, default)
-
-
-def _with_options(config: Any, default: Any) -> Any:
-    """Options of the network that flags name join those of the file or preset, as all other flags do."""
-    if config.model.factory != default.model.factory:
-        return config
-    options = {**default.model.options, **config.model.options}
-    return dataclasses.replace(config, model=dataclasses.replace(config.model, options=options))
+    return (
+        config
+        if default is None or name not in _WITH_PRESETS
+        else _load("kinoray.train.defaults:with_options")(config, default)
+    )
 
 
 def _source_first(arguments: list[str]) -> list[str]:
@@ -474,17 +416,6 @@ def _source_first(arguments: list[str]) -> list[str]:
     if end - begin < 2:
         return arguments
     return [arguments[end - 1], *arguments[: end - 1], *arguments[end:]]
-
-
-def _preset(name: str, cls: type[Any], preset: str) -> Any:
-    """The config with a preset's recipe in it."""
-    if name not in _WITH_PRESETS:
-        raise ConfigError(f"--preset is for {' and '.join(_WITH_PRESETS)}, not for {name}")
-    presets = _presets()
-    if preset not in presets:
-        raise ConfigError(f"--preset must be one of {', '.join(presets)}, got {preset!r}")
-    recipe = presets[preset]()
-    return cls(**{field.name: getattr(recipe, field.name) for field in dataclasses.fields(recipe)})
 
 
 def _take(arguments: list[str], flag: str, what: str) -> tuple[list[str], str]:
