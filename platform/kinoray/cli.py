@@ -336,17 +336,16 @@ def _parse(name: str, cls: type[Any], arguments: list[str]) -> tuple[Any, bool]:
             _require_own_word(name, arguments, default, f"--config {path} is of a run, by its name or its folder, and")
     elif preset:
         _require_trains(name, "--preset")
-        default = _load("kinoray.train.defaults:preset_settings")(cls, preset)
+        default = _load("kinoray.train.defaults:preset_of")(cls, preset)
     elif run:
         _require_trains(name, "--like")
-        default = _load("kinoray.train.defaults:settings_of_run")(cls, run, parse)
+        default = _load("kinoray.train.defaults:like")(cls, run, parse)
         _require_own_word(name, arguments, default, f"--like {run}")
     else:
         default = None
     config = parse(default)
     if name in _WITH_PRESETS:
-        fit = _load("kinoray.train.defaults:fit_to_network")
-        config = fit(cls, config, default, parse, is_preset=bool(preset))
+        config = _load("kinoray.train.defaults:on_its_network")(cls, config, default, parse, is_preset=bool(preset))
     return config, print_only
 
 
@@ -396,14 +395,9 @@ def _parse_flags(name: str, cls: type[Any], arguments: list[str], default: Any) 
     messages = io.StringIO()
     try:
         with contextlib.redirect_stderr(messages):
-            config = tyro.cli(cls, args=arguments, default=default, prog=f"kinoray {name}")
+            return tyro.cli(cls, args=arguments, default=default, prog=f"kinoray {name}")
     except SystemExit:
         raise ConfigError(_one_line(messages.getvalue())) from None
-    return (
-        config
-        if default is None or name not in _WITH_PRESETS
-        else _load("kinoray.train.defaults:with_options")(config, default)
-    )
 
 
 def _source_first(arguments: list[str]) -> list[str]:

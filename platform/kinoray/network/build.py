@@ -306,11 +306,14 @@ def clip_on(model: ModelConfig, clip: ClipConfig, made_for: ModelConfig) -> Clip
     """The clip of a recipe that was made for one network, as another one takes it.
 
     Segments that do not see each other are a way to label of that network's own family: elsewhere their frames are one
-    clip. What the network insists on, it gets; frames are resized in proportion.
+    clip. What the network insists on, it gets; frames are resized in proportion. A network that does not ship gets it
+    as it is.
 
     Raises:
         ConfigError, ModelError: the network cannot be built.
     """
+    if not is_shipped(model.factory):
+        return clip
     net = build_outline(without_start_weights(model), 2)
     spec: InputSpec = cast(Any, net).input_spec
     sample, view = clip.sample, clip.view
