@@ -1,6 +1,7 @@
 """The command line: one tree as flags and file, wrong settings refused in one line before anything starts."""
 
 import dataclasses
+import os
 import re
 import subprocess
 import sys
@@ -226,6 +227,55 @@ def test_options_are_read_as_yaml() -> None:
     }  # fmt: skip
     with pytest.raises(ConfigError, match="KEY=VALUE"):
         parse_options(["=1"])
+
+
+ENDS = """
+import atexit, ctypes, sys, threading, time
+import kinoray.cli, kinoray.console
+c = ctypes.CDLL(None)
+c.on_exit(c.abort, None)  # as a native library that Python takes apart with its threads alive
+atexit.register(print, "atexit ran")
+threading.Thread(target=lambda: (time.sleep(0.1), print("the thread ended"))).start()
+def run():
+    {work}
+    return kinoray.cli.main(sys.argv[1:])
+kinoray.console.end_process(run)
+"""
+
+
+@pytest.mark.parametrize(
+    ("work", "argument", "code", "said"),
+    [
+        ("", "--version", 0, ""),
+        ("", "nothing-like-this", 2, "ConfigError: unknown verb"),
+        ("raise SystemExit(143)", "", 143, ""),
+        ("1 / 0", "", 1, "ZeroDivisionError"),
+    ],
+)
+def test_a_command_ends_with_its_own_code_whatever_native_threads_do(
+    work: str, argument: str, code: int, said: str
+) -> None:
+    program = ENDS.replace("{work}", work or "pass")
+    done = subprocess.run(
+        [sys.executable, "-c", program, argument], capture_output=True, text=True, timeout=200, check=False
+    )
+    assert done.returncode == code, done.stderr
+    assert said in done.stderr
+    assert done.stdout.splitlines()[-2:] == ["the thread ended", "atexit ran"]
+
+
+@pytest.mark.parametrize(
+    "command", [["-m", "kinoray"], ["-c", "from kinoray.cli import main; raise SystemExit(main())"]]
+)
+def test_every_way_to_call_it_ends_the_process(command: list[str], tmp_path: Path) -> None:
+    """Also the installed script, which is the second one."""
+    (tmp_path / "sitecustomize.py").write_text("import ctypes\nc = ctypes.CDLL(None)\nc.on_exit(c.abort, None)\n")
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), os.environ["PYTHONPATH"]])}
+    for arguments, code in ((["--version"], 0), (["nothing-like-this"], 2)):
+        done = subprocess.run(
+            [sys.executable, *command, *arguments], capture_output=True, env=environment, timeout=200, check=False
+        )
+        assert done.returncode == code, done.stderr
 
 
 def test_a_wrong_setting_fails_before_ray_or_torch_are_even_imported() -> None:

@@ -3,7 +3,6 @@
 Exit codes: 0 done, 1 the job failed, 2 a setting is wrong (nothing was started), 128 + signal (130: Ctrl-C).
 """
 
-import atexit
 import contextlib
 import dataclasses
 import difflib
@@ -13,17 +12,16 @@ import os
 import re
 import shlex
 import sys
-import threading
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from kinoray import __version__
-from kinoray.console import ended_by_signals, exact_stdout, plain_streams, print_traceback
+from kinoray.console import end_process, ended_by_signals, exact_stdout, plain_streams, print_traceback, visible
 from kinoray.errors import ConfigError, KinorayError
 
-__all__ = ["VERBS", "Verb", "end", "guarded", "main", "parse_settings"]
+__all__ = ["VERBS", "Verb", "guarded", "main", "parse_settings"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -95,7 +93,7 @@ VERBS: Mapping[str, Verb] = {
         wish=_NETWORK,
         settings="kinoray.network.config:ImportConfig",
         function="kinoray.network.verb:import_network",
-        summary="a published network -> a checkpoint; lists what there is",
+        summary="networks: what there is, what one costs; published -> checkpoint",
         main=("out", "labels", "model.factory"),
     ),
     "pack": Verb(
@@ -183,13 +181,6 @@ VERBS: Mapping[str, Verb] = {
         summary="all of the above on a small generated set",
         main=("out", "storage"),
     ),
-    "model": Verb(
-        wish=_TRY,
-        settings="kinoray.network.config:ModelVerbConfig",
-        function="kinoray.network.cost:describe_model",
-        summary="a network's parameters and operations",
-        main=("describe", "options"),
-    ),
 }
 
 
@@ -227,31 +218,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     Without argv it is sys.argv's, and the whole of the process, which ends with it.
     """
     if argv is None:
-        end(lambda: main(sys.argv[1:]))
+        end_process(lambda: main(sys.argv[1:]))
     arguments = list(argv)
     name, rest = (arguments[0], arguments[1:]) if arguments else ("", [])
     return guarded(name, lambda: _run(name, rest))
-
-
-def end(run: Callable[[], int]) -> NoReturn:
-    """End this process with what `run` returns, when all that waits for its end has had its turn.
-
-    Python itself would now take the interpreter apart while threads of native libraries are at work. One of Arrow's
-    that gives back memory then, which happens after a command that was short, aborts the process.
-    """
-    code = 1
-    try:
-        code = run()
-    except SystemExit as error:
-        code = error.code if isinstance(error.code, int) else int(error.code is not None)
-    except BaseException:  # noqa: BLE001  (as Python ends a program)
-        sys.excepthook(*typing.cast("Any", sys.exc_info()))
-    threading._shutdown()  # type: ignore[attr-defined]  # waits for threads, as Python does
-    atexit._run_exitfuncs()
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError, ValueError):  # its reader is gone, or it was closed
-            stream.flush()
-    os._exit(code)
 
 
 def _run(name: str, arguments: list[str]) -> int:
@@ -308,7 +278,7 @@ def _known(name: str) -> str:
 
 def _fail(name: str, error: KinorayError, code: int) -> int:
     message = " ".join(str(error).split())
-    print(f"kinoray {name}: {type(error).__name__}: {message}", file=sys.stderr)
+    print(f"kinoray {visible(name)}: {type(error).__name__}: {message}", file=sys.stderr)
     return code
 
 
@@ -326,8 +296,9 @@ def parse_settings(
     """
     flags = arguments[: arguments.index("--")] if "--" in arguments else arguments
     if asked := {"-h", "--help", "--help-all"} & set(flags):
-        extra = f"--preset NAME ({', '.join(_presets())}), --like RUN (likewise), " if name in _WITH_PRESETS else ""
+        presets = f"--preset NAME ({', '.join(_presets())}; likewise), --like RUN (a run's settings; likewise), "
         explain = _load("kinoray.config.help:verb_help")
+        extra = presets if name in _WITH_PRESETS else ""
         print(explain(command or f"kinoray {name}", cls, main, extra, every="--help-all" in asked))
         return None
     config, print_only = _parse(name, cls, arguments)
@@ -347,8 +318,6 @@ def _parse(name: str, cls: type[Any], arguments: list[str]) -> tuple[Any, bool]:
     arguments, preset = _take(arguments, "--preset", f"one of {', '.join(_presets())}")
     arguments, run = _take(arguments, "--like", "a run folder")
     flags = [flag for flag, value in (("--preset", preset), ("--config", path), ("--like", run)) if value]
-    if flags and flags[0] != "--config" and name not in _WITH_PRESETS:
-        raise ConfigError(f"{flags[0]} is for {' and '.join(_WITH_PRESETS)}, not for {name}")
     if len(flags) > 1:
         raise ConfigError(f"{flags[0]} and {flags[1]} exclude each other; {flags[0]} ... --print-config makes a file")
 
@@ -361,21 +330,36 @@ def _parse(name: str, cls: type[Any], arguments: list[str]) -> tuple[Any, bool]:
                 raise
             return _parse_flags(name, cls, reordered, default)
 
-    default = None
     if path:
         default = _load("kinoray.config.file:load_config")(cls, path)
-        folders = {Path(path).parent, Path(path).resolve().parent}
-        if any((folder / file).exists() for folder in folders for file in _RUN_FILES):
-            _require_own_word(name, arguments, default, f"--config {path} lies in a run folder and")
+        if _is_of_a_run(path):
+            _require_own_word(name, arguments, default, f"--config {path} is of a run, by its name or its folder, and")
     elif preset:
+        _require_trains(name, "--preset")
         default = _load("kinoray.train.defaults:preset_of")(cls, preset)
     elif run:
+        _require_trains(name, "--like")
         default = _load("kinoray.train.defaults:like")(cls, run, parse)
         _require_own_word(name, arguments, default, f"--like {run}")
+    else:
+        default = None
     config = parse(default)
     if name in _WITH_PRESETS:
         config = _load("kinoray.train.defaults:on_its_network")(cls, config, default, parse, is_preset=bool(preset))
     return config, print_only
+
+
+def _is_of_a_run(path: str) -> bool:
+    """Whether a config may be a stranger's run: that may lack what would show it, so the name of the file is enough."""
+    return any(
+        place.name in _OUR_CONFIGS or any(os.path.lexists(place.parent / file) for file in _RUN_FILES)
+        for place in (Path(path), Path(path).resolve())
+    )
+
+
+def _require_trains(name: str, flag: str) -> None:
+    if name not in _WITH_PRESETS:
+        raise ConfigError(f"{flag} is for {' and '.join(_WITH_PRESETS)}, not for {name}")
 
 
 def _require_own_word(name: str, arguments: list[str], default: Any, where: str) -> None:
@@ -389,8 +373,9 @@ def _require_own_word(name: str, arguments: list[str], default: Any, where: str)
         flag = "--model.factory"
         named = [] if _take(arguments, flag, "a network")[1] else [default.model.factory]
     for factory in named:
-        is_said = factory in arguments or f"{flag}={factory}" in arguments
-        if is_said or _load("kinoray.network.build:is_shipped")(factory):
+        if factory in arguments or f"{flag}={factory}" in arguments:
+            continue
+        if _load("kinoray.network.build:is_shipped")(factory):
             continue
         raise ConfigError(
             f"{where} names the network {factory!r}, which does not ship with kinoray; nothing of it was imported, "
@@ -444,7 +429,8 @@ def _take(arguments: list[str], flag: str, what: str) -> tuple[list[str], str]:
     return rest, value
 
 
-_RUN_FILES = ("run.json", "sweep.json")  # what kinoray writes beside config.yaml and best.yaml
+_OUR_CONFIGS = ("config.yaml", "best.yaml")  # what kinoray writes into runs and sweeps
+_RUN_FILES = ("run.json", "sweep.json")  # what it writes beside them
 _FRAME = "\u2502\u256d\u256e\u2570\u256f"  # what tyro draws its boxes with, where the output can show it
 _RULE = re.compile("[-\u2500]{3,}")
 

@@ -25,6 +25,7 @@ from kinoray.errors import CheckpointNotFound, ConfigError
 
 __all__ = [
     "EXAMPLES",
+    "SHORT_NAMES",
     "Source",
     "WeightName",
     "is_published",
@@ -33,6 +34,32 @@ __all__ = [
     "require_sources",
     "torchvision_weights",
 ]
+
+SHORT_NAMES: Mapping[str, str] = {
+    "vcm_sdd": "vcm_sdd:vcm_sdd",
+    "vcm_sdd_r101": "vcm_sdd:vcm_sdd_r101",
+    "eco": "video_baselines:eco",
+    "huggingface": "video_baselines:huggingface",
+    "i3d": "video_baselines:i3d",
+    "i3d_nl": "video_baselines:i3d_nl",
+    "mc3_18": "video_baselines:mc3_18",
+    "mvit_v1_b": "video_baselines:mvit_v1_b",
+    "mvit_v2_s": "video_baselines:mvit_v2_s",
+    "r2plus1d_18": "video_baselines:r2plus1d_18",
+    "r2plus1d_34": "video_baselines:r2plus1d_34",
+    "r3d_18": "video_baselines:r3d_18",
+    "s3d": "video_baselines:s3d",
+    "s3dg": "video_baselines:s3dg",
+    "slowfast": "video_baselines:slowfast",
+    "slowfast_nl": "video_baselines:slowfast_nl",
+    "swin3d_b": "video_baselines:swin3d_b",
+    "swin3d_s": "video_baselines:swin3d_s",
+    "swin3d_t": "video_baselines:swin3d_t",
+    "tsm": "video_baselines:tsm",
+    "tsn": "video_baselines:tsn",
+    "two_stream_i3d": "video_baselines:two_stream_i3d",
+}
+"""Short names for the networks that ship with kinoray; anything else is `package:function`."""
 
 Kind = Literal["checkpoint", "torchvision", "hf", "i3d", "file", "timm"]
 

@@ -8,7 +8,7 @@ from torch import nn
 
 from kinoray.catalog.table import Catalog, load_catalog
 from kinoray.config.shared import ClipConfig, ModelConfig, OptimConfig, require
-from kinoray.console import format_duration
+from kinoray.console import format_duration, visible
 from kinoray.errors import CatalogError, ConfigError, JobError
 from kinoray.network.batch import FLOW_CHANNELS
 from kinoray.network.build import (
@@ -77,7 +77,7 @@ def train(config: TrainConfig, gate: Gate | None = None) -> dict[str, Any]:
         newest = _train_on(folder, config, catalog, gate)  # its first worker says what is broken
     else:
         for line in broken:
-            print(f"train: {line}")
+            print(f"train: {visible(line)}")
         print(f"train: {config.out} is finished ({newest[1].epoch} epochs); nothing is left to do", flush=True)
     return _result(folder, newest, time.monotonic() - start_s)
 
@@ -119,7 +119,7 @@ def with_start(config: Settings, task: str) -> Settings:
     """
 
     def say(line: str) -> None:
-        print(f"{task}: {line}", flush=True)
+        print(f"{task}: {visible(line)}", flush=True)
 
     source = parse_source(config.init_from, "init_from")
     if source.kind == "timm":
