@@ -224,9 +224,9 @@ def test_a_checkpoint_of_a_later_version_says_so(tmp_path: Path) -> None:
     path = tmp_path / "one" / "checkpoint.json"
     body = {key: value for key, value in json.loads(path.read_bytes()).items() if key != "digest"}
 
-    body["meta"]["clip"]["sample"]["stride"] = 2
+    body["meta"]["clip"]["sample"]["later"] = 2
     path.write_text(json.dumps({**body, "digest": checkpoint.digest(body)}))
-    with pytest.raises(CheckpointMismatch, match=r"another version of kinoray: clip\.sample\.stride"):
+    with pytest.raises(CheckpointMismatch, match=r"another version of kinoray: clip\.sample\.later"):
         load_meta(Storage(), uri)
 
     body["format"] = 2

@@ -1,5 +1,6 @@
 """Tables that lie in a folder which a user names: a pack's stands for it, and none leads out of it."""
 
+import time
 from pathlib import Path
 
 import pytest
@@ -44,6 +45,15 @@ def test_a_table_among_videos_does_not_take_their_place(tmp_path: Path, capsys: 
     (folder / "a.mp4").unlink()
     with pytest.raises(CatalogError, match=r"name the table itself to use it: .*library/catalog\.parquet"):
         catalog_of_source(STORAGE, str(folder))
+
+
+def test_a_huge_record_of_a_pack_is_none_and_is_not_read(tmp_path: Path) -> None:
+    folder = stray(tmp_path / "library", "/etc/passwd")
+    with (folder / "pack.json").open("wb") as file:
+        file.truncate(3 * 2**30)
+    begin_s = time.process_time()
+    assert catalog_of_source(STORAGE, str(folder)).table["uri"].to_pylist() == [f"{folder}/a.mp4"]
+    assert time.process_time() - begin_s < 5  # reading it took 36
 
 
 def test_a_pack_refers_to_nothing_outside_of_itself(tmp_path: Path) -> None:

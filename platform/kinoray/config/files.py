@@ -31,6 +31,8 @@ FILE_SCHEME = "file://"
 
 _FLAGS = os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC  # a pipe without a writer, or a modem, would wait
 _PART_BYTES = 2**16
+_SMALL_BYTES = 2**24
+_MAX_EXPANSION = 64  # bytes of a larger file for each that is on the disk
 _UNAVAILABLE = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE}
 
 
@@ -77,13 +79,15 @@ def read_file(path: str | Path, max_bytes: int) -> bytes:
     """All bytes of a regular file.
 
     Raises:
-        ObjectTooLarge: it has more than max_bytes; none, or only so many, were read.
+        ObjectTooLarge: it has more than max_bytes, or far more than it takes on the disk; none, or only so many, were
+            read.
         ChecksumMismatch: it grew or shrank meanwhile.
     """
     with open_file(path) as descriptor, open(descriptor, "rb", closefd=False) as file:
         size_bytes = os.fstat(descriptor).st_size
         if size_bytes > max_bytes:
             raise ObjectTooLarge(f"{path} has {size_bytes:,} bytes, {max_bytes:,} are allowed; it was not read")
+        _refuse_holes(path, descriptor, size_bytes)
         if not size_bytes:  # files of /proc do not say how long they are, and some have no end
             return _read_to_end(path, file, max_bytes)
         data = file.read(size_bytes + 1)
@@ -94,6 +98,29 @@ def read_file(path: str | Path, max_bytes: int) -> bytes:
             "run the same command again when it is finished"
         )
     return data
+
+
+def _refuse_holes(path: str | Path, descriptor: int, size_bytes: int) -> None:
+    """Raise ObjectTooLarge for a large file of nearly nothing but holes: a few bytes that say they are gigabytes.
+
+    Where the file system does not tell holes, there are none.
+    """
+    enough = size_bytes // _MAX_EXPANSION
+    there = offset = 0
+    while size_bytes > _SMALL_BYTES and there < enough:
+        try:
+            offset = os.lseek(descriptor, offset, os.SEEK_DATA)
+            end = os.lseek(descriptor, offset, os.SEEK_HOLE)
+        except OSError as error:
+            if error.errno != errno.ENXIO:  # behind the last data
+                break
+            raise ObjectTooLarge(
+                f"{path} has {size_bytes:,} bytes, of which {there:,} are on the disk and the others are holes; it was "
+                "not read; fetch it again"
+            ) from error
+        there += end - offset
+        offset = end
+    os.lseek(descriptor, 0, os.SEEK_SET)
 
 
 def _read_to_end(path: str | Path, file: BinaryIO, max_bytes: int) -> bytes:
@@ -110,11 +137,13 @@ def read_file_range(path: str | Path, offset: int, length: int) -> bytes:
 
     Raises:
         ChecksumMismatch: the file ends before.
+        ObjectTooLarge: it has far more bytes than it takes on the disk.
     """
     data = b""
     with open_file(path) as descriptor, open(descriptor, "rb", closefd=False) as file:
         size_bytes = os.fstat(descriptor).st_size
         if offset + length <= size_bytes:  # compared first: what a table claims may be anything
+            _refuse_holes(path, descriptor, size_bytes)
             file.seek(offset)
             data = file.read(length)
     if len(data) != length:

@@ -42,8 +42,8 @@ from kinoray.label.unit import (
     to_part,
     to_windows,
 )
-from kinoray.storage.objects import Storage, join
-from kinoray.storage.records import MAX_RECORD_BYTES, is_name, read_record, record_of
+from kinoray.storage.objects import MAX_RECORD_BYTES, MAX_TABLE_BYTES, Storage, join
+from kinoray.storage.records import is_name, read_record, record_of
 
 __all__ = [
     "PLACE",
@@ -233,7 +233,7 @@ class Ledger:
             uri = self._windows_uri(unit.unit_id, commit.windows)
             num_classes = self._known_classes()
             try:
-                data = self.storage.read(uri)
+                data = self.storage.read(uri, max_bytes=MAX_TABLE_BYTES)
             except ObjectNotFound:
                 raise IncompleteOutput(f"{uri} was committed but is gone; {self._again(unit.unit_id)}") from None
             with self._refused(uri, unit.unit_id):
@@ -250,7 +250,7 @@ class Ledger:
     def _find_part(self, unit_id: str, columns: list[str] | None) -> tuple[Commit, pa.Table] | None:
         uri = self._part_uri(unit_id)
         try:
-            data = self.storage.read(uri)
+            data = self.storage.read(uri, max_bytes=MAX_TABLE_BYTES)
         except ObjectNotFound:
             return None
         num_classes = self._known_classes() if columns is None or "scores" in columns or "id_topk" in columns else None
