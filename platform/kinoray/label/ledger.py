@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import Any, TypeVar
 
 import pyarrow as pa
@@ -94,7 +95,6 @@ class Ledger:
         self.storage = storage
         self.root = root
         self.labelling_id = root.rpartition("/")[2]
-        self._num_classes: int | None = None
 
     def pin_job(self, record: JobRecord) -> bool:
         """Say what this labelling is; the first writer's record stays. Whether this was the first."""
@@ -102,15 +102,12 @@ class Ledger:
 
     def job(self) -> JobRecord:
         """What `pin_job` wrote."""
-        job = self._read(self._uri("job.json"), record_of(JobRecord))
-        self._num_classes = len(job.labels) or None
-        return job
+        return self._read(self._uri("job.json"), record_of(JobRecord))
 
-    def _known_classes(self) -> int | None:
+    @cached_property
+    def _num_classes(self) -> int | None:
         """How many classes its rows can name; None where job.json does not say."""
-        if self._num_classes is None:
-            self.job()
-        return self._num_classes
+        return len(self.job().labels) or None
 
     def plan(self, catalog_digest: str, keys: Sequence[str], unit_size: int) -> Plan:
         """The plan of a catalog, made and stored at the first call: later calls, and jobs at once, get the same one."""
@@ -231,13 +228,12 @@ class Ledger:
             if commit.windows is None:
                 raise IncompleteOutput(f"{self.root}: unit {unit.unit_id} was committed without windows")
             uri = self._windows_uri(unit.unit_id, commit.windows)
-            num_classes = self._known_classes()
             try:
                 data = self.storage.read(uri, max_bytes=MAX_TABLE_BYTES)
             except ObjectNotFound:
                 raise IncompleteOutput(f"{uri} was committed but is gone; {self._again(unit.unit_id)}") from None
             with self._refused(uri, unit.unit_id):
-                return _of_plan(parse_windows(data, commit, num_classes), unit)
+                return _of_plan(parse_windows(data, commit, self._num_classes), unit)
 
         return _in_threads(read, units)
 
@@ -253,7 +249,7 @@ class Ledger:
             data = self.storage.read(uri, max_bytes=MAX_TABLE_BYTES)
         except ObjectNotFound:
             return None
-        num_classes = self._known_classes() if columns is None or "scores" in columns or "id_topk" in columns else None
+        num_classes = self._num_classes if columns is None or "scores" in columns or "id_topk" in columns else None
         with self._refused(uri, unit_id):
             commit, table = parse_part(data, columns, num_classes)
             return _of_unit(commit, unit_id), table
