@@ -2,6 +2,9 @@
 
 import dataclasses
 import json
+import re
+import struct
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -127,6 +130,25 @@ def test_a_run_with_no_sound_checkpoint_is_an_error(name: str, damage: Damage, r
             look(LOCAL, str(run))
         assert str(run) in str(caught.value)
     assert isinstance(caught.value, CheckpointMismatch) == (damage is later_format)
+
+
+def test_a_checkpoint_of_holes_is_left_out_without_being_hashed(run: Path) -> None:
+    """6 GiB that take 8 kB on the disk, with the best accuracy; its JSON and its header are as they should be."""
+    folder = folder_of(run, 2)
+    size_bytes = 6 * 2**30
+    header = json.dumps({"a": {"dtype": "F32", "shape": [size_bytes // 4], "data_offsets": [0, size_bytes]}}).encode()
+    with (folder / MODEL_FILE).open("wb") as file:
+        file.write(struct.pack("<Q", len(header)) + header)
+        file.truncate(8 + len(header) + size_bytes)
+    document = json.loads((folder / META_FILE).read_bytes())
+    document["files"][MODEL_FILE]["size_bytes"] = 8 + len(header) + size_bytes
+    body = {name: document[name] for name in ("format", "files", "meta")}
+    (folder / META_FILE).write_text(json.dumps({**body, "digest": digest(body)}))
+    said: list[str] = []
+    begin_s = time.process_time()
+    assert find_checkpoint(LOCAL, str(run), warn=said.append) == str(folder_of(run, 3))
+    assert time.process_time() - begin_s < 5  # hashing it took 80
+    assert re.search(r"left out: .*model\.safetensors has 6,442,\d+,\d+ bytes, of which .* are holes", said[0])
 
 
 def test_a_sound_run_says_nothing_and_a_deleted_checkpoint_is_none(run: Path) -> None:

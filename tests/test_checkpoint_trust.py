@@ -447,6 +447,14 @@ def test_a_bomb_of_weights_is_refused_before_it_is_read(content: bytes, size_byt
         load_model_state(LOCAL, uri)
 
 
+@pytest.mark.parametrize("labels", [["a"] * (2**20 + 1), ["a", "b", "c" * 5000]], ids=["many", "long"])
+def test_classes_are_few_and_their_names_short(labels: list[str], tmp_path: Path) -> None:
+    uri = make_checkpoint(tmp_path / "checkpoint", "vcm_sdd", TINY)
+    rewrite(uri, set_meta(labels=labels))
+    with pytest.raises(CheckpointMismatch, match=r"labels must name 1 \.\. 1,048,576 classes of at most 4,096 charact"):
+        load_meta(LOCAL, uri)
+
+
 def load_meta_of(document: dict[str, Any]) -> CheckpointMeta:
     return config_from_mapping(CheckpointMeta, document["meta"])
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -94,6 +95,15 @@ def as_nobody() -> Iterator[None]:
         yield
     finally:
         os.seteuid(user)
+
+
+def test_a_huge_record_of_a_pack_is_none_and_is_not_read(tmp_path: Path) -> None:
+    folder = stray(tmp_path / "library", "/etc/passwd")
+    with (folder / "pack.json").open("wb") as file:
+        file.truncate(3 * 2**30)
+    begin_s = time.process_time()
+    assert catalog_of_source(STORAGE, str(folder)).table["uri"].to_pylist() == [f"{folder}/a.mp4"]
+    assert time.process_time() - begin_s < 5  # reading it took 36
 
 
 def test_a_pack_refers_to_nothing_outside_of_itself(tmp_path: Path) -> None:

@@ -1,5 +1,7 @@
 """JSON, YAML and names from strangers: bounded and typed before use, each refused with one line that names the file."""
 
+import contextlib
+import io
 import json
 import math
 import os
@@ -9,19 +11,22 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from kinoray.cli import main
-from kinoray.config.file import config_from_mapping, load_config, parse_yaml, to_yaml
+from kinoray.config.file import config_from_mapping, first_repeated, load_config, parse_yaml, to_yaml
 from kinoray.config.shared import StorageConfig, parse_options
 from kinoray.errors import ChecksumMismatch, ConfigError, KinorayError, ObjectTooLarge
 from kinoray.label.ledger import Ledger, read_predictions
 from kinoray.label.unit import PREDICTION_SCHEMA, Plan
 from kinoray.library.export import Source, copied_videos
 from kinoray.storage.objects import Storage, join
-from kinoray.storage.records import as_name, is_name, parse_json, parse_record, read_record
+from kinoray.storage.records import as_name, is_name, parse_json, parse_record, parse_table, read_record
 from kinoray.train.config import TrainConfig
 from small_tables import label_library, ledger_in, library, part_of
 
@@ -39,6 +44,7 @@ BAD_JSON = {
     "NaN": '{"a": NaN}',
     "Infinity": '{"a": -Infinity}',
     "a key twice": '{"a": 1, "a": 2}',
+    "30,000 keys, the last one twice": "{" + "".join(f'"k{n}":1,' for n in range(30_000)) + '"k29999":1}',
     "a key twice, spelled apart": '{"a": 1, "\\u0061": 2}',
     "half a surrogate pair": '{"a": "\\ud800"}',
     "half a surrogate pair as a key": '{"\\udfff": 1}',
@@ -336,6 +342,7 @@ BAD_YAML = {
     "a key twice": "optim: {lr: 1}\noptim: {lr: 2}",
     "a key twice in a branch": "optim:\n  lr: 1\n  lr: 2",
     "a number of 5,000 digits": "a: " + "9" * 5000,
+    "a number with a leading zero": "a: 010",
     "a hexadecimal number of 5,000 digits": "a: 0x" + "f" * 5000,
     "a day that is none": "a: 2024-99-99",
     "a day": "a: 2024-01-01",
@@ -366,6 +373,19 @@ def test_yaml_that_is_too_much_is_one_error_and_no_memory(text: str, tmp_path: P
     tracemalloc.stop()
     assert len(str(caught.value)) < 500 + len(str(path))
     assert "\n" not in str(caught.value)
+
+
+def test_a_key_that_is_there_twice_is_found_in_one_pass() -> None:
+    assert first_repeated([*range(10**6), 999_999]) == 999_999
+
+
+def test_numbers_of_yaml_are_decimal() -> None:
+    for text in ("1:" * 20_000 + "1", "1:" * 20_000 + "1.5", "1" * 1000, "0x1F", "0b11"):
+        with pytest.raises(ConfigError, match="is not a short decimal one; put text in quotes"):
+            parse_yaml(f"a: {text}", "x")
+    text = "a: [0, -1, +2, 1_000, 1.5, .5, 6.0e-05, 2., 9007199254740993]\nb: '1:30'"
+    assert parse_yaml(text, "x") == {"a": [0, -1, 2, 1000, 1.5, 0.5, 6e-05, 2.0, 9007199254740993], "b": "1:30"}
+    assert parse_yaml(to_yaml({"a": [1e300, 1e-300, 0.1, 2**62]}), "x") == {"a": [1e300, 1e-300, 0.1, 2**62]}
 
 
 def test_yaml_with_an_alias_that_stays_small_is_read() -> None:
@@ -399,6 +419,72 @@ def test_evaluations_and_calibrations_that_are_not_ours_end_in_one_line(
     said = capsys.readouterr().err
     assert "evaluation.json" in said
     assert said.count("\n") == 1
+
+
+NUM_BOMB_ROWS = 400_000
+REPEATED = pa.DictionaryArray.from_arrays(pa.repeat(pa.scalar(0, pa.int32()), NUM_BOMB_ROWS), ["a" * 200])
+TABLES_OF_NOTHING: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "one text in millions of rows": ({"a": REPEATED}, {}),
+    "one number in millions of rows": (dict.fromkeys("abcdefghij", pa.repeat(1, NUM_BOMB_ROWS)), {}),
+    "one long text in some rows": ({"a": pa.array(["x" * 2**20] * 400)}, {}),
+    "a long text": ({"a": pa.array(["x" * 2**26])}, {"use_dictionary": False}),
+    "a long list": ({"a": pa.array([[1.0] * 2**20] * 5)}, {}),
+    "a long list of texts": ({"a": pa.array([["x" * 1000] * 2**16])}, {}),
+    "a long prefix": (
+        {"a": pa.array(["x" * 2**20 + f"{n}" for n in range(300)])},
+        {"use_dictionary": False, "column_encoding": {"a": "DELTA_BYTE_ARRAY"}},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", TABLES_OF_NOTHING)
+@pytest.mark.parametrize("version", ["1.0", "2.0"])
+def test_a_table_of_few_bytes_that_becomes_much_is_refused_before_it_is_read(
+    name: str, version: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    columns, options = TABLES_OF_NOTHING[name]
+    sink = io.BytesIO()
+    pq.write_table(pa.table(columns), sink, compression="zstd", data_page_version=version, **options)
+    assert len(sink.getvalue()) < 20_000
+    monkeypatch.setattr(pq.ParquetFile, "read", None)
+    monkeypatch.setattr("kinoray.storage.records._TABLE_BYTES", 2**20)
+    with pytest.raises(
+        pa.ArrowInvalid, match=r"would take more memory than 1,024 times|is encoded in a way that is not"
+    ):
+        parse_table(sink.getvalue())
+
+
+@pytest.mark.parametrize("compression", ["zstd", "snappy", "gzip", "brotli", "lz4", "none"])
+@pytest.mark.parametrize("version", ["1.0", "2.0"])
+def test_a_table_of_ordinary_rows_is_read_however_it_is_compressed(compression: str, version: str) -> None:
+    """Ordinary in length, extraordinary in order: names that differ by a number take two bytes each in the file."""
+    names = [f"video-{number:07d}.mp4" for number in range(50_000)]
+    table = pa.table(
+        {
+            "id": names,
+            "shard": [f"s3://bucket/set/train-{number // 1000:05d}.tar" for number in range(50_000)],
+            "nothing": pa.nulls(50_000, pa.string()),
+            "size": range(50_000),
+            "labels": [["cat", "dog"][: number % 3] for number in range(50_000)],
+            "half": pa.array(np.zeros(50_000, np.float16)),
+        }
+    )
+    sink = io.BytesIO()
+    pq.write_table(
+        table, sink, compression=compression, data_page_version=version, row_group_size=20_000, write_page_checksum=True
+    )
+    assert parse_table(sink.getvalue()).equals(table)
+    assert parse_table(sink.getvalue(), ["labels", "id"]).equals(table.select(["labels", "id"]))
+
+
+@given(place=st.integers(0, 10**6), value=st.integers(0, 255))
+def test_a_table_with_a_changed_byte_is_read_or_refused(place: int, value: int) -> None:
+    sink = io.BytesIO()
+    pq.write_table(pa.table({"a": ["x", "y", "x"] * 20, "b": range(60)}), sink, write_page_checksum=True)
+    data = bytearray(sink.getvalue())
+    data[place % len(data)] = value
+    with contextlib.suppress(pa.ArrowInvalid):
+        parse_table(bytes(data))
 
 
 def test_nothing_else_reads_json_or_yaml() -> None:

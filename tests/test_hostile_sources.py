@@ -264,6 +264,30 @@ def test_what_is_too_large_is_not_read(tmp_path: Path) -> None:
         catalog_of_source(STORAGE, _renamed(tmp_path / "huge.mp4", "list.csv"))
 
 
+def test_a_file_of_holes_is_not_read(tmp_path: Path) -> None:
+    """A few bytes on the disk that say they are gigabytes; one that is half there is read."""
+    path = tmp_path / "file"
+    with path.open("wb") as file:
+        file.write(b"x" * 4096)
+        file.truncate(2**30)
+        file.seek(2**30 - 4096)
+        file.write(b"y" * 4096)
+    message = r"file has 1,073,741,824 bytes, of which 8,192 are on the disk and the others are holes; it was not read"
+    with pytest.raises(ObjectTooLarge, match=message):
+        STORAGE.read(str(path), max_bytes=2**31)
+    with pytest.raises(ObjectTooLarge, match=message):
+        STORAGE.read_range(str(path), 0, 8)
+    with pytest.raises(ObjectTooLarge, match=r"268,435,456 are allowed; it was not read"):
+        STORAGE.read(str(path))
+    os.truncate(path, 2**24 + 1)
+    with path.open("r+b") as file:
+        file.seek(2**20)
+        file.write(b"z" * 2**19)
+    data = STORAGE.read(str(path))
+    assert (len(data), data.count(b"x"), data.count(b"z")) == (2**24 + 1, 4096, 2**19)
+    assert STORAGE.read_range(str(path), 2**20 - 1, 2) == b"\0z"
+
+
 def _renamed(path: Path, name: str) -> str:
     return str(path.rename(path.parent / name))
 
@@ -282,6 +306,7 @@ def test_the_limit_is_the_callers_and_exact(tmp_path: Path, bucket: str, s3_conf
 def test_members_far_apart_are_not_joined_without_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Gaps between tiny members add up: 2,000 of one byte, 64 KiB apart, were once one read of 128 MB."""
     with (tmp_path / "shard").open("wb") as file:
+        file.write(bytes(2**22))
         file.truncate(2000 * 2**16)
     spans: list[int] = []
     read_range = Storage.read_range
@@ -537,7 +562,7 @@ def test_a_decoder_imports_nothing_from_the_folder_of_a_script(tmp_path: Path, m
     monkeypatch.chdir(folder)
     monkeypatch.setenv("PYTHONPATH", str(folder))
     monkeypatch.setattr(sys, "path", [str(folder), "", *sys.path])
-    process = DecoderProcess()
+    process = DecoderProcess(DecodeConfig())
     process.kill()
     assert not mark.exists(), mark.read_text()
 

@@ -19,7 +19,7 @@ from kinoray.catalog.table import Catalog, catalog_of_source
 from kinoray.console import format_duration, table
 from kinoray.errors import ConfigError
 from kinoray.storage.objects import Storage, absolute
-from kinoray.storage.records import MAX_RECORD_BYTES, parse_json
+from kinoray.storage.records import parse_json
 
 __all__ = [
     "TFLOPS",
@@ -187,7 +187,7 @@ def load_rates(storage: Storage, uri: str) -> Rates:
         ConfigError: it is not JSON, or a rate is missing or cannot be.
         StorageError: it cannot be read.
     """
-    data = storage.read(absolute(uri), max_bytes=MAX_RECORD_BYTES)
+    data = storage.read(absolute(uri))
     try:
         record = parse_json(data)
     except ValueError as error:

@@ -23,7 +23,7 @@ from kinoray.catalog.source import (
     unquoted,
 )
 from kinoray.errors import CatalogError
-from kinoray.storage.objects import Storage, absolute
+from kinoray.storage.objects import MAX_TABLE_BYTES, Storage, absolute
 from kinoray.storage.records import parse_json, parse_table
 
 __all__ = ["read_annotations", "read_label_names"]
@@ -52,7 +52,8 @@ def read_annotations(storage: Storage, uris: Sequence[str], label_names: Mapping
         if absolute(uri) in map(absolute, uris[:index]):
             raise CatalogError(f"annotations: {uri} is named twice; name each file once")
         before = len(rows)
-        rows.extend(_row(uri, line, fields, label_names) for line, fields in _read_fields(uri, storage.read(uri)))
+        data = storage.read(uri, max_bytes=MAX_TABLE_BYTES)
+        rows.extend(_row(uri, line, fields, label_names) for line, fields in _read_fields(uri, data))
         if len(rows) == before:
             raise CatalogError(f"{uri} has no row; {_REMEDY}")
     return rows

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 
 from kinoray import errors
 from kinoray.errors import AccessDenied, CatalogError, KinorayError, StorageUnavailable
-from kinoray.storage.objects import Storage, is_s3
+from kinoray.storage.objects import MAX_TABLE_BYTES, Storage, is_s3
 from kinoray.storage.records import parse_table
 
 __all__ = [
@@ -156,7 +156,7 @@ def load_quarantine(storage: Storage, uri: str) -> list[QuarantineRow]:
         CatalogError: it is not one.
     """
     try:
-        table = parse_table(storage.read(uri))
+        table = parse_table(storage.read(uri, max_bytes=MAX_TABLE_BYTES))
         return [
             QuarantineRow(
                 row["video_id"],

@@ -21,7 +21,7 @@ from kinoray.catalog.folders import is_video, split_named
 from kinoray.config.files import FILE_SCHEME, local_path, local_uri
 from kinoray.console import visible
 from kinoray.errors import CatalogError, ConfigError, IncompleteOutput, ObjectNotFound, StorageError, StorageUnavailable
-from kinoray.storage.objects import Storage, absolute, is_s3, join
+from kinoray.storage.objects import MAX_TABLE_BYTES, Storage, absolute, is_s3, join
 
 __all__ = [
     "UNLABELLED_SPLITS",
@@ -313,7 +313,7 @@ def _with_digest(video_id: str, name: str, length: int) -> str:
 def _read_csv(storage: Storage, source: str) -> list[SourceFile]:
     table = parse_table_text(
         source,
-        decode_text(source, storage.read(source)),
+        decode_text(source, storage.read(source, max_bytes=MAX_TABLE_BYTES)),
         ("path", "uri"),
         "there is no column path: the first line must be path,label[,split]",
     )

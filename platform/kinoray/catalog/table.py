@@ -21,8 +21,14 @@ from kinoray.catalog.folders import VIDEO_EXTENSIONS, is_video, said_of_others
 from kinoray.catalog.read import Reference, read_video, read_videos, time_problem
 from kinoray.catalog.source import SourceFile, find_files, unique_ids, warn
 from kinoray.config.files import local_path, local_uri
-from kinoray.errors import AccessDenied, CatalogError, ObjectNotFound, StorageError, StorageUnavailable
-from kinoray.storage.objects import Storage, absolute, is_s3, join
+from kinoray.errors import (
+    AccessDenied,
+    CatalogError,
+    ObjectNotFound,
+    StorageError,
+    StorageUnavailable,
+)
+from kinoray.storage.objects import MAX_TABLE_BYTES, Storage, absolute, is_s3, join
 from kinoray.storage.records import parse_json, parse_record, parse_table
 
 __all__ = [
@@ -157,7 +163,7 @@ def load_catalog(storage: Storage, uri: str) -> Catalog:
     """
     path = uri if uri.endswith(".parquet") else join(uri, "catalog.parquet")
     try:
-        data = storage.read(path)
+        data = storage.read(path, max_bytes=MAX_TABLE_BYTES)
     except ObjectNotFound as error:
         raise ObjectNotFound(f"{error}; expected a folder that `kinoray pack` finished, or a .parquet") from error
     try:

@@ -6,9 +6,10 @@ break: `yaml.safe_load` runs no code, but 600 bytes of aliases that name aliases
 
 import dataclasses
 import math
+import re
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Hashable, Iterable, Mapping
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
 import tyro
@@ -22,6 +23,7 @@ __all__ = [
     "config_from_bytes",
     "config_from_mapping",
     "dump_yaml",
+    "first_repeated",
     "load_config",
     "parse_yaml",
     "to_yaml",
@@ -31,6 +33,15 @@ MAX_CHARS = 2**20
 """Of the text, and of what it would be with every alias written out."""
 _MAX_DEPTH = 64
 _MAX_WHOLE = 2**63
+_MAX_DIGITS = 40
+_NUMBER = re.compile(r"[-+]?(0|[1-9]\d*|\d*\.\d*|\.(inf|nan))([eE][-+]?\d+)?", re.ASCII | re.IGNORECASE)
+_Key = TypeVar("_Key", bound=Hashable)
+
+
+def first_repeated(items: Iterable[_Key]) -> _Key:
+    """The first one that was there before; one is. In one pass, since a stranger chooses how many there are."""
+    seen: set[_Key] = set()
+    return next(item for item in items if item in seen or seen.add(item))  # type: ignore[func-returns-value]
 
 
 class _Loader(yaml.SafeLoader):
@@ -66,9 +77,22 @@ class _Loader(yaml.SafeLoader):
         node = super().compose_mapping_node(anchor)
         names = [(key.tag, key.value) for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
         if len(set(names)) < len(names):
-            twice = next(value for tag, value in names if names.count((tag, value)) > 1)
+            _, twice = first_repeated(names)
             raise ValueError(f"the key {twice!r:.80} is there twice, line {node.start_mark.line + 1}")
         return node
+
+    def construct_number(self, node: yaml.ScalarNode) -> float:
+        """Decimal numbers alone: YAML 1.1 knows base 60 as well, in which long texts take very long."""
+        text = self.construct_scalar(node).replace("_", "")
+        if len(text) > _MAX_DIGITS or not _NUMBER.fullmatch(text):
+            raise ValueError(f"the number {text!r:.30} is not a short decimal one; put text in quotes")
+        if node.tag.endswith(":int"):
+            return int(text)
+        return float(text.lower().replace(".inf", "inf").replace(".nan", "nan"))
+
+
+for _kind in ("int", "float"):
+    _Loader.add_constructor(f"tag:yaml.org,2002:{_kind}", _Loader.construct_number)
 
 
 class _Dumper(yaml.SafeDumper):

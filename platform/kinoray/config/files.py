@@ -35,6 +35,8 @@ _KERNEL = (
     *("cgroup", "cgroup2", "bpf", "pstore", "efivarfs", "binfmt_misc", "fusectl"),
 )
 """File systems whose files are the kernel's: they have no end, fail oddly, or show what is nobody's video."""
+_SMALL_BYTES = 2**24
+_MAX_EXPANSION = 64  # bytes of a larger file for each that is on the disk
 _UNAVAILABLE = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE}
 
 
@@ -95,13 +97,15 @@ def read_file(path: str | Path, max_bytes: int) -> bytes:
     """All bytes of a regular file.
 
     Raises:
-        ObjectTooLarge: it has more than max_bytes; none, or only so many, were read.
+        ObjectTooLarge: it has more than max_bytes, or far more than it takes on the disk; none, or only so many, were
+            read.
         ChecksumMismatch: it grew or shrank meanwhile.
     """
     with open_file(path) as descriptor, open(descriptor, "rb", closefd=False) as file:
         size_bytes = os.fstat(descriptor).st_size
         if size_bytes > max_bytes:
             raise ObjectTooLarge(f"{path} has {size_bytes:,} bytes, {max_bytes:,} are allowed; it was not read")
+        _refuse_holes(path, descriptor, size_bytes)
         data = file.read(size_bytes + 1)
     if len(data) != size_bytes:
         what = "more" if len(data) > size_bytes else f"{len(data):,}"
@@ -112,16 +116,41 @@ def read_file(path: str | Path, max_bytes: int) -> bytes:
     return data
 
 
+def _refuse_holes(path: str | Path, descriptor: int, size_bytes: int) -> None:
+    """Raise ObjectTooLarge for a large file of nearly nothing but holes: a few bytes that say they are gigabytes.
+
+    Where the file system does not tell holes, there are none.
+    """
+    enough = size_bytes // _MAX_EXPANSION
+    there = offset = 0
+    while size_bytes > _SMALL_BYTES and there < enough:
+        try:
+            offset = os.lseek(descriptor, offset, os.SEEK_DATA)
+            end = os.lseek(descriptor, offset, os.SEEK_HOLE)
+        except OSError as error:
+            if error.errno != errno.ENXIO:  # behind the last data
+                break
+            raise ObjectTooLarge(
+                f"{path} has {size_bytes:,} bytes, of which {there:,} are on the disk and the others are holes; it was "
+                "not read; fetch it again"
+            ) from error
+        there += end - offset
+        offset = end
+    os.lseek(descriptor, 0, os.SEEK_SET)
+
+
 def read_file_range(path: str | Path, offset: int, length: int) -> bytes:
     """Exactly `length` bytes from byte `offset` on.
 
     Raises:
         ChecksumMismatch: the file ends before.
+        ObjectTooLarge: it has far more bytes than it takes on the disk.
     """
     data = b""
     with open_file(path) as descriptor, open(descriptor, "rb", closefd=False) as file:
         size_bytes = os.fstat(descriptor).st_size
         if offset + length <= size_bytes:  # compared first: what a table claims may be anything
+            _refuse_holes(path, descriptor, size_bytes)
             file.seek(offset)
             data = file.read(length)
     if len(data) != length:

@@ -31,7 +31,7 @@ from kinoray.evaluation.metrics import (
 )
 from kinoray.label.ledger import Ledger
 from kinoray.storage.objects import Storage, absolute, join
-from kinoray.storage.records import MAX_RECORD_BYTES, is_name, parse_json
+from kinoray.storage.records import is_name, parse_json
 
 __all__ = [
     "ANSWER_COLUMNS",
@@ -340,7 +340,7 @@ def read_evaluation(storage: Storage, uri: str, *, catalog: str = "", columns: t
     uri = absolute(uri).rstrip("/")
     file = uri if uri.endswith(".json") else join(uri, _FILE_NAME)
     try:
-        data = storage.read(file, max_bytes=MAX_RECORD_BYTES)
+        data = storage.read(file)
     except ObjectNotFound:
         raise ObjectNotFound(f"there is no {file}; expected the --out of `kinoray evaluate`") from None
     record = EvaluationRecord.from_json(data, file)

@@ -15,7 +15,7 @@ from kinoray.config.scoring import ScoreKind, ViewAverage
 from kinoray.config.shared import ClipConfig, require
 from kinoray.errors import CheckpointMismatch, ConfigError
 from kinoray.storage.objects import Storage, absolute
-from kinoray.storage.records import MAX_RECORD_BYTES, parse_json, record_of
+from kinoray.storage.records import parse_json, record_of
 
 __all__ = [
     "AnswerRule",
@@ -193,7 +193,7 @@ def load_calibration(storage: Storage, uri: str, model_digest: str) -> Calibrate
     """
     place = absolute(uri)
     try:
-        found = record_of(Calibrated)(parse_json(storage.read(place, max_bytes=MAX_RECORD_BYTES)))
+        found = record_of(Calibrated)(parse_json(storage.read(place)))
     except (ValueError, TypeError) as error:
         raise ConfigError(f"{place} is not the calibration.json of kinoray calibrate: {error!r}") from error
     if found.model_digest != model_digest:

@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import Any, TypeVar
 
 import pyarrow as pa
@@ -44,8 +45,8 @@ from kinoray.label.unit import (
     to_part,
     to_windows,
 )
-from kinoray.storage.objects import Storage, join
-from kinoray.storage.records import MAX_RECORD_BYTES, is_name, read_record, record_of
+from kinoray.storage.objects import MAX_RECORD_BYTES, MAX_TABLE_BYTES, Storage, join
+from kinoray.storage.records import is_name, read_record, record_of
 
 __all__ = [
     "Ledger",
@@ -92,7 +93,6 @@ class Ledger:
         self.storage = storage
         self.root = root
         self.labelling_id = root.rpartition("/")[2]
-        self._num_classes: int | None = None
 
     def pin_job(self, record: JobRecord) -> bool:
         """Say what this labelling is; the first writer's record stays. Whether this was the first."""
@@ -100,15 +100,12 @@ class Ledger:
 
     def job(self) -> JobRecord:
         """What `pin_job` wrote."""
-        job = self._read(self._uri("job.json"), record_of(JobRecord))
-        self._num_classes = len(job.labels) or None
-        return job
+        return self._read(self._uri("job.json"), record_of(JobRecord))
 
-    def _known_classes(self) -> int | None:
+    @cached_property
+    def _num_classes(self) -> int | None:
         """How many classes its rows can name; None where job.json does not say."""
-        if self._num_classes is None:
-            self.job()
-        return self._num_classes
+        return len(self.job().labels) or None
 
     def plan(self, catalog_digest: str, keys: Sequence[str], unit_size: int) -> Plan:
         """The plan of a catalog, made and stored at the first call: later calls, and jobs at once, get the same one."""
@@ -229,13 +226,12 @@ class Ledger:
             if commit.windows is None:
                 raise IncompleteOutput(f"{self.root}: unit {unit.unit_id} was committed without windows")
             uri = self._windows_uri(unit.unit_id, commit.windows)
-            num_classes = self._known_classes()
             try:
-                data = self.storage.read(uri)
+                data = self.storage.read(uri, max_bytes=MAX_TABLE_BYTES)
             except ObjectNotFound:
                 raise IncompleteOutput(f"{uri} was committed but is gone; {self._again(unit.unit_id)}") from None
             with self._refused(uri, unit.unit_id):
-                return _of_plan(parse_windows(data, commit, num_classes), unit)
+                return _of_plan(parse_windows(data, commit, self._num_classes), unit)
 
         return _in_threads(read, units)
 
@@ -248,10 +244,10 @@ class Ledger:
     def _find_part(self, unit_id: str, columns: list[str] | None) -> tuple[Commit, pa.Table] | None:
         uri = self._part_uri(unit_id)
         try:
-            data = self.storage.read(uri)
+            data = self.storage.read(uri, max_bytes=MAX_TABLE_BYTES)
         except ObjectNotFound:
             return None
-        num_classes = self._known_classes() if columns is None or "scores" in columns or "id_topk" in columns else None
+        num_classes = self._num_classes if columns is None or "scores" in columns or "id_topk" in columns else None
         with self._refused(uri, unit_id):
             commit, table = parse_part(data, columns, num_classes)
             return _of_unit(commit, unit_id), table

@@ -22,7 +22,7 @@ from kinoray.label.unit import row_keys
 from kinoray.library.config import CorrectConfig
 from kinoray.library.rows import BAD_VIDEO, class_names, scan, undefused
 from kinoray.pack.plan import share
-from kinoray.storage.objects import Storage, absolute, join
+from kinoray.storage.objects import MAX_TABLE_BYTES, Storage, absolute, join
 
 __all__ = ["Correction", "correct", "read_corrections"]
 
@@ -118,7 +118,7 @@ def read_corrections(storage: Storage, uris: Sequence[str], labels: Sequence[str
 
 
 def _read_file(storage: Storage, uri: str, classes: set[str]) -> Iterator[Correction]:
-    text = decode_text(uri, storage.read(absolute(uri)))
+    text = decode_text(uri, storage.read(absolute(uri), max_bytes=MAX_TABLE_BYTES))
     expected = "expected the CSV that a report lets you download, or one with the columns row_key,label"
     table = parse_table_text(uri, text, ("row_key", "label"), f"there is no column row_key; {expected}")
     for name in ("row_key", "label"):
@@ -244,7 +244,10 @@ def _totals(counts: Counter[str], catalog: Catalog, repeated: int) -> dict[str, 
 
 def _save_record(storage: Storage, config: CorrectConfig, out: str, ledger: Ledger, totals: dict[str, Any]) -> None:
     """Where every label came from, so that the set can be made again."""
-    files = {uri: hashlib.sha256(storage.read(absolute(uri))).hexdigest() for uri in config.corrections}
+    files = {
+        uri: hashlib.sha256(storage.read(absolute(uri), max_bytes=MAX_TABLE_BYTES)).hexdigest()
+        for uri in config.corrections
+    }
     record = {**totals, "predictions": ledger.root, "sha256": files, "config": asdict(config)}
     storage.put(join(out, "corrections.json"), json.dumps(record, indent=1).encode())
 

@@ -1,14 +1,15 @@
 """The files of a checkpoint, read as data of a stranger: every type, size and digest is compared before it is used.
 
-What is easy to break: sizes come before reading, and the header of a safetensors file before its tensors, so that no
-file takes more memory than it has bytes on the disk.
+What is easy to break: sizes come before reading, and the header of a safetensors file before its tensors, so that none
+is read or hashed that is not one, and none takes more memory than it has bytes (of which holes are none: config.files).
 """
 
 import dataclasses
 import hashlib
 import math
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, Protocol, TypeVar
 
 import safetensors.torch
@@ -25,6 +26,7 @@ from kinoray.errors import (
     ChecksumMismatch,
     ConfigError,
     ObjectNotFound,
+    ObjectTooLarge,
 )
 from kinoray.storage.objects import Storage, join
 from kinoray.storage.records import parse_record
@@ -52,6 +54,8 @@ _MAX_META_BYTES = 2**26
 _MAX_HEADER_BYTES = 2**24  # names and shapes of 100,000 tensors
 _LARGEST_ITEM = 16  # bytes of a complex128
 _CHUNK = 2**26
+_MAX_CLASSES = 2**20
+_MAX_LABEL = 2**12
 
 T = TypeVar("T")
 
@@ -159,10 +163,8 @@ def read_document(storage: Storage, uri: str) -> Document:
     """
     where = join(uri, META_FILE)
     try:
-        size_bytes = storage.stat(where).size_bytes
-        if size_bytes > _MAX_META_BYTES:
-            raise CheckpointCorrupt(f"{where} has {size_bytes:,} bytes, at most {_MAX_META_BYTES:,} are read")
-        data = storage.read(where)
+        with _sized():
+            data = storage.read(where, max_bytes=_MAX_META_BYTES)
     except ObjectNotFound as error:
         raise CheckpointNotFound(f"{uri} is not a checkpoint: {META_FILE} is not there") from error
     files, content = _parsed(data, where, lambda document: _body(document, where))
@@ -173,6 +175,15 @@ def read_document(storage: Storage, uri: str) -> Document:
             "called; take another checkpoint"
         )
     return Document(uri, files, meta)
+
+
+@contextmanager
+def _sized() -> Iterator[None]:
+    """A file that is too large, or of holes, as CheckpointCorrupt."""
+    try:
+        yield
+    except ObjectTooLarge as error:
+        raise CheckpointCorrupt(f"{error}, or take another checkpoint of the run") from error
 
 
 def _parsed(data: bytes, where: str, make: Callable[[dict[str, Any]], T]) -> T:
@@ -227,8 +238,11 @@ def _meta_of(content: Any, where: str) -> CheckpointMeta:
         for name, value in meta.metrics.items():
             if type(value) not in (int, float) or math.isnan(value):
                 raise ConfigError(f"metrics.{name[:100]} must be a number, got {str(value)[:100]}")
-        if not meta.labels:
-            raise ConfigError("labels must name one class or more")
+        if not 1 <= len(meta.labels) <= _MAX_CLASSES or max(map(len, meta.labels)) > _MAX_LABEL:
+            raise ConfigError(
+                f"labels must name 1 .. {_MAX_CLASSES:,} classes of at most {_MAX_LABEL:,} characters, got "
+                f"{len(meta.labels):,}"
+            )
     except (ConfigError, OverflowError) as error:
         text = f"{where} was written by another version of kinoray: {str(error)[:1000]}"
         raise CheckpointMismatch(text) from error
@@ -263,8 +277,8 @@ def require_digests(storage: Storage, document: Document, names: Iterable[str]) 
         CheckpointCorrupt: one is gone, or was damaged.
     """
     for name in names:
+        read_shapes(storage, document, name)  # before it is hashed
         where, entry = document.file(name)
-        _require_size(storage, where, entry)
         found = hashlib.sha256()
         for offset in range(0, entry.size_bytes, _CHUNK):
             found.update(storage.read_range(where, offset, min(_CHUNK, entry.size_bytes - offset)))
@@ -284,7 +298,8 @@ def read_shapes(storage: Storage, document: Document, name: str) -> dict[str, Sh
     _require_size(storage, where, entry)
     if entry.size_bytes < 8:
         raise CheckpointCorrupt(f"{where} is not a safetensors file: it has {entry.size_bytes} bytes")
-    num_bytes = int.from_bytes(storage.read_range(where, 0, 8), "little")
+    with _sized():
+        num_bytes = int.from_bytes(storage.read_range(where, 0, 8), "little")
     left = entry.size_bytes - 8 - num_bytes
     if left < 0 or num_bytes > _MAX_HEADER_BYTES:
         raise CheckpointCorrupt(f"{where} is not a safetensors file: its header would have {num_bytes:,} bytes")
@@ -311,7 +326,8 @@ def read_tensors(storage: Storage, document: Document, name: str) -> dict[str, T
     """The tensors in a file of the checkpoint, on the CPU, its digest compared. Raises as read_shapes."""
     read_shapes(storage, document, name)
     where, entry = document.file(name)
-    data = storage.read(where)
+    with _sized():
+        data = storage.read(where, max_bytes=entry.size_bytes)
     _require_sha256(hashlib.sha256(data).hexdigest(), where, entry)
     try:
         return safetensors.torch.load(data)

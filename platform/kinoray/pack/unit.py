@@ -26,7 +26,7 @@ from kinoray.errors import (
 from kinoray.pack.plan import FileVerdict, PlannedVideo, Unit, split_name
 from kinoray.pack.tars import Archive, Examined, Member, ShardWriter, examine, open_archive
 from kinoray.storage.objects import Storage, join
-from kinoray.storage.records import MAX_RECORD_BYTES, parse_json, record_of
+from kinoray.storage.records import parse_json, record_of
 from kinoray.video.sandbox.pool import shared_sandbox
 
 __all__ = ["Commit", "MemberJudge", "PackSettings", "Packed", "Tar", "pack_unit", "quarantine_row", "read_commit"]
@@ -175,7 +175,7 @@ def read_commit(storage: Storage, out: str, name: str) -> Commit:
     """
     uri = _commit_uri(out, name)
     try:
-        commit = record_of(Commit)(parse_json(storage.read(uri, max_bytes=MAX_RECORD_BYTES)))
+        commit = record_of(Commit)(parse_json(storage.read(uri)))
         if commit.name != name:
             raise ValueError(f"it is that of {commit.name!r:.80}")
         for packed in commit.packed:

@@ -20,10 +20,23 @@ from kinoray.errors import ConfigError, ObjectNotFound
 from kinoray.storage.folder import FolderStore, Skipped
 from kinoray.storage.s3 import S3Store, endpoint_of
 
-__all__ = ["ObjectInfo", "Storage", "absolute", "arrow_filesystem", "is_s3", "join"]
+__all__ = [
+    "MAX_RECORD_BYTES",
+    "MAX_TABLE_BYTES",
+    "ObjectInfo",
+    "Storage",
+    "absolute",
+    "arrow_filesystem",
+    "is_s3",
+    "join",
+]
 
 _SCHEME = "s3://"
-_MAX_READ_BYTES = 2**34  # of what is no video: tables, records and lists are never near it
+
+MAX_RECORD_BYTES = 2**28
+"""The largest file that is read of what is neither a video nor a table."""
+MAX_TABLE_BYTES = 2**34
+"""The largest table or list: those of 100 million videos are smaller."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +105,7 @@ class Storage:
     config: StorageConfig = field(default_factory=StorageConfig)
     """Where s3:// leads."""
 
-    def read(self, uri: str, *, max_bytes: int = _MAX_READ_BYTES) -> bytes:
+    def read(self, uri: str, *, max_bytes: int = MAX_RECORD_BYTES) -> bytes:
         """All bytes of the object. A cut or stalled answer is continued from its last good byte.
 
         One of more than max_bytes is ObjectTooLarge, and is not read.

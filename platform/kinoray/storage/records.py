@@ -17,9 +17,9 @@ from typing import Any, NoReturn, TypeVar
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from kinoray.config.file import config_from_mapping
+from kinoray.config.file import config_from_mapping, first_repeated
 from kinoray.errors import ChecksumMismatch
-from kinoray.storage.objects import Storage
+from kinoray.storage.objects import MAX_RECORD_BYTES, Storage
 
 __all__ = [
     "MAX_RECORD_BYTES",
@@ -35,10 +35,10 @@ __all__ = [
 
 T = TypeVar("T")
 
-MAX_RECORD_BYTES = 256 * 2**20
-"""The largest JSON file that is read; plans of large libraries have a bound of their own."""
 _MAX_DEPTH = 64  # lists and objects inside each other; ours have five
 _MAX_CONTAINERS = 4_000_000  # each takes 60 to 200 bytes of memory, and may be two bytes of text
+_TABLE_BYTES = 2**28
+_TABLE_EXPANSION = 1024  # a table of 100 million names in a row, of 2 bytes each in the file, is 200 times as large
 _NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,199}")
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
@@ -69,8 +69,7 @@ def parse_json(data: bytes | str, *, bits: int = 64) -> Any:
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"the key {next(name for name in names if names.count(name) > 1)!r:.80} is there twice")
+        raise ValueError(f"the key {first_repeated(name for name, _ in pairs)!r:.80} is there twice")
     return found
 
 
@@ -174,7 +173,8 @@ def parse_table(data: bytes, columns: Sequence[str] | None = None) -> pa.Table:
     """The table in the bytes of a Parquet file, with these columns only; pages are compared with their checksums.
 
     Raises:
-        pyarrow.ArrowInvalid: it is no Parquet, or a column's type is none of Arrow's own.
+        pyarrow.ArrowInvalid: it is no Parquet, a column's type is none of Arrow's own, or it would take more memory
+            than 256 MiB and 1,024 times its bytes.
     """
     try:
         file = pq.ParquetFile(pa.BufferReader(data), page_checksum_verification=True)
@@ -184,8 +184,9 @@ def parse_table(data: bytes, columns: Sequence[str] | None = None) -> pa.Table:
         for field in file.schema_arrow:
             if _is_foreign(field.type):
                 raise pa.ArrowInvalid(f"column {field.name} has the type {field.type}, whose values are not plain data")
+        _check_size(data, file.metadata, columns)
         return file.read(columns=None if columns is None else list(columns))
-    except (OSError, ValueError) as error:  # ArrowInvalid is a ValueError
+    except (OSError, ValueError, LookupError) as error:  # ArrowInvalid is a ValueError; LookupError: a page is cut
         raise pa.ArrowInvalid(" ".join(str(error).split())) from error
 
 
@@ -196,3 +197,115 @@ def _is_foreign(kind: pa.DataType) -> bool:
     if pa.types.is_dictionary(kind):
         return _is_foreign(kind.value_type)
     return any(_is_foreign(kind.field(index).type) for index in range(kind.num_fields))
+
+
+# What a Parquet file takes once it is read. Its footer may say anything, so the headers of the pages are read, as the
+# reader will read them: for the values that each claims, its bytes, and the longest text of its dictionary.
+
+_DICTIONARY_PAGE = 2
+_HEADERS = {0: (5, 2), 3: (8, 4)}  # type of a page of data: field of its header, and of the encoding in that
+_DICTIONARY_ENCODINGS = (2, 8)
+_PREFIX_ENCODING = 7  # DELTA_BYTE_ARRAY: each text may begin with all of the one before
+_VALUE_BYTES = 8
+_TEXT_BYTES = (
+    256  # more than each text of a dictionary and each page take in memory: what looking at them costs in time
+)
+_PAGE_BYTES = 2**16
+_CODECS = {"SNAPPY": "snappy", "GZIP": "gzip", "BROTLI": "brotli", "ZSTD": "zstd", "LZ4": "lz4_raw"}
+
+
+def _check_size(data: bytes, about: pq.FileMetaData, columns: Sequence[str] | None) -> None:
+    """Refuse a file of a few bytes that becomes gigabytes. Raises ValueError or LookupError where it cannot be told."""
+    room = _TABLE_BYTES + _TABLE_EXPANSION * len(data)
+    for group in range(about.num_row_groups):
+        for place in range(about.num_columns):
+            chunk = about.row_group(group).column(place)
+            path = chunk.path_in_schema
+            if columns is None or any(path == name or path.startswith(f"{name}.") for name in columns):
+                room -= _chunk_bytes(data, chunk, about.schema.column(place).length, room)
+
+
+def _chunk_bytes(data: bytes, chunk: pq.ColumnChunkMetaData, width: int, room: int) -> int:
+    """Memory that a column of a row group takes, at most; ValueError where that is more than `room`."""
+    starts = [chunk.data_page_offset]
+    if chunk.has_dictionary_page and 0 < chunk.dictionary_page_offset < chunk.data_page_offset:
+        starts.append(chunk.dictionary_page_offset)
+    at, total, num_values, longest = min(starts), 0, 0, 0
+    while num_values < chunk.num_values:
+        header, at = _thrift(data, at)
+        kind, size_bytes, stored_bytes = header[1], header[2], header[3]
+        if min(size_bytes, stored_bytes) < 0 or at + stored_bytes > len(data):
+            raise ValueError(f"a page of {chunk.path_in_schema} ends behind the file")
+        total += size_bytes + _PAGE_BYTES
+        if kind == _DICTIONARY_PAGE and chunk.physical_type == "BYTE_ARRAY":
+            num_texts = header[7][1]
+            total += num_texts * _TEXT_BYTES
+            if total <= room:
+                page = data[at : at + stored_bytes]
+                longest = max(longest, _longest(page, num_texts, size_bytes, chunk.compression))
+        elif kind in _HEADERS:
+            field, place = _HEADERS[kind]
+            count, encoding = header[field][1], header[field][place]
+            if count < 0 or encoding == _PREFIX_ENCODING:
+                raise ValueError(f"{chunk.path_in_schema} is encoded in a way that is not read; write it with pyarrow")
+            num_values += count
+            total += count * (max(width, _VALUE_BYTES) + (longest if encoding in _DICTIONARY_ENCODINGS else 0))
+        at += stored_bytes
+        if total > room:
+            raise ValueError(
+                f"read, it would take more memory than {_TABLE_EXPANSION:,} times its {len(data):,} bytes and "
+                f"{_TABLE_BYTES:,} more"
+            )
+    return total
+
+
+def _longest(page: bytes, num_texts: int, size_bytes: int, compression: str) -> int:
+    """Bytes of the longest text in a page of a dictionary: each has its length, 4 bytes, in front."""
+    if compression != "UNCOMPRESSED":
+        page = pa.decompress(page, size_bytes, _CODECS.get(compression, compression.lower()), asbytes=True)
+    at = longest = 0
+    for _ in range(num_texts):
+        length = int.from_bytes(page[at : at + 4], "little")
+        longest = max(longest, length)
+        at += 4 + length
+    return longest
+
+
+def _thrift(data: bytes, at: int, depth: int = 0) -> tuple[dict[int, Any], int]:
+    """A struct in Thrift's compact protocol: its numbers and structs by their fields, and where it ends."""
+    fields: dict[int, Any] = {}
+    field = 0
+    while data[at]:
+        step, kind = divmod(data[at], 16)
+        at += 1
+        if step:
+            field += step
+        else:
+            field, at = _zigzag(data, at)
+        if kind in (1, 2):
+            fields[field] = kind == 1
+        elif kind in (4, 5, 6):
+            fields[field], at = _zigzag(data, at)
+        elif kind == 8:
+            length, at = _varint(data, at)
+            at += length
+        elif kind == 12 and depth < _MAX_DEPTH:
+            fields[field], at = _thrift(data, at, depth + 1)
+        else:
+            raise ValueError("the header of a page is none")
+    return fields, at + 1
+
+
+def _zigzag(data: bytes, at: int) -> tuple[int, int]:
+    value, at = _varint(data, at)
+    return value >> 1 ^ -(value & 1), at
+
+
+def _varint(data: bytes, at: int) -> tuple[int, int]:
+    value = 0
+    for shift in range(0, 70, 7):
+        value |= (data[at] & 0x7F) << shift
+        at += 1
+        if data[at - 1] < 0x80:
+            return value, at
+    raise ValueError("the header of a page is none")

@@ -37,7 +37,7 @@ from kinoray.network.checkpoint import (
     newest_checkpoint,
 )
 from kinoray.storage.objects import Storage, join
-from kinoray.storage.records import MAX_RECORD_BYTES, parse_json, parse_record
+from kinoray.storage.records import parse_json, parse_record
 from kinoray.train.config import TrainConfig
 
 __all__ = ["EpochRow", "RunFolder", "StepRow", "run_digest", "run_settings", "stopped_early"]
@@ -169,7 +169,7 @@ class RunFolder:
             self.storage.put(join(self.uri, "config.yaml"), to_yaml(config).encode())
             return
         try:
-            theirs = dict(parse_json(self.storage.read(uri, max_bytes=MAX_RECORD_BYTES))["settings"])
+            theirs = dict(parse_json(self.storage.read(uri))["settings"])
         except (ValueError, KeyError, TypeError) as error:
             raise StorageError(f"{uri} is damaged ({error}); give another --out") from error
         differences = _differences(theirs, ours)
@@ -186,7 +186,7 @@ class RunFolder:
         """Append a start of the workers to environment.json."""
         uri = join(self.uri, "environment.json")
         try:
-            starts = list(parse_json(self.storage.read(uri, max_bytes=MAX_RECORD_BYTES))["starts"])
+            starts = list(parse_json(self.storage.read(uri))["starts"])
         except ObjectNotFound:
             starts = []
         except (ValueError, KeyError, TypeError) as error:
@@ -199,7 +199,7 @@ class RunFolder:
         """The epochs of metrics.jsonl, in order; none if there is no such file."""
         uri = join(self.uri, "metrics.jsonl")
         try:
-            data = self.storage.read(uri, max_bytes=MAX_RECORD_BYTES)
+            data = self.storage.read(uri)
         except ObjectNotFound:
             return []
         return _parse(data, uri, lambda record: EpochRow(**_numbers(record)))
@@ -213,7 +213,7 @@ class RunFolder:
         """The training steps of the run, in order."""
         found: list[StepRow] = []
         for uri in sorted(info.uri for info in self.storage.list(join(self.uri, "losses") + "/")):
-            data = self.storage.read(uri, max_bytes=MAX_RECORD_BYTES)
+            data = self.storage.read(uri)
             found += _parse(data, uri, lambda record: StepRow(**_numbers(record)))
         return found
 

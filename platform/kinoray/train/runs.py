@@ -19,7 +19,7 @@ from kinoray.console import format_duration, many, shortened, table, visible
 from kinoray.errors import ChecksumMismatch, KinorayError, ObjectNotFound, StorageError, StorageUnavailable
 from kinoray.label.summary import Span, bar_line, clock, covered_s
 from kinoray.storage.objects import Storage, absolute, join
-from kinoray.storage.records import MAX_RECORD_BYTES, parse_json, parse_lines, read_record
+from kinoray.storage.records import parse_json, parse_lines, read_record
 from kinoray.train.config import RunsConfig
 
 __all__ = ["Heartbeat", "RunSummary", "State", "find_runs", "runs", "train_spans"]
@@ -141,7 +141,7 @@ def _state(said: str, run: RunSummary) -> State:
 def _lines(storage: Storage, uri: str) -> list[dict[str, Any]]:
     """The objects of a file of JSON lines; none if it is not there."""
     try:
-        return parse_lines(storage.read(uri, max_bytes=MAX_RECORD_BYTES), uri)
+        return parse_lines(storage.read(uri), uri)
     except ObjectNotFound:
         return []
 
@@ -309,7 +309,7 @@ class Heartbeat:
     def _first_start(self) -> float:
         """When a run that is resumed was started first."""
         try:
-            return float(parse_json(self._storage.read(self._uri, max_bytes=MAX_RECORD_BYTES))["started_s"])
+            return float(parse_json(self._storage.read(self._uri))["started_s"])
         except ObjectNotFound:
             return time.time()
         except (ValueError, KeyError, TypeError) as error:
