@@ -10,7 +10,7 @@ import sys
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
-from kinoray.cli import end, guarded, parse_settings
+from kinoray.cli import guarded, parse_settings
 from kinoray.config.shared import (
     CacheConfig,
     ClipConfig,
@@ -20,6 +20,7 @@ from kinoray.config.shared import (
     ViewConfig,
     require,
 )
+from kinoray.console import end_process
 from kinoray.demo.binding import make_binding_set
 from kinoray.pack.config import PackConfig
 from kinoray.pack.verb import pack
@@ -102,4 +103,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    end(lambda: guarded("ablate", main))
+    end_process(lambda: guarded("ablate", main))

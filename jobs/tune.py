@@ -6,7 +6,8 @@ ray job submit --working-dir . --runtime-env-json '{"env_vars": {"PYTHONPATH": "
 
 import sys
 
-from kinoray.cli import end, main
+from kinoray.cli import main
+from kinoray.console import end_process
 
 if __name__ == "__main__":
-    end(lambda: main(["tune", *sys.argv[1:]]))
+    end_process(lambda: main(["tune", *sys.argv[1:]]))

@@ -182,10 +182,10 @@ def test_close_ends_the_decoders_and_a_later_prediction_starts_new_ones(library:
 
 def test_settings_are_named_as_in_a_config_file(checkpoint: str) -> None:
     model = kinoray.load(
-        checkpoint, resources={"num_workers": 3}, **{"resources.decode_tasks": 1, "decode.max_bytes": 7}
+        checkpoint, resources={"num_workers": 3}, **{"resources.decoders_per_worker": 1, "decode.max_bytes": 7}
     )
     resources = model.config.resources
-    assert (resources.num_workers, resources.decode_tasks, model.config.decode.max_bytes) == (3, 1, 7)
+    assert (resources.num_workers, resources.decoders_per_worker, model.config.decode.max_bytes) == (3, 1, 7)
     for settings, message in (
         ({"resources.workers": 3}, "resources.workers is not a setting; there are"),
         ({"top_k": "3"}, "top_k must be a whole number, got '3'"),
@@ -321,7 +321,7 @@ def test_train_gives_the_best_checkpoint_and_its_numbers(tmp_path: Path, capsys:
         "resources": {"num_workers": 1, "decode_tasks": 1},
     }
     done = kinoray.train(tmp_path / "set", out=tmp_path / "run", **settings)
-    assert (done.run, done.epochs, done.best_epoch, done.unreadable) == (str(tmp_path / "run"), 1, 1, 0)
+    assert (done.run, done.epochs, done.best_epoch, done.quarantined) == (str(tmp_path / "run"), 1, 1, 0)
     assert done.val_top1 is not None
     assert capsys.readouterr() == ("", "")
     model = kinoray.load(tmp_path / "run", allow_factory=["tiny_models:mean_colour"])

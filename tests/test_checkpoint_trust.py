@@ -566,19 +566,32 @@ def test_a_clip_of_a_checkpoint_opens_nothing_and_has_a_bound(
 # Run folders of others
 
 
-@pytest.mark.parametrize("beside", ["run.json", "sweep.json"])
+@pytest.mark.parametrize(
+    ("name", "beside"),
+    [
+        ("mine.yaml", "run.json"),
+        ("mine.yaml", "sweep.json"),
+        ("config.yaml", ""),  # whoever made the folder left out what shows that it is a run's
+        ("best.yaml", ""),
+        ("mine.yaml", "a link to itself"),
+    ],
+)
 def test_the_config_in_a_run_folder_is_not_the_users_word(
-    beside: str, tmp_path: Path, stranger: Path, marker: Path, capsys: pytest.CaptureFixture[str]
+    name: str, beside: str, tmp_path: Path, stranger: Path, marker: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = TrainConfig(catalog="set", out=str(tmp_path / "run"), model=ModelConfig(factory="stranger_net:net"))
     folder = tmp_path / "run"
     folder.mkdir()
-    (folder / "config.yaml").write_text(to_yaml(config))
-    command = ["train", "--config", str(folder / "config.yaml"), "--print-config"]
-    assert main(command) == 0  # a file of the user's own
-    (folder / beside).touch()
-    (tmp_path / "link.yaml").symlink_to(folder / "config.yaml")
-    for path in (folder / "config.yaml", tmp_path / "link.yaml"):
+    (folder / name).write_text(to_yaml(config))
+    command = ["train", "--config", str(folder / name), "--print-config"]
+    if name == "mine.yaml":
+        assert main(command) == 0  # a file of the user's own
+    if beside == "a link to itself":
+        (folder / "run.json").symlink_to("run.json")
+    elif beside:
+        (folder / beside).touch()
+    (tmp_path / "link.yaml").symlink_to(folder / name)
+    for path in (folder / name, tmp_path / "link.yaml"):
         assert main(["train", "--config", str(path), "--print-config"]) == 2
         assert "add --model.factory stranger_net:net" in capsys.readouterr().err
     assert main([*command, "--model.factory", "stranger_net:net"]) == 0

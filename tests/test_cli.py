@@ -1,12 +1,15 @@
 """The command line: one tree as flags and file, wrong settings refused in one line before anything starts."""
 
 import dataclasses
+import os
 import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 import tyro
 import yaml
 
@@ -15,9 +18,19 @@ from kinoray.cli import VERBS, main
 from kinoray.config.file import config_from_mapping, load_config, to_yaml
 from kinoray.config.help import settings_of
 from kinoray.config.scoring import LabelWorkConfig, ScoringConfig
-from kinoray.config.shared import TrainResourcesConfig, digest, parse_options
+from kinoray.config.shared import (
+    CacheConfig,
+    ClipConfig,
+    ModelConfig,
+    OptimConfig,
+    SampleConfig,
+    StorageConfig,
+    TrainResourcesConfig,
+    digest,
+    parse_options,
+)
 from kinoray.errors import ConfigError
-from kinoray.network.build import require_known_model
+from kinoray.network.build import SHORT_NAMES, build_outline, check_clip, require_known_model
 from kinoray.train.config import PRESETS, TrainConfig
 
 TRAIN = ["train", "set", "--out", "run"]
@@ -46,7 +59,10 @@ def one_line(capsys: pytest.CaptureFixture[str]) -> str:
         (["report", "x", "--max-strips", "-1"], "max_strips must be at least 0, got -1"),
         (["train", "--config", "absent.yaml"], "absent.yaml"),
         (["train", "--config"], "--config needs"),
-        ([*TRAIN, "--preset", "k300"], "--preset must be one of k400_paper, k600_paper, small, demo, got 'k300'"),
+        (
+            [*TRAIN, "--preset", "k300"],
+            "--preset must be one of k400_paper, k600_paper, small, finetune, demo, got 'k300'",
+        ),
         ([*TRAIN, "--preset"], "--preset needs one of k400_paper"),
         ([*TRAIN, "--preset", "demo", "--config", "x.yaml"], "--preset and --config exclude each other"),
         (["report", "x", "--preset", "demo"], "--preset is for train and tune, not for report"),
@@ -213,6 +229,55 @@ def test_options_are_read_as_yaml() -> None:
         parse_options(["=1"])
 
 
+ENDS = """
+import atexit, ctypes, sys, threading, time
+import kinoray.cli, kinoray.console
+c = ctypes.CDLL(None)
+c.on_exit(c.abort, None)  # as a native library that Python takes apart with its threads alive
+atexit.register(print, "atexit ran")
+threading.Thread(target=lambda: (time.sleep(0.1), print("the thread ended"))).start()
+def run():
+    {work}
+    return kinoray.cli.main(sys.argv[1:])
+kinoray.console.end_process(run)
+"""
+
+
+@pytest.mark.parametrize(
+    ("work", "argument", "code", "said"),
+    [
+        ("", "--version", 0, ""),
+        ("", "nothing-like-this", 2, "ConfigError: unknown verb"),
+        ("raise SystemExit(143)", "", 143, ""),
+        ("1 / 0", "", 1, "ZeroDivisionError"),
+    ],
+)
+def test_a_command_ends_with_its_own_code_whatever_native_threads_do(
+    work: str, argument: str, code: int, said: str
+) -> None:
+    program = ENDS.replace("{work}", work or "pass")
+    done = subprocess.run(
+        [sys.executable, "-c", program, argument], capture_output=True, text=True, timeout=200, check=False
+    )
+    assert done.returncode == code, done.stderr
+    assert said in done.stderr
+    assert done.stdout.splitlines()[-2:] == ["the thread ended", "atexit ran"]
+
+
+@pytest.mark.parametrize(
+    "command", [["-m", "kinoray"], ["-c", "from kinoray.cli import main; raise SystemExit(main())"]]
+)
+def test_every_way_to_call_it_ends_the_process(command: list[str], tmp_path: Path) -> None:
+    """Also the installed script, which is the second one."""
+    (tmp_path / "sitecustomize.py").write_text("import ctypes\nc = ctypes.CDLL(None)\nc.on_exit(c.abort, None)\n")
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), os.environ["PYTHONPATH"]])}
+    for arguments, code in ((["--version"], 0), (["nothing-like-this"], 2)):
+        done = subprocess.run(
+            [sys.executable, *command, *arguments], capture_output=True, env=environment, timeout=200, check=False
+        )
+        assert done.returncode == code, done.stderr
+
+
 def test_a_wrong_setting_fails_before_ray_or_torch_are_even_imported() -> None:
     command = [sys.executable, "-X", "importtime", "-m", "kinoray", *TRAIN, "--optim.lr", "0"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
@@ -249,6 +314,116 @@ def test_an_option_of_the_network_joins_those_of_the_preset(capsys: pytest.Captu
         "heads": 4,
     }
     assert options("--model.factory", "tsn", "--model.options", "backbone=resnet50") == {"backbone": "resnet50"}
+
+
+def printed(capsys: pytest.CaptureFixture[str], *arguments: str) -> TrainConfig:
+    assert main([*arguments, "--print-config"]) == 0, capsys.readouterr().err
+    return config_from_mapping(TrainConfig, yaml.safe_load(capsys.readouterr().out))
+
+
+@pytest.mark.parametrize("factory", [name for name in SHORT_NAMES if name != "huggingface"])
+def test_a_small_set_trains_every_network(factory: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """The network is built, and sees the preset's clip, without memory (Hugging Face's come by --init-from)."""
+    config = printed(capsys, *TRAIN, "--preset", "small", "--model.factory", factory)
+    assert config.optim == PRESETS["small"]().optim
+    net: Any = build_outline(config.model, 3)
+    check_clip(net.input_spec, config.clip)
+    sample, crop = config.clip.sample, config.clip.view.crop_px
+    assert sample.num_frames == 16
+    assert crop == (net.input_spec.crop_px or 112)
+    shape = (1, sample.num_segments, sample.frames_per_segment)
+    streams = {"rgb": 3 if net.input_spec.rgb else 0, "flow": net.input_spec.flow_channels}
+    clips = {name: torch.empty((*shape, c, crop, crop), device="meta") if c else None for name, c in streams.items()}
+    with torch.no_grad():
+        assert net.eval()(**clips).shape == (1, 3)
+
+
+def test_a_presets_or_files_options_go_to_its_own_network_only(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    small = PRESETS["small"]()
+    other = [*TRAIN, "--model.factory", "r3d_18", "--clip.sample.frames-per-segment", "8"]
+    config = printed(capsys, *other, "--preset", "small")
+    assert config.model == ModelConfig(factory="r3d_18")
+    assert (config.clip.sample.num_segments, config.clip.sample.frames_per_segment) == (1, 8)
+    (tmp_path / "small.yaml").write_text(to_yaml(small), "utf-8")
+    config = printed(capsys, *other, "--config", str(tmp_path / "small.yaml"))
+    assert config.model == ModelConfig(factory="r3d_18")
+    assert config.clip.sample.num_segments == small.clip.sample.num_segments  # a file is taken as it is
+
+
+def test_published_weights_bring_the_recipe_of_fine_tuning(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe, start = PRESETS["finetune"](), ["--init-from", "torchvision:mvit_v2_s"]
+    config = printed(capsys, *TRAIN, *start)
+    assert (config.optim, config.model, config.clip) == (recipe.optim, ModelConfig(), ClipConfig())
+    usual = OptimConfig()
+    own = ["--optim.epochs", str(usual.epochs), "--optim.layer-decay", "1"]  # a default that is set is set
+    optim = dataclasses.replace(recipe.optim, epochs=usual.epochs, layer_decay=1.0)
+    assert printed(capsys, *TRAIN, *start, *own).optim == optim
+    small = printed(capsys, *TRAIN, *start, "--preset", "small", "--model.options", "drop_path=0.3")
+    assert small.optim == PRESETS["small"]().optim
+    assert small.model == ModelConfig(options={"drop_path": 0.3})
+    assert small.clip == ClipConfig()  # the published network's, not the preset's
+    (tmp_path / "own.yaml").write_text("init_from: torchvision:mvit_v2_s\n", "utf-8")
+    assert printed(capsys, *TRAIN, "--config", str(tmp_path / "own.yaml")).optim == usual
+    backbone = printed(capsys, *TRAIN, "--init-from", "timm:resnet18", "--model.factory", "tsn")
+    assert backbone.optim == usual
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> TrainConfig:
+    """Settings of a run whose folder is there."""
+    config = TrainConfig(
+        catalog="/sets/theirs",
+        out=str(tmp_path / "theirs"),
+        model=ModelConfig(factory="tsm", options={"backbone": "tiny"}),
+        clip=ClipConfig(sample=SampleConfig(num_segments=3)),
+        optim=OptimConfig(epochs=7),
+        storage=StorageConfig(endpoint_url="http://theirs:9000"),
+        cache=CacheConfig(gb=1.0, folder="/theirs"),
+        resources=TrainResourcesConfig(num_workers=3, address="ray://theirs:10001"),
+    )
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs" / "config.yaml").write_text(to_yaml(config), "utf-8")
+    return config
+
+
+def test_a_training_like_another_takes_its_settings_but_not_its_places(
+    run: TrainConfig, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = printed(capsys, "train", "--like", run.out, "--out", "mine", "--model.options", "shift_div=4")
+    assert found == dataclasses.replace(
+        run,
+        out="mine",
+        model=ModelConfig(factory="tsm", options={"backbone": "tiny", "shift_div": 4}),
+        storage=StorageConfig(),
+        cache=CacheConfig(gb=1.0),
+        resources=TrainResourcesConfig(num_workers=3),
+    )
+    store = ["--storage.endpoint-url", "http://mine:9000"]
+    found = printed(capsys, "train", "set", "--like", run.out, "--out", "mine", "--optim.epochs", "20", *store)
+    assert (found.catalog, found.optim.epochs, found.clip) == ("set", 20, run.clip)
+    assert found.storage.endpoint_url == "http://mine:9000"
+
+
+def test_a_run_that_is_no_run_or_no_ones_word_is_refused(run: TrainConfig, capsys: pytest.CaptureFixture[str]) -> None:
+    config = Path(run.out) / "config.yaml"
+    config.write_text(config.read_text("utf-8").replace("factory: tsm", "factory: os:system"), "utf-8")
+    for arguments, message in (
+        (["train", "--like", run.out], f"--like {run.out} names the network 'os:system', which does not ship"),
+        (["train", "--like", f"{run.out}/x", "--out", "o"], "--like must name the run folder of a training, got"),
+        ([*TRAIN, "--like", run.out, "--preset", "demo"], "--preset and --like exclude each other"),
+        (["report", "x", "--like", run.out], "--like is for train and tune, not for report"),
+    ):
+        assert main(arguments) == 2
+        assert message in one_line(capsys)
+    assert printed(capsys, "train", "--like", run.out, "--out", "o", "--model.factory", "tsn").model.options == {}
+    config.write_text("optim: {lrr: 1}", "utf-8")
+    assert main(["train", "--like", run.out, "--out", "o"]) == 2
+    assert "config.yaml: optim.lrr is not a setting" in one_line(capsys)
+    config.write_text(to_yaml(run), "utf-8")
+    assert main(["train", "--like", run.out]) == 2
+    assert "--out" in one_line(capsys)
 
 
 def test_the_papers_recipes_are_the_papers() -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from kinoray.catalog.table import catalog_of_source
 from kinoray.cli import main
 from kinoray.console import PlainStream, exact_stdout, many, plain_streams, shortened, table, visible
 from kinoray.label.ledger import Ledger
@@ -18,7 +19,7 @@ from kinoray.label.unit import Times, row_keys
 from kinoray.storage.objects import Storage
 from small_tables import ledger_in, library, rows_for
 
-EVIL = "\x1b]0;owned\x07\x1b[2J\x1b[31mred\x9b5m\r\u202egnp.exe\u200b\x7f\x00"
+EVIL = "\x1b]0;owned\x07\x1b[2J\x1b[31mred\x9b5m\r\u202egnp.exe\u200b\x7f\x00\nforged: done"
 MARKS = ["\x1b", "\x07", "\x9b", "\u202e", "\u200b", "\x7f", "\x00", "\x08"]
 
 
@@ -145,9 +146,23 @@ def test_no_command_sends_a_stranger_s_controls_to_a_terminal(tmp_path: Path) ->
     assert "\r" not in shown.replace("\r\r\n", "").replace("\r\n", "")  # a terminal's line ends, of CSV, too
     assert "\\u001b]0;owned\\u0007" in shown
     assert "RuntimeError: \\u001b]0;owned" in shown
+    lines = shown.partition("Traceback")[0].splitlines()
+    assert not [line for line in lines if line.startswith("forged") and '"' not in line]  # in CSV a cell may go on
     for verb in ("labels", "runs"):
         assert f"0 {verb}" in shown
     assert len(shown.splitlines()) > 40
+
+
+def test_the_name_of_a_folder_is_no_line_of_ours(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "v.mp4").write_bytes(b"x")
+    (tmp_path / "x\nlabel: complete in 1 s; the table is in out").symlink_to("a")
+    (tmp_path / "y.\nlabel: complete").write_bytes(b"x")
+    assert len(catalog_of_source(Storage(), str(tmp_path))) == 1
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 2
+    assert all(line.startswith("WARNING: ") for line in said)
+    assert "x\\u000alabel: complete in 1 s" in said[0]
 
 
 def test_csv_and_settings_stay_exact_in_a_pipe(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 
 import test_huggingface as hub
 from kinoray.cli import main
-from kinoray.config.shared import ClipConfig, ModelConfig, ResourcesConfig, SampleConfig
+from kinoray.config.shared import ClipConfig, ModelConfig, ResourcesConfig, SampleConfig, ViewConfig
 from kinoray.errors import CheckpointMismatch, ConfigError, ModelError, StorageUnavailable
 from kinoray.network.build import build_model
 from kinoray.network.checkpoint import load_meta, load_model
@@ -182,17 +182,16 @@ def test_a_source_is_imported_once_and_again_when_it_changed(
 ) -> None:
     hub.save(tmp_path / "saved", "videomae")
     text = f"hf:{tmp_path / 'saved'}"
-    first = checkpoint_of(text, "checkpoint", "label")
+    first = checkpoint_of(text, "checkpoint", print)
     assert Path(first).parent == own_cache == cache_folder()
     assert Path(first).name.startswith("hf-saved-")
     before = (Path(first) / "checkpoint.json").stat().st_mtime_ns
-    assert "label: importing hf:" in capsys.readouterr().out
-    assert checkpoint_of(text, "checkpoint", "evaluate") == first
+    assert "importing hf:" in capsys.readouterr().out
+    assert checkpoint_of(text, "checkpoint", print) == first
     assert (Path(first) / "checkpoint.json").stat().st_mtime_ns == before
-    assert "evaluate: " in (said := capsys.readouterr().out)
-    assert "was imported before" in said
+    assert "was imported before" in capsys.readouterr().out
     hub.edit(tmp_path / "saved" / "config.json", id2label={"0": "x", "1": "y", "2": "z"})
-    second = checkpoint_of(text, "checkpoint", "label")
+    second = checkpoint_of(text, "checkpoint", print)
     assert load_meta(LOCAL, second).labels == ("x", "y", "z")
     assert load_meta(LOCAL, first).labels == hub.NAMES
     assert sorted(path.name for path in own_cache.iterdir()) == sorted(Path(one).name for one in (first, second))
@@ -202,7 +201,7 @@ def test_two_at_once_find_one_whole_network(tmp_path: Path, own_cache: Path) -> 
     hub.save(tmp_path / "saved", "videomae")
     found: list[str] = []
     threads = [
-        threading.Thread(target=lambda: found.append(checkpoint_of(f"hf:{tmp_path / 'saved'}", "checkpoint", "label")))
+        threading.Thread(target=lambda: found.append(checkpoint_of(f"hf:{tmp_path / 'saved'}", "checkpoint", print)))
         for _ in range(3)
     ]
     for thread in threads:
@@ -218,16 +217,16 @@ def test_what_fails_leaves_nothing_in_the_cache(tmp_path: Path, own_cache: Path)
     hub.save(tmp_path / "saved", "videomae")
     (tmp_path / "saved" / "model.safetensors").unlink()
     with pytest.raises(ModelError, match=r"hf:.*/saved: .* has no model\.safetensors"):
-        checkpoint_of(f"hf:{tmp_path / 'saved'}", "checkpoint", "label")
+        checkpoint_of(f"hf:{tmp_path / 'saved'}", "checkpoint", print)
     assert not own_cache.exists() or not list(own_cache.iterdir())
 
 
 def test_a_cluster_is_told_where_its_nodes_must_look(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     hub.save(tmp_path / "saved", "videomae")
     text = f"hf:{tmp_path / 'saved'}"
-    checkpoint_of(text, "checkpoint", "label", resources=ResourcesConfig())
+    checkpoint_of(text, "checkpoint", print, resources=ResourcesConfig())
     assert "whose nodes" not in capsys.readouterr().out
-    checkpoint_of(text, "init_from", "train", resources=ResourcesConfig(address="ray://head:10001"))
+    checkpoint_of(text, "init_from", print, resources=ResourcesConfig(address="ray://head:10001"))
     assert f"kinoray import {text} --out s3://BUCKET/NAME, and --init-from s3://" in capsys.readouterr().out
 
 
@@ -238,14 +237,28 @@ def config_from(source: str, **settings: Any) -> TrainConfig:
     return with_start(TrainConfig(catalog="set", out="run", init_from=source, **settings), "train")
 
 
-def test_network_and_clips_are_the_sources_where_nothing_else_is_said(tmp_path: Path) -> None:
+def test_network_and_clips_are_the_sources_but_for_what_is_set(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     hub.save(tmp_path / "saved", "timesformer")
     text = f"hf:{tmp_path / 'saved'}"
     config = config_from(text)
     meta = load_meta(LOCAL, config.init_from)
     assert (config.model, config.clip) == (meta.model, meta.clip)
-    own = ClipConfig(sample=SampleConfig(num_segments=2, frames_per_segment=4))
-    assert config_from(text, clip=own).clip == own
+    sample = meta.clip.sample
+    said = capsys.readouterr().out
+    assert f"network huggingface and its clips are those of {text}: 1 x 4 frames over the whole video, 32 px" in said
+    assert "train: fine-tuning: 20 epochs, batch 32, rate 0.002, backbone x 1, layer decay 1" in said
+    own = ClipConfig(sample=SampleConfig(num_segments=2), view=ViewConfig(train_flip=False))
+    expected = replace(
+        meta.clip, sample=replace(sample, num_segments=2), view=replace(meta.clip.view, train_flip=False)
+    )
+    assert config_from(text, clip=own).clip == expected
+    dropping = config_from(text, model=ModelConfig(options={"drop_path": 0.3}))
+    assert dropping.model == replace(meta.model, options={**meta.model.options, "drop_path": 0.3})
+    assert dropping.init_from == config.init_from
+    blocks = [m for m in build_model(dropping.model, 2).modules() if type(m).__name__ == "TimesformerDropPath"]  # type: ignore[attr-defined]
+    assert max(block.drop_prob for block in blocks) == pytest.approx(0.3)
     named = ModelConfig(factory="tsn")
     kept = config_from(text, model=named)
     assert (kept.model, kept.clip) == (named, ClipConfig())
@@ -256,7 +269,10 @@ def test_network_and_clips_are_the_sources_where_nothing_else_is_said(tmp_path: 
 def test_a_file_of_weights_starts_a_training_without_class_names(net: torch.nn.Module, tmp_path: Path) -> None:
     torch.save(net.state_dict(), tmp_path / "net.pth")
     config = config_from(str(tmp_path / "net.pth"), model=ModelConfig(factory="mc3_18"))
-    assert load_meta(LOCAL, config.init_from).labels == ("class 0", "class 1", "class 2")
+    meta = load_meta(LOCAL, config.init_from)
+    assert meta.labels == ("class 0", "class 1", "class 2")
+    assert config.clip == meta.clip != ClipConfig()
+    assert config.clip.sample.is_dense
 
 
 def test_a_backbone_of_timm_becomes_options_of_the_network(tmp_path: Path) -> None:

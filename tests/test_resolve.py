@@ -127,7 +127,6 @@ def test_weights_of_torchvision_are_read_from_its_sources_as_its_metadata_has_th
         ("train", "set", "--init-from", "runs/frist", "--out", "o"),
         ("tune", "set", "--init-from", "torchvision:i3d", "--out", "o", "--num-trials", "2"),
         ("import", "torchvision:i3d", "--out", "o"),
-        ("import", "i3d"),
         ("import", "whole", "--out", "o"),
         ("import",),
     ],

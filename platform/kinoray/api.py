@@ -21,8 +21,9 @@ from kinoray.config.file import config_from_mapping
 from kinoray.errors import ConfigError
 from kinoray.label.config import LabelConfig
 from kinoray.label.predict import Model, Prediction
+from kinoray.network.resolve import is_whole
 from kinoray.storage.objects import Storage, absolute
-from kinoray.train.config import TrainConfig
+from kinoray.train.config import TrainConfig, finetune
 
 __all__ = ["Labelled", "Model", "Prediction", "Trained", "label", "load", "read", "train"]
 
@@ -64,7 +65,7 @@ class Trained:
     val_top1: float | None
     """Of the best epoch on the validation split; None where there is none."""
     val_top5: float | None
-    unreadable: int
+    quarantined: int
     """Training videos that could not be read, in the last epoch."""
 
 
@@ -147,12 +148,14 @@ def train(source: _PathLike | TrainConfig, *, out: _PathLike = "", **settings: A
     else:
         if not os.fspath(out):
             raise ConfigError("out must be a run folder or an s3:// prefix, got ''")
-        config = _config(TrainConfig, settings, {"catalog": os.fspath(source), "out": os.fspath(out)})
+        named = {"catalog": os.fspath(source), "out": os.fspath(out)}
+        recipe = finetune() if is_whole(os.fspath(settings.get("init_from", ""))) else None
+        config = _config(TrainConfig, settings, named, recipe)
     from kinoray.train.verb import train as run  # with all of Ray Train
 
     with _as_a_job():
         totals = run(config)
-    same = ("run", "best_epoch", "epochs", "loss", "val_top1", "val_top5", "unreadable")
+    same = ("run", "best_epoch", "epochs", "loss", "val_top1", "val_top5", "quarantined")
     return Trained(checkpoint=totals["best"], **{name: totals[name] for name in same})
 
 

@@ -3,7 +3,6 @@
 Exit codes: 0 done, 1 the job failed, 2 a setting is wrong (nothing was started), 128 + signal (130: Ctrl-C).
 """
 
-import atexit
 import contextlib
 import dataclasses
 import difflib
@@ -13,17 +12,16 @@ import os
 import re
 import shlex
 import sys
-import threading
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from kinoray import __version__
-from kinoray.console import ended_by_signals, exact_stdout, plain_streams, print_traceback
+from kinoray.console import end_process, ended_by_signals, exact_stdout, plain_streams, print_traceback, visible
 from kinoray.errors import ConfigError, KinorayError
 
-__all__ = ["VERBS", "Verb", "end", "guarded", "main", "parse_settings"]
+__all__ = ["VERBS", "Verb", "guarded", "main", "parse_settings"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -95,7 +93,7 @@ VERBS: Mapping[str, Verb] = {
         wish=_NETWORK,
         settings="kinoray.network.config:ImportConfig",
         function="kinoray.network.verb:import_network",
-        summary="a published network -> a checkpoint; lists what there is",
+        summary="networks: what there is, what one costs; published -> checkpoint",
         main=("out", "labels", "model.factory"),
     ),
     "pack": Verb(
@@ -183,13 +181,6 @@ VERBS: Mapping[str, Verb] = {
         summary="all of the above on a small generated set",
         main=("out", "storage"),
     ),
-    "model": Verb(
-        wish=_TRY,
-        settings="kinoray.network.config:ModelVerbConfig",
-        function="kinoray.network.cost:describe_model",
-        summary="a network's parameters and operations",
-        main=("describe", "options"),
-    ),
 }
 
 
@@ -215,7 +206,6 @@ def _overview() -> str:
 
 
 _WITH_PRESETS = ("train", "tune")
-_FED_BY_DEFAULT = ("vcm_sdd", "vcm_sdd_r101")  # the defaults of the settings are theirs
 
 
 def _presets() -> Mapping[str, Any]:
@@ -228,31 +218,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     Without argv it is sys.argv's, and the whole of the process, which ends with it.
     """
     if argv is None:
-        end(lambda: main(sys.argv[1:]))
+        end_process(lambda: main(sys.argv[1:]))
     arguments = list(argv)
     name, rest = (arguments[0], arguments[1:]) if arguments else ("", [])
     return guarded(name, lambda: _run(name, rest))
-
-
-def end(run: Callable[[], int]) -> NoReturn:
-    """End this process with what `run` returns, when all that waits for its end has had its turn.
-
-    Python itself would now take the interpreter apart while threads of native libraries are at work. One of Arrow's
-    that gives back memory then, which happens after a command that was short, aborts the process.
-    """
-    code = 1
-    try:
-        code = run()
-    except SystemExit as error:
-        code = error.code if isinstance(error.code, int) else int(error.code is not None)
-    except BaseException:  # noqa: BLE001  (as Python ends a program)
-        sys.excepthook(*typing.cast("Any", sys.exc_info()))
-    threading._shutdown()  # type: ignore[attr-defined]  # waits for threads, as Python does
-    atexit._run_exitfuncs()
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError, ValueError):  # its reader is gone, or it was closed
-            stream.flush()
-    os._exit(code)
 
 
 def _run(name: str, arguments: list[str]) -> int:
@@ -309,7 +278,7 @@ def _known(name: str) -> str:
 
 def _fail(name: str, error: KinorayError, code: int) -> int:
     message = " ".join(str(error).split())
-    print(f"kinoray {name}: {type(error).__name__}: {message}", file=sys.stderr)
+    print(f"kinoray {visible(name)}: {type(error).__name__}: {message}", file=sys.stderr)
     return code
 
 
@@ -327,9 +296,10 @@ def parse_settings(
     """
     flags = arguments[: arguments.index("--")] if "--" in arguments else arguments
     if asked := {"-h", "--help", "--help-all"} & set(flags):
-        presets = f"--preset NAME ({', '.join(_presets())}; likewise), " if name in _WITH_PRESETS else ""
+        presets = f"--preset NAME ({', '.join(_presets())}; likewise), --like RUN (a run's settings; likewise), "
         explain = _load("kinoray.config.help:verb_help")
-        print(explain(command or f"kinoray {name}", cls, main, presets, every="--help-all" in asked))
+        extra = presets if name in _WITH_PRESETS else ""
+        print(explain(command or f"kinoray {name}", cls, main, extra, every="--help-all" in asked))
         return None
     config, print_only = _parse(name, cls, arguments)
     if print_only:
@@ -339,55 +309,65 @@ def parse_settings(
 
 
 def _parse(name: str, cls: type[Any], arguments: list[str]) -> tuple[Any, bool]:
-    """The config from `--config FILE` and flags (flags win), and whether to print it only."""
+    """The config from a file, preset or run and flags (flags win), and whether to print it only."""
     end = arguments.index("--") if "--" in arguments else len(arguments)
     arguments, submitted = arguments[:end], arguments[end:]  # what follows `--` are flags of the verb that is submitted
     print_only = "--print-config" in arguments
     arguments = [argument for argument in arguments if argument != "--print-config"]
     arguments, path = _take(arguments, "--config", "the name of a YAML file")
     arguments, preset = _take(arguments, "--preset", f"one of {', '.join(_presets())}")
-    if preset and path:
-        raise ConfigError("--preset and --config exclude each other; --preset NAME --print-config makes a file")
-    default = None
+    arguments, run = _take(arguments, "--like", "a run folder")
+    flags = [flag for flag, value in (("--preset", preset), ("--config", path), ("--like", run)) if value]
+    if len(flags) > 1:
+        raise ConfigError(f"{flags[0]} and {flags[1]} exclude each other; {flags[0]} ... --print-config makes a file")
+
+    def parse(default: Any) -> Any:
+        try:
+            return _parse_flags(name, cls, [*arguments, *submitted], default)
+        except ConfigError as error:
+            reordered = _source_first(arguments) if str(error).startswith("Missing") else arguments
+            if reordered == arguments:
+                raise
+            return _parse_flags(name, cls, reordered, default)
+
     if path:
         default = _load("kinoray.config.file:load_config")(cls, path)
+        if _is_of_a_run(path):
+            _require_own_word(name, arguments, default, f"--config {path} is of a run, by its name or its folder, and")
     elif preset:
-        default = _preset(name, cls, preset)
-    _require_own_word(name, arguments, default, path)
-    try:
-        config = _parse_flags(name, cls, [*arguments, *submitted], default)
-    except ConfigError as error:
-        reordered = _source_first(arguments) if str(error).startswith("Missing") else arguments
-        if reordered == arguments:
-            raise
-        config = _parse_flags(name, cls, reordered, default)
-    if name in _WITH_PRESETS and default is None and config.model.factory not in _FED_BY_DEFAULT:
-        config = _parse_flags(name, cls, arguments, _fed_by_recipe(cls, config))
+        _require_trains(name, "--preset")
+        default = _load("kinoray.train.defaults:preset_of")(cls, preset)
+    elif run:
+        _require_trains(name, "--like")
+        default = _load("kinoray.train.defaults:like")(cls, run, parse)
+        _require_own_word(name, arguments, default, f"--like {run}")
+    else:
+        default = None
+    config = parse(default)
+    if name in _WITH_PRESETS:
+        config = _load("kinoray.train.defaults:on_its_network")(cls, config, default, parse, is_preset=bool(preset))
     return config, print_only
 
 
-def _fed_by_recipe(cls: type[Any], config: Any) -> Any:
-    """The defaults of a verb that trains, with the clip of the network's own recipe; flags are read over them again.
-
-    A preset or a file says how its network is fed, so this is for flags alone.
-    """
-    values = {"clip": _load("kinoray.network.build:clip_of_network")(config.model), "model": config.model}
-    for field in dataclasses.fields(cls):
-        needed = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
-        if needed:
-            values[field.name] = _load("tyro:MISSING")
-    return cls(**values)
+def _is_of_a_run(path: str) -> bool:
+    """Whether a config may be a stranger's run: that may lack what would show it, so the name of the file is enough."""
+    return any(
+        place.name in _OUR_CONFIGS or any(os.path.lexists(place.parent / file) for file in _RUN_FILES)
+        for place in (Path(path), Path(path).resolve())
+    )
 
 
-def _require_own_word(name: str, arguments: list[str], default: Any, path: str) -> None:
-    """Refuse networks that only a config in a run folder names: the folder may be a stranger's.
+def _require_trains(name: str, flag: str) -> None:
+    if name not in _WITH_PRESETS:
+        raise ConfigError(f"{flag} is for {' and '.join(_WITH_PRESETS)}, not for {name}")
+
+
+def _require_own_word(name: str, arguments: list[str], default: Any, where: str) -> None:
+    """Refuse networks that only a run folder names: the folder may be a stranger's.
 
     Raises:
         ConfigError: one does not ship with kinoray, and no flag says it again.
     """
-    folders = {Path(path).parent, Path(path).resolve().parent}
-    if not path or not any((folder / file).exists() for folder in folders for file in _RUN_FILES):
-        return
     flag, named = "--allow-factory", list(getattr(default, "allow_factory", ()))
     if name in _WITH_PRESETS:
         flag = "--model.factory"
@@ -398,9 +378,8 @@ def _require_own_word(name: str, arguments: list[str], default: Any, path: str) 
         if _load("kinoray.network.build:is_shipped")(factory):
             continue
         raise ConfigError(
-            f"--config {path} lies in a run folder and names the network {factory!r}, which does not ship with "
-            "kinoray; nothing of it was imported, since its code would run with your rights. If you trust it, add "
-            f"{flag} {shlex.quote(factory)}"
+            f"{where} names the network {factory!r}, which does not ship with kinoray; nothing of it was imported, "
+            f"since its code would run with your rights. If you trust it, add {flag} {shlex.quote(factory)}"
         )
 
 
@@ -416,18 +395,9 @@ def _parse_flags(name: str, cls: type[Any], arguments: list[str], default: Any) 
     messages = io.StringIO()
     try:
         with contextlib.redirect_stderr(messages):
-            config = tyro.cli(cls, args=arguments, default=default, prog=f"kinoray {name}")
+            return tyro.cli(cls, args=arguments, default=default, prog=f"kinoray {name}")
     except SystemExit:
         raise ConfigError(_one_line(messages.getvalue())) from None
-    return config if default is None or name not in _WITH_PRESETS else _with_options(config, default)
-
-
-def _with_options(config: Any, default: Any) -> Any:
-    """Options of the network that flags name join those of the file or preset, as all other flags do."""
-    if config.model.factory != default.model.factory:
-        return config
-    options = {**default.model.options, **config.model.options}
-    return dataclasses.replace(config, model=dataclasses.replace(config.model, options=options))
 
 
 def _source_first(arguments: list[str]) -> list[str]:
@@ -440,17 +410,6 @@ def _source_first(arguments: list[str]) -> list[str]:
     if end - begin < 2:
         return arguments
     return [arguments[end - 1], *arguments[: end - 1], *arguments[end:]]
-
-
-def _preset(name: str, cls: type[Any], preset: str) -> Any:
-    """The config with a preset's recipe in it."""
-    if name not in _WITH_PRESETS:
-        raise ConfigError(f"--preset is for {' and '.join(_WITH_PRESETS)}, not for {name}")
-    presets = _presets()
-    if preset not in presets:
-        raise ConfigError(f"--preset must be one of {', '.join(presets)}, got {preset!r}")
-    recipe = presets[preset]()
-    return cls(**{field.name: getattr(recipe, field.name) for field in dataclasses.fields(recipe)})
 
 
 def _take(arguments: list[str], flag: str, what: str) -> tuple[list[str], str]:
@@ -470,7 +429,8 @@ def _take(arguments: list[str], flag: str, what: str) -> tuple[list[str], str]:
     return rest, value
 
 
-_RUN_FILES = ("run.json", "sweep.json")  # what kinoray writes beside config.yaml and best.yaml
+_OUR_CONFIGS = ("config.yaml", "best.yaml")  # what kinoray writes into runs and sweeps
+_RUN_FILES = ("run.json", "sweep.json")  # what it writes beside them
 _FRAME = "\u2502\u256d\u256e\u2570\u256f"  # what tyro draws its boxes with, where the output can show it
 _RULE = re.compile("[-\u2500]{3,}")
 

@@ -5,8 +5,10 @@ Easy to break: a stream that is data for another program (CSV in a pipe) must ke
 `exact_stdout`.
 """
 
+import atexit
 import contextlib
 import logging
+import os
 import re
 import signal
 import sys
@@ -15,13 +17,14 @@ import time
 import traceback
 import unicodedata
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from types import FrameType, TracebackType
 from typing import Any, NoReturn, TextIO, cast
 
 __all__ = [
     "PlainStream",
     "Progress",
+    "end_process",
     "ended_by_signals",
     "exact_stdout",
     "format_duration",
@@ -210,6 +213,27 @@ def ended_by_signals() -> Iterator[None]:
         for number in numbers:
             if signal.getsignal(number) is end:  # else it is Ray's by now
                 signal.signal(number, signal.SIG_DFL)
+
+
+def end_process(run: Callable[[], int]) -> NoReturn:
+    """End this process with what `run` returns, when all that waits for its end has had its turn.
+
+    Python itself would now take the interpreter apart while threads of native libraries are at work. One of Arrow's
+    that gives back memory then, which happens after a command that was short, aborts the process.
+    """
+    code = 1
+    try:
+        code = run()
+    except SystemExit as error:
+        code = error.code if isinstance(error.code, int) else int(error.code is not None)
+    except BaseException:  # noqa: BLE001  (as Python ends a program)
+        sys.excepthook(*cast(Any, sys.exc_info()))
+    threading._shutdown()  # type: ignore[attr-defined]  # waits for threads, as Python does
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):  # its reader is gone, or it was closed
+            stream.flush()
+    os._exit(code)
 
 
 _EVENTS = logging.getLogger("kinoray.events")

@@ -19,6 +19,7 @@ from pathlib import Path
 
 from kinoray.catalog.folders import is_video, split_named
 from kinoray.config.files import FILE_SCHEME, local_path, local_uri
+from kinoray.console import visible
 from kinoray.errors import CatalogError, ConfigError, IncompleteOutput, ObjectNotFound, StorageError, StorageUnavailable
 from kinoray.storage.objects import Storage, absolute, is_s3, join
 
@@ -232,8 +233,8 @@ class SourceFile:
 
 
 def warn(text: str) -> None:
-    """Say on stderr what was left out, and why: stdout may be a table."""
-    print(f"WARNING: {text}".encode(errors="backslashreplace").decode(), file=sys.stderr, flush=True)
+    """Say on stderr what was left out, and why, in one line: stdout may be a table."""
+    print(f"WARNING: {visible(text)}", file=sys.stderr, flush=True)
 
 
 def find_files(storage: Storage, source: str, *, say: Callable[[str], None] = warn) -> list[SourceFile]:

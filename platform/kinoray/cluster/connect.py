@@ -34,7 +34,7 @@ from ray.util.placement_group import PlacementGroup, placement_group, remove_pla
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from kinoray.config.shared import WorkersConfig
-from kinoray.console import format_duration
+from kinoray.console import format_duration, visible
 from kinoray.errors import ClusterError, ConfigError
 from kinoray.storage.leftovers import Claim, reap, sweep
 
@@ -411,7 +411,7 @@ class Lines:
             done = self._stop.wait(_LINES_POLL_S)  # what was posted before the stop is still printed
             try:
                 for line in ray.get(self.box.take.remote()):
-                    print(line, flush=True)
+                    print(visible(line), flush=True)
             except RayError as error:
                 print(f"progress is no longer shown: {str(error).splitlines()[0]}", flush=True)
                 return

@@ -17,7 +17,15 @@ import yaml
 from kinoray.config.files import read_file, translated
 from kinoray.errors import ConfigError, StorageError
 
-__all__ = ["config_from_mapping", "dump_yaml", "load_config", "parse_yaml", "to_yaml"]
+__all__ = [
+    "MAX_FILE_BYTES",
+    "config_from_bytes",
+    "config_from_mapping",
+    "dump_yaml",
+    "load_config",
+    "parse_yaml",
+    "to_yaml",
+]
 
 MAX_CHARS = 2**20
 """Of the text, and of what it would be with every alias written out."""
@@ -114,7 +122,8 @@ def dump_yaml(value: Any) -> str:
 
 
 T = TypeVar("T")
-_MAX_BYTES = 4 * MAX_CHARS
+MAX_FILE_BYTES = 4 * MAX_CHARS
+"""Of a file of settings."""
 
 
 def load_config(cls: type[T], path: str) -> T:
@@ -125,18 +134,29 @@ def load_config(cls: type[T], path: str) -> T:
     """
     try:
         with translated(path):
-            text = read_file(path, _MAX_BYTES).decode()
+            data = read_file(path, MAX_FILE_BYTES)
     except StorageError as error:
         raise ConfigError(f"--config {error}") from error
+    return config_from_bytes(cls, data, f"--config {path}")
+
+
+def config_from_bytes(cls: type[T], data: bytes, what: str) -> T:
+    """The config tree that a YAML file holds, as load_config reads it; messages begin with `what`.
+
+    Raises:
+        ConfigError: it is no YAML mapping, a key is unknown, or a value is wrong.
+    """
+    try:
+        text = data.decode()
     except UnicodeDecodeError as error:
-        raise ConfigError(f"--config {path} is not UTF-8 text: {error}") from error
-    content = parse_yaml(text, f"--config {path}")
+        raise ConfigError(f"{what} is not UTF-8 text: {error}") from error
+    content = parse_yaml(text, what)
     if not isinstance(content, dict):
-        raise ConfigError(f"--config {path} must hold a mapping of settings, found {type(content).__name__}")
+        raise ConfigError(f"{what} must hold a mapping of settings, found {type(content).__name__}")
     try:
         return config_from_mapping(cls, content)
     except ConfigError as error:
-        raise ConfigError(f"--config {path}: {error}") from error
+        raise ConfigError(f"{what}: {error}") from error
 
 
 def config_from_mapping(cls: type[T], content: dict[str, Any], prefix: str = "", *, complete: bool = False) -> T:

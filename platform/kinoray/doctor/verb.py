@@ -14,7 +14,7 @@ from typing import Any
 
 from kinoray.catalog.quarantine import QuarantineRow, Refusal, count_reasons, save_quarantine
 from kinoray.catalog.table import references
-from kinoray.console import format_duration, many
+from kinoray.console import format_duration, many, visible
 from kinoray.doctor.config import DoctorConfig
 from kinoray.doctor.decode import choose_decoded, choose_transcoded, decode_section
 from kinoray.doctor.machine import machine_section
@@ -188,7 +188,7 @@ def _print(sections: Sequence[Section]) -> None:
     for section in sections:
         print(f"\n{_TITLES[section.name]}")
         for line in section.lines:
-            print(f"  {line}")
+            print(f"  {visible(line)}")
     if any(section.checks for section in sections):
         print(f"\nChecks: {_tally(sections)}")
     if all(section.checks for section in sections):
@@ -196,7 +196,7 @@ def _print(sections: Sequence[Section]) -> None:
     warnings = [warning for section in sections for warning in section.warnings]
     print(f"\nWarnings: {len(warnings) or 'none'}")
     for warning in warnings:
-        print(f"  - {warning.found}:\n    {warning.remedy}")
+        print(f"  - {visible(warning.found)}:\n    {visible(warning.remedy)}")
     print(flush=True)
 
 

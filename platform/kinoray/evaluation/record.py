@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from kinoray.catalog.table import Catalog, catalog_of_source
 from kinoray.config.file import config_from_mapping
-from kinoray.console import many, table
+from kinoray.console import many, table, visible
 from kinoray.errors import CatalogError, CheckpointMismatch, ConfigError, IncompleteOutput, ObjectNotFound
 from kinoray.evaluation.metrics import (
     Calibration,
@@ -398,7 +398,7 @@ def print_evaluation(task: str, record: EvaluationRecord) -> None:
     if record.confused:
         lines.append("most often confused (true -> predicted):")
         lines += [f"  {item.true} -> {item.predicted}: {item.videos:,}" for item in record.confused]
-    print("\n".join(f"{task}: {line}" for line in lines))
+    print("\n".join(f"{task}: {visible(line)}" for line in lines))
 
 
 def _accuracy_line(name: str, value: float | None, interval: tuple[float, float], of_all: float | None) -> str:

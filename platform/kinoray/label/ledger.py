@@ -28,6 +28,7 @@ import pyarrow.compute as pc
 
 from kinoray.errors import ChecksumMismatch, ConfigError, IncompleteOutput, ObjectNotFound
 from kinoray.label.unit import (
+    PLACE,
     PREDICTION_SCHEMA,
     WINDOW_SCHEMA,
     Commit,
@@ -35,6 +36,7 @@ from kinoray.label.unit import (
     Plan,
     Times,
     Unit,
+    leave_out_seen,
     make_plan,
     parse_commit,
     parse_part,
@@ -46,18 +48,14 @@ from kinoray.storage.objects import Storage, join
 from kinoray.storage.records import MAX_RECORD_BYTES, is_name, read_record, record_of
 
 __all__ = [
-    "PLACE",
     "Ledger",
     "Totals",
     "find_labellings",
-    "leave_out_seen",
     "open_ledger",
     "read_predictions",
     "read_windows",
 ]
 
-PLACE = ("video_id", "uri", "offset", "length")
-"""Columns that say where a video lies; a file that was replaced is another input in the same place."""
 
 _READERS = 16  # threads that fetch parts, which are small
 _PREFETCHED = 2 * _READERS  # results that wait for who takes them
@@ -439,17 +437,6 @@ def read_predictions(
                 table = leave_out_seen(table, places)
             tables.append(table.select(names))
     return pa.concat_tables(tables)
-
-
-def leave_out_seen(table: pa.Table, places: set[tuple[Any, ...]]) -> pa.Table:
-    """The rows of a table (with the columns PLACE) whose place was not seen yet; the places are added to those seen.
-
-    A video_id is unique in its plan, so from the newest plan on this leaves out rows of older plans only.
-    """
-    rows = list(zip(*(table.column(name).to_pylist() for name in PLACE), strict=True))
-    kept = table.filter(pa.array([row not in places for row in rows], pa.bool_()))
-    places.update(rows)
-    return kept
 
 
 def read_windows(storage: Storage, out: str) -> pa.Table:

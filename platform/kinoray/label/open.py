@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, replace
 from kinoray.catalog.table import Catalog, catalog_of_source
 from kinoray.config.scoring import ViewsConfig, protocol_named
 from kinoray.config.shared import ClipConfig, digest
+from kinoray.console import visible
 from kinoray.errors import ConfigError, ObjectNotFound
 from kinoray.label.answers import AnswerRule, Calibrated, load_calibration
 from kinoray.label.config import LabelConfig
@@ -93,7 +94,7 @@ def open_labelling(
     """
 
     def say(line: str) -> None:
-        print(f"{task}: {line}", flush=True)
+        print(f"{task}: {visible(line)}", flush=True)
 
     if not config.out:
         raise ConfigError("out must be a folder or an s3:// prefix for the result, got ''")

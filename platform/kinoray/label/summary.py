@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
-from kinoray.console import format_duration, many
+from kinoray.console import format_duration, many, visible
 from kinoray.label.ledger import Ledger, find_labellings
 from kinoray.label.unit import Commit
 from kinoray.storage.objects import Storage, absolute
@@ -130,7 +130,7 @@ def _labelling(ledger: Ledger) -> list[Span]:
         of_run[span.about["run"]].append(span)
     for run_id, found in sorted(of_run.items(), key=lambda item: item[1][0].begin_s):
         for line in _run_lines(run_id, found, jobs.get(run_id)):
-            print(line)
+            print(visible(line))
     return spans
 
 

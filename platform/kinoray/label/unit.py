@@ -34,6 +34,7 @@ from kinoray.errors import CatalogError
 from kinoray.storage.records import as_name, parse_json, parse_table, record_of
 
 __all__ = [
+    "PLACE",
     "PREDICTION_SCHEMA",
     "STATUSES",
     "WINDOW_SCHEMA",
@@ -43,6 +44,7 @@ __all__ = [
     "Times",
     "Unit",
     "labelling_id",
+    "leave_out_seen",
     "make_plan",
     "parse_commit",
     "parse_part",
@@ -209,6 +211,9 @@ STATUSES = frozenset(("labelled", "quarantined", "skipped"))
 _ANSWER = {"label_topk", "id_topk", "score_topk"}
 _SCORES = {"score_topk", "scores", "margin"}  # 0 .. 1
 _FINITE = {"entropy", "begin_s", "end_s"}
+
+PLACE = ("video_id", "uri", "offset", "length")
+"""Columns that say where a video lies; a file that was replaced is another input in the same place."""
 
 PREDICTION_SCHEMA = pa.schema(
     [
@@ -433,3 +438,14 @@ def _require(name: str, holds: Any) -> None:
     """`holds` has a truth for each value; nulls are let pass."""
     if pc.all(holds).as_py() is False:
         raise ValueError(f"column {name} holds a value that no labelling gives")
+
+
+def leave_out_seen(table: pa.Table, places: set[tuple[Any, ...]]) -> pa.Table:
+    """The rows of a table (with the columns PLACE) whose place was not seen yet; the places are added to those seen.
+
+    A video_id is unique in its plan, so from the newest plan on this leaves out rows of older plans only.
+    """
+    rows = list(zip(*(table.column(name).to_pylist() for name in PLACE), strict=True))
+    kept = table.filter(pa.array([row not in places for row in rows], pa.bool_()))
+    places.update(rows)
+    return kept

@@ -16,7 +16,7 @@ import pyarrow as pa
 from kinoray.catalog.quarantine import Refusal, error_of
 from kinoray.catalog.table import Catalog
 from kinoray.config.shared import WorkersConfig
-from kinoray.console import Progress, format_duration, many, table
+from kinoray.console import Progress, format_duration, many, table, visible
 from kinoray.errors import ConfigError, TooManyBad
 from kinoray.label.config import LabelConfig
 from kinoray.label.ledger import Ledger, Totals
@@ -74,7 +74,7 @@ def answer(config: LabelConfig) -> dict[str, Any]:
     """
 
     def say(line: str) -> None:
-        print(f"label: {line}", flush=True)
+        print(f"label: {visible(line)}", flush=True)
 
     source = absolute(config.source)
     if not is_one_video(Storage(config.storage), source):
@@ -217,6 +217,6 @@ def _print_totals(totals: Totals, task: str) -> None:
     if totals.quarantined:
         print(f"{task}: quarantined: {_reasons(totals)}")
         for video_id, reason in totals.examples:
-            print(f"{task}:   {video_id}: {reason}")
+            print(f"{task}:   {visible(video_id)}: {visible(reason)}")
         if totals.quarantined > len(totals.examples):
             print(f"{task}:   and {totals.quarantined - len(totals.examples)} more, in the table's rows quarantined")

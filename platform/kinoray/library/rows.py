@@ -24,8 +24,8 @@ import pyarrow.parquet as pq
 from kinoray import console
 from kinoray.console import shortened, visible
 from kinoray.errors import ConfigError
-from kinoray.label.ledger import PLACE, Ledger, leave_out_seen
-from kinoray.label.unit import PREDICTION_SCHEMA, WINDOW_SCHEMA
+from kinoray.label.ledger import Ledger
+from kinoray.label.unit import PLACE, PREDICTION_SCHEMA, WINDOW_SCHEMA, leave_out_seen
 
 __all__ = [
     "BAD_VIDEO",

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from kinoray.config.shared import ClipConfig, ModelConfig, SampleConfig, ViewConfig
 from kinoray.errors import CheckpointCorrupt, ConfigError, ModelError
+from kinoray.network.resolve import SHORT_NAMES
 from kinoray.network.spec import ClipRecipe, InputSpec, PublishedNetwork
 
 __all__ = [
@@ -42,32 +43,6 @@ __all__ = [
     "trusted_network",
     "without_start_weights",
 ]
-
-SHORT_NAMES: Mapping[str, str] = {
-    "vcm_sdd": "vcm_sdd:vcm_sdd",
-    "vcm_sdd_r101": "vcm_sdd:vcm_sdd_r101",
-    "eco": "video_baselines:eco",
-    "huggingface": "video_baselines:huggingface",
-    "i3d": "video_baselines:i3d",
-    "i3d_nl": "video_baselines:i3d_nl",
-    "mc3_18": "video_baselines:mc3_18",
-    "mvit_v1_b": "video_baselines:mvit_v1_b",
-    "mvit_v2_s": "video_baselines:mvit_v2_s",
-    "r2plus1d_18": "video_baselines:r2plus1d_18",
-    "r2plus1d_34": "video_baselines:r2plus1d_34",
-    "r3d_18": "video_baselines:r3d_18",
-    "s3d": "video_baselines:s3d",
-    "s3dg": "video_baselines:s3dg",
-    "slowfast": "video_baselines:slowfast",
-    "slowfast_nl": "video_baselines:slowfast_nl",
-    "swin3d_b": "video_baselines:swin3d_b",
-    "swin3d_s": "video_baselines:swin3d_s",
-    "swin3d_t": "video_baselines:swin3d_t",
-    "tsm": "video_baselines:tsm",
-    "tsn": "video_baselines:tsn",
-    "two_stream_i3d": "video_baselines:two_stream_i3d",
-}
-"""Short names for the networks that ship with kinoray; anything else is `package:function`."""
 
 SOURCE_READERS: Mapping[str, str] = {
     "file": "video_baselines.sources:from_file",
@@ -331,11 +306,14 @@ def clip_on(model: ModelConfig, clip: ClipConfig, made_for: ModelConfig) -> Clip
     """The clip of a recipe that was made for one network, as another one takes it.
 
     Segments that do not see each other are a way to label of that network's own family: elsewhere their frames are one
-    clip. What the network insists on, it gets; frames are resized in proportion.
+    clip. What the network insists on, it gets; frames are resized in proportion. A network that does not ship gets it
+    as it is.
 
     Raises:
         ConfigError, ModelError: the network cannot be built.
     """
+    if not is_shipped(model.factory):
+        return clip
     net = build_outline(without_start_weights(model), 2)
     spec: InputSpec = cast(Any, net).input_spec
     sample, view = clip.sample, clip.view

@@ -2,14 +2,14 @@
 
 One MAC (multiply-accumulate) is two FLOP. Published tables mix them up, and mix clips with videos: say which. A model
 may name its parts in `cost_parts` (part -> its modules) and add a line with `cost_note(segment_macs, frames)`.
-`kinoray model` prints it.
+`kinoray import NAME` prints it.
 """
 
 import inspect
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,12 +19,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from kinoray.config.shared import ModelConfig
 from kinoray.console import table
 from kinoray.errors import ConfigError
-from kinoray.network.build import SHORT_NAMES, build_model, factory_options, without_start_weights
-from kinoray.network.config import ModelVerbConfig
+from kinoray.network.build import build_model, clip_for, factory_options, without_start_weights
+from kinoray.network.spec import ClipRecipe, InputSpec
 
 __all__ = ["ModelCost", "PartCost", "count_macs", "describe", "describe_model"]
 
 _SEGMENTS, _FRAMES, _SIZE_PX = 16, 6, 224
+_CLASSES = 400
 _WIDTH = 110
 
 
@@ -208,28 +209,35 @@ def _notes(model: Any, parts: Sequence[PartCost], frames: int) -> tuple[str, ...
     return (str(model.cost_note({part.name: part.segment_macs for part in parts}, frames)),)
 
 
-def describe_model(config: ModelVerbConfig) -> ModelCost | None:
-    """Print the costs of a network and its options, or the known names where none is given; returns the costs.
+def describe_model(config: ModelConfig) -> ModelCost:
+    """Print the costs of a network with 400 classes, on the clips of its recipe or the paper's; returns them.
 
     Raises:
-        ConfigError: no such network or option, or a size that the network does not take.
+        ConfigError: no such network or option.
     """
-    if not config.describe:
-        print("\n".join(table(SHORT_NAMES.items())))
-        return None
-    model = without_start_weights(ModelConfig(factory=config.describe, options=config.options))
+    model = without_start_weights(config)
     with torch.device("meta"):  # no memory is taken and nothing computed, whatever the size
-        network = build_model(model, config.num_classes)
+        network = build_model(model, _CLASSES)
     assert isinstance(network, nn.Module)
     try:
-        cost = describe(network, config.num_segments, config.frames_per_segment, config.crop_px, name=config.describe)
+        cost = describe(network, *_sizes(network), name=model.factory)
     except ValueError as error:
         raise ConfigError(str(error)) from error
     print(cost)
-    options = " ".join(_option(parameter) for parameter in factory_options(config.describe).values())
+    options = " ".join(_option(parameter) for parameter in factory_options(model.factory).values())
     if options:
-        print(*textwrap.wrap(f"Options (--options NAME=VALUE): {options}", _WIDTH, break_on_hyphens=False), sep="\n")
+        text = f"Options (--model.options NAME=VALUE): {options}"
+        print(*textwrap.wrap(text, _WIDTH, break_on_hyphens=False), sep="\n")
     return cost
+
+
+def _sizes(network: nn.Module) -> tuple[int | None, int | None, int | None]:
+    """Segments, frames and crop of the network's recipe; None for what is as in the paper."""
+    spec = cast(InputSpec, network.input_spec)
+    if getattr(spec, "recipe", ClipRecipe()).frames is None:
+        return None, None, None
+    clip = clip_for(spec)
+    return clip.sample.num_segments, clip.sample.frames_per_segment, clip.view.crop_px
 
 
 def _option(parameter: inspect.Parameter) -> str:

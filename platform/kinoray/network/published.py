@@ -181,7 +181,7 @@ def _require_network(source: Source, model: ModelConfig) -> None:
     if not model.factory:
         raise ConfigError(
             f"model.factory must be given for {source}: a file of weights does not say which network it is of "
-            "(such as --model.factory r3d_18; `kinoray model` lists them)"
+            "(such as --model.factory r3d_18; `kinoray import` lists them)"
         )
     if not is_shipped(model.factory):
         raise ConfigError(f"model.factory must be a network that ships with kinoray, got {model.factory!r}")

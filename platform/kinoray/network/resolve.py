@@ -23,7 +23,43 @@ from typing import Literal
 
 from kinoray.errors import CheckpointNotFound, ConfigError
 
-__all__ = ["EXAMPLES", "Source", "WeightName", "is_published", "parse_source", "require_sources", "torchvision_weights"]
+__all__ = [
+    "EXAMPLES",
+    "SHORT_NAMES",
+    "Source",
+    "WeightName",
+    "is_published",
+    "is_whole",
+    "parse_source",
+    "require_sources",
+    "torchvision_weights",
+]
+
+SHORT_NAMES: Mapping[str, str] = {
+    "vcm_sdd": "vcm_sdd:vcm_sdd",
+    "vcm_sdd_r101": "vcm_sdd:vcm_sdd_r101",
+    "eco": "video_baselines:eco",
+    "huggingface": "video_baselines:huggingface",
+    "i3d": "video_baselines:i3d",
+    "i3d_nl": "video_baselines:i3d_nl",
+    "mc3_18": "video_baselines:mc3_18",
+    "mvit_v1_b": "video_baselines:mvit_v1_b",
+    "mvit_v2_s": "video_baselines:mvit_v2_s",
+    "r2plus1d_18": "video_baselines:r2plus1d_18",
+    "r2plus1d_34": "video_baselines:r2plus1d_34",
+    "r3d_18": "video_baselines:r3d_18",
+    "s3d": "video_baselines:s3d",
+    "s3dg": "video_baselines:s3dg",
+    "slowfast": "video_baselines:slowfast",
+    "slowfast_nl": "video_baselines:slowfast_nl",
+    "swin3d_b": "video_baselines:swin3d_b",
+    "swin3d_s": "video_baselines:swin3d_s",
+    "swin3d_t": "video_baselines:swin3d_t",
+    "tsm": "video_baselines:tsm",
+    "tsn": "video_baselines:tsn",
+    "two_stream_i3d": "video_baselines:two_stream_i3d",
+}
+"""Short names for the networks that ship with kinoray; anything else is `package:function`."""
 
 Kind = Literal["checkpoint", "torchvision", "hf", "i3d", "file", "timm"]
 
@@ -79,6 +115,13 @@ class WeightName:
 def is_published(text: str) -> bool:
     """Whether it is no checkpoint of ours, nor a file, but names one that others have published."""
     return bool(text) and (text == "i3d" or text.partition(":")[0] in _PREFIXES) and not _is_checkpoint(text)
+
+
+def is_whole(text: str) -> bool:
+    """Whether it is published, or a file, and has weights of a whole network, as far as its name says."""
+    if is_published(text):
+        return not text.startswith("timm:")
+    return text.endswith(_FILE_ENDINGS) and not (_SCHEME.match(text) or _is_checkpoint(text))
 
 
 def require_sources(config: object) -> None:

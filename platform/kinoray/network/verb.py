@@ -1,11 +1,13 @@
 """`kinoray import`: weights that somebody published become a checkpoint; without a source, what there is to import."""
 
+from dataclasses import replace
+
 from kinoray.config.clip import ClipConfig
 from kinoray.config.files import read_file, translated
 from kinoray.console import table
 from kinoray.errors import ConfigError, StorageError
 from kinoray.network.config import ImportConfig
-from kinoray.network.resolve import Source, parse_source, torchvision_weights
+from kinoray.network.resolve import SHORT_NAMES, Source, is_published, parse_source, torchvision_weights
 
 __all__ = ["import_network"]
 
@@ -23,6 +25,11 @@ def import_network(config: ImportConfig) -> None:
     if not config.source:
         _print_known()
         return
+    if not config.out and _names_network(config.source):
+        from kinoray.network.cost import describe_model  # torch, which takes seconds
+
+        describe_model(replace(config.model, factory=config.source))
+        return
     source = parse_source(config.source, "source")
     if source.kind == "checkpoint":
         raise ConfigError(f"source: {source} is a checkpoint or run folder already: give it to --checkpoint as it is")
@@ -30,6 +37,11 @@ def import_network(config: ImportConfig) -> None:
         raise ConfigError("out must be the folder or s3:// prefix of the new checkpoint")
     labels = _read_labels(config.labels) if config.labels else ()
     _import(source, config, labels)
+
+
+def _names_network(text: str) -> bool:
+    """Whether it is a factory: a short name, or `package:function`."""
+    return text in SHORT_NAMES or (":" in text and "/" not in text and not is_published(text))
 
 
 def _import(source: Source, config: ImportConfig, labels: tuple[str, ...]) -> None:
@@ -87,6 +99,7 @@ def _read_labels(path: str) -> tuple[str, ...]:
 
 
 def _print_known() -> None:
+    print(f"networks that ship (kinoray import NAME says what one costs): {', '.join(sorted(SHORT_NAMES))}\n")
     rows = [("SOURCE", "TOP-1", "WHAT IT IS")]
     for sets in torchvision_weights().values():
         for one in sets:

@@ -28,6 +28,7 @@ from kinoray.catalog.kinetics import (
 from kinoray.catalog.quarantine import Refusal
 from kinoray.catalog.source import SourceFile, find_files
 from kinoray.config.shared import digest
+from kinoray.console import visible
 from kinoray.errors import CatalogError, ConfigError, IncompleteOutput, TooManyBad
 from kinoray.pack.config import PackConfig
 from kinoray.pack.plan import FileVerdict, Plan, PlannedVideo, Unit, cut_evenly, share
@@ -395,7 +396,10 @@ def print_kinetics(out: str, config: PackConfig, totals: Mapping[str, Any]) -> N
     if totals["unreadable"]:
         print(f"pack: unreadable: {added_up(totals['unreadable'])}")
     for uri, damage in totals["damaged"].items():
-        print(f"pack: WARNING: {uri} is damaged {damage}; its rest is not packed, fetch it again for another pack")
+        print(
+            f"pack: WARNING: {visible(uri)} is damaged {damage}; its rest is not packed, fetch it again for another "
+            "pack"
+        )
     leaks = totals["leaks"]
     if any(leaks.values()):
         kept = "removed from train" if config.leaks == "remove" else "kept in train (leaks=keep)"

@@ -20,6 +20,7 @@ import pyarrow.parquet as pq
 from kinoray.catalog.folders import said_of_others
 from kinoray.catalog.quarantine import QuarantineRow, count_reasons, save_quarantine
 from kinoray.catalog.table import CATALOG_SCHEMA, Catalog, save_catalog
+from kinoray.console import visible
 from kinoray.errors import ConfigError, IncompleteOutput, TooManyBad
 from kinoray.pack.config import PackConfig
 from kinoray.pack.job import pack_units
@@ -269,7 +270,7 @@ def _print_totals(out: str, plan: Plan, totals: dict[str, Any]) -> None:
     reasons = ", ".join(f"{count} {reason}" for reason, count in totals["reasons"].items())
     others = f" + {totals['others']} no videos by name" if plan.others else ""
     if plan.others:
-        print(f"pack: {said_of_others(plan.others)} and left out")
+        print(f"pack: {visible(said_of_others(plan.others))} and left out")
     print(
         f"pack: {totals['packed']} packed ({splits or 'none'}) + {totals['quarantined']} quarantined"
         f"{f' ({reasons})' if reasons else ''}{others} = {totals['found']} found\n"

@@ -1,7 +1,7 @@
 """The settings of `kinoray train` and `kinoray runs`, and whole recipes by name.
 
 A preset (`kinoray train SET --out RUN --preset NAME`; flags override what it says) holds the network, its input and the
-recipe. Machines, storage and limits are the user's.
+recipe. Machines, storage and limits are the user's. Its options are those of its own network, and go to no other one.
 """
 
 from collections.abc import Callable, Mapping
@@ -25,7 +25,7 @@ from kinoray.config.shared import (
     require,
 )
 
-__all__ = ["PRESETS", "RunsConfig", "TrainConfig", "demo", "k400_paper", "k600_paper", "small"]
+__all__ = ["PRESETS", "RunsConfig", "TrainConfig", "demo", "finetune", "k400_paper", "k600_paper", "small"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,8 +54,8 @@ class TrainConfig(JobConfig):
     init_from: str = ""
     """Fine-tune: a checkpoint, or a run folder (its best), whose weights the first step starts from. All must fit but
     the classifier's, which start anew unless the classes are the same; what was left out is listed. Or a published
-    network as `kinoray import` lists them: without settings of model and clip, these are the network's, too. Or
-    timm:NAME[:FILE], the backbone of tsn, tsm and vcm_sdd."""
+    network as `kinoray import` lists them: network and clips are then its own and the recipe is --preset finetune, all
+    but what other settings say. Or timm:NAME[:FILE], the backbone of tsn, tsm and vcm_sdd."""
     keep_checkpoints: int = 2
     """Newest checkpoints that are kept, of those after epochs, and the best one (by val_top1) besides."""
     checkpoint_every_steps: int = 200
@@ -182,6 +182,29 @@ def small() -> TrainConfig:
     )
 
 
+def finetune() -> TrainConfig:
+    """For a published network on a small set; what `--init-from` takes by itself where no preset or file is named.
+
+    A new classifier learns at lr, the network below it at a tenth of that and less with each block towards the input.
+    Batch norms stay as they are, so what a step computes does not depend on how few videos it has.
+    """
+    return TrainConfig(
+        catalog=tyro.MISSING,
+        out=tyro.MISSING,
+        optim=OptimConfig(
+            epochs=15,
+            batch_size=16,
+            lr=1e-3,
+            weight_decay=0.05,
+            backbone_lr_factor=0.1,
+            layer_decay=0.9,
+            freeze_bn=True,
+            label_smoothing=0.1,
+            accumulate=4,
+        ),
+    )
+
+
 def demo() -> TrainConfig:
     """What `kinoray demo` trains: four small frames a video, a tiny network, two minutes on two cores.
 
@@ -204,6 +227,7 @@ PRESETS: Mapping[str, Callable[[], TrainConfig]] = {
     "k400_paper": k400_paper,
     "k600_paper": k600_paper,
     "small": small,
+    "finetune": finetune,
     "demo": demo,
 }
 """The presets by name."""

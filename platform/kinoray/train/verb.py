@@ -1,12 +1,14 @@
 """`kinoray train`: check everything that can be checked without a cluster, run the workers, say what came of it."""
 
 import time
-from dataclasses import replace
+from dataclasses import fields, is_dataclass, replace
 from typing import Any, TypeVar, cast
 
+from torch import nn
+
 from kinoray.catalog.table import Catalog, load_catalog
-from kinoray.config.shared import ClipConfig, ModelConfig, require
-from kinoray.console import format_duration
+from kinoray.config.shared import ClipConfig, ModelConfig, OptimConfig, require
+from kinoray.console import format_duration, visible
 from kinoray.errors import CatalogError, ConfigError, JobError
 from kinoray.network.batch import FLOW_CHANNELS
 from kinoray.network.build import (
@@ -21,11 +23,12 @@ from kinoray.network.build import (
 )
 from kinoray.network.checkpoint import CheckpointMeta, best_of, load_meta
 from kinoray.network.published import checkpoint_of
-from kinoray.network.resolve import Source, parse_source
+from kinoray.network.resolve import Source, is_whole, parse_source
 from kinoray.storage.objects import Storage, absolute
 from kinoray.storage.outputs import require_folder
 from kinoray.train.config import TrainConfig
 from kinoray.train.job import Gate, run_workers
+from kinoray.train.recipe import rate_factors
 from kinoray.train.recorder import draw_curves
 from kinoray.train.runfolder import RunFolder, stopped_early
 from kinoray.train.runs import Heartbeat
@@ -35,6 +38,7 @@ __all__ = ["check_training", "train", "with_start"]
 
 Checkpoint = tuple[str, CheckpointMeta]
 Settings = TypeVar("Settings", bound=TrainConfig)
+Part = TypeVar("Part", bound=Any)
 _TIMM_NETWORKS = ("tsn", "tsm", "vcm_sdd")
 
 
@@ -75,7 +79,7 @@ def train(config: TrainConfig, gate: Gate | None = None) -> dict[str, Any]:
         newest = _train_on(folder, config, catalog, gate)  # its first worker says what is broken
     else:
         for line in broken:
-            print(f"train: {line}")
+            print(f"train: {visible(line)}")
         print(f"train: {config.out} is finished ({newest[1].epoch} epochs); nothing is left to do", flush=True)
     return _result(folder, newest, time.monotonic() - start_s)
 
@@ -107,8 +111,9 @@ def _is_finished(folder: RunFolder, config: TrainConfig, newest: Checkpoint) -> 
 def with_start(config: Settings, task: str) -> Settings:
     """The settings with init_from as a checkpoint: published weights are imported, here and once.
 
-    Where nothing is said of network and clip, they are those of the published network. A backbone of timm becomes the
-    network's options, and nothing of init_from is left.
+    Network and clips are those of the published network, but for what is set: options join its own, and each setting
+    of the clip that is not our default stays. A network of another name keeps all of the user's settings. A backbone of
+    timm becomes the network's options, and nothing of init_from is left.
 
     Raises:
         ConfigError: a source that is malformed, or a backbone for a network that takes none, or has another one.
@@ -116,19 +121,52 @@ def with_start(config: Settings, task: str) -> Settings:
     """
 
     def say(line: str) -> None:
-        print(f"{task}: {line}", flush=True)
+        print(f"{task}: {visible(line)}", flush=True)
 
     source = parse_source(config.init_from, "init_from")
     if source.kind == "timm":
         return replace(config, init_from="", model=_with_backbone(config.model, source))
-    where = checkpoint_of(config.init_from, "init_from", say, resources=config.resources, model=config.model)
+    network = {"model": config.model} if source.kind == "file" else {}
+    where = checkpoint_of(config.init_from, "init_from", say, resources=config.resources, **network)
+    is_own = not is_whole(config.init_from)
     config = replace(config, init_from=where)
-    if source.kind in ("checkpoint", "file") or config.model != ModelConfig():
+    if is_own:
         return config
     meta = load_meta(Storage(), where)
-    clip = meta.clip if config.clip == ClipConfig() else config.clip
-    say(f"network {meta.model.factory} and its clips are those of {source}")
-    return replace(config, model=meta.model, clip=clip)
+    if config.model.factory in (ModelConfig().factory, meta.model.factory):
+        model = replace(meta.model, options={**meta.model.options, **config.model.options})
+        config = replace(config, model=model, clip=_set_upon(meta.clip, config.clip, ClipConfig()))
+        say(f"network {model.factory} and its clips are those of {source}: {_clip_in_words(config.clip)}")
+    say(f"fine-tuning: {_recipe_in_words(config.optim)}")
+    return config
+
+
+def _set_upon(base: Part, given: Part, default: Part) -> Part:
+    """`base` with what `given` says that `default` does not, field by field."""
+    changes = {}
+    for item in fields(given):
+        ours, theirs, usual = (getattr(tree, item.name) for tree in (base, given, default))
+        if theirs != usual:
+            changes[item.name] = _set_upon(ours, theirs, usual) if is_dataclass(theirs) else theirs
+    return replace(base, **changes)
+
+
+def _clip_in_words(clip: ClipConfig) -> str:
+    sample = clip.sample
+    rate = f" of {sample.fps:g} a second" if sample.fps else ""
+    which = f", every {sample.stride}.{rate}" if sample.stride > 1 else f", in a row{rate}"
+    which = which if sample.is_dense else " over the whole video"
+    return f"{sample.num_segments} x {sample.frames_per_segment} frames{which}, {clip.view.crop_px} px"
+
+
+def _recipe_in_words(optim: OptimConfig) -> str:
+    """The recipe in a line."""
+    frozen = ", batch norms as they are" if optim.freeze_bn else ""
+    return (
+        f"{optim.epochs} epochs, batch {optim.batch_size}, rate {optim.lr:g}, backbone x {optim.backbone_lr_factor:g}, "
+        f"layer decay {optim.layer_decay:g}, weight decay {optim.weight_decay:g}, label smoothing "
+        f"{optim.label_smoothing:g}{frozen} (--optim.* and --model.options drop_path=... change it)"
+    )
 
 
 def _with_backbone(model: ModelConfig, source: Source) -> ModelConfig:
@@ -185,7 +223,9 @@ def _check_splits(config: TrainConfig, catalog: Catalog) -> tuple[int, int]:
 
 def _check_model(config: TrainConfig, catalog: Catalog) -> None:
     """Build the network once, here, where a wrong option is one clear line and not a dead worker group."""
-    spec = build_model(config.model, len(catalog.labels)).input_spec
+    model = build_model(config.model, len(catalog.labels))
+    rate_factors(cast(nn.Module, model), config.optim)
+    spec = model.input_spec
     check_clip(spec, config.clip)
     changes_colours = config.augment.changes_colours
     require(spec.rgb or not changes_colours, "augment", "without colours for a network that sees flow only", "some")

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from kinoray.console import table
+from kinoray.console import table, visible
 from kinoray.errors import JobError, ObjectNotFound
 from kinoray.page import render_page
 from kinoray.storage.objects import Storage, join
@@ -156,7 +156,7 @@ def print_table(rows: Sequence[TrialRow]) -> None:
         print(line)
     for row in rows:
         if row.error:
-            print(f"trial {row.trial}: {row.error}")
+            print(f"trial {visible(row.trial)}: {visible(row.error)}")
 
 
 def _is_number(value: Any) -> bool:

@@ -22,7 +22,7 @@ from kinoray.catalog.table import Catalog, load_catalog
 from kinoray.cluster.connect import connect, has_autoscaler, require_fit
 from kinoray.config.file import dump_yaml, parse_yaml, to_yaml
 from kinoray.config.shared import CacheConfig, TrainResourcesConfig, digest
-from kinoray.console import format_duration
+from kinoray.console import format_duration, visible
 from kinoray.errors import ClusterError, ConfigError, JobError
 from kinoray.storage.objects import Storage, absolute, arrow_filesystem, join
 from kinoray.storage.outputs import require_folder
@@ -221,7 +221,7 @@ class _Watch(ray_tune.Callback):  # type: ignore[misc]
             return
         outcome = {"status": status, "error_class": error_class, "error_text": error_text}
         write_outcome(self._storage, self._base.out, name, outcome)
-        print(f"tune: trial {name} {status}{': ' if error_text else ''}{error_text}", flush=True)
+        print(f"tune: trial {name} {status}{': ' if error_text else ''}{visible(error_text)}", flush=True)
 
 
 def _room(resources: TrainResourcesConfig) -> int:
