@@ -481,7 +481,7 @@ def test_a_page_as_out_is_refused_since_the_report_is_a_folder(out: str) -> None
 def test_a_file_in_the_place_of_the_folder_is_named(tmp_path: Path) -> None:
     labels = write_predictions(tmp_path / "labels", predictions([row("a")]))
     (tmp_path / "report").write_text("mine")
-    with pytest.raises(ConfigError, match=r"out must be a folder for the site, .*report is a file; name another"):
+    with pytest.raises(ConfigError, match=r"out .*report is a file: choose an empty folder"):
         report(ReportConfig(predictions=labels, out=str(tmp_path / "report")))
     assert (tmp_path / "report").read_text() == "mine"
 

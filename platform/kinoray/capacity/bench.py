@@ -40,6 +40,7 @@ from kinoray.label.open import Labelling, open_labelling
 from kinoray.network.checkpoint import load_model
 from kinoray.storage.leftovers import scratch_folder
 from kinoray.storage.objects import Storage, absolute, join
+from kinoray.storage.outputs import require_file
 
 __all__ = ["Bounds", "advice", "bench", "bounds_of", "print_bench", "refuse_too_many_bad"]
 
@@ -76,6 +77,8 @@ def bench(config: BenchConfig, *, rounds: int = 1) -> dict[str, Any]:
             "run this on a node of the cluster"
         )
     storage = Storage(config.storage)
+    if config.out:
+        require_file("out", config.out)
     catalog, unit_size = _sample(storage, config)
     turns = []
     with scratch_folder("bench") as scratch:

@@ -19,6 +19,7 @@ from kinoray.catalog.table import Catalog, catalog_of_source
 from kinoray.console import format_duration, table
 from kinoray.errors import ConfigError
 from kinoray.storage.objects import Storage, absolute
+from kinoray.storage.outputs import require_file
 from kinoray.storage.records import parse_json
 
 __all__ = [
@@ -241,6 +242,8 @@ def plan(config: PlanConfig) -> dict[str, Any]:
         CatalogError: the catalog is none.
     """
     storage = Storage(config.storage)
+    if config.out:
+        require_file("out", config.out)
     nodes = [parse_node(text) for text in config.node]
     deadline_s = parse_duration(config.deadline)
     rates = load_rates(storage, config.rates)

@@ -258,7 +258,7 @@ def is_catalog(storage: Storage, source: str, *, say: Callable[[str], None] = wa
     """Whether it is a .parquet or the folder of a finished pack, and not a .csv or a folder of videos.
 
     Only a pack's catalog stands for its folder: one that lies among videos, by whatever way it came there, must not
-    take their place. `say` is told of it.
+    take their place. `say` is told of it, and of videos beside a pack.
 
     Raises:
         StorageError: it cannot be read.
@@ -272,6 +272,7 @@ def is_catalog(storage: Storage, source: str, *, say: Callable[[str], None] = wa
         if not storage.exists(table):
             return False
         if _is_pack(storage, join(source, _PACK_RECORD)):
+            _say_beside(storage, source, say)
             return True
     say(
         f"{table} is ignored and the videos of its folder are listed, since no finished pack lies there (it would have "
@@ -282,6 +283,24 @@ def is_catalog(storage: Storage, source: str, *, say: Callable[[str], None] = wa
 
 def _is_pack(storage: Storage, uri: str) -> bool:
     return isinstance(parse_record(storage.read(uri), uri, dict).get("catalog_digest"), str)
+
+
+def _say_beside(storage: Storage, source: str, say: Callable[[str], None]) -> None:
+    """Tell of videos in a pack's folder that its catalog does not have: who names the folder may mean them."""
+    prefix = absolute(source).rstrip("/") + "/"
+    try:
+        listed = [info.uri for info in storage.list(prefix, skipped=lambda folder, why: None)]
+    except AccessDenied:  # by a bucket whose objects may be read, and not listed
+        return
+    beside = {local_uri(uri) for uri in listed if is_video(uri[len(prefix) :])}
+    if beside:
+        beside -= set(load_catalog(storage, source).table.column("uri").unique().to_pylist())
+    if beside:
+        are = "1 video that is not in it lies" if len(beside) == 1 else f"{len(beside):,} videos that are not in it lie"
+        say(
+            f"{source} stands for the pack in it (pack.json), and {are} beside it and will be left out; to mean the "
+            "videos, move the pack elsewhere"
+        )
 
 
 @contextlib.contextmanager

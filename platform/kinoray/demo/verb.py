@@ -39,6 +39,7 @@ from kinoray.library.report import report
 from kinoray.pack.config import PackConfig
 from kinoray.pack.verb import pack
 from kinoray.storage.objects import Storage, absolute, join
+from kinoray.storage.outputs import require_folder
 from kinoray.storage.records import parse_json
 from kinoray.train.config import PRESETS, TrainConfig
 from kinoray.train.verb import train
@@ -186,6 +187,7 @@ def demo(config: DemoConfig, *, videos_per_class: int = VIDEOS_PER_CLASS, epochs
 def _pin(out: Path, settings: dict[str, int]) -> None:
     """Write the settings to out/demo.json, or compare with those that are there."""
     path = out / "demo.json"
+    require_folder(Storage(), "out", str(out), "demo")
     try:
         out.mkdir(parents=True, exist_ok=True)
         found = parse_json(path.read_bytes())

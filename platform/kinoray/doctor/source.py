@@ -70,7 +70,8 @@ def open_source(storage: Storage, source: str) -> Inventory:
         catalog = load_catalog(storage, source)
         if not len(catalog):
             raise CatalogError(f"{source}: the catalog is empty: it has no video at all")
-        return Inventory(source=source, kind="catalog", catalog=catalog, places=_places_of(catalog))
+        places = _places_of(catalog)
+        return Inventory(source=source, kind="catalog", catalog=catalog, notes=tuple(notes), places=places)
     files = find_files(storage, source, say=notes.append)
     catalog = catalog_of_files(source, files)
     if source.lower().endswith(".csv"):

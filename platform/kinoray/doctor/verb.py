@@ -25,6 +25,7 @@ from kinoray.doctor.store import store_section
 from kinoray.doctor.videos import bad_section, probe_section
 from kinoray.errors import JobError, TooManyBad
 from kinoray.storage.objects import Storage, absolute, join
+from kinoray.storage.outputs import require_folder
 
 __all__ = ["doctor"]
 
@@ -60,6 +61,8 @@ def doctor(config: DoctorConfig) -> dict[str, Any]:
         TooManyBad: likewise, but more than max_bad_fraction of the sample is bad.
     """
     start = time.monotonic()
+    if config.out:
+        require_folder(Storage(config.storage), "out", config.out, "doctor")
     sections, bad, num_probed = [], list[QuarantineRow](), 0
     for section, refused, count in _sections(config):
         sections.append(section)

@@ -21,6 +21,7 @@ from kinoray.evaluation.metrics import ScoreSummary, wilson_interval
 from kinoray.evaluation.record import Evaluation, Origin, read_evaluation
 from kinoray.page import render_page
 from kinoray.storage.objects import Storage, absolute
+from kinoray.storage.outputs import require_file
 from kinoray.video.strips import Strip, contact_strips
 
 __all__ = [
@@ -370,6 +371,7 @@ def compare(config: CompareConfig) -> Comparison:
         KinorayError: an evaluation cannot be read, or the page cannot be written.
     """
     storage = Storage(config.storage)
+    require_file("out", config.out)
     a = read_evaluation(storage, config.a, catalog=config.catalog)
     b = read_evaluation(storage, config.b, catalog=config.catalog)
     comparison = compare_evaluations(a, b)

@@ -38,6 +38,7 @@ from kinoray.label.open import Labelling, open_labelling
 from kinoray.label.unit import PREDICTION_SCHEMA, JobRecord, Plan, labelling_id, row_keys
 from kinoray.label.verb import refuse_too_many_bad, run_labelling
 from kinoray.storage.objects import Storage, absolute, join
+from kinoray.storage.outputs import require_folder
 from kinoray.video.media import MAX_COUNT
 
 __all__ = ["evaluate"]
@@ -122,6 +123,7 @@ def _ensemble(config: EvaluateConfig) -> EvaluationRecord:
         KinorayError: a member cannot be read, or the store fails.
     """
     storage = Storage(config.storage)
+    require_folder(storage, "out", config.out, "label")
     members = [read_evaluation(storage, uri, catalog=config.catalog, columns=_COLUMNS) for uri in config.ensemble]
     for other in members[1:]:
         _check_alike(members[0], other)

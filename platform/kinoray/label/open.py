@@ -25,6 +25,7 @@ from kinoray.network.prepare import compile_advice
 from kinoray.network.published import checkpoint_of
 from kinoray.network.scorer import EarlyExit, ScorerConfig, SegmentConsensus, check_scorer, segment_consensus
 from kinoray.storage.objects import Storage, absolute, join
+from kinoray.storage.outputs import require_folder
 
 __all__ = ["Labelling", "Opened", "Say", "open_labelling", "open_network"]
 
@@ -97,6 +98,7 @@ def open_labelling(
 
     if not config.out:
         raise ConfigError("out must be a folder or an s3:// prefix for the result, got ''")
+    require_folder(Storage(config.storage), "out", config.out, "label")
     opened = open_network(config, say=say, warn=say, segments=segments)
     meta, record, storage = opened.meta, opened.record, opened.job.storage
     catalog = catalog_of_source(storage, absolute(config.source)).select(config.split)

@@ -23,6 +23,7 @@ from kinoray.library.config import CorrectConfig
 from kinoray.library.rows import BAD_VIDEO, class_names, scan, undefused
 from kinoray.pack.plan import share
 from kinoray.storage.objects import MAX_TABLE_BYTES, Storage, absolute, join
+from kinoray.storage.outputs import require_folder
 
 __all__ = ["Correction", "correct", "read_corrections"]
 
@@ -55,9 +56,11 @@ def correct(config: CorrectConfig) -> dict[str, Any]:
 
     Raises:
         CatalogError: a line names no row, no class, or one video twice; or no video is left.
+        ConfigError: out holds what `correct` has not written, or cannot be written.
         KinorayError: something cannot be read or written.
     """
     storage = Storage(config.storage)
+    require_folder(storage, "out", config.out, "correct")
     ledger = open_ledger(storage, absolute(config.predictions))
     known = Catalog(CATALOG_SCHEMA.empty_table())
     if config.catalog:
@@ -79,8 +82,8 @@ def correct(config: CorrectConfig) -> dict[str, Any]:
     catalog = Catalog(pa.table(arrays, schema=CATALOG_SCHEMA), labels)
     out = absolute(config.out)
     totals = _totals(counts, catalog, repeated)
+    _save_record(storage, config, out, ledger, totals)  # first: it says whose the folder is
     save_catalog(storage, join(out, "catalog.parquet"), catalog)
-    _save_record(storage, config, out, ledger, totals)
     _report(out, totals)
     return totals
 

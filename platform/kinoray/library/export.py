@@ -36,6 +36,7 @@ from kinoray.label.ledger import Ledger, open_ledger
 from kinoray.library.config import ExportConfig
 from kinoray.library.rows import BAD_VIDEO, LABEL_SCHEMA, class_names, is_multi_label, rows_of, scan, write_text
 from kinoray.storage.objects import Storage, absolute, is_s3
+from kinoray.storage.outputs import require_folder
 from kinoray.storage.records import as_name
 from kinoray.video.sandbox.pool import shared_sandbox
 
@@ -334,13 +335,15 @@ def export(config: ExportConfig) -> dict[str, Any]:
         `rows`, `exported`, `quarantined` (and skipped), `not_copied`, `unfinished` (no row yet) and `to`.
 
     Raises:
-        ConfigError: the folder is no folder of this machine, or videos in shards are not to be copied.
+        ConfigError: the folder is not of this machine, holds what no export wrote or cannot be written; or videos in
+            shards are not to be copied.
         IncompleteOutput: entries and quarantined rows are not the rows of the table.
         KinorayError: the table cannot be read.
     """
     if is_s3(config.to):
         raise ConfigError(f"to must be a folder on this machine, got {config.to}; copy it up when it is finished")
     storage = Storage(config.storage)
+    require_folder(storage, "to", config.to, "export")
     ledger = open_ledger(storage, absolute(config.predictions))
     folder = Path(absolute(config.to))
     try:

@@ -31,6 +31,7 @@ from kinoray.library.rows import (
 )
 from kinoray.storage.leftovers import scratch_folder
 from kinoray.storage.objects import Storage, absolute
+from kinoray.storage.outputs import require_file
 
 __all__ = ["labels"]
 
@@ -90,6 +91,8 @@ def labels(config: LabelsConfig) -> dict[str, Any]:
         KinorayError: the table cannot be read, or the file not be written.
     """
     storage = Storage(config.storage)
+    if config.to:
+        require_file("to", config.to)
     if config.summary:
         return _summary(storage, config)
     ledger = open_ledger(storage, absolute(config.predictions))

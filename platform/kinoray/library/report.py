@@ -16,12 +16,12 @@ import pyarrow.compute as pc
 
 from kinoray.catalog.table import load_catalog
 from kinoray.console import many
-from kinoray.errors import ConfigError
 from kinoray.evaluation.metrics import Calibration, confused_classes
 from kinoray.library.config import ReportConfig
 from kinoray.library.numbers import Confusion, Numbers, ResultTable, choose, count, join_truth, read_result
 from kinoray.library.site import Site, add_places, collect_names, site_record
 from kinoray.storage.objects import Storage, absolute, join
+from kinoray.storage.outputs import require_folder
 
 __all__ = ["HISTOGRAM_HEIGHT", "histogram_bars", "report"]
 
@@ -46,14 +46,13 @@ def report(config: ReportConfig) -> dict[str, Any]:
         listed), `without_frames` (those that could not be read for their strip) and `top1` (None without a catalog).
 
     Raises:
-        ConfigError: `out` is a file, or predictions of several models are there.
+        ConfigError: `out` holds what is no report, or predictions of several models are there.
         StorageError: predictions or catalog cannot be read, or the site cannot be written.
         CatalogError: no rows yet, or the catalog does not fit the predictions.
     """
     storage = Storage(config.storage)
     out = absolute(config.out).rstrip("/")
-    if storage.exists(out):
-        raise ConfigError(f"out must be a folder for the site, {out} is a file; name another, or remove it")
+    require_folder(storage, "out", config.out, "report")
     result = read_result(storage, config.predictions)
     catalog = load_catalog(storage, config.catalog) if config.catalog else None
     rows = join_truth(result.rows, catalog)

@@ -231,13 +231,13 @@ class Site:
 
         def counted() -> Iterator[tuple[str, Any]]:
             nonlocal num_unreadable
-            yield "site", self.record
             for index, chunk in enumerate(self.chunks):
                 yield f"rows-{index}", chunk
             for name, strips in self._strip_files():
                 num_unreadable += sum(not strip.frames for strip in strips)
                 yield name, [_strip_record(strip) for strip in strips]
 
+        written.add(f"{self._put_data(('site', self.record))}.js")  # first: it says whose the folder is
         for name in _in_threads(self._put_data, counted()):
             written.add(f"{name}.js")
         self._put("assets/report.css", asset(STYLES).encode())

@@ -29,7 +29,7 @@ from kinoray.network.build import (
 from kinoray.network.checkpoint import META_FILE, CheckpointMeta, Origin, require_weights, save_checkpoint
 from kinoray.network.resolve import Source, parse_source
 from kinoray.network.spec import InputSpec, PublishedNetwork
-from kinoray.storage.objects import Storage, absolute
+from kinoray.storage.objects import Storage, absolute, join
 from kinoray.storage.records import parse_json
 
 __all__ = ["cache_folder", "checkpoint_of", "import_source"]
@@ -152,7 +152,11 @@ def import_source(
     )
     clip = clip_for(spec)
     meta = CheckpointMeta(model=config, clip=clip, labels=names, epoch=0, step=0, samples=0, origin=origin)
-    return save_checkpoint(storage, out, model_state=found.state, meta=meta), found.notes
+    begun = join(out, "import.json")  # where this was killed, the same import goes on
+    storage.put(begun, json.dumps({"source": str(source)}).encode())
+    saved = save_checkpoint(storage, out, model_state=found.state, meta=meta)
+    storage.delete(begun)
+    return saved, found.notes
 
 
 def _read(source: Source, model: ModelConfig) -> tuple[PublishedNetwork, ModelConfig]:

@@ -48,8 +48,10 @@ def _import(source: Source, config: ImportConfig, labels: tuple[str, ...]) -> No
     from kinoray.network.checkpoint import META_FILE  # torch, which takes seconds
     from kinoray.network.published import import_source
     from kinoray.storage.objects import Storage, absolute, join
+    from kinoray.storage.outputs import require_folder
 
     storage, out = Storage(config.storage), absolute(config.out)
+    require_folder(storage, "out", config.out, "import")
     if storage.exists(join(out, META_FILE)):
         raise ConfigError(f"out {out} holds a checkpoint already; give another folder, or delete it")
     meta, notes = import_source(storage, source, out, model=config.model, labels=labels)

@@ -39,6 +39,7 @@ from kinoray.pack.kinetics import (
 from kinoray.pack.plan import Plan, PlannedVideo, plan_source
 from kinoray.pack.unit import Commit, PackSettings, quarantine_row, read_commit
 from kinoray.storage.objects import Storage, absolute, join
+from kinoray.storage.outputs import require_folder
 from kinoray.storage.records import parse_json
 from kinoray.video.transcode import TRANSCODE
 
@@ -53,7 +54,7 @@ def pack(config: PackConfig) -> dict[str, Any]:
 
     Raises:
         CatalogError: there is nothing to pack, or a list or the annotations are malformed.
-        ConfigError: out lies inside the source, or holds the pack of other files or settings.
+        ConfigError: out lies inside the source, or holds what is not this pack's, or cannot be written.
         StorageError: the source cannot be listed or out cannot be written.
         TooManyBad: everything is written, but more than max_bad_fraction of the files were quarantined.
         IncompleteOutput: a file or an annotation row has no verdict, or the sums do not agree.
@@ -61,6 +62,7 @@ def pack(config: PackConfig) -> dict[str, Any]:
     storage = Storage(config.storage)
     out = absolute(config.out).rstrip("/")
     _require_apart(config.source, out)
+    require_folder(storage, "out", config.out, "pack")
     plan = plan_kinetics(storage, config) if config.kinetics else plan_source(storage, config)
     pin_plan(storage, out, _pinned(config, plan))
     done = _committed(storage, out)

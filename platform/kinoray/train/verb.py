@@ -25,6 +25,7 @@ from kinoray.network.checkpoint import CheckpointMeta, best_of, load_meta
 from kinoray.network.published import checkpoint_of
 from kinoray.network.resolve import Source, is_whole, parse_source
 from kinoray.storage.objects import Storage, absolute
+from kinoray.storage.outputs import require_folder
 from kinoray.train.config import TrainConfig
 from kinoray.train.job import Gate, run_workers
 from kinoray.train.recipe import rate_factors
@@ -47,7 +48,7 @@ def train(config: TrainConfig, gate: Gate | None = None) -> dict[str, Any]:
     A gate is shown each epoch's row and may end the run there: the totals are then those so far.
 
     Raises:
-        ConfigError: a setting is wrong, or config.out holds a run with other settings.
+        ConfigError: a setting is wrong, or config.out holds what is not this run's, or cannot be written.
         CatalogError: the catalog lacks the split, or labels in it.
         ClusterError: the job does not fit the cluster.
         TooManyBad: more than max_bad_fraction of the training videos could not be read.
@@ -56,11 +57,12 @@ def train(config: TrainConfig, gate: Gate | None = None) -> dict[str, Any]:
         StorageError, CheckpointError: as named.
     """
     start_s = time.monotonic()
+    storage = Storage(config.storage)
+    require_folder(storage, "out", config.out, "train")
     config = replace(config, catalog=absolute(config.catalog), out=absolute(config.out))
     if config.init_from:
         config = with_start(config, "train")
     init_from = config.init_from
-    storage = Storage(config.storage)
     folder = RunFolder(storage, config.out)
     require_known_model(config.model)  # before anything is read: a wrong name is the first thing to say
     catalog = load_catalog(storage, config.catalog)

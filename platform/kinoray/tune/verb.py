@@ -25,6 +25,7 @@ from kinoray.config.shared import CacheConfig, TrainResourcesConfig, digest
 from kinoray.console import format_duration, visible
 from kinoray.errors import ClusterError, ConfigError, JobError
 from kinoray.storage.objects import Storage, absolute, arrow_filesystem, join
+from kinoray.storage.outputs import require_folder
 from kinoray.storage.records import parse_json, read_record
 from kinoray.train.config import TrainConfig
 from kinoray.train.job import open_desk
@@ -77,17 +78,19 @@ def tune(config: TuneConfig, given: Sequence[Settings] = ()) -> dict[str, Any]:
             calls may bring more trials.
 
     Raises:
-        ConfigError: the space names no setting, or values that it refuses; or config.out holds another sweep.
+        ConfigError: the space names no setting, or values that it refuses; or config.out holds what is not this
+            sweep's, or cannot be written.
         CatalogError: as for train.
         ClusterError: not even one trial fits the cluster.
         JobError: no trial has a score.
         StorageError: out cannot be read or written.
     """
     start_s = time.monotonic()
+    storage = Storage(config.storage)
+    require_folder(storage, "out", config.out, "tune")
     config = replace(config, catalog=absolute(config.catalog), out=absolute(config.out).rstrip("/"))
     if config.init_from:
         config = with_start(config, "tune")
-    storage = Storage(config.storage)
     base = train_config(config)
     axes = _axes_of(given) if given else parse_space(config.space)
     if config.search == "optuna":
