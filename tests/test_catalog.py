@@ -5,8 +5,9 @@ import io
 import random
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
+import av
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -184,6 +185,104 @@ def test_a_folder_of_videos_is_known_by_extension(
     assert list(read_videos(storage, references(catalog.table))) == [b"a/b/y.MKV", b"a/x.mp4", b"z.3gp"]
 
 
+CONTAINERS = {
+    "mp4": "mpeg4",
+    "mov": "mpeg4",
+    "avi": "mpeg4",
+    "matroska": "mpeg4",
+    "asf": "msmpeg4v3",
+    "flv": "flv",
+    "mpegts": "mpeg2video",
+    "vob": "mpeg2video",
+    "mxf": "mpeg2video",
+    "rm": "rv10",
+}
+NO_VIDEOS = {
+    "README": b"The free software, and more of it.\n",
+    "page": b"<html>\xc3\xa9 G" + b"G" * 700,
+    "picture": b"\xff\xd8\xff\xe0\0\x10JFIF\0",
+    "photo": b"\0\0\0\x1cftypheic\0\0\0\0mif1heic",
+    "song": b"\0\0\0\x1cftypM4A \0\0\0\0isom",
+    "sound": b"RIFF\x24\0\0\0WAVEfmt ",
+    "sticker": b"RIFF\x24\0\0\0WEBPVP8 ",
+    "vorbis": b"OggS\0\2" + bytes(20) + b"\x01\x1e\x01vorbis" + bytes(500),
+    "random.bin": hashlib.sha512(b"x").digest() * 9,
+    "nothing": b"",
+}
+
+
+def container(kind: str) -> bytes:
+    sink = io.BytesIO()
+    with av.open(sink, "w", format=kind) as file:
+        stream = file.add_stream(CONTAINERS[kind], rate=25)
+        stream.width, stream.height, stream.pix_fmt = 176, 144, "yuv420p"
+        file.mux(stream.encode(av.VideoFrame(176, 144, "yuv420p")))
+        file.mux(stream.encode())
+    return sink.getvalue()
+
+
+@pytest.mark.parametrize("where", ["folder", "s3"])
+def test_where_a_name_does_not_say_what_a_file_is_its_first_bytes_do(
+    where: str, tmp_path: Path, request: pytest.FixtureRequest, s3_config: StorageConfig
+) -> None:
+    storage = Storage(s3_config)
+    source = str(tmp_path) if where == "folder" else request.getfixturevalue("bucket") + "/library"
+    videos = {kind: container(kind) for kind in CONTAINERS}
+    videos["avchd.odd"] = b"".join(bytes(4) + b"G" + bytes(187) for _ in range(3))
+    videos["theora.ogg"] = b"OggS\0\2" + bytes(22) + b"\x80theora" + bytes(500)
+    videos["quicktime"] = b"\x29\xb9\x27\0mdat" + bytes(100)
+    for name, data in {**videos, **NO_VIDEOS}.items():
+        storage.put(join(source, name), data)
+    said: list[str] = []
+    catalog = catalog_of_source(storage, source, say=said.append)
+    assert sorted(uri.rpartition("/")[2] for uri in catalog.table["uri"].to_pylist()) == sorted(videos)
+    assert said == [f"{source}: 10 files are no videos (no ending 9, .bin 1), and left out"]
+    assert [file.name for file in find_files(storage, f"{source}/avi")] == ["avi"]
+    with pytest.raises(CatalogError, match="README is a file, and no video"):
+        find_files(storage, f"{source}/README")
+
+
+class Counted(Storage):
+    """Keeps what was looked at."""
+
+    looks: ClassVar[list[str]] = []
+
+    def read_range(self, uri: str, offset: int, length: int) -> bytes:
+        self.looks.append(uri)
+        return Storage.read_range(self, uri, offset, length)
+
+
+def test_few_files_are_looked_at(tmp_path: Path) -> None:
+    write_files(tmp_path, *(f"{index}{ending}" for index in range(50) for ending in (".mp4", ".MTS", ".json")))
+    assert sum(file.is_video for file in find_files(Counted(), str(tmp_path))) == 100
+    assert Counted.looks == []
+    for index in range(1000):
+        (tmp_path / f"{index:04d}").write_bytes(b"FLV\x01")
+        (tmp_path / f"{index:04d}.bin").write_bytes(b"FLW\x01")
+    said: list[str] = []
+    files = find_files(Counted(), str(tmp_path), say=said.append)
+    assert sum(file.is_video for file in files) == 1100
+    assert len(Counted.looks) == len(set(Counted.looks)) == 668
+    remedy = "; to choose, list them in a .csv"
+    assert [text.removeprefix(f"{tmp_path}: of 1000 ").removesuffix(remedy) for text in said] == [
+        "files without an ending 334 were looked at and 334 of them are videos, so the others are taken for videos, "
+        "too",
+        ".bin files 334 were looked at and 0 of them are videos, so the others are taken for none",
+    ]
+
+
+def test_names_of_lists_mean_what_they_mean_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_files(tmp_path, "home/a.mp4", "b c.mp4", "set/d.mp4")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    rows = ["~/a.mp4,cafe\u0301", f"file://{tmp_path}/b%20c.mp4,caf\u00e9", "d.mp4,x"]
+    (tmp_path / "set" / "list.csv").write_text("\n".join(["path,label", *rows]), encoding="utf-8")
+    catalog = catalog_of_source(STORAGE, f"file://{tmp_path}/set/list.csv")
+    expected = [f"{tmp_path}/{name}" for name in ("set/d.mp4", "b c.mp4", "home/a.mp4")]
+    assert catalog.table["uri"].to_pylist() == expected
+    assert catalog.labels == ("caf\u00e9", "x")
+    assert [file.uri for file in find_files(STORAGE, f"file://{tmp_path}/set") if file.is_video] == expected[:1]
+
+
 def test_relative_sources_give_absolute_uris(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_files(tmp_path, "in/a.mp4")
     monkeypatch.chdir(tmp_path)
@@ -248,7 +347,7 @@ def test_nothing_to_label_is_an_error(tmp_path: Path) -> None:
     write_files(tmp_path, "texts/a.txt")
     with pytest.raises(CatalogError, match="found 1 files, but none that is a catalog or a video"):
         catalog_of_source(STORAGE, str(tmp_path / "texts"))
-    with pytest.raises(CatalogError, match=r"a\.txt is a file; expected a folder"):
+    with pytest.raises(CatalogError, match=r"a\.txt is a file, and no video; expected a folder"):
         catalog_of_source(STORAGE, str(tmp_path / "texts" / "a.txt"))
 
 

@@ -125,7 +125,7 @@ def test_a_folder_is_counted_as_it_was_made(tmp_path: Path, capsys: pytest.Captu
     said = capsys.readouterr().out
     for words in (
         "17 videos",
-        "not videos by their names: 2 files, 107 B, such as README.txt, old/videos.tar",
+        "2 files are no videos (.txt 1, .tar 1), left out: 107 B, such as README.txt, old/videos.tar",
         "3 of 17 (17.6%)",
         "of 14 probed videos 4 with more than 48 frames a key frame",
         "of 14 probed videos 4 with a short side over 256",

@@ -81,7 +81,7 @@ def check_pack(storage: Storage, out: str, totals: dict[str, Any], originals: di
         assert row["status"] == "packed"
     assert not originals
     refused = load_quarantine(storage, join(out, "quarantine.parquet"))
-    assert len(refused) == totals["quarantined"] == totals["found"] - totals["packed"]
+    assert len(refused) == totals["quarantined"] == totals["found"] - totals["packed"] - totals["others"]
     assert json.loads(storage.read(join(out, "labels.json"))) == list(catalog.labels)
     assert json.loads(storage.read(join(out, "pack.json"))).items() >= totals.items()
 
@@ -115,17 +115,17 @@ def test_every_file_is_packed_or_quarantined(
     assert totals["found"] == 19
     assert totals["packed"] == 12
     assert totals["reasons"] == {
-        "HiddenFile": 2,
         "UnreadableContainer": 2,
         "EmptyMedia": 1,
         "NoVideoStream": 1,
-        "NoClassFolder": 1,
     }
+    assert totals["others"] == 3
     assert sum(totals["splits"].values()) == 12
     assert set(totals["splits"]) == {"train", "val"}
     assert "12 packed (" in said
-    assert "+ 7 quarantined (" in said
-    assert ") = 19 found" in said
+    assert "3 files are no videos (hidden 2, no ending 1), and left out" in said
+    assert "+ 4 quarantined (" in said
+    assert ") + 3 no videos = 19 found" in said
     check_pack(storage, out, totals, good_videos(videos))
     first = load_catalog(storage, out).digest
     assert pack(config) == totals
@@ -155,7 +155,7 @@ def test_too_many_bad_files_fail_after_the_good_ones_are_packed(videos: Path, tm
     ):
         pack(config)
     assert len(load_catalog(Storage(), str(tmp_path / "out"))) == 12
-    assert len(load_quarantine(Storage(), str(tmp_path / "out" / "quarantine.parquet"))) == 7
+    assert len(load_quarantine(Storage(), str(tmp_path / "out" / "quarantine.parquet"))) == 4
     assert pack(replace(config, max_bad_fraction=0.25))["packed"] == 12
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from kinoray.catalog.folders import said_of_others
+from kinoray.catalog.folders import is_other, said_of_others
 from kinoray.catalog.quarantine import QuarantineRow, Refusal, count_reasons, load_quarantine, save_quarantine
 from kinoray.catalog.source import SourceFile, find_files
 from kinoray.catalog.table import catalog_of_files
@@ -19,7 +19,8 @@ from kinoray.config.files import local_uri
 from kinoray.config.shared import DecodeConfig
 from kinoray.demo.videos import make_broken, make_demo_set
 from kinoray.errors import CatalogError, ObjectNotFound
-from kinoray.pack.plan import Plan, PlannedVideo, Unit, make_plan
+from kinoray.pack.config import PackConfig
+from kinoray.pack.plan import Plan, PlannedVideo, Unit, make_plan, plan_source
 from kinoray.pack.tars import write_tar
 from kinoray.pack.unit import PackSettings, pack_unit, read_commit
 from kinoray.storage.objects import Storage
@@ -27,10 +28,14 @@ from kinoray.storage.objects import Storage
 STORAGE = Storage()
 
 
+def listed(name: str, size_bytes: int = 1) -> SourceFile:
+    return SourceFile(name, local_uri(f"/set/{name}"), size_bytes, is_video=not is_other(name))
+
+
 def plan_of(
     *names: str, size_bytes: int = 1000, shard_bytes: int = 10**6, val_fraction: float = 0.0, source: str = "/set"
 ) -> Plan:
-    files = [SourceFile(name, local_uri(f"/set/{name}"), size_bytes) for name in names]
+    files = [listed(name, size_bytes) for name in names]
     return make_plan(source, files, shard_bytes=shard_bytes, val_fraction=val_fraction)
 
 
@@ -85,7 +90,7 @@ def test_splits_have_any_usual_name_in_folders_and_lists(
 
 
 def test_a_folder_without_videos_beside_splits_is_no_class() -> None:
-    plan = plan_of("train/walk/a.mp4", "val/run/b.mp4", "annotations/train.csv", "annotations/old/x.json", "README")
+    plan = plan_of("train/walk/a.mp4", "val/run/b.mp4", "annotations/train.csv", "annotations/old/x.json", "c.mp4")
     assert placed(plan) == {"train/walk/a.mp4": ("walk", "train"), "val/run/b.mp4": ("run", "val")}
     assert Counter(row.error_class for row in plan.refused) == {"NoClassFolder": 1}
     assert plan.others == ("annotations/train.csv", "annotations/old/x.json")
@@ -97,9 +102,10 @@ def test_what_is_no_video_by_its_name_is_counted_and_not_refused(tmp_path: Path)
     plan = plan_of(*names)
     assert sorted(placed(plan)) == ["run/b", "run/b.MTS", "walk/a.mp4"]
     assert (plan.refused, plan.num_found, len(plan.others)) == ((), 6, 3)
-    assert said_of_others(plan.others) == "3 files are no videos by their names (.json 1, .vtt 1, .jpg 1)"
-    listed = [SourceFile("a.json", "/a.json", 1, "walk")]  # who lists a file by name means it
-    assert make_plan("/l.csv", listed, shard_bytes=1, val_fraction=0).others == ()
+    assert said_of_others(plan.others) == "3 files are no videos (.json 1, .vtt 1, .jpg 1)"
+    (tmp_path / "l.csv").write_text("path,label\na.json,walk\n")  # who lists a file by name means it
+    files = find_files(STORAGE, str(tmp_path / "l.csv"))
+    assert make_plan(str(tmp_path / "l.csv"), files, shard_bytes=1, val_fraction=0).others == ()
 
 
 SYSTEMS = (
@@ -118,8 +124,8 @@ SYSTEMS = (
 def test_what_systems_leave_is_neither_video_nor_class() -> None:
     plan = plan_of("walk/a.mp4", *SYSTEMS)
     assert placed(plan) == {"walk/a.mp4": ("walk", "train")}
-    assert Counter(row.error_class for row in plan.refused) == {"HiddenFile": len(SYSTEMS)}
-    files = [SourceFile(name, f"/set/{name}", 1) for name in ("walk/a.mp4", *SYSTEMS)]
+    assert (plan.refused, plan.others) == ((), SYSTEMS)
+    files = [listed(name) for name in ("walk/a.mp4", *SYSTEMS)]
     assert catalog_of_files("/set", files).table.column("uri").to_pylist() == ["/set/walk/a.mp4"]
 
 
@@ -135,15 +141,11 @@ def test_a_class_may_be_called_train(names: tuple[str, str]) -> None:
 
 def test_what_is_no_video_by_its_place_is_refused_with_a_reason() -> None:
     plan = plan_of(
-        "walk/a.mp4", "walk/._a.mp4", ".DS_Store", "__MACOSX/walk/a.mp4", ".git/x/y", "readme", "bad\udcff/x.mp4"
+        "walk/a.mp4", "walk/._a.mp4", ".DS_Store", "__MACOSX/walk/a.mp4", ".git/x/y", "b.mp4", "bad\udcff/x.mp4"
     )
     assert placed(plan) == {"walk/a.mp4": ("walk", "train")}
     assert {refusal.uri: refusal.error_class for refusal in plan.refused} == {
-        "/set/walk/._a.mp4": "HiddenFile",
-        "/set/.DS_Store": "HiddenFile",
-        "/set/__MACOSX/walk/a.mp4": "HiddenFile",
-        "/set/.git/x/y": "HiddenFile",
-        "/set/readme": "NoClassFolder",
+        "/set/b.mp4": "NoClassFolder",
         "file:///set/bad%FF/x.mp4": "UnusableName",
     }
     assert {refusal.stage for refusal in plan.refused} == {"list"}
@@ -175,14 +177,51 @@ def test_a_csv_says_class_and_split(tmp_path: Path) -> None:
         make_plan(str(source), find_files(STORAGE, str(source)), shard_bytes=100, val_fraction=0)
 
 
-def test_a_video_keeps_its_split_when_the_source_grows() -> None:
+def test_few_videos_change_their_split_when_the_source_grows() -> None:
     names = [f"c{i % 5}/{i}.mp4" for i in range(2000)]
     small, large = placed(plan_of(*names[:1000], val_fraction=0.25)), placed(plan_of(*names, val_fraction=0.25))
-    assert all(large[name] == small[name] for name in small)
-    share = sum(split == "val" for _, split in large.values()) / len(large)
-    assert 0.21 < share < 0.29  # four standard deviations of 2000 fair draws
+    assert sum(large[name] != small[name] for name in small) < 50
+    assert Counter(large.values()) == {
+        (f"c{i}", split): n for i in range(5) for split, n in (("val", 100), ("train", 300))
+    }
     assert {split for _, split in placed(plan_of(*names, val_fraction=0.0)).values()} == {"train"}
     assert {split for _, split in placed(plan_of(*names, val_fraction=1.0)).values()} == {"val"}
+
+
+def validating(sizes: list[int], fraction: float) -> list[int]:
+    """Videos of each class that validate, of classes with so many."""
+    found = placed(plan_of(*(f"c{c}/{i}.mp4" for c, n in enumerate(sizes) for i in range(n)), val_fraction=fraction))
+    counts = Counter(found.values())
+    return [counts[f"c{c}", "val"] for c in range(len(sizes))]
+
+
+def test_every_class_gives_its_share_to_val() -> None:
+    assert validating([5] * 12, 0.2) == [1] * 12
+    assert validating([1, 2, 3, 10], 0.5) == [0, 1, 2, 5]  # of 15, 7.5: the halves of one class of three go up
+    assert validating([7, 7, 7], 0.2) == [2, 1, 1]  # 4.2 of 21, 1.4 each: the fourth to the first by name
+    assert validating([2, 100], 0.01) == [1, 1]
+    assert validating([2, 2], 0.99) == [1, 1]
+    assert validating([1, 1], 0.5) == [0, 0]
+
+
+def test_copies_are_on_one_side_of_a_split(tmp_path: Path) -> None:
+    for index in range(30):
+        (tmp_path / "ab"[index % 2]).mkdir(exist_ok=True)
+        (tmp_path / "ab"[index % 2] / f"{index}.mp4").write_bytes(bytes(100_000) + bytes([index % 6]))
+    plan = plan_source(STORAGE, PackConfig(source=str(tmp_path), out="o", val_fraction=0.34))
+    sides = {(int(name[2:-4]) % 6, split) for name, (_, split) in placed(plan).items()}
+    assert sorted(number for number, _ in sides) == list(range(6))
+    assert Counter(split for _, split in sides) == {"val": 2, "train": 4}
+
+
+def test_a_poor_set_is_named_with_its_numbers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "walk").mkdir()
+    for index in range(10):
+        (tmp_path / "walk" / f"{index}.mp4").write_bytes(bytes([index]))
+    plan_source(STORAGE, PackConfig(source=str(tmp_path), out="o", val_fraction=0.2))
+    said = capsys.readouterr().err
+    assert "WARNING: " + str(tmp_path) + ": all 10 labelled videos are of one class, 'walk'; a network learns" in said
+    assert "2 videos to validate on, for 1 classes: each is 50 % of a top-1" in said
 
 
 def test_shards_hold_one_split_are_of_like_size_and_mix_the_classes() -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from kinoray.catalog.folders import VIDEO_EXTENSIONS, split_named
+from kinoray.catalog.folders import VIDEO_EXTENSIONS, class_name, split_named
 from kinoray.catalog.kinetics import AnnotationRow, clip_key, key_of_name, window_of_key
 from kinoray.catalog.source import (
     UNLABELLED_SPLITS,
@@ -83,7 +83,7 @@ def read_label_names(storage: Storage, uri: str) -> dict[int, str]:
     for number, name in pairs:
         if not str(number).isdigit() or not isinstance(name, str) or int(number) in names:
             raise CatalogError(f"label_names {uri}: number {number!r} with name {name!r}; expected each number once")
-        names[int(number)] = name
+        names[int(number)] = class_name(name)
     if not names:
         raise CatalogError(f"label_names {uri} is empty; expected one class name a line, in the order of their numbers")
     return names
@@ -251,4 +251,4 @@ def _label(where: str, text: str, label_names: Mapping[int, str]) -> str | None:
         if int(text) not in label_names:
             raise CatalogError(f"{where}: label {text} has no name; label_names names {len(label_names)} classes")
         return label_names[int(text)]
-    return text
+    return class_name(text)

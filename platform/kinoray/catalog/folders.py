@@ -1,41 +1,73 @@
-"""What names in a listing mean: which file is a video, which folder a split or a class, and what systems leave behind.
+"""What a listing means: which file is a video, which folder a split or a class, and what systems leave behind.
 
 What is easy to break: `pack`, `label` and `doctor` must say the same of one folder, so none of them decides any of this
 itself.
 """
 
+import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 __all__ = [
+    "HEAD_BYTES",
     "VIDEO_EXTENSIONS",
+    "class_name",
     "extension",
     "is_hidden",
     "is_other",
     "is_text",
     "is_video",
+    "is_video_head",
     "place_problem",
     "places_in_folders",
     "said_of_others",
+    "set_problems",
     "split_named",
 ]
 
 VIDEO_EXTENSIONS = frozenset(
-    {".mp4", ".mkv", ".webm", ".avi", ".mov", ".m4v", ".ts", ".mpg", ".mpeg", ".flv", ".wmv", ".3gp"}
+    {
+        *(".mp4", ".m4v", ".mov", ".qt", ".3gp", ".3g2", ".f4v"),
+        *(".mkv", ".webm", ".avi", ".divx", ".flv", ".ogv", ".wmv", ".asf"),
+        *(".ts", ".mts", ".m2ts", ".m2t", ".mpg", ".mpeg", ".mpe", ".vob"),
+        *(".m2v", ".mpv", ".dv", ".mxf", ".rm", ".rmvb"),
+    }
 )
-"""What counts as a video in a folder that has no catalog, in lower case."""
+"""What is a video by its name, in lower case. Nobody calls anything else so that lies beside videos; what kinoray does
+not decode (the last line) is one all the same, since a row that says so is better than a file that is left out."""
 
 _OTHER_EXTENSIONS = frozenset(
     {
-        *(".vtt", ".srt", ".ass", ".ssa", ".sbv", ".lrc"),
+        *(".vtt", ".srt", ".ass", ".ssa", ".sbv", ".lrc", ".idx", ".sub"),
         *(".txt", ".md", ".csv", ".tsv", ".json", ".jsonl", ".xml", ".yaml", ".yml", ".html", ".htm", ".nfo", ".pdf"),
-        *(".log", ".ini", ".url", ".description", ".npy", ".npz", ".pkl", ".parquet"),
-        *(".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".heic", ".heif", ".avif", ".svg", ".thm"),
-        *(".mp3", ".wav", ".m4a", ".aac", ".flac", ".ogg", ".opus"),
+        *(".log", ".ini", ".url", ".description", ".npy", ".npz", ".pkl", ".parquet", ".py", ".sh", ".md5", ".sha256"),
+        *(".jpg", ".jpeg", ".png", ".gif", ".webp", ".bmp", ".tif", ".tiff", ".heic", ".heif", ".avif", ".svg"),
+        *(".mp3", ".wav", ".m4a", ".aac", ".flac", ".opus", ".wma"),
         *(".part", ".ytdl", ".tmp", ".zip", ".tar", ".gz", ".tgz", ".7z", ".rar"),
+        *(".thm", ".lrv", ".lrf", ".ifo", ".bup", ".cpi", ".mpl", ".bdm", ".modd", ".moff"),
     }
 )
-"""What is surely something else, and lies beside videos: subtitles, notes, stills, sound, downloads that were cut."""
+"""What is something else by its name, and lies beside videos: subtitles, notes, pictures, sound, downloads that were
+cut, and what cameras and discs write (previews among it, which are small copies of the video beside them)."""
+
+HEAD_BYTES = 600
+"""Of a file's first bytes, what `is_video_head` asks for: two packets of MPEG-TS and more."""
+
+_MAGIC = (
+    b"\x1aE\xdf\xa3",  # Matroska, WebM
+    b"FLV\x01",
+    b"0&\xb2u\x8ef\xcf\x11",  # ASF
+    b"\x00\x00\x01\xba",  # MPEG-PS
+    b"\x00\x00\x01\xb3",  # MPEG-1 and MPEG-2 video
+    b"\x06\x0e+4\x02\x05\x01\x01",  # MXF
+    b"\x1f\x07\x00",  # DV
+    b".RMF",
+)
+_BOX_TYPES = (b"ftyp", b"moov", b"mdat", b"wide", b"skip", b"free", b"pnot")  # what MP4 and QuickTime begin with
+_OTHER_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1", b"avif", b"avis", b"crx ")
+_SOUND_BRANDS = (b"M4A ", b"M4B ", b"M4P ", b"aax ")
+_OGG_VIDEO = (b"\x80theora", b"OVP80", b"BBCD")  # in the first pages, one a stream
+_TS_PACKETS = ((0, 188), (4, 192), (0, 204))  # MPEG-TS, that of AVCHD and Blu-ray, that with error correction
 
 _SPLITS = {
     "train": ("train", "training"),
@@ -51,11 +83,10 @@ _LEFT_BY_SYSTEMS = frozenset(  # besides what begins with a dot, such as ._a.mp4
 )
 
 _PROBLEMS = {
-    "HiddenFile": "a hidden file, or inside a hidden folder",
-    "NotAVideo": "no video by its name",
     "NoClassFolder": "lies outside of the class folders",
     "UnusableName": "its name is not UTF-8; rename it",
 }
+_FEW_TO_VALIDATE = 10
 
 
 def extension(name: str) -> str:
@@ -80,20 +111,30 @@ def is_video(name: str) -> bool:
 
 
 def is_other(name: str) -> bool:
-    """Whether a file below a source says by its name that it is no video; of most endings nothing is known."""
-    return extension(name) in _OTHER_EXTENSIONS
+    """Whether a file below a source is none by its name; of most endings, and without one, nothing is known."""
+    return extension(name) in _OTHER_EXTENSIONS or is_hidden(name.split("/"))
+
+
+def is_video_head(head: bytes) -> bool:
+    """Whether a file is a video by its first HEAD_BYTES (all of them, if it has fewer). Pictures and sound are none."""
+    if head[4:8] == b"ftyp":
+        return head[8:12] not in (*_OTHER_BRANDS, *_SOUND_BRANDS)
+    if head[4:8] in _BOX_TYPES:
+        return b"\0" in head  # "The free ..." is a text
+    if head.startswith(b"RIFF"):
+        return head[8:11] == b"AVI"
+    if head.startswith(b"OggS"):
+        return any(magic in head for magic in _OGG_VIDEO)
+    packets = ([head[start + number * step :][:1] for number in range(3)] for start, step in _TS_PACKETS)
+    return head.startswith(_MAGIC) or any(found == [b"G"] * 3 for found in packets)
 
 
 def said_of_others(names: Iterable[str]) -> str:
-    """`12 files are no videos by their names (.json 6, .vtt 4, hidden 2)`."""
+    """`12 files are no videos (.json 6, .vtt 4, hidden 2)`."""
     counts = Counter("hidden" if is_hidden(name.split("/")) else extension(name) or "no ending" for name in names)
     shown = ", ".join(f"{ending} {count}" for ending, count in counts.most_common(_SHOWN_ENDINGS))
     more = f" and {len(counts) - _SHOWN_ENDINGS} more endings" if len(counts) > _SHOWN_ENDINGS else ""
-    are = (
-        "1 file is no video by its name"
-        if counts.total() == 1
-        else f"{counts.total()} files are no videos by their names"
-    )
+    are = "1 file is no video" if counts.total() == 1 else f"{counts.total()} files are no videos"
     return f"{are} ({shown}{more})"
 
 
@@ -111,28 +152,42 @@ def place_problem(error_class: str) -> str:
     return _PROBLEMS[error_class]
 
 
-def places_in_folders(names: Sequence[str]) -> list[tuple[str, str | None] | str]:
-    """(class, split or None) of each path below a source, or the error_class of its refusal (see `place_problem`).
+def class_name(text: str) -> str:
+    """The name of a class in the form in which names are compared: `e` with an accent may be one character or two."""
+    return unicodedata.normalize("NFC", text)
 
-    The top folders are splits where all that have videos (by their names, if any file is one) are called so, and there
-    are folders inside. Others beside them, such as `annotations/`, are no classes.
+
+def places_in_folders(names: Sequence[str]) -> list[tuple[str, str | None] | str]:
+    """(class, split or None) of each video by its path below a source, or the error_class of its refusal.
+
+    The top folders are splits where all of them are called so, and there are folders inside.
     """
     paths = [name.split("/") for name in names]
-    inside = [path for path in paths if len(path) > 1 and not is_hidden(path)]
-    seen = [path for path in inside if is_video(path[-1])] or inside
-    has_splits = all(split_named(path[0]) for path in seen) and any(len(path) > 2 for path in seen)
+    inside = [path for path in paths if len(path) > 1]
+    has_splits = all(split_named(path[0]) for path in inside) and any(len(path) > 2 for path in inside)
     places: list[tuple[str, str | None] | str] = []
     for name, path in zip(names, paths, strict=True):
         split = split_named(path[0]) if has_splits else None
         folders = path[1:-1] if has_splits else path[:-1]
-        if is_hidden(path):
-            places.append("HiddenFile")
-        elif is_other(path[-1]):
-            places.append("NotAVideo")
-        elif not folders or not folders[0] or (has_splits and split is None):
+        if not folders or not folders[0]:
             places.append("NoClassFolder")
         elif not is_text(name):
             places.append("UnusableName")
         else:
-            places.append((folders[0], split))
+            places.append((class_name(folders[0]), split))
     return places
+
+
+def set_problems(places: Mapping[tuple[str | None, str | None], int]) -> list[tuple[str, str]]:
+    """(what is odd, what to do) of a labelled set that is too poor to train on; `places`: (class, split) -> videos."""
+    found: list[tuple[str, str]] = []
+    labels = {label for label, _ in places if label is not None}
+    num_labelled = sum(count for (label, _), count in places.items() if label is not None)
+    if len(labels) == 1:
+        text = f"all {num_labelled} labelled videos are of one class, {next(iter(labels))!r}"
+        found.append((text, "a network learns nothing from one class; expected a folder, or a label, for each class"))
+    num_val = sum(count for (_, split), count in places.items() if split == "val")
+    if 0 < num_val < max(_FEW_TO_VALIDATE, len(labels)):
+        text = f"{num_val} videos to validate on, for {len(labels)} classes: each is {100 / num_val:.0f} % of a top-1"
+        found.append((text, "accuracies on so few say little; add videos to val"))
+    return found

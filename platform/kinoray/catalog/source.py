@@ -1,23 +1,32 @@
 """Finding the files that a user means: everything below a folder or prefix, or the rows of a CSV; and the tables that
 people write as text, since every list, annotation file and correction goes through here.
 
-Nothing is left out here, whatever it is called; what to do with a file that is no video is the caller's business. A
-name that is found is data: it never becomes a path to write to. What is easy to break: of a text nothing is repaired
-and nothing is guessed, since a guess loses rows or classes in silence; what is odd is an error with its line, and the
-file is counted again from its bytes. A record is a line.
+Nothing is left out here, whatever it is called: each file is listed with whether it is a video. A name that is found is
+data: it never becomes a path to write to. What is easy to break: of a text nothing is repaired and nothing is guessed,
+since a guess loses rows or classes in silence; what is odd is an error with its line, and the file is counted again
+from its bytes. A record is a line.
 """
 
 import hashlib
+import os
 import re
 import sys
 import unicodedata
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from pathlib import Path
+from functools import partial
 
-from kinoray.catalog.folders import is_video, split_named
+from kinoray.catalog.folders import (
+    HEAD_BYTES,
+    class_name,
+    extension,
+    is_other,
+    is_video,
+    is_video_head,
+    split_named,
+)
 from kinoray.config.files import FILE_SCHEME, local_path, local_uri
 from kinoray.console import visible
 from kinoray.errors import CatalogError, ConfigError, IncompleteOutput, ObjectNotFound, StorageError, StorageUnavailable
@@ -210,6 +219,8 @@ def _check_names(where: str, names: Sequence[str], delimiter: str) -> None:
 
 _SHOWN_FOLDERS = 10
 _STAT_THREADS = 16
+_MAX_LOOKS = 400  # at files of one ending
+_MAX_ENDINGS = 20  # that are looked at by themselves: digests behind a dot are no endings
 _MAX_ID_BYTES = 180  # leaves room for an extension in the 255 bytes of a file name
 _DIGEST_CHARS = (0, 10, 64)  # of a name's SHA-256 in its video_id: none, enough against chance, enough against intent
 UNLABELLED_SPLITS = frozenset({"test", "holdout", "unlabelled"})
@@ -230,6 +241,8 @@ class SourceFile:
     """Class name, from a CSV."""
     split: str | None = None
     """Split, from a CSV; `Validation` is called `val`, and so on."""
+    is_video: bool = True
+    """Whether it is one by its name, or where that does not say by its first bytes; what a CSV names always is."""
 
 
 def warn(text: str) -> None:
@@ -240,8 +253,11 @@ def warn(text: str) -> None:
 def find_files(storage: Storage, source: str, *, say: Callable[[str], None] = warn) -> list[SourceFile]:
     """All files of a folder or s3:// prefix at any depth, or of a .csv (columns path or uri, label?, split?), by name.
 
-    The address of a video (by its name) stands for that video. Paths in a CSV are relative to its folder, absolute, or
+    The address of a video stands for that video. Paths in a CSV are relative to its folder, absolute, ~/, file:// or
     s3://. A folder that is empty gives an empty list. Folders that cannot be listed are left out and told to `say`.
+
+    A file whose name does not say what it is (another ending, or none) is a video if its first bytes are. Of an ending
+    that very many files have, some are looked at: if any of those is a video, so are all the others.
 
     Raises:
         CatalogError: the CSV lacks a column or a path, names a file twice, or is no CSV; with the line.
@@ -249,7 +265,7 @@ def find_files(storage: Storage, source: str, *, say: Callable[[str], None] = wa
     """
     if source.lower().endswith(".csv"):
         return _read_csv(storage, source)
-    prefix = absolute(source).rstrip("/") + "/"
+    prefix = local_path(absolute(source)).rstrip("/") + "/"
     skipped: list[str] = []
     infos = storage.list(prefix, skipped=lambda folder, why: skipped.append(f"{folder} is left out: {why}"))
     files = [SourceFile(info.uri[len(prefix) :], local_uri(info.uri), info.size_bytes) for info in infos]
@@ -258,18 +274,60 @@ def find_files(storage: Storage, source: str, *, say: Callable[[str], None] = wa
     if len(skipped) > _SHOWN_FOLDERS:
         say(f"{len(skipped) - _SHOWN_FOLDERS} more folders below {source} are left out")
     if files:
+        return _judged(storage, source, files, say)
+    name = source.rstrip("/").rpartition("/")[2]
+    if is_s3(source):
+        is_one = not source.endswith("/") and "/" in source.removeprefix("s3://") and storage.exists(source)
+    else:
+        is_one = not os.path.isdir(local_path(source))
+    if not is_one:
         return files
-    if is_video(source.rpartition("/")[2]) and storage.exists(source):
-        info = storage.stat(source)
-        return [SourceFile(source.rpartition("/")[2], local_uri(absolute(local_path(source))), info.size_bytes)]
-    if not is_s3(source) and not Path(source).is_dir():
-        if Path(source).exists():
-            raise CatalogError(
-                f"{source} is a file; expected a folder or s3:// prefix of videos, one video (.mp4 and others), a .csv "
-                "or a .parquet"
-            )
+    uri = absolute(source)
+    if not is_s3(uri) and not os.path.lexists(local_path(uri)):
         raise ObjectNotFound(f"{source}: no such folder or video")
-    return files
+    file = SourceFile(name, uri, storage.stat(uri).size_bytes)
+    if is_other(name) or not (is_video(name) or _is_video_inside(storage, file)):
+        raise CatalogError(
+            f"{source} is a file, and no video; expected a folder or s3:// prefix of videos, one video, a .csv or a "
+            ".parquet"
+        )
+    return [file]
+
+
+def _judged(storage: Storage, source: str, files: Sequence[SourceFile], say: Callable[[str], None]) -> list[SourceFile]:
+    """The files, with whether they are videos; a bounded number of them is looked at."""
+    unknown: dict[str, list[SourceFile]] = defaultdict(list)
+    for file in files:
+        if not is_video(file.name) and not is_other(file.name):
+            unknown[extension(file.name)].append(file)
+    frequent = sorted(unknown, key=lambda ending: -len(unknown[ending]))[:_MAX_ENDINGS]
+    groups = [(f"{ending} files" if ending else "files without an ending", unknown.pop(ending)) for ending in frequent]
+    groups.append(("files of other endings", [file for group in unknown.values() for file in group]))
+    videos: set[str] = set()
+    with ThreadPoolExecutor(_STAT_THREADS) as pool:
+        for what, group in groups:
+            looked = group[:: -(-len(group) // _MAX_LOOKS) or 1]
+            found = list(pool.map(partial(_is_video_inside, storage), looked))
+            videos.update(file.name for file, is_one in zip(looked, found, strict=True) if is_one)
+            if len(looked) < len(group):
+                rest = set(group).difference(looked) if any(found) else ()
+                videos.update(file.name for file in rest)
+                say(
+                    f"{source}: of {len(group)} {what} {len(looked)} were looked at and {sum(found)} of them are "
+                    f"videos, so the others are taken for {'videos, too' if rest else 'none'}; to choose, list them in "
+                    "a .csv"
+                )
+    return [file if is_video(file.name) or file.name in videos else replace(file, is_video=False) for file in files]
+
+
+def _is_video_inside(storage: Storage, file: SourceFile) -> bool:
+    """Whether its first bytes are those of a video; what cannot be read counts as one: its reader will say why."""
+    try:
+        return is_video_head(storage.read_range(file.uri, 0, min(file.size_bytes, HEAD_BYTES)))
+    except StorageUnavailable:
+        raise
+    except StorageError:
+        return True
 
 
 def unique_ids(names: Sequence[str]) -> list[str]:
@@ -330,7 +388,7 @@ def _read_csv(storage: Storage, source: str) -> list[SourceFile]:
             name=name,
             uri=_uri_of(folder, name),
             size_bytes=0,
-            label=record.cells.get("label", "").strip() or None,
+            label=class_name(record.cells.get("label", "").strip()) or None,
             split=split_named(split) or split if split else None,
         )
         if file.uri in files:
@@ -345,7 +403,7 @@ def _uri_of(folder: str, name: str) -> str:
     """The address of what a CSV calls `name`."""
     if is_s3(name) or ("://" in name and not name.startswith(FILE_SCHEME)):
         return name  # its reader says that there is no such store
-    path = local_path(name)
+    path = os.path.expanduser(local_path(name))
     return local_uri(path if path.startswith("/") else absolute(join(folder, path)))
 
 

@@ -17,7 +17,7 @@ from functools import cached_property
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from kinoray.catalog.folders import VIDEO_EXTENSIONS, is_video, said_of_others
+from kinoray.catalog.folders import VIDEO_EXTENSIONS, said_of_others
 from kinoray.catalog.read import Reference, read_video, read_videos, time_problem
 from kinoray.catalog.source import SourceFile, find_files, unique_ids, warn
 from kinoray.config.files import local_path, local_uri
@@ -236,8 +236,8 @@ def save_catalog(storage: Storage, uri: str, catalog: Catalog) -> None:
 def catalog_of_source(storage: Storage, source: str, *, say: Callable[[str], None] = warn) -> Catalog:
     """A catalog of what a user points at: a pack's folder, a .parquet, a .csv, a folder or prefix of videos, or one.
 
-    Videos in a folder are known by their names (`is_video`) and stay where they are; their rows are `listed`,
-    not probed, and have no checksum. `say` is told what is left out.
+    Videos in a folder are known by their names or first bytes and stay where they are; their rows are `listed`, not
+    probed, and have no checksum. `say` is told what is left out.
 
     Raises:
         CatalogError: nothing there is a video, or the list is malformed.
@@ -248,8 +248,8 @@ def catalog_of_source(storage: Storage, source: str, *, say: Callable[[str], Non
     files = find_files(storage, source, say=say)
     catalog = catalog_of_files(source, files)
     told = ("catalog.parquet", _PACK_RECORD)  # by is_catalog
-    others = [file.name for file in files if not is_video(file.name) and file.name not in told]
-    if others and len(catalog) < len(files):  # a list may name what it likes
+    others = [file.name for file in files if not file.is_video and file.name not in told]
+    if others:
         say(f"{source}: {said_of_others(others)}, and left out")
     return catalog
 
@@ -328,7 +328,7 @@ def catalog_of_files(source: str, files: list[SourceFile]) -> Catalog:
     """
     if not source.lower().endswith(".csv"):
         num_found, names = len(files), {file.name for file in files}
-        files = [file for file in files if is_video(file.name)]
+        files = [file for file in files if file.is_video]
         if not files:
             there = f"{num_found} files, but none" if num_found else "nothing"
             known = " ".join(sorted(VIDEO_EXTENSIONS))

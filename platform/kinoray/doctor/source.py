@@ -14,7 +14,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from kinoray.catalog.folders import extension, is_video, places_in_folders
+from kinoray.catalog.folders import extension, places_in_folders, said_of_others, set_problems
 from kinoray.catalog.source import UNLABELLED_SPLITS, SourceFile, find_files, unique_ids
 from kinoray.catalog.table import (
     Catalog,
@@ -49,7 +49,7 @@ class Inventory:
     catalog: Catalog
     """The videos; a pack's have a label and a checksum, a folder's only a size."""
     others: tuple[SourceFile, ...] = ()
-    """Files of a folder that are no videos by their names."""
+    """Files of a folder that are no videos."""
     num_renamed: int = 0
     """Files whose video_id carries a digest, since it would be too long or another file's, too."""
     notes: tuple[str, ...] = ()
@@ -77,8 +77,8 @@ def open_source(storage: Storage, source: str) -> Inventory:
     if source.lower().endswith(".csv"):
         places, videos, others = _places_of(catalog), files, []
     else:
-        videos = [file for file in files if is_video(file.name)]
-        others = [file for file in files if not is_video(file.name)]
+        videos = [file for file in files if file.is_video]
+        others = [file for file in files if not file.is_video]
         places = _places_of_folders(videos)
     ids = catalog.table.column("video_id").to_pylist()
     return Inventory(
@@ -146,6 +146,7 @@ def source_section(inventory: Inventory, decode: DecodeConfig) -> Section:
         "num_over_max_bytes": sum(size > decode.max_bytes for size in known),
         "largest_bytes": max(known, default=0),
         "num_ignored": len(inventory.others),
+        "ignored": said_of_others(file.name for file in inventory.others),
         "ignored_bytes": sum(file.size_bytes for file in inventory.others),
         "ignored_by_extension": dict(other_suffixes.most_common()),
         "ignored_examples": [_printable(file.name) for file in inventory.others[:_EXAMPLES]],
@@ -226,7 +227,7 @@ def _lines(values: dict[str, Any]) -> list[str]:
     if values["num_ignored"]:
         examples = ", ".join(values["ignored_examples"])
         size = format_bytes(values["ignored_bytes"])
-        lines.append(f"not videos by their names: {many(values['num_ignored'], 'file')}, {size}, such as {examples}")
+        lines.append(f"{values['ignored']}, left out: {size}, such as {examples}")
     labels = values["labels"]
     if labels:
         head = ("split", "videos", "classes", "fewest videos", "most videos")
@@ -272,6 +273,7 @@ def _warnings(inventory: Inventory, values: dict[str, Any], decode: DecodeConfig
         found += _duplicate_warnings(duplicates)
     if labels := values["labels"]:
         found += _label_warnings(labels)
+        found += [Warn(text, remedy) for text, remedy in set_problems(inventory.places)]
     return found
 
 

@@ -133,7 +133,7 @@ class CorrectConfig(PredictionsConfig):
     new_classes: tuple[str, ...] = ()
     """Classes that corrections may name although the model does not know them; they come last."""
     val_fraction: float = 0.0
-    """Share of the videos without a split that goes to split `val` (by a hash of the video's id)."""
+    """Share of each class, of videos without a split, that goes to split `val`; as `kinoray pack` draws it."""
 
     def __post_init__(self) -> None:
         _check_share("accept_score", self.accept_score)

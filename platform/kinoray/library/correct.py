@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from kinoray.catalog.folders import class_name
 from kinoray.catalog.source import decode_text, parse_table_text
 from kinoray.catalog.table import CATALOG_SCHEMA, Catalog, catalog_of_source, save_catalog
 from kinoray.errors import CatalogError
@@ -21,7 +22,7 @@ from kinoray.label.ledger import Ledger, open_ledger
 from kinoray.label.unit import row_keys
 from kinoray.library.config import CorrectConfig
 from kinoray.library.rows import BAD_VIDEO, class_names, scan, undefused
-from kinoray.pack.plan import share
+from kinoray.pack.plan import drawn_to_val
 from kinoray.storage.objects import MAX_TABLE_BYTES, Storage, absolute, join
 from kinoray.storage.outputs import require_folder
 
@@ -75,9 +76,11 @@ def correct(config: CorrectConfig) -> dict[str, Any]:
             f"no video of {ledger.root} has a label now: give --corrections with classes, or a lower --accept-score"
         )
     ids = {name: index for index, name in enumerate(labels)}
+    free = [(row["video_id"], row["label"], row.get("sha256")) for row in rows if not row["split"]]
+    validating = drawn_to_val(free, config.val_fraction)
     for row in rows:
         row["label_id"] = ids[row["label"]]
-        row["split"] = row["split"] or ("val" if share("val", row["video_id"]) < config.val_fraction else "train")
+        row["split"] = row["split"] or ("val" if row["video_id"] in validating else "train")
     arrays = [pa.array([row.get(field.name) for row in rows], field.type) for field in CATALOG_SCHEMA]
     catalog = Catalog(pa.table(arrays, schema=CATALOG_SCHEMA), labels)
     out = absolute(config.out)
@@ -105,7 +108,7 @@ def read_corrections(storage: Storage, uris: Sequence[str], labels: Sequence[str
     """
     found: dict[str, Correction] = {}
     repeated = 0
-    classes = {*labels, BAD_VIDEO}
+    classes = {class_name(label): label for label in (*labels, BAD_VIDEO)}
     for uri in uris:
         for correction in _read_file(storage, uri, classes):
             before = found.setdefault(correction.row_key, correction)
@@ -120,7 +123,7 @@ def read_corrections(storage: Storage, uris: Sequence[str], labels: Sequence[str
     return found, repeated
 
 
-def _read_file(storage: Storage, uri: str, classes: set[str]) -> Iterator[Correction]:
+def _read_file(storage: Storage, uri: str, classes: Mapping[str, str]) -> Iterator[Correction]:
     text = decode_text(uri, storage.read(absolute(uri), max_bytes=MAX_TABLE_BYTES))
     expected = "expected the CSV that a report lets you download, or one with the columns row_key,label"
     table = parse_table_text(uri, text, ("row_key", "label"), f"there is no column row_key; {expected}")
@@ -133,17 +136,17 @@ def _read_file(storage: Storage, uri: str, classes: set[str]) -> Iterator[Correc
         yield _correction(uri, record.line, record.cells, classes)
 
 
-def _correction(uri: str, number: int, line: Mapping[str, str], classes: set[str]) -> Correction:
+def _correction(uri: str, number: int, line: Mapping[str, str], classes: Mapping[str, str]) -> Correction:
     where = f"{uri} line {number}"
     row_key, label = line["row_key"].strip(), line["label"]
     if not row_key:
         raise CatalogError(f"{where}, column row_key: it is empty; it must name a row of the predictions")
-    for candidate in (label, undefused(label), undefused(label).strip()):  # a quote sign defuses formulas
+    for candidate in map(class_name, (label, undefused(label), undefused(label).strip())):  # a quote defuses formulas
         if candidate in classes:
-            label = candidate
+            label = classes[candidate]
             break
     else:
-        some = ", ".join(sorted(classes - {BAD_VIDEO})[:20])
+        some = ", ".join(sorted({*classes} - {BAD_VIDEO})[:20])
         raise CatalogError(
             f"{where}, column label: there is no class {label!r}; there are {some}"
             f"{' ...' if len(classes) > 21 else ''}, and {BAD_VIDEO} to leave a video out; --new-classes adds one"

@@ -18,8 +18,8 @@ class PackConfig(JobConfig):
     Example: kinoray pack videos/ --out s3://bucket/set
 
     Every file that is found is either packed or listed in quarantine.parquet with a reason, but for what is no video by
-    its name (.json, .vtt, .jpg, ...): that is counted. The same command again goes
-    on where a killed run stopped.
+    its name (.json, .vtt, .jpg, hidden, ...), or by its first bytes where the name does not say: that is counted. The
+    same command again goes on where a killed run stopped.
 
     Kinetics: kinoray pack --kinetics k400 --annotations train.csv val.csv s3://bucket/k400/ --out s3://bucket/set
 
@@ -56,7 +56,8 @@ class PackConfig(JobConfig):
     shard_mb: int = 256
     """Aimed size of a shard, in MiB."""
     val_fraction: float = 0.0
-    """Share of each class that goes to split `val` where the source names no splits (by a hash of the file's path)."""
+    """Share of each class that goes to split `val` where the source names no splits: at least one video of each class
+    with two or more. Copies of a video go to one side."""
     decode: DecodeConfig = field(default_factory=DecodeConfig)
     """Limits that a file is probed against."""
     resources: WorkersConfig = field(default_factory=WorkersConfig)

@@ -1,25 +1,27 @@
 """What is to be packed: units of work, and the planners of folders, lists and catalogs; kinetics.py has another one.
 
 A plan is a pure function of the listing, so that every run comes to the same one. A shard holds one split, and its
-files are drawn from all classes by a hash of their names: any shard is a fair sample. What is easy to break: a file's
-split depends on its own name only, so that a grown source moves no video from training to validation.
+files are drawn from all classes by a hash of their names: any shard is a fair sample. What is easy to break: which
+videos validate is drawn class by class in the order of that hash, so that a grown source moves few of them.
 """
 
 import hashlib
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 import pyarrow as pa
 
-from kinoray.catalog.folders import extension, is_text, place_problem, places_in_folders
+from kinoray.catalog.folders import extension, is_text, place_problem, places_in_folders, set_problems
 from kinoray.catalog.quarantine import QuarantineRow, Refusal
 from kinoray.catalog.read import Reference, time_problem
-from kinoray.catalog.source import UNLABELLED_SPLITS, SourceFile, find_files, stat_size, unique_ids
+from kinoray.catalog.source import UNLABELLED_SPLITS, SourceFile, find_files, stat_size, unique_ids, warn
 from kinoray.catalog.table import Catalog, is_catalog, load_catalog
 from kinoray.config.shared import digest
-from kinoray.errors import CatalogError
+from kinoray.errors import CatalogError, StorageError, StorageUnavailable
 from kinoray.pack.config import PackConfig
 from kinoray.storage.objects import Storage
 
@@ -29,6 +31,7 @@ __all__ = [
     "PlannedVideo",
     "Unit",
     "cut_evenly",
+    "drawn_to_val",
     "make_plan",
     "plan_of_catalog",
     "plan_source",
@@ -39,6 +42,7 @@ __all__ = [
 T = TypeVar("T")
 
 _STAT_THREADS = 16
+_TAIL_BYTES = 64 * 2**10
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,7 +158,7 @@ class Plan:
     refused: tuple[QuarantineRow, ...] = ()
     """Files that are quarantined by their place or name, without reading them."""
     others: tuple[str, ...] = ()
-    """Names of files that say that they are no videos; they are counted and left out."""
+    """Names of files that are no videos; they are counted and left out."""
     size_bytes: int = 0
     """Of all files in units."""
     about: Mapping[str, Any] = field(default_factory=dict)
@@ -185,43 +189,62 @@ def plan_source(storage: Storage, config: PackConfig) -> Plan:
     shard_bytes, source = config.shard_mb * 2**20, config.source
     if is_catalog(storage, source):
         catalog = _with_sizes(storage, load_catalog(storage, source))
-        return plan_of_catalog(source, catalog, shard_bytes=shard_bytes, val_fraction=config.val_fraction)
-    files = find_files(storage, source)
-    return make_plan(source, files, shard_bytes=shard_bytes, val_fraction=config.val_fraction)
+        plan = plan_of_catalog(source, catalog, shard_bytes=shard_bytes, val_fraction=config.val_fraction)
+    else:
+        files = find_files(storage, source)
+        tails = _tails(storage, files) if config.val_fraction else {}
+        plan = make_plan(source, files, shard_bytes=shard_bytes, val_fraction=config.val_fraction, contents=tails)
+    places: Counter[tuple[str | None, str | None]] = Counter(
+        (file.label, file.split) for unit in plan.units for file in unit.files if isinstance(file, PlannedVideo)
+    )
+    for found, remedy in set_problems(places):
+        warn(f"{source}: {found}; {remedy}")
+    if config.val_fraction and all(split != "val" for _, split in places):
+        warn(f"{source}: val_fraction {config.val_fraction:g} sent no video to val: no class has two without a split")
+    return plan
 
 
-def make_plan(source: str, files: Sequence[SourceFile], *, shard_bytes: int, val_fraction: float) -> Plan:
+def make_plan(
+    source: str,
+    files: Sequence[SourceFile],
+    *,
+    shard_bytes: int,
+    val_fraction: float,
+    contents: Mapping[str, str] = MappingProxyType({}),
+) -> Plan:
     """Sort the files of `source` into shards of about `shard_bytes`.
 
     Classes come from the list, or from folders: `class/...` or `split/class/...`, where the top folders are called
-    train, val or test, or by another usual name of these. Without splits, a hash of the name sends `val_fraction` of
-    the files to val.
+    train, val or test, or by another usual name of these. Without splits, `val_fraction` of each class goes to val.
+
+    Args:
+        contents: uri -> a digest, of files whose contents may be those of others.
 
     Raises:
         CatalogError: no file has a class, or a row of a CSV has none.
     """
+    others = tuple(file.name for file in files if not file.is_video)
+    files = [file for file in files if file.is_video]
     names = [file.name for file in files]
     ids = dict(zip(names, unique_ids(names), strict=True))
     is_csv = source.lower().endswith(".csv")
     places: Sequence[tuple[str | None, str | None] | str]
     places = _places_from_rows(source, files) if is_csv else places_in_folders(names)
-    kept: list[tuple[SourceFile, str | None, str]] = []
+    kept: list[tuple[SourceFile, str | None, str | None]] = []
     refused: list[QuarantineRow] = []
-    others: list[str] = []
     for file, place in zip(files, places, strict=True):
-        if place == "NotAVideo":
-            others.append(file.name)
-        elif isinstance(place, str):
+        if isinstance(place, str):
             refusal = Refusal("list", place, place_problem(place))
             refused.append(QuarantineRow(ids[file.name], file.uri, refusal))
         else:
-            label, split = place
-            kept.append((file, label, split or ("val" if share("val", file.name) < val_fraction else "train")))
+            kept.append((file, *place))
     if not kept:
-        what = "nothing" if not files else f"{len(files)} files, but none in a class folder"
+        what = f"{len(files) + len(others)} files, but none in a class folder" if files or others else "nothing"
         raise CatalogError(
             f"{source}: found {what}; expected folders of one class each, such as {source}/walking/a.mp4"
         )
+    free = [(file.name, label, contents.get(file.uri)) for file, label, split in kept if not split]
+    validating = drawn_to_val(free, val_fraction)
     labels = tuple(sorted({label for _, label, _ in kept if label is not None}))
     label_ids = {label: index for index, label in enumerate(labels)}
     videos = [
@@ -232,17 +255,17 @@ def make_plan(source: str, files: Sequence[SourceFile], *, shard_bytes: int, val
             size_bytes=file.size_bytes,
             label=label,
             label_id=None if label is None else label_ids[label],
-            split=split,
+            split=split or ("val" if file.name in validating else "train"),
         )
         for file, label, split in kept
     ]
-    return replace(_plan_of(labels, videos, refused, shard_bytes, val_fraction), others=tuple(others))
+    return replace(_plan_of(labels, videos, refused, shard_bytes, val_fraction), others=others)
 
 
 def plan_of_catalog(source: str, catalog: Catalog, *, shard_bytes: int, val_fraction: float) -> Plan:
     """Sort the rows of a catalog into shards of about `shard_bytes`: its classes, their order and its splits stay.
 
-    Rows without a split go to train, or by a hash of the video_id to val.
+    Rows without a split go to train, and `val_fraction` of each class of them to val.
 
     Raises:
         CatalogError: it has no row, or some rows of a split have a class and others none.
@@ -251,6 +274,8 @@ def plan_of_catalog(source: str, catalog: Catalog, *, shard_bytes: int, val_frac
     if not rows:
         raise CatalogError(f"{source}: the catalog is empty, there is nothing to pack")
     keys = unique_ids([f"{row['video_id']}.x" for row in rows])  # as they are, where they are such names already
+    free = [(row["video_id"], row["label"], row["sha256"]) for row in rows if not row["split"]]
+    validating = drawn_to_val(free, val_fraction)
     videos = [
         PlannedVideo(
             video_id=key,
@@ -259,7 +284,7 @@ def plan_of_catalog(source: str, catalog: Catalog, *, shard_bytes: int, val_frac
             size_bytes=max(0, row["length"] if row["length"] is not None else row["size_bytes"] or 0),
             label=row["label"],
             label_id=row["label_id"],
-            split=row["split"] or ("val" if share("val", row["video_id"]) < val_fraction else "train"),
+            split=row["split"] or ("val" if row["video_id"] in validating else "train"),
             offset=row["offset"],
             length=row["length"],
             sha256=row["sha256"],
@@ -294,6 +319,28 @@ def _with_sizes(storage: Storage, catalog: Catalog) -> Catalog:
     return Catalog(table.set_column(place, table.schema.field(place), sizes), catalog.labels)
 
 
+def _tails(storage: Storage, files: Sequence[SourceFile]) -> dict[str, str]:
+    """uri -> a digest of the size and the last bytes, of files that have as many bytes as others.
+
+    Copies have equal ones. Others may, too: then they are on one side, which does no harm.
+    """
+    sizes = Counter(file.size_bytes for file in files if file.is_video)
+
+    def tail(file: SourceFile) -> str:
+        length = min(file.size_bytes, _TAIL_BYTES)
+        try:
+            data = storage.read_range(file.uri, file.size_bytes - length, length)
+        except StorageUnavailable:
+            raise
+        except StorageError:  # its reader will say so
+            return file.uri
+        return f"{file.size_bytes}:{hashlib.sha256(data).hexdigest()}"
+
+    alike = [file for file in files if file.is_video and file.size_bytes and sizes[file.size_bytes] > 1]
+    with ThreadPoolExecutor(_STAT_THREADS) as pool:
+        return dict(zip((file.uri for file in alike), pool.map(tail, alike), strict=True))
+
+
 def _places_from_rows(source: str, files: Sequence[SourceFile]) -> list[tuple[str | None, str | None] | str]:
     places: list[tuple[str | None, str | None] | str] = []
     for file in files:
@@ -324,6 +371,32 @@ def _by_split(videos: Sequence[PlannedVideo]) -> dict[str, list[PlannedVideo]]:
     for video in videos:
         splits[video.split].append(video)
     return splits
+
+
+def drawn_to_val(videos: Sequence[tuple[str, str | None, str | None]], fraction: float) -> set[str]:
+    """Names of the videos, given as (name, class, content or None), that validate: that share of each class.
+
+    Of a class with two videos or more at least one validates and one does not. Which ones is a matter of their names:
+    those whose hashes come first. What is left of the fractions of all classes goes to the largest remainders. Videos
+    of equal content are one here, of the class of the first of them.
+    """
+    if not 0 < fraction < 1:
+        return {name for name, _, _ in videos if fraction}
+    same: dict[str, list[str]] = {}
+    classes: dict[str | None, list[str]] = {}
+    for name, label, content in sorted(videos, key=lambda video: (share("val", video[0]), video[0])):
+        key = f"content {content}" if content else f"name {name}"
+        if key not in same:
+            classes.setdefault(label, []).append(key)
+        same.setdefault(key, []).append(name)
+    classes = {label: keys for label, keys in classes.items() if len(keys) > 1}
+    quotas = {label: fraction * len(keys) for label, keys in classes.items()}
+    counts = {label: int(quota) for label, quota in quotas.items()}
+    missing = round(sum(quotas.values())) - sum(counts.values())
+    for label in sorted(quotas, key=lambda label: (counts[label] - quotas[label], label or ""))[: max(0, missing)]:
+        counts[label] += 1
+    chosen = [key for label, keys in classes.items() for key in keys[: min(max(counts[label], 1), len(keys) - 1)]]
+    return {name for key in chosen for name in same[key]}
 
 
 def share(purpose: str, name: str) -> float:

@@ -182,7 +182,7 @@ def _settle(storage: Storage, out: str, plan: Plan, commits: Sequence[Commit]) -
     num_others = len(plan.others)
     if len(catalog) + len(refused) + num_others != plan.num_found:
         raise IncompleteOutput(
-            f"pack: {len(catalog)} packed + {len(refused)} quarantined + {num_others} no videos by name is not the "
+            f"pack: {len(catalog)} packed + {len(refused)} quarantined + {num_others} no videos is not the "
             f"{plan.num_found} files found"
         )
     counts = {"found": plan.num_found, "others": num_others, "reasons": count_reasons(refused)}
@@ -268,9 +268,9 @@ def _finish(storage: Storage, out: str, config: PackConfig, plan: Plan, settled:
 def _print_totals(out: str, plan: Plan, totals: dict[str, Any]) -> None:
     splits = ", ".join(f"{count} {split}" for split, count in totals["splits"].items())
     reasons = ", ".join(f"{count} {reason}" for reason, count in totals["reasons"].items())
-    others = f" + {totals['others']} no videos by name" if plan.others else ""
+    others = f" + {totals['others']} no videos" if plan.others else ""
     if plan.others:
-        print(f"pack: {visible(said_of_others(plan.others))} and left out")
+        print(f"pack: {visible(said_of_others(plan.others))}, and left out")
     print(
         f"pack: {totals['packed']} packed ({splits or 'none'}) + {totals['quarantined']} quarantined"
         f"{f' ({reasons})' if reasons else ''}{others} = {totals['found']} found\n"

@@ -14,7 +14,7 @@ from urllib.parse import urlparse
 
 import pyarrow.fs as pafs
 
-from kinoray.config.files import FILE_SCHEME, local_path
+from kinoray.config.files import FILE_SCHEME, local_path, local_uri
 from kinoray.config.shared import StorageConfig
 from kinoray.errors import ConfigError, ObjectNotFound
 from kinoray.storage.folder import FolderStore, Skipped
@@ -67,8 +67,13 @@ def join(base: str, *parts: str) -> str:
 
 
 def absolute(uri: str) -> str:
-    """The uri as every process understands it: local paths made absolute (a last "/" is kept), the others unchanged."""
-    if is_s3(uri) or uri.startswith(FILE_SCHEME):
+    """The uri as every process understands it: local paths made absolute (a last "/" is kept), the others unchanged.
+
+    A file:// uri is a local path, and stays one where its name is not UTF-8.
+    """
+    if uri.startswith(FILE_SCHEME):
+        return local_uri(local_path(uri))
+    if is_s3(uri):
         return uri
     path = os.path.abspath(os.path.expanduser(uri))
     return path + "/" if uri.endswith("/") and path != "/" else path
