@@ -17,7 +17,7 @@ from functools import cached_property
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from kinoray.catalog.folders import VIDEO_EXTENSIONS, said_of_others
+from kinoray.catalog.folders import VIDEO_EXTENSIONS, is_video, said_of_others
 from kinoray.catalog.read import Reference, read_video, read_videos, time_problem
 from kinoray.catalog.source import SourceFile, find_files, unique_ids, warn
 from kinoray.config.files import local_path, local_uri
