@@ -48,12 +48,24 @@ def one_line(capsys: pytest.CaptureFixture[str]) -> str:
         (["nope"], "unknown verb 'nope'"),
         ([*TRAIN, "--optim.lr", "-1"], "optim.lr must be greater than 0, got -1.0"),
         ([*TRAIN, "--optim.epochs", "many"], "--optim.epochs"),
-        ([*TRAIN, "--optm.lr", "1"], "Unrecognized options: --optm.lr"),
-        ([*TRAIN, "--clip.view.crop-px", "512"], "view.crop_px must be between 16 and view.resize_px, got 512"),
+        ([*TRAIN, "--optm.lr", "1"], "there is no --optm.lr; did you mean --optim.lr? kinoray train --help-all"),
+        (
+            [*TRAIN, "--clip.view.crop-px", "512"],
+            "clip.view.crop_px must be between 16 and clip.view.resize_px, got 512",
+        ),
         ([*TRAIN, "--clip.decode.backend", "cv2"], "'cv2'"),
         ([*TRAIN, "--model.options", "heads"], "model.options must be KEY=VALUE, got 'heads'"),
         ([*TRAIN, "--optim.batch-size", "1"], "optim.batch_size must be at least resources.num_workers (2), got 1"),
-        (["train", "set"], "--out"),
+        (["train", "set"], "ConfigError: Missing: --out; kinoray train --help explains"),
+        (["label"], "ConfigError: Missing: SOURCE, --checkpoint; kinoray label --help explains"),
+        (["label", "x", "--bach-size", "3"], "there is no --bach-size; did you mean --batch-size? kinoray label"),
+        (["label", "--hlep"], "there is no --hlep; did you mean --help?"),
+        (["label", "x", "y", "--checkpoint", "c"], "'y' belongs to no flag"),
+        ([*TRAIN, "--optim.lr"], "Missing: a value of --optim.lr"),
+        ([*TRAIN, "--optim.epochs", "1.5"], "--optim.epochs must be a whole number, got '1.5'"),
+        ([*TRAIN, "--optim.lr", "fast"], "--optim.lr must be a number, got 'fast'"),
+        (["labels", "x", "--sort", "foo"], "--sort must be one of score, margin, entropy, video_id, got 'foo'"),
+        (["correct", "x", "--out", "o"], "one or more files, or --accept-score be given, got nothing"),
         (["label", "x", "--checkpoint", "c", "--out", "o", "--top-k", "0"], "top_k must be at least 1, got 0"),
         (["pack", "x", "--out", "o", "--val-fraction", "2"], "val_fraction must be in 0 .. 1, got 2.0"),
         (["report", "x", "--max-strips", "-1"], "max_strips must be at least 0, got -1"),
@@ -88,7 +100,9 @@ def test_a_wrong_setting_is_one_line_that_names_it(
         ("clip: {view: {train_scales: [1, x]}}", "clip.view.train_scales[1] must be a number, got 'x'"),
         ("resources: {num_workers: true}", "resources.num_workers must be a whole number, got True"),
         ("- 1", "must hold a mapping"),
-        ("a: [", "is not YAML"),
+        ("clip: {view: {crop_px: 512}}", "clip.view.crop_px must be between 16 and clip.view.resize_px, got 512"),
+        ("a: [", "is not YAML that can be read here: while parsing a flow node"),
+        ("a: [", "found '<stream end>', line 1, column 5"),
     ],
 )
 def test_a_wrong_file_is_one_line_that_names_the_field(
@@ -125,6 +139,7 @@ def test_every_verb_explains_itself(verb: str, capsys: pytest.CaptureFixture[str
         line for line in short.splitlines() if line.endswith(" settings.")
     }
     assert max(map(len, full.splitlines())) <= 110
+    assert not re.search(r"^usage:.*(  |\[\[|-$)|^ *:$|\{,|,,", full, re.MULTILINE)
 
 
 @pytest.mark.parametrize("verb", list(VERBS))

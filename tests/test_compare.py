@@ -314,7 +314,7 @@ def test_the_command_line_takes_many_evaluations(tmp_path: Path, capsys: pytest.
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ([], "checkpoint must be given, or ensemble instead of it (one of the two), got ''"),
+        ([], "checkpoint must be given, or ensemble instead of it (one of the two), got nothing"),
         (["--ensemble", "a"], "ensemble must be two evaluations or more, got ('a',)"),
         (["--weights", "1"], "weights must be left out without ensemble, got (1.0,)"),
         (["--ensemble", "a", "b", "--weights", "1", "0"], "weights must be greater than 0, got (1.0, 0.0)"),

@@ -278,7 +278,7 @@ def test_the_source_may_stand_anywhere(line: str, capsys: pytest.CaptureFixture[
 
 def test_a_command_line_without_source_says_so(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["pack", "--kinetics", "k400", "--annotations", "a.csv", "--out", "DST"]) == 2
-    assert "Missing from kinoray pack: SOURCE" in capsys.readouterr().err
+    assert "Missing: SOURCE" in capsys.readouterr().err
 
 
 # --- the whole pack

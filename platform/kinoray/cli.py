@@ -9,7 +9,6 @@ import difflib
 import importlib
 import io
 import os
-import re
 import shlex
 import sys
 import typing
@@ -397,7 +396,9 @@ def _parse_flags(name: str, cls: type[Any], arguments: list[str], default: Any) 
         with contextlib.redirect_stderr(messages):
             return tyro.cli(cls, args=arguments, default=default, prog=f"kinoray {name}")
     except SystemExit:
-        raise ConfigError(_one_line(messages.getvalue())) from None
+        raise ConfigError(
+            _load("kinoray.config.help:what_is_wrong")(name, cls, arguments, messages.getvalue())
+        ) from None
 
 
 def _source_first(arguments: list[str]) -> list[str]:
@@ -431,14 +432,3 @@ def _take(arguments: list[str], flag: str, what: str) -> tuple[list[str], str]:
 
 _OUR_CONFIGS = ("config.yaml", "best.yaml")  # what kinoray writes into runs and sweeps
 _RUN_FILES = ("run.json", "sweep.json")  # what it writes beside them
-_FRAME = "\u2502\u256d\u256e\u2570\u256f"  # what tyro draws its boxes with, where the output can show it
-_RULE = re.compile("[-\u2500]{3,}")
-
-
-def _one_line(box: str) -> str:
-    """The message in tyro's error text: a title, the message, perhaps a suggestion, and a pointer to --help."""
-    plain = box.translate(str.maketrans("", "", _FRAME)).lstrip(" \u2500")
-    parts = [" ".join(part.split()) for part in _RULE.split(plain)]
-    message = [part for part in parts[1:] if part and not part.startswith(("For full helptext", "Argument helptext"))]
-    text = " ".join(message or parts).removeprefix("Error parsing ")
-    return re.sub(r"^[\w.-]+: (?=[\w.]+ must )", "", text)  # our own checks name the whole field already

@@ -15,6 +15,7 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 import tyro
 import yaml
 
+from kinoray.config.check import in_full
 from kinoray.config.files import read_file, translated
 from kinoray.errors import ConfigError, StorageError
 
@@ -114,7 +115,7 @@ def parse_yaml(text: str, what: str) -> Any:
         value = yaml.load(text, _Loader)
         _check(value)
     except (yaml.YAMLError, ValueError, OverflowError, TypeError) as error:
-        reason = " ".join(str(error).split())
+        reason = " ".join(str(error).split()).replace(' in "<unicode string>", line', ", line")
         raise ConfigError(f"{what} is not YAML that can be read here: {reason:.300}") from error
     return value
 
@@ -203,7 +204,10 @@ def config_from_mapping(cls: type[T], content: dict[str, Any], prefix: str = "",
             if complete:
                 raise ConfigError(f"{prefix}{name} is missing")
             values[name] = tyro.MISSING
-    return cls(**values)
+    try:
+        return cls(**values)
+    except ConfigError as error:
+        raise ConfigError(in_full(prefix.rstrip("."), str(error))) from error
 
 
 def _convert(hint: Any, value: Any, name: str, complete: bool) -> Any:

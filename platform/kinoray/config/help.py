@@ -1,4 +1,5 @@
-"""A verb's settings as text: the few that matter for `--help`, all of them for `--help-all`.
+"""A verb's settings as text: the few that matter for `--help`, all of them for `--help-all`; and what is wrong with a
+command line, in one line.
 
 The text is read from the config tree itself: the name, type and default of each field, and the docstring below it.
 What is easy to break: flags here are named as tyro names them; a test compares the two.
@@ -6,17 +7,21 @@ What is easy to break: flags here are named as tyro names them; a test compares 
 
 import ast
 import dataclasses
+import difflib
 import inspect
+import re
 import shutil
 import textwrap
 import types
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import tyro
 
-__all__ = ["Setting", "settings_of", "verb_help"]
+from kinoray.config.check import in_full
+
+__all__ = ["Setting", "settings_of", "verb_help", "what_is_wrong"]
 
 _INDENT = 26
 _WIDEST = 110
@@ -84,11 +89,18 @@ def verb_help(command: str, cls: type[Any], main: tuple[str, ...], extra: str, *
         extra: one more line about flags that are no settings.
     """
     width = min(shutil.get_terminal_size().columns, _WIDEST)
-    everything = sorted(settings_of(cls), key=lambda item: item.flag.startswith("--"))  # what has no flag comes first
+    # What has no flag comes first, then the verb's own settings, then its parts.
+    everything = sorted(settings_of(cls), key=lambda item: (item.flag.startswith("--"), bool(item.group)))
     shown = [item for item in everything if every or item.path in main or item.is_needed]
     needed = [item.flag for item in everything if item.is_needed]
+    optional = [f"[{item.flag.strip('[]')}]" for item in everything if not item.is_needed and item.flag[0] != "-"]
     lines = [
-        *textwrap.wrap(f"usage: {command} {' '.join(needed)} [OPTIONS]", width, subsequent_indent=" " * 10),
+        *textwrap.wrap(
+            " ".join(["usage:", command, *optional, *needed, "[OPTIONS]"]),
+            width,
+            subsequent_indent=" " * 10,
+            break_on_hyphens=False,
+        ),
         "",
     ]
     for paragraph in (inspect.getdoc(cls) or "").split("\n\n"):
@@ -154,7 +166,7 @@ def _value(hint: Any) -> str:
     """`FLOAT`, `{off,exact}`, `TEXT [TEXT ...]`: what a flag of this type takes."""
     origin, args = get_origin(hint), get_args(hint)
     if origin is Literal:
-        return "{" + ",".join(map(str, args)) + "}"
+        return "{" + ",".join(str(arg) for arg in args if arg != "") + "}"  # an empty one is to leave the flag out
     if origin in (Union, types.UnionType):
         return "|".join("none" if arg is type(None) else _value(_plain(arg)[0]) for arg in args)
     if origin is tuple:
@@ -174,3 +186,66 @@ def _default(field: "dataclasses.Field[Any]", text: str) -> str:
     if isinstance(value, tuple):
         return " ".join(map(str, value))
     return str(value)
+
+
+# What is wrong with a command line
+
+_FRAME = "\u2502\u256d\u256e\u2570\u256f"  # what tyro draws its boxes with, where the output can show it
+_RULE = re.compile("[-\u2500]{3,}")
+_NO_SETTINGS = ("--help", "--help-all", "--config", "--preset", "--like", "--print-config")
+_KINDS = {
+    "invalid literal for int() with base 10": "a whole number",
+    "could not convert string to float": "a number",
+}
+
+
+def what_is_wrong(name: str, cls: type[Any], arguments: Sequence[str], box: str) -> str:
+    """The one line that a wrong command line is answered with. It begins with `Missing` where something is.
+
+    Args:
+        name: the verb.
+        arguments: what tyro was given.
+        box: what tyro printed: a title, the message, perhaps a suggestion, and a pointer to --help.
+    """
+    settings = list(settings_of(cls))
+    unknown = _unknown_flag(settings, arguments)
+    if unknown:
+        near = difflib.get_close_matches(unknown, [*_flags(settings), *_NO_SETTINGS], n=1)
+        meant = f"did you mean {near[0]}? " if near else ""
+        return f"there is no {unknown}; {meant}kinoray {name} --help-all explains all settings"
+    plain = box.translate(str.maketrans("", "", _FRAME)).lstrip(" \u2500")
+    parts = [" ".join(part.split()) for part in _RULE.split(plain)]
+    message = [part for part in parts[1:] if part and not part.startswith(("For full helptext", "Argument helptext"))]
+    text = " ".join(message or parts).removeprefix("Error parsing ")
+    if text.startswith("Missing from "):
+        needed = [item.flag.split(" ")[0] for item in settings if item.is_needed]
+        missing = [flag for flag in needed if re.search(rf"(?<![\w-]){re.escape(flag)}(?![\w-])", text)]
+        return f"Missing: {', '.join(missing)}; kinoray {name} --help explains what is needed"
+    if found := re.match(r"Missing value for argument '(\S+)'", text):
+        return f"Missing: a value of {found[1] if found[1].startswith('-') else found[1].upper()}"
+    if found := re.match(r"Unrecognized options: (.*)", text):
+        return f"{found[1]!r} belongs to no flag; put quotes around what holds spaces"
+    if found := re.match(r"invalid choice '(.*)' for argument '(\S+)'. Expected one of \((.*)\)", text):
+        known = [choice for choice in re.findall(r"'([^']*)'", found[3]) if choice]
+        return f"{found[2]} must be one of {', '.join(known)}, got {found[1]!r}"
+    place, colon, problem = text.partition(": ")
+    reason, _, value = problem.partition(": ")
+    if reason in _KINDS:
+        return f"{place} must be {_KINDS[reason]}, got {value}"
+    return in_full(place, problem) if colon and re.match(r"[\w.]+ must ", problem) else text
+
+
+def _flags(settings: Sequence[Setting]) -> list[str]:
+    return [flag for item in settings for flag in re.findall(r"(?<![\w-])--?[a-z][\w.-]*", item.flag)]
+
+
+def _unknown_flag(settings: Sequence[Setting], arguments: Sequence[str]) -> str:
+    """The first argument that looks like a flag, and is none of these; tyro takes `_` for `-`."""
+    known = {*_flags(settings)}
+    for argument in arguments:
+        if argument == "--":
+            break
+        flag = argument.partition("=")[0]
+        if flag.startswith("--") and flag.replace("_", "-") not in known:
+            return flag
+    return ""
