@@ -158,8 +158,8 @@ def check_scorer(model: VideoModel, config: ScorerConfig, num_classes: int) -> N
     if (config.early_exit or config.segment_logits) and consensus is None:
         name = "early_exit" if config.early_exit else "segment_scores"
         raise ConfigError(
-            f"{name} needs a network whose answer is a mean over segments that it sees one by one (docs/models.md has a "
-            "list); "
+            f"{name} needs a network whose answer is a mean over segments that it sees one by one (listed in "
+            "docs/models.md); "
             f"{type(model).__name__} looks at all of them together"
         )
     if config.early_exit and config.early_exit.margin is None and consensus != "probs":
