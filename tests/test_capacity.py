@@ -13,7 +13,7 @@ from kinoray.capacity.config import PlanConfig
 from kinoray.capacity.estimate import Conditions, Rates, Site, Work, estimate, fewest_nodes, job_s, unit_s, work_of
 from kinoray.capacity.plan import gpu_seconds, parse_duration, parse_gpu_rates, parse_node, plan
 from kinoray.catalog.table import save_catalog
-from kinoray.errors import ConfigError, ObjectNotFound
+from kinoray.errors import ConfigError, JobError, ObjectNotFound
 from kinoray.storage.objects import Storage
 from simulated_labelling import Simulation, simulate
 from small_sets import catalog_of
@@ -376,10 +376,10 @@ def test_a_deadline_that_nothing_meets_is_said(
     rates_file: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "plan.json"
-    record = plan(config_of(rates_file, deadline="2min", out=str(out)))
-    assert record["nodes"][0]["fits"] is False
-    assert "no kind of node meets the deadline" in capsys.readouterr().out
-    assert json.loads(out.read_text())["nodes"] == record["nodes"]
+    with pytest.raises(JobError, match="no kind of node meets the deadline"):
+        plan(config_of(rates_file, deadline="2min", out=str(out)))
+    assert "no number of nodes is enough" in capsys.readouterr().out
+    assert json.loads(out.read_text())["nodes"][0]["fits"] is False
 
 
 def test_the_cheapest_kind_is_named(rates_file: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,6 +4,7 @@ import functools
 import hashlib
 import io
 import json
+import os
 import re
 from collections import Counter
 from dataclasses import replace
@@ -103,7 +104,7 @@ def check_set(record: dict[str, Any], files: dict[str, bytes]) -> None:
     assert (probe["num_rotated"], probe["num_miscounted"]) == (1, 0)
     assert (probe["num_large"], probe["num_long_gop"]) == (4, 4)
     assert probe["hours_estimated"] == pytest.approx(28 / 3600)
-    assert [sorted(re.sub(".*__", "", name) for name in ids) for ids in probe["copies"]] == [["copy", "s0"]]
+    assert [sorted(re.sub(r".*/|\..*", "", name) for name in ids) for ids in probe["copies"]] == [["copy", "s0"]]
     assert record["bad"]["reasons"] == dict(Counter(BROKEN.values()))
     assert record["bad"]["fraction"] == 3 / 17
 
@@ -127,11 +128,11 @@ def test_a_folder_is_counted_as_it_was_made(tmp_path: Path, capsys: pytest.Captu
         "17 videos",
         "2 files are no videos (.txt 1, .tar 1), left out: 107 B, such as README.txt, old/videos.tar",
         "3 of 17 (17.6%)",
-        "of 14 probed videos 4 with more than 48 frames a key frame",
+        "of 14 probed videos 4 with more than 48 frames per key frame",
         "of 14 probed videos 4 with a short side over 256",
         "of 14 probed videos 1 rotated",
         "1 video with 0 bytes",
-        "1 group of probed videos with the same bytes, such as bus__s0 and car__copy",
+        f"same bytes, such as {tmp_path}/set/bus/s0.mp4 and {tmp_path}/set/car/copy.mp4",
         "ignored: 1 archive, such as old/videos.tar",
         f"{record['probe']['bytes_read'] + record['decode']['bytes_read']:,} bytes of videos were read",
     ):
@@ -242,6 +243,22 @@ def test_a_sample_reads_no_more_than_itself_and_speaks_for_all(
     assert "about 0.0 h in all 60 videos" in said
 
 
+def test_bad_videos_are_named_by_their_paths_and_a_pipe_is_called_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("cut.mp4", "cut.mkv"):
+        LOCAL.put(str(tmp_path / "set" / name), small(0)[:200])
+    os.mkfifo(tmp_path / "set" / "pipe.mp4")
+    assert main(["doctor", str(tmp_path / "set"), "--decode-sample", "0"]) == 1
+    said, error = capsys.readouterr()
+    for name in ("cut.mp4", "cut.mkv"):
+        assert f"{tmp_path}/set/{name}: UnreadableContainer: " in said
+    assert f"1 name of what is no file (a pipe, a socket, a device, a folder), such as {tmp_path}/set/pipe.mp4" in said
+    assert "correct the list, or upload them" not in said
+    assert error.startswith("kinoray doctor: TooManyBad: 3 of 3 probed videos of ")
+    assert error.count("cut.mkv: UnreadableContainer: ") == 1
+
+
 def test_what_is_over_the_byte_limit_is_refused_unread(tmp_path: Path) -> None:
     LOCAL.put(str(tmp_path / "a.mp4"), small(0))
     LOCAL.put(str(tmp_path / "b.mp4"), small(1) + bytes(100_000))
@@ -250,7 +267,7 @@ def test_what_is_over_the_byte_limit_is_refused_unread(tmp_path: Path) -> None:
     assert record["source"]["num_over_max_bytes"] == 1
     assert record["probe"]["bytes_read"] == len(small(0))
     reason = f"{len(small(1)) + 100_000:,} bytes are more than decode.max_bytes = 50,000; it was not read"
-    assert record["bad"]["examples"] == [f"b: MediaOverBudget: {reason}"]
+    assert record["bad"]["examples"] == [f"{tmp_path}/b.mp4: MediaOverBudget: {reason}"]
     assert {
         "found": "1 bad video of class MediaOverBudget",
         "remedy": "cut them, or raise the limit that it names (--decode.max-..., in train --clip.decode.max-...)",

@@ -229,7 +229,7 @@ def test_a_wrong_check_is_exit_code_one(tmp_path: Path, capsys: pytest.CaptureFi
     nowhere.write_text("no folder")
     assert main(["doctor", "--storage", str(nowhere), "--out", str(tmp_path / "out")]) == 1
     captured = capsys.readouterr()
-    assert captured.err.startswith("kinoray doctor: JobError: doctor: ")
+    assert captured.err.startswith("kinoray doctor: JobError: ")
     assert "1 wrong; the first that is wrong: access: " in captured.err
     assert json.loads((tmp_path / "out" / "doctor.json").read_text())["storage"]["checks"][0]["status"] == "wrong"
     assert re.search("  wrong    access: .*see that the bucket or folder exists", captured.out)

@@ -152,6 +152,8 @@ def test_a_status_that_cannot_be_written_neither_ends_nor_hides_anything(
 def test_an_empty_prefix_and_json_lines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["runs", str(tmp_path)]) == 0
     assert "no run below" in capsys.readouterr().out
+    assert main(["runs", str(tmp_path / "nowhere")]) == 1
+    assert "nowhere: no such folder" in capsys.readouterr().err
     start(StorageConfig(), str(tmp_path / "a"))
     capsys.readouterr()
     assert main(["runs", str(tmp_path), "--json"]) == 0

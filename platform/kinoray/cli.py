@@ -276,7 +276,7 @@ def _known(name: str) -> str:
 
 
 def _fail(name: str, error: KinorayError, code: int) -> int:
-    message = " ".join(str(error).split())
+    message = " ".join(str(error).split()).removeprefix(f"{name}: ")
     print(f"kinoray {visible(name)}: {type(error).__name__}: {message}", file=sys.stderr)
     return code
 

@@ -17,7 +17,7 @@ from kinoray.capacity.config import PlanConfig
 from kinoray.capacity.estimate import Conditions, Estimate, Rates, Site, Work, fewest_nodes, unit_s, work_of
 from kinoray.catalog.table import Catalog, catalog_of_source
 from kinoray.console import format_duration, table
-from kinoray.errors import ConfigError
+from kinoray.errors import ConfigError, JobError
 from kinoray.storage.objects import Storage, absolute
 from kinoray.storage.outputs import require_file
 from kinoray.storage.records import parse_json
@@ -144,7 +144,7 @@ def gpu_seconds(rates: Rates, gpu: str, given: Mapping[str, float]) -> tuple[flo
         where = rates.gpu or f"a CPU ({rates.cpu})"
         raise ConfigError(
             f"gpu_clips_per_s: no rate is known for a {gpu}: the rates were measured on {where}; run kinoray bench "
-            f"label with --resources.gpus-per-worker 1 on one, or give --gpu-clips-per-s {gpu}=CLIPS_A_SECOND"
+            f"with --resources.gpus-per-worker 1 on one, or give --gpu-clips-per-s {gpu}=CLIPS_A_SECOND"
         )
     times = TFLOPS[wanted] / TFLOPS[measured]
     seconds = rates.model_s / times
@@ -240,6 +240,7 @@ def plan(config: PlanConfig) -> dict[str, Any]:
         ConfigError: a setting, a node or the rates cannot be.
         StorageError: rates or catalog cannot be read.
         CatalogError: the catalog is none.
+        JobError: no kind of node meets the deadline; the rest is printed and written all the same.
     """
     storage = Storage(config.storage)
     if config.out:
@@ -277,6 +278,8 @@ def plan(config: PlanConfig) -> dict[str, Any]:
     if config.out:
         storage.put(absolute(config.out), json.dumps(record, indent=1).encode())
         print(f"plan: wrote {absolute(config.out)}", flush=True)
+    if not any(found for *_, found in rows):
+        raise JobError("no kind of node meets the deadline; give it more time, or nodes with more CPUs or GPUs")
     return record
 
 
@@ -390,7 +393,8 @@ def _print(config: PlanConfig, rates: Rates, library: Library, rows: Sequence[_R
     print(f"plan: {library.num_videos:,} videos, {size_tb:.2f} TB, within {config.deadline}")
     head = ("node", "nodes", "workers", "videos/s", "hours", "cost", "bound by")
     print("\n".join(table(map(_cells, rows), head=head, right=range(1, 6))))
-    print(f"\nplan: {_advice(rows)}")
+    if any(found for *_, found in rows):
+        print(f"\nplan: {_advice(rows)}")
     for node, work, site, found in rows:
         if found is not None:
             print(f"plan: {node.name}: kinoray label ... {_flags(node, work, site, found)}")
@@ -419,8 +423,6 @@ def _cells(row: _Row) -> Sequence[str]:
 
 def _advice(rows: Sequence[_Row]) -> str:
     fitting = [(node, site, found) for node, _, site, found in rows if found is not None]
-    if not fitting:
-        return "no kind of node meets the deadline; give it more time, or nodes with more CPUs or GPUs"
     priced = [(usd, node, found) for node, _, found in fitting if (usd := _usd(node, found)) is not None]
     if priced and len(priced) == len(fitting):
         usd, node, found = min(priced, key=lambda row: row[0])

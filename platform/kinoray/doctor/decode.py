@@ -21,6 +21,7 @@ from kinoray.video.media import VideoInfo
 from kinoray.video.transcode import TRANSCODE
 
 __all__ = [
+    "SIZE_CLASSES",
     "Estimate",
     "choose_decoded",
     "choose_transcoded",
@@ -33,6 +34,9 @@ __all__ = [
 
 _SIZES = (256, 360, 480, 720, 1080, 2160)
 _ROUNDS = 2000
+
+SIZE_CLASSES = (*(f"<= {limit}" for limit in _SIZES), f"> {_SIZES[-1]}")
+"""What `size_class` gives, rising."""
 
 
 def size_class(info: VideoInfo) -> str:
@@ -251,10 +255,10 @@ def _lines(values: dict[str, Any], totals: Mapping[str, Estimate | None], num_vi
     frames = values["frames_decoded"]
     lines.append(f"frames that the decoder had to give for a clip: median {frames['median']:.0f}")
     if (made := values["transcode"]) and made["num_transcoded"]:
-        ratio = made["decode_before_cpu_s"] / max(made["decode_after_cpu_s"], 1e-9)
+        share = made["decode_after_cpu_s"] / max(made["decode_before_cpu_s"], 1e-9)
         lines.append(
-            f"transcoded ({many(made['num_transcoded'], 'video')} tried): decoding takes 1/{ratio:.1f} of the CPU, "
-            f"{made['bytes_after'] / max(made['bytes_before'], 1):.2f} of the bytes; transcoding itself took "
+            f"transcoded ({many(made['num_transcoded'], 'video')} tried): decoding takes {share:.0%} of the CPU, and "
+            f"the videos {made['bytes_after'] / max(made['bytes_before'], 1):.0%} of the bytes; transcoding took "
             f"{made['cpu_s'] / made['num_transcoded']:.1f} s a video"
         )
     return lines

@@ -38,6 +38,11 @@ class Video:
     size_bytes: int | None
     """By the listing or the catalog; None if they do not say."""
 
+    @property
+    def place(self) -> str:
+        """What people know it by: its path, or its id inside a shard."""
+        return self.reference.uri if self.reference.offset is None else self.video_id
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Probed:

@@ -58,7 +58,8 @@ def store_section(config: StorageConfig, bucket: str) -> Section:
             checks += [_tried(name, partial(check, storage, probe)) for name, check in _PROMISES.items()]
             checks += server_checks(config, join(probe, "server"))
     finally:
-        checks.append(_tried("removing", lambda: _removed(storage, probe)))
+        if checks[0].status == "ok" or _is_anything_left(storage, probe):
+            checks.append(_tried("removing", lambda: _removed(storage, probe)))
     return checked("storage", checks, uri=absolute(bucket))
 
 
@@ -208,6 +209,14 @@ _PROMISES: dict[str, Callable[[Storage, str], Check]] = {
     "pyarrow": _arrow,
     "clock": _clock,
 }
+
+
+def _is_anything_left(storage: Storage, probe: str) -> bool:
+    """Whether the first object is there, although it could not be written and read; who may not look wrote none."""
+    try:
+        return storage.exists(join(probe, "first"))
+    except KinorayError:
+        return False
 
 
 def _removed(storage: Storage, probe: str) -> Check:

@@ -22,7 +22,7 @@ from kinoray.doctor.probe import Probed, Video, measure, probe_all
 from kinoray.doctor.section import Section
 from kinoray.doctor.source import Inventory, choose_sample, open_source, source_section
 from kinoray.doctor.store import store_section
-from kinoray.doctor.videos import bad_section, probe_section
+from kinoray.doctor.videos import bad_section, probe_section, said_of_bad
 from kinoray.errors import JobError, TooManyBad
 from kinoray.storage.objects import Storage, absolute, join
 from kinoray.storage.outputs import require_folder
@@ -81,7 +81,7 @@ def doctor(config: DoctorConfig) -> dict[str, Any]:
         reasons = ", ".join(f"{count} {reason}" for reason, count in count_reasons(bad).items())
         raise TooManyBad(
             f"doctor: {len(bad)} of {num_probed} probed videos of {absolute(config.source)} are bad ({reasons}), more "
-            f"than max_bad_fraction {config.max_bad_fraction:g}; the first: {bad[0].uri}: {bad[0].error_text}"
+            f"than max_bad_fraction {config.max_bad_fraction:g}; the first: {said_of_bad(bad[0])}"
         )
     return record
 

@@ -1,4 +1,7 @@
-"""What the probed videos are: codecs, sizes, rates, lengths, key frames; and which of them are bad, and why."""
+"""What the probed videos are: codecs, sizes, rates, lengths, key frames; and which of them are bad, and why.
+
+Videos are named by their paths: those of cut.mp4 and cut.mkv differ, and their ids tell nobody which is which.
+"""
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
@@ -7,14 +10,14 @@ from typing import Any
 from kinoray.catalog.quarantine import QuarantineRow, count_reasons
 from kinoray.config.shared import ClipConfig
 from kinoray.console import format_duration, many, table
-from kinoray.doctor.decode import size_class
+from kinoray.doctor.decode import SIZE_CLASSES, size_class
 from kinoray.doctor.probe import Probed
 from kinoray.doctor.section import Section, Warn, format_bytes, spread
 from kinoray.evaluation.metrics import wilson_interval
 from kinoray.video.media import VideoInfo
 from kinoray.video.transcode import TRANSCODE
 
-__all__ = ["bad_section", "probe_section"]
+__all__ = ["bad_section", "probe_section", "said_of_bad"]
 
 _EXAMPLES = 5
 _LONG_GOP = 4 * TRANSCODE.gop
@@ -39,6 +42,7 @@ def probe_section(probed: Sequence[Probed], num_videos: int, clip: ClipConfig) -
     good = [(found, found.info) for found in probed if found.info is not None]
     infos = [info for _, info in good]
     num_wanted = clip.sample.num_segments * clip.sample.frames_per_segment
+    sizes = _counts(infos, size_class)
     values: dict[str, Any] = {
         "num_probed": len(probed),
         "num_good": len(good),
@@ -46,7 +50,7 @@ def probe_section(probed: Sequence[Probed], num_videos: int, clip: ClipConfig) -
         "bytes_read": sum(found.size_bytes for found in probed),
         "codecs": _counts(infos, lambda info: info.codec),
         "containers": _counts(infos, lambda info: info.container),
-        "sizes": _counts(infos, size_class),
+        "sizes": {name: sizes[name] for name in SIZE_CLASSES if name in sizes},
         "frame_rates": _counts(infos, lambda info: f"{info.fps:.3g}"),
         "fps": spread([info.fps for info in infos]),
         "duration_s": spread([info.duration_s for info in infos]),
@@ -79,10 +83,10 @@ def _is_long_gop(info: VideoInfo) -> bool:
 
 
 def _copies(good: Sequence[tuple[Probed, VideoInfo]]) -> list[list[str]]:
-    """video_ids of probed videos with the same bytes."""
+    """Probed videos with the same bytes."""
     groups: dict[str, list[str]] = defaultdict(list)
     for found, _ in good:
-        groups[found.sha256].append(found.video.video_id)
+        groups[found.sha256].append(found.video.place)
     return [ids for ids in groups.values() if len(ids) > 1]
 
 
@@ -97,7 +101,7 @@ def _lines(values: dict[str, Any], infos: Sequence[VideoInfo], num_videos: int) 
     by_codec: dict[str, list[VideoInfo]] = defaultdict(list)
     for info in infos:
         by_codec[f"{info.codec} in {info.container}"].append(info)
-    head = ("codec", "videos", "share", "median size", "median fps", "median s", "frames a key frame")
+    head = ("codec", "videos", "share", "median size", "median fps", "median s", "frames per key frame")
     rows = []
     for name, group in sorted(by_codec.items(), key=lambda item: (-len(item[1]), item[0])):
         width, height, fps, duration, distance = (
@@ -141,13 +145,13 @@ def _warnings(values: dict[str, Any], good: Sequence[tuple[Probed, VideoInfo]], 
     found = []
     if values["num_long_gop"]:
         median = values["keyframe_distance"]["median"]
-        text = f"{share('num_long_gop')} with more than {_LONG_GOP} frames a key frame (median of all {median:.0f})"
+        text = f"{share('num_long_gop')} with more than {_LONG_GOP} frames per key frame (median of all {median:.0f})"
         found.append(Warn(text, "for many epochs, `kinoray pack --transcode` may pay; some are tried in what follows"))
     if values["num_large"]:
         text = f"{share('num_large')} with a short side over {TRANSCODE.short_side_px}"
         found.append(Warn(text, "for many epochs, `kinoray pack --transcode` may pay; some are tried in what follows"))
     if values["num_miscounted"]:
-        example = next(item.video.video_id for item, info in good if info.miscounted)
+        example = next(item.video.place for item, info in good if info.miscounted)
         text = f"{share('num_miscounted')} with another number of frames than the header promises, such as {example}"
         found.append(Warn(text, "what is there is used; fetch them again if they were cut (column frames_missing)"))
     if values["num_shorter_than_clip"]:
@@ -178,7 +182,7 @@ def bad_section(
         "max_bad_fraction": max_bad_fraction,
         "expected_bad": [num_videos * low, num_videos * high] if num_probed < num_videos else None,
         "reasons": reasons,
-        "examples": [f"{row.video_id}: {row.error_class}: {row.error_text}" for row in bad[:_EXAMPLES]],
+        "examples": [said_of_bad(row) for row in bad[:_EXAMPLES]],
     }
     if not bad:
         return Section(name="bad", values=values, lines=("none",))
@@ -189,12 +193,29 @@ def bad_section(
     if len(bad) > _EXAMPLES:
         rest = "bad.parquet has all" if out else "--out FOLDER writes all"
         lines.append(f"... and {len(bad) - _EXAMPLES:,} more; {rest}")
+    odd = [row for row in bad if _is_no_file(row)]
+    kinds = count_reasons([row for row in bad if not _is_no_file(row)])
     warnings = [
         Warn(f"{many(count, 'bad video')} of class {name}", _REMEDIES[name])
-        for name, count in reasons.items()
+        for name, count in kinds.items()
         if name in _REMEDIES
     ]
+    if odd:
+        text = (
+            f"{many(len(odd), 'name')} of what is no file (a pipe, a socket, a device, a folder), such as {odd[0].uri}"
+        )
+        warnings.append(Warn(text, "remove them, or take them off the list"))
     return Section(name="bad", values=values, lines=tuple(lines), warnings=tuple(warnings))
+
+
+def said_of_bad(row: QuarantineRow) -> str:
+    """`videos/cut.mp4: UnreadableContainer: why`; a member of a shard has its id before the shard's path."""
+    place = row.uri if row.offset is None else f"{row.video_id} in {row.uri}"
+    return f"{place}: {row.error_class}: {row.error_text.removeprefix(row.uri).lstrip(': ')}"
+
+
+def _is_no_file(row: QuarantineRow) -> bool:
+    return row.error_class == "ObjectNotFound" and "not a regular file" in row.error_text
 
 
 def _reasons(reasons: dict[str, int]) -> str:

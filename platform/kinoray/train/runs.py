@@ -7,6 +7,7 @@ Easy to break: a driver that was killed says "running" for ever; how old that wo
 """
 
 import json
+import os
 import threading
 import time
 from collections.abc import Sequence
@@ -15,10 +16,11 @@ from dataclasses import asdict, dataclass, replace
 from types import TracebackType
 from typing import Any, Literal
 
+from kinoray.config.files import local_path
 from kinoray.console import format_duration, many, shortened, table, visible
 from kinoray.errors import ChecksumMismatch, KinorayError, ObjectNotFound, StorageError, StorageUnavailable
 from kinoray.label.summary import Span, bar_line, clock, covered_s
-from kinoray.storage.objects import Storage, absolute, join
+from kinoray.storage.objects import Storage, absolute, is_s3, join
 from kinoray.storage.records import parse_json, parse_lines, read_record
 from kinoray.train.config import RunsConfig
 
@@ -68,10 +70,12 @@ def runs(config: RunsConfig) -> list[RunSummary]:
 
     Raises:
         ChecksumMismatch: the metrics.jsonl of that one is not what train wrote.
-        StorageError: the prefix cannot be listed.
+        StorageError: there is no such folder, or it cannot be listed.
     """
     prefix = absolute(config.prefix)
     storage = Storage(config.storage)
+    if not is_s3(prefix) and not os.path.isdir(local_path(prefix)):
+        raise ObjectNotFound(f"{prefix}: no such folder; name a run, or a folder of runs")
     found = find_runs(storage, prefix)
     if config.json:
         for run in found:
