@@ -6,6 +6,7 @@ break: `yaml.safe_load` runs no code, but 600 bytes of aliases that name aliases
 
 import dataclasses
 import math
+import re
 import types
 import typing
 from collections.abc import Mapping
@@ -68,6 +69,12 @@ class _Dumper(yaml.SafeDumper):
 
     def ignore_aliases(self, data: object) -> bool:
         return True
+
+
+for _kind in (_Loader, _Dumper):  # 1e-3 is a number, as in JSON and YAML 1.2; PyYAML's YAML 1.1 wants 1.0e-3
+    _kind.add_implicit_resolver(
+        "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$", re.ASCII), list("-+.0123456789")
+    )
 
 
 def parse_yaml(text: str, what: str) -> Any:
