@@ -15,7 +15,7 @@ import yaml
 
 from kinoray import __version__
 from kinoray.cli import VERBS, main
-from kinoray.config.file import config_from_mapping, load_config, to_yaml
+from kinoray.config.file import config_from_mapping, dump_yaml, load_config, parse_yaml, to_yaml
 from kinoray.config.help import settings_of
 from kinoray.config.scoring import LabelWorkConfig, ScoringConfig
 from kinoray.config.shared import (
@@ -291,6 +291,20 @@ def test_every_way_to_call_it_ends_the_process(command: list[str], tmp_path: Pat
             [sys.executable, *command, *arguments], capture_output=True, env=environment, timeout=200, check=False
         )
         assert done.returncode == code, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("1e-3", 1e-3), ("1E5", 1e5), ("+1.5e3", 1.5e3), ("-.5e-2", -0.5e-2), ("2.e1", 20.0), ("1.0e-3", 1e-3)]
+    + [(text, text) for text in ("1e", "e5", "1e-3x", "a1e-3", "1e5e5", "1e5 b", "v1e5")],
+)
+def test_numbers_are_written_as_everybody_writes_them(text: str, value: float | str, tmp_path: Path) -> None:
+    assert parse_options([f"eps={text}"]) == {"eps": value}
+    (tmp_path / "c.yaml").write_text(f"optim:\n  lr: {text}\n")
+    if isinstance(value, float) and value > 0:
+        assert load_config(TrainConfig, str(tmp_path / "c.yaml")).optim.lr == value
+    named = parse_yaml(dump_yaml({"out": text}), "x")  # what is text stays text
+    assert named == {"out": text}
 
 
 def test_a_wrong_setting_fails_before_ray_or_torch_are_even_imported() -> None:

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -178,6 +179,31 @@ def test_the_csv_of_a_labelling_tool_and_defused_names_are_read(tmp_path: Path) 
     correct(config)
     found = rows_in(tmp_path / "set")
     assert {video_id: row["label"] for video_id, row in found.items()} == {"v0000": "=sum", "v0001": "'quoted"}
+
+
+def test_corrections_survive_a_spreadsheet(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Leading zeros go, dates change, semicolons come; the key is never a number, and says which row is meant."""
+    names = ["000001", "000002", "000003", "000100"]
+    rows = [{"video_id": name, "uri": f"/v/{name}.mp4", "label": None} for name in names]
+    ledger = Ledger(Storage(), str(tmp_path / "out"))
+    ledger.pin_job(job_record(labels=("007", "red", "caf\u00e9")))
+    label_library(ledger, catalog_of(rows))
+    keys = {video_id: row["row_key"] for video_id, row in said(ledger).items()}
+    assert all(re.fullmatch("k[0-9a-f]{16}", key) for key in keys.values())
+    ids = dict(zip(names, ["1", "2", "05.01.24", "1.00E+02"], strict=True))
+    labels = dict(zip(names, ["7", "red", "cafe\u0301", "7.0"], strict=True))
+    lines = [f"{keys[name].removeprefix('k')};{labels[name]};{ids[name]}" for name in names]
+    (tmp_path / "c.csv").write_bytes("\r\n".join(["row_key;label;video_id", *lines]).encode("utf-16"))
+    config = CorrectConfig(predictions=ledger.root, corrections=(str(tmp_path / "c.csv"),), out=str(tmp_path / "set"))
+    totals = correct(config)
+    found = {video_id: row["label"] for video_id, row in rows_in(tmp_path / "set").items()}
+    assert found == dict(zip(names, ["007", "red", "caf\u00e9", "007"], strict=True))
+    assert totals["respelled"] == 1
+    assert "1 video_ids are not as the table has them; row_key said which" in capsys.readouterr().out
+    lines[0] = lines[0].replace(";1", ";2")
+    (tmp_path / "c.csv").write_text("\n".join(["row_key;label;video_id", *lines]), encoding="utf-8")
+    with pytest.raises(CatalogError, match=r"line 2, column video_id: it says '2', but row_key [0-9a-f]+ is '000001'"):
+        correct(config)
 
 
 HEAD = "video_id,row_key,label\n"

@@ -10,11 +10,13 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from faulty_s3 import faulty_s3
 from kinoray.catalog.quarantine import Refusal, judge, load_quarantine
 from kinoray.catalog.read import Reference, read_videos, time_problem
 from kinoray.catalog.source import find_files
@@ -32,8 +34,10 @@ from kinoray.config.shared import (
 from kinoray.doctor.source import open_source, source_section
 from kinoray.errors import (
     AccessDenied,
+    BadCredentials,
     ChecksumMismatch,
     ConfigError,
+    KinorayError,
     MediaOverBudget,
     ObjectNotFound,
     ObjectTooLarge,
@@ -215,18 +219,33 @@ def test_a_file_that_may_not_be_read_is_refused_and_the_others_packed(library: P
     assert len(commit.rows) == 2
 
 
-def test_a_denied_object_is_the_stores_fault_and_a_denied_file_is_its_own() -> None:
+@pytest.mark.parametrize("kind", [StorageUnavailable, BadCredentials])
+def test_what_says_nothing_of_a_video_is_never_its_fault(kind: type[KinorayError]) -> None:
     """Credentials that expired must not be committed as refused videos."""
-    denied = AccessDenied("x")
-    with pytest.raises(AccessDenied):
-        judge(denied, "read", require_access_to="s3://b/x")
-    for place in ("", "/x", "s3://b/x"):
-        with pytest.raises(StorageUnavailable):
-            judge(StorageUnavailable("x"), "read", require_access_to=place)
-    assert judge(denied, "read") == judge(denied, "read", require_access_to="/x")
-    assert judge(denied, "read") == Refusal("read", "AccessDenied", "x")
-    absent = judge(ObjectNotFound("two\nlines"), "read", require_access_to="s3://b/x")
-    assert absent == Refusal("read", "ObjectNotFound", "two lines")
+    with pytest.raises(kind):
+        judge(kind("x"), "read")
+    assert judge(AccessDenied("x"), "read") == Refusal("read", "AccessDenied", "x")
+    assert judge(ObjectNotFound("two\nlines"), "read") == Refusal("read", "ObjectNotFound", "two lines")
+
+
+def test_a_denied_object_is_a_row_and_denied_ones_alone_end_the_job(
+    tmp_path: Path, bucket: str, s3_config: StorageConfig, s3_server: str
+) -> None:
+    storage = Storage(s3_config)
+    for index in range(3):
+        storage.put(f"{bucket}/v{index}.mp4", colour_video("blue", index))
+    rows = [{"video_id": f"v{i}", "uri": f"{bucket}/v{i}.mp4", "label_id": 0, "label": "blue"} for i in range(3)]
+    unit = plan_of_catalog("x", catalog_of(rows), shard_bytes=2**26, val_fraction=0.0).units[0]
+    with faulty_s3(s3_server) as faulty:
+        through = Storage(replace(s3_config, endpoint_url=faulty.url))
+        faulty.outage, faulty.outage_path = "403", ".mp4"
+        with pytest.raises(AccessDenied, match="none of the 3 files of shard-train-00000 may be read"):
+            pack_unit(through, str(tmp_path / "out"), unit, PackSettings())
+        assert not (tmp_path / "out").exists()
+        faulty.outage_path = "v1.mp4"
+        commit = pack_unit(through, str(tmp_path / "out"), unit, PackSettings())
+    assert [(row.uri, row.error_class) for row in commit.refused] == [(f"{bucket}/v1.mp4", "AccessDenied")]
+    assert len(commit.rows) == 2
 
 
 # --- sizes

@@ -23,7 +23,6 @@ from kinoray.catalog.table import load_catalog, read_videos, references
 from kinoray.config.shared import DecodeConfig, ResourcesConfig, StorageConfig
 from kinoray.demo.videos import make_broken, make_demo_set
 from kinoray.errors import (
-    AccessDenied,
     CatalogError,
     ClusterError,
     ConfigError,
@@ -328,7 +327,7 @@ pack(PackConfig(source={source!r}, out={out!r}, storage={through!r}, resources=R
     check_pack(storage, out, totals, {f"v__{key.split('__')[1]}": data for key, data in good_videos(videos).items()})
 
 
-def test_a_store_that_refuses_is_the_job_failing_and_not_the_videos(
+def test_an_object_that_may_not_be_read_is_a_row(
     videos: Path, tmp_path: Path, bucket: str, faulty: FaultyS3, s3_config: StorageConfig
 ) -> None:
     through = replace(s3_config, endpoint_url=faulty.url)
@@ -336,17 +335,11 @@ def test_a_store_that_refuses_is_the_job_failing_and_not_the_videos(
     out = str(tmp_path / "out")
     config = PackConfig(source=f"{bucket}/list.csv", out=out, storage=through)
 
-    def forbid(request: Request) -> None:
-        if request.method == "GET" and request.path.endswith(names[3]):
-            faulty.faults = ["403"]
-
-    faulty.before = forbid
-    with pytest.raises(AccessDenied, match=names[3]):
-        pack(config)
-    assert not list((tmp_path / "out").glob("shards/*"))
-    faulty.before = None
-    faulty.faults.clear()
-    assert pack(config)["packed"] == 12
+    faulty.outage, faulty.outage_path = "403", f"v/{names[3]}"
+    totals = pack(config)
+    assert (totals["packed"], totals["reasons"]) == (11, {"AccessDenied": 1})
+    (row,) = load_quarantine(Storage(), f"{out}/quarantine.parquet")
+    assert row.uri == f"{bucket}/v/{names[3]}"
 
 
 @pytest.mark.slow

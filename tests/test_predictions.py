@@ -107,7 +107,7 @@ def label_all(ledger: Ledger, table: pa.Table, catalog: str, unit_size: int, **c
 
 def test_a_row_key_is_the_digest_of_name_place_and_content() -> None:
     truth = hashlib.sha256(json.dumps(["a", "s3://b/a.mp4", None, None, 10, None], separators=(",", ":")).encode())
-    assert row_keys(inputs("ab"))[0] == truth.hexdigest()[:16]
+    assert row_keys(inputs("ab"))[0] == "k" + truth.hexdigest()[:16]
     assert row_keys(inputs("a", size_bytes=11)) != row_keys(inputs("a"))
 
 

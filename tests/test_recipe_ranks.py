@@ -51,8 +51,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Ten
 def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     """Float32 sums in another order, through four AdamW steps of 0.003 that move a weight by up to 0.012.
 
-    AdamW divides a gradient by its own size, so one that is nearly zero is moved by the rounding of its sums: up to 3e-5
-    was seen, in the weights of the STC's positions.
+    AdamW divides a gradient by its own size, so one that is nearly zero is moved by the rounding of its sums: up to
+    3e-5 was seen, in the weights of the STC's positions.
     """
     assert found.keys() == expected.keys()
     for name, value in expected.items():

@@ -303,11 +303,11 @@ def test_no_credentials_is_said(s3_server: str, tmp_path: Path) -> None:
     environment |= {"AWS_EC2_METADATA_DISABLED": "true", "HOME": str(tmp_path)}
     code = f"""
 from kinoray.config.shared import StorageConfig
-from kinoray.errors import AccessDenied
+from kinoray.errors import BadCredentials
 from kinoray.storage.objects import Storage
 try:
     Storage(StorageConfig(endpoint_url={s3_server!r})).read("s3://bucket/x")
-except AccessDenied as error:
+except BadCredentials as error:
     print(error)
 """
     said = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)

@@ -17,7 +17,7 @@ import pytest
 from faulty_s3 import READ_FAULTS, WRITE_FAULTS, FaultyS3, faulty_s3
 from kinoray.catalog.table import Reference, read_video, read_videos
 from kinoray.config.shared import ConfigError, StorageConfig
-from kinoray.errors import AccessDenied, ChecksumMismatch, ObjectNotFound, StorageUnavailable
+from kinoray.errors import BadCredentials, ChecksumMismatch, ObjectNotFound, StorageUnavailable
 from kinoray.storage.objects import Storage
 
 # What a listing can recover from. A flipped bit in one is not among them: S3 sends no checksum with a listing.
@@ -228,7 +228,7 @@ def test_expired_credentials_are_read_again(
 @pytest.mark.usefixtures("quick")
 def test_credentials_that_stay_expired_are_an_error(bucket: str, faulty: FaultyS3, through: Storage) -> None:
     faulty.faults = ["expired"] * 50
-    with pytest.raises(AccessDenied, match=r"have expired \(ExpiredToken"):
+    with pytest.raises(BadCredentials, match=r"have expired \(ExpiredToken"):
         through.read(f"{bucket}/x")
     assert len(faulty.requests) == 5
 

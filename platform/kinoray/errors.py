@@ -5,7 +5,8 @@
       StorageError              bytes could not be read or written
         ObjectNotFound          no such file, object or bucket
           BucketNotFound
-        AccessDenied            no credentials, or the credentials may not do this
+        AccessDenied            the credentials may not do this
+          BadCredentials        none were found, or the store does not take them: it says nothing of the object
         StorageUnavailable      still failing after all retries
         ChecksumMismatch        bytes arrived, but not the ones that were written
         ObjectTooLarge          more bytes than the reader takes; they were not read
@@ -37,6 +38,7 @@ A message says what failed, where (uri, member, field), what was found and expec
 
 __all__ = [
     "AccessDenied",
+    "BadCredentials",
     "BucketNotFound",
     "CatalogError",
     "CheckpointCorrupt",
@@ -91,7 +93,11 @@ class BucketNotFound(ObjectNotFound):
 
 
 class AccessDenied(StorageError):
-    """No credentials were found, or they may not do this."""
+    """The credentials may not do this."""
+
+
+class BadCredentials(AccessDenied):
+    """None were found, or the store does not take them: expired, unknown, wrong. No object could be read with them."""
 
 
 class StorageUnavailable(StorageError):

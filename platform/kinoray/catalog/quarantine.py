@@ -15,8 +15,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from kinoray import errors
-from kinoray.errors import AccessDenied, CatalogError, KinorayError, StorageUnavailable
-from kinoray.storage.objects import MAX_TABLE_BYTES, Storage, is_s3
+from kinoray.errors import BadCredentials, CatalogError, KinorayError, StorageUnavailable
+from kinoray.storage.objects import MAX_TABLE_BYTES, Storage
 from kinoray.storage.records import parse_table
 
 __all__ = [
@@ -61,19 +61,13 @@ class Refusal:
     """The reason, one line."""
 
 
-def judge(error: KinorayError, stage: str, *, require_access_to: str = "") -> Refusal:
+def judge(error: KinorayError, stage: str) -> Refusal:
     """What an error says of its video; the error is raised where it says nothing of a video.
 
-    Args:
-        require_access_to: where the video lies, if a video that may not be read ends the job: credentials that expired
-            deny every object of a bucket. That a local file may not be read says something of this file only.
-
     Raises:
-        StorageUnavailable, AccessDenied: the store is down, or credentials are denied an object.
+        StorageUnavailable, BadCredentials: the store is down, or takes the credentials for no object.
     """
-    if isinstance(error, StorageUnavailable):
-        raise error
-    if isinstance(error, AccessDenied) and is_s3(require_access_to):
+    if isinstance(error, StorageUnavailable | BadCredentials):
         raise error
     return report(error, stage)
 

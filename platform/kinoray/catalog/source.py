@@ -29,7 +29,15 @@ from kinoray.catalog.folders import (
 )
 from kinoray.config.files import FILE_SCHEME, local_path, local_uri
 from kinoray.console import visible
-from kinoray.errors import CatalogError, ConfigError, IncompleteOutput, ObjectNotFound, StorageError, StorageUnavailable
+from kinoray.errors import (
+    BadCredentials,
+    CatalogError,
+    ConfigError,
+    IncompleteOutput,
+    ObjectNotFound,
+    StorageError,
+    StorageUnavailable,
+)
 from kinoray.storage.objects import MAX_TABLE_BYTES, Storage, absolute, is_s3, join
 
 __all__ = [
@@ -324,7 +332,7 @@ def _is_video_inside(storage: Storage, file: SourceFile) -> bool:
     """Whether its first bytes are those of a video; what cannot be read counts as one: its reader will say why."""
     try:
         return is_video_head(storage.read_range(file.uri, 0, min(file.size_bytes, HEAD_BYTES)))
-    except StorageUnavailable:
+    except (StorageUnavailable, BadCredentials):
         raise
     except StorageError:
         return True

@@ -103,6 +103,12 @@ class _Dumper(yaml.SafeDumper):
         return True
 
 
+for _side in (_Loader, _Dumper):  # 1e-3 is a number, as in JSON and YAML 1.2; PyYAML's YAML 1.1 wants 1.0e-3
+    _side.add_implicit_resolver(
+        "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$", re.ASCII), list("-+.0123456789")
+    )
+
+
 def parse_yaml(text: str, what: str) -> Any:
     """The value of a YAML text: texts, numbers, true and false, null, lists, and mappings with texts as keys.
 

@@ -59,9 +59,10 @@ _SLICE_ROWS = 4096
 
 
 def row_keys(table: pa.Table) -> list[str]:
-    """16 hex digits for each row of a catalog's table: the same name, place and size (and checksum) give the same key.
+    """A key for each row of a catalog's table: the same name, place and size (and checksum) give the same one.
 
-    A file that was replaced by one of another size is therefore another input, and is labelled again.
+    A file that was replaced by one of another size is therefore another input, and is labelled again. A key is `k` and
+    16 hex digits: without the letter a spreadsheet takes 992408070180e010 for a number, and writes another one.
 
     Raises:
         CatalogError: two rows are the same input.
@@ -70,7 +71,7 @@ def row_keys(table: pa.Table) -> list[str]:
     for start in range(0, table.num_rows, _SLICE_ROWS):  # the columns as Python's objects are ten times the keys
         part = table.slice(start, _SLICE_ROWS)
         columns = [part.column(name).to_pylist() for name in _KEY_COLUMNS]
-        keys += [digest(list(row)) for row in zip(*columns, strict=True)]
+        keys += [f"k{digest(list(row))}" for row in zip(*columns, strict=True)]
     if len(set(keys)) < len(keys):
         key, count = Counter(keys).most_common(1)[0]
         video_id, uri = (table.column(name)[keys.index(key)].as_py() for name in ("video_id", "uri"))

@@ -1,11 +1,13 @@
 """`kinoray correct`: what people said of predictions, and what the model was sure of, become a catalog to train on.
 
 What is easy to break: a correction belongs to a row_key, which names the very file that was looked at; a key or a class
-that is not known is an error with its line, never a row that is left out in silence.
+that is not known is an error with its line, never a row that is left out in silence. Files come back from spreadsheets,
+which write 000001 as 1 and a date as another text: the key alone says which row is meant.
 """
 
 import hashlib
 import json
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -37,6 +39,7 @@ class Correction:
     """What one line of a file says."""
 
     row_key: str
+    """Of the row, without its letter."""
     label: str
     """A class, or BAD_VIDEO."""
     video_id: str
@@ -71,6 +74,7 @@ def correct(config: CorrectConfig) -> dict[str, Any]:
     counts: Counter[str] = Counter()
     rows = list(_labelled_rows(ledger, config, known, corrections, counts))
     _require_used(corrections, counts, ledger)
+    counts["respelled"] = _require_same_videos(corrections, ledger)
     if not rows:
         raise CatalogError(
             f"no video of {ledger.root} has a label now: give --corrections with classes, or a lower --accept-score"
@@ -108,7 +112,7 @@ def read_corrections(storage: Storage, uris: Sequence[str], labels: Sequence[str
     """
     found: dict[str, Correction] = {}
     repeated = 0
-    classes = {class_name(label): label for label in (*labels, BAD_VIDEO)}
+    classes = _Classes(labels)
     for uri in uris:
         for correction in _read_file(storage, uri, classes):
             before = found.setdefault(correction.row_key, correction)
@@ -123,7 +127,34 @@ def read_corrections(storage: Storage, uris: Sequence[str], labels: Sequence[str
     return found, repeated
 
 
-def _read_file(storage: Storage, uri: str, classes: Mapping[str, str]) -> Iterator[Correction]:
+class _Classes:
+    """Finds the class that a cell means."""
+
+    def __init__(self, labels: Sequence[str]) -> None:
+        self.labels = labels
+        self._exact = {class_name(label): label for label in (*labels, BAD_VIDEO)}
+
+    def find(self, cell: str) -> str | None:
+        """The class, or BAD_VIDEO; None if there is none."""
+        for text in map(class_name, (cell, undefused(cell), undefused(cell).strip())):  # a quote sign defuses formulas
+            if text in self._exact:
+                return self._exact[text]
+        number = _as_number(class_name(cell.strip()))
+        alike = [label for name, label in self._exact.items() if _as_number(name) == number]
+        return alike[0] if len(alike) == 1 else None
+
+
+def _as_number(text: str) -> str | float:
+    """A text as a spreadsheet has it: `007` is the number 7."""
+    return float(text) if re.fullmatch(r"\s*[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?\s*", text, re.ASCII | re.I) else text
+
+
+def _bare(row_key: str) -> str:
+    """A key without its letter: early tables had none."""
+    return row_key.removeprefix("k")
+
+
+def _read_file(storage: Storage, uri: str, classes: _Classes) -> Iterator[Correction]:
     text = decode_text(uri, storage.read(absolute(uri), max_bytes=MAX_TABLE_BYTES))
     expected = "expected the CSV that a report lets you download, or one with the columns row_key,label"
     table = parse_table_text(uri, text, ("row_key", "label"), f"there is no column row_key; {expected}")
@@ -136,22 +167,20 @@ def _read_file(storage: Storage, uri: str, classes: Mapping[str, str]) -> Iterat
         yield _correction(uri, record.line, record.cells, classes)
 
 
-def _correction(uri: str, number: int, line: Mapping[str, str], classes: Mapping[str, str]) -> Correction:
+def _correction(uri: str, number: int, line: Mapping[str, str], classes: _Classes) -> Correction:
     where = f"{uri} line {number}"
     row_key, label = line["row_key"].strip(), line["label"]
     if not row_key:
         raise CatalogError(f"{where}, column row_key: it is empty; it must name a row of the predictions")
-    for candidate in map(class_name, (label, undefused(label), undefused(label).strip())):  # a quote defuses formulas
-        if candidate in classes:
-            label = classes[candidate]
-            break
-    else:
-        some = ", ".join(sorted({*classes} - {BAD_VIDEO})[:20])
+    found = classes.find(label)
+    if found is None:
+        some = ", ".join(sorted(classes.labels)[:20])
         raise CatalogError(
             f"{where}, column label: there is no class {label!r}; there are {some}"
-            f"{' ...' if len(classes) > 21 else ''}, and {BAD_VIDEO} to leave a video out; --new-classes adds one"
+            f"{' ...' if len(classes.labels) > 20 else ''}, and {BAD_VIDEO} to leave a video out; "
+            "--new-classes adds one"
         )
-    return Correction(row_key, label, line.get("video_id", ""), undefused(line.get("predicted", "")), where)
+    return Correction(_bare(row_key), found, line.get("video_id", ""), undefused(line.get("predicted", "")), where)
 
 
 def _labelled_rows(
@@ -169,9 +198,8 @@ def _labelled_rows(
         met += len(places) - places.null_count
         for said, before in zip(table.to_pylist(), known.table.take(places).to_pylist(), strict=True):
             before = before if before["video_id"] is not None else None
-            correction = corrections.get(said["row_key"])
+            correction = corrections.get(_bare(said["row_key"]))
             if correction:
-                _check_same_video(correction, said)
                 counts["used"] += 1
             label, what = _label_of(said, before, correction, config.accept_score)
             counts[what] += 1
@@ -186,12 +214,25 @@ def _labelled_rows(
         )
 
 
-def _check_same_video(correction: Correction, said: _Row) -> None:
-    if correction.video_id and said["video_id"] not in (correction.video_id, undefused(correction.video_id)):
-        raise CatalogError(
-            f"{correction.where}, column video_id: it says {correction.video_id!r}, but row_key {correction.row_key} "
-            f"is {said['video_id']!r}; were the lines of a spreadsheet sorted without all columns?"
-        )
+def _require_same_videos(corrections: Mapping[str, Correction], ledger: Ledger) -> int:
+    """How many video_ids are not as the table has them. One that is another row's means that rows were mixed up."""
+    named = {key: _as_number(undefused(found.video_id)) for key, found in corrections.items() if found.video_id}
+    odd: list[tuple[Correction, str]] = []
+    for table in scan(ledger, ["row_key", "video_id"]) if named else ():
+        for row_key, video_id in zip(table["row_key"].to_pylist(), table["video_id"].to_pylist(), strict=True):
+            key = _bare(row_key)
+            if key in named and named[key] != _as_number(video_id):
+                odd.append((corrections[key], video_id))
+    if not odd:
+        return 0
+    ids = {_as_number(name) for table in scan(ledger, ["video_id"]) for name in table["video_id"].to_pylist()}
+    for correction, video_id in odd:
+        if _as_number(undefused(correction.video_id)) in ids:
+            raise CatalogError(
+                f"{correction.where}, column video_id: it says {correction.video_id!r}, but row_key "
+                f"{correction.row_key} is {video_id!r}; were the lines of a spreadsheet sorted without all columns?"
+            )
+    return len(odd)
 
 
 def _label_of(
@@ -226,7 +267,7 @@ def _require_used(corrections: Mapping[str, Correction], counts: Counter[str], l
     """Every correction met its row."""
     if counts["used"] == len(corrections):
         return
-    present = {key for table in scan(ledger, ["row_key"]) for key in table["row_key"].to_pylist()}
+    present = {_bare(key) for table in scan(ledger, ["row_key"]) for key in table["row_key"].to_pylist()}
     strange = [correction for correction in corrections.values() if correction.row_key not in present]
     first = strange[0]
     raise CatalogError(
@@ -237,7 +278,7 @@ def _require_used(corrections: Mapping[str, Correction], counts: Counter[str], l
 
 
 def _totals(counts: Counter[str], catalog: Catalog, repeated: int) -> dict[str, Any]:
-    names = ("corrected", "kept", "accepted", "bad", "quarantined", "unlabelled", "changed")
+    names = ("corrected", "kept", "accepted", "bad", "quarantined", "unlabelled", "changed", "respelled")
     return {
         **{name: counts[name] for name in names},
         "repeated": repeated,
@@ -269,6 +310,10 @@ def _report(out: str, totals: dict[str, Any]) -> None:
         f"correct: left out: {totals['bad']} bad videos, {totals['quarantined']} that could not be read, "
         f"{totals['unlabelled']} without a label"
     )
+    if totals["respelled"]:
+        print(
+            f"correct: {totals['respelled']} video_ids are not as the table has them; row_key said which rows are meant"
+        )
     if totals["repeated"]:
         print(f"correct: {totals['repeated']} corrections were there twice, with the same label")
     catalog = join(out, "catalog.parquet")

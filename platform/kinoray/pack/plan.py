@@ -21,7 +21,7 @@ from kinoray.catalog.read import Reference, time_problem
 from kinoray.catalog.source import UNLABELLED_SPLITS, SourceFile, find_files, stat_size, unique_ids, warn
 from kinoray.catalog.table import Catalog, is_catalog, load_catalog
 from kinoray.config.shared import digest
-from kinoray.errors import CatalogError, StorageError, StorageUnavailable
+from kinoray.errors import BadCredentials, CatalogError, StorageError, StorageUnavailable
 from kinoray.pack.config import PackConfig
 from kinoray.storage.objects import Storage
 
@@ -330,7 +330,7 @@ def _tails(storage: Storage, files: Sequence[SourceFile]) -> dict[str, str]:
         length = min(file.size_bytes, _TAIL_BYTES)
         try:
             data = storage.read_range(file.uri, file.size_bytes - length, length)
-        except StorageUnavailable:
+        except (StorageUnavailable, BadCredentials):
             raise
         except StorageError:  # its reader will say so
             return file.uri

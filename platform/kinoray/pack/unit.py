@@ -6,7 +6,7 @@ order in which it was found; and nothing that a commit names is ever written aga
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from collections.abc import Set as AbstractSet
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
@@ -16,6 +16,7 @@ from kinoray.catalog.quarantine import QuarantineRow, Refusal, judge
 from kinoray.catalog.read import read_videos
 from kinoray.config.shared import DecodeConfig
 from kinoray.errors import (
+    AccessDenied,
     CatalogError,
     ChecksumMismatch,
     DamagedArchive,
@@ -143,7 +144,7 @@ def pack_unit(
         replaced: keys of which a replacement is packed.
 
     Raises:
-        StorageUnavailable, AccessDenied: the store is at fault, not a video; nothing was committed.
+        StorageUnavailable, AccessDenied: the store is at fault, or no file may be read; nothing was committed.
         StorageError: out cannot be written; nothing was committed.
         DecoderStartFailed: no decoder process can be started here.
     """
@@ -160,6 +161,7 @@ def pack_unit(
                 damage, num_found = archive.damage, archive.num_members
         else:
             packer.pack_files()
+            _require_some_access(unit, packer.files)
         packer.finish()
     commit = Commit(unit.name, num_found, damage, tuple(packer.tars), tuple(packer.packed), tuple(packer.files))
     data = json.dumps(asdict(commit), ensure_ascii=False).encode()
@@ -190,15 +192,25 @@ def _archive_problem(storage: Storage, uri: str) -> str:
     """Why none of an archive can be read; empty if it can, or its reader is to say so.
 
     Raises:
-        StorageUnavailable, AccessDenied: the store is at fault, or the credentials are.
+        StorageUnavailable, BadCredentials: the store is at fault, or the credentials are.
     """
     try:
         storage.read_range(uri, 0, 1)
     except ChecksumMismatch:
         return ""
     except StorageError as error:
-        return f"at its start: {judge(error, 'read', require_access_to=uri).error_text}"
+        return f"at its start: {judge(error, 'read').error_text}"
     return ""
+
+
+def _require_some_access(unit: Unit, files: Sequence[FileVerdict]) -> None:
+    """One file that may not be read is a row; a unit of nothing else means that the job cannot read its source."""
+    denied = [file.refusal.error_text for file in files if file.refusal and file.refusal.error_class == "AccessDenied"]
+    if len(denied) == len(unit.files) > 1:
+        raise AccessDenied(
+            f"none of the {len(denied)} files of {unit.name} may be read, so nothing was quarantined; the first: "
+            f"{denied[0]}; check the credentials, or leave these files out of the source"
+        )
 
 
 def _commit_uri(out: str, name: str) -> str:
@@ -259,7 +271,7 @@ class _Packer:
             if self._is_settled(file):
                 continue
             if isinstance(data, KinorayError):
-                self._refuse(file, judge(data, "read", require_access_to=file.uri))
+                self._refuse(file, judge(data, "read"))
             else:
                 self._pack(file, data)
 

@@ -25,6 +25,7 @@ from kinoray.config.files import open_file, translated
 from kinoray.config.shared import StorageConfig
 from kinoray.errors import (
     AccessDenied,
+    BadCredentials,
     BucketNotFound,
     ChecksumMismatch,
     ConfigError,
@@ -60,7 +61,7 @@ _CREDENTIAL_ERRORS = (
 )
 _EXPIRED_CODES = {"ExpiredToken", "ExpiredTokenException", "RequestExpired", "TokenRefreshRequired"}
 _ARCHIVED = "InvalidObjectState"  # a 403 of one object in Glacier, which says nothing of the credentials
-_DENIED_CODES = _EXPIRED_CODES | {"InvalidToken", "InvalidAccessKeyId"}
+_BAD_CODES = _EXPIRED_CODES | {"InvalidToken", "InvalidAccessKeyId", "SignatureDoesNotMatch", "RequestTimeTooSkewed"}
 
 
 def endpoint_of(config: StorageConfig) -> str | None:
@@ -240,7 +241,7 @@ class S3Store:
         except aws.ClientError as error:
             self._raise_client_error(name, error)
         except _CREDENTIAL_ERRORS as error:
-            raise AccessDenied(
+            raise BadCredentials(
                 f"s3://{name}: no usable AWS credentials ({error}); set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, "
                 "a profile, or an instance role"
             ) from error
@@ -262,9 +263,11 @@ class S3Store:
             raise StorageError(
                 f"s3://{name} is archived, and must be restored before it can be read ({text})"
             ) from error
-        if status in (401, 403) or code in _DENIED_CODES:
-            what = "have expired" if code in _EXPIRED_CODES else "may not do this"
-            raise AccessDenied(f"s3://{name}: the credentials {what} ({text})") from error
+        if status == 401 or code in _BAD_CODES:
+            what = "have expired" if code in _EXPIRED_CODES else "are not accepted"
+            raise BadCredentials(f"s3://{name}: the credentials {what} ({text})") from error
+        if status == 403:
+            raise AccessDenied(f"s3://{name}: the credentials may not do this ({text})") from error
         if status == 416:
             raise ChecksumMismatch(
                 f"s3://{name} is too short: bytes behind its end were asked for; it was cut or replaced after its "
@@ -327,5 +330,5 @@ def _make_client(config: StorageConfig) -> Any:
     except ValueError as error:
         raise ConfigError(f"storage.endpoint_url {endpoint_of(config)!r} is not an address: {error}") from error
     except aws.BotoCoreError as error:
-        raise AccessDenied(f"AWS settings cannot be used: {error}") from error
+        raise BadCredentials(f"AWS settings cannot be used: {error}") from error
     return made

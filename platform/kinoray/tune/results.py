@@ -40,7 +40,15 @@ __all__ = [
     "write_table",
 ]
 
-REPEATED = ("JobError", "ClusterError", "StorageError", "StorageUnavailable", "AccessDenied", "ObjectNotFound")
+REPEATED = (
+    "JobError",
+    "ClusterError",
+    "StorageError",
+    "StorageUnavailable",
+    "AccessDenied",
+    "BadCredentials",
+    "ObjectNotFound",
+)
 """Failures that are not the settings' fault: such a trial is tried again when the sweep goes on."""
 
 
