@@ -79,9 +79,9 @@ def test_rates_of_a_library_that_is_mostly_bad_end_with_an_error() -> None:
             {"cores": 16, "decode_cpu_s": 1.2},
             {"decode": 3.3, "model": 6.7, "shared": 3.3},
             {},
-            "4 decoders do not use 16 cores: set --resources.decoders-per-worker 8",
+            "4 decoders cannot use all 16 cores: set --resources.decoders-per-worker 8",
         ),
-        ({"cores": 16}, {}, {}, "2 workers of 1 threads do not use 16 cores: set --workers 16"),
+        ({"cores": 16}, {}, {}, "2 workers of 1 thread cannot use all 16 cores: set --workers 16"),
         ({"gpu": "NVIDIA L4"}, {}, {}, "the model on NVIDIA L4 binds: --inference.precision bf16"),
     ],
 )

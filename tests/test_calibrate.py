@@ -12,9 +12,9 @@ from kinoray.catalog.table import catalog_of_source, save_catalog
 from kinoray.config.shared import ClipConfig, SampleConfig, StorageConfig, ViewConfig
 from kinoray.demo.videos import class_names, make_demo_set
 from kinoray.errors import CheckpointMismatch, ConfigError
-from kinoray.evaluation.calibrate import calibrate, fit_margins, fit_temperature
+from kinoray.evaluation.calibrate import calibrate, doubts, fit_margins, fit_temperature
 from kinoray.evaluation.config import CalibrateConfig
-from kinoray.label.answers import load_calibration
+from kinoray.label.answers import Calibrated, load_calibration
 from kinoray.label.config import LabelConfig
 from kinoray.label.ledger import read_predictions
 from kinoray.label.open import open_labelling
@@ -117,3 +117,23 @@ def test_a_network_that_sees_its_segments_together_gets_a_temperature_only(
     assert found.margins == ()
     assert 0.05 <= found.temperature <= 20
     assert found.nll[1] <= found.nll[0]
+
+
+def test_a_fit_that_is_not_to_be_trusted_is_doubted() -> None:
+    good = Calibrated(
+        model_digest="m",
+        num_segments=S,
+        frames_per_segment=T,
+        num_videos=1000,
+        temperature=1.5,
+        nll=(1.0, 0.9),
+        ece=(0.06, 0.04),
+        margins=(),
+    )
+    assert doubts(good) == []
+    few, limit, worse = doubts(replace(good, num_videos=16, temperature=19.99, ece=(0.041, 0.061)))
+    assert "16 videos are few; fit on 1,000 or more" in few
+    assert "at its limit (0.05 .. 20)" in limit
+    assert "the calibration error has grown" in worse
+    (low,) = doubts(replace(good, temperature=0.05))
+    assert "at its limit" in low

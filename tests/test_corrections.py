@@ -108,7 +108,7 @@ def test_corrections_and_confident_answers_become_a_catalog(
     assert record["predictions"] == ledger.root
     text = capsys.readouterr().out
     assert "2 corrected (1 to another class than the model's)" in text
-    assert "left out: 1 bad videos, 4 that could not be read" in text
+    assert "left out: 1 bad video, 4 that could not be read" in text
     assert correct(config)["catalog_digest"] == totals["catalog_digest"]
 
 
@@ -163,7 +163,7 @@ def test_the_same_correction_twice_counts_once(
     files = tuple(write_csv(ledger, tmp_path / f"{name}.csv", {"v0000": "red"}) for name in "ab")
     totals = correct(CorrectConfig(predictions=ledger.root, corrections=files, out=str(tmp_path / "set")))
     assert (totals["corrected"], totals["repeated"]) == (1, 1)
-    assert "1 corrections were there twice" in capsys.readouterr().out
+    assert "1 correction said twice" in capsys.readouterr().out
 
 
 def test_the_csv_of_a_labelling_tool_and_defused_names_are_read(tmp_path: Path) -> None:

@@ -260,6 +260,13 @@ def test_evaluations_with_other_protocols_make_an_ensemble_and_a_comparison(tmp_
     assert (tmp_path / "c.html").read_text().count("data:image/jpeg") == 2 * flips
 
 
+def test_a_split_that_is_not_there_is_an_error_with_its_remedy(tmp_path: Path) -> None:
+    with pytest.raises(
+        CatalogError, match=r"no video of split 'gone'; its splits are: .*; name one .* --split '' for all"
+    ):
+        evaluate(replace(small_evaluation(tmp_path), split="gone"))
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1200)  # seven workers are started
 def test_a_protocol_gives_the_same_digits_on_any_number_of_workers_and_after_a_kill(

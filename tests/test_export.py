@@ -97,7 +97,11 @@ def test_entries_and_quarantined_rows_are_all_rows(
     assert [row["video_id"] for row in refused] == ["v0004", "v0009", "v0014", "v0019"]
     assert refused[0]["error_text"] == "no bytes in 4"
     assert entries(folder, kind) == ([f"v{index:04d}" for index in range(20)] if kind in ("csv", "jsonl") else GOOD)
-    assert f"20 rows = 16 in {folder} for {kind} + 4 quarantined or skipped" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    if kind in ("csv", "jsonl"):
+        assert f"20 rows in {folder}/labels.{kind} = 16 labelled + 4 quarantined or skipped; the latter are in" in said
+    else:
+        assert f"20 rows = 16 in {folder} for {kind} + 4 quarantined or skipped; the others are in" in said
 
 
 def entries(folder: Path, kind: str) -> list[str]:
@@ -303,7 +307,7 @@ def test_an_unfinished_table_and_a_wrong_folder_are_said(
     ledger.plan("more", row_keys(library(30).table), 8)
     totals = export(ExportConfig(predictions=out, format="csv", to=str(tmp_path / "csv")))
     assert totals["unfinished"] == 10
-    assert "10 videos are not labelled yet" in capsys.readouterr().out
+    assert "10 videos not labelled yet" in capsys.readouterr().out
     with pytest.raises(ConfigError, match="to must be a folder on this machine, got s3://b/x"):
         export(ExportConfig(predictions=out, format="csv", to="s3://b/x"))
     (tmp_path / "file").write_text("x")

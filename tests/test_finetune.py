@@ -132,7 +132,7 @@ def test_one_line_fine_tunes_a_published_network(
     command += ["--optim.epochs", "1", "--optim.weight-decay", "0", "--resources.num-workers", "1"]
     assert main(command) == 0, capsys.readouterr().err
     said = capsys.readouterr().out
-    assert "train: fine-tuning: 1 epochs, batch 16, rate 0.001, backbone x 0.1, layer decay 0.9, weight decay 0" in said
+    assert "train: fine-tuning: 1 epoch, batch 16, rate 0.001, backbone x 0.1, layer decay 0.9, weight decay 0" in said
     storage = Storage()
     (where,) = [str(path.parent) for path in (tmp_path / "cache").rglob("checkpoint.json")]
     trained = find_checkpoint(storage, run)

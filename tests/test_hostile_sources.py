@@ -568,7 +568,7 @@ def test_files_of_a_library_are_no_modules(tmp_path: Path) -> None:
         [*command, "--workers", "1"], cwd=folder, capture_output=True, text=True, timeout=280, check=False
     )
     assert done.returncode == 0, done.stderr
-    assert "1 inputs = 1 labelled + 0 quarantined" in done.stdout
+    assert "1 input = 1 labelled + 0 quarantined" in done.stdout
     assert not mark.exists(), mark.read_text()
     found = read_predictions(STORAGE, str(out)).to_pylist()
     assert [row["uri"] for row in found] == [str(folder / "v.mp4")]

@@ -53,7 +53,12 @@ def test_each_run_of_a_labelling_has_its_shares(labelled: Ledger, capsys: pytest
     lines = {line.strip().split("  ")[0]: line for line in first.splitlines()}
     assert "3 units by 2 workers on 2 nodes, 2027-01-15 08:00:00 UTC to 2027-01-15 08:01:40 UTC" in first
     assert "2 min 10 s in all; its first unit began 15 s after the job" in first
-    shares = {"store": (10, "5%"), "decode": (70, "35%"), "model": (50, "25%"), "rest of the units": (20, "10%")}
+    shares = {
+        "store": (10, "5%"),
+        "decode": (70, "35%"),
+        "model": (50, "25%"),
+        "other (start-up, rows)": (20, "10%"),
+    }
     shares["between units"] = (50, "25%")  # of 2 x 100 s
     for name, (seconds, share) in shares.items():
         shown = f"{seconds} s" if seconds < 60 else f"1 min {seconds - 60:02d} s"
@@ -63,7 +68,10 @@ def test_each_run_of_a_labelling_has_its_shares(labelled: Ledger, capsys: pytest
     assert [line.split()[1] for line in slowest] == ["60.0", "50.0", "40.0"]
     assert "67% of it decode, on one/7" in slowest[0]
     assert "60% of it model, on two/9" in slowest[1]
-    assert "no summary: it still runs, or was killed" in second
+    assert "no summary: it still runs, was killed, or failed" in second
+    labelled.summarize("cccc", {"began": "2027-01-15T08:10:00+00:00", "wall_s": 1.0})
+    assert main(["labels", labelled.root, "--summary"]) == 0
+    assert "no summary: it was killed, or failed" in capsys.readouterr().out
 
 
 def test_the_file_for_a_viewer_has_each_span_where_it_was(labelled: Ledger, tmp_path: Path) -> None:

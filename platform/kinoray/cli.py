@@ -177,7 +177,7 @@ VERBS: Mapping[str, Verb] = {
         wish=_TRY,
         settings="kinoray.demo.config:DemoConfig",
         function="kinoray.demo.verb:demo",
-        summary="all of the above on a small generated set",
+        summary="pack, train, evaluate, label, report: a small generated set",
         main=("out", "storage"),
     ),
 }
@@ -295,7 +295,7 @@ def parse_settings(
     """
     flags = arguments[: arguments.index("--")] if "--" in arguments else arguments
     if asked := {"-h", "--help", "--help-all"} & set(flags):
-        presets = f"--preset NAME ({', '.join(_presets())}; likewise), --like RUN (a run's settings; likewise), "
+        presets = f", --preset NAME ({', '.join(_presets())}), --like RUN (a run that is there)"
         explain = _load("kinoray.config.help:verb_help")
         extra = presets if name in _WITH_PRESETS else ""
         print(explain(command or f"kinoray {name}", cls, main, extra, every="--help-all" in asked))

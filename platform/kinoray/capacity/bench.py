@@ -33,7 +33,7 @@ from kinoray.catalog.table import Catalog, catalog_of_source, save_catalog
 from kinoray.cluster.connect import connect, require_fit
 from kinoray.cluster.environment import host
 from kinoray.config.scoring import LabelWorkConfig, shared_settings
-from kinoray.console import table
+from kinoray.console import many, table
 from kinoray.errors import ConfigError, TooManyBad
 from kinoray.label.config import LabelConfig
 from kinoray.label.open import Labelling, open_labelling
@@ -89,8 +89,8 @@ def bench(config: BenchConfig, *, rounds: int = 1) -> dict[str, Any]:
         require_fit(config.resources)
         driver_s = time.perf_counter() - begin
         for number in range(rounds):
-            alone = _open(config, folder, catalog, f"start-{number}", unit_size)
-            labelling = _open(config, folder, catalog, f"round-{number}", unit_size)
+            alone = _open(config, folder, catalog, f"start-{number}", unit_size, quiet=True)
+            labelling = _open(config, folder, catalog, f"round-{number}", unit_size, quiet=True)
             turns.append(_measure(config, alone, labelling))
         plan_s, check_s = driver_costs(labelling)
     rates = _rates(labelling, turns, config, (driver_s, plan_s, check_s), unit_size)
@@ -133,7 +133,7 @@ def _sample(storage: Storage, config: BenchConfig) -> tuple[Catalog, int]:
     count = min(config.videos, len(catalog))
     unit_size = max(1, min(config.unit_size, count // least))
     if unit_size < config.unit_size:
-        print(f"bench: units of {unit_size} videos, so that each worker gets {_UNITS_A_WORKER}")
+        print(f"bench: units of {many(unit_size, 'video')}, so that each worker gets {_UNITS_A_WORKER}")
     places = np.unique(np.linspace(0, len(catalog) - 1, count).round().astype(np.int64))
     return Catalog(catalog.table.take(places), catalog.labels), unit_size
 
@@ -148,13 +148,15 @@ def _times(rounds: list[_Round]) -> dict[str, float]:
     }
 
 
-def _open(config: BenchConfig, folder: str, catalog: Catalog, name: str, unit_size: int) -> Labelling:
+def _open(
+    config: BenchConfig, folder: str, catalog: Catalog, name: str, unit_size: int, *, quiet: bool = False
+) -> Labelling:
     """A labelling of the sample into a folder of its own; settings that `label` shares with `bench` are taken over."""
     source = join(folder, "catalog.parquet")
     if not Path(source).exists():
         save_catalog(Storage(), source, catalog)
     shared = shared_settings(replace(config, unit_size=unit_size), LabelWorkConfig)
-    return open_labelling(LabelConfig(source=source, out=join(folder, name), **shared), "bench")
+    return open_labelling(LabelConfig(source=source, out=join(folder, name), **shared), "bench", quiet=quiet)
 
 
 def _measure(config: BenchConfig, alone: Labelling, labelling: Labelling) -> _Round:
@@ -276,15 +278,15 @@ def print_bench(
     rates: Rates, bounds: Bounds, times: Mapping[str, float], decode: DecodeLoop, config: BenchConfig
 ) -> None:
     """The table and the advice."""
-    where = rates.gpu or f"{rates.torch_threads} threads each"
+    where = rates.gpu or f"{many(rates.torch_threads, 'thread')} each"
     rows = [
         (
             "decode alone",
             bounds.decode,
             rates.decode_cpu_s,
-            f"{rates.num_workers * rates.decoders_per_worker} decoders",
+            many(rates.num_workers * rates.decoders_per_worker, "decoder"),
         ),
-        ("model alone", bounds.model, rates.model_cpu_s, f"{rates.num_workers} workers, {where}"),
+        ("model alone", bounds.model, rates.model_cpu_s, f"{many(rates.num_workers, 'worker')}, {where}"),
         ("min(both)", bounds.min_both, None, "each with all the cores to itself"),
         ("shared cores", bounds.shared, rates.decode_cpu_s + rates.model_cpu_s, f"both on {rates.cores} cores"),
         ("Ray job", bounds.job, (rates.decode_cpu_s + rates.model_cpu_s) / bounds.cpu_over_job, "all of it"),
@@ -302,13 +304,13 @@ def print_bench(
     )
     bad = f", {decode.bad} of them bad" if decode.bad else ""
     print(
-        f"read: {decode.bytes_read / 1e6:.1f} MB of {decode.videos} videos{bad}, "
+        f"read: {decode.bytes_read / 1e6:.1f} MB of {many(decode.videos, 'video')}{bad}, "
         f"{rates.bytes_per_video / 1e3:.0f} kB each"
     )
     if bounds.others_share > _OTHERS:
         print(
-            f"others took {bounds.others_share:.0%} of the cores: figures by CPU seconds hold, the start is too long, "
-            "and a job that waits would not show; measure again on a quiet machine"
+            f"other programs used {bounds.others_share:.0%} of the CPU: the CPU-second figures are valid, start-up is "
+            "overstated, idle time is hidden; measure again on a quiet machine"
         )
     print(f"bench: {advice(rates, bounds, config, has_bf16=_has_bf16())}", flush=True)
 
@@ -323,13 +325,14 @@ def advice(rates: Rates, bounds: Bounds, config: BenchConfig, *, has_bf16: bool)
     if not saturated and bounds.decode <= bounds.model:
         wanted = -(-rates.cores // rates.num_workers)
         return (
-            f"decoding binds, and {decoders} decoders do not use {rates.cores} cores: set "
+            f"decoding binds, and {many(decoders, 'decoder')} cannot use all {rates.cores} cores: set "
             f"--resources.decoders-per-worker {max(wanted, rates.decoders_per_worker + 1)}"
         )
     if not saturated:
         return (
-            f"the model binds, and {rates.num_workers} workers of {rates.torch_threads} threads do not use "
-            f"{rates.cores} cores: set --workers {max(rates.num_workers + 1, rates.cores // rates.torch_threads)}"
+            f"the model binds, and {many(rates.num_workers, 'worker')} of {many(rates.torch_threads, 'thread')} cannot "
+            f"use all {rates.cores} cores: set --workers "
+            f"{max(rates.num_workers + 1, rates.cores // rates.torch_threads)}"
         )
     if bounds.job_over_shared < _CLOSE:
         return (

@@ -348,7 +348,7 @@ def measure_job(labelling: Labelling, resources: ResourcesConfig) -> JobFigures:
     ledger, plan, num_workers = labelling.ledger, labelling.plan, resources.num_workers
     with CpuWatch() as watch:
         begin = time.time()
-        run_labelling(labelling, resources, "bench")
+        run_labelling(labelling, resources, "bench", is_kept=False)
         end = time.time()
     parts = ledger.storage.list(join(ledger.root, "parts") + "/")
     times = {info.uri.rpartition("/")[2].removesuffix(".parquet"): info.modified_s for info in parts}

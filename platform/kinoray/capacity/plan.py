@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 from kinoray.capacity.config import PlanConfig
 from kinoray.capacity.estimate import Conditions, Estimate, Rates, Site, Work, fewest_nodes, unit_s, work_of
 from kinoray.catalog.table import Catalog, catalog_of_source
-from kinoray.console import format_duration, table
+from kinoray.console import format_duration, many, table
 from kinoray.errors import ConfigError, JobError
 from kinoray.storage.objects import Storage, absolute
 from kinoray.storage.outputs import require_file
@@ -344,7 +344,7 @@ def _notes(config: PlanConfig, rates: Rates, measured: float) -> list[str]:
     else:
         notes.append("no node is lost (losses_per_node_hour; give it for spot nodes)")
     if rates.num_videos < 100:
-        notes.append(f"only {rates.num_videos} videos were measured; 256 or more make these figures steadier")
+        notes.append(f"only {many(rates.num_videos, 'video')} measured; 256 or more make these figures steadier")
     return notes
 
 
@@ -390,7 +390,7 @@ def _flags(node: NodeType, work: Work, site: Site, found: Estimate) -> str:
 
 def _print(config: PlanConfig, rates: Rates, library: Library, rows: Sequence[_Row], notes: Sequence[str]) -> None:
     size_tb = library.num_videos * library.bytes_per_video / 1e12
-    print(f"plan: {library.num_videos:,} videos, {size_tb:.2f} TB, within {config.deadline}")
+    print(f"plan: {many(library.num_videos, 'video')}, {size_tb:.2f} TB, within {config.deadline}")
     head = ("node", "nodes", "workers", "videos/s", "hours", "cost", "bound by")
     print("\n".join(table(map(_cells, rows), head=head, right=range(1, 6))))
     if any(found for *_, found in rows):

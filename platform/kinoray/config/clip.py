@@ -114,7 +114,7 @@ class OwnDecodeConfig(DecodeLimits):
     """The part of decoding that a job sets for itself, whatever its checkpoint says: limits and back end."""
 
     backend: Backend = "pyav"
-    """What decodes. Back ends differ by 1-2 grey levels: one that the network was not trained with is said."""
+    """What decodes. Back ends differ by 1-2 grey levels; a warning names one that training did not use."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

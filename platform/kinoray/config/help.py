@@ -86,7 +86,7 @@ def verb_help(command: str, cls: type[Any], main: tuple[str, ...], extra: str, *
 
     Args:
         main: paths of the settings that matter most.
-        extra: one more line about flags that are no settings.
+        extra: other flags that settings come from.
     """
     width = min(shutil.get_terminal_size().columns, _WIDEST)
     # What has no flag comes first, then the verb's own settings, then its parts.
@@ -118,7 +118,8 @@ def verb_help(command: str, cls: type[Any], main: tuple[str, ...], extra: str, *
     lines.append("")
     if not every and len(shown) < len(everything):
         lines.append(f"{command} --help-all explains all {len(everything)} settings.")
-    lines.extend(textwrap.wrap(f"Also: --config FILE.yaml (settings; flags win), {extra}--print-config.", width))
+    also = f"Settings also come from --config FILE.yaml{extra}; flags win over them. --print-config prints them all."
+    lines.extend(textwrap.wrap(also, width))
     return "\n".join(lines)
 
 

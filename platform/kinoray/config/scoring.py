@@ -170,7 +170,7 @@ class ScoringConfig:
     unit_size: int = 64
     """Videos a unit of work: what is committed at once, and what at most is done again after a kill."""
     max_bad_fraction: float = 0.2
-    """More quarantined videos than this share make the job exit non-zero (its result is complete all the same)."""
+    """Exit with 1 if more than this share is quarantined; the result is complete all the same."""
     decode: OwnDecodeConfig = field(default_factory=OwnDecodeConfig)
     """What a video may cost, and what decodes it; never taken from the checkpoint."""
     inference: InferenceConfig = field(default_factory=InferenceConfig)

@@ -286,7 +286,7 @@ def _make_videos(out: Path, videos_per_class: int, steps: _Steps) -> int:
     what = "6 classes (2 things x 3 motions) of real H.264 files, and 6 files broken in different ways"
     with steps.step("videos", what) as result:
         num_videos = make_videos(out / "videos", videos_per_class, seed=0)
-        result.append(f"{num_videos} files in {out / 'videos'}")
+        result.append(f"{many(num_videos, 'file')} in {out / 'videos'}")
         print(f"videos: {result[0]}", flush=True)
     return num_videos
 
@@ -300,7 +300,7 @@ def _upload(folder: Path, prefix: str, config: StorageConfig, steps: _Steps) -> 
             storage.put_file(join(prefix, path.parent.name, path.name), path)
             progress.update()
         progress.close()
-        result.append(f"{len(paths)} files")
+        result.append(many(len(paths), "file"))
 
 
 def _run(recipe: Recipe, steps: _Steps) -> tuple[ScoreSummary, dict[str, Any], dict[str, Any]]:
@@ -318,7 +318,7 @@ def _run(recipe: Recipe, steps: _Steps) -> tuple[ScoreSummary, dict[str, Any], d
         train,
         recipe.train,
         "catalog -> checkpoints, on 2 workers",
-        lambda _: f"{recipe.train.optim.epochs} epochs",
+        lambda _: many(recipe.train.optim.epochs, "epoch"),
     )
     what = "score the videos that were held out"
     scores = run("evaluate", evaluate, recipe.evaluate, what, lambda record: f"top-1 {record.scores.top1:.1%}").scores
@@ -375,7 +375,7 @@ def _print_results(config: DemoConfig, scores: ScoreSummary, labelled: dict[str,
         "   Next: open the report; label videos of your own with a published network; then with your own classes:\n"
         "   kinoray label ~/Videos --checkpoint i3d --out labels/videos\n"
         "   kinoray pack videos/ --out sets/mine --val-fraction 0.2\n"
-        "   kinoray train sets/mine --out runs/first --model.options backbone=resnet18 scale=dim\n"
+        "   kinoray train sets/mine --out runs/first --model.options backbone=resnet50 scale=dim\n"
         "   kinoray label /path/to/library --checkpoint runs/first --out labels/library\n"
         + (
             ""

@@ -41,7 +41,7 @@ class DoctorConfig:
     decode_sample: int = 20
     """Probed videos that are decoded for the estimate of the cost, spread over codecs and sizes; 0 for none."""
     max_bad_fraction: float = 0.2
-    """More bad videos than this share of the sample make the exit code 1."""
+    """Exit with 1 if more than this share of the sample is bad."""
     clip: ClipConfig = field(default_factory=lambda: ClipConfig().without_flow())
     """What would be decoded: frames, sizes, limits; with --clip.flow.estimator dis flow, too, as networks with a flow
     stream need it."""

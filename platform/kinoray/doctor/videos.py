@@ -29,7 +29,7 @@ _REMEDIES = {
     "DecodeTimeout": "cut them, or raise --decode.deadline-s (in train --clip.decode.deadline-s)",
     "DecoderCrashed": "leave them out; each costs a decoder process, and no other video",
     "MediaOverBudget": "cut them, or raise the limit that it names (--decode.max-..., in train --clip.decode.max-...)",
-    "NoVideoStream": "leave them out: they hold sound only",
+    "NoVideoStream": "leave them out: they hold sound or data only; fetch them again if they were cut",
     "ObjectNotFound": "correct the list, or upload them",
     "UndecodableVideo": "fetch them again, or convert them: their container opens, their pictures do not decode",
     "UnreadableContainer": "fetch them again: cut downloads and error pages saved as videos look like this",

@@ -13,6 +13,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from kinoray.config.scoring import ScoringConfig, shared_settings
+from kinoray.console import many
 from kinoray.errors import CatalogError
 from kinoray.evaluation.config import CalibrateConfig
 from kinoray.evaluation.metrics import calibration_of, wilson_interval
@@ -24,11 +25,13 @@ from kinoray.label.verb import refuse_too_many_bad, run_labelling
 from kinoray.network.scorer import EarlyExit, RunningAnswer, SegmentConsensus, nested_order
 from kinoray.storage.objects import Storage, absolute, join
 
-__all__ = ["MAX_CHANGED", "calibrate", "fit_margins", "fit_temperature", "likelihood_and_error"]
+__all__ = ["MAX_CHANGED", "calibrate", "doubts", "fit_margins", "fit_temperature", "likelihood_and_error"]
 
 MAX_CHANGED = (0.0, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05)
 """Shares of changed labels for which a margin is looked for."""
 _MARGINS = np.arange(1, 1001) / 1000
+_ENOUGH = 1000  # videos
+_EDGE = 1.001  # so near to its limit a temperature is at it
 _LOWEST, _HIGHEST = 0.05, 20.0  # temperatures; a set that the model gets wholly right has no best one
 _COLUMNS = ["row_key", "status", "scores", "segment_logits"]
 
@@ -97,15 +100,34 @@ def _segments(rows: list[dict[str, Any]], num_segments: int) -> NDArray[np.float
 
 def _print(calibrated: Calibrated, uri: str) -> None:
     print(
-        f"calibrate: temperature {calibrated.temperature:.3f} on {calibrated.num_videos} videos: calibration error "
-        f"{calibrated.ece[0]:.1%} -> {calibrated.ece[1]:.1%}, loss {calibrated.nll[0]:.3f} -> {calibrated.nll[1]:.3f}"
+        f"calibrate: temperature {calibrated.temperature:.3f} on {many(calibrated.num_videos, 'video')}: calibration "
+        f"error {calibrated.ece[0]:.1%} -> {calibrated.ece[1]:.1%}, loss {calibrated.nll[0]:.3f} -> "
+        f"{calibrated.nll[1]:.3f}"
     )
-    for point in calibrated.margins:
+    for text in doubts(calibrated):
+        print(f"calibrate: warning: {text}")
+    points = {point.margin: point for point in calibrated.margins}  # the same margin may keep to several shares
+    for point in points.values():
         print(
-            f"calibrate: early exit at margin {point.margin:.3f}: {point.changed} labels changed (at most "
+            f"calibrate: early exit at margin {point.margin:.3f}: {many(point.changed, 'label')} changed (at most "
             f"{point.upper:.2%} with 95% certainty), {point.segments_saved:.0%} of the segments saved"
         )
     print(f"calibrate: written to {uri}; use it with: kinoray label ... --calibration {uri}", flush=True)
+
+
+def doubts(calibrated: Calibrated) -> list[str]:
+    """Why what was fitted may not be worth using."""
+    found = []
+    if calibrated.num_videos < _ENOUGH:
+        found.append(f"{many(calibrated.num_videos, 'video')} are few; fit on {_ENOUGH:,} or more")
+    if not _LOWEST * _EDGE < calibrated.temperature < _HIGHEST / _EDGE:
+        found.append(
+            f"the temperature is at its limit ({_LOWEST:g} .. {_HIGHEST:g}): the network is right, or wrong, whatever "
+            "its scores are; fit on other videos, or train it longer"
+        )
+    if calibrated.ece[1] > calibrated.ece[0]:
+        found.append("the calibration error has grown, so scores are worse with this temperature than without")
+    return found
 
 
 def fit_temperature(logits: NDArray[np.floating[Any]], truth: NDArray[np.int64]) -> float:

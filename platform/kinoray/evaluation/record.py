@@ -386,11 +386,12 @@ def print_evaluation(task: str, record: EvaluationRecord) -> None:
     """The numbers in a few lines, each after the name of the verb."""
     scores = record.scores
     calibration = record.calibration
+    has_top5 = len(record.labels) > 5  # of five classes it is 100%, whatever the network says
     lines = [
         f"{many(scores.total, 'video')} = {scores.evaluated:,} evaluated + {scores.quarantined:,} quarantined + "
         f"{scores.missing:,} missing (coverage {_percent(scores.coverage)})",
         _accuracy_line("top-1", scores.top1, scores.top1_interval, scores.top1_of_all),
-        _accuracy_line("top-5", scores.top5, scores.top5_interval, scores.top5_of_all),
+        *([_accuracy_line("top-5", scores.top5, scores.top5_interval, scores.top5_of_all)] if has_top5 else []),
         f"mean class accuracy {_percent(scores.mean_class)}",
         f"calibration error (ECE) {_percent(calibration.ece)}, mean score {_percent(calibration.mean_score)}",
         *_class_lines(record.classes),

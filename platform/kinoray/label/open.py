@@ -11,8 +11,8 @@ from dataclasses import asdict, dataclass, replace
 from kinoray.catalog.table import Catalog, catalog_of_source
 from kinoray.config.scoring import ViewsConfig, protocol_named
 from kinoray.config.shared import ClipConfig, digest
-from kinoray.console import visible
-from kinoray.errors import ConfigError, ObjectNotFound
+from kinoray.console import many, visible
+from kinoray.errors import CatalogError, ConfigError, ObjectNotFound
 from kinoray.label.answers import AnswerRule, Calibrated, load_calibration
 from kinoray.label.config import LabelConfig
 from kinoray.label.ledger import Ledger, find_labellings
@@ -79,6 +79,7 @@ def open_labelling(
     *,
     check: Callable[[Catalog, CheckpointMeta], object] | None = None,
     segments: bool = False,
+    quiet: bool = False,
 ) -> Labelling:
     """Find and check everything that a labelling needs, and pin its plan; Ray is not started.
 
@@ -88,12 +89,15 @@ def open_labelling(
         task: the verb, for the lines that are printed.
         check: called before anything is written; raises what it finds wrong.
         segments: store the logits of each segment if the network sees them one by one.
+        quiet: print nothing.
 
     Raises:
         KinorayError: as `label`.
     """
 
     def say(line: str) -> None:
+        if quiet:
+            return
         print(f"{task}: {visible(line)}", flush=True)
 
     if not config.out:
@@ -101,7 +105,12 @@ def open_labelling(
     require_folder(Storage(config.storage), "out", config.out, "label")
     opened = open_network(config, say=say, warn=say, segments=segments)
     meta, record, storage = opened.meta, opened.record, opened.job.storage
-    catalog = catalog_of_source(storage, absolute(config.source)).select(config.split)
+    catalog = catalog_of_source(storage, absolute(config.source))
+    try:
+        catalog = catalog.select(config.split)
+    except CatalogError as error:
+        remedy = "; name one of them with --split, or --split '' for all videos" if config.split else ""
+        raise CatalogError(f"{config.source}: {error}{remedy}") from None
     if check is not None:
         check(catalog, meta)
     keys = row_keys(catalog.table)
@@ -114,7 +123,7 @@ def open_labelling(
             _say_others(storage, out, ledger.root, say)
         plan = ledger.plan(catalog.digest, keys, config.unit_size)
     job = replace(opened.job, root=ledger.root)
-    say(f"{len(catalog)} videos, {len(meta.labels)} classes, checkpoint {job.checkpoint}")
+    say(f"{many(len(catalog), 'video')}, {many(len(meta.labels), 'class')}, checkpoint {job.checkpoint}")
     if job.views.num_views > 1:
         say(f"protocol {config.protocol}, {job.views.num_views} views of each video")
     clips = -(-len(catalog) // config.resources.num_workers) * job.views.num_views

@@ -96,7 +96,7 @@ def summarise(storage: Storage, place: str, to: str = "") -> list[Span]:
     spans = [span for root in find_labellings(storage, place) for span in _labelling(Ledger(storage, root))]
     if to:
         storage.put(absolute(to), json.dumps(trace_events(spans, place)).encode())
-        print(f"labels: {len(spans)} spans are in {absolute(to)}; open it in https://ui.perfetto.dev")
+        print(f"labels: {many(len(spans), 'span')} in {absolute(to)}; open it in https://ui.perfetto.dev")
     return spans
 
 
@@ -122,20 +122,21 @@ def _labelling(ledger: Ledger) -> list[Span]:
     jobs = {job["run_id"]: job for job in ledger.jobs()}
     spans = label_spans(commits)
     rows = sum(commit.rows for commit in commits)
-    print(f"{ledger.root}: {rows} videos in {len(commits)} units")
+    print(f"{ledger.root}: {many(rows, 'video')} in {many(len(commits), 'unit')}")
     if len(spans) < len(commits):
         print(f"  {many(len(commits) - len(spans), 'unit')} committed without times")
     of_run = defaultdict(list)
     for span in spans:
         of_run[span.about["run"]].append(span)
     for run_id, found in sorted(of_run.items(), key=lambda item: item[1][0].begin_s):
-        for line in _run_lines(run_id, found, jobs.get(run_id)):
+        is_old = any(_moment(job["began"]) > found[-1].begin_s for job in jobs.values())
+        for line in _run_lines(run_id, found, jobs.get(run_id), is_old=is_old):
             print(visible(line))
     return spans
 
 
-def _run_lines(run_id: str, spans: list[Span], job: dict[str, Any] | None) -> list[str]:
-    """What is said of one run of a labelling."""
+def _run_lines(run_id: str, spans: list[Span], job: dict[str, Any] | None, *, is_old: bool) -> list[str]:
+    """What is said of one run of a labelling; is_old: a later one has ended."""
     workers = sorted({span.worker for span in spans})
     nodes = {worker.rpartition("/")[0] for worker in workers}
     first_s, last_s = min(span.begin_s for span in spans), max(span.end_s for span in spans)
@@ -149,12 +150,13 @@ def _run_lines(run_id: str, spans: list[Span], job: dict[str, Any] | None) -> li
         f"{clock(first_s)} to {clock(last_s)}"
     ]
     if job is None:
-        lines.append("  it has no summary: it still runs, or was killed")
+        why = "it was killed, or failed" if is_old else "it still runs, was killed, or failed"
+        lines.append(f"  it has no summary: {why}")
     else:
         lines.append(f"  {format_duration(job['wall_s'])} in all; its first unit began {_after(job, first_s)}")
     lines.append(f"  of {len(workers)} x {format_duration(last_s - first_s)} from the first unit to the last:")
     lines += [bar_line(f"{stage}", waited[stage], whole_s) for stage in _STAGES]
-    lines.append(bar_line("rest of the units", max(0.0, busy_s - sum(waited.values())), whole_s))
+    lines.append(bar_line("other (start-up, rows)", max(0.0, busy_s - sum(waited.values())), whole_s))
     lines.append(bar_line("between units", max(0.0, whole_s - busy_s), whole_s))
     lines.append("  slowest units:")
     for span in sorted(spans, key=lambda span: -span.seconds)[:_SLOWEST]:
@@ -165,5 +167,8 @@ def _run_lines(run_id: str, spans: list[Span], job: dict[str, Any] | None) -> li
 
 
 def _after(job: dict[str, Any], first_s: float) -> str:
-    began_s = datetime.fromisoformat(job["began"]).timestamp()
-    return f"{format_duration(max(0.0, first_s - began_s))} after the job"
+    return f"{format_duration(max(0.0, first_s - _moment(job['began'])))} after the job"
+
+
+def _moment(text: str) -> float:
+    return datetime.fromisoformat(text).timestamp()

@@ -86,7 +86,7 @@ def answer(config: LabelConfig) -> dict[str, Any]:
     length = "" if found.duration_s is None else f"{found.duration_s:.1f} s long, "
     damaged = f", {found.frames_corrupt} more would not decode" if found.frames_corrupt else ""
     frames = f"{many(found.frames_decoded, 'frame')} decoded{damaged}, {many(found.views, 'clip')}"
-    say(f"{found.uri}: {length}{frames}; {len(model.labels)} classes of {model.checkpoint}")
+    say(f"{found.uri}: {length}{frames}; {many(len(model.labels), 'class')} of {model.checkpoint}")
     rows = [(name, f"{score:.4f}") for name, score in found.top]
     print("\n".join(table(rows, head=("CLASS", "SCORE"), right=(1,))) if rows else "no class reaches the threshold")
     if found.abstained:
@@ -94,8 +94,11 @@ def answer(config: LabelConfig) -> dict[str, Any]:
     return {"uri": found.uri, "top": found.top, "abstained": found.abstained}
 
 
-def run_labelling(labelling: Labelling, resources: WorkersConfig, task: str) -> Totals:
+def run_labelling(labelling: Labelling, resources: WorkersConfig, task: str, *, is_kept: bool = True) -> Totals:
     """Label the units that are missing, check the whole table, declare it complete and print what it holds.
+
+    Args:
+        is_kept: its folder stays, so that people may look into it.
 
     Raises:
         KinorayError: as `label`, but for TooManyBad.
@@ -108,7 +111,8 @@ def run_labelling(labelling: Labelling, resources: WorkersConfig, task: str) -> 
     missing = [unit for unit in plan.units if unit.unit_id not in done]
     already = plan.num_rows - sum(unit.num_rows for unit in missing)
     if already:
-        print(f"{task}: {already} of {plan.num_rows} videos are labelled already, {plan.num_rows - already} to do")
+        of = f"of {many(plan.num_rows, 'video')} {'is' if plan.num_rows == 1 else 'are'}"
+        print(f"{task}: {already} {of} labelled already, {plan.num_rows - already} to do")
     if missing:
         progress = Progress(plan.num_rows, task, "videos", already=already)
         for result in run_units(labelling, missing, resources):
@@ -124,7 +128,8 @@ def run_labelling(labelling: Labelling, resources: WorkersConfig, task: str) -> 
     record |= {"videos_per_s": to_do / wall_s, "waited_s": {stage: float(stages[stage]) for stage in STAGES}}
     about = {"task": task, "catalog_digest": plan.catalog_digest, "checkpoint": labelling.job.checkpoint}
     uri = ledger.summarize(labelling.job.run_id, {**about, **record, "totals": asdict(totals)})
-    print(f"{task}: summary in {uri}")
+    if is_kept:
+        print(f"{task}: summary in {uri}")
     return totals
 
 
@@ -132,10 +137,10 @@ def _say_plan(labelling: Labelling) -> dict[str, Any]:
     """What is done and what a labelling would do."""
     found = preview(labelling.ledger, labelling.catalog, labelling.keys, labelling.plan)
     size = "" if found.size_bytes is None else f", {found.size_bytes:,} bytes to read"
-    print(f"label: {found.videos} videos = {found.done} done + {found.new} new + {found.changed} changed")
-    print(f"label: {found.new + found.changed} to label in {found.units} units{size}")
+    print(f"label: {many(found.videos, 'video')} = {found.done} done + {found.new} new + {found.changed} changed")
+    print(f"label: {found.new + found.changed} to label in {many(found.units, 'unit')}{size}")
     if found.gone:
-        print(f"label: {found.gone} rows are of videos that are no longer in the source; they stay, and do not show")
+        print(f"label: {many(found.gone, 'row')} of videos that are no longer in the source; kept, and not shown")
     print(f"label: nothing was written; the table is, or will be, in {labelling.ledger.root}", flush=True)
     return asdict(found)
 
@@ -209,11 +214,11 @@ def _reasons(totals: Totals) -> str:
 
 def _print_totals(totals: Totals, task: str) -> None:
     print(
-        f"{task}: {totals.inputs} inputs = {totals.labelled} labelled + {totals.quarantined} quarantined + "
+        f"{task}: {many(totals.inputs, 'input')} = {totals.labelled} labelled + {totals.quarantined} quarantined + "
         f"{totals.skipped} skipped"
     )
     if totals.damaged:
-        print(f"{task}: {totals.damaged} of the labelled videos have frames that would not decode (frames_corrupt)")
+        print(f"{task}: {many(totals.damaged, 'labelled video')} with frames that would not decode (frames_corrupt)")
     if totals.quarantined:
         print(f"{task}: quarantined: {_reasons(totals)}")
         for video_id, reason in totals.examples:

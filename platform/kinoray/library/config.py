@@ -46,7 +46,7 @@ class LabelsConfig(PredictionsConfig):
     label: tuple[str, ...] = ()
     """Only rows whose first class is one of these."""
     score: Annotated[tuple[float, float] | None, tyro.conf.arg(metavar="FROM TO")] = None
-    """Only rows whose first class has a probability from the first number to the second one, such as 0 0.5."""
+    """Only rows whose first class has a score from the first number to the second one, such as 0 0.5."""
     margin: Annotated[tuple[float, float] | None, tyro.conf.arg(metavar="FROM TO")] = None
     """Only rows whose first class leads the second by so much: from, and to."""
     video_id: str = ""
@@ -127,7 +127,7 @@ class CorrectConfig(PredictionsConfig):
     corrections: tuple[str, ...] = ()
     """CSV files (local or s3://) with the columns row_key and label, as the report's download has them."""
     accept_score: float | None = None
-    """Take the model's word, too, where its probability is at least this. Default: never."""
+    """Take the model's label, too, where its score is at least this. Default: never."""
     catalog: str = ""
     """The catalog that was labelled (a pack's folder, .parquet): its labels, splits, checksums and sizes are kept."""
     new_classes: tuple[str, ...] = ()

@@ -19,6 +19,7 @@ import pyarrow as pa
 from kinoray.catalog.folders import class_name
 from kinoray.catalog.source import decode_text, parse_table_text
 from kinoray.catalog.table import CATALOG_SCHEMA, Catalog, catalog_of_source, save_catalog
+from kinoray.console import many
 from kinoray.errors import CatalogError
 from kinoray.label.ledger import Ledger, open_ledger
 from kinoray.label.unit import row_keys
@@ -303,11 +304,11 @@ def _report(out: str, totals: dict[str, Any]) -> None:
     splits = ", ".join(f"{count} {split}" for split, count in totals["splits"].items())
     corrected = f"{totals['corrected']} corrected ({totals['changed']} to another class than the model's)"
     print(
-        f"correct: {totals['videos']} videos ({splits}) = {corrected} + {totals['kept']} as the catalog has them + "
-        f"{totals['accepted']} as the model has them"
+        f"correct: {many(totals['videos'], 'video')} ({splits}) = {corrected} + {totals['kept']} as the catalog has "
+        f"them + {totals['accepted']} as the model has them"
     )
     print(
-        f"correct: left out: {totals['bad']} bad videos, {totals['quarantined']} that could not be read, "
+        f"correct: left out: {many(totals['bad'], 'bad video')}, {totals['quarantined']} that could not be read, "
         f"{totals['unlabelled']} without a label"
     )
     if totals["respelled"]:
@@ -315,6 +316,6 @@ def _report(out: str, totals: dict[str, Any]) -> None:
             f"correct: {totals['respelled']} video_ids are not as the table has them; row_key said which rows are meant"
         )
     if totals["repeated"]:
-        print(f"correct: {totals['repeated']} corrections were there twice, with the same label")
+        print(f"correct: {many(totals['repeated'], 'correction')} said twice, with the same label")
     catalog = join(out, "catalog.parquet")
     print(f"correct: wrote {catalog}; train on it with: kinoray train {catalog} --out RUN", flush=True)

@@ -23,7 +23,7 @@ from kinoray.catalog.folders import extension
 from kinoray.catalog.quarantine import Refusal, judge
 from kinoray.catalog.table import Reference, catalog_of_source, lies_inside, read_videos
 from kinoray.config.shared import DecodeConfig
-from kinoray.console import visible
+from kinoray.console import many, visible
 from kinoray.errors import (
     ChecksumMismatch,
     ConfigError,
@@ -355,13 +355,20 @@ def export(config: ExportConfig) -> dict[str, Any]:
     if totals["rows"] != totals["exported"] + totals["quarantined"] + totals["not_copied"]:
         raise IncompleteOutput(f"{folder} does not hold every row: {totals}; export again")
     if unfinished := _num_unfinished(ledger):
-        print(f"export: {unfinished} videos are not labelled yet and not in it; run the label command again, then this")
+        print(f"export: {many(unfinished, 'video')} not labelled yet and not in it; run the label command, then this")
     not_copied = f" + {totals['not_copied']} that could not be copied" if totals["not_copied"] else ""
-    print(
-        f"export: {totals['rows']} rows = {totals['exported']} in {folder} for {config.format} + "
-        f"{totals['quarantined']} quarantined or skipped{not_copied}; the others are in {folder / 'quarantined.jsonl'}",
-        flush=True,
-    )
+    side_file = folder / "quarantined.jsonl"
+    if config.format in ("csv", "jsonl"):
+        said = (
+            f"{many(totals['rows'], 'row')} in {folder / f'labels.{config.format}'} = {totals['exported']} labelled + "
+            f"{totals['quarantined']} quarantined or skipped; the latter are in {side_file}, too"
+        )
+    else:
+        said = (
+            f"{many(totals['rows'], 'row')} = {totals['exported']} in {folder} for {config.format} + "
+            f"{totals['quarantined']} quarantined or skipped{not_copied}; the others are in {side_file}"
+        )
+    print(f"export: {said}", flush=True)
     return {**totals, "unfinished": unfinished, "to": str(folder)}
 
 

@@ -64,7 +64,7 @@ def _with_first(schema: pa.Schema, after: str) -> pa.Schema:
 
 
 LABEL_SCHEMA: pa.Schema = _with_first(PREDICTION_SCHEMA, "status")
-"""PREDICTION_SCHEMA with the likeliest class and its probability as columns of their own; null where not labelled."""
+"""PREDICTION_SCHEMA with the likeliest class and its score as columns of their own; null where not labelled."""
 
 WINDOW_LABEL_SCHEMA: pa.Schema = _with_first(WINDOW_SCHEMA, "end_s")
 """WINDOW_SCHEMA with the same two columns."""

@@ -28,7 +28,7 @@ from kinoray.catalog.kinetics import (
 from kinoray.catalog.quarantine import Refusal
 from kinoray.catalog.source import SourceFile, find_files
 from kinoray.config.shared import digest
-from kinoray.console import visible
+from kinoray.console import many, visible
 from kinoray.errors import CatalogError, ConfigError, IncompleteOutput, TooManyBad
 from kinoray.pack.config import PackConfig
 from kinoray.pack.plan import FileVerdict, Plan, PlannedVideo, Unit, cut_evenly, share
@@ -185,7 +185,7 @@ def plan_kinetics(storage: Storage, config: PackConfig) -> KineticsPlan:
         units=tuple(units),
         size_bytes=size_bytes,
         about=about,
-        word="archives or parts",
+        word="unit",
         rows=rows,
         wanted=wanted,
         keep_leaks=keep_leaks,
@@ -410,11 +410,12 @@ def print_kinetics(out: str, config: PackConfig, totals: Mapping[str, Any]) -> N
     official = OFFICIAL_CLASSES[config.kinetics] if config.kinetics else totals["classes"]
     differs = "" if totals["classes"] == official else f" (official {config.kinetics}: {official})"
     if totals["not_in_catalog"]:
-        print(f"pack: {totals['not_in_catalog']} videos in the shards are duplicates or leaks, not in the catalog")
+        print(f"pack: {many(totals['not_in_catalog'], 'video')} in the shards, not in the catalog: duplicates or leaks")
     splits = ", ".join(f"{count} {split}" for split, count in totals["splits"].items())
     print(
-        f"pack: {totals['packed']} packed ({splits or 'none'}), {totals['classes']} classes{differs}, "
-        f"{totals['shards']} shards, {totals['video_bytes'] / 1e6:.1f} MB; wrote {join(out, 'catalog.parquet')}",
+        f"pack: {totals['packed']} packed ({splits or 'none'}), {many(totals['classes'], 'class')}{differs}, "
+        f"{many(totals['shards'], 'shard')}, {totals['video_bytes'] / 1e6:.1f} MB; "
+        f"wrote {join(out, 'catalog.parquet')}",
         flush=True,
     )
 

@@ -163,8 +163,8 @@ class Plan:
     """Of all files in units."""
     about: Mapping[str, Any] = field(default_factory=dict)
     """What plan.json says besides: what this planner was asked for."""
-    word: str = "shards"
-    """What its units are, for people."""
+    word: str = "shard"
+    """What a unit is, for people."""
 
     @property
     def num_found(self) -> int:

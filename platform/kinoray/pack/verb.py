@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 from kinoray.catalog.folders import said_of_others
 from kinoray.catalog.quarantine import QuarantineRow, count_reasons, save_quarantine
 from kinoray.catalog.table import CATALOG_SCHEMA, Catalog, save_catalog
-from kinoray.console import visible
+from kinoray.console import many, visible
 from kinoray.errors import ConfigError, IncompleteOutput, TooManyBad
 from kinoray.pack.config import PackConfig
 from kinoray.pack.job import pack_units
@@ -68,9 +68,10 @@ def pack(config: PackConfig) -> dict[str, Any]:
     done = _committed(storage, out)
     num_done = sum(unit.name in done for unit in plan.units)
     wanted = f"{len(plan.rows)} annotation rows, " if isinstance(plan, KineticsPlan) else ""
+    what = f"{plan.size_bytes / 1e6:.1f} MB, {many(len(plan.labels), 'class')}"
     print(
-        f"pack: {wanted}found {plan.num_found} files ({plan.size_bytes / 1e6:.1f} MB, {len(plan.labels)} classes) in "
-        f"{config.source}: {len(plan.units)} {plan.word}, {num_done} done already",
+        f"pack: {wanted}found {many(plan.num_found, 'file')} ({what}) in {config.source}: "
+        f"{many(len(plan.units), plan.word)}, {num_done} done already",
         flush=True,
     )
     if num_done < len(plan.units):
@@ -274,8 +275,8 @@ def _print_totals(out: str, plan: Plan, totals: dict[str, Any]) -> None:
     print(
         f"pack: {totals['packed']} packed ({splits or 'none'}) + {totals['quarantined']} quarantined"
         f"{f' ({reasons})' if reasons else ''}{others} = {totals['found']} found\n"
-        f"pack: {totals['classes']} classes, {totals['shards']} shards, {totals['video_bytes'] / 1e6:.1f} MB; "
-        f"wrote {join(out, 'catalog.parquet')}",
+        f"pack: {many(totals['classes'], 'class')}, {many(totals['shards'], 'shard')}, "
+        f"{totals['video_bytes'] / 1e6:.1f} MB; wrote {join(out, 'catalog.parquet')}",
         flush=True,
     )
 

@@ -30,7 +30,7 @@ from torch import Tensor
 from kinoray.catalog.quarantine import QuarantineRow
 from kinoray.catalog.table import Catalog
 from kinoray.config.shared import OptimConfig
-from kinoray.console import format_duration
+from kinoray.console import format_duration, many
 from kinoray.network.checkpoint import CheckpointMeta, save_checkpoint
 from kinoray.storage.leftovers import scratch_folder
 from kinoray.train.config import TrainConfig
@@ -277,7 +277,7 @@ def epoch_line(row: EpochRow, epochs: int) -> str:
     parts.append(f"loss {_shown(row.loss)}, top-1 {_shown(row.top1)}")
     if row.val_videos is not None:
         numbers = f"loss {_shown(row.val_loss)}, top-1 {_shown(row.val_top1)}, top-5 {_shown(row.val_top5)}"
-        parts.append(f"val {numbers} ({row.val_videos} videos)")
+        parts.append(f"val {numbers} ({many(row.val_videos, 'video')})")
     parts.append(f"{row.videos_per_s:.1f} videos/s, {row.decode_wait:.0%} of it waiting for decoders")
     bad = row.quarantined + (row.val_quarantined or 0)
     if bad:

@@ -8,7 +8,7 @@ from torch import nn
 
 from kinoray.catalog.table import Catalog, load_catalog
 from kinoray.config.shared import ClipConfig, ModelConfig, OptimConfig, require
-from kinoray.console import format_duration, visible
+from kinoray.console import format_duration, many, visible
 from kinoray.errors import CatalogError, ConfigError, JobError
 from kinoray.network.batch import FLOW_CHANNELS
 from kinoray.network.build import (
@@ -74,13 +74,13 @@ def train(config: TrainConfig, gate: Gate | None = None) -> dict[str, Any]:
         _check_start(storage, config, catalog)
     folder.claim(config, catalog)
     if newest is None or not _is_finished(folder, config, newest):
-        sizes = f"{num_train} videos, {num_val} to score, {len(catalog.labels)} classes"
-        print(f"train: {sizes}, {config.optim.epochs} epochs, to {config.out}", flush=True)
+        sizes = f"{many(num_train, 'video')}, {num_val} to score, {many(len(catalog.labels), 'class')}"
+        print(f"train: {sizes}, {many(config.optim.epochs, 'epoch')}, to {config.out}", flush=True)
         newest = _train_on(folder, config, catalog, gate)  # its first worker says what is broken
     else:
         for line in broken:
             print(f"train: {visible(line)}")
-        print(f"train: {config.out} is finished ({newest[1].epoch} epochs); nothing is left to do", flush=True)
+        print(f"train: {config.out} is finished ({many(newest[1].epoch, 'epoch')}); nothing is left to do", flush=True)
     return _result(folder, newest, time.monotonic() - start_s)
 
 
@@ -92,7 +92,7 @@ def _train_on(folder: RunFolder, config: TrainConfig, catalog: Catalog, gate: Ga
         heart.stopped = not found or not _is_finished(folder, config, found[-1])
         draw_curves(folder)
         if heart.stopped and not stopped:  # Ray Train ends a run on Ctrl-C without an error
-            done = f"{found[-1][1].epoch if found else 0} of {config.optim.epochs} epochs"
+            done = f"{found[-1][1].epoch if found else 0} of {many(config.optim.epochs, 'epoch')}"
             raise JobError(f"training was stopped after {done}; the same command goes on")
     return found[-1]
 
@@ -163,9 +163,9 @@ def _recipe_in_words(optim: OptimConfig) -> str:
     """The recipe in a line."""
     frozen = ", batch norms as they are" if optim.freeze_bn else ""
     return (
-        f"{optim.epochs} epochs, batch {optim.batch_size}, rate {optim.lr:g}, backbone x {optim.backbone_lr_factor:g}, "
-        f"layer decay {optim.layer_decay:g}, weight decay {optim.weight_decay:g}, label smoothing "
-        f"{optim.label_smoothing:g}{frozen} (--optim.* and --model.options drop_path=... change it)"
+        f"{many(optim.epochs, 'epoch')}, batch {optim.batch_size}, rate {optim.lr:g}, backbone x "
+        f"{optim.backbone_lr_factor:g}, layer decay {optim.layer_decay:g}, weight decay {optim.weight_decay:g}, label "
+        f"smoothing {optim.label_smoothing:g}{frozen} (--optim.* and --model.options drop_path=... change it)"
     )
 
 
@@ -274,9 +274,10 @@ def _result(folder: RunFolder, last: Checkpoint, took_s: float) -> dict[str, Any
         "took_s": took_s,
     }
     scored = f", val top-1 {totals['val_top1']:.3f}" if totals["val_top1"] is not None else ""
+    done = ", ".join((many(newest.epoch, "epoch"), many(newest.step, "step"), many(newest.samples, "video")))
     print(
-        f"train: {newest.epoch} epochs, {newest.step} steps, {newest.samples} samples in {format_duration(took_s)}; "
-        f"quarantined {totals['quarantined']}; best is epoch {best.epoch}{scored}: {best_uri}",
+        f"train: {done} trained on in {format_duration(took_s)}; quarantined {totals['quarantined']}; best is epoch "
+        f"{best.epoch}{scored}: {best_uri}",
         flush=True,
     )
     return totals

@@ -22,7 +22,7 @@ from kinoray.catalog.table import Catalog, load_catalog
 from kinoray.cluster.connect import connect, has_autoscaler, require_fit
 from kinoray.config.file import dump_yaml, parse_yaml, to_yaml
 from kinoray.config.shared import CacheConfig, TrainResourcesConfig, digest
-from kinoray.console import format_duration, visible
+from kinoray.console import format_duration, many, visible
 from kinoray.errors import ClusterError, ConfigError, JobError
 from kinoray.storage.objects import Storage, absolute, arrow_filesystem, join
 from kinoray.storage.outputs import require_folder
@@ -109,7 +109,7 @@ def tune(config: TuneConfig, given: Sequence[Settings] = ()) -> dict[str, Any]:
     num_trials = len(trials) or config.num_trials
     search = "given" if given else config.search
     print(
-        f"tune: {num_trials} trials (search {search}, none stopped before epoch {config.grace}), "
+        f"tune: {many(num_trials, 'trial')} (search {search}, none stopped before epoch {config.grace}), "
         f"{sum(map(bool, status.values()))} have ended already; to {config.out}",
         flush=True,
     )
@@ -250,7 +250,7 @@ def _run_trials(
     num_trials = len(trials) or config.num_trials
     at_once = min(_room(config.resources), num_trials)
     if at_once < num_trials:
-        print(f"tune: {at_once} trials at a time", flush=True)
+        print(f"tune: {many(at_once, 'trial')} at a time", flush=True)
     desk = open_desk()
     context = TrialContext(base=base, desk=desk)
     ended = {name for name, how in status.items() if how}
@@ -349,14 +349,14 @@ def _finish(
     print_table(rows)
     settings = ", ".join(f"{path}={value}" for path, value in best.settings.items())
     print(
-        f"tune: {len(rows)} trials ({', '.join(f'{number} {how}' for how, number in status.items())}) in "
+        f"tune: {many(len(rows), 'trial')} ({', '.join(f'{number} {how}' for how, number in status.items())}) in "
         f"{format_duration(took_s)}; best is {best.trial} ({settings}), val top-1 {best.best_val_top1:.3f}; "
         f"{join(config.out, 'best.yaml')}, {join(config.out, 'tune.html')}",
         flush=True,
     )
     unsettled = [row.trial for row in rows if row.status in ("unfinished", "waiting")]
     if unsettled:
-        raise JobError(f"{len(unsettled)} trials of {config.out} have not ended; the same command goes on")
+        raise JobError(f"of {config.out} {many(len(unsettled), 'trial')} not ended yet; the same command goes on")
     return summary
 
 
