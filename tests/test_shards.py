@@ -221,7 +221,7 @@ def test_a_poor_set_is_named_with_its_numbers(tmp_path: Path, capsys: pytest.Cap
     plan_source(STORAGE, PackConfig(source=str(tmp_path), out="o", val_fraction=0.2))
     said = capsys.readouterr().err
     assert "WARNING: " + str(tmp_path) + ": all 10 labelled videos are of one class, 'walk'; a network learns" in said
-    assert "2 videos to validate on, for 1 classes: each is 50 % of a top-1" in said
+    assert "2 videos to validate on, for 1 class: each is 50 % of a top-1" in said
 
 
 def test_shards_hold_one_split_are_of_like_size_and_mix_the_classes() -> None:

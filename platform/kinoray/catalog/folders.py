@@ -8,6 +8,8 @@ import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 
+from kinoray.console import many
+
 __all__ = [
     "HEAD_BYTES",
     "VIDEO_EXTENSIONS",
@@ -188,6 +190,7 @@ def set_problems(places: Mapping[tuple[str | None, str | None], int]) -> list[tu
         found.append((text, "a network learns nothing from one class; expected a folder, or a label, for each class"))
     num_val = sum(count for (_, split), count in places.items() if split == "val")
     if 0 < num_val < max(_FEW_TO_VALIDATE, len(labels)):
-        text = f"{num_val} videos to validate on, for {len(labels)} classes: each is {100 / num_val:.0f} % of a top-1"
+        what = f"{many(num_val, 'video')} to validate on, for {many(len(labels), 'class')}"
+        text = f"{what}: each is {100 / num_val:.0f} % of a top-1"
         found.append((text, "accuracies on so few say little; add videos to val"))
     return found
