@@ -55,6 +55,7 @@ from kinoray.storage.objects import Storage, join
 from kinoray.video.frames import decode
 from kinoray.video.request import Sampled
 from label_models import save_untrained
+from small_tables import job_record
 from tiny_models import OWN_NETWORKS
 
 CLIP = ClipConfig(sample=SampleConfig(num_segments=1, frames_per_segment=2), view=ViewConfig(resize_px=36, crop_px=32))
@@ -163,6 +164,7 @@ class Bench:
         storage = Faulty(StorageConfig())
         self.catalog = catalog_of_source(storage, str(folder))
         self.ledger = Ledger(storage, str(root))
+        self.ledger.pin_job(job_record(labels=load_meta(storage, checkpoint).labels))
         self.plan: Plan = self.ledger.plan(self.catalog.digest, row_keys(self.catalog.table), unit_size)
         self.job = LabelJob(
             allow_factory=OWN_NETWORKS,

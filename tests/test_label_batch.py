@@ -25,6 +25,7 @@ from kinoray.storage.objects import Storage
 from kinoray.train.config import TrainConfig
 from label_models import save_untrained
 from small_sets import LABELS, colour_video
+from small_tables import job_record
 from tiny_models import OWN_NETWORKS
 
 CLIP = ClipConfig(sample=SampleConfig(num_segments=1, frames_per_segment=2), view=ViewConfig(resize_px=36, crop_px=32))
@@ -51,6 +52,7 @@ def result_of(
 ) -> tuple[dict[str, Any], Unit]:
     """What one worker says of the videos in one unit."""
     catalog, ledger = catalog_of_source(STORAGE, str(videos)), Ledger(STORAGE, str(root))
+    ledger.pin_job(job_record(labels=load_meta(STORAGE, checkpoint).labels))
     (unit,) = ledger.plan(catalog.digest, row_keys(catalog.table), NUM_VIDEOS).units
     job = LabelJob(
         allow_factory=OWN_NETWORKS,
