@@ -143,7 +143,7 @@ def test_prefixes_are_looked_at_like_folders(bucket: str, s3_config: StorageConf
         require_folder(storage, "out", out, "pack")
     with pytest.raises(ConfigError, match=r"^out .*/job.json is an object"):
         require_folder(storage, "out", join(out, "0f", "job.json"), "pack")
-    with pytest.raises(ConfigError, match=r"^out s3://absent-bucket/x cannot be listed"):
+    with pytest.raises(ConfigError, match=r"^out s3://absent-bucket/x/: there is no bucket"):
         require_folder(storage, "out", "s3://absent-bucket/x", "pack")
 
 

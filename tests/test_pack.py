@@ -200,7 +200,7 @@ def test_bad_sources_and_places_are_refused_before_any_work(tmp_path: Path, s3_c
     (tmp_path / "set" / "a" / "x.mp4").write_bytes(b"x")
     with pytest.raises(ConfigError, match="lies inside the source"):
         pack(PackConfig(source=str(tmp_path / "set"), out=str(tmp_path / "set" / "packed")))
-    with pytest.raises(ObjectNotFound, match="no bucket 'no-such-bucket'"):
+    with pytest.raises(ConfigError, match="no bucket 'no-such-bucket'"):
         pack(PackConfig(source=str(tmp_path / "set"), out="s3://no-such-bucket/x", storage=s3_config))
     crowd = ResourcesConfig(num_workers=1000)
     with pytest.raises(ClusterError, match="1000 workers"):

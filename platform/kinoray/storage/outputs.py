@@ -113,7 +113,7 @@ def _names_in_store(storage: Storage, option: str, place: str) -> list[str]:
             raise ConfigError(f"{option} {place} is an object: choose an empty prefix")
         keys = [info.uri[len(place) + 1 :] for info in itertools.islice(storage.list(place + "/"), _LISTED_KEYS)]
     except (AccessDenied, ObjectNotFound) as error:
-        raise ConfigError(f"{option} {place} cannot be listed: {error}") from error
+        raise ConfigError(f"{option} {error}") from error
     first = [key.partition("/") for key in keys]
     return sorted({name + slash for name, slash, _ in first if _counts(name)})
 
