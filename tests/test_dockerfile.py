@@ -152,7 +152,7 @@ def test_a_job_runs_from_the_wheel(tmp_path: Path) -> None:
     subprocess.run(command, cwd=source, check=True, capture_output=True, timeout=200)
     [wheel] = wheels.glob("kinoray-*.whl")
     shutil.unpack_archive(wheel, site, "zip")
-    names = ["kinoray/templates/report.html.j2", "kinoray/label/verb.py", "vcm_sdd/py.typed", "video_baselines"]
+    names = ["kinoray/page/report.html.j2", "kinoray/label/verb.py", "vcm_sdd/py.typed", "video_baselines"]
     assert [name for name in names if not (site / name).exists()] == []
 
     shutil.copytree(ROOT / "jobs", tmp_path / "jobs", ignore=shutil.ignore_patterns("__pycache__"))

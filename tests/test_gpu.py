@@ -28,8 +28,7 @@ from kinoray.train.config import TrainConfig
 from kinoray.train.step import Replica
 from kinoray.video.frames import Clip, decode
 from kinoray.video.request import Sampled, Views
-from kinoray.video.sandbox.device import DeviceDecoder
-from kinoray.video.sandbox.pool import Sandbox
+from kinoray.video.sandbox.pool import DeviceDecoder, Sandbox
 from test_torchcodec import needs_torchcodec
 
 GPU = "cuda"

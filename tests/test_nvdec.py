@@ -19,8 +19,7 @@ from kinoray.video.frames import decode
 from kinoray.video.nvdec import read_on_device, require_nvdec
 from kinoray.video.pyav import PyavVideo
 from kinoray.video.request import Sampled
-from kinoray.video.sandbox.device import DeviceDecoder
-from kinoray.video.sandbox.pool import Sandbox
+from kinoray.video.sandbox.pool import DeviceDecoder, Sandbox
 from test_torchcodec import needs_torchcodec
 
 without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")

@@ -19,7 +19,7 @@ from kinoray.errors import CatalogError
 from kinoray.evaluation.config import CompareConfig
 from kinoray.evaluation.metrics import ScoreSummary, wilson_interval
 from kinoray.evaluation.record import Evaluation, Origin, read_evaluation
-from kinoray.page import render_page
+from kinoray.page.render import render_page
 from kinoray.storage.objects import Storage, absolute
 from kinoray.storage.outputs import require_file
 from kinoray.video.strips import Strip, contact_strips

@@ -20,8 +20,7 @@ from kinoray.label.times import StageClock
 from kinoray.storage.objects import Storage
 from kinoray.video.frames import Frames
 from kinoray.video.request import Views
-from kinoray.video.sandbox.device import DeviceDecoder
-from kinoray.video.sandbox.pool import Sandbox, shared_sandbox
+from kinoray.video.sandbox.pool import DeviceDecoder, Sandbox, shared_sandbox
 
 __all__ = ["DecodedVideo", "VideoReader"]
 

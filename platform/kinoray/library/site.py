@@ -23,7 +23,7 @@ import pyarrow.compute as pc
 from kinoray.catalog.table import Reference
 from kinoray.console import Progress
 from kinoray.library.numbers import Numbers
-from kinoray.page import asset, render_site_page
+from kinoray.page.render import asset, render_site_page
 from kinoray.storage.objects import Storage, join
 from kinoray.video.strips import Strip, contact_strips
 

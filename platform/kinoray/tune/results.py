@@ -17,7 +17,7 @@ import numpy as np
 
 from kinoray.console import table, visible
 from kinoray.errors import JobError, ObjectNotFound
-from kinoray.page import render_page
+from kinoray.page.render import render_page
 from kinoray.storage.objects import Storage, join
 from kinoray.storage.records import parse_json, read_record
 from kinoray.train.runfolder import RunFolder

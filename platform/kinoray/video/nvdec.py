@@ -3,7 +3,7 @@
 Where it runs, and why there: a CUDA context costs each process hundreds of megabytes of the GPU's memory, so decoder
 processes must not have one; the model's process has it already. What that gives up is the sandbox. So a decoder process
 looks at each file first, and whatever NVDEC does not take or gets wrong is decoded by the plan, in the sandbox
-(kinoray.video.sandbox.device). What nothing guards against is a file that crashes the GPU's
+(kinoray.video.sandbox.pool). What nothing guards against is a file that crashes the GPU's
 driver: it takes the worker with it. So this is for videos that one trusts, and off by default.
 
 What is easy to break: a frame counts only if it comes with the time that the packets say it has. NVDEC does not say

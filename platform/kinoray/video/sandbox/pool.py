@@ -8,22 +8,25 @@ process holds one video at a time, so that a death has exactly one cause.
 import os
 import threading
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
 from kinoray.config.shared import ClipConfig, DecodeConfig
-from kinoray.video.frames import Frames, check_answer
+from kinoray.errors import MediaError
+from kinoray.video.frames import Frames, check_answer, decode
 from kinoray.video.media import VideoInfo, check_size_bytes
-from kinoray.video.nvdec import not_in_sandbox
+from kinoray.video.nvdec import NotForNvdec, not_in_sandbox, require_nvdec
 from kinoray.video.request import Request, Sampled
 from kinoray.video.sandbox.child import Decoded
 from kinoray.video.sandbox.process import NONSENSE, Answer, DecoderLost, DecoderProcess, makes_no_sense, start_decoder
 from kinoray.video.sandbox.wire import unpack
 from kinoray.video.transcode import Transcoded
 
-__all__ = ["Sandbox", "shared_sandbox"]
+__all__ = ["DeviceDecoder", "Sandbox", "shared_sandbox"]
 
 _Result = TypeVar("_Result")
 
@@ -194,3 +197,44 @@ def shared_sandbox(num_children: int) -> Sandbox:
         sandbox = _shared[os.getpid()]
     sandbox.grow(num_children)
     return sandbox
+
+
+class DeviceDecoder:
+    """`Sandbox.decode` for decode.device=cuda: on the GPU of this process, and in the sandbox where that does not do.
+
+    A decoder process sees every file first, since what kills a parser must kill it there.
+
+    Raises:
+        ConfigError: no GPU, or no torchcodec.
+    """
+
+    def __init__(self, sandbox: Sandbox) -> None:
+        require_nvdec()
+        self._sandbox = sandbox
+        self._lock = threading.Lock()
+        self._refused: Counter[str] = Counter()
+
+    def take_refused(self) -> Counter[str]:
+        """The readings since the last call that the sandbox did after all.
+
+        They are counted by the reason of a NotForNvdec, or by the name of another MediaError.
+        """
+        with self._lock:
+            refused, self._refused = self._refused, Counter()
+        return refused
+
+    def decode(self, data: bytes, request: Request, clip: ClipConfig) -> Frames:
+        """As there, with the same frame numbers; colours differ by the 1 to 2 grey levels of another decoder.
+
+        Raises:
+            MediaError: neither can decode it.
+        """
+        on_cpu = replace(clip, decode=replace(clip.decode, device="cpu"))
+        if not request.first_window:
+            self._sandbox.probe(data, on_cpu.decode)
+        try:
+            return decode(data, request, clip)
+        except MediaError as error:
+            with self._lock:
+                self._refused[error.reason if isinstance(error, NotForNvdec) else type(error).__name__] += 1
+        return self._sandbox.decode(data, request, on_cpu)

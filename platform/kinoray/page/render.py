@@ -21,7 +21,7 @@ _NOTHING_ELSE = "base-uri 'none'; form-action 'none'"
 
 
 def render_page(template: str, values: Mapping[str, object], *, styles: Sequence[str]) -> str:
-    """A template of kinoray/templates as one file.
+    """A template of kinoray/page as one file.
 
     Args:
         template: its name; it extends page.html.j2.
@@ -35,7 +35,7 @@ def render_page(template: str, values: Mapping[str, object], *, styles: Sequence
 
 
 def render_site_page(template: str, values: Mapping[str, object], *, nonce: str) -> str:
-    """A template of kinoray/templates as the page of a site, whose style and scripts lie beside it.
+    """A template of kinoray/page as the page of a site, whose style and scripts lie beside it.
 
     Args:
         nonce: what their elements carry; nobody whose text is on the page may foresee it.
@@ -48,8 +48,8 @@ def render_site_page(template: str, values: Mapping[str, object], *, nonce: str)
 
 
 def asset(names: Sequence[str]) -> str:
-    """Files of kinoray/templates, one after the other."""
-    loader = PackageLoader("kinoray", "templates")
+    """Files of kinoray/page, one after the other."""
+    loader = PackageLoader("kinoray", "page")
     environment = Environment(loader=loader, autoescape=True)
     return "".join(loader.get_source(environment, name)[0] for name in names)
 
@@ -57,7 +57,7 @@ def asset(names: Sequence[str]) -> str:
 def _render(template: str, values: Mapping[str, object]) -> str:
     """The template with the filters visible, percent and number, and with `version`."""
     environment = Environment(
-        loader=PackageLoader("kinoray", "templates"),
+        loader=PackageLoader("kinoray", "page"),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
