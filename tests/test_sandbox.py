@@ -192,7 +192,7 @@ def test_a_back_end_that_is_missing_is_the_settings_error(
 ) -> None:
     python = tmp_path / "python"
     script = "import sys; sys.modules['decord'] = None; from kinoray.video.sandbox import child; child.main()"
-    python.write_text(f'#!/bin/sh\nshift 3\nexec {shlex.quote(sys.executable)} -c {shlex.quote(script)} "$@"\n')
+    python.write_text(f'#!/bin/sh\nshift 4\nexec {shlex.quote(sys.executable)} -c {shlex.quote(script)} "$@"\n')
     python.chmod(0o755)
     monkeypatch.setattr("kinoray.video.sandbox.process._PYTHON", str(python))
     with (
