@@ -130,6 +130,14 @@ def test_what_a_verb_has_begun_it_goes_on_with_and_no_other_one_takes(writer: Wr
                 require_folder(STORAGE, "out", str(tmp_path / "out"), other)  # type: ignore[arg-type]
 
 
+def test_a_trial_of_a_sweep_is_a_run_that_train_may_begin(tmp_path: Path) -> None:
+    """The sweep says in it which trial it is, before any training."""
+    put(tmp_path / "trial" / "trial.json")
+    require_folder(STORAGE, "out", str(tmp_path / "trial"), "train")
+    with pytest.raises(ConfigError, match=r"holds a training run \(trial.json\)"):
+        require_folder(STORAGE, "out", str(tmp_path / "trial"), "tune")
+
+
 def test_prefixes_are_looked_at_like_folders(bucket: str, s3_config: StorageConfig) -> None:
     storage = Storage(s3_config)
     out = join(bucket, "out")
