@@ -29,6 +29,7 @@ from kinoray.label.unit import PREDICTION_SCHEMA, Plan, Unit
 from kinoray.label.verb import run_labelling
 from kinoray.storage.objects import Storage
 from label_models import save_untrained
+from small_tables import job_record
 from tiny_models import OWN_NETWORKS
 
 CLIP = ClipConfig(sample=SampleConfig(num_segments=1, frames_per_segment=2), view=ViewConfig(resize_px=36, crop_px=32))
@@ -170,6 +171,7 @@ def test_what_is_finished_adds_no_memory_to_a_driver(tmp_path: Path, num_rows: i
 def small_ledger(root: Path, num_rows: int, unit_size: int) -> tuple[Ledger, Plan, list[str]]:
     keys = [hashlib.sha256(b"%d" % number).hexdigest()[:16] for number in range(num_rows)]
     ledger = Ledger(Storage(), str(root))
+    ledger.pin_job(job_record(labels=LABELS))
     plan = ledger.plan("d" * 16, keys, unit_size)
     for unit in plan.units:
         ledger.commit(unit, made_up_rows(unit), "r" * 16)
