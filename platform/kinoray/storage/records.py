@@ -184,9 +184,10 @@ def parse_table(data: bytes, columns: Sequence[str] | None = None) -> pa.Table:
         for field in file.schema_arrow:
             if _is_foreign(field.type):
                 raise pa.ArrowInvalid(f"column {field.name} has the type {field.type}, whose values are not plain data")
-        _check_size(data, file.metadata, columns)
+        _check_size(data, columns)
         return file.read(columns=None if columns is None else list(columns))
-    except (OSError, ValueError, LookupError) as error:  # ArrowInvalid is a ValueError; LookupError: a page is cut
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, pa.ArrowException) as error:
+        # ArrowInvalid is a ValueError; the others: a part of it is cut, or is something else than it should be
         raise pa.ArrowInvalid(" ".join(str(error).split())) from error
 
 
@@ -211,43 +212,49 @@ _TEXT_BYTES = (
     256  # more than each text of a dictionary and each page take in memory: what looking at them costs in time
 )
 _PAGE_BYTES = 2**16
-_CODECS = {"SNAPPY": "snappy", "GZIP": "gzip", "BROTLI": "brotli", "ZSTD": "zstd", "LZ4": "lz4_raw"}
+_BYTE_ARRAY = 6
+_CODECS = {1: "snappy", 2: "gzip", 4: "brotli", 6: "zstd", 7: "lz4_raw"}
 
 
-def _check_size(data: bytes, about: pq.FileMetaData, columns: Sequence[str] | None) -> None:
-    """Refuse a file of a few bytes that becomes gigabytes. Raises ValueError or LookupError where it cannot be told."""
+def _check_size(data: bytes, columns: Sequence[str] | None) -> None:
+    """Refuse a file of a few bytes that becomes gigabytes. Raises ValueError or LookupError where it cannot be told.
+
+    The footer is read here, too: Arrow ends the process where it is asked for a column whose entry was changed.
+    """
     room = _TABLE_BYTES + _TABLE_EXPANSION * len(data)
-    for group in range(about.num_row_groups):
-        for place in range(about.num_columns):
-            chunk = about.row_group(group).column(place)
-            path = chunk.path_in_schema
+    footer, _ = _thrift(data[-8 - int.from_bytes(data[-8:-4], "little") : -8], 0)
+    widths = [leaf.get(2, 0) for leaf in footer[2] if not leaf.get(5)]  # of what is not a group of columns
+    for group in footer[4]:
+        for width, entry in zip(widths, group[1], strict=True):
+            chunk = entry[3]
+            path = b".".join(chunk[3]).decode()
             if columns is None or any(path == name or path.startswith(f"{name}.") for name in columns):
-                room -= _chunk_bytes(data, chunk, about.schema.column(place).length, room)
+                room -= _chunk_bytes(data, path, chunk, width, room)
 
 
-def _chunk_bytes(data: bytes, chunk: pq.ColumnChunkMetaData, width: int, room: int) -> int:
+def _chunk_bytes(data: bytes, path: str, chunk: dict[int, Any], width: int, room: int) -> int:
     """Memory that a column of a row group takes, at most; ValueError where that is more than `room`."""
-    starts = [chunk.data_page_offset]
-    if chunk.has_dictionary_page and 0 < chunk.dictionary_page_offset < chunk.data_page_offset:
-        starts.append(chunk.dictionary_page_offset)
-    at, total, num_values, longest = min(starts), 0, 0, 0
-    while num_values < chunk.num_values:
+    is_text, codec, wanted = chunk[1] == _BYTE_ARRAY, chunk[4], chunk[5]
+    at, dictionary = chunk[9], chunk.get(11, 0)
+    if 0 < dictionary < at:
+        at = dictionary
+    total, num_values, longest = 0, 0, 0
+    while num_values < wanted:
         header, at = _thrift(data, at)
         kind, size_bytes, stored_bytes = header[1], header[2], header[3]
         if min(size_bytes, stored_bytes) < 0 or at + stored_bytes > len(data):
-            raise ValueError(f"a page of {chunk.path_in_schema} ends behind the file")
+            raise ValueError(f"a page of {path} ends behind the file")
         total += size_bytes + _PAGE_BYTES
-        if kind == _DICTIONARY_PAGE and chunk.physical_type == "BYTE_ARRAY":
+        if kind == _DICTIONARY_PAGE and is_text:
             num_texts = header[7][1]
             total += num_texts * _TEXT_BYTES
             if total <= room:
-                page = data[at : at + stored_bytes]
-                longest = max(longest, _longest(page, num_texts, size_bytes, chunk.compression))
+                longest = max(longest, _longest(data[at : at + stored_bytes], num_texts, size_bytes, codec))
         elif kind in _HEADERS:
             field, place = _HEADERS[kind]
             count, encoding = header[field][1], header[field][place]
             if count < 0 or encoding == _PREFIX_ENCODING:
-                raise ValueError(f"{chunk.path_in_schema} is encoded in a way that is not read; write it with pyarrow")
+                raise ValueError(f"{path} is encoded in a way that is not read; write it with pyarrow")
             num_values += count
             total += count * (max(width, _VALUE_BYTES) + (longest if encoding in _DICTIONARY_ENCODINGS else 0))
         at += stored_bytes
@@ -259,10 +266,10 @@ def _chunk_bytes(data: bytes, chunk: pq.ColumnChunkMetaData, width: int, room: i
     return total
 
 
-def _longest(page: bytes, num_texts: int, size_bytes: int, compression: str) -> int:
+def _longest(page: bytes, num_texts: int, size_bytes: int, codec: int) -> int:
     """Bytes of the longest text in a page of a dictionary: each has its length, 4 bytes, in front."""
-    if compression != "UNCOMPRESSED":
-        page = pa.decompress(page, size_bytes, _CODECS.get(compression, compression.lower()), asbytes=True)
+    if codec:
+        page = pa.decompress(page, size_bytes, _CODECS[codec], asbytes=True)
     at = longest = 0
     for _ in range(num_texts):
         length = int.from_bytes(page[at : at + 4], "little")
@@ -272,7 +279,7 @@ def _longest(page: bytes, num_texts: int, size_bytes: int, compression: str) -> 
 
 
 def _thrift(data: bytes, at: int, depth: int = 0) -> tuple[dict[int, Any], int]:
-    """A struct in Thrift's compact protocol: its numbers and structs by their fields, and where it ends."""
+    """A struct in Thrift's compact protocol by the numbers of its fields, and where it ends."""
     fields: dict[int, Any] = {}
     field = 0
     while data[at]:
@@ -284,16 +291,34 @@ def _thrift(data: bytes, at: int, depth: int = 0) -> tuple[dict[int, Any], int]:
             field, at = _zigzag(data, at)
         if kind in (1, 2):
             fields[field] = kind == 1
-        elif kind in (4, 5, 6):
-            fields[field], at = _zigzag(data, at)
-        elif kind == 8:
-            length, at = _varint(data, at)
-            at += length
-        elif kind == 12 and depth < _MAX_DEPTH:
-            fields[field], at = _thrift(data, at, depth + 1)
         else:
-            raise ValueError("the header of a page is none")
+            fields[field], at = _thrift_value(data, at, kind, depth)
     return fields, at + 1
+
+
+def _thrift_value(data: bytes, at: int, kind: int, depth: int) -> tuple[Any, int]:
+    if kind in (1, 2, 3):
+        return data[at], at + 1
+    if kind in (4, 5, 6):
+        return _zigzag(data, at)
+    if kind == 7:
+        return None, at + 8  # a number with a point: none is asked for
+    if kind == 8:
+        length, at = _varint(data, at)
+        return data[at : at + length], at + length
+    if kind in (9, 10) and depth < _MAX_DEPTH:
+        count, inner = divmod(data[at], 16)
+        at += 1
+        if count == 15:
+            count, at = _varint(data, at)
+        values = []
+        for _ in range(count):
+            value, at = _thrift_value(data, at, inner, depth + 1)
+            values.append(value)
+        return values, at
+    if kind == 12 and depth < _MAX_DEPTH:
+        return _thrift(data, at, depth + 1)
+    raise ValueError("a part of the file is not as Parquet writes it")
 
 
 def _zigzag(data: bytes, at: int) -> tuple[int, int]:
