@@ -196,7 +196,7 @@ def test_frames_are_resized_as_published_networks_were_fed(
         spec = InputSpec(rgb_mean=(0, 0, 0), rgb_std=(1, 1, 1), recipe=recipe)
         expected = np.rint(255 * preprocess(torch.from_numpy(picture)[None], spec)[0].numpy())
     difference = np.abs(found.astype(int) - expected.astype(int))
-    assert difference.max() <= (2 if interpolation == "bicubic" else 1)
+    assert difference.max() <= (2 if interpolation in ("bicubic", "lanczos") else 1)  # their weights fall below 0
     assert difference.mean() < 0.5
 
 
