@@ -208,9 +208,8 @@ _HEADERS = {0: (5, 2), 3: (8, 4)}  # type of a page of data: field of its header
 _DICTIONARY_ENCODINGS = (2, 8)
 _PREFIX_ENCODING = 7  # DELTA_BYTE_ARRAY: each text may begin with all of the one before
 _VALUE_BYTES = 8
-_TEXT_BYTES = (
-    256  # more than each text of a dictionary and each page take in memory: what looking at them costs in time
-)
+# More than each text of a dictionary and each page take in memory: what looking at them costs in time.
+_TEXT_BYTES = 256
 _PAGE_BYTES = 2**16
 _BYTE_ARRAY = 6
 _CODECS = {1: "snappy", 2: "gzip", 4: "brotli", 6: "zstd", 7: "lz4_raw"}
