@@ -32,6 +32,7 @@ from kinoray.video.sample import view_indices
 from kinoray.video.sandbox.pool import Sandbox
 from kinoray.video.transform import crop_views
 from label_models import save_untrained
+from small_tables import job_record
 from tiny_models import OWN_NETWORKS
 
 LOCAL = Storage(StorageConfig())
@@ -195,6 +196,7 @@ class Bench:
     def __init__(self, folder: Path, checkpoint: str, root: Path, **changes: Any) -> None:
         self.catalog: Catalog = catalog_of_source(LOCAL, str(folder))
         self.ledger = Ledger(LOCAL, str(root))
+        self.ledger.pin_job(job_record(checkpoint=checkpoint, labels=LABELS))
         self.plan = self.ledger.plan(self.catalog.digest, row_keys(self.catalog.table), 2)
         job = LabelJob(
             allow_factory=OWN_NETWORKS,
@@ -329,7 +331,8 @@ def test_a_protocol_that_the_network_cannot_be_fed_with_is_refused(library: Path
 
 @pytest.mark.parametrize("name", ["", "10x", "0x3", "10x2", "10x6", "1000x1", "10X3", "05x3", "centre", "10x3x1"])
 def test_a_protocol_that_is_none_is_refused(name: str) -> None:
-    with pytest.raises(ConfigError, match=rf"CLIPSxCROPS with 1, 3 or 10 crops, such as 10x3, got '{name}'$"):
+    got = f"'{name}'" if name else "nothing"
+    with pytest.raises(ConfigError, match=rf"CLIPSxCROPS with 1, 3 or 10 crops, such as 10x3, got {got}$"):
         LabelConfig(source="x", checkpoint="c", out="o", protocol=name)
 
 
