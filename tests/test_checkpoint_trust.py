@@ -21,7 +21,6 @@ from kinoray.config.shared import (
     ClipConfig,
     DecodeConfig,
     ModelConfig,
-    OwnDecodeConfig,
     SampleConfig,
     ViewConfig,
     digest,
@@ -548,7 +547,7 @@ def test_limits_and_back_end_are_the_users_and_numbers_are_the_checkpoints(
     assert said.count("videos are decoded by pyav; the network was trained with torchcodec") == 1
     assert "--decode.backend torchcodec" in said
 
-    own = OwnDecodeConfig(max_frames=7, deadline_s=3.0)
+    own = DecodeConfig(max_frames=7, deadline_s=3.0)
     tighter = open_labelling(label_settings(videos, wild, decode=own), "label")
     assert (tighter.job.clip.decode.max_frames, tighter.job.clip.decode.deadline_s) == (7, 3.0)
     assert tighter.ledger.root != of_wild.ledger.root  # a limit decides which videos have a row

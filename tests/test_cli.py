@@ -210,7 +210,7 @@ def test_verbs_that_score_videos_share_their_settings() -> None:
         (["--num-segments", "0"], "num_segments must be at least 1, got 0"),
         (["--protocol", "8x6", "--num-segments", "4"], "num_segments must be left out with protocol 8x6"),
         (["--max-bad-fraction", "2"], "max_bad_fraction must be in 0 .. 1, got 2.0"),
-        (["--decode-device", "cuda"], "decode_device must be cpu without resources.gpus_per_worker, got 'cuda'"),
+        (["--decode.device", "cuda"], "decode.device must be cpu without resources.gpus_per_worker, got 'cuda'"),
     ],
 )
 @pytest.mark.parametrize("verb", ["label", "evaluate", "calibrate", "bench"])

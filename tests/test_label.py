@@ -177,7 +177,7 @@ class Bench:
             clip=CLIP,
             answer=AnswerRule(top_k=3),
             scorer=ScorerConfig(batch_size=batch_size),
-            decode_tasks=2,
+            num_decoders=2,
             torch_threads=1,
         )
         self.worker = LabelUnits(self.job)

@@ -64,7 +64,7 @@ def result_of(
         run_id="r" * 16,
         clip=clip,
         scorer=ScorerConfig(batch_size=batch_size),
-        decode_tasks=1,
+        num_decoders=1,
         torch_threads=1,
     )
     (result,) = LabelUnits(job)(pa.Table.from_pylist([pack_unit(unit, catalog.table)])).to_pylist()
@@ -115,8 +115,8 @@ def test_what_changes_digits_names_the_labelling_and_nothing_else_does(
 def test_decoding_on_gpus_is_refused_where_there_are_none() -> None:
     for verb in (LabelConfig, EvaluateConfig):
         source = {"source": "v"} if verb is LabelConfig else {"catalog": "c"}
-        with pytest.raises(ConfigError, match=r"^decode_device must be cpu without resources\.gpus_per_worker"):
-            verb(**source, checkpoint="c", out="o", decode_device="cuda")
+        with pytest.raises(ConfigError, match=r"^decode\.device must be cpu without resources\.gpus_per_worker"):
+            verb(**source, checkpoint="c", out="o", decode=DecodeConfig(device="cuda"))
     with pytest.raises(ConfigError, match=r"^clip\.decode\.device must be cpu in training; label and evaluate have"):
         TrainConfig(catalog="c", out="o", clip=ClipConfig(decode=DecodeConfig(device="cuda")))
 

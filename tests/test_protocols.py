@@ -209,7 +209,7 @@ class Bench:
             clip=CLIP,
             answer=AnswerRule(top_k=3),
             scorer=ScorerConfig(batch_size=4),
-            decode_tasks=2,
+            num_decoders=2,
             torch_threads=1,
         )
         self.job = replace(job, **changes)
@@ -278,7 +278,7 @@ def test_digits_do_not_depend_on_who_worked_when_or_was_killed(
     assert len({tuple(row["score_topk"]) for row in expected if row["score_topk"]}) == 9
 
     other = Bench(library, checkpoint, tmp_path / "other", views=views)
-    workers = [LabelUnits(replace(other.job, decode_tasks=1 + n)) for n in range(4)]
+    workers = [LabelUnits(replace(other.job, num_decoders=1 + n)) for n in range(4)]
     with monkeypatch.context() as patch:  # a worker that dies where it would commit
 
         def die(*_: object) -> None:

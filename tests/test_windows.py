@@ -144,7 +144,7 @@ def labelled(library: Path, root: Path, clip: ClipConfig, views: ViewsConfig, **
         views=views,
         answer=AnswerRule(top_k=3, all_scores=True),
         scorer=ScorerConfig(**scorer),
-        decode_tasks=2,
+        num_decoders=2,
         torch_threads=1,
     )
     worker, start = LabelUnits(job), 0

@@ -203,7 +203,7 @@ def _rates(
         num_videos=videos,
         num_workers=config.resources.num_workers,
         cpus_per_worker=config.resources.cpus_per_worker,
-        decoders_per_worker=labelling.job.decode_tasks,
+        decoders_per_worker=labelling.job.num_decoders,
         torch_threads=labelling.job.torch_threads,
         batch_size=labelling.job.scorer.batch_size,
         unit_size=unit_size,

@@ -1,12 +1,12 @@
 """Config trees of the verbs `bench` and `plan`."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Annotated
 
 import tyro
 
 from kinoray.config.scoring import LabelWorkConfig
-from kinoray.config.shared import StorageConfig, require
+from kinoray.config.shared import StoreConfig, require
 
 __all__ = ["BenchConfig", "PlanConfig"]
 
@@ -48,7 +48,7 @@ class BenchConfig(LabelWorkConfig):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class PlanConfig:
+class PlanConfig(StoreConfig):
     """Say how many nodes of which kind label a library by a deadline, for how many hours, and what that costs.
 
     Example: kinoray plan --catalog s3://bucket/library/ --rates rates.json --deadline 24h
@@ -85,8 +85,6 @@ class PlanConfig:
     those were taken on a GPU; on another kind of GPU they are scaled by published TFLOPS, and that is said."""
     out: str = ""
     """File or s3:// object for the plan, as JSON. Default: it is printed only."""
-    storage: StorageConfig = field(default_factory=StorageConfig)
-    """Object storage."""
 
     def __post_init__(self) -> None:
         require(bool(self.node), "node", "one or more kinds, like big:16cpu,1xH100,25gbit,4.10usd", self.node)

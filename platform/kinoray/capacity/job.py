@@ -91,7 +91,7 @@ def decode_loop(job: LabelJob, rows: pa.Table, num_workers: int, *, keep: int) -
     Raises:
         KinorayError: none of the videos can be decoded, or the store or this machine fails.
     """
-    num_decoders = num_workers * job.decode_tasks
+    num_decoders = num_workers * job.num_decoders
     batch_size = num_workers * job.scorer.batch_size
     reader = VideoReader(
         job.storage, job.clip, job.views, StageClock(), num_decoders=num_decoders, batch_size=batch_size

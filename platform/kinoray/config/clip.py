@@ -1,6 +1,6 @@
 """The settings that decide the numbers a model is fed from a video: frames, decoding, views, flow."""
 
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from kinoray.config.check import require
@@ -12,7 +12,6 @@ __all__ = [
     "DecodeLimits",
     "FlowConfig",
     "Interpolation",
-    "OwnDecodeConfig",
     "Placement",
     "SampleConfig",
     "Short",
@@ -107,14 +106,6 @@ class DecodeConfig(DecodeLimits):
         DecodeLimits.__post_init__(self)  # super() does not work in a dataclass with slots
         fits = self.device == "cpu" or self.backend == "pyav"
         require(fits, "decode.device", f"cpu with decode.backend {self.backend}", self.device)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class OwnDecodeConfig(DecodeLimits):
-    """The part of decoding that a job sets for itself, whatever its checkpoint says: limits and back end."""
-
-    backend: Backend = "pyav"
-    """What decodes. Back ends differ by 1-2 grey levels; a warning names one that training did not use."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -218,14 +209,13 @@ class ClipConfig:
         require(self.flow.estimator != "none", "clip.flow.estimator", expected, self.flow.estimator)
         return self
 
-    def decoded_by(self, own: OwnDecodeConfig, *, device: Literal["cpu", "cuda"]) -> "ClipConfig":
+    def decoded_by(self, own: DecodeConfig) -> "ClipConfig":
         """The same numbers from a video, but limits, back end and device are those of the job that decodes.
 
         Raises:
             ConfigError: the back end cannot make these frames, or one clip is larger than the limits allow.
         """
-        decode = replace(self.decode, **{item.name: getattr(own, item.name) for item in fields(own)}, device=device)
-        clip = replace(self, decode=decode)
+        clip = replace(self, decode=own)
         num_frames, sides = clip.sample.num_frames, clip.view
         expected = f"at least {sides.resize_pixels:,}: frames are scaled to {sides.resize_px} px"
         require(sides.resize_pixels <= own.max_pixels, "decode.max_pixels", expected, own.max_pixels)

@@ -14,10 +14,10 @@ from kinoray.config.check import check_fraction
 from kinoray.config.shared import (
     AllowedFactories,
     ClipConfig,
+    DecodeConfig,
     InferenceConfig,
-    OwnDecodeConfig,
+    JobConfig,
     ResourcesConfig,
-    StorageConfig,
     require,
 )
 
@@ -144,7 +144,7 @@ def protocol_named(name: str) -> Protocol:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class ScoringConfig:
+class ScoringConfig(JobConfig):
     """What every verb asks that runs a checkpoint on videos; the verb's own settings build upon it."""
 
     checkpoint: str
@@ -165,32 +165,26 @@ class ScoringConfig:
     batch_size: int = 8
     """Clips a forward pass on a GPU; a video is one clip for each view. 0: as many as its memory holds, found by the
     first worker and kept for the labelling. On CPUs each clip is run by itself: its digits depend on no other then."""
-    decode_device: Literal["cpu", "cuda"] = "cpu"
-    """`cuda`: decode with the workers' GPUs (NVDEC), where the network runs; see docs/decoders.md."""
     unit_size: int = 64
     """Videos a unit of work: what is committed at once, and what at most is done again after a kill."""
-    max_bad_fraction: float = 0.2
-    """Exit with 1 if more than this share is quarantined; the result is complete all the same."""
-    decode: OwnDecodeConfig = field(default_factory=OwnDecodeConfig)
+    decode: DecodeConfig = field(default_factory=DecodeConfig)
     """What a video may cost, and what decodes it; never taken from the checkpoint."""
     inference: InferenceConfig = field(default_factory=InferenceConfig)
     """How the network runs."""
-    storage: StorageConfig = field(default_factory=StorageConfig)
-    """Object storage."""
     resources: ResourcesConfig = field(default_factory=ResourcesConfig)
     """Workers."""
 
     def __post_init__(self) -> None:
+        JobConfig.__post_init__(self)  # super() does not work in a dataclass with slots
         require(self.num_segments is None or self.num_segments >= 1, "num_segments", "at least 1", self.num_segments)
         protocol = protocol_named(self.protocol)
         if self.num_segments is not None and protocol.num_segments is not None:
             wanted = f"left out with protocol {self.protocol}, which names it"
             require(False, "num_segments", wanted, self.num_segments)
         require(self.batch_size >= 0, "batch_size", "at least 0", self.batch_size)
-        fits = self.decode_device == "cpu" or self.resources.gpus_per_worker > 0
-        require(fits, "decode_device", "cpu without resources.gpus_per_worker", self.decode_device)
+        fits = self.decode.device == "cpu" or self.resources.gpus_per_worker > 0
+        require(fits, "decode.device", "cpu without resources.gpus_per_worker", self.decode.device)
         require(self.unit_size >= 1, "unit_size", "at least 1", self.unit_size)
-        check_fraction("max_bad_fraction", self.max_bad_fraction)
 
     @property
     def has_one_view(self) -> bool:
@@ -220,7 +214,7 @@ class LabelWorkConfig(ScoringConfig):
     """Store what goes into the network's classifiers (column `embedding`, float16)."""
 
     def __post_init__(self) -> None:
-        ScoringConfig.__post_init__(self)  # super() does not work in a dataclass with slots
+        ScoringConfig.__post_init__(self)
         for name in ("window_s", "window_stride_s"):
             require(getattr(self, name) >= 0, name, "at least 0", getattr(self, name))
         stride_s = self.window_stride_s

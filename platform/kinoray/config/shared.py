@@ -19,7 +19,6 @@ from kinoray.config.clip import (
     DecodeConfig,
     DecodeLimits,
     FlowConfig,
-    OwnDecodeConfig,
     SampleConfig,
     ViewConfig,
 )
@@ -39,10 +38,10 @@ __all__ = [
     "ModelConfig",
     "ModelOptions",
     "OptimConfig",
-    "OwnDecodeConfig",
     "ResourcesConfig",
     "SampleConfig",
     "StorageConfig",
+    "StoreConfig",
     "TrainResourcesConfig",
     "ViewConfig",
     "WorkersConfig",
@@ -307,13 +306,19 @@ class TrainResourcesConfig(WorkersConfig):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class JobConfig:
-    """What a job asks that reads videos on a cluster and may not be able to read some of them."""
+class StoreConfig:
+    """What every verb asks that reads or writes objects."""
 
-    max_bad_fraction: float = 0.2
-    """More quarantined videos than this share make the job fail; what is good is written all the same."""
     storage: StorageConfig = field(default_factory=StorageConfig)
     """Object storage."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class JobConfig(StoreConfig):
+    """What a job asks that reads videos and may not be able to read some of them."""
+
+    max_bad_fraction: float = 0.2
+    """Exit with 1 if more than this share is quarantined; what is good is written all the same."""
 
     def __post_init__(self) -> None:
         check_fraction("max_bad_fraction", self.max_bad_fraction)

@@ -5,13 +5,13 @@ from typing import Annotated
 
 import tyro
 
-from kinoray.config.shared import ClipConfig, StorageConfig, require
+from kinoray.config.shared import ClipConfig, JobConfig, require
 
 __all__ = ["DoctorConfig"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class DoctorConfig:
+class DoctorConfig(JobConfig):
     """Say what is wrong with a set of videos, a machine, a store or a cluster, before money is spent.
 
     Example: kinoray doctor s3://bucket/library/ --out s3://bucket/checkup
@@ -40,17 +40,13 @@ class DoctorConfig:
     """Videos that are read whole and probed; 0 for all."""
     decode_sample: int = 20
     """Probed videos that are decoded for the estimate of the cost, spread over codecs and sizes; 0 for none."""
-    max_bad_fraction: float = 0.2
-    """Exit with 1 if more than this share of the sample is bad."""
     clip: ClipConfig = field(default_factory=lambda: ClipConfig().without_flow())
     """What would be decoded: frames, sizes, limits; with --clip.flow.estimator dis flow, too, as networks with a flow
     stream need it."""
-    storage: StorageConfig = field(default_factory=StorageConfig)
-    """Object storage."""
 
     def __post_init__(self) -> None:
+        JobConfig.__post_init__(self)  # super() does not work in a dataclass with slots
         is_known = self.bucket.startswith("s3://") or "://" not in self.bucket
         require(is_known, "bucket", "s3://bucket/prefix or a folder", self.bucket)
         for name in ("sample", "decode_sample"):
             require(getattr(self, name) >= 0, name, "at least 0", getattr(self, name))
-        require(0 <= self.max_bad_fraction <= 1, "max_bad_fraction", "in 0 .. 1", self.max_bad_fraction)

@@ -1,18 +1,30 @@
 """The settings of `kinoray evaluate`, `calibrate` and `compare`."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Annotated
 
 import tyro
 
 from kinoray.config.scoring import ScoringConfig, shared_settings
-from kinoray.config.shared import StorageConfig, require
+from kinoray.config.shared import StoreConfig, require
 
 __all__ = ["CalibrateConfig", "CompareConfig", "EvaluateConfig"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class EvaluateConfig(ScoringConfig):
+class TruthConfig(ScoringConfig):
+    """What the verbs ask that run a checkpoint on videos whose classes are known."""
+
+    catalog: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="CATALOG")]
+    """A pack's folder, or its catalog.parquet; its rows need labels."""
+    out: str
+    """Folder or s3:// prefix for the predictions and what is found from them."""
+    split: str = "val"
+    """Split to look at; empty for all of the catalog. An ensemble's is that of its members."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EvaluateConfig(TruthConfig):
     """Score a checkpoint on a labelled catalog: top-1, top-5, per class, confusion, coverage.
 
     Example: kinoray evaluate s3://bucket/set --checkpoint s3://bucket/runs/first --out s3://bucket/eval
@@ -27,15 +39,9 @@ class EvaluateConfig(ScoringConfig):
     other.
     """
 
-    catalog: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="CATALOG")]
-    """A pack's folder, or its catalog.parquet; its rows need labels."""
     checkpoint: str = ""
     """A checkpoint, or a run folder (its best checkpoint); or a published network as `kinoray import` lists them. Left
     out with ensemble."""
-    out: str
-    """Folder or s3:// prefix for the predictions and evaluation.json."""
-    split: str = "val"
-    """Split to score; empty for all of the catalog. An ensemble's is that of its members."""
     ensemble: tuple[str, ...] = ()
     """Evaluations to average, two or more, instead of a checkpoint: the --out of each, or the folder of one labelling
     in it."""
@@ -64,7 +70,7 @@ class EvaluateConfig(ScoringConfig):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class CalibrateConfig(ScoringConfig):
+class CalibrateConfig(TruthConfig):
     """Fit on a labelled catalog what makes scores honest: a temperature, and margins at which labelling may stop early.
 
     Example: kinoray calibrate s3://bucket/set --checkpoint s3://bucket/runs/first --out s3://bucket/calibration
@@ -73,20 +79,13 @@ class CalibrateConfig(ScoringConfig):
     none on fewer. `kinoray label --calibration OUT/calibration.json` then uses it; both must look at the same segments.
     """
 
-    catalog: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="CATALOG")]
-    """A pack's folder, or its catalog.parquet; its rows need labels."""
-    out: str
-    """Folder or s3:// prefix for the predictions and calibration.json."""
-    split: str = "val"
-    """Split to fit on; empty for all of the catalog."""
-
     def __post_init__(self) -> None:
         ScoringConfig.__post_init__(self)
         require(self.has_one_view, "protocol", "one of a single view (center, 8x6, 16x6)", self.protocol)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class CompareConfig:
+class CompareConfig(StoreConfig):
     """Compare two evaluations on the videos that both scored: classes that moved, videos that flipped, McNemar's test.
 
     Example: kinoray compare runs/first/eval runs/second/eval --out compare.html
@@ -104,8 +103,6 @@ class CompareConfig:
     """Where the catalog of both is. Default: where each was when it was evaluated."""
     frames_per_video: int = 4
     """Frames in each contact strip; 0 for none."""
-    storage: StorageConfig = field(default_factory=StorageConfig)
-    """Object storage."""
 
     def __post_init__(self) -> None:
         require(0 <= self.frames_per_video <= 16, "frames_per_video", "in 0 .. 16", self.frames_per_video)

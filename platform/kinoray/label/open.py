@@ -190,7 +190,7 @@ def open_network(config: LabelConfig, *, say: Say, warn: Say, segments: bool = F
         views=views,
         answer=answer,
         scorer=scorer,
-        decode_tasks=config.resources.decoders_per_worker,
+        num_decoders=config.resources.decoders_per_worker,
         torch_threads=torch_threads,
         device="cuda" if on_gpu else "cpu",
     )
@@ -229,7 +229,7 @@ def _clip(config: LabelConfig, trained: ClipConfig, warn: Say) -> ClipConfig:
             f"videos are decoded by {now}; the network was trained with {before}, whose frames differ by 1-2 "
             f"grey levels (--decode.backend {before})"
         )
-    return clip.decoded_by(config.decode, device=config.decode_device)
+    return clip.decoded_by(config.decode)
 
 
 def _views(config: LabelConfig, clip: ClipConfig) -> ViewsConfig:

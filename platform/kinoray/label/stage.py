@@ -62,7 +62,7 @@ class LabelJob:
     config_digest: str
     run_id: str
     clip: ClipConfig
-    decode_tasks: int
+    num_decoders: int
     """Decoder processes of each worker."""
     torch_threads: int
     scorer: ScorerConfig = field(default_factory=ScorerConfig)
@@ -209,7 +209,7 @@ class LabelVideos:
     def _reader(self, batch_size: int) -> VideoReader:
         job = self.job
         return VideoReader(
-            job.storage, job.clip, job.views, self._clock, num_decoders=job.decode_tasks, batch_size=batch_size
+            job.storage, job.clip, job.views, self._clock, num_decoders=job.num_decoders, batch_size=batch_size
         )
 
     def _batch_size(self, model: VideoModel) -> int:

@@ -1,11 +1,11 @@
 """Config trees of the verbs that work on predictions: `labels`, `report`, `export` and `correct`."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Annotated, Literal
 
 import tyro
 
-from kinoray.config.shared import StorageConfig, require
+from kinoray.config.shared import StoreConfig, require
 
 __all__ = [
     "CorrectConfig",
@@ -17,13 +17,11 @@ __all__ = [
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class PredictionsConfig:
+class PredictionsConfig(StoreConfig):
     """Predictions, and where they are: what each of these verbs asks."""
 
     predictions: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="PREDICTIONS")]
     """What `label` or `evaluate` wrote: the --out, or the folder of one labelling in it."""
-    storage: StorageConfig = field(default_factory=StorageConfig)
-    """Object storage."""
 
 
 def _check_share(name: str, value: float | None) -> None:

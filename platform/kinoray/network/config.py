@@ -5,13 +5,13 @@ from typing import Annotated
 
 import tyro
 
-from kinoray.config.shared import ModelConfig, StorageConfig
+from kinoray.config.shared import ModelConfig, StoreConfig
 
 __all__ = ["ImportConfig"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class ImportConfig:
+class ImportConfig(StoreConfig):
     """Make a checkpoint of a network that somebody published: weights, classes, how it was fed, where it is from.
 
     Example: kinoray import torchvision:mvit_v2_s --out networks/mvit
@@ -31,5 +31,3 @@ class ImportConfig:
     """Text file of class names, one a line in the order of the network's logits. Default: the source's own."""
     model: ModelConfig = field(default_factory=lambda: ModelConfig(factory=""))
     """The network that a file of weights is of, other sources say it themselves; options of one to describe."""
-    storage: StorageConfig = field(default_factory=StorageConfig)
-    """Object storage."""

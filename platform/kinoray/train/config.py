@@ -19,7 +19,7 @@ from kinoray.config.shared import (
     ModelConfig,
     OptimConfig,
     SampleConfig,
-    StorageConfig,
+    StoreConfig,
     TrainResourcesConfig,
     ViewConfig,
     require,
@@ -94,7 +94,7 @@ class TrainConfig(JobConfig):
         on_gpu = self.resources.gpus_per_worker > 0
         require(on_gpu or precision != "fp16", "optim.precision", "fp32 or bf16 on CPUs (fp16 needs GPUs)", precision)
         decoder = self.clip.decode.device
-        expected = "cpu in training; label and evaluate have decode_device"
+        expected = "cpu in training; label and evaluate have --decode.device"
         require(decoder == "cpu", "clip.decode.device", expected, decoder)
         on_device = self.clip.flow_on_device
         expected = f"0 with clip.flow.estimator {self.clip.flow.estimator}"
@@ -105,7 +105,7 @@ class TrainConfig(JobConfig):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class RunsConfig:
+class RunsConfig(StoreConfig):
     """List the training runs below a folder or s3:// prefix: how they stand, epochs, best metric, network.
 
     Example: kinoray runs s3://bucket/runs
@@ -127,8 +127,6 @@ class RunsConfig:
     """A run folder, or a folder or s3:// prefix with runs at any depth."""
     json: bool = False
     """One JSON object a run instead of the table, with times in seconds."""
-    storage: StorageConfig = field(default_factory=StorageConfig)
-    """Object storage."""
 
 
 # Presets
