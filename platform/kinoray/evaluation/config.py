@@ -8,7 +8,7 @@ import tyro
 from kinoray.config.scoring import ScoringConfig, shared_settings
 from kinoray.config.shared import StoreConfig, require
 
-__all__ = ["CalibrateConfig", "CompareConfig", "EvaluateConfig"]
+__all__ = ["CalibrateConfig", "CompareConfig", "EvaluateConfig", "TruthConfig"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
