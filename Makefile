@@ -19,8 +19,9 @@ setup: .venv/ready
 demo: setup
 	$(BIN)/kinoray demo $(if $(VIDEOS),--videos '$(VIDEOS)')
 
+# Two processes: what uses Ray in one, all else in the other.
 test: setup
-	$(PYTEST) $(PYTEST_ARGS)
+	$(PYTEST) -n 2 --dist loadgroup --no-loadscope-reorder $(PYTEST_ARGS)
 
 test-slow: setup
 	$(PYTEST) -m slow --timeout 3000

@@ -23,6 +23,18 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--no-skips", action="store_true", help="a skipped test fails, unless it is about a GPU")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """`make test` has two processes (pytest-xdist): one takes all that use Ray, so that one Ray runs at a time."""
+    items.sort(key=_uses_ray, reverse=True)
+    for item in items:
+        group = "ray" if _uses_ray(item) else item.path.name
+        item.add_marker(pytest.mark.xdist_group(group))
+
+
+def _uses_ray(item: pytest.Item) -> bool:
+    return item.get_closest_marker("ray") is not None
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(
     item: pytest.Item, call: pytest.CallInfo[None]

@@ -47,6 +47,8 @@ NUMBERS = {  # x86_64, aarch64
     "rt_sigqueueinfo": (129, 138),
     "rt_tgsigqueueinfo": (297, 240),
 }
+BUFFER = ctypes.create_string_buffer(4096)
+"""What calls read and write: more than any of them fills."""
 LACKS = {"filter": ("seccomp",), "namespaces": ("unshare",), "landlock": ("landlock_create_ruleset",)}
 
 
@@ -90,8 +92,7 @@ def attacks(parent: int, port: int, unix: str, readable: str, folder: str, input
     """Name -> what gives -1 and sets errno if it is refused."""
     address = struct.pack("=HH4s8x", socket.AF_INET, socket.htons(port), bytes([127, 0, 0, 1]))
     path, new = readable.encode(), f"{folder}/new".encode()
-    buffer = ctypes.create_string_buffer(64)
-    vector = struct.pack("@PN", ctypes.addressof(buffer), 8)
+    vector = struct.pack("@PN", ctypes.addressof(BUFFER), 8)
     limit = struct.pack("=QQ", 2**40, 2**40)
 
     def connect() -> int:
@@ -113,7 +114,7 @@ def attacks(parent: int, port: int, unix: str, readable: str, folder: str, input
     return {
         "connect": connect,
         "connect to a unix socket": connect_unix,
-        "socketpair": lambda: LIBC.socketpair(socket.AF_UNIX, socket.SOCK_STREAM, 0, buffer),
+        "socketpair": lambda: LIBC.socketpair(socket.AF_UNIX, socket.SOCK_STREAM, 0, BUFFER),
         "netlink": lambda: LIBC.socket(socket.AF_NETLINK, socket.SOCK_RAW, 0),
         "raw packets": lambda: LIBC.socket(socket.AF_PACKET, socket.SOCK_RAW, 0),
         "execve": lambda: LIBC.execve(b"/bin/true", None, None),
@@ -121,14 +122,14 @@ def attacks(parent: int, port: int, unix: str, readable: str, folder: str, input
         "fork": fork,
         "clone": call("clone", 17, None, None, None, None),
         "clone with its own network": call("clone", 0x40010000, None, None, None, None),
-        "clone3": call("clone3", buffer, 64),
+        "clone3": call("clone3", BUFFER, 64),
         "open": lambda: LIBC.open(path, os.O_RDONLY),
         "openat": lambda: LIBC.openat(AT_FDCWD, path, os.O_RDONLY),
         "openat2": call("openat2", AT_FDCWD, path, struct.pack("=QQQ", 0, 0, 0), 24),
         "open for writing": lambda: LIBC.open(path, os.O_WRONLY),
         "create": lambda: LIBC.open(new, os.O_WRONLY | os.O_CREAT, 0o600),
-        "open by handle": call("open_by_handle_at", AT_FDCWD, buffer, 0),
-        "name to handle": call("name_to_handle_at", AT_FDCWD, path, buffer, buffer, 0),
+        "open by handle": call("open_by_handle_at", AT_FDCWD, BUFFER, 0),
+        "name to handle": call("name_to_handle_at", AT_FDCWD, path, BUFFER, BUFFER, 0),
         "open the terminal": lambda: LIBC.open(b"/dev/tty", os.O_RDWR),
         "the parent's environment": lambda: LIBC.open(f"{parent_file}/environ".encode(), os.O_RDONLY),
         "the parent's memory": lambda: LIBC.open(f"{parent_file}/mem".encode(), os.O_RDWR),
@@ -140,8 +141,8 @@ def attacks(parent: int, port: int, unix: str, readable: str, folder: str, input
         "kill": lambda: LIBC.kill(parent, 0),
         "kill all": lambda: LIBC.kill(-1, 0),
         "tgkill": lambda: LIBC.tgkill(parent, parent, 0),
-        "sigqueue": call("rt_sigqueueinfo", parent, 10, buffer),
-        "sigqueue to a thread": call("rt_tgsigqueueinfo", parent, parent, 10, buffer),
+        "sigqueue": call("rt_sigqueueinfo", parent, 10, BUFFER),
+        "sigqueue to a thread": call("rt_tgsigqueueinfo", parent, parent, 10, BUFFER),
         "pidfd_open": call("pidfd_open", parent, 0),
         "pidfd_getfd": call("pidfd_getfd", 0, 0, 0),
         "pidfd_send_signal": call("pidfd_send_signal", 0, 0, None, 0),
@@ -156,12 +157,12 @@ def attacks(parent: int, port: int, unix: str, readable: str, folder: str, input
         "open_tree": call("open_tree", AT_FDCWD, b"/", 0),
         "chroot": lambda: LIBC.chroot(b".."),
         "chdir": lambda: LIBC.chdir(b"/"),
-        "io_uring": call("io_uring_setup", 4, buffer),
+        "io_uring": call("io_uring_setup", 4, BUFFER),
         "userfaultfd": call("userfaultfd", 0),
-        "bpf": call("bpf", 0, buffer, 64),
-        "perf_event_open": call("perf_event_open", buffer, 0, -1, -1, 0),
+        "bpf": call("bpf", 0, BUFFER, 64),
+        "perf_event_open": call("perf_event_open", BUFFER, 0, -1, -1, 0),
         "keyctl": call("keyctl", 0, 0, 0, 0, 0),
-        "another filter": call("seccomp", 2, 0, buffer),
+        "another filter": call("seccomp", 2, 0, BUFFER),
         "chmod": lambda: LIBC.chmod(path, 0o777),
         "unlink": lambda: LIBC.unlink(path),
         "rename": lambda: LIBC.rename(path, new),
@@ -178,20 +179,21 @@ def attacks(parent: int, port: int, unix: str, readable: str, folder: str, input
         "shared memory of System V": lambda: LIBC.shmget(1, 4096, 0o1600),
         "memfd_create": lambda: LIBC.memfd_create(b"x", 0),
         "memfd_secret": call("memfd_secret", 0),
-        "pipe": lambda: LIBC.pipe(buffer),
+        "pipe": lambda: LIBC.pipe(BUFFER),
         "dup2": lambda: LIBC.dup2(0, 50),
         "signals by descriptor": lambda: LIBC.fcntl(0, 8, parent),
         "seals": lambda: LIBC.fcntl(input_fd, 1033, 8),
         "write to standard output": lambda: LIBC.write(1, b"x", 1),
         "write to the input": lambda: LIBC.pwrite(input_fd, b"x", 1, 0),
         "truncate the input": lambda: LIBC.ftruncate(input_fd, 0),
-        "send descriptors": lambda: LIBC.sendmsg(0, buffer, 0),
-        "receive descriptors": lambda: LIBC.recvmsg(0, buffer, 0),
+        "send descriptors": lambda: LIBC.sendmsg(0, BUFFER, 0),
+        "receive descriptors": lambda: LIBC.recvmsg(0, BUFFER, 0),
     }
 
 
 def outcome(action: Callable[[], int]) -> int:
     """The errno; 0 if it was not refused."""
+    ctypes.memset(BUFFER, 0, len(BUFFER))  # what another call left there is an address to the next one
     ctypes.set_errno(0)
     return ctypes.get_errno() if action() == -1 else 0
 
