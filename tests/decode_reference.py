@@ -51,10 +51,11 @@ def remux(
     pts_from_dts: bool = False,
     hide: frozenset[int] = frozenset(),
     spoil: frozenset[int] = frozenset(),
+    all_keys: bool = False,
     options: dict[str, str] | None = None,
 ) -> bytes:
     """The same packets in another container: without the first few, moved in time, with times made wrong; for VP8 with
-    the `show this frame` bit of some packets cleared; with some packets overwritten."""
+    the `show this frame` bit of some packets cleared; with some packets overwritten; with all flagged as key frames."""
     buffer = io.BytesIO()
     with av.open(io.BytesIO(data)) as source, av.open(buffer, "w", format=container, options=options or {}) as output:
         stream = source.streams.video[0]
@@ -70,7 +71,11 @@ def remux(
             new.pts, new.dts = packet.pts - moved, packet.dts - moved
             if pts_from_dts:
                 new.pts = new.dts = number * packet.duration
-            new.duration, new.time_base, new.is_keyframe = packet.duration, packet.time_base, packet.is_keyframe
+            new.duration, new.time_base, new.is_keyframe = (
+                packet.duration,
+                packet.time_base,
+                all_keys or packet.is_keyframe,
+            )
             new.stream = copy
             output.mux(new)
     return buffer.getvalue()

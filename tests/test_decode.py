@@ -20,6 +20,7 @@ from kinoray.errors import ConfigError
 from kinoray.video import media as decode_media
 from kinoray.video.flow_dis import dis_flow
 from kinoray.video.frames import Clip, decode, probe
+from kinoray.video.plan import PacketBits
 from kinoray.video.pyav import PyavVideo
 from kinoray.video.request import Sampled, Thumbnails
 from kinoray.video.sample import clip_rng, segment_indices
@@ -28,6 +29,7 @@ from kinoray.video.transform import test_view, train_view
 NUM_FRAMES = 90
 X265 = "log-level=none:"
 OPEN_GOP = "open-gop=1:keyint=24:min-keyint=24:bframes=4:scenecut=0"
+SVT = {"preset": "12", "crf": "40"}
 FILES: dict[str, dict[str, Any]] = {
     "h264 gop 12": {"gop": 12},
     "h264 gop 250, several b-frames": {"gop": 250, "options": {"preset": "medium", "bf": "5"}},
@@ -62,6 +64,46 @@ FILES: dict[str, dict[str, Any]] = {
     },
     "vp8": {"codec": "libvpx", "container": "webm", "gop": 24, "options": {"deadline": "realtime", "b": "500k"}},
     "vp9": {"codec": "libvpx-vp9", "container": "webm", "gop": 24, "options": {"cpu-used": "5", "b": "500k"}},
+    "vp8, hidden frames": {
+        "codec": "libvpx",
+        "container": "matroska",
+        "gop": 20,
+        "options": {"auto-alt-ref": "1", "lag-in-frames": "16", "arnr-maxframes": "5", "b": "200k"},
+    },
+    "vp9, superframes": {
+        "codec": "libvpx-vp9",
+        "container": "mp4",
+        "gop": 24,
+        "options": {"auto-alt-ref": "6", "lag-in-frames": "25", "cpu-used": "4", "b": "200k"},
+    },
+    "av1 closed gop": {"codec": "libsvtav1", "container": "webm", "gop": 16, "options": SVT},
+    "av1 closed gop, mp4, film grain": {
+        "codec": "libsvtav1",
+        "gop": 16,
+        "options": SVT | {"svtav1-params": "film-grain=20"},
+    },
+    "av1 open gop": {
+        "codec": "libsvtav1",
+        "container": "webm",
+        "gop": 16,
+        "options": SVT | {"svtav1-params": "irefresh-type=1"},
+    },
+    "mpeg-4 part 2, mp4": {"codec": "mpeg4", "gop": 24, "options": {"bf": "2"}},
+    "mpeg-4 part 2, quarter pixels": {
+        "codec": "mpeg4",
+        "container": "matroska",
+        "gop": 12,
+        "options": {"bf": "2", "flags": "+qpel+mv4", "mpeg_quant": "1"},
+    },
+    "mpeg-2 open gop, mpeg-ts": {"codec": "mpeg2video", "container": "mpegts", "gop": 12, "options": {"bf": "2"}},
+    "mpeg-2 closed gop, interlaced": {
+        "codec": "mpeg2video",
+        "gop": 12,
+        "options": {"bf": "2", "flags": "+cgop+ildct+ilme", "sc_threshold": "1000000000"},
+    },
+    "mpeg-1": {"codec": "mpeg1video", "container": "matroska", "gop": 12, "options": {"bf": "2"}},
+    "motion jpeg": {"codec": "mjpeg", "container": "mov", "pix_fmt": "yuvj420p"},
+    "prores": {"codec": "prores_ks", "container": "mov", "pix_fmt": "yuv422p10le"},
     "mpeg-4 part 2, avi": {"codec": "mpeg4", "container": "avi", "gop": 24, "options": {"bf": "2"}},
     "mpeg-2 program stream": {"codec": "mpeg2video", "container": "mpeg", "gop": 24, "options": {"bf": "2"}},
     "wmv": {"codec": "wmv2", "container": "asf", "gop": 24},
@@ -114,6 +156,31 @@ def test_wanted_frames_equal_a_plain_decode(name: str, pictures: np.ndarray) -> 
     reference = plain_decode(data)
     assert len(reference) == NUM_FRAMES
     assert_exact(data, reference)
+
+
+@pytest.mark.parametrize("name", ["vp8, hidden frames", "vp9, superframes", "av1 closed gop", "mpeg-4 part 2, mp4"])
+def test_only_the_group_of_a_wanted_frame_is_decoded(name: str, pictures: np.ndarray) -> None:
+    data = make_video(pictures, fps=30, **FILES[name])
+    with PyavVideo(data, DecodeConfig(max_frames=2 * FILES[name]["gop"])) as video:
+        reading = video.read(np.array([NUM_FRAMES - 1]), Collect())
+    assert 0 < reading.frames_decoded <= FILES[name]["gop"]
+
+
+@pytest.mark.parametrize("name", ["vp8", "vp9, superframes", "mpeg-4 part 2, mp4", "mpeg-1"])
+def test_key_frame_flags_are_believed_only_where_the_packet_is_one(name: str, pictures: np.ndarray) -> None:
+    data = make_video(pictures, fps=30, **FILES[name])
+    lying = remux(data, "matroska", all_keys=True)
+    assert probe(lying, DecodeConfig()).num_keyframes == probe(data, DecodeConfig()).num_keyframes > 1
+    assert_exact(lying, plain_decode(data))
+
+
+def test_key_frames_of_av1_are_found_in_its_packets(pictures: np.ndarray) -> None:
+    data = make_video(pictures, fps=30, **FILES["av1 closed gop"])
+    with av.open(io.BytesIO(data)) as container:
+        packets = [packet for packet in container.demux(video=0) if packet.size]
+        bits = PacketBits("av1", b"")
+        assert [bits.begins(memoryview(packet)) for packet in packets] == [packet.is_keyframe for packet in packets]
+    assert 1 < sum(packet.is_keyframe for packet in packets) < NUM_FRAMES
 
 
 def test_the_plan_leaves_most_frames_undecoded(pictures: np.ndarray) -> None:

@@ -26,7 +26,7 @@ from kinoray.errors import (
     UnreadableContainer,
 )
 from kinoray.video.budget import MAX_STREAMS, check_boxes, check_index
-from kinoray.video.plan import PacketTable
+from kinoray.video.plan import PacketBits, PacketTable
 
 __all__ = ["LIBAV_ERRORS", "MAX_COUNT", "Media", "VideoInfo", "check_counts", "check_size_bytes", "media_stage"]
 
@@ -34,6 +34,8 @@ _FORMATS = ("mov", "mp4", "m4a", "3gp", "matroska", "webm", "avi", "mpegts", "mp
 """Containers that hold everything themselves. No playlists, concat lists, image sequences or network protocols."""
 _TIMED_FORMATS = ("mov", "mp4", "matroska", "webm", "mpegts", "mpeg", "flv", "ogg")
 """Containers that store when a frame is shown. AVI and ASF do not: the times that libav makes up there are wrong."""
+_GROUP_CODECS = frozenset(("h264", "hevc", "vp8", "vp9", "av1", "mpeg1video", "mpeg2video", "mpeg4"))
+"""Codecs whose key frames forget all that came before; of others (WMV, H.263) the decoder keeps more than pictures."""
 _MAX_DEMUX_ERRORS = 64
 """Damaged places in the container after which the rest is given up."""
 _MAX_SCALED_PIXELS = 2**25
@@ -269,16 +271,21 @@ class Media:
     def _list_packets(self) -> list[Any] | None:
         """Fill the table; returns the packets themselves where they are small enough to keep."""
         kept: list[Any] | None = [] if len(self._data) <= _KEEP_BYTES else None
-        pts, keyframe, shown = [], [], []
-        hides = self.codec == "vp8"  # its hidden frames are packets of their own; bit 4 of the first byte says "show"
+        pts, keyframe, shown, second = [], [], [], []
+        bits = PacketBits(self.codec, self.context.extradata or b"")
         first: int | None = None
         end = size_bytes = 0
+        has_key = False
         for packet in self._demux(self._container):
             size_bytes += packet.size
             self._check_expansion(size_bytes)
             pts.append(packet.pts)
-            keyframe.append(packet.is_keyframe)
-            shown.append(not packet.is_discard and not (hides and not memoryview(packet)[0] & 0x10))
+            content = memoryview(packet)
+            # the first one stays: its settings may lie in the header alone, which a decoder forgets when it is flushed
+            keyframe.append(packet.is_keyframe and (not has_key or bits.begins(content)))
+            has_key |= keyframe[-1]
+            second.append(bits.is_second(content, packet.is_keyframe))
+            shown.append(not packet.is_discard and bits.shows(content))
             if packet.pts is not None and shown[-1]:
                 first = packet.pts if first is None else min(first, packet.pts)
                 end = max(end, packet.pts + (packet.duration or 0))
@@ -287,7 +294,7 @@ class Media:
         if not pts:
             raise UndecodableVideo("the container opens, but holds no packet of the video stream")
         timed = any(name in _TIMED_FORMATS for name in self._container.format.name.split(","))
-        self.table = PacketTable(pts, np.array(keyframe), np.array(shown), times_stored=timed)
+        self.table = PacketTable(pts, np.array(keyframe), np.array(shown), times_stored=timed, second=np.array(second))
         if not self.table.num_frames:
             raise UndecodableVideo(f"none of the {len(pts)} video packets carries a frame that is to be shown")
         self._span = (first or 0, end)
@@ -366,7 +373,7 @@ class Media:
 
     def decodes_by_groups(self) -> bool:
         """Whether decoding may begin at any key frame with the certainty that frames come out exactly."""
-        return self.codec in ("h264", "hevc")
+        return self.codec in _GROUP_CODECS or self.context.codec.intra_only
 
     def leaves_out_exactly(self) -> bool:
         """Whether frames that nobody refers to can be left out, packet by packet, and all others stay exact.

@@ -223,10 +223,10 @@ class PyavVideo(Media):
         Raises:
             MediaOverBudget: it sends more packets to the decoder than decode.max_frames.
         """
-        packets = sum(run.end - run.begin for run in runs)
-        if packets > self._config.max_frames:
+        num_frames = self.table.num_to_decode(runs)
+        if num_frames > self._config.max_frames:
             raise MediaOverBudget(
-                f"{packets:,} frames to decode are more than decode.max_frames = {self._config.max_frames:,}"
+                f"{num_frames:,} frames to decode are more than decode.max_frames = {self._config.max_frames:,}"
             )
 
     def _frames(self, runs: list[Run], leave_out: np.ndarray | None, tally: _Tally) -> Iterator[Any]:
