@@ -13,10 +13,10 @@ import decord
 import numpy as np
 import pytest
 
-from decode_reference import Collect, moving, plain_decode, remux
+from decode_reference import Collect, h264_fields, moving, mux_h264, plain_decode, remux
 from kinoray.config.shared import ClipConfig, DecodeConfig, FlowConfig, SampleConfig, ViewConfig
 from kinoray.demo.videos import make_video
-from kinoray.errors import ConfigError
+from kinoray.errors import ConfigError, UndecodableVideo
 from kinoray.video import media as decode_media
 from kinoray.video.flow_dis import dis_flow
 from kinoray.video.frames import Clip, decode, probe
@@ -24,6 +24,7 @@ from kinoray.video.plan import PacketBits
 from kinoray.video.pyav import PyavVideo
 from kinoray.video.request import Sampled, Thumbnails
 from kinoray.video.sample import clip_rng, segment_indices
+from kinoray.video.transcode import transcode
 from kinoray.video.transform import test_view, train_view
 
 NUM_FRAMES = 90
@@ -45,6 +46,7 @@ FILES: dict[str, dict[str, Any]] = {
     "h264 avi, where times lie": {"gop": 24, "container": "avi", "options": {"preset": "medium"}},
     "h264 flv": {"gop": 24, "container": "flv"},
     "h264 interlaced": {"gop": 24, "options": {"x264-params": "interlaced=1"}},
+    "h264 interlaced, mpeg-ts": {"gop": 24, "container": "mpegts", "options": {"x264-params": "interlaced=1"}},
     "h264 intra refresh, without key frames": {"options": {"x264-params": "intra-refresh=1:keyint=30"}},
     "h264 10 bit": {"gop": 24, "pix_fmt": "yuv420p10le"},
     "h264 variable frame rate": {
@@ -200,6 +202,44 @@ def test_hevc_with_temporal_layers_is_decoded_in_full(container: str, pictures: 
         data = make_video(pictures[:20], codec="libx265", container=container, options={"x265-params": X265 + params})
         with PyavVideo(data, DecodeConfig()) as video:
             assert video.leaves_out_exactly() is exactly
+
+
+@pytest.mark.parametrize("whole", [set(), {1, 4, 5}], ids=["fields", "fields and frames"])
+@pytest.mark.parametrize("together", [False, True], ids=["a field a packet", "a frame a packet"])
+@pytest.mark.parametrize("container", ["mpegts", "mp4", "matroska"])
+def test_a_frame_coded_as_two_fields_is_one_frame(container: str, together: bool, whole: set[int]) -> None:
+    grey = np.random.default_rng(0).integers(16, 236, (10, 64, 32)).astype(np.uint8)
+    data = mux_h264(h264_fields(grey, whole=frozenset(whole)), container, together=together)
+    with PyavVideo(data, DecodeConfig(max_frames=10)) as video:
+        assert (video.info.num_frames, video.info.num_keyframes, video.info.frames_missing) == (10, 3, 0)
+        found = [np.frombuffer(frame.planes[0], np.uint8).reshape(64, -1)[:, :32] for frame in video.shown_frames()]
+        np.testing.assert_array_equal(found, grey)
+        if container != "matroska":  # which knows no length of the last frame
+            assert video.info.fps == pytest.approx(25)
+            assert float(video.frame_rate) == pytest.approx(25)
+    decoded = assert_exact(data, plain_decode(data))
+    assert decoded["last"] == 2
+    assert transcode(data, DecodeConfig()).info.num_frames == 10
+
+
+@pytest.mark.parametrize("backend", ["decord", "torchcodec"])
+def test_other_back_ends_refuse_frames_in_two_packets(backend: Any) -> None:
+    data = mux_h264(h264_fields(np.full((4, 64, 32), 99, np.uint8)), "mp4")
+    with pytest.raises(UndecodableVideo, match="a field in each.*use decode.backend=pyav"):
+        decode(data, Sampled(), ClipConfig(decode=DecodeConfig(backend=backend), flow=FlowConfig(estimator="none")))
+
+
+def test_a_lone_field_costs_no_other_frame() -> None:
+    grey = np.random.default_rng(0).integers(16, 236, (8, 64, 32)).astype(np.uint8)
+    coded = h264_fields(grey)
+    coded[2] = coded[2][:1]
+    data = mux_h264(coded, "mpegts")
+    with PyavVideo(data, DecodeConfig()) as video:
+        sink = Collect()
+        video.read(np.array([0, 1, 3, 7]), sink)
+        assert video.info.num_frames == 8
+    last = plain_decode(data)[-1]
+    np.testing.assert_array_equal(sink.frames[7], last)
 
 
 def test_frames_hidden_by_an_edit_list_are_not_counted(pictures: np.ndarray) -> None:

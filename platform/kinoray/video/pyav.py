@@ -193,6 +193,8 @@ class PyavVideo(Media):
     def frame_rate(self) -> Fraction:
         """Mean frames per second, as the container claims; 25 where it claims nothing usable."""
         claimed = self._stream.average_rate or self._stream.base_rate
+        if self.table.halved and self._timed and self.duration_s:  # libav counts packets there
+            claimed = Fraction(self.table.num_frames / self.duration_s).limit_denominator(1001)
         return Fraction(claimed) if claimed and 0 < claimed <= _MAX_RATE else Fraction(25)
 
     @property
