@@ -2,6 +2,7 @@
 
 import io
 import re
+from collections.abc import Callable
 from fractions import Fraction
 from typing import Self
 
@@ -54,16 +55,18 @@ def remux(
     hide: frozenset[int] = frozenset(),
     spoil: frozenset[int] = frozenset(),
     all_keys: bool = False,
+    change: Callable[[bytes], bytes] = bytes,
     options: dict[str, str] | None = None,
 ) -> bytes:
     """The same packets in another container: without the first few, moved in time, with times made wrong; for VP8 with
-    the `show this frame` bit of some packets cleared; with some packets overwritten; with all flagged as key frames."""
+    the `show this frame` bit of some packets cleared; with some packets overwritten; with all flagged as key frames;
+    with their bytes changed."""
     buffer = io.BytesIO()
     with av.open(io.BytesIO(data)) as source, av.open(buffer, "w", format=container, options=options or {}) as output:
         stream = source.streams.video[0]
         copy = output.add_stream_from_template(stream)
         for number, packet in enumerate([p for p in source.demux(stream) if p.size][first:]):
-            content = bytearray(bytes(packet))
+            content = bytearray(change(bytes(packet)))
             if number in hide:
                 content[0] &= ~0x10
             if number in spoil:

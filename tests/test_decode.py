@@ -225,7 +225,7 @@ def test_a_frame_coded_as_two_fields_is_one_frame(container: str, together: bool
 @pytest.mark.parametrize("backend", ["decord", "torchcodec"])
 def test_other_back_ends_refuse_frames_in_two_packets(backend: Any) -> None:
     data = mux_h264(h264_fields(np.full((4, 64, 32), 99, np.uint8)), "mp4")
-    with pytest.raises(UndecodableVideo, match="a field in each.*use decode.backend=pyav"):
+    with pytest.raises(UndecodableVideo, match=r"a field in each.*use decode.backend=pyav"):
         decode(data, Sampled(), ClipConfig(decode=DecodeConfig(backend=backend), flow=FlowConfig(estimator="none")))
 
 

@@ -30,6 +30,7 @@ from kinoray.label.stage import Outcome
 from kinoray.video.frames import decode, probe
 from kinoray.video.pyav import PyavVideo
 from kinoray.video.request import Sampled, Thumbnails
+from kinoray.video.transcode import transcode
 
 NUM_FRAMES = 60
 CLIP = ClipConfig(sample=SampleConfig(num_segments=4, frames_per_segment=2), view=ViewConfig(resize_px=32, crop_px=24))
@@ -116,6 +117,113 @@ def test_a_file_without_a_decodable_frame_is_undecodable(good: bytes) -> None:
         decode(spoilt, Sampled(), CLIP.without_flow()).clip()
     with pytest.raises(UndecodableVideo, match="no frame comes out"):
         probe(spoilt, DecodeConfig())
+
+
+KEYS = {"encryption_scheme": "cenc-aes-ctr", "encryption_key": "0123456789abcdef" * 2, "encryption_kid": "1" * 32}
+
+
+def encrypted(good: bytes, form: str) -> bytes:
+    if form == "mp4":
+        return remux(good, "mp4", options=KEYS)
+    if form == "mp4 in fragments":
+        return remux(good, "mp4", options=KEYS | {"movflags": "frag_keyframe+empty_moov"})
+    if form == "matroska":
+        return matroska_encrypted(remux(good, "matroska"))
+    if form == "mpegts, scrambled":
+        data = remux(good, "mpegts")
+        packets = np.frombuffer(data, np.uint8).reshape(-1, 188).copy()
+        is_video = (packets[:, 1] & 31 == 1) & (packets[:, 2] == 0)  # PID 256
+        packets[is_video, 3] |= 0x80
+        return packets.tobytes()
+    if form == "mpegts, sample-aes":
+        return sample_aes(remux(good, "mpegts"))
+    data = make_video(moving(20), fps=30, codec="wmv2", container="asf")
+    place = data.index(bytes.fromhex("9107DCB7B7A9CF118EE600C00C205365"))  # the stream properties, last of the header
+    box = bytes.fromhex("FBB3112223BDD211B4B700A0C955FC6E") + (40).to_bytes(8, "little") + bytes(16)
+    size = int.from_bytes(data[16:24], "little") + len(box)
+    count = int.from_bytes(data[24:28], "little") + 1
+    head = data[:16] + size.to_bytes(8, "little") + count.to_bytes(4, "little")
+    return head + data[28:place] + box + data[place:]
+
+
+def matroska_encrypted(data: bytes) -> bytes:
+    """A ContentEncryption is put into the only track, and what is around it made so much longer."""
+    inner = bytes.fromhex("50338101") + bytes.fromhex("503580")
+    encoding = bytes.fromhex("6240") + bytes([0x80 | len(inner)]) + inner
+    added = bytes.fromhex("6d80") + bytes([0x80 | len(encoding)]) + encoding
+    place = 0
+    for name in ("18538067", "1654ae6b", "ae"):
+        while (place := data.index(bytes.fromhex(name), place)) and name == "1654ae6b" and data[place + 4] == 0x53:
+            place += 4  # only named in the index
+        size_at = place + len(name) // 2
+        length = 9 - data[size_at].bit_length()
+        size = int.from_bytes(data[size_at : size_at + length]) + len(added)
+        data = data[:size_at] + size.to_bytes(length) + data[size_at + length :]
+        place = size_at + length
+    return data[:place] + added + data[place:]
+
+
+def sample_aes(data: bytes) -> bytes:
+    """The program map says H.264 in SAMPLE-AES (0xDB) instead of H.264 (0x1B)."""
+    packets = [bytearray(data[place : place + 188]) for place in range(0, len(data), 188)]
+    for packet in packets:
+        if packet[5:6] == b"\x02" and packet[1] & 0x40:  # a section of a program map, after its pointer
+            size = int.from_bytes(packet[6:8]) & 0xFFF
+            section = packet[5 : 5 + 3 + size - 4]
+            section[section.index(b"\x1b\xe1\x00")] = 0xDB
+            packet[5 : 5 + 3 + size] = section + mpeg_crc(section)
+    return b"".join(bytes(packet) for packet in packets)
+
+
+def mpeg_crc(data: bytes) -> bytes:
+    value = 0xFFFFFFFF
+    for byte in data:
+        value ^= byte << 24
+        for _ in range(8):
+            value = (value << 1 ^ (0x04C11DB7 if value >> 31 else 0)) & 0xFFFFFFFF
+    return value.to_bytes(4)
+
+
+FORMS = ["mp4", "mp4 in fragments", "matroska", "mpegts, scrambled", "mpegts, sample-aes", "asf"]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_encrypted_files_are_refused_by_name(form: str, good: bytes) -> None:
+    data = encrypted(good, form)
+    with pytest.raises(UndecodableVideo, match="the video is encrypted"):
+        probe(data, DecodeConfig())
+
+
+def noisy(packet: bytes) -> bytes:
+    """An MP4's H.264 packet as SAMPLE-AES leaves it: the first bytes of each slice are clear."""
+    noise = np.random.default_rng(0).integers(4, 256, len(packet)).astype(np.uint8).tobytes()
+    place = 0
+    while place < len(packet):
+        end = place + 4 + int.from_bytes(packet[place : place + 4])
+        if packet[place + 4] & 31 in (1, 5):
+            packet = packet[: place + 20] + noise[place + 20 : end] + packet[max(end, place + 20) :]
+        place = end
+    return packet
+
+
+@pytest.mark.parametrize("container", ["mp4", "mpegts"])
+def test_a_video_whose_frames_are_all_damaged_is_no_label(container: str) -> None:
+    """Encrypted, say, though the container does not tell."""
+    sound = make_video(moving(20, 240, 320), fps=30, gop=24, options={"preset": "medium", "crf": "10"})
+    data = remux(sound, container, change=noisy)
+    assert probe(data, DecodeConfig()).num_frames == 20
+    for num_frames in (4, 20):  # one frame of noise decodes by chance
+        with pytest.raises(UndecodableVideo, match=r"(all 4 wanted|19 of 20 decoded) frames are damaged; .* encrypted"):
+            decode(data, Thumbnails(num_frames=num_frames, height=32), CLIP)
+    with pytest.raises(UndecodableVideo, match="19 of 20 decoded frames are damaged"):
+        transcode(data, DecodeConfig())
+
+
+def test_a_clip_with_one_whole_frame_is_a_label(good: bytes) -> None:
+    places = iter(range(NUM_FRAMES))
+    data = remux(good, "mp4", change=lambda packet: packet if next(places) < 25 else noisy(packet))
+    clip = decode(data, Sampled(), CLIP).clip()
+    assert 0 < clip.frames_corrupt < NUM_FRAMES
 
 
 def test_an_unknown_codec_is_undecodable(good: bytes) -> None:

@@ -25,7 +25,7 @@ from kinoray.errors import (
     UndecodableVideo,
     UnreadableContainer,
 )
-from kinoray.video.budget import MAX_STREAMS, check_boxes, check_index
+from kinoray.video.budget import MAX_STREAMS, check_boxes, check_index, encryption
 from kinoray.video.plan import PacketBits, PacketTable
 
 __all__ = ["LIBAV_ERRORS", "MAX_COUNT", "Media", "VideoInfo", "check_counts", "check_size_bytes", "media_stage"]
@@ -158,11 +158,12 @@ class Media:
 
     def __init__(self, data: bytes, config: DecodeConfig, reach: float = 0.0) -> None:
         check_size_bytes(len(data), config)
-        check_boxes(data)
+        self._boxes = check_boxes(data)
         self._data, self._config = data, config
         self._container = self._open()
         try:
             self._stream = self._choose_stream()
+            self._check_encryption()
             check_index(self._stream, len(data), config, by_groups=self.decodes_by_groups(), reach=reach)
             with media_stage(UnreadableContainer, "the container's packets cannot be read"):
                 self._packets: list[Any] | None = self._list_packets()
@@ -213,6 +214,16 @@ class Media:
         context.thread_count, context.thread_type = 1, "NONE"
         context.options = self._codec_options()
         return best
+
+    def _check_encryption(self) -> None:
+        try:
+            tag = self.context.codec_tag.encode("latin-1")
+        except UnicodeDecodeError as error:  # PyAV takes tags for ASCII
+            tag = error.object
+        place = [stream.index for stream in self._container.streams.video].index(self.stream_index)
+        how = encryption(self._data, self._boxes, self._container.format.name, self._stream.id, place, tag)
+        if how:
+            raise UndecodableVideo(f"the video is encrypted ({how}), and kinoray has no keys; decrypt it first")
 
     def check_size(self, width: int, height: int) -> None:
         """Refuse a frame that is too large.
