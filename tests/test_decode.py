@@ -24,7 +24,7 @@ from kinoray.video.plan import PacketBits
 from kinoray.video.pyav import PyavVideo
 from kinoray.video.request import Sampled, Thumbnails
 from kinoray.video.sample import clip_rng, segment_indices
-from kinoray.video.transcode import transcode
+from kinoray.video.transcode import open_output, transcode
 from kinoray.video.transform import test_view, train_view
 
 NUM_FRAMES = 90
@@ -220,6 +220,65 @@ def test_a_frame_coded_as_two_fields_is_one_frame(container: str, together: bool
     decoded = assert_exact(data, plain_decode(data))
     assert decoded["last"] == 2
     assert transcode(data, DecodeConfig()).info.num_frames == 10
+
+
+def two_streams(container: str, defaults: tuple[bool, bool], frames: tuple[int, int], sizes: tuple[int, int]) -> bytes:
+    """Two video streams: how many frames each has, their heights, and which are the default."""
+    buffer = io.BytesIO()
+    with open_output(buffer, container) as output:
+        streams = []
+        for is_default, height in zip(defaults, sizes, strict=True):
+            stream = output.add_stream("mpeg4", rate=30)
+            stream.width, stream.height, stream.pix_fmt = height * 2, height, "yuv420p"
+            stream.disposition = av.stream.Disposition(int(is_default))
+            streams.append(stream)
+        pictures = [moving(count, height, 2 * height) for count, height in zip(frames, sizes, strict=True)]
+        for number in range(max(frames)):
+            for stream, shown in zip(streams, pictures, strict=True):
+                if number < len(shown):
+                    output.mux(stream.encode(av.VideoFrame.from_ndarray(shown[number])))
+        for stream in streams:
+            output.mux(stream.encode(None))
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("container", ["matroska", "mp4"])
+@pytest.mark.parametrize(
+    ("defaults", "frames", "shown"),
+    [
+        pytest.param((True, False), (20, 20), 0, id="the default"),
+        pytest.param((False, True), (20, 20), 1, id="the default, though it is the second"),
+        pytest.param((True, False), (1, 20), 1, id="one that moves, though a still is the default"),
+        pytest.param((False, True), (20, 1), 0, id="one that moves, though a still follows"),
+        pytest.param((True, True), (20, 1), 0, id="one that moves, of two defaults"),
+    ],
+)
+def test_the_stream_that_players_show_is_read(
+    defaults: tuple[bool, bool], frames: tuple[int, int], shown: int, container: str
+) -> None:
+    sizes = (32, 64) if shown == 0 else (64, 32)  # the other has more pixels
+    data = two_streams(container, defaults, frames, sizes)
+    info = probe(data, DecodeConfig())
+    assert (info.num_frames, info.width, info.height) == (20, 64, 32)
+
+    def clip(backend: Any) -> np.ndarray:
+        decoder = DecodeConfig(backend=backend)
+        config = ClipConfig(decode=decoder, flow=FlowConfig(estimator="none"))
+        return decode(data, Sampled(), config).clip().frames.astype(int)
+
+    difference = np.abs(clip("torchcodec") - clip("pyav")).mean()
+    assert difference < 8
+    with pytest.raises(UndecodableVideo, match="several video streams, of which decord takes its own"):
+        clip("decord")
+
+
+def test_of_streams_that_no_flag_tells_apart_libavs_choice_is_read() -> None:
+    data = two_streams("mpegts", (False, False), (20, 20), (32, 64))
+    with av.open(io.BytesIO(data)) as container:
+        best = container.streams.best("video")
+        assert best is not None
+        expected = best.height
+    assert probe(data, DecodeConfig()).height == expected
 
 
 @pytest.mark.parametrize("backend", ["decord", "torchcodec"])

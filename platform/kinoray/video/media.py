@@ -199,21 +199,42 @@ class Media:
             )
 
     def _choose_stream(self) -> Any:
-        """The video stream with the most pixels that is not a cover picture."""
-        cover = av.stream.Disposition.attached_pic
-        streams = [stream for stream in self._container.streams.video if not stream.disposition & cover]
+        """The video stream that players show: no cover or thumbnails, not a still beside one that moves, the default.
+
+        Where that leaves several, it is libav's own rule (frames, bit rate).
+        """
+        kind = av.stream.Disposition
+        streams = [stream for stream in self._container.streams.video if not stream.disposition & kind.attached_pic]
         if not streams:
             kinds = ", ".join(sorted({stream.type for stream in self._container.streams})) or "no stream at all"
             raise NoVideoStream(f"no video stream: the file holds {kinds}")
         decodable = [stream for stream in streams if stream.codec_context is not None]
         if not decodable:
             raise UndecodableVideo("no decoder for the video stream's codec")
-        best = max(decodable, key=lambda stream: stream.codec_context.width * stream.codec_context.height)
+        best = decodable[0] if len(decodable) == 1 else self._shown_stream(decodable)
         context = best.codec_context
         self.check_size(context.width, context.height)
         context.thread_count, context.thread_type = 1, "NONE"
         context.options = self._codec_options()
         return best
+
+    def _shown_stream(self, streams: list[Any]) -> Any:
+        """Of several; another look at the file counts their packets, since what was read cannot be unread."""
+        counts = {stream.index: 0 for stream in streams}
+        with self._open() as container:
+            for packet in _packets(container, list(counts)):
+                counts[packet.stream_index] += packet.size > 0
+                if min(counts.values()) > 1:
+                    break
+        kind = av.stream.Disposition
+
+        def rank(stream: Any) -> tuple[int, bool]:
+            is_still = counts[stream.index] == 1 or stream.disposition & (kind.still_image | kind.timed_thumbnails)
+            return (0 if not counts[stream.index] else 1 if is_still else 2), bool(stream.disposition & kind.default)
+
+        first = [stream for stream in streams if rank(stream) == max(map(rank, streams))]
+        libavs = self._container.streams.best("video")
+        return next((stream for stream in first if stream.index == libavs.index), first[0])
 
     def _check_encryption(self) -> None:
         try:
@@ -258,24 +279,13 @@ class Media:
 
     def _demux(self, container: Any) -> Iterator[Any]:
         """The stream's packets. Reading goes on after a damaged place; one that is cut short at the end is left out."""
-        for other in container.streams:
-            if other.index != self._stream.index:
-                other.discard = av.stream.Discard.all
-        stream = container.streams[self._stream.index]
-        errors, held = 0, None
-        while errors <= _MAX_DEMUX_ERRORS:
-            try:
-                for packet in container.demux(stream):
-                    if not packet.size:  # repeats the last frame, or marks the end
-                        continue
-                    if held is not None:
-                        yield held
-                    held = packet
-                break
-            except MemoryError as cause:
-                raise MediaOverBudget("the container's packets take more memory than there is") from cause
-            except LIBAV_ERRORS:
-                errors += 1
+        held = None
+        for packet in _packets(container, [self.stream_index]):
+            if not packet.size:  # repeats the last frame, or marks the end
+                continue
+            if held is not None:
+                yield held
+            held = packet
         if held is not None and not held.is_corrupt:
             yield held
 
@@ -329,6 +339,11 @@ class Media:
     def stream_index(self) -> int:
         """Number of the chosen stream in the container."""
         return int(self._stream.index)
+
+    @property
+    def is_only_stream(self) -> bool:
+        """Whether there are no other pictures in the container, not even a cover."""
+        return len(self._container.streams.video) == 1
 
     @property
     def context(self) -> Any:
@@ -393,6 +408,22 @@ class Media:
         frames that only a higher layer refers to for frames that nobody refers to.
         """
         return self.codec == "h264" or (self.codec == "hevc" and _hevc_layers(self.context.extradata or b"") == 1)
+
+
+def _packets(container: Any, indices: list[int]) -> Iterator[Any]:
+    """The packets of these streams; reading goes on after a damaged place."""
+    for stream in container.streams:
+        if stream.index not in indices:
+            stream.discard = av.stream.Discard.all
+    errors = 0
+    while errors <= _MAX_DEMUX_ERRORS:
+        try:
+            yield from container.demux([container.streams[index] for index in indices])
+            return
+        except MemoryError as cause:
+            raise MediaOverBudget("the container's packets take more memory than there is") from cause
+        except LIBAV_ERRORS:
+            errors += 1
 
 
 def _hevc_layers(extradata: bytes) -> int:
