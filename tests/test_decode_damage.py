@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 from dataclasses import replace
+from fractions import Fraction
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
@@ -62,6 +63,87 @@ def test_counts_that_a_header_makes_up_fit_a_table(container: str) -> None:
     outcome = Outcome()
     outcome.add(decode(data, Sampled(), CLIP.without_flow()))
     assert pa.array([outcome.frames_missing], pa.int32()).to_pylist() == [2**31 - 1 - 20]
+
+
+def patched(data: bytes, name: bytes, place: int, value: int) -> bytes:
+    """A 32-bit number of a box, so many bytes behind its name, is another."""
+    at = data.index(name) + len(name) + place
+    return data[:at] + value.to_bytes(4) + data[at + 4 :]
+
+
+def ending_empty(data: bytes, count: int) -> bytes:
+    """The AVI with so many empty chunks at its end, as a screen recorder writes them while nothing moves."""
+    chunk = b"00dc" + bytes(4)
+    movi, index, length = data.index(b"movi"), data.index(b"idx1"), data.index(b"strh") + 8 + 32
+
+    def longer(place: int, by: int) -> bytes:
+        return (int.from_bytes(data[place : place + 4], "little") + by).to_bytes(4, "little")
+
+    return (
+        (data[:4] + longer(4, count * 24) + data[8:length] + longer(length, count))
+        + (data[length + 4 : movi - 4] + longer(movi - 4, count * 8) + data[movi:index] + chunk * count)
+        + (b"idx1" + longer(index + 4, count * 16) + data[index + 8 :] + (b"00dc" + bytes(12)) * count)
+    )
+
+
+def whole_files() -> dict[str, tuple[bytes, int, float]]:
+    """Whole files whose headers count otherwise than they hold frames: (file, frames, seconds)."""
+    plain = make_video(moving(48), fps=24, codec="mpeg4", gop=12)
+    ordered = make_video(moving(48), fps=24, gop=12, options={"preset": "medium"})
+    dropped = make_video(moving(24), fps=24, codec="mpeg4", container="avi", pts=[2 * number for number in range(24)])
+    few = patched(ordered, b"stsz", 8 + 4 * 48, 0)  # the last sample is empty
+    return {
+        "matroska, late": (remux(ordered, "matroska", shift=Fraction(-100_000)), 48, 2),
+        "matroska, early": (
+            remux(ordered, "matroska", shift=Fraction(1, 3), options={"avoid_negative_ts": "0"}),
+            48,
+            2,
+        ),
+        "matroska, the last frame stays": (
+            make_video(moving(4), fps=10, container="matroska", pts=[0, 1, 2, 90]),
+            4,
+            9.1,
+        ),
+        "avi, dropped": (dropped, 24, 47 / 24),
+        "avi, dropped at its end": (ending_empty(dropped, 25), 24, 72 / 24),
+        "fragments": (remux(plain, "mp4", options={"movflags": "frag_keyframe"}), 48, 2),
+        "fragments, empty index": (remux(plain, "mp4", options={"movflags": "frag_keyframe+empty_moov"}), 48, 2),
+        "mp4, early": (remux(ordered, "mp4", shift=Fraction(1, 3)), 40, 40 / 24),
+        "edit list, shorter": (patched(ordered, b"elst", 8, 1000), 24, 1),
+        "empty sample": (few, 47, 47 / 24),
+    }
+
+
+WHOLE = [
+    "matroska, late",
+    "matroska, early",
+    "matroska, the last frame stays",
+    "avi, dropped",
+    "avi, dropped at its end",
+    "fragments",
+    "fragments, empty index",
+    "mp4, early",
+    "edit list, shorter",
+    "empty sample",
+]
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_whole_files_are_not_said_to_be_cut(name: str) -> None:
+    data, num_frames, seconds = whole_files()[name]
+    info = probe(data, DecodeConfig())
+    assert (info.num_frames, info.frames_missing, info.miscounted) == (num_frames, 0, False)
+    assert info.duration_s == pytest.approx(seconds, abs=0.06)
+
+
+@pytest.mark.parametrize(("name", "share"), [("matroska, late", 0.6), ("avi, dropped", 0.9)])
+def test_the_same_files_cut_short_lack_frames(name: str, share: float) -> None:
+    data, num_frames, _ = whole_files()[name]
+    info = probe(data[: int(len(data) * share)], DecodeConfig())
+    assert info.num_frames < num_frames
+    assert (
+        num_frames - 2 <= info.num_frames + info.frames_missing < 1.2 * num_frames
+    )  # chunks that are gone were empty?
 
 
 def test_counts_of_many_windows_that_add_up_to_more_than_a_table_holds_refuse_the_video(good: bytes) -> None:

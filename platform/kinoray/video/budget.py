@@ -19,7 +19,7 @@ import numpy as np
 from kinoray.config.shared import DecodeConfig
 from kinoray.errors import MediaOverBudget
 
-__all__ = ["MAX_STREAMS", "BoxClaims", "check_boxes", "check_index", "check_memory", "encryption"]
+__all__ = ["MAX_STREAMS", "BoxClaims", "check_boxes", "check_index", "check_memory", "empty_at_end", "encryption"]
 
 MAX_STREAMS = 100
 """Streams of a file. libav opens a decoder for each; 3,000 of them take 2 GB."""
@@ -218,6 +218,18 @@ def _is_scrambled(data: bytes, pid: int) -> bool:
             of_stream = packets[(packets[:, 1].astype(int) & 31) * 256 + packets[:, 2] == pid]
             return bool(len(of_stream)) and bool((of_stream[:, 3] & 0xC0 != 0).mean() > 0.5)
     return False
+
+
+def empty_at_end(data: bytes, stream_index: int) -> int:
+    """Empty chunks with which the index of an AVI ends: the last frame stays for so long."""
+    place = data.rfind(b"idx1")
+    if place < 0 or place + 8 > len(data):
+        return 0
+    size = min(struct.unpack_from("<I", data, place + 4)[0], len(data) - place - 8)
+    entries = np.frombuffer(data, "<u4", size // 16 * 4, place + 8).reshape(-1, 4)
+    prefix = int.from_bytes(b"%02d" % stream_index, "little")
+    filled = np.flatnonzero(entries[entries[:, 0] & 0xFFFF == prefix, 3][::-1])
+    return int(filled[0]) if len(filled) else 0
 
 
 def check_index(stream: Any, size_bytes: int, config: DecodeConfig, *, by_groups: bool, reach: float) -> None:

@@ -25,7 +25,7 @@ from kinoray.errors import (
     UndecodableVideo,
     UnreadableContainer,
 )
-from kinoray.video.budget import MAX_STREAMS, check_boxes, check_index, encryption
+from kinoray.video.budget import MAX_STREAMS, check_boxes, check_index, empty_at_end, encryption
 from kinoray.video.plan import PacketBits, PacketTable
 
 __all__ = ["LIBAV_ERRORS", "MAX_COUNT", "Media", "VideoInfo", "check_counts", "check_size_bytes", "media_stage"]
@@ -160,6 +160,7 @@ class Media:
         check_size_bytes(len(data), config)
         self._boxes = check_boxes(data)
         self._data, self._config = data, config
+        self._num_dropped = 0  # empty samples: the frame before stays
         self._container = self._open()
         try:
             self._stream = self._choose_stream()
@@ -282,6 +283,7 @@ class Media:
         held = None
         for packet in _packets(container, [self.stream_index]):
             if not packet.size:  # repeats the last frame, or marks the end
+                self._num_dropped += container is self._container and packet.dts is not None
                 continue
             if held is not None:
                 yield held
@@ -292,7 +294,7 @@ class Media:
     def _list_packets(self) -> list[Any] | None:
         """Fill the table; returns the packets themselves where they are small enough to keep."""
         kept: list[Any] | None = [] if len(self._data) <= _KEEP_BYTES else None
-        pts, keyframe, shown, second = [], [], [], []
+        pts, keyframe, shown, second, places = [], [], [], [], []
         bits = PacketBits(self.codec, self.context.extradata or b"")
         first: int | None = None
         end = size_bytes = 0
@@ -307,6 +309,7 @@ class Media:
             has_key |= keyframe[-1]
             second.append(bits.is_second(content, packet.is_keyframe))
             shown.append(not packet.is_discard and bits.shows(content))
+            places.append(packet.dts)
             if packet.pts is not None and shown[-1]:
                 first = packet.pts if first is None else min(first, packet.pts)
                 end = max(end, packet.pts + (packet.duration or 0))
@@ -319,6 +322,10 @@ class Media:
         if not self.table.num_frames:
             raise UndecodableVideo(f"none of the {len(pts)} video packets carries a frame that is to be shown")
         self._span = (first or 0, end)
+        if self.container == "avi" and None not in places:  # libav counts chunks there, and passes over empty ones
+            num_chunks = max(places) - min(places) + 1 + empty_at_end(self._data, self.stream_index)
+            if not self._stream.frames or num_chunks <= self._stream.frames + 1:
+                self._num_dropped = max(self._num_dropped, num_chunks - len(places))
         return kept
 
     def _check_expansion(self, size_bytes: int) -> None:
@@ -367,23 +374,31 @@ class Media:
             first, end = self._span
             return max(0.0, float((end - first) * self._stream.time_base))
         rate = float(self._stream.average_rate or 0)
-        return self.table.num_frames / rate if rate else 0.0
+        return (self.table.num_frames + self._num_dropped) / rate if rate else 0.0
 
     @property
     def claimed_frames(self) -> int | None:
         """Frames that the header promises, without those that an edit list hides; None where it makes no promise.
 
         It is compared with what is there, and never used for anything else; it may be a lie, and is cut to MAX_COUNT.
-        MP4, MOV and AVI store a count. Matroska stores the track's duration, taken at the rate of the packets: frames
-        lost from its middle are not noticed. MPEG-TS stores nothing.
+        MP4 and MOV list the samples, AVI stores a count. Matroska stores the track's end (or length, by some writers):
+        it promises frames only where they end earlier than both, by more than the longest frame; frames lost from its
+        middle are not noticed. MPEG-TS stores nothing, and nor does the index at the front of an MP4 in fragments.
         """
-        if self._stream.frames:
-            hidden = self.table.num_packets - self.table.num_frames
-            return min(max(0, int(self._stream.frames) - hidden), MAX_COUNT)
-        claimed_s = _seconds(self._stream.metadata.get("DURATION", ""))
-        if claimed_s is None or self.duration_s <= 0:
+        if self._boxes.is_fragmented:
             return None
-        return round(min(self.table.num_frames * claimed_s / self.duration_s, MAX_COUNT))
+        unseen = self.table.num_packets - self.table.num_frames
+        listed = len(self._stream.index_entries) if self.container == "mov/mp4" else 0
+        if listed or self._stream.frames:
+            return min(max(0, (listed or int(self._stream.frames)) - unseen - self._num_dropped), MAX_COUNT)
+        claimed_s = _seconds(self._stream.metadata.get("DURATION", ""))
+        first, end = (float(time * self._stream.time_base) for time in self._span)
+        if claimed_s is None or end <= first:
+            return None
+        missing_s = claimed_s - max(end, end - first)
+        if missing_s <= float(self.table.longest_step * self._stream.time_base):
+            return self.table.num_frames
+        return round(min(self.table.num_frames * (1 + missing_s / (end - first)), MAX_COUNT))
 
     def packets(self, begin: int, end: int) -> Iterator[tuple[int, Any]]:
         """(place, packet) for the places begin .. end - 1 of the table."""

@@ -98,6 +98,12 @@ class PacketTable:
         return int(self.shown.sum())
 
     @property
+    def longest_step(self) -> int:
+        """Most units of time between two frames that follow each other; 0 where times do not tell."""
+        times = np.sort(self._times[self.shown])
+        return int(np.diff(times).max()) if self.timed and len(times) > 1 else 0
+
+    @property
     def halved(self) -> bool:
         """Whether frames are spread over two packets, a field in each."""
         return bool(self._second.any())
