@@ -105,6 +105,12 @@ FILES: dict[str, dict[str, Any]] = {
     },
     "mpeg-1": {"codec": "mpeg1video", "container": "matroska", "gop": 12, "options": {"bf": "2"}},
     "motion jpeg": {"codec": "mjpeg", "container": "mov", "pix_fmt": "yuvj420p"},
+    "motion jpeg, avi": {
+        "codec": "mjpeg",
+        "container": "avi",
+        "pix_fmt": "yuvj420p",
+        "pts": [3 * number // 2 for number in range(NUM_FRAMES)],
+    },
     "prores": {"codec": "prores_ks", "container": "mov", "pix_fmt": "yuv422p10le"},
     "mpeg-4 part 2, avi": {"codec": "mpeg4", "container": "avi", "gop": 24, "options": {"bf": "2"}},
     "mpeg-2 program stream": {"codec": "mpeg2video", "container": "mpeg", "gop": 24, "options": {"bf": "2"}},
@@ -160,12 +166,16 @@ def test_wanted_frames_equal_a_plain_decode(name: str, pictures: np.ndarray) -> 
     assert_exact(data, reference)
 
 
-@pytest.mark.parametrize("name", ["vp8, hidden frames", "vp9, superframes", "av1 closed gop", "mpeg-4 part 2, mp4"])
+ENTERED = ["vp8, hidden frames", "vp9, superframes", "av1 closed gop", "mpeg-4 part 2, mp4", "motion jpeg, avi"]
+
+
+@pytest.mark.parametrize("name", ENTERED)
 def test_only_the_group_of_a_wanted_frame_is_decoded(name: str, pictures: np.ndarray) -> None:
     data = make_video(pictures, fps=30, **FILES[name])
-    with PyavVideo(data, DecodeConfig(max_frames=2 * FILES[name]["gop"])) as video:
+    gop = FILES[name].get("gop", 1)
+    with PyavVideo(data, DecodeConfig(max_frames=2 * gop)) as video:
         reading = video.read(np.array([NUM_FRAMES - 1]), Collect())
-    assert 0 < reading.frames_decoded <= FILES[name]["gop"]
+    assert 0 < reading.frames_decoded <= gop
 
 
 @pytest.mark.parametrize("name", ["vp8", "vp9, superframes", "mpeg-4 part 2, mp4", "mpeg-1"])

@@ -86,6 +86,7 @@ def ending_empty(data: bytes, count: int) -> bytes:
     )
 
 
+@pytest.fixture(scope="module")
 def whole_files() -> dict[str, tuple[bytes, int, float]]:
     """Whole files whose headers count otherwise than they hold frames: (file, frames, seconds)."""
     plain = make_video(moving(48), fps=24, codec="mpeg4", gop=12)
@@ -129,16 +130,18 @@ WHOLE = [
 
 
 @pytest.mark.parametrize("name", WHOLE)
-def test_whole_files_are_not_said_to_be_cut(name: str) -> None:
-    data, num_frames, seconds = whole_files()[name]
+def test_whole_files_are_not_said_to_be_cut(name: str, whole_files: dict[str, tuple[bytes, int, float]]) -> None:
+    data, num_frames, seconds = whole_files[name]
     info = probe(data, DecodeConfig())
     assert (info.num_frames, info.frames_missing, info.miscounted) == (num_frames, 0, False)
     assert info.duration_s == pytest.approx(seconds, abs=0.06)
 
 
 @pytest.mark.parametrize(("name", "share"), [("matroska, late", 0.6), ("avi, dropped", 0.9)])
-def test_the_same_files_cut_short_lack_frames(name: str, share: float) -> None:
-    data, num_frames, _ = whole_files()[name]
+def test_the_same_files_cut_short_lack_frames(
+    name: str, share: float, whole_files: dict[str, tuple[bytes, int, float]]
+) -> None:
+    data, num_frames, _ = whole_files[name]
     info = probe(data[: int(len(data) * share)], DecodeConfig())
     assert info.num_frames < num_frames
     assert (
@@ -427,10 +430,16 @@ def test_damage_is_not_talked_about_on_stderr(good: bytes, capfd: pytest.Capture
 @pytest.mark.parametrize(
     ("limits", "message"),
     [
-        ({"max_bytes": 1000}, r"^[\d,]+ bytes are more than decode\.max_bytes = 1,000$"),
-        ({"max_pixels": 96 * 64 - 1}, r"^96 x 64 = 6,144 pixels are more than decode\.max_pixels = 6,143$"),
-        ({"max_duration_s": 1.9}, r"^2\.0 s are more than decode\.max_duration_s = 1\.9$"),
-        ({"max_frames": 40}, r"^\d\d frames to decode are more than decode\.max_frames = 40$"),
+        (
+            {"max_bytes": 1000},
+            r"^[\d,]+ bytes are more than decode\.max_bytes = 1,000 \(--decode\.max-bytes; ",
+        ),
+        (
+            {"max_pixels": 96 * 64 - 1},
+            r"^96 x 64 = 6,144 pixels are more than decode\.max_pixels = 6,143 \(--",
+        ),
+        ({"max_duration_s": 1.9}, r"^2\.0 s are more than decode\.max_duration_s = 1\.9 \(--"),
+        ({"max_frames": 40}, r"^\d\d frames to decode are more than decode\.max_frames = 40 \(--"),
     ],
 )
 @pytest.mark.parametrize("backend", ["pyav", "decord"])

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from kinoray.config.clip import said_limit
 from kinoray.config.shared import DecodeConfig
 from kinoray.errors import MediaOverBudget
 
@@ -249,14 +250,15 @@ def check_index(stream: Any, size_bytes: int, config: DecodeConfig, *, by_groups
         return
     seconds = float((entries[-1].timestamp - entries[0].timestamp) * stream.time_base)
     if seconds > config.max_duration_s:
-        raise MediaOverBudget(f"{seconds:,.1f} s are more than decode.max_duration_s = {config.max_duration_s:,g}")
+        raise MediaOverBudget(f"{seconds:,.1f} s are more than {said_limit('max_duration_s', config.max_duration_s)}")
     place = int(reach * count) - _REORDER
     if place <= config.max_frames:
         return
     key = entries.search_timestamp(entries[place].timestamp, backward=True, any_frame=False) if by_groups else 0
     if place - max(0, key) > config.max_frames:
         raise MediaOverBudget(
-            f"{place - max(0, key):,} or more frames to decode are more than decode.max_frames = {config.max_frames:,}"
+            f"{place - max(0, key):,} or more frames to decode are more than "
+            f"{said_limit('max_frames', config.max_frames)}"
         )
 
 

@@ -16,6 +16,7 @@ from typing import Any, NoReturn, Self
 import av
 import numpy as np
 
+from kinoray.config.clip import said_limit
 from kinoray.config.shared import DecodeConfig
 from kinoray.errors import (
     EmptyMedia,
@@ -136,7 +137,7 @@ def check_size_bytes(size_bytes: int, config: DecodeConfig) -> None:
     if not size_bytes:
         raise EmptyMedia("the file has 0 bytes; fetch it again or drop it from the list")
     if size_bytes > config.max_bytes:
-        raise MediaOverBudget(f"{size_bytes:,} bytes are more than decode.max_bytes = {config.max_bytes:,}")
+        raise MediaOverBudget(f"{size_bytes:,} bytes are more than {said_limit('max_bytes', config.max_bytes)}")
 
 
 def _refuse_io(*_: Any) -> NoReturn:
@@ -255,8 +256,8 @@ class Media:
         """
         if width * height > self._config.max_pixels:
             raise MediaOverBudget(
-                f"{width} x {height} = {width * height:,} pixels are more than decode.max_pixels = "
-                f"{self._config.max_pixels:,}"
+                f"{width} x {height} = {width * height:,} pixels are more than "
+                f"{said_limit('max_pixels', self._config.max_pixels)}"
             )
 
     def check_scaled_size(self, width: int, height: int) -> None:
@@ -318,6 +319,7 @@ class Media:
         if not pts:
             raise UndecodableVideo("the container opens, but holds no packet of the video stream")
         timed = any(name in _TIMED_FORMATS for name in self._container.format.name.split(","))
+        timed |= self.container == "avi" and self.context.codec.intra_only  # its times are places in decoding order
         self.table = PacketTable(pts, np.array(keyframe), np.array(shown), times_stored=timed, second=np.array(second))
         if not self.table.num_frames:
             raise UndecodableVideo(f"none of the {len(pts)} video packets carries a frame that is to be shown")
@@ -339,7 +341,7 @@ class Media:
     def _check_duration(self) -> None:
         if self.duration_s > self._config.max_duration_s:
             raise MediaOverBudget(
-                f"{self.duration_s:,.1f} s are more than decode.max_duration_s = {self._config.max_duration_s:,g}"
+                f"{self.duration_s:,.1f} s are more than {said_limit('max_duration_s', self._config.max_duration_s)}"
             )
 
     @property
@@ -370,7 +372,7 @@ class Media:
     @property
     def duration_s(self) -> float:
         """From the first frame's start to the last frame's end by the packets; by the frame rate where they lie."""
-        if self.table.timed:
+        if self.table.timed and self.container != "avi":
             first, end = self._span
             return max(0.0, float((end - first) * self._stream.time_base))
         rate = float(self._stream.average_rate or 0)

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from av.video.reformatter import Interpolation, VideoReformatter
 
+from kinoray.config.clip import said_limit
 from kinoray.config.shared import DecodeConfig
 from kinoray.errors import MediaOverBudget, UndecodableVideo
 from kinoray.video.budget import check_memory
@@ -248,7 +249,7 @@ class PyavVideo(Media):
         num_frames = self.table.num_to_decode(runs)
         if num_frames > self._config.max_frames:
             raise MediaOverBudget(
-                f"{num_frames:,} frames to decode are more than decode.max_frames = {self._config.max_frames:,}"
+                f"{num_frames:,} frames to decode are more than {said_limit('max_frames', self._config.max_frames)}"
             )
 
     def _frames(self, runs: list[Run], leave_out: np.ndarray | None, tally: _Tally) -> Iterator[Any]:
