@@ -178,6 +178,7 @@ class PacketBits:
         self._length_bytes = (extradata[4] & 3) + 1 if len(extradata) > 6 and extradata[0] == 1 else 0
         self._sps: dict[int, tuple[bool, bool, int]] = {}  # by id: may code fields, planes are apart, bits of frame_num
         self._sps_of: dict[int, int] = {}  # by the id of a PPS
+        self._may_code_fields = False
         self._open: tuple[int, int] | None = None  # frame number and parity of a field that lacks its other
         if codec == "h264":
             for nal in _avcc_sets(extradata) if self._length_bytes else self._nals(memoryview(extradata)):
@@ -211,16 +212,13 @@ class PacketBits:
 
         As libav's decoder has it: of the other parity, with the same frame number. Cheap where no fields may be coded.
         """
-        if self._codec != "h264":
-            return False
-        may_code_fields = any(fields for fields, _, _ in self._sps.values())
-        if not may_code_fields and not is_key:
+        if self._codec != "h264" or not (self._may_code_fields or is_key):
             return False
         pictures: list[tuple[int, int]] = []
         try:
             for nal in self._nals(packet):
                 if nal[0] & 31 in _H264_SLICES:
-                    if not any(fields for fields, _, _ in self._sps.values()):
+                    if not self._may_code_fields:
                         return False
                     picture = self._field(nal)
                     if picture not in pictures:
@@ -268,6 +266,7 @@ class PacketBits:
             if nal[0] & 31 == _H264_SPS:
                 number, settings = _sps_settings(bits)
                 self._sps[number] = settings
+                self._may_code_fields = any(fields for fields, _, _ in self._sps.values())
             elif nal[0] & 31 == _H264_PPS:
                 number = bits.golomb()
                 self._sps_of[number] = bits.golomb()
