@@ -144,12 +144,41 @@ def h264_fields(frames: np.ndarray, *, whole: frozenset[int] = frozenset(), gop:
     return coded
 
 
-def mux_h264(coded: list[list[bytes]], container: str, *, together: bool = False) -> bytes:
-    """A video of 25 frames a second of what `h264_fields` gives: a packet for each picture, or for each frame."""
+def mpeg2_fields(levels: list[int], gop: int = 4) -> list[list[bytes]]:
+    """MPEG-2 of even grey frames, 32 x 64, each of 128 + level (-60 .. 60): for each, a top and a bottom field."""
+    start = b"\x00\x00\x01"
+
+    def header(code: int, bits: str) -> bytes:
+        bits += "0" * (-len(bits) % 8)
+        return start + bytes([code]) + bytes(int(bits[place : place + 8], 2) for place in range(0, len(bits), 8))
+
+    sizes = ["100", "00", "01", "101", "110", "1110", "11110"]  # table B.12
+    coded = []
+    for number, level in enumerate(levels):
+        pictures = []
+        for structure in ("01", "10"):
+            picture = header(0x00, f"{number % gop:010b}" + "001" + "1" * 16 + "0")
+            picture += header(0xB5, "1000" + "1" * 16 + "00" + structure + "0" * 10)
+            for row in (1, 2):
+                size = abs(level).bit_length()
+                first = f"{level if level > 0 else level + (1 << size) - 1:0{size}b}" if size else ""
+                blocks = sizes[size] + first + "10" + ("100" + "10") * 3 + ("00" + "10") * 2
+                picture += header(row, "000010" + "11" + blocks + "11" + ("100" + "10") * 4 + ("00" + "10") * 2)
+            pictures.append(picture)
+        if number % gop == 0:
+            sequence = header(0xB3, f"{32:012b}{64:012b}" + "00010011" + f"{1000:018b}1{20:010b}000")
+            extension = header(0xB5, "0001" + "01001000" + "0" + "01" + "0" * 16 + "1" + "0" * 16)
+            pictures[0] = sequence + extension + header(0xB8, "0" * 25 + "1000000") + pictures[0]
+        coded.append(pictures)
+    return coded
+
+
+def mux_fields(coded: list[list[bytes]], container: str, *, together: bool = False, codec: str = "h264") -> bytes:
+    """A video of 25 frames a second of those above: a packet for each picture, or for each frame."""
     whole = b"".join(b"".join(pictures) for pictures in coded)
     buffer = io.BytesIO()
     with (
-        av.open(io.BytesIO(whole), format="h264") as source,
+        av.open(io.BytesIO(whole), format=codec) as source,
         av.open(buffer, "w", format=container, options={"fflags": "+bitexact"}) as output,
     ):
         copy = output.add_stream_from_template(source.streams.video[0])
@@ -161,7 +190,7 @@ def mux_h264(coded: list[list[bytes]], container: str, *, together: bool = False
                     (1800 if len(pictures) == 2 and not together else 3600),
                     Fraction(1, 90_000),
                 )
-                packet.is_keyframe = b"\x00\x00\x01\x67" in content
+                packet.is_keyframe = b"\x00\x00\x01\x67" in content or b"\x00\x00\x01\xb3" in content
                 packet.stream = copy
                 output.mux(packet)
     return buffer.getvalue()

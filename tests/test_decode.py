@@ -13,7 +13,7 @@ import decord
 import numpy as np
 import pytest
 
-from decode_reference import Collect, h264_fields, moving, mux_h264, plain_decode, remux
+from decode_reference import Collect, h264_fields, moving, mpeg2_fields, mux_fields, plain_decode, remux
 from kinoray.config.shared import ClipConfig, DecodeConfig, FlowConfig, SampleConfig, ViewConfig
 from kinoray.demo.videos import make_video
 from kinoray.errors import ConfigError, UndecodableVideo
@@ -219,7 +219,7 @@ def test_hevc_with_temporal_layers_is_decoded_in_full(container: str, pictures: 
 @pytest.mark.parametrize("container", ["mpegts", "mp4", "matroska"])
 def test_a_frame_coded_as_two_fields_is_one_frame(container: str, together: bool, whole: set[int]) -> None:
     grey = np.random.default_rng(0).integers(16, 236, (10, 64, 32)).astype(np.uint8)
-    data = mux_h264(h264_fields(grey, whole=frozenset(whole)), container, together=together)
+    data = mux_fields(h264_fields(grey, whole=frozenset(whole)), container, together=together)
     with PyavVideo(data, DecodeConfig(max_frames=10)) as video:
         assert (video.info.num_frames, video.info.num_keyframes, video.info.frames_missing) == (10, 3, 0)
         found = [np.frombuffer(frame.planes[0], np.uint8).reshape(64, -1)[:, :32] for frame in video.shown_frames()]
@@ -291,9 +291,22 @@ def test_of_streams_that_no_flag_tells_apart_libavs_choice_is_read() -> None:
     assert probe(data, DecodeConfig()).height == expected
 
 
+@pytest.mark.parametrize("together", [False, True], ids=["a field a packet", "a frame a packet"])
+@pytest.mark.parametrize("container", ["mpegts", "vob", "mp4", "matroska"])
+def test_fields_of_mpeg_2_are_one_frame(container: str, together: bool) -> None:
+    levels = [5 * number - 25 for number in range(10)]
+    data = mux_fields(mpeg2_fields(levels), container, together=together, codec="mpegvideo")
+    with PyavVideo(data, DecodeConfig()) as video:
+        assert (video.info.num_frames, video.info.num_keyframes, video.info.miscounted) == (10, 3, False)
+        assert video.info.fps == pytest.approx(25)
+        found = [np.frombuffer(frame.planes[0], np.uint8)[0] for frame in video.shown_frames()]
+    assert found == [128 + level for level in levels]
+    assert_exact(data, plain_decode(data))
+
+
 @pytest.mark.parametrize("backend", ["decord", "torchcodec"])
 def test_other_back_ends_refuse_frames_in_two_packets(backend: Any) -> None:
-    data = mux_h264(h264_fields(np.full((4, 64, 32), 99, np.uint8)), "mp4")
+    data = mux_fields(h264_fields(np.full((4, 64, 32), 99, np.uint8)), "mp4")
     with pytest.raises(UndecodableVideo, match=r"a field in each.*use decode.backend=pyav"):
         decode(data, Sampled(), ClipConfig(decode=DecodeConfig(backend=backend), flow=FlowConfig(estimator="none")))
 
@@ -302,7 +315,7 @@ def test_a_lone_field_costs_no_other_frame() -> None:
     grey = np.random.default_rng(0).integers(16, 236, (8, 64, 32)).astype(np.uint8)
     coded = h264_fields(grey)
     coded[2] = coded[2][:1]
-    data = mux_h264(coded, "mpegts")
+    data = mux_fields(coded, "mpegts")
     with PyavVideo(data, DecodeConfig()) as video:
         sink = Collect()
         video.read(np.array([0, 1, 3, 7]), sink)

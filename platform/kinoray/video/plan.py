@@ -208,25 +208,16 @@ class PacketBits:
         return self._codec != "vp8" or bool(packet[0] & 0x10)
 
     def is_second(self, packet: memoryview, is_key: bool) -> bool:
-        """Whether it holds but the second field of the frame whose first is in the packet before it (H.264).
+        """Whether it holds but the second field of the frame whose first is in the packet before it (H.264, MPEG-2).
 
-        As libav's decoder has it: of the other parity, with the same frame number. Cheap where no fields may be coded.
+        As libav's decoders have it: of the other parity, with the same number. Cheap where no fields may be coded.
         """
-        if self._codec != "h264" or not (self._may_code_fields or is_key):
+        if self._codec == "mpeg2video":
+            pictures = _mpeg2_pictures(bytes(packet))
+        elif self._codec == "h264" and (self._may_code_fields or is_key):
+            pictures = self._pictures(packet)
+        else:
             return False
-        pictures: list[tuple[int, int]] = []
-        try:
-            for nal in self._nals(packet):
-                if nal[0] & 31 in _H264_SLICES:
-                    if not self._may_code_fields:
-                        return False
-                    picture = self._field(nal)
-                    if picture not in pictures:
-                        pictures.append(picture)
-                else:
-                    self._read_set(nal)
-        except (IndexError, KeyError, ValueError):
-            pictures = []
         before, self._open = self._open, None
         if len(pictures) != 1 or pictures[0][1] == _WHOLE:
             return False
@@ -235,6 +226,21 @@ class PacketBits:
             return True
         self._open = pictures[0]
         return False
+
+    def _pictures(self, packet: memoryview) -> list[tuple[int, int]]:
+        """(number, parity) of the pictures of an H.264 packet, as far as they tell fields apart."""
+        pictures: list[tuple[int, int]] = []
+        try:
+            for nal in self._nals(packet):
+                if nal[0] & 31 not in _H264_SLICES:
+                    self._read_set(nal)
+                elif not self._may_code_fields:
+                    return []
+                elif (picture := self._field(nal)) not in pictures:
+                    pictures.append(picture)
+        except (IndexError, KeyError, ValueError):
+            return []
+        return pictures
 
     def _nals(self, data: memoryview) -> Iterator[bytes]:
         """The first bytes of each NAL unit, those that hold settings whole; without emulation prevention."""
@@ -365,6 +371,20 @@ def _avcc_sets(extradata: bytes) -> Iterator[bytes]:
             place += 2 + size
             if nal:
                 yield nal.replace(b"\x00\x00\x03", b"\x00\x00")
+
+
+def _mpeg2_pictures(packet: bytes) -> list[tuple[int, int]]:
+    """(number, parity) of the pictures of an MPEG-2 packet: temporal_reference and picture_structure."""
+    pictures = []
+    place = packet.find(_START + b"\0")
+    while place >= 0:
+        coding = packet.find(_START + b"\xb5", place)
+        if coding < 0 or coding + 6 >= len(packet):
+            break
+        number = int.from_bytes(packet[place + 4 : place + 6]) >> 6
+        pictures.append((number, {1: 0, 2: 1}.get(packet[coding + 6] & 3, _WHOLE)))
+        place = packet.find(_START + b"\0", coding)
+    return pictures
 
 
 def _av1_begins(packet: memoryview) -> bool:
