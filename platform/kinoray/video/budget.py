@@ -6,6 +6,7 @@ rule here compares what would be built with what an honest file of that size hol
 same looks, since a decoder makes noise of it.
 """
 
+import math
 import mmap
 import resource
 import struct
@@ -35,6 +36,7 @@ _MOST_BYTES_A_PIXEL = 8  # four channels of 16 bits
 _VISUAL_ENTRY_BYTES = 78  # before the boxes in a sample description
 _MATROSKA_TRACKS = (0x18538067, 0x1654AE6B)
 _MATROSKA_ENCRYPTION = (0x6D80, 0x6240, 0x5035)
+_SCRAMBLING_PACKETS = 2**16  # looked at
 _ASF_HEADER_BYTES = 2**16
 _ASF_ENCRYPTION = (
     bytes.fromhex("FBB3112223BDD211B4B700A0C955FC6E"),
@@ -59,6 +61,14 @@ class BoxClaims:
     """Of the track that is being read."""
     is_encrypted: bool = False
     """Of the track that is being read."""
+    movie_scale: int = 0
+    """Units of a second in which edit lists count."""
+    media_s: float = 0.0
+    """Of the track that is being read."""
+    edited_s: float = math.inf
+    """Seconds of that which its edit list shows, at most."""
+    trimmed_ids: set[int] = field(default_factory=set)
+    """Tracks of whose samples an edit list leaves some out."""
     encrypted_ids: set[int] = field(default_factory=set)
     """Tracks whose samples are encrypted."""
     is_fragmented: bool = False
@@ -101,6 +111,12 @@ def _walk(data: bytes, begin: int, end: int, claims: BoxClaims, depth: int) -> N
             _walk_compressed(data[first:stop], claims, depth)
         elif kind == b"elst" and first + 8 <= stop:
             claims.edits = min(struct.unpack_from(">I", data, first + 4)[0], (stop - first) // 12)
+            claims.edited_s = _edited(data, first, stop, claims)
+        elif kind == b"mvhd":
+            claims.movie_scale, _ = _scale_and_duration(data, first, stop)
+        elif kind == b"mdhd":
+            scale, duration = _scale_and_duration(data, first, stop)
+            claims.media_s = duration / scale if scale else 0.0
         elif kind in (b"stsz", b"stz2") and first + 12 <= stop:
             claims.samples = min(struct.unpack_from(">I", data, first + 8)[0], len(data))
         elif kind == b"tkhd" and first + 24 <= stop:
@@ -124,8 +140,10 @@ def _walk_track(data: bytes, begin: int, end: int, claims: BoxClaims, depth: int
     if claims.tracks > MAX_STREAMS:
         raise MediaOverBudget(f"the file has more than {MAX_STREAMS} tracks")
     claims.edits = claims.samples = claims.track_id = 0
-    claims.is_encrypted = False
+    claims.is_encrypted, claims.media_s, claims.edited_s = False, 0.0, math.inf
     _walk(data, begin, end, claims, depth + 1)
+    if claims.edited_s < 0.99 * claims.media_s:
+        claims.trimmed_ids.add(claims.track_id)
     if claims.is_encrypted:
         claims.encrypted_ids.add(claims.track_id)
     if claims.edits > _FEW_EDITS:
@@ -134,6 +152,24 @@ def _walk_track(data: bytes, begin: int, end: int, claims: BoxClaims, depth: int
             raise MediaOverBudget(
                 f"an edit list of {claims.edits:,} entries repeats up to {claims.samples:,} samples each time"
             )
+
+
+def _scale_and_duration(data: bytes, begin: int, end: int) -> tuple[int, int]:
+    """Of an mvhd or mdhd box; zeros if it is cut."""
+    form, place = (">IQ", begin + 20) if begin < end and data[begin] == 1 else (">II", begin + 12)
+    return struct.unpack_from(form, data, place) if place + struct.calcsize(form) <= end else (0, 0)
+
+
+def _edited(data: bytes, begin: int, end: int, claims: BoxClaims) -> float:
+    """Seconds of media that an edit list shows."""
+    form = ">QqI" if data[begin] == 1 else ">IiI"
+    entries = [
+        struct.unpack_from(form, data, place)
+        for place in range(begin + 8, end - struct.calcsize(form) + 1, struct.calcsize(form))[: _FEW_EDITS + 1]
+    ]
+    if not claims.movie_scale or len(entries) > _FEW_EDITS or any(not entry[0] for entry in entries):
+        return math.inf  # 0: all that follows, in files written piece by piece
+    return sum(float(entry[0]) for entry in entries if entry[1] >= 0) / claims.movie_scale
 
 
 def _walk_compressed(payload: bytes, claims: BoxClaims, depth: int) -> None:
@@ -213,7 +249,7 @@ def _inside(data: bytes, begin: int, end: int, path: tuple[int, ...]) -> Iterato
 def _is_scrambled(data: bytes, pid: int) -> bool:
     """Whether most of a program's packets are: conditional access of broadcasters."""
     for size, sync in ((188, 0), (192, 4)):
-        count = len(data) // size
+        count = min(len(data) // size, _SCRAMBLING_PACKETS)
         packets = np.frombuffer(data, np.uint8, count * size).reshape(count, size)[:, sync : sync + 4]
         if count and (packets[:, 0] == 0x47).mean() > 0.5:
             of_stream = packets[(packets[:, 1].astype(int) & 31) * 256 + packets[:, 2] == pid]

@@ -383,14 +383,16 @@ class Media:
         """Frames that the header promises, without those that an edit list hides; None where it makes no promise.
 
         It is compared with what is there, and never used for anything else; it may be a lie, and is cut to MAX_COUNT.
-        MP4 and MOV list the samples, AVI stores a count. Matroska stores the track's end (or length, by some writers):
-        it promises frames only where they end earlier than both, by more than the longest frame; frames lost from its
-        middle are not noticed. MPEG-TS stores nothing, and nor does the index at the front of an MP4 in fragments.
+        MP4, MOV and AVI store a count; libav's index lacks what an edit list leaves out of it. Matroska stores the
+        track's end (or length, by some writers): it promises frames only where they end earlier than both, by more
+        than the longest frame; frames lost from its middle are not noticed. MPEG-TS stores nothing, and nor does the
+        index at the front of an MP4 in fragments.
         """
         if self._boxes.is_fragmented:
             return None
         unseen = self.table.num_packets - self.table.num_frames
-        listed = len(self._stream.index_entries) if self.container == "mov/mp4" else 0
+        is_trimmed = self.container == "mov/mp4" and self._stream.id in self._boxes.trimmed_ids
+        listed = len(self._stream.index_entries) if is_trimmed else 0
         if listed or self._stream.frames:
             return min(max(0, (listed or int(self._stream.frames)) - unseen - self._num_dropped), MAX_COUNT)
         claimed_s = _seconds(self._stream.metadata.get("DURATION", ""))
