@@ -286,6 +286,7 @@ def true_answer(space: child.OutputSpace, clip: ClipConfig) -> dict[str, Any]:
         partners=None,
         indices=(np.arange(count).reshape(shape),),
         windows=np.array([[0, 30]]),
+        window_times=np.array([[0.0, 1.0]]),
         first_window=0,
         num_windows=1,
         mirrored=False,

@@ -26,7 +26,7 @@ from kinoray.errors import (
     UnreadableContainer,
 )
 from kinoray.video.budget import MAX_STREAMS, check_boxes, check_index
-from kinoray.video.plan import PacketTable
+from kinoray.video.plan import PacketTable, comes_evenly, frame_times, jumps_closed
 
 __all__ = ["LIBAV_ERRORS", "MAX_COUNT", "Media", "VideoInfo", "check_counts", "check_size_bytes", "media_stage"]
 
@@ -46,6 +46,7 @@ _KEEP_BYTES = 64 * 2**20
 MAX_COUNT = 2**31 - 1
 """The largest count that is believed: tables hold 32 bits."""
 _FPS = (1e-9, 1e12)
+_RATES_AGREE = 0.01  # share by which packets whose times do not tell frames apart may contradict the rate
 _WORD = re.compile(r"[\w+./-]{0,64}", re.ASCII)
 
 LIBAV_ERRORS = (av.FFmpegError, OSError, ValueError, LookupError, MemoryError, ArithmeticError, RuntimeError)
@@ -153,6 +154,12 @@ class Media:
 
     table: PacketTable
     """The packets, and which frame each one carries."""
+    duration_s: float
+    """From the first frame's start to the last frame's end by the packets; by the frame rate where they lie."""
+    frame_times: np.ndarray | None
+    """float64 [F + 1]: seconds from the first packet's time to when each frame is shown, and to when the last one is
+    over. None where frames come evenly, as far as anything says: then num_frames / duration_s tells it all."""
+    _offsets: np.ndarray | None = None  # int64 [P]: closes the jumps of the packets' clock
 
     def __init__(self, data: bytes, config: DecodeConfig, reach: float = 0.0) -> None:
         check_size_bytes(len(data), config)
@@ -269,29 +276,57 @@ class Media:
     def _list_packets(self) -> list[Any] | None:
         """Fill the table; returns the packets themselves where they are small enough to keep."""
         kept: list[Any] | None = [] if len(self._data) <= _KEEP_BYTES else None
-        pts, keyframe, shown = [], [], []
+        pts, dts, durations, keyframe, shown = [], [], [], [], []
         hides = self.codec == "vp8"  # its hidden frames are packets of their own; bit 4 of the first byte says "show"
-        first: int | None = None
-        end = size_bytes = 0
+        size_bytes = 0
         for packet in self._demux(self._container):
             size_bytes += packet.size
             self._check_expansion(size_bytes)
             pts.append(packet.pts)
+            dts.append(packet.dts)
+            durations.append(packet.duration)
             keyframe.append(packet.is_keyframe)
             shown.append(not packet.is_discard and not (hides and not memoryview(packet)[0] & 0x10))
-            if packet.pts is not None and shown[-1]:
-                first = packet.pts if first is None else min(first, packet.pts)
-                end = max(end, packet.pts + (packet.duration or 0))
             if kept is not None:
                 kept.append(packet)
         if not pts:
             raise UndecodableVideo("the container opens, but holds no packet of the video stream")
+        if self._container.format.flags & av.format.Flags.ts_discont.value:
+            self._offsets = jumps_closed(pts, dts, durations, self._stream.time_base)
+        if self._offsets is not None:
+            pts = [at if at is None else at + by for at, by in zip(pts, self._offsets.tolist(), strict=True)]
+        for place, packet in enumerate(kept or []):
+            self._close_jump(place, packet)
         timed = any(name in _TIMED_FORMATS for name in self._container.format.name.split(","))
         self.table = PacketTable(pts, np.array(keyframe), np.array(shown), times_stored=timed)
         if not self.table.num_frames:
             raise UndecodableVideo(f"none of the {len(pts)} video packets carries a frame that is to be shown")
-        self._span = (first or 0, end)
+        zero = min((at for at, is_shown in zip(pts, shown, strict=True) if is_shown and at is not None), default=0)
+        self._find_times(frame_times(pts, durations, self.table.shown) if timed else None, zero)
         return kept
+
+    def _close_jump(self, place: int, packet: Any) -> None:
+        """Bring a packet's times to the clock of the table: what comes out of the decoder is found by them."""
+        if self._offsets is None:
+            return
+        offset = int(self._offsets[place])
+        packet.pts = None if packet.pts is None else packet.pts + offset
+        packet.dts = None if packet.dts is None else packet.dts + offset
+
+    def _find_times(self, found: tuple[np.ndarray, int] | None, zero: int) -> None:
+        """Set duration_s and frame_times; `zero` is the time of the earliest packet."""
+        rate = float(self._stream.average_rate or 0)
+        self.duration_s = self.table.num_frames / rate if rate else 0.0
+        self.frame_times = None
+        if found is None:
+            return
+        begins, end = found
+        measured_s = max(0.0, float((end - zero) * self._stream.time_base))
+        if not self.table.timed and abs(measured_s - self.duration_s) <= _RATES_AGREE * self.duration_s:
+            return
+        self.duration_s = measured_s
+        times = np.append(begins - zero, end - zero) * float(self._stream.time_base)
+        self.frame_times = None if comes_evenly(times) else times
 
     def _check_expansion(self, size_bytes: int) -> None:
         limit = _MAX_EXPANSION * len(self._data) + 2**20
@@ -328,15 +363,6 @@ class Media:
         return "/".join(str(self._container.format.name).split(",")[:2])
 
     @property
-    def duration_s(self) -> float:
-        """From the first frame's start to the last frame's end by the packets; by the frame rate where they lie."""
-        if self.table.timed:
-            first, end = self._span
-            return max(0.0, float((end - first) * self._stream.time_base))
-        rate = float(self._stream.average_rate or 0)
-        return self.table.num_frames / rate if rate else 0.0
-
-    @property
     def claimed_frames(self) -> int | None:
         """Frames that the header promises, without those that an edit list hides; None where it makes no promise.
 
@@ -362,6 +388,7 @@ class Media:
                 if place >= end:
                     break
                 if place >= begin:
+                    self._close_jump(place, packet)
                     yield place, packet
 
     def decodes_by_groups(self) -> bool:

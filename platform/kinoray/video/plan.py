@@ -6,15 +6,24 @@ refer to the group before, so that one has to be decoded as well.
 """
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Protocol
 
 import numpy as np
 
-__all__ = ["FrameSink", "PacketTable", "Reading", "Run"]
+__all__ = ["FrameSink", "PacketTable", "Reading", "Run", "comes_evenly", "frame_times", "jumps_closed"]
 
 _MAX_REORDER = 64
 """No codec holds back more frames than this (H.264 and HEVC: 16): packets farther out of order have wrong times."""
+_JUMP_S = (-0.1, 10.0)
+"""Steps of the decoding time beyond these are jumps of the clock, as ffmpeg has it (dts_delta_threshold)."""
+_SLOW = 10
+"""Times the usual step that a step may have and is no jump: in a slide show of a picture a minute, a minute is real."""
+_EVEN = (0.25, 0.002)
+"""Frames come evenly where none is farther from its place than this share of a frame or, if that is more, this many
+seconds: Matroska and FLV round to milliseconds, and film at 60 Hz is shown for 2 and 3 fields in turn."""
 
 
 class FrameSink(Protocol):
@@ -124,3 +133,64 @@ class PacketTable:
         """One stretch from the first packet to the last that carries a wanted frame."""
         hits = np.flatnonzero(self.wanted_packets(wanted))
         return [Run(0, int(hits[-1]) + 1)] if len(hits) else []
+
+
+def jumps_closed(
+    pts: Sequence[int | None], dts: Sequence[int | None], durations: Sequence[int | None], unit: Fraction
+) -> np.ndarray | None:
+    """What to add to the times of each packet, int64 [P], so that the clock does not jump; None where it does not.
+
+    A stretch between two jumps begins when the one before it ends. For containers whose clock may jump (MPEG-TS and
+    others: recordings joined end to end, HLS with a discontinuity); elsewhere a gap is a picture that stays.
+    """
+    known = np.flatnonzero([value is not None for value in dts])
+    steps: np.ndarray = np.diff(np.array([value for value in dts if value is not None], np.int64))
+    if not len(steps):
+        return None
+    usual = float(np.median(steps[steps > 0])) if (steps > 0).any() else 0.0
+    back, ahead = (seconds / float(unit) for seconds in _JUMP_S)
+    jumps = known[1:][(steps < back) | (steps > max(ahead, _SLOW * usual))]
+    if not len(jumps):
+        return None
+    starts = np.concatenate([[0], jumps])
+    largest = np.iinfo(np.int64).max // 4
+    begins = np.minimum.reduceat(np.array([largest if value is None else value for value in pts], np.int64), starts)
+    ends = [-largest if at is None else at + (last or int(usual)) for at, last in zip(pts, durations, strict=True)]
+    lengths = np.maximum.reduceat(np.array(ends, np.int64), starts) - begins
+    lengths[lengths < 0] = 0  # none of its packets has a time
+    offsets = begins[0] + np.concatenate([[0], np.cumsum(lengths[:-1])]) - begins
+    return np.repeat(offsets, np.diff(np.append(starts, len(pts))))
+
+
+def frame_times(
+    pts: Sequence[int | None], durations: Sequence[int | None], shown: np.ndarray
+) -> tuple[np.ndarray, int] | None:
+    """When each frame begins, in order (float64 [F], several may begin at once), and when the last one ends.
+
+    A packet without a time is taken to come between its neighbours; a last frame of unknown duration stays as long as
+    the one before it. None where most packets have no time, or times so far out of order that they are wrong.
+
+    Args:
+        shown: bool [P]: the packets whose frames are counted.
+    """
+    places = np.flatnonzero(shown)
+    known = np.flatnonzero([value is not None for value in pts])
+    if not len(places) or 2 * len(known) <= len(pts):
+        return None
+    found = np.interp(places, known, np.array([value for value in pts if value is not None], np.float64))
+    order = np.argsort(found, kind="stable")
+    if (np.abs(order - np.arange(len(order))) > _MAX_REORDER).any():
+        return None
+    times = found[order]
+    lasts = np.array([value or 0 for value in durations], np.float64)
+    end = int((found + lasts[places]).max())
+    if end <= times[-1] and len(times) > 1:
+        end = int(2 * times[-1] - times[-2])
+    return times, end
+
+
+def comes_evenly(times: np.ndarray) -> bool:
+    """Whether frames that begin and in the end are over at these seconds (float64 [F + 1]) come at one rate."""
+    step = float(times[-1]) / (len(times) - 1)
+    share, seconds = _EVEN
+    return bool((np.abs(times - step * np.arange(len(times))) <= max(share * step, seconds)).all())

@@ -138,7 +138,7 @@ class _Encoder:
         context = self._stream.codec_context
         context.time_base = first.time_base
         context.thread_count = 1
-        context.flags |= int(av.codec.context.Flags.bitexact)
+        context.flags |= int(av.codec.context.Flags.bitexact | av.codec.context.Flags.frame_duration)
         sample = self._scale(first)
         for name in ("color_range", "colorspace", "color_primaries", "color_trc"):
             setattr(context, name, getattr(sample, name))
@@ -149,6 +149,7 @@ class _Encoder:
         """Encode one more frame."""
         scaled = self._scale(frame)
         scaled.pts, scaled.time_base = frame.pts, frame.time_base
+        scaled.duration = frame.duration  # the last frame's is in no other frame's time
         scaled.pict_type = 0  # whatever it was in the source, the encoder decides
         self._output.mux(self._stream.encode(scaled))
 
