@@ -46,7 +46,7 @@ _KEEP_BYTES = 64 * 2**20
 MAX_COUNT = 2**31 - 1
 """The largest count that is believed: tables hold 32 bits."""
 _FPS = (1e-9, 1e12)
-_RATES_AGREE = 0.01  # share by which packets whose times do not tell frames apart may contradict the rate
+_RATES_AGREE = 0.01  # share of the duration by the frame rate: times that do not tell frames apart add nothing to it
 _WORD = re.compile(r"[\w+./-]{0,64}", re.ASCII)
 
 LIBAV_ERRORS = (av.FFmpegError, OSError, ValueError, LookupError, MemoryError, ArithmeticError, RuntimeError)
@@ -301,8 +301,9 @@ class Media:
         self.table = PacketTable(pts, np.array(keyframe), np.array(shown), times_stored=timed)
         if not self.table.num_frames:
             raise UndecodableVideo(f"none of the {len(pts)} video packets carries a frame that is to be shown")
-        zero = min((at for at, is_shown in zip(pts, shown, strict=True) if is_shown and at is not None), default=0)
-        self._find_times(frame_times(pts, durations, self.table.shown) if timed else None, zero)
+        clock = pts if timed else dts  # decoding times count the empty chunks of an AVI, which repeat a frame
+        zero = min((at for at, is_shown in zip(clock, shown, strict=True) if is_shown and at is not None), default=0)
+        self._find_times(frame_times(clock, durations, self.table.shown), zero)
         return kept
 
     def _close_jump(self, place: int, packet: Any) -> None:
@@ -321,6 +322,7 @@ class Media:
         if found is None:
             return
         begins, end = found
+        zero = min(zero, math.floor(begins[0]))
         measured_s = max(0.0, float((end - zero) * self._stream.time_base))
         if not self.table.timed and abs(measured_s - self.duration_s) <= _RATES_AGREE * self.duration_s:
             return

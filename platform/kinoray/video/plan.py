@@ -145,19 +145,22 @@ def jumps_closed(
     """
     known = np.flatnonzero([value is not None for value in dts])
     steps: np.ndarray = np.diff(np.array([value for value in dts if value is not None], np.int64))
-    if not len(steps):
+    packets = np.diff(known)
+    forward = steps > 0
+    if not forward.any():
         return None
-    usual = float(np.median(steps[steps > 0])) if (steps > 0).any() else 0.0
+    usual = float(np.median(steps[forward] / packets[forward]))
     back, ahead = (seconds / float(unit) for seconds in _JUMP_S)
-    jumps = known[1:][(steps < back) | (steps > max(ahead, _SLOW * usual))]
+    jumps = np.flatnonzero((steps < back) | (steps > max(ahead, _SLOW * usual)))
     if not len(jumps):
         return None
-    starts = np.concatenate([[0], jumps])
+    starts = np.concatenate([[0], known[jumps + 1]])
     largest = np.iinfo(np.int64).max // 4
     begins = np.minimum.reduceat(np.array([largest if value is None else value for value in pts], np.int64), starts)
     ends = [-largest if at is None else at + (last or int(usual)) for at, last in zip(pts, durations, strict=True)]
     lengths = np.maximum.reduceat(np.array(ends, np.int64), starts) - begins
     lengths[lengths < 0] = 0  # none of its packets has a time
+    lengths[:-1] += ((packets[jumps] - 1) * usual).astype(np.int64)  # packets without a time before the jump
     offsets = begins[0] + np.concatenate([[0], np.cumsum(lengths[:-1])]) - begins
     return np.repeat(offsets, np.diff(np.append(starts, len(pts))))
 
@@ -168,16 +171,20 @@ def frame_times(
     """When each frame begins, in order (float64 [F], several may begin at once), and when the last one ends.
 
     A packet without a time is taken to come between its neighbours; a last frame of unknown duration stays as long as
-    the one before it. None where most packets have no time, or times so far out of order that they are wrong.
+    the one before it. None where hardly a packet has a time, or times are so far out of order that they are wrong.
 
     Args:
         shown: bool [P]: the packets whose frames are counted.
     """
     places = np.flatnonzero(shown)
     known = np.flatnonzero([value is not None for value in pts])
-    if not len(places) or 2 * len(known) <= len(pts):
+    if not len(places) or len(known) < min(2, len(pts)):
         return None
-    found = np.interp(places, known, np.array([value for value in pts if value is not None], np.float64))
+    ticks = np.array([value for value in pts if value is not None], np.float64)
+    found = np.interp(places, known, ticks)
+    if len(known) < len(pts):
+        step = (ticks[-1] - ticks[0]) / (known[-1] - known[0])
+        found += step * (np.minimum(places - known[0], 0) + np.maximum(places - known[-1], 0))
     order = np.argsort(found, kind="stable")
     if (np.abs(order - np.arange(len(order))) > _MAX_REORDER).any():
         return None
