@@ -291,13 +291,17 @@ class Media:
                 kept.append(packet)
         if not pts:
             raise UndecodableVideo("the container opens, but holds no packet of the video stream")
-        if self._container.format.flags & av.format.Flags.ts_discont.value:
-            self._offsets = jumps_closed(pts, dts, durations, self._stream.time_base)
+        timed = any(name in _TIMED_FORMATS for name in self._container.format.name.split(","))
+        if timed:
+            ahead = bool(self._container.format.flags & av.format.Flags.ts_discont.value)
+            self._offsets = jumps_closed(pts, dts, durations, keyframe, self._stream.time_base, ahead=ahead)
         if self._offsets is not None:
-            pts = [at if at is None else at + by for at, by in zip(pts, self._offsets.tolist(), strict=True)]
+            by = self._offsets.tolist()
+            pts, dts = (
+                [None if at is None else at + more for at, more in zip(clock, by, strict=True)] for clock in (pts, dts)
+            )
         for place, packet in enumerate(kept or []):
             self._close_jump(place, packet)
-        timed = any(name in _TIMED_FORMATS for name in self._container.format.name.split(","))
         self.table = PacketTable(pts, np.array(keyframe), np.array(shown), times_stored=timed)
         if not self.table.num_frames:
             raise UndecodableVideo(f"none of the {len(pts)} video packets carries a frame that is to be shown")

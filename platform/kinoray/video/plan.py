@@ -6,6 +6,7 @@ refer to the group before, so that one has to be decoded as well.
 """
 
 import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -21,6 +22,8 @@ _JUMP_S = (-0.1, 10.0)
 """Steps of the decoding time beyond these are jumps of the clock, as ffmpeg has it (dts_delta_threshold)."""
 _SLOW = 10
 """Times the usual step that a step may have and is no jump: in a slide show of a picture a minute, a minute is real."""
+_HELD = 16
+"""Frames by which a picture is shown earlier at most: in files that call every packet a key frame, no jump is less."""
 _EVEN = (0.25, 0.002)
 """Frames come evenly where none is farther from its place than this share of a frame or, if that is more, this many
 seconds: Matroska and FLV round to milliseconds, and film at 60 Hz is shown for 2 and 3 fields in turn."""
@@ -136,12 +139,21 @@ class PacketTable:
 
 
 def jumps_closed(
-    pts: Sequence[int | None], dts: Sequence[int | None], durations: Sequence[int | None], unit: Fraction
+    pts: Sequence[int | None],
+    dts: Sequence[int | None],
+    durations: Sequence[int | None],
+    keyframe: Sequence[bool],
+    unit: Fraction,
+    *,
+    ahead: bool,
 ) -> np.ndarray | None:
     """What to add to the times of each packet, int64 [P], so that the clock does not jump; None where it does not.
 
-    A stretch between two jumps begins when the one before it ends. For containers whose clock may jump (MPEG-TS and
-    others: recordings joined end to end, HLS with a discontinuity); elsewhere a gap is a picture that stays.
+    A stretch between two jumps begins when the one before it ends: recordings joined end to end, a clock that wraps.
+
+    Args:
+        ahead: jumps may lead forward, and the container stores decoding times, as MPEG-TS. In others a gap is a picture
+            that stays, and a jump is a key frame that is shown before what precedes it.
     """
     known = np.flatnonzero([value is not None for value in dts])
     steps: np.ndarray = np.diff(np.array([value for value in dts if value is not None], np.int64))
@@ -150,19 +162,37 @@ def jumps_closed(
     if not forward.any():
         return None
     usual = float(np.median(steps[forward] / packets[forward]))
-    back, ahead = (seconds / float(unit) for seconds in _JUMP_S)
-    jumps = np.flatnonzero((steps < back) | (steps > max(ahead, _SLOW * usual)))
-    if not len(jumps):
+    back, far = (seconds / float(unit) for seconds in _JUMP_S)
+    if ahead:
+        jumps = np.flatnonzero((steps < back) | (steps > max(far, _SLOW * usual)))
+        starts, untimed = known[jumps + 1], packets[jumps] - 1
+    else:
+        starts = np.array(_steps_back(pts, keyframe, min(back, -_HELD * usual)), np.int64)
+        untimed = np.zeros(len(starts), np.int64)
+    if not len(starts):
         return None
-    starts = np.concatenate([[0], known[jumps + 1]])
+    starts = np.append(0, starts)
     largest = np.iinfo(np.int64).max // 4
     begins = np.minimum.reduceat(np.array([largest if value is None else value for value in pts], np.int64), starts)
     ends = [-largest if at is None else at + (last or int(usual)) for at, last in zip(pts, durations, strict=True)]
     lengths = np.maximum.reduceat(np.array(ends, np.int64), starts) - begins
     lengths[lengths < 0] = 0  # none of its packets has a time
-    lengths[:-1] += ((packets[jumps] - 1) * usual).astype(np.int64)  # packets without a time before the jump
-    offsets = begins[0] + np.concatenate([[0], np.cumsum(lengths[:-1])]) - begins
+    lengths[:-1] += (untimed * usual).astype(np.int64)  # of packets before the jump
+    offsets = begins[0] + np.append(0, np.cumsum(lengths[:-1])) - begins
     return np.repeat(offsets, np.diff(np.append(starts, len(pts))))
+
+
+def _steps_back(pts: Sequence[int | None], keyframe: Sequence[bool], back: float) -> list[int]:
+    """Places of the key frames that are shown before what precedes them, by more than `back` (negative)."""
+    found, latest = [], -math.inf
+    for place, (at, is_key) in enumerate(zip(pts, keyframe, strict=True)):
+        if at is None:
+            continue
+        if is_key and at < latest + back:
+            found.append(place)
+            latest = at
+        latest = max(latest, at)
+    return found
 
 
 def frame_times(
