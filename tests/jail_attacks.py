@@ -336,6 +336,7 @@ def lie(space: child.OutputSpace, data: bytes, arguments: dict[str, Any]) -> dic
         "a turn": (frames["info"], "rotation", 12345),
         "an odd codec": (frames["info"], "codec", "\x1b[31mhi"),
         "windows elsewhere": (arrays, "frames.windows", [arrays["frames.frames"][0], "<i8", [1, 2]]),
+        "windows before the video": (arrays, "frames.window_times", [arrays["frames.frames"][0], "<f8", [1, 2]]),
         "infinite count": (frames, "num_frames", float("inf")),
     }
     if what == "size":

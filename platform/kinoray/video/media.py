@@ -46,7 +46,7 @@ _KEEP_BYTES = 64 * 2**20
 MAX_COUNT = 2**31 - 1
 """The largest count that is believed: tables hold 32 bits."""
 _FPS = (1e-9, 1e12)
-_RATES_AGREE = 0.01  # share of the duration by the frame rate: times that do not tell frames apart add nothing to it
+_RATES_AGREE = 0.01  # share of the duration by the frame rate that times which do not tell frames apart may differ by
 _WORD = re.compile(r"[\w+./-]{0,64}", re.ASCII)
 
 LIBAV_ERRORS = (av.FFmpegError, OSError, ValueError, LookupError, MemoryError, ArithmeticError, RuntimeError)
@@ -305,9 +305,10 @@ class Media:
         self.table = PacketTable(pts, np.array(keyframe), np.array(shown), times_stored=timed)
         if not self.table.num_frames:
             raise UndecodableVideo(f"none of the {len(pts)} video packets carries a frame that is to be shown")
-        clock = pts if timed else dts  # decoding times count the empty chunks of an AVI, which repeat a frame
-        zero = min((at for at, is_shown in zip(clock, shown, strict=True) if is_shown and at is not None), default=0)
-        self._find_times(frame_times(clock, durations, self.table.shown), zero)
+        if timed:
+            self._find_times(pts, durations, shown)
+        else:  # decoding times count the empty chunks of an AVI, which repeat a frame, and durations do not
+            self._find_times(dts, [None] * len(dts), shown)
         return kept
 
     def _close_jump(self, place: int, packet: Any) -> None:
@@ -318,17 +319,20 @@ class Media:
         packet.pts = None if packet.pts is None else packet.pts + offset
         packet.dts = None if packet.dts is None else packet.dts + offset
 
-    def _find_times(self, found: tuple[np.ndarray, int] | None, zero: int) -> None:
-        """Set duration_s and frame_times; `zero` is the time of the earliest packet."""
+    def _find_times(self, clock: list[int | None], durations: list[int | None], shown: list[bool]) -> None:
+        """Set duration_s and frame_times, from the time of the earliest packet on."""
         rate = float(self._stream.average_rate or 0)
         self.duration_s = self.table.num_frames / rate if rate else 0.0
         self.frame_times = None
+        found = frame_times(clock, durations, self.table.shown, self._stream.time_base)
         if found is None:
             return
         begins, end = found
-        zero = min(zero, math.floor(begins[0]))
+        earliest = (at for at, is_shown in zip(clock, shown, strict=True) if is_shown and at is not None)
+        zero = min(math.floor(begins[0]), min(earliest, default=end))
         measured_s = max(0.0, float((end - zero) * self._stream.time_base))
-        if not self.table.timed and abs(measured_s - self.duration_s) <= _RATES_AGREE * self.duration_s:
+        doubt = max(_RATES_AGREE, clock.count(None) / len(clock)) * self.duration_s
+        if not self.table.timed and abs(measured_s - self.duration_s) <= doubt:
             return
         self.duration_s = measured_s
         times = np.append(begins - zero, end - zero) * float(self._stream.time_base)

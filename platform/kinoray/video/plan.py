@@ -196,12 +196,14 @@ def _steps_back(pts: Sequence[int | None], keyframe: Sequence[bool], back: float
 
 
 def frame_times(
-    pts: Sequence[int | None], durations: Sequence[int | None], shown: np.ndarray
+    pts: Sequence[int | None], durations: Sequence[int | None], shown: np.ndarray, unit: Fraction
 ) -> tuple[np.ndarray, int] | None:
     """When each frame begins, in order (float64 [F], several may begin at once), and when the last one ends.
 
     A packet without a time is taken to come between its neighbours; a last frame of unknown duration stays as long as
     the one before it. None where hardly a packet has a time, or times are so far out of order that they are wrong.
+    Where packets are reordered, MP4 says until when a packet is the last *decoded* one: of an uneven video the last
+    frame then stays no longer than the one before it.
 
     Args:
         shown: bool [P]: the packets whose frames are counted.
@@ -221,8 +223,15 @@ def frame_times(
     times = found[order]
     lasts = np.array([value or 0 for value in durations], np.float64)
     end = int((found + lasts[places]).max())
-    if end <= times[-1] and len(times) > 1:
-        end = int(2 * times[-1] - times[-2])
+    if len(times) == 1:
+        return times, end
+    one_more = int(2 * times[-1] - times[-2])
+    if end <= times[-1]:
+        return times, one_more
+    reordered = bool((np.diff(order) < 0).any())
+    if reordered and not comes_evenly((np.append(times, end) - times[0]) * float(unit)):
+        own = int(times[-1] + lasts[places[order[-1]]])
+        end = min(one_more, own) if own > times[-1] else one_more
     return times, end
 
 

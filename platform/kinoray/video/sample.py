@@ -118,7 +118,8 @@ def cut_windows(num_frames: int, fps: float, config: WindowsConfig | None) -> np
 def cut_by_time(times: np.ndarray, config: WindowsConfig) -> tuple[np.ndarray, np.ndarray]:
     """Windows as `cut_windows` has them, of a video whose frames do not come evenly, and when they begin and end.
 
-    A window has the frames that begin within its seconds; where there is none, the frame that is shown when it begins.
+    A window has the frames that begin within its seconds; and the one that is shown when it begins, if that stays for
+    half of the window or longer.
 
     Args:
         times: float64 [F + 1], when each frame begins and when the last one is over.
@@ -138,7 +139,8 @@ def cut_by_time(times: np.ndarray, config: WindowsConfig) -> tuple[np.ndarray, n
     first, stop = (np.searchsorted(times[:-1], bounds - _EPSILON_S) for bounds in (begins, ends))
     stop[-1] = len(times) - 1
     shown = np.maximum(np.searchsorted(times[:-1], begins + _EPSILON_S, "right") - 1, 0)
-    first = np.where(first < stop, first, shown)
+    until = np.append(times[:-1], math.inf)[first]
+    first = np.where(until - begins >= (ends - begins) / 2, shown, first)
     return np.stack([first, np.maximum(stop, first + 1)], axis=1), np.stack([begins, ends], axis=1)
 
 
