@@ -182,6 +182,17 @@ def test_packets_without_a_time_come_between_their_neighbours() -> None:
     assert found.windows.tolist() == [[0, 12], [12, 24], [24, 36], [36, 48]]
 
 
+def test_frames_that_do_not_come_out_move_no_others() -> None:
+    """The second part lacks its first packets, key frame included; windows before and after are what they are alone."""
+    whole = [part(3600 * number, 48, seed=number, gop=48) for number in range(3)]
+    torn = whole[1][188 * (len(whole[1]) // 188 // 2) :]
+    found = windows_of(whole[0] + torn + whole[2], 1.0)
+    assert found.num_frames < PyavVideo(whole[0] + torn + whole[2], CONFIG).num_frames
+    assert found.window_times[:, 0].tolist() == list(range(10))
+    assert found.windows[:4].tolist() == [[12 * second, 12 * second + 12] for second in range(4)]
+    assert (np.diff(found.windows[-4:]) == 12).all()
+
+
 @pytest.mark.parametrize(
     ("pts", "dts", "ahead", "expected"),
     [

@@ -263,7 +263,7 @@ def _rate(video: PyavVideo) -> Rate:
     return Rate(
         measured=measured,
         claimed=claimed if abs(claimed - measured) <= _RATES_AGREE * measured else measured,
-        times=video.frame_times if video.num_frames == video.table.num_frames else None,
+        times=video.frame_times,
     )
 
 

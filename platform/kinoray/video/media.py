@@ -160,6 +160,7 @@ class Media:
     """float64 [F + 1]: seconds from the first packet's time to when each frame is shown, and to when the last one is
     over. None where frames come evenly, as far as anything says: then num_frames / duration_s tells it all."""
     _offsets: np.ndarray | None = None  # int64 [P]: closes the jumps of the packets' clock
+    _span = (0, 0)  # when the first packet is shown and the last one is over; nothing if it is not known
 
     def __init__(self, data: bytes, config: DecodeConfig, reach: float = 0.0) -> None:
         check_size_bytes(len(data), config)
@@ -305,6 +306,7 @@ class Media:
         self.table = PacketTable(pts, np.array(keyframe), np.array(shown), times_stored=timed)
         if not self.table.num_frames:
             raise UndecodableVideo(f"none of the {len(pts)} video packets carries a frame that is to be shown")
+        self._times_stored = timed
         if timed:
             self._find_times(pts, durations, shown)
         else:  # decoding times count the empty chunks of an AVI, which repeat a frame, and durations do not
@@ -334,9 +336,21 @@ class Media:
         doubt = max(_RATES_AGREE, clock.count(None) / len(clock)) * self.duration_s
         if not self.table.timed and abs(measured_s - self.duration_s) <= doubt:
             return
-        self.duration_s = measured_s
+        self.duration_s, self._span = measured_s, (zero, end)
+        self._set_times(begins)
+
+    def _set_times(self, begins: np.ndarray) -> None:
+        """Set frame_times, by the times at which frames begin, in order."""
+        zero, end = self._span
         times = np.append(begins - zero, end - zero) * float(self._stream.time_base)
         self.frame_times = None if comes_evenly(times) else times
+
+    def frames_found(self, pts: list[int | None]) -> None:
+        """Set frame_times by what came out of the decoder, where that is less than the packets promise."""
+        known = sorted(at for at in pts if at is not None)
+        self.frame_times = None
+        if self._span[1] and self._times_stored and len(known) == len(pts):
+            self._set_times(np.array(known, np.float64))
 
     def _check_expansion(self, size_bytes: int) -> None:
         limit = _MAX_EXPANSION * len(self._data) + 2**20
