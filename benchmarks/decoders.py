@@ -219,7 +219,9 @@ def main() -> int:
     text = f"{HEAD}\n{versions()}.\n\n" + "\n\n".join(tables) + "\n"
     print(text)
     if arguments.write:
-        _, title, rest = PAGE.read_text(encoding="ascii").partition("\n## NVDEC\n")  # written by hand
+        _, title, rest = PAGE.read_text(encoding="ascii").partition(
+            "\n## What is decoded, and what counts as a frame\n"
+        )  # written by hand
         PAGE.write_text(text + title + rest, encoding="ascii")
         print(f"wrote {PAGE.relative_to(ROOT)}")
     print(json.dumps({"name": "decoders", "as_it_should_be": counts, "pyav_wrong": bad, "ok": not bad}))

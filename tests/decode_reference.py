@@ -1,7 +1,10 @@
 """What the decode tests compare with: generated pictures, and a plain decode of every frame with nothing planned."""
 
 import io
+import re
+from collections.abc import Callable
 from fractions import Fraction
+from typing import Self
 
 import av
 import cv2
@@ -51,16 +54,19 @@ def remux(
     pts_from_dts: bool = False,
     hide: frozenset[int] = frozenset(),
     spoil: frozenset[int] = frozenset(),
+    all_keys: bool = False,
+    change: Callable[[bytes], bytes] = bytes,
     options: dict[str, str] | None = None,
 ) -> bytes:
     """The same packets in another container: without the first few, moved in time, with times made wrong; for VP8 with
-    the `show this frame` bit of some packets cleared; with some packets overwritten."""
+    the `show this frame` bit of some packets cleared; with some packets overwritten; with all flagged as key frames;
+    with their bytes changed."""
     buffer = io.BytesIO()
     with av.open(io.BytesIO(data)) as source, av.open(buffer, "w", format=container, options=options or {}) as output:
         stream = source.streams.video[0]
         copy = output.add_stream_from_template(stream)
         for number, packet in enumerate([p for p in source.demux(stream) if p.size][first:]):
-            content = bytearray(bytes(packet))
+            content = bytearray(change(bytes(packet)))
             if number in hide:
                 content[0] &= ~0x10
             if number in spoil:
@@ -70,9 +76,94 @@ def remux(
             new.pts, new.dts = packet.pts - moved, packet.dts - moved
             if pts_from_dts:
                 new.pts = new.dts = number * packet.duration
-            new.duration, new.time_base, new.is_keyframe = packet.duration, packet.time_base, packet.is_keyframe
+            new.duration, new.time_base, new.is_keyframe = (
+                packet.duration,
+                packet.time_base,
+                all_keys or packet.is_keyframe,
+            )
             new.stream = copy
             output.mux(new)
+    return buffer.getvalue()
+
+
+class _Bits:
+    """A string of bits, with H.264's numbers."""
+
+    def __init__(self, *numbers: int) -> None:
+        self.bits = ""
+        for number in numbers:
+            self.golomb(number)
+
+    def put(self, bits: str) -> Self:
+        self.bits += bits
+        return self
+
+    def golomb(self, number: int) -> Self:
+        digits = f"{number + 1:b}"
+        return self.put("0" * (len(digits) - 1) + digits)
+
+    def aligned(self) -> Self:
+        return self.put("0" * (-len(self.bits) % 8))
+
+    def unit(self, head: int) -> bytes:
+        """A NAL unit with its start code; no three bytes in it may look like one."""
+        bits = self.put("1").aligned().bits
+        content = bytes(int(bits[place : place + 8], 2) for place in range(0, len(bits), 8))
+        return b"\x00\x00\x00\x01" + bytes([head]) + re.sub(rb"\x00\x00(?=[\x00-\x03])", b"\x00\x00\x03", content)
+
+
+def h264_fields(frames: np.ndarray, *, whole: frozenset[int] = frozenset(), gop: int = 4) -> list[list[bytes]]:
+    """H.264 of grey frames (uint8 [N, 64, 32], every byte over 0), coded without loss: for each, its pictures.
+
+    They are a top and a bottom field, as camcorders and broadcasters code them, or one for the frames in `whole`.
+    x264 codes no fields. Every gop-th frame is a key frame, with the settings in front.
+    """
+    sps = _Bits().put("01001101" + "0" * 8 + "00011110").golomb(0).golomb(0).golomb(2).golomb(2).put("0")
+    sps.golomb(1).golomb(1).put("00100")  # 2 x 4 macroblocks; fields may be coded
+    pps = _Bits(0, 0).put("00").golomb(0).golomb(0).golomb(0).put("000").golomb(0).golomb(0).golomb(0).put("000")
+    settings = sps.unit(0x67) + pps.unit(0x68)
+    coded = []
+    for number, frame in enumerate(frames):
+        place = number % gop
+        parities = [None] if number in whole else [0, 1]
+        pictures = []
+        for parity in parities:
+            is_idr = place == 0 and parity != 1
+            bits = _Bits(0, 7, 0).put(f"{place:04b}").put("0" if parity is None else f"1{parity}")
+            bits = bits.golomb(number // gop % 2).put("00") if is_idr else bits.put("0")
+            bits.golomb(0)
+            lines = frame if parity is None else frame[parity::2]
+            for top in range(0, len(lines), 16):
+                for left in (0, 16):
+                    block = lines[top : top + 16, left : left + 16].tobytes() + b"\x80" * 128
+                    bits.golomb(25).aligned().put("".join(f"{byte:08b}" for byte in block))
+            pictures.append(bits.unit(0x65 if is_idr else 0x61))
+        if place == 0:
+            pictures[0] = settings + pictures[0]
+        coded.append(pictures)
+    return coded
+
+
+def mux_h264(coded: list[list[bytes]], container: str, *, together: bool = False) -> bytes:
+    """A video of 25 frames a second of what `h264_fields` gives: a packet for each picture, or for each frame."""
+    whole = b"".join(b"".join(pictures) for pictures in coded)
+    buffer = io.BytesIO()
+    with (
+        av.open(io.BytesIO(whole), format="h264") as source,
+        av.open(buffer, "w", format=container, options={"fflags": "+bitexact"}) as output,
+    ):
+        copy = output.add_stream_from_template(source.streams.video[0])
+        for number, pictures in enumerate(coded):
+            for half, content in enumerate([b"".join(pictures)] if together else pictures):
+                packet = av.Packet(content)
+                packet.pts = packet.dts = 3600 * number + 1800 * half
+                packet.duration, packet.time_base = (
+                    (1800 if len(pictures) == 2 and not together else 3600),
+                    Fraction(1, 90_000),
+                )
+                packet.is_keyframe = b"\x00\x00\x01\x67" in content
+                packet.stream = copy
+                output.mux(packet)
     return buffer.getvalue()
 
 

@@ -13,21 +13,24 @@ import decord
 import numpy as np
 import pytest
 
-from decode_reference import Collect, moving, plain_decode, remux
+from decode_reference import Collect, h264_fields, moving, mux_h264, plain_decode, remux
 from kinoray.config.shared import ClipConfig, DecodeConfig, FlowConfig, SampleConfig, ViewConfig
 from kinoray.demo.videos import make_video
-from kinoray.errors import ConfigError
+from kinoray.errors import ConfigError, UndecodableVideo
 from kinoray.video import media as decode_media
 from kinoray.video.flow_dis import dis_flow
 from kinoray.video.frames import Clip, decode, probe
+from kinoray.video.plan import PacketBits
 from kinoray.video.pyav import PyavVideo
 from kinoray.video.request import Sampled, Thumbnails
 from kinoray.video.sample import clip_rng, segment_indices
+from kinoray.video.transcode import open_output, transcode
 from kinoray.video.transform import test_view, train_view
 
 NUM_FRAMES = 90
 X265 = "log-level=none:"
 OPEN_GOP = "open-gop=1:keyint=24:min-keyint=24:bframes=4:scenecut=0"
+SVT = {"preset": "12", "crf": "40"}
 FILES: dict[str, dict[str, Any]] = {
     "h264 gop 12": {"gop": 12},
     "h264 gop 250, several b-frames": {"gop": 250, "options": {"preset": "medium", "bf": "5"}},
@@ -43,6 +46,7 @@ FILES: dict[str, dict[str, Any]] = {
     "h264 avi, where times lie": {"gop": 24, "container": "avi", "options": {"preset": "medium"}},
     "h264 flv": {"gop": 24, "container": "flv"},
     "h264 interlaced": {"gop": 24, "options": {"x264-params": "interlaced=1"}},
+    "h264 interlaced, mpeg-ts": {"gop": 24, "container": "mpegts", "options": {"x264-params": "interlaced=1"}},
     "h264 intra refresh, without key frames": {"options": {"x264-params": "intra-refresh=1:keyint=30"}},
     "h264 10 bit": {"gop": 24, "pix_fmt": "yuv420p10le"},
     "h264 variable frame rate": {
@@ -62,6 +66,52 @@ FILES: dict[str, dict[str, Any]] = {
     },
     "vp8": {"codec": "libvpx", "container": "webm", "gop": 24, "options": {"deadline": "realtime", "b": "500k"}},
     "vp9": {"codec": "libvpx-vp9", "container": "webm", "gop": 24, "options": {"cpu-used": "5", "b": "500k"}},
+    "vp8, hidden frames": {
+        "codec": "libvpx",
+        "container": "matroska",
+        "gop": 20,
+        "options": {"auto-alt-ref": "1", "lag-in-frames": "16", "arnr-maxframes": "5", "b": "200k"},
+    },
+    "vp9, superframes": {
+        "codec": "libvpx-vp9",
+        "container": "mp4",
+        "gop": 24,
+        "options": {"auto-alt-ref": "6", "lag-in-frames": "25", "cpu-used": "4", "b": "200k"},
+    },
+    "av1 closed gop": {"codec": "libsvtav1", "container": "webm", "gop": 16, "options": SVT},
+    "av1 closed gop, mp4, film grain": {
+        "codec": "libsvtav1",
+        "gop": 16,
+        "options": SVT | {"svtav1-params": "film-grain=20"},
+    },
+    "av1 open gop": {
+        "codec": "libsvtav1",
+        "container": "webm",
+        "gop": 16,
+        "options": SVT | {"svtav1-params": "irefresh-type=1"},
+    },
+    "mpeg-4 part 2, mp4": {"codec": "mpeg4", "gop": 24, "options": {"bf": "2"}},
+    "mpeg-4 part 2, quarter pixels": {
+        "codec": "mpeg4",
+        "container": "matroska",
+        "gop": 12,
+        "options": {"bf": "2", "flags": "+qpel+mv4", "mpeg_quant": "1"},
+    },
+    "mpeg-2 open gop, mpeg-ts": {"codec": "mpeg2video", "container": "mpegts", "gop": 12, "options": {"bf": "2"}},
+    "mpeg-2 closed gop, interlaced": {
+        "codec": "mpeg2video",
+        "gop": 12,
+        "options": {"bf": "2", "flags": "+cgop+ildct+ilme", "sc_threshold": "1000000000"},
+    },
+    "mpeg-1": {"codec": "mpeg1video", "container": "matroska", "gop": 12, "options": {"bf": "2"}},
+    "motion jpeg": {"codec": "mjpeg", "container": "mov", "pix_fmt": "yuvj420p"},
+    "motion jpeg, avi": {
+        "codec": "mjpeg",
+        "container": "avi",
+        "pix_fmt": "yuvj420p",
+        "pts": [3 * number // 2 for number in range(NUM_FRAMES)],
+    },
+    "prores": {"codec": "prores_ks", "container": "mov", "pix_fmt": "yuv422p10le"},
     "mpeg-4 part 2, avi": {"codec": "mpeg4", "container": "avi", "gop": 24, "options": {"bf": "2"}},
     "mpeg-2 program stream": {"codec": "mpeg2video", "container": "mpeg", "gop": 24, "options": {"bf": "2"}},
     "wmv": {"codec": "wmv2", "container": "asf", "gop": 24},
@@ -116,6 +166,35 @@ def test_wanted_frames_equal_a_plain_decode(name: str, pictures: np.ndarray) -> 
     assert_exact(data, reference)
 
 
+ENTERED = ["vp8, hidden frames", "vp9, superframes", "av1 closed gop", "mpeg-4 part 2, mp4", "motion jpeg, avi"]
+
+
+@pytest.mark.parametrize("name", ENTERED)
+def test_only_the_group_of_a_wanted_frame_is_decoded(name: str, pictures: np.ndarray) -> None:
+    data = make_video(pictures, fps=30, **FILES[name])
+    gop = FILES[name].get("gop", 1)
+    with PyavVideo(data, DecodeConfig(max_frames=2 * gop)) as video:
+        reading = video.read(np.array([NUM_FRAMES - 1]), Collect())
+    assert 0 < reading.frames_decoded <= gop
+
+
+@pytest.mark.parametrize("name", ["vp8", "vp9, superframes", "mpeg-4 part 2, mp4", "mpeg-1"])
+def test_key_frame_flags_are_believed_only_where_the_packet_is_one(name: str, pictures: np.ndarray) -> None:
+    data = make_video(pictures, fps=30, **FILES[name])
+    lying = remux(data, "matroska", all_keys=True)
+    assert probe(lying, DecodeConfig()).num_keyframes == probe(data, DecodeConfig()).num_keyframes > 1
+    assert_exact(lying, plain_decode(data))
+
+
+def test_key_frames_of_av1_are_found_in_its_packets(pictures: np.ndarray) -> None:
+    data = make_video(pictures, fps=30, **FILES["av1 closed gop"])
+    with av.open(io.BytesIO(data)) as container:
+        packets = [packet for packet in container.demux(video=0) if packet.size]
+        bits = PacketBits("av1", b"")
+        assert [bits.begins(memoryview(packet)) for packet in packets] == [packet.is_keyframe for packet in packets]
+    assert 1 < sum(packet.is_keyframe for packet in packets) < NUM_FRAMES
+
+
 def test_the_plan_leaves_most_frames_undecoded(pictures: np.ndarray) -> None:
     """Else the comparison above would compare a plain decode with itself."""
     for codec, options in (("libx264", {"preset": "medium"}), ("libx265", {"x265-params": X265 + "keyint=12"})):
@@ -133,6 +212,103 @@ def test_hevc_with_temporal_layers_is_decoded_in_full(container: str, pictures: 
         data = make_video(pictures[:20], codec="libx265", container=container, options={"x265-params": X265 + params})
         with PyavVideo(data, DecodeConfig()) as video:
             assert video.leaves_out_exactly() is exactly
+
+
+@pytest.mark.parametrize("whole", [set(), {1, 4, 5}], ids=["fields", "fields and frames"])
+@pytest.mark.parametrize("together", [False, True], ids=["a field a packet", "a frame a packet"])
+@pytest.mark.parametrize("container", ["mpegts", "mp4", "matroska"])
+def test_a_frame_coded_as_two_fields_is_one_frame(container: str, together: bool, whole: set[int]) -> None:
+    grey = np.random.default_rng(0).integers(16, 236, (10, 64, 32)).astype(np.uint8)
+    data = mux_h264(h264_fields(grey, whole=frozenset(whole)), container, together=together)
+    with PyavVideo(data, DecodeConfig(max_frames=10)) as video:
+        assert (video.info.num_frames, video.info.num_keyframes, video.info.frames_missing) == (10, 3, 0)
+        found = [np.frombuffer(frame.planes[0], np.uint8).reshape(64, -1)[:, :32] for frame in video.shown_frames()]
+        np.testing.assert_array_equal(found, grey)
+        if container != "matroska":  # which knows no length of the last frame
+            assert video.info.fps == pytest.approx(25)
+            assert float(video.frame_rate) == pytest.approx(25)
+    decoded = assert_exact(data, plain_decode(data))
+    assert decoded["last"] == 2
+    assert transcode(data, DecodeConfig()).info.num_frames == 10
+
+
+def two_streams(container: str, defaults: tuple[bool, bool], frames: tuple[int, int], sizes: tuple[int, int]) -> bytes:
+    """Two video streams: how many frames each has, their heights, and which are the default."""
+    buffer = io.BytesIO()
+    with open_output(buffer, container) as output:
+        streams = []
+        for is_default, height in zip(defaults, sizes, strict=True):
+            stream = output.add_stream("mpeg4", rate=30)
+            stream.width, stream.height, stream.pix_fmt = height * 2, height, "yuv420p"
+            stream.disposition = av.stream.Disposition(int(is_default))
+            streams.append(stream)
+        pictures = [moving(count, height, 2 * height) for count, height in zip(frames, sizes, strict=True)]
+        for number in range(max(frames)):
+            for stream, shown in zip(streams, pictures, strict=True):
+                if number < len(shown):
+                    output.mux(stream.encode(av.VideoFrame.from_ndarray(shown[number])))
+        for stream in streams:
+            output.mux(stream.encode(None))
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("container", ["matroska", "mp4"])
+@pytest.mark.parametrize(
+    ("defaults", "frames", "shown"),
+    [
+        pytest.param((True, False), (20, 20), 0, id="the default"),
+        pytest.param((False, True), (20, 20), 1, id="the default, though it is the second"),
+        pytest.param((True, False), (1, 20), 1, id="one that moves, though a still is the default"),
+        pytest.param((False, True), (20, 1), 0, id="one that moves, though a still follows"),
+        pytest.param((True, True), (20, 1), 0, id="one that moves, of two defaults"),
+    ],
+)
+def test_the_stream_that_players_show_is_read(
+    defaults: tuple[bool, bool], frames: tuple[int, int], shown: int, container: str
+) -> None:
+    sizes = (32, 64) if shown == 0 else (64, 32)  # the other has more pixels
+    data = two_streams(container, defaults, frames, sizes)
+    info = probe(data, DecodeConfig())
+    assert (info.num_frames, info.width, info.height) == (20, 64, 32)
+
+    def clip(backend: Any) -> np.ndarray:
+        decoder = DecodeConfig(backend=backend)
+        config = ClipConfig(decode=decoder, flow=FlowConfig(estimator="none"))
+        return decode(data, Sampled(), config).clip().frames.astype(int)
+
+    difference = np.abs(clip("torchcodec") - clip("pyav")).mean()
+    assert difference < 8
+    with pytest.raises(UndecodableVideo, match="several video streams, of which decord takes its own"):
+        clip("decord")
+
+
+def test_of_streams_that_no_flag_tells_apart_libavs_choice_is_read() -> None:
+    data = two_streams("mpegts", (False, False), (20, 20), (32, 64))
+    with av.open(io.BytesIO(data)) as container:
+        best = container.streams.best("video")
+        assert best is not None
+        expected = best.height
+    assert probe(data, DecodeConfig()).height == expected
+
+
+@pytest.mark.parametrize("backend", ["decord", "torchcodec"])
+def test_other_back_ends_refuse_frames_in_two_packets(backend: Any) -> None:
+    data = mux_h264(h264_fields(np.full((4, 64, 32), 99, np.uint8)), "mp4")
+    with pytest.raises(UndecodableVideo, match=r"a field in each.*use decode.backend=pyav"):
+        decode(data, Sampled(), ClipConfig(decode=DecodeConfig(backend=backend), flow=FlowConfig(estimator="none")))
+
+
+def test_a_lone_field_costs_no_other_frame() -> None:
+    grey = np.random.default_rng(0).integers(16, 236, (8, 64, 32)).astype(np.uint8)
+    coded = h264_fields(grey)
+    coded[2] = coded[2][:1]
+    data = mux_h264(coded, "mpegts")
+    with PyavVideo(data, DecodeConfig()) as video:
+        sink = Collect()
+        video.read(np.array([0, 1, 3, 7]), sink)
+        assert video.info.num_frames == 8
+    last = plain_decode(data)[-1]
+    np.testing.assert_array_equal(sink.frames[7], last)
 
 
 def test_frames_hidden_by_an_edit_list_are_not_counted(pictures: np.ndarray) -> None:

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 from dataclasses import replace
+from fractions import Fraction
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from kinoray.label.stage import Outcome
 from kinoray.video.frames import decode, probe
 from kinoray.video.pyav import PyavVideo
 from kinoray.video.request import Sampled, Thumbnails
+from kinoray.video.transcode import transcode
 
 NUM_FRAMES = 60
 CLIP = ClipConfig(sample=SampleConfig(num_segments=4, frames_per_segment=2), view=ViewConfig(resize_px=32, crop_px=24))
@@ -61,6 +63,90 @@ def test_counts_that_a_header_makes_up_fit_a_table(container: str) -> None:
     outcome = Outcome()
     outcome.add(decode(data, Sampled(), CLIP.without_flow()))
     assert pa.array([outcome.frames_missing], pa.int32()).to_pylist() == [2**31 - 1 - 20]
+
+
+def patched(data: bytes, name: bytes, place: int, value: int) -> bytes:
+    """A 32-bit number of a box, so many bytes behind its name, is another."""
+    at = data.index(name) + len(name) + place
+    return data[:at] + value.to_bytes(4) + data[at + 4 :]
+
+
+def ending_empty(data: bytes, count: int) -> bytes:
+    """The AVI with so many empty chunks at its end, as a screen recorder writes them while nothing moves."""
+    chunk = b"00dc" + bytes(4)
+    movi, index, length = data.index(b"movi"), data.index(b"idx1"), data.index(b"strh") + 8 + 32
+
+    def longer(place: int, by: int) -> bytes:
+        return (int.from_bytes(data[place : place + 4], "little") + by).to_bytes(4, "little")
+
+    return (
+        (data[:4] + longer(4, count * 24) + data[8:length] + longer(length, count))
+        + (data[length + 4 : movi - 4] + longer(movi - 4, count * 8) + data[movi:index] + chunk * count)
+        + (b"idx1" + longer(index + 4, count * 16) + data[index + 8 :] + (b"00dc" + bytes(12)) * count)
+    )
+
+
+@pytest.fixture(scope="module")
+def whole_files() -> dict[str, tuple[bytes, int, float]]:
+    """Whole files whose headers count otherwise than they hold frames: (file, frames, seconds)."""
+    plain = make_video(moving(48), fps=24, codec="mpeg4", gop=12)
+    ordered = make_video(moving(48), fps=24, gop=12, options={"preset": "medium"})
+    dropped = make_video(moving(24), fps=24, codec="mpeg4", container="avi", pts=[2 * number for number in range(24)])
+    few = patched(ordered, b"stsz", 8 + 4 * 48, 0)  # the last sample is empty
+    return {
+        "matroska, late": (remux(ordered, "matroska", shift=Fraction(-100_000)), 48, 2),
+        "matroska, early": (
+            remux(ordered, "matroska", shift=Fraction(1, 3), options={"avoid_negative_ts": "0"}),
+            48,
+            2,
+        ),
+        "matroska, the last frame stays": (
+            make_video(moving(4), fps=10, container="matroska", pts=[0, 1, 2, 90]),
+            4,
+            9.1,
+        ),
+        "avi, dropped": (dropped, 24, 47 / 24),
+        "avi, dropped at its end": (ending_empty(dropped, 25), 24, 72 / 24),
+        "fragments": (remux(plain, "mp4", options={"movflags": "frag_keyframe"}), 48, 2),
+        "fragments, empty index": (remux(plain, "mp4", options={"movflags": "frag_keyframe+empty_moov"}), 48, 2),
+        "mp4, early": (remux(ordered, "mp4", shift=Fraction(1, 3)), 40, 40 / 24),
+        "edit list, shorter": (patched(ordered, b"elst", 8, 1000), 24, 1),
+        "empty sample": (few, 47, 47 / 24),
+    }
+
+
+WHOLE = [
+    "matroska, late",
+    "matroska, early",
+    "matroska, the last frame stays",
+    "avi, dropped",
+    "avi, dropped at its end",
+    "fragments",
+    "fragments, empty index",
+    "mp4, early",
+    "edit list, shorter",
+    "empty sample",
+]
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_whole_files_are_not_said_to_be_cut(name: str, whole_files: dict[str, tuple[bytes, int, float]]) -> None:
+    data, num_frames, seconds = whole_files[name]
+    info = probe(data, DecodeConfig())
+    assert (info.num_frames, info.frames_missing, info.miscounted) == (num_frames, 0, False)
+    assert info.duration_s == pytest.approx(seconds, abs=0.06)
+
+
+@pytest.mark.parametrize(("name", "share"), [("matroska, late", 0.6), ("avi, dropped", 0.9)])
+def test_the_same_files_cut_short_lack_frames(
+    name: str, share: float, whole_files: dict[str, tuple[bytes, int, float]]
+) -> None:
+    data, num_frames, _ = whole_files[name]
+    info = probe(data[: int(len(data) * share)], DecodeConfig())
+    assert info.num_frames < num_frames
+    assert (
+        num_frames - 2 <= info.num_frames + info.frames_missing < 1.2 * num_frames
+    )  # chunks that are gone were empty?
 
 
 def test_counts_of_many_windows_that_add_up_to_more_than_a_table_holds_refuse_the_video(good: bytes) -> None:
@@ -116,6 +202,113 @@ def test_a_file_without_a_decodable_frame_is_undecodable(good: bytes) -> None:
         decode(spoilt, Sampled(), CLIP.without_flow()).clip()
     with pytest.raises(UndecodableVideo, match="no frame comes out"):
         probe(spoilt, DecodeConfig())
+
+
+KEYS = {"encryption_scheme": "cenc-aes-ctr", "encryption_key": "0123456789abcdef" * 2, "encryption_kid": "1" * 32}
+
+
+def encrypted(good: bytes, form: str) -> bytes:
+    if form == "mp4":
+        return remux(good, "mp4", options=KEYS)
+    if form == "mp4 in fragments":
+        return remux(good, "mp4", options=KEYS | {"movflags": "frag_keyframe+empty_moov"})
+    if form == "matroska":
+        return matroska_encrypted(remux(good, "matroska"))
+    if form == "mpegts, scrambled":
+        data = remux(good, "mpegts")
+        packets = np.frombuffer(data, np.uint8).reshape(-1, 188).copy()
+        is_video = (packets[:, 1] & 31 == 1) & (packets[:, 2] == 0)  # PID 256
+        packets[is_video, 3] |= 0x80
+        return packets.tobytes()
+    if form == "mpegts, sample-aes":
+        return sample_aes(remux(good, "mpegts"))
+    data = make_video(moving(20), fps=30, codec="wmv2", container="asf")
+    place = data.index(bytes.fromhex("9107DCB7B7A9CF118EE600C00C205365"))  # the stream properties, last of the header
+    box = bytes.fromhex("FBB3112223BDD211B4B700A0C955FC6E") + (40).to_bytes(8, "little") + bytes(16)
+    size = int.from_bytes(data[16:24], "little") + len(box)
+    count = int.from_bytes(data[24:28], "little") + 1
+    head = data[:16] + size.to_bytes(8, "little") + count.to_bytes(4, "little")
+    return head + data[28:place] + box + data[place:]
+
+
+def matroska_encrypted(data: bytes) -> bytes:
+    """A ContentEncryption is put into the only track, and what is around it made so much longer."""
+    inner = bytes.fromhex("50338101") + bytes.fromhex("503580")
+    encoding = bytes.fromhex("6240") + bytes([0x80 | len(inner)]) + inner
+    added = bytes.fromhex("6d80") + bytes([0x80 | len(encoding)]) + encoding
+    place = 0
+    for name in ("18538067", "1654ae6b", "ae"):
+        while (place := data.index(bytes.fromhex(name), place)) and name == "1654ae6b" and data[place + 4] == 0x53:
+            place += 4  # only named in the index
+        size_at = place + len(name) // 2
+        length = 9 - data[size_at].bit_length()
+        size = int.from_bytes(data[size_at : size_at + length]) + len(added)
+        data = data[:size_at] + size.to_bytes(length) + data[size_at + length :]
+        place = size_at + length
+    return data[:place] + added + data[place:]
+
+
+def sample_aes(data: bytes) -> bytes:
+    """The program map says H.264 in SAMPLE-AES (0xDB) instead of H.264 (0x1B)."""
+    packets = [bytearray(data[place : place + 188]) for place in range(0, len(data), 188)]
+    for packet in packets:
+        if packet[5:6] == b"\x02" and packet[1] & 0x40:  # a section of a program map, after its pointer
+            size = int.from_bytes(packet[6:8]) & 0xFFF
+            section = packet[5 : 5 + 3 + size - 4]
+            section[section.index(b"\x1b\xe1\x00")] = 0xDB
+            packet[5 : 5 + 3 + size] = section + mpeg_crc(section)
+    return b"".join(bytes(packet) for packet in packets)
+
+
+def mpeg_crc(data: bytes) -> bytes:
+    value = 0xFFFFFFFF
+    for byte in data:
+        value ^= byte << 24
+        for _ in range(8):
+            value = (value << 1 ^ (0x04C11DB7 if value >> 31 else 0)) & 0xFFFFFFFF
+    return value.to_bytes(4)
+
+
+FORMS = ["mp4", "mp4 in fragments", "matroska", "mpegts, scrambled", "mpegts, sample-aes", "asf"]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_encrypted_files_are_refused_by_name(form: str, good: bytes) -> None:
+    data = encrypted(good, form)
+    with pytest.raises(UndecodableVideo, match="the video is encrypted"):
+        probe(data, DecodeConfig())
+
+
+def noisy(packet: bytes) -> bytes:
+    """An MP4's H.264 packet as SAMPLE-AES leaves it: the first bytes of each slice are clear."""
+    noise = np.random.default_rng(0).integers(4, 256, len(packet)).astype(np.uint8).tobytes()
+    place = 0
+    while place < len(packet):
+        end = place + 4 + int.from_bytes(packet[place : place + 4])
+        if packet[place + 4] & 31 in (1, 5):
+            packet = packet[: place + 20] + noise[place + 20 : end] + packet[max(end, place + 20) :]
+        place = end
+    return packet
+
+
+@pytest.mark.parametrize("container", ["mp4", "mpegts"])
+def test_a_video_whose_frames_are_all_damaged_is_no_label(container: str) -> None:
+    """Encrypted, say, though the container does not tell."""
+    sound = make_video(moving(20, 240, 320), fps=30, gop=24, options={"preset": "medium", "crf": "10"})
+    data = remux(sound, container, change=noisy)
+    assert probe(data, DecodeConfig()).num_frames == 20
+    for num_frames in (4, 20):  # one frame of noise decodes by chance
+        with pytest.raises(UndecodableVideo, match=r"(all 4 wanted|19 of 20 decoded) frames are damaged; .* encrypted"):
+            decode(data, Thumbnails(num_frames=num_frames, height=32), CLIP)
+    with pytest.raises(UndecodableVideo, match="19 of 20 decoded frames are damaged"):
+        transcode(data, DecodeConfig())
+
+
+def test_a_clip_with_one_whole_frame_is_a_label(good: bytes) -> None:
+    places = iter(range(NUM_FRAMES))
+    data = remux(good, "mp4", change=lambda packet: packet if next(places) < 25 else noisy(packet))
+    clip = decode(data, Sampled(), CLIP).clip()
+    assert 0 < clip.frames_corrupt < NUM_FRAMES
 
 
 def test_an_unknown_codec_is_undecodable(good: bytes) -> None:
@@ -237,10 +430,16 @@ def test_damage_is_not_talked_about_on_stderr(good: bytes, capfd: pytest.Capture
 @pytest.mark.parametrize(
     ("limits", "message"),
     [
-        ({"max_bytes": 1000}, r"^[\d,]+ bytes are more than decode\.max_bytes = 1,000$"),
-        ({"max_pixels": 96 * 64 - 1}, r"^96 x 64 = 6,144 pixels are more than decode\.max_pixels = 6,143$"),
-        ({"max_duration_s": 1.9}, r"^2\.0 s are more than decode\.max_duration_s = 1\.9$"),
-        ({"max_frames": 40}, r"^\d\d frames to decode are more than decode\.max_frames = 40$"),
+        (
+            {"max_bytes": 1000},
+            r"^[\d,]+ bytes are more than decode\.max_bytes = 1,000 \(--decode\.max-bytes; ",
+        ),
+        (
+            {"max_pixels": 96 * 64 - 1},
+            r"^96 x 64 = 6,144 pixels are more than decode\.max_pixels = 6,143 \(--",
+        ),
+        ({"max_duration_s": 1.9}, r"^2\.0 s are more than decode\.max_duration_s = 1\.9 \(--"),
+        ({"max_frames": 40}, r"^\d\d frames to decode are more than decode\.max_frames = 40 \(--"),
     ],
 )
 @pytest.mark.parametrize("backend", ["pyav", "decord"])

@@ -266,11 +266,13 @@ def test_what_is_over_the_byte_limit_is_refused_unread(tmp_path: Path) -> None:
     record = doctor(config_of(tmp_path, clip=replace(CLIP, decode=decode), max_bad_fraction=0.5))
     assert record["source"]["num_over_max_bytes"] == 1
     assert record["probe"]["bytes_read"] == len(small(0))
-    reason = f"{len(small(1)) + 100_000:,} bytes are more than decode.max_bytes = 50,000; it was not read"
+    flags = "--decode.max-bytes; in train, tune and doctor --clip.decode.max-bytes"
+    size = len(small(1)) + 100_000
+    reason = f"{size:,} bytes are more than decode.max_bytes = 50,000 ({flags}); it was not read"
     assert record["bad"]["examples"] == [f"{tmp_path}/b.mp4: MediaOverBudget: {reason}"]
     assert {
         "found": "1 bad video of class MediaOverBudget",
-        "remedy": "cut them, or raise the limit that it names (--decode.max-..., in train --clip.decode.max-...)",
+        "remedy": "cut them, or raise the limit that it names",
     } in record["warnings"]
 
 

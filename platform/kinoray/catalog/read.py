@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
-from kinoray.config.clip import DecodeConfig
+from kinoray.config.clip import DecodeConfig, said_limit
 from kinoray.config.files import local_path
 from kinoray.errors import (
     ChecksumMismatch,
@@ -119,13 +119,13 @@ def _read_once(storage: Storage, reference: Reference, max_bytes: int) -> bytes:
         if reference.length > max_bytes:
             raise MediaOverBudget(
                 f"{reference.uri} (bytes {reference.offset} + {reference.length}): {reference.length:,} bytes are "
-                f"more than decode.max_bytes = {max_bytes:,}; they were not read"
+                f"more than {said_limit('max_bytes', max_bytes)}; they were not read"
             )
         return storage.read_range(reference.uri, reference.offset, reference.length)
     try:
         return storage.read(reference.uri, max_bytes=max_bytes)
     except ObjectTooLarge as error:
-        raise MediaOverBudget(f"{error} (decode.max_bytes)") from error
+        raise MediaOverBudget(f"{error}: {said_limit('max_bytes', max_bytes)}") from error
 
 
 def read_videos(

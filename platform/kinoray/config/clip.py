@@ -17,6 +17,7 @@ __all__ = [
     "SampleConfig",
     "Short",
     "ViewConfig",
+    "said_limit",
 ]
 
 Backend = Literal["pyav", "decord", "torchcodec"]
@@ -91,6 +92,13 @@ class DecodeLimits:
     def __post_init__(self) -> None:
         for name in ("max_pixels", "max_duration_s", "max_bytes", "max_frames", "max_memory_mb", "deadline_s"):
             require(getattr(self, name) > 0, f"decode.{name}", "greater than 0", getattr(self, name))
+
+
+def said_limit(name: str, value: float) -> str:
+    """For an error: `decode.max_frames = 60,000`, and the flag that sets it."""
+    flag = f"decode.{name.replace('_', '-')}"
+    number = f"{value:,}" if isinstance(value, int) else f"{value:,g}"
+    return f"decode.{name} = {number} (--{flag}; in train, tune and doctor --clip.{flag})"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -16,6 +16,7 @@ from typing import TypeVar
 
 from kinoray.catalog.quarantine import Refusal, judge
 from kinoray.catalog.table import Reference, read_videos
+from kinoray.config.clip import said_limit
 from kinoray.config.shared import ClipConfig, DecodeConfig
 from kinoray.console import Progress
 from kinoray.errors import AccessDenied, KinorayError, MediaError
@@ -119,7 +120,7 @@ def probe_all(storage: Storage, videos: Sequence[Video], decode: DecodeConfig, n
 
 
 def _over_size(video: Video, decode: DecodeConfig) -> Probed:
-    text = f"{video.size_bytes:,} bytes are more than decode.max_bytes = {decode.max_bytes:,}; it was not read"
+    text = f"{video.size_bytes:,} bytes are more than {said_limit('max_bytes', decode.max_bytes)}; it was not read"
     return Probed(video=video, refusal=Refusal("list", "MediaOverBudget", text))
 
 

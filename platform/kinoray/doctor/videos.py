@@ -26,9 +26,9 @@ _LONG_GOP = 4 * TRANSCODE.gop
 _REMEDIES = {
     "AccessDenied": "grant reading them to the credentials that the jobs will have",
     "ChecksumMismatch": "upload the shard or file again: it is not what was packed",
-    "DecodeTimeout": "cut them, or raise --decode.deadline-s (in train --clip.decode.deadline-s)",
+    "DecodeTimeout": "cut them, or raise the limit that it names",
     "DecoderCrashed": "leave them out; each costs a decoder process, and no other video",
-    "MediaOverBudget": "cut them, or raise the limit that it names (--decode.max-..., in train --clip.decode.max-...)",
+    "MediaOverBudget": "cut them, or raise the limit that it names",
     "NoVideoStream": "leave them out: they hold sound or data only; fetch them again if they were cut",
     "ObjectNotFound": "correct the list, or upload them",
     "UndecodableVideo": "fetch them again, or convert them: their container opens, their pictures do not decode",

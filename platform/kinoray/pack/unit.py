@@ -14,6 +14,7 @@ from typing import Any
 
 from kinoray.catalog.quarantine import QuarantineRow, Refusal, judge
 from kinoray.catalog.read import read_videos
+from kinoray.config.clip import said_limit
 from kinoray.config.shared import DecodeConfig
 from kinoray.errors import (
     AccessDenied,
@@ -302,7 +303,7 @@ class _Packer:
         elif video.key in self._keys:
             self._note(video, "duplicate", note="an earlier file of this clip is packed")
         elif video.size_bytes > max_bytes:  # not even read
-            text = f"{video.size_bytes} bytes are more than decode.max_bytes = {max_bytes}"
+            text = f"{video.size_bytes:,} bytes are more than {said_limit('max_bytes', max_bytes)}"
             self._refuse(video, Refusal("list", "MediaOverBudget", text))
         else:
             return False

@@ -16,6 +16,7 @@ from typing import Any, NoReturn, Self
 import av
 import numpy as np
 
+from kinoray.config.clip import said_limit
 from kinoray.config.shared import DecodeConfig
 from kinoray.errors import (
     EmptyMedia,
@@ -25,8 +26,8 @@ from kinoray.errors import (
     UndecodableVideo,
     UnreadableContainer,
 )
-from kinoray.video.budget import MAX_STREAMS, check_boxes, check_index
-from kinoray.video.plan import PacketTable, comes_evenly, frame_times, jumps_closed
+from kinoray.video.budget import MAX_STREAMS, check_boxes, check_index, empty_at_end, encryption
+from kinoray.video.plan import PacketBits, PacketTable, comes_evenly, frame_times, jumps_closed
 
 __all__ = ["LIBAV_ERRORS", "MAX_COUNT", "Media", "VideoInfo", "check_counts", "check_size_bytes", "media_stage"]
 
@@ -34,6 +35,8 @@ _FORMATS = ("mov", "mp4", "m4a", "3gp", "matroska", "webm", "avi", "mpegts", "mp
 """Containers that hold everything themselves. No playlists, concat lists, image sequences or network protocols."""
 _TIMED_FORMATS = ("mov", "mp4", "matroska", "webm", "mpegts", "mpeg", "flv", "ogg")
 """Containers that store when a frame is shown. AVI and ASF do not: the times that libav makes up there are wrong."""
+_GROUP_CODECS = frozenset(("h264", "hevc", "vp8", "vp9", "av1", "mpeg1video", "mpeg2video", "mpeg4"))
+"""Codecs whose key frames forget all that came before; of others (WMV, H.263) the decoder keeps more than pictures."""
 _MAX_DEMUX_ERRORS = 64
 """Damaged places in the container after which the rest is given up."""
 _MAX_SCALED_PIXELS = 2**25
@@ -135,7 +138,7 @@ def check_size_bytes(size_bytes: int, config: DecodeConfig) -> None:
     if not size_bytes:
         raise EmptyMedia("the file has 0 bytes; fetch it again or drop it from the list")
     if size_bytes > config.max_bytes:
-        raise MediaOverBudget(f"{size_bytes:,} bytes are more than decode.max_bytes = {config.max_bytes:,}")
+        raise MediaOverBudget(f"{size_bytes:,} bytes are more than {said_limit('max_bytes', config.max_bytes)}")
 
 
 def _refuse_io(*_: Any) -> NoReturn:
@@ -164,11 +167,13 @@ class Media:
 
     def __init__(self, data: bytes, config: DecodeConfig, reach: float = 0.0) -> None:
         check_size_bytes(len(data), config)
-        check_boxes(data)
+        self._boxes = check_boxes(data)
         self._data, self._config = data, config
+        self._num_dropped = 0  # empty samples: the frame before stays
         self._container = self._open()
         try:
             self._stream = self._choose_stream()
+            self._check_encryption()
             check_index(self._stream, len(data), config, by_groups=self.decodes_by_groups(), reach=reach)
             with media_stage(UnreadableContainer, "the container's packets cannot be read"):
                 self._packets: list[Any] | None = self._list_packets()
@@ -204,21 +209,52 @@ class Media:
             )
 
     def _choose_stream(self) -> Any:
-        """The video stream with the most pixels that is not a cover picture."""
-        cover = av.stream.Disposition.attached_pic
-        streams = [stream for stream in self._container.streams.video if not stream.disposition & cover]
+        """The video stream that players show: no cover or thumbnails, not a still beside one that moves, the default.
+
+        Where that leaves several, it is libav's own rule (frames, bit rate).
+        """
+        kind = av.stream.Disposition
+        streams = [stream for stream in self._container.streams.video if not stream.disposition & kind.attached_pic]
         if not streams:
             kinds = ", ".join(sorted({stream.type for stream in self._container.streams})) or "no stream at all"
             raise NoVideoStream(f"no video stream: the file holds {kinds}")
         decodable = [stream for stream in streams if stream.codec_context is not None]
         if not decodable:
             raise UndecodableVideo("no decoder for the video stream's codec")
-        best = max(decodable, key=lambda stream: stream.codec_context.width * stream.codec_context.height)
+        best = decodable[0] if len(decodable) == 1 else self._shown_stream(decodable)
         context = best.codec_context
         self.check_size(context.width, context.height)
         context.thread_count, context.thread_type = 1, "NONE"
         context.options = self._codec_options()
         return best
+
+    def _shown_stream(self, streams: list[Any]) -> Any:
+        """Of several; another look at the file counts their packets, since what was read cannot be unread."""
+        counts = {stream.index: 0 for stream in streams}
+        with self._open() as container:
+            for packet in _packets(container, list(counts)):
+                counts[packet.stream_index] += packet.size > 0
+                if min(counts.values()) > 1:
+                    break
+        kind = av.stream.Disposition
+
+        def rank(stream: Any) -> tuple[int, bool]:
+            is_still = counts[stream.index] == 1 or stream.disposition & (kind.still_image | kind.timed_thumbnails)
+            return (0 if not counts[stream.index] else 1 if is_still else 2), bool(stream.disposition & kind.default)
+
+        first = [stream for stream in streams if rank(stream) == max(map(rank, streams))]
+        libavs = self._container.streams.best("video")
+        return next((stream for stream in first if stream.index == libavs.index), first[0])
+
+    def _check_encryption(self) -> None:
+        try:
+            tag = self.context.codec_tag.encode("latin-1")
+        except UnicodeDecodeError as error:  # PyAV takes tags for ASCII
+            tag = error.object
+        place = [stream.index for stream in self._container.streams.video].index(self.stream_index)
+        how = encryption(self._data, self._boxes, self._container.format.name, self._stream.id, place, tag)
+        if how:
+            raise UndecodableVideo(f"the video is encrypted ({how}), and kinoray has no keys; decrypt it first")
 
     def check_size(self, width: int, height: int) -> None:
         """Refuse a frame that is too large.
@@ -228,8 +264,8 @@ class Media:
         """
         if width * height > self._config.max_pixels:
             raise MediaOverBudget(
-                f"{width} x {height} = {width * height:,} pixels are more than decode.max_pixels = "
-                f"{self._config.max_pixels:,}"
+                f"{width} x {height} = {width * height:,} pixels are more than "
+                f"{said_limit('max_pixels', self._config.max_pixels)}"
             )
 
     def check_scaled_size(self, width: int, height: int) -> None:
@@ -253,41 +289,36 @@ class Media:
 
     def _demux(self, container: Any) -> Iterator[Any]:
         """The stream's packets. Reading goes on after a damaged place; one that is cut short at the end is left out."""
-        for other in container.streams:
-            if other.index != self._stream.index:
-                other.discard = av.stream.Discard.all
-        stream = container.streams[self._stream.index]
-        errors, held = 0, None
-        while errors <= _MAX_DEMUX_ERRORS:
-            try:
-                for packet in container.demux(stream):
-                    if not packet.size:  # repeats the last frame, or marks the end
-                        continue
-                    if held is not None:
-                        yield held
-                    held = packet
-                break
-            except MemoryError as cause:
-                raise MediaOverBudget("the container's packets take more memory than there is") from cause
-            except LIBAV_ERRORS:
-                errors += 1
+        held = None
+        for packet in _packets(container, [self.stream_index]):
+            if not packet.size:  # repeats the last frame, or marks the end
+                self._num_dropped += container is self._container and packet.dts is not None
+                continue
+            if held is not None:
+                yield held
+            held = packet
         if held is not None and not held.is_corrupt:
             yield held
 
     def _list_packets(self) -> list[Any] | None:
         """Fill the table; returns the packets themselves where they are small enough to keep."""
         kept: list[Any] | None = [] if len(self._data) <= _KEEP_BYTES else None
-        pts, dts, durations, keyframe, shown = [], [], [], [], []
-        hides = self.codec == "vp8"  # its hidden frames are packets of their own; bit 4 of the first byte says "show"
+        pts, dts, durations, keyframe, shown, second = [], [], [], [], [], []
+        bits = PacketBits(self.codec, self.context.extradata or b"")
         size_bytes = 0
+        has_key = False
         for packet in self._demux(self._container):
             size_bytes += packet.size
             self._check_expansion(size_bytes)
             pts.append(packet.pts)
             dts.append(packet.dts)
             durations.append(packet.duration)
-            keyframe.append(packet.is_keyframe)
-            shown.append(not packet.is_discard and not (hides and not memoryview(packet)[0] & 0x10))
+            content = memoryview(packet)
+            # the first one stays: its settings may lie in the header alone, which a decoder forgets when it is flushed
+            keyframe.append(packet.is_keyframe and (not has_key or bits.begins(content)))
+            has_key |= keyframe[-1]
+            second.append(bits.is_second(content, packet.is_keyframe))
+            shown.append(not packet.is_discard and bits.shows(content))
             if kept is not None:
                 kept.append(packet)
         if not pts:
@@ -303,9 +334,18 @@ class Media:
             )
         for place, packet in enumerate(kept or []):
             self._close_jump(place, packet)
-        self.table = PacketTable(pts, np.array(keyframe), np.array(shown), times_stored=timed)
+        in_order = timed or (self.container == "avi" and self.context.codec.intra_only)  # places in decoding order
+        self.table = PacketTable(
+            pts, np.array(keyframe), np.array(shown), times_stored=in_order, second=np.array(second)
+        )
         if not self.table.num_frames:
             raise UndecodableVideo(f"none of the {len(pts)} video packets carries a frame that is to be shown")
+        if self.container == "avi" and None not in dts:  # libav counts chunks there, and passes over empty ones
+            num_chunks = max(dts) - min(dts) + 1 + empty_at_end(self._data, self.stream_index)
+            if not self._stream.frames or num_chunks <= self._stream.frames + 1:
+                self._num_dropped = max(self._num_dropped, num_chunks - len(dts))
+        for place in np.flatnonzero(second).tolist():  # a frame is over with its second field
+            durations[place - 1] = (durations[place - 1] or 0) + (durations[place] or 0)
         self._times_stored = timed
         if timed:
             self._find_times(pts, durations, shown)
@@ -324,7 +364,7 @@ class Media:
     def _find_times(self, clock: list[int | None], durations: list[int | None], shown: list[bool]) -> None:
         """Set duration_s and frame_times, from the time of the earliest packet on."""
         rate = float(self._stream.average_rate or 0)
-        self.duration_s = self.table.num_frames / rate if rate else 0.0
+        self.duration_s = (self.table.num_frames + self._num_dropped) / rate if rate else 0.0
         self.frame_times = None
         found = frame_times(clock, durations, self.table.shown, self._stream.time_base)
         if found is None:
@@ -334,15 +374,17 @@ class Media:
         zero = min(math.floor(begins[0]), min(earliest, default=end))
         measured_s = max(0.0, float((end - zero) * self._stream.time_base))
         doubt = max(_RATES_AGREE, clock.count(None) / len(clock)) * self.duration_s
-        if not self.table.timed and abs(measured_s - self.duration_s) <= doubt:
+        self._span = (zero, end)
+        if (self.table.timed and self._times_stored) or abs(measured_s - self.duration_s) > doubt:
+            self.duration_s = measured_s
+        elif not self._num_dropped:
             return
-        self.duration_s, self._span = measured_s, (zero, end)
         self._set_times(begins)
 
     def _set_times(self, begins: np.ndarray) -> None:
         """Set frame_times, by the times at which frames begin, in order."""
-        zero, end = self._span
-        times = np.append(begins - zero, end - zero) * float(self._stream.time_base)
+        times = (begins - self._span[0]) * float(self._stream.time_base)
+        times = np.append(times, max(times[-1], self.duration_s))
         self.frame_times = None if comes_evenly(times) else times
 
     def frames_found(self, pts: list[int | None]) -> None:
@@ -363,13 +405,18 @@ class Media:
     def _check_duration(self) -> None:
         if self.duration_s > self._config.max_duration_s:
             raise MediaOverBudget(
-                f"{self.duration_s:,.1f} s are more than decode.max_duration_s = {self._config.max_duration_s:,g}"
+                f"{self.duration_s:,.1f} s are more than {said_limit('max_duration_s', self._config.max_duration_s)}"
             )
 
     @property
     def stream_index(self) -> int:
         """Number of the chosen stream in the container."""
         return int(self._stream.index)
+
+    @property
+    def is_only_stream(self) -> bool:
+        """Whether there are no other pictures in the container, not even a cover."""
+        return len(self._container.streams.video) == 1
 
     @property
     def context(self) -> Any:
@@ -391,16 +438,24 @@ class Media:
         """Frames that the header promises, without those that an edit list hides; None where it makes no promise.
 
         It is compared with what is there, and never used for anything else; it may be a lie, and is cut to MAX_COUNT.
-        MP4, MOV and AVI store a count. Matroska stores the track's duration, taken at the rate of the packets: frames
-        lost from its middle are not noticed. MPEG-TS stores nothing.
+        MP4 and MOV list the samples, AVI stores a count. Matroska stores the track's end (or length, by some writers):
+        it promises frames only where they end earlier than both, by more than the longest frame; frames lost from its
+        middle are not noticed. MPEG-TS stores nothing, and nor does the index at the front of an MP4 in fragments.
         """
-        if self._stream.frames:
-            hidden = self.table.num_packets - self.table.num_frames
-            return min(max(0, int(self._stream.frames) - hidden), MAX_COUNT)
-        claimed_s = _seconds(self._stream.metadata.get("DURATION", ""))
-        if claimed_s is None or self.duration_s <= 0:
+        if self._boxes.is_fragmented:
             return None
-        return round(min(self.table.num_frames * claimed_s / self.duration_s, MAX_COUNT))
+        unseen = self.table.num_packets - self.table.num_frames
+        listed = len(self._stream.index_entries) if self.container == "mov/mp4" else 0
+        if listed or self._stream.frames:
+            return min(max(0, (listed or int(self._stream.frames)) - unseen - self._num_dropped), MAX_COUNT)
+        claimed_s = _seconds(self._stream.metadata.get("DURATION", ""))
+        first, end = (float(time * self._stream.time_base) for time in self._span)
+        if claimed_s is None or end <= first:
+            return None
+        missing_s = claimed_s - max(end, end - first)
+        if missing_s <= float(self.table.longest_step * self._stream.time_base):
+            return self.table.num_frames
+        return round(min(self.table.num_frames * (1 + missing_s / (end - first)), MAX_COUNT))
 
     def packets(self, begin: int, end: int) -> Iterator[tuple[int, Any]]:
         """(place, packet) for the places begin .. end - 1 of the table."""
@@ -417,7 +472,7 @@ class Media:
 
     def decodes_by_groups(self) -> bool:
         """Whether decoding may begin at any key frame with the certainty that frames come out exactly."""
-        return self.codec in ("h264", "hevc")
+        return self.codec in _GROUP_CODECS or self.context.codec.intra_only
 
     def leaves_out_exactly(self) -> bool:
         """Whether frames that nobody refers to can be left out, packet by packet, and all others stay exact.
@@ -426,6 +481,22 @@ class Media:
         frames that only a higher layer refers to for frames that nobody refers to.
         """
         return self.codec == "h264" or (self.codec == "hevc" and _hevc_layers(self.context.extradata or b"") == 1)
+
+
+def _packets(container: Any, indices: list[int]) -> Iterator[Any]:
+    """The packets of these streams; reading goes on after a damaged place."""
+    for stream in container.streams:
+        if stream.index not in indices:
+            stream.discard = av.stream.Discard.all
+    errors = 0
+    while errors <= _MAX_DEMUX_ERRORS:
+        try:
+            yield from container.demux([container.streams[index] for index in indices])
+            return
+        except MemoryError as cause:
+            raise MediaOverBudget("the container's packets take more memory than there is") from cause
+        except LIBAV_ERRORS:
+            errors += 1
 
 
 def _hevc_layers(extradata: bytes) -> int:

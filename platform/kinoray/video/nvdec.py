@@ -124,6 +124,8 @@ def _check_certain(video: PyavVideo) -> None:
         raise NotForNvdec("times", "its packets have no times that tell frames apart")
     if video.table.num_headless or video.num_frames != video.table.num_frames:
         raise NotForNvdec("damage", "it does not begin with a key frame")
+    if video.table.halved:
+        raise NotForNvdec("count", "its frames are spread over two packets, a field in each")
     if video.container == "mpegts":
         raise NotForNvdec("container", "torchcodec seeks to wrong places in MPEG-TS")
     if video.rotation:

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from av.video.reformatter import Interpolation, VideoReformatter
 
+from kinoray.config.clip import said_limit
 from kinoray.config.shared import DecodeConfig
 from kinoray.errors import MediaOverBudget, UndecodableVideo
 from kinoray.video.budget import check_memory
@@ -22,6 +23,8 @@ from kinoray.video.plan import FrameSink, Reading, Run
 __all__ = ["PyavVideo"]
 
 _MAX_RATE = 1000
+_MAX_DAMAGED = 0.9  # of the decoded frames; more, and the others are chance
+_DAMAGED = "{} frames are damaged; the file is damaged, or encrypted though its container does not say so"
 # Without ACCURATE_RND, 4:2:0 frames that already have the target size take a short cut to RGB: black columns at the
 # right of some widths (340), and blocky colours. At any other size it changes no bit and costs nothing.
 _TO_RGB = Interpolation.BILINEAR | Interpolation.ACCURATE_RND
@@ -39,6 +42,10 @@ class _Tally:
     corrupt: set[int] = field(default_factory=set)
     refused: list[int] = field(default_factory=list)
     kept: set[int] = field(default_factory=set)
+
+    @property
+    def num_whole(self) -> int:
+        return self.decoded - len(self.corrupt)
 
 
 class PyavVideo(Media):
@@ -108,7 +115,7 @@ class PyavVideo(Media):
         sink may have gaps: choose frames again from that many.
 
         Raises:
-            UndecodableVideo: no frame at all comes out, or it cannot be converted.
+            UndecodableVideo: no frame at all comes out, all wanted ones are damaged, or one cannot be converted.
             MediaOverBudget: more packets than decode.max_frames would have to be decoded, or a frame is too large.
         """
         if self._timed:
@@ -140,6 +147,7 @@ class PyavVideo(Media):
                 raise UndecodableVideo(self._no_frame(second))
             self._put(index, stand_ins[index], sink)
         corrupt = second.corrupt | missing | {int(self.table.frame_of[place]) for place in second.refused}
+        self._check_whole_enough(wanted, corrupt - {-1}, second.num_whole)
         return Reading(first.decoded + second.decoded, len(corrupt - {-1}) + self.table.num_headless)
 
     def _collect(
@@ -184,17 +192,29 @@ class PyavVideo(Media):
             if index in wanted_set:
                 self._put(index, frame, sink)
             if index >= wanted[-1]:
+                self._check_whole_enough(wanted, tally.corrupt, tally.num_whole)
                 return Reading(tally.decoded, len(tally.corrupt) + len(tally.refused))
         if not tally.decoded:
             raise UndecodableVideo(self._no_frame(tally))
+        self._check_whole_enough(wanted[wanted < tally.decoded], tally.corrupt, tally.num_whole)
         self.num_frames = tally.decoded
         self.frames_found(shown)
         return Reading(tally.decoded, len(tally.corrupt) + len(tally.refused))
+
+    def _check_whole_enough(self, wanted: np.ndarray, corrupt: set[int], num_whole: int) -> None:
+        """Refuse what shows nothing of the video: noise decodes now and then without an error."""
+        if len(wanted) and corrupt.issuperset(wanted.tolist()):
+            raise UndecodableVideo(_DAMAGED.format(f"all {len(wanted)} wanted"))
+        num_frames = num_whole + len(corrupt)
+        if len(corrupt) > _MAX_DAMAGED * num_frames:
+            raise UndecodableVideo(_DAMAGED.format(f"{len(corrupt):,} of {num_frames:,} decoded"))
 
     @property
     def frame_rate(self) -> Fraction:
         """Mean frames per second, as the container claims; 25 where it claims nothing usable."""
         claimed = self._stream.average_rate or self._stream.base_rate
+        if self.table.halved and self._timed and self.duration_s:  # libav counts packets there
+            claimed = Fraction(self.table.num_frames / self.duration_s).limit_denominator(1001)
         return Fraction(claimed) if claimed and 0 < claimed <= _MAX_RATE else Fraction(25)
 
     @property
@@ -206,18 +226,21 @@ class PyavVideo(Media):
         """Every frame that is shown, in order, as libav gives it; frames that do not decode are left out.
 
         Raises:
-            UndecodableVideo: no frame comes out.
+            UndecodableVideo: no frame comes out, or (at the end) hardly one was whole.
             MediaOverBudget: more packets than decode.max_frames, or a frame is too large.
         """
         whole = [Run(0, self.table.num_packets)]
         self.check_frames(whole)
         index_of_time = self.table.index_of_time() if self._timed else {}
         tally = _Tally()
-        for frame in self._frames(whole, None, tally):
+        for number, frame in enumerate(self._frames(whole, None, tally)):
+            if frame.is_corrupt:
+                tally.corrupt.add(number)
             if index_of_time.get(frame.pts, 0) >= 0:
                 yield frame
         if not tally.decoded:
             raise UndecodableVideo(self._no_frame(tally))
+        self._check_whole_enough(np.arange(0), tally.corrupt, tally.num_whole)
 
     def check_frames(self, runs: list[Run]) -> None:
         """Refuse a plan before it is carried out.
@@ -225,10 +248,10 @@ class PyavVideo(Media):
         Raises:
             MediaOverBudget: it sends more packets to the decoder than decode.max_frames.
         """
-        packets = sum(run.end - run.begin for run in runs)
-        if packets > self._config.max_frames:
+        num_frames = self.table.num_to_decode(runs)
+        if num_frames > self._config.max_frames:
             raise MediaOverBudget(
-                f"{packets:,} frames to decode are more than decode.max_frames = {self._config.max_frames:,}"
+                f"{num_frames:,} frames to decode are more than {said_limit('max_frames', self._config.max_frames)}"
             )
 
     def _frames(self, runs: list[Run], leave_out: np.ndarray | None, tally: _Tally) -> Iterator[Any]:

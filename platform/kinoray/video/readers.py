@@ -73,6 +73,11 @@ def read_frames(data: bytes, video: PyavVideo, wanted: np.ndarray, sink: FrameSi
     if config.device == "cuda":
         require_nvdec()
         return read_on_device(data, video, wanted, sink, "cuda")
+    if config.backend != "pyav" and video.table.halved:
+        text = f"its frames are spread over two packets, a field in each, and {config.backend} counts packets"
+        raise UndecodableVideo(f"{text}; use decode.backend=pyav")
+    if config.backend == "decord" and not video.is_only_stream:
+        raise UndecodableVideo("it has several video streams, of which decord takes its own; use decode.backend=pyav")
     if config.backend == "decord":
         return _read_with_decord(data, video, wanted, sink)
     if config.backend == "torchcodec":

@@ -28,6 +28,7 @@ from typing import Any
 import numpy as np
 
 from kinoray import errors
+from kinoray.config.clip import said_limit
 from kinoray.config.shared import DecodeConfig
 from kinoray.errors import ConfigError, DecoderCrashed, DecoderStartFailed, DecodeTimeout, MediaError, MediaOverBudget
 from kinoray.storage.records import parse_json
@@ -246,7 +247,7 @@ class DecoderProcess:
             message = self._receive(deadline)
         except TimeoutError as error:
             times = f" x {patience}" if patience > 1 else ""
-            text = f"no answer from the decoder within decode.deadline_s = {config.deadline_s:g}{times}"
+            text = f"no answer from the decoder within {said_limit('deadline_s', config.deadline_s)}{times}"
             raise DecoderLost(DecodeTimeout(text)) from error
         except ConnectionError:
             message = b""
@@ -363,7 +364,7 @@ def _error_of(fields: dict[str, Any], config: DecodeConfig) -> Exception | None:
         return None
     kind, text = str(fields["error"]), str(fields["text"])
     if kind == "memory":
-        reason = f"decoding takes more address space than decode.max_memory_mb = {config.max_memory_mb}"
+        reason = f"decoding takes more address space than {said_limit('max_memory_mb', config.max_memory_mb)}"
         return DecoderLost(MediaOverBudget(reason))
     if kind == "unexpected":
         return DecoderCrashed(f"the decoder failed unexpectedly: {text}")
