@@ -345,7 +345,9 @@ class Media:
             if not self._stream.frames or num_chunks <= self._stream.frames + 1:
                 self._num_dropped = max(self._num_dropped, num_chunks - len(dts))
         for place in np.flatnonzero(second).tolist():  # a frame is over with its second field
-            durations[place - 1] = (durations[place - 1] or 0) + (durations[place] or 0)
+            own, other = pts[place - 1], pts[place]
+            if own is not None and other is not None:
+                durations[place - 1] = max(durations[place - 1] or 0, other - own + (durations[place] or 0))
         self._times_stored = timed
         if timed:
             self._find_times(pts, durations, shown)
