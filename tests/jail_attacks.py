@@ -288,6 +288,7 @@ def true_answer(space: child.OutputSpace, clip: ClipConfig) -> dict[str, Any]:
         partners=None,
         indices=(np.arange(count).reshape(shape),),
         windows=np.array([[0, 30]]),
+        window_times=np.array([[0.0, 1.0]]),
         first_window=0,
         num_windows=1,
         mirrored=False,
@@ -337,6 +338,7 @@ def lie(space: child.OutputSpace, data: bytes, arguments: dict[str, Any]) -> dic
         "a turn": (frames["info"], "rotation", 12345),
         "an odd codec": (frames["info"], "codec", "\x1b[31mhi"),
         "windows elsewhere": (arrays, "frames.windows", [arrays["frames.frames"][0], "<i8", [1, 2]]),
+        "windows before the video": (arrays, "frames.window_times", [arrays["frames.frames"][0], "<f8", [1, 2]]),
         "infinite count": (frames, "num_frames", float("inf")),
     }
     if what == "size":

@@ -346,6 +346,16 @@ def test_clips_lie_over_each_window_of_a_long_video(long_video: bytes) -> None:
     assert found.indices[0][:, 0, 0].tolist() == [0, 480, 720]
 
 
+def test_each_window_of_an_uneven_video_has_its_own_rate() -> None:
+    """2 s at 6 fps, then 2 s at 24 fps: a published sampler would count each as a video of that rate."""
+    data = make_video(moving(60, 32, 32), fps=24, pts=[*range(0, 48, 4), *range(48, 96)])
+    sample = dense(4, 2, fps=12.0, placement="torchvision")
+    views = ViewsConfig(windows=WindowsConfig(length_s=2.0, stride_s=2.0))
+    found = decode(data, Views(views=views), ClipConfig(sample=sample, view=SMALL).without_flow())
+    expected = [dense_indices(12, 6.0, sample), 12 + dense_indices(48, 24.0, sample)]
+    assert found.indices[0].tolist() == np.concatenate(expected).tolist()
+
+
 @pytest.mark.parametrize("fps", [Fraction(25), Fraction(30000, 1001)])
 def test_a_rate_of_25_counts_as_25_and_not_as_what_its_packets_last(fps: Fraction) -> None:
     """At its own rate a video keeps every frame: at 24.9999 instead of 25 each would be the one before."""

@@ -305,6 +305,7 @@ MORE_LIES = (
     "a turn",
     "an odd codec",
     "windows elsewhere",
+    "windows before the video",
 )
 
 

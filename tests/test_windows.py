@@ -196,6 +196,21 @@ def test_windows_that_are_read_in_parts_are_all_there(library: Path, tmp_path: P
     assert counts == [*range(3), *range(12), *range(17)]
 
 
+def test_rows_of_windows_say_when_they_are_shown(tmp_path: Path) -> None:
+    """A screen recording (1 s at 3 fps, then 1 s at 30), and two parts of a transport stream an hour apart."""
+    folder = tmp_path / "videos"
+    folder.mkdir()
+    (folder / "a.mp4").write_bytes(make_video(moving(33), fps=30, pts=[0, 10, 20, *range(30, 60)]))
+    parts = [make_video(moving(30), fps=30, pts=range(begin, begin + 30), container="mpegts") for begin in (0, 108_000)]
+    (folder / "b.ts").write_bytes(b"".join(parts))
+    windows = WindowsConfig(length_s=1, stride_s=1)
+    ledger = labelled(folder, tmp_path, CLIP, ViewsConfig(windows=windows), batch_size=1)
+    rows = read_windows(LOCAL, ledger.root).to_pylist()
+    assert [(row["video_id"], row["begin_s"], row["end_s"]) for row in rows] == [
+        (video, begin_s, begin_s + 1) for video in ("a", "b") for begin_s in (0, 1)
+    ]
+
+
 def test_a_table_without_windows_says_so(library: Path, tmp_path: Path) -> None:
     ledger = labelled(library, tmp_path, CLIP, ViewsConfig())
     with pytest.raises(ObjectNotFound, match="was labelled without windows; label with --window-s"):

@@ -126,8 +126,7 @@ class Outcome:
         if max(self.frames_decoded, self.frames_corrupt) > MAX_COUNT:
             raise DecoderCrashed(f"its decoder counts {self.frames_decoded:,} frames, {self.frames_corrupt:,} corrupt")
         self.duration_s = part.info.duration_s
-        rate = part.info.fps or 1.0
-        self.windows += [_Window(begin / rate, end / rate) for begin, end in part.windows.tolist()]
+        self.windows += [_Window(begin_s, end_s) for begin_s, end_s in part.window_times.tolist()]
 
 
 class _Place(NamedTuple):

@@ -30,6 +30,7 @@ _SHAPES = {
     "flow": ("int8", "C U 2 H W"),
     "partners": ("uint8", "C U 1 H W"),
     "windows": ("int64", "N 2"),
+    "window_times": ("float64", "N 2"),
 }
 
 
@@ -80,6 +81,8 @@ class Frames:
     frames of each clip; of the temporal views window by window."""
     windows: np.ndarray
     """int64 [N, 2]: the windows that are here, first frame and the frame after the last. A short video is one."""
+    window_times: np.ndarray
+    """float64 [N, 2]: when they begin and end, in seconds from the video's beginning."""
     first_window: int
     """Place of the first of them among all windows of the video."""
     num_windows: int
@@ -113,6 +116,9 @@ class Frames:
             )
         if not (self.windows >= 0).all() or not (self.windows <= self.num_frames).all():
             raise ValueError(f"windows {self.windows.tolist()!s:.80} of a video of {self.num_frames} frames")
+        begins, ends = self.window_times.T
+        if not (np.isfinite(ends) & (begins >= 0) & (begins <= ends)).all():
+            raise ValueError(f"windows at {self.window_times.tolist()!s:.80} s")
         if not 0 <= self.first_window < self.first_window + len(self.windows) <= self.num_windows:
             raise ValueError(
                 f"{len(self.windows)} windows from window {self.first_window} on, expected at least one, of "
@@ -239,6 +245,7 @@ def decode(data: bytes, request: Request, clip: ClipConfig, *, empty: Empty = ne
             partners=arrays.get("partners"),
             indices=chosen.indices,
             windows=chosen.windows,
+            window_times=chosen.window_times,
             first_window=request.first_window,
             num_windows=chosen.num_windows,
             mirrored=request.mirrored,
@@ -253,7 +260,11 @@ def decode(data: bytes, request: Request, clip: ClipConfig, *, empty: Empty = ne
 def _rate(video: PyavVideo) -> Rate:
     measured = video.num_frames / video.duration_s if video.duration_s > 0 else 0.0
     claimed = float(video.frame_rate)
-    return Rate(measured=measured, claimed=claimed if abs(claimed - measured) <= _RATES_AGREE * measured else measured)
+    return Rate(
+        measured=measured,
+        claimed=claimed if abs(claimed - measured) <= _RATES_AGREE * measured else measured,
+        times=video.frame_times,
+    )
 
 
 def check_answer(frames: Frames, request: Request, clip: ClipConfig) -> None:

@@ -27,7 +27,7 @@ from kinoray.errors import (
     UnreadableContainer,
 )
 from kinoray.video.budget import MAX_STREAMS, check_boxes, check_index, empty_at_end, encryption
-from kinoray.video.plan import PacketBits, PacketTable
+from kinoray.video.plan import PacketBits, PacketTable, comes_evenly, frame_times, jumps_closed
 
 __all__ = ["LIBAV_ERRORS", "MAX_COUNT", "Media", "VideoInfo", "check_counts", "check_size_bytes", "media_stage"]
 
@@ -49,6 +49,7 @@ _KEEP_BYTES = 64 * 2**20
 MAX_COUNT = 2**31 - 1
 """The largest count that is believed: tables hold 32 bits."""
 _FPS = (1e-9, 1e12)
+_RATES_AGREE = 0.01  # share of the duration by the frame rate that times which do not tell frames apart may differ by
 _WORD = re.compile(r"[\w+./-]{0,64}", re.ASCII)
 
 LIBAV_ERRORS = (av.FFmpegError, OSError, ValueError, LookupError, MemoryError, ArithmeticError, RuntimeError)
@@ -156,6 +157,13 @@ class Media:
 
     table: PacketTable
     """The packets, and which frame each one carries."""
+    duration_s: float
+    """From the first frame's start to the last frame's end by the packets; by the frame rate where they lie."""
+    frame_times: np.ndarray | None
+    """float64 [F + 1]: seconds from the first packet's time to when each frame is shown, and to when the last one is
+    over. None where frames come evenly, as far as anything says: then num_frames / duration_s tells it all."""
+    _offsets: np.ndarray | None = None  # int64 [P]: closes the jumps of the packets' clock
+    _span = (0, 0)  # when the first packet is shown and the last one is over; nothing if it is not known
 
     def __init__(self, data: bytes, config: DecodeConfig, reach: float = 0.0) -> None:
         check_size_bytes(len(data), config)
@@ -295,40 +303,98 @@ class Media:
     def _list_packets(self) -> list[Any] | None:
         """Fill the table; returns the packets themselves where they are small enough to keep."""
         kept: list[Any] | None = [] if len(self._data) <= _KEEP_BYTES else None
-        pts, keyframe, shown, second, places = [], [], [], [], []
+        pts, dts, durations, keyframe, shown, second = [], [], [], [], [], []
         bits = PacketBits(self.codec, self.context.extradata or b"")
-        first: int | None = None
-        end = size_bytes = 0
+        size_bytes = 0
         has_key = False
         for packet in self._demux(self._container):
             size_bytes += packet.size
             self._check_expansion(size_bytes)
             pts.append(packet.pts)
+            dts.append(packet.dts)
+            durations.append(packet.duration)
             content = memoryview(packet)
             # the first one stays: its settings may lie in the header alone, which a decoder forgets when it is flushed
             keyframe.append(packet.is_keyframe and (not has_key or bits.begins(content)))
             has_key |= keyframe[-1]
             second.append(bits.is_second(content, packet.is_keyframe))
             shown.append(not packet.is_discard and bits.shows(content))
-            places.append(packet.dts)
-            if packet.pts is not None and shown[-1]:
-                first = packet.pts if first is None else min(first, packet.pts)
-                end = max(end, packet.pts + (packet.duration or 0))
             if kept is not None:
                 kept.append(packet)
         if not pts:
             raise UndecodableVideo("the container opens, but holds no packet of the video stream")
         timed = any(name in _TIMED_FORMATS for name in self._container.format.name.split(","))
-        timed |= self.container == "avi" and self.context.codec.intra_only  # its times are places in decoding order
-        self.table = PacketTable(pts, np.array(keyframe), np.array(shown), times_stored=timed, second=np.array(second))
+        if timed:
+            ahead = bool(self._container.format.flags & av.format.Flags.ts_discont.value)
+            self._offsets = jumps_closed(pts, dts, durations, keyframe, self._stream.time_base, ahead=ahead)
+        if self._offsets is not None:
+            by = self._offsets.tolist()
+            pts, dts = (
+                [None if at is None else at + more for at, more in zip(clock, by, strict=True)] for clock in (pts, dts)
+            )
+        for place, packet in enumerate(kept or []):
+            self._close_jump(place, packet)
+        in_order = timed or (self.container == "avi" and self.context.codec.intra_only)  # places in decoding order
+        self.table = PacketTable(
+            pts, np.array(keyframe), np.array(shown), times_stored=in_order, second=np.array(second)
+        )
         if not self.table.num_frames:
             raise UndecodableVideo(f"none of the {len(pts)} video packets carries a frame that is to be shown")
-        self._span = (first or 0, end)
-        if self.container == "avi" and None not in places:  # libav counts chunks there, and passes over empty ones
-            num_chunks = max(places) - min(places) + 1 + empty_at_end(self._data, self.stream_index)
+        if self.container == "avi" and None not in dts:  # libav counts chunks there, and passes over empty ones
+            num_chunks = max(dts) - min(dts) + 1 + empty_at_end(self._data, self.stream_index)
             if not self._stream.frames or num_chunks <= self._stream.frames + 1:
-                self._num_dropped = max(self._num_dropped, num_chunks - len(places))
+                self._num_dropped = max(self._num_dropped, num_chunks - len(dts))
+        for place in np.flatnonzero(second).tolist():  # a frame is over with its second field
+            own, other = pts[place - 1], pts[place]
+            if own is not None and other is not None:
+                durations[place - 1] = max(durations[place - 1] or 0, other - own + (durations[place] or 0))
+        self._times_stored = timed
+        if timed:
+            self._find_times(pts, durations, shown)
+        else:  # decoding times count the empty chunks of an AVI, which repeat a frame, and durations do not
+            self._find_times(dts, [None] * len(dts), shown)
         return kept
+
+    def _close_jump(self, place: int, packet: Any) -> None:
+        """Bring a packet's times to the clock of the table: what comes out of the decoder is found by them."""
+        if self._offsets is None:
+            return
+        offset = int(self._offsets[place])
+        packet.pts = None if packet.pts is None else packet.pts + offset
+        packet.dts = None if packet.dts is None else packet.dts + offset
+
+    def _find_times(self, clock: list[int | None], durations: list[int | None], shown: list[bool]) -> None:
+        """Set duration_s and frame_times, from the time of the earliest packet on."""
+        rate = float(self._stream.average_rate or 0)
+        self.duration_s = (self.table.num_frames + self._num_dropped) / rate if rate else 0.0
+        self.frame_times = None
+        found = frame_times(clock, durations, self.table.shown, self._stream.time_base)
+        if found is None:
+            return
+        begins, end = found
+        earliest = (at for at, is_shown in zip(clock, shown, strict=True) if is_shown and at is not None)
+        zero = min(math.floor(begins[0]), min(earliest, default=end))
+        measured_s = max(0.0, float((end - zero) * self._stream.time_base))
+        doubt = max(_RATES_AGREE, clock.count(None) / len(clock)) * self.duration_s
+        self._span = (zero, end)
+        if (self.table.timed and self._times_stored) or abs(measured_s - self.duration_s) > doubt:
+            self.duration_s = measured_s
+        elif not self._num_dropped:
+            return
+        self._set_times(begins)
+
+    def _set_times(self, begins: np.ndarray) -> None:
+        """Set frame_times, by the times at which frames begin, in order."""
+        times = (begins - self._span[0]) * float(self._stream.time_base)
+        times = np.append(times, max(times[-1], self.duration_s))
+        self.frame_times = None if comes_evenly(times) else times
+
+    def frames_found(self, pts: list[int | None]) -> None:
+        """Set frame_times by what came out of the decoder, where that is less than the packets promise."""
+        known = sorted(at for at in pts if at is not None)
+        self.frame_times = None
+        if self._span[1] and self._times_stored and len(known) == len(pts):
+            self._set_times(np.array(known, np.float64))
 
     def _check_expansion(self, size_bytes: int) -> None:
         limit = _MAX_EXPANSION * len(self._data) + 2**20
@@ -370,15 +436,6 @@ class Media:
         return "/".join(str(self._container.format.name).split(",")[:2])
 
     @property
-    def duration_s(self) -> float:
-        """From the first frame's start to the last frame's end by the packets; by the frame rate where they lie."""
-        if self.table.timed and self.container != "avi":
-            first, end = self._span
-            return max(0.0, float((end - first) * self._stream.time_base))
-        rate = float(self._stream.average_rate or 0)
-        return (self.table.num_frames + self._num_dropped) / rate if rate else 0.0
-
-    @property
     def claimed_frames(self) -> int | None:
         """Frames that the header promises, without those that an edit list hides; None where it makes no promise.
 
@@ -414,6 +471,7 @@ class Media:
                 if place >= end:
                     break
                 if place >= begin:
+                    self._close_jump(place, packet)
                     yield place, packet
 
     def decodes_by_groups(self) -> bool:

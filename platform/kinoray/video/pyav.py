@@ -182,12 +182,13 @@ class PyavVideo(Media):
 
     def _read_by_count(self, wanted: np.ndarray, sink: FrameSink) -> Reading:
         """For times that tell nothing: the k-th frame out of the decoder is frame k."""
-        tally = _Tally()
+        tally, shown = _Tally(), []
         wanted_set = set(wanted.tolist())
         self.check_frames([Run(0, int(wanted[-1]) + 1)])
         for index, frame in enumerate(self._frames([Run(0, self.table.num_packets)], None, tally)):
             if frame.is_corrupt:
                 tally.corrupt.add(index)
+            shown.append(frame.pts)
             if index in wanted_set:
                 self._put(index, frame, sink)
             if index >= wanted[-1]:
@@ -197,6 +198,7 @@ class PyavVideo(Media):
             raise UndecodableVideo(self._no_frame(tally))
         self._check_whole_enough(wanted[wanted < tally.decoded], tally.corrupt, tally.num_whole)
         self.num_frames = tally.decoded
+        self.frames_found(shown)
         return Reading(tally.decoded, len(tally.corrupt) + len(tally.refused))
 
     def _check_whole_enough(self, wanted: np.ndarray, corrupt: set[int], num_whole: int) -> None:

@@ -10,11 +10,11 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from kinoray.config.scoring import NUM_CROPS, ViewsConfig
+from kinoray.config.scoring import NUM_CROPS, ViewsConfig, WindowsConfig
 from kinoray.config.shared import ClipConfig, SampleConfig
 from kinoray.errors import UndecodableVideo
 from kinoray.video.dense import dense_reach
-from kinoray.video.sample import clip_indices, cut_windows, segment_indices, window_indices
+from kinoray.video.sample import clip_indices, cut_by_time, cut_windows, segment_indices, window_indices
 from kinoray.video.transform import Cut, WholeFrame, crop_views, test_view, train_view
 
 __all__ = ["Choice", "Rate", "Request", "Sampled", "Thumbnails", "Views"]
@@ -24,13 +24,15 @@ _WINDOWS_BYTES = 256 * 2**20
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Rate:
-    """Frames a second of a video; 0 where nothing says."""
+    """Frames a second of a video, 0 where nothing says; and their times where they do not come evenly."""
 
     measured: float
-    """Frames by their duration: what windows are cut by."""
+    """Frames by their duration: what windows are cut by, if frames come evenly."""
     claimed: float
     """As the container has it (25, 30000/1001) where that is near what was measured: published samplers count by it,
     and a rate of 24.9999 would give them another frame than 25."""
+    times: np.ndarray | None = None
+    """float64 [F + 1]: when each frame begins, and when the last one is over, in seconds; None if they come evenly."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,6 +41,7 @@ class Choice:
 
     indices: tuple[np.ndarray, ...]
     windows: np.ndarray
+    window_times: np.ndarray
     num_windows: int = 1
 
 
@@ -75,7 +78,8 @@ class Sampled:
             if self.rng is not None:
                 self.rng.bit_generator.state = state
             indices.append(clip_indices(num_frames, rate.claimed, sample, self.rng)[None])
-        return Choice(indices=tuple(indices), windows=cut_windows(num_frames, rate.measured, None))
+        windows, times = _cut(num_frames, rate, None)
+        return Choice(indices=tuple(indices), windows=windows, window_times=times)
 
     def cuts(self, clip: ClipConfig, width: int, height: int) -> Sequence[Cut]:
         """Which parts of a frame that is shown as width x height."""
@@ -119,16 +123,19 @@ class Views:
 
     def choose(self, num_frames: int, rate: Rate, clip: ClipConfig) -> Choice:
         """See Sampled."""
-        every = cut_windows(num_frames, rate.measured, self.views.windows)
+        every, times = _cut(num_frames, rate, self.views.windows)
         if self.first_window >= len(every):
             raise UndecodableVideo(
                 f"window {self.first_window} is gone: {num_frames} frames, fewer than before, make {len(every)} windows"
             )
         frames_a_window = clip.sample.num_frames * self.views.num_views
         at_once = max(1, _WINDOWS_BYTES // (frames_a_window * clip.frame_bytes))
-        windows = every[self.first_window : self.first_window + at_once]
-        indices = window_indices(windows, rate.claimed, clip.sample, self.views)
-        return Choice(indices=(indices,), windows=windows, num_windows=len(every))
+        here = slice(self.first_window, self.first_window + at_once)
+        rates = np.full(len(every), rate.claimed)
+        if rate.times is not None and len(every) > 1:  # each is a video of its own
+            rates = np.diff(every)[:, 0] / np.diff(times)[:, 0]
+        indices = window_indices(every[here], rates[here].tolist(), clip.sample, self.views)
+        return Choice(indices=(indices,), windows=every[here], window_times=times[here], num_windows=len(every))
 
     def cuts(self, clip: ClipConfig, width: int, height: int) -> Sequence[Cut]:
         """See Sampled."""
@@ -165,8 +172,9 @@ class Thumbnails:
 
     def choose(self, num_frames: int, rate: Rate, clip: ClipConfig) -> Choice:
         """See Sampled."""
+        windows, times = _cut(num_frames, rate, None)
         indices = segment_indices(num_frames, clip.sample)[None]
-        return Choice(indices=(indices,), windows=cut_windows(num_frames, rate.measured, None))
+        return Choice(indices=(indices,), windows=windows, window_times=times)
 
     def cuts(self, clip: ClipConfig, width: int, height: int) -> Sequence[Cut]:
         """See Sampled."""
@@ -182,6 +190,14 @@ class Thumbnails:
 
 
 Request = Sampled | Views | Thumbnails
+
+
+def _cut(num_frames: int, rate: Rate, config: WindowsConfig | None) -> tuple[np.ndarray, np.ndarray]:
+    """All windows: int64 [W, 2], frames; float64 [W, 2], seconds."""
+    if rate.times is not None and config is not None:
+        return cut_by_time(rate.times, config)
+    windows = cut_windows(num_frames, rate.measured, config)
+    return windows, windows / (rate.measured or 1.0)
 
 
 def _reach(sample: SampleConfig, num_views: int = 1, *, placed: bool = False, drawn: bool = False) -> float:

@@ -8,10 +8,12 @@ among those that a multiple of the slots draws, and the generator is left alike.
 need almost the same frames, decoded once (see kinoray.video.cache). Easy to break: draw nothing that depends on S or T.
 
 Dense clips are in dense.py. Long videos are cut into windows: every frame of the video is in one, and all windows of a
-video are equally long.
+video are equally long: of as many frames where frames come evenly, and else of as many seconds.
 """
 
 import hashlib
+import math
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -19,7 +21,18 @@ from kinoray.config.scoring import ViewsConfig, WindowsConfig
 from kinoray.config.shared import SampleConfig
 from kinoray.video.dense import dense_indices
 
-__all__ = ["clip_indices", "clip_rng", "cut_windows", "segment_indices", "view_indices", "window_indices"]
+__all__ = [
+    "clip_indices",
+    "clip_rng",
+    "cut_by_time",
+    "cut_windows",
+    "segment_indices",
+    "view_indices",
+    "window_indices",
+]
+
+_SLACK = (0.5, 0.1)  # share of a mean frame, and of a window, by which the last window may be longer than the others
+_EPSILON_S = 1e-6
 
 
 def clip_indices(
@@ -102,13 +115,45 @@ def cut_windows(num_frames: int, fps: float, config: WindowsConfig | None) -> np
     return np.stack([starts, starts + length], axis=1)
 
 
-def window_indices(windows: np.ndarray, fps: float, sample: SampleConfig, views: ViewsConfig) -> np.ndarray:
+def cut_by_time(times: np.ndarray, config: WindowsConfig) -> tuple[np.ndarray, np.ndarray]:
+    """Windows as `cut_windows` has them, of a video whose frames do not come evenly, and when they begin and end.
+
+    A window has the frames that begin within its seconds; and the one that is shown when it begins, if that stays for
+    half of the window or longer.
+
+    Args:
+        times: float64 [F + 1], when each frame begins and when the last one is over.
+
+    Returns:
+        int64 [W, 2] and float64 [W, 2], in seconds.
+    """
+    end_s = float(times[-1])
+    share, most = _SLACK
+    slack_s = min(share * end_s / (len(times) - 1), most * config.length_s)
+    count = max(0, math.ceil((end_s - config.length_s - slack_s) / config.stride_s))
+    begins = config.stride_s * np.arange(count + 1)
+    if begins[-1] + config.length_s > end_s + slack_s:
+        begins[-1] = max(0.0, end_s - config.length_s)
+    ends = np.minimum(begins + config.length_s, end_s)
+    ends[-1] = end_s
+    first, stop = (np.searchsorted(times[:-1], bounds - _EPSILON_S) for bounds in (begins, ends))
+    stop[-1] = len(times) - 1
+    shown = np.maximum(np.searchsorted(times[:-1], begins + _EPSILON_S, "right") - 1, 0)
+    until = np.append(times[:-1], math.inf)[first]
+    first = np.where(until - begins >= (ends - begins) / 2, shown, first)
+    return np.stack([first, np.maximum(stop, first + 1)], axis=1), np.stack([begins, ends], axis=1)
+
+
+def window_indices(windows: np.ndarray, rates: Sequence[float], sample: SampleConfig, views: ViewsConfig) -> np.ndarray:
     """Frame numbers of the temporal views of each window, int64 [W * V, S, T], window by window.
 
     Spread clips interleave (`view_indices`), dense clips lie over the window (`dense_indices`).
+
+    Args:
+        rates: frames a second of each window.
     """
     found = []
-    for start, end in windows.tolist():
+    for (start, end), fps in zip(windows.tolist(), rates, strict=True):
         if sample.is_dense:
             indices = dense_indices(end - start, fps, sample, views.temporal, placed=views.placed)
         else:

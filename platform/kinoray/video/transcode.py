@@ -12,6 +12,7 @@ from fractions import Fraction
 from typing import Any
 
 import av
+import numpy as np
 from av.video.reformatter import Interpolation, VideoReformatter
 
 from kinoray.config.shared import DecodeConfig, digest
@@ -95,7 +96,7 @@ def _encode(data: bytes, config: DecodeConfig, settings: TranscodeSettings, *, b
         rotation, promised = video.rotation, video.num_frames
         with open_output(buffer, "mp4") as output:
             encoder: Any = None
-            for frame in _timed(video, by_time=by_time and video.table.timed):
+            for frame in _timed(video, by_time=by_time):
                 if encoder is None:
                     encoder = _Encoder(output, frame, rotation, video.frame_rate, settings)
                 encoder.put(frame)
@@ -105,17 +106,25 @@ def _encode(data: bytes, config: DecodeConfig, settings: TranscodeSettings, *, b
 
 
 def _timed(video: PyavVideo, *, by_time: bool) -> Iterator[Any]:
-    """The frames, their times beginning at 0: their own, or 1, 2, 3 at the frame rate."""
+    """The frames, their times beginning at 0: their own, their packets' in order, or 1, 2, 3 at the frame rate."""
     first: int | None = None
     last = -1
+    ticks: list[int] | None = None
+    if by_time and video.frame_times is not None:
+        ticks = np.rint(video.frame_times / float(video.time_base)).astype(np.int64).tolist()
     for number, frame in enumerate(video.shown_frames()):
-        if by_time:
+        if by_time and video.table.timed:
             if frame.pts is None:
                 raise _NoTimesError
             first = frame.pts if first is None else first
             frame.pts, frame.time_base = frame.pts - first, video.time_base
+        elif ticks is not None:
+            if number + 1 >= len(ticks):
+                raise _NoTimesError
+            frame.pts, frame.time_base = ticks[number], video.time_base
+            frame.duration = ticks[number + 1] - ticks[number]
         else:
-            frame.pts, frame.time_base = number, 1 / video.frame_rate
+            frame.pts, frame.time_base, frame.duration = number, 1 / video.frame_rate, 1
         if frame.pts <= last:
             raise _NoTimesError
         last = frame.pts
@@ -138,7 +147,7 @@ class _Encoder:
         context = self._stream.codec_context
         context.time_base = first.time_base
         context.thread_count = 1
-        context.flags |= int(av.codec.context.Flags.bitexact)
+        context.flags |= int(av.codec.context.Flags.bitexact | av.codec.context.Flags.frame_duration)
         sample = self._scale(first)
         for name in ("color_range", "colorspace", "color_primaries", "color_trc"):
             setattr(context, name, getattr(sample, name))
@@ -149,6 +158,7 @@ class _Encoder:
         """Encode one more frame."""
         scaled = self._scale(frame)
         scaled.pts, scaled.time_base = frame.pts, frame.time_base
+        scaled.duration = frame.duration  # the last frame's is in no other frame's time
         scaled.pict_type = 0  # whatever it was in the source, the encoder decides
         self._output.mux(self._stream.encode(scaled))
 

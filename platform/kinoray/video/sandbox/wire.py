@@ -18,7 +18,7 @@ __all__ = ["DTYPES", "MESSAGE_BYTES", "OutputSpace", "pack", "unpack"]
 
 MESSAGE_BYTES = 2**16
 """Longest request or answer; frames and files go another way."""
-DTYPES = ("|u1", "|i1", "<i8")
+DTYPES = ("|u1", "|i1", "<i8", "<f8")
 """What arrays may be made of."""
 
 _ALIGN_BYTES = 64
