@@ -65,7 +65,7 @@ def check_counts(record: object, *names: str) -> None:
 
 @dataclass(frozen=True, slots=True)
 class VideoInfo:
-    """What a video is, as displayed: rotation is already applied to width and height.
+    """What a video is, as displayed: width and height are of square pixels, and turned by rotation.
 
     Raises (when made):
         ValueError: a value is not one that a video can have.
@@ -90,6 +90,8 @@ class VideoInfo:
     """Frames from which decoding can begin, by the packets."""
     container: str = ""
     """The kind of file, as libav calls it: `mov/mp4`, `matroska/webm`, `mpegts`, ..."""
+    mirrored: bool = False
+    """Whether top and bottom of the stored picture change places before it is turned."""
 
     def __post_init__(self) -> None:
         check_counts(self, "num_frames", "width", "height", "num_keyframes")
