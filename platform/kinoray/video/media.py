@@ -30,10 +30,21 @@ from kinoray.video.plan import PacketTable
 
 __all__ = ["LIBAV_ERRORS", "MAX_COUNT", "Media", "VideoInfo", "check_counts", "check_size_bytes", "media_stage"]
 
-_FORMATS = ("mov", "mp4", "m4a", "3gp", "matroska", "webm", "avi", "mpegts", "mpeg", "flv", "asf", "ogg")
+_FORMATS = (
+    *("mov", "mp4", "m4a", "3gp", "matroska", "webm", "avi", "mpegts", "mpeg", "flv", "asf", "ogg"),
+    *("gif", "apng", "dv", "mxf", "ivf", "nut"),
+)
 """Containers that hold everything themselves. No playlists, concat lists, image sequences or network protocols."""
-_TIMED_FORMATS = ("mov", "mp4", "matroska", "webm", "mpegts", "mpeg", "flv", "ogg")
+_RAW_FORMATS = ("h264", "hevc", "mpegvideo")
+"""Streams without a container, for files that begin with a start code: libav finds them in much that is damaged."""
+_TIMED_FORMATS = ("mov", "mp4", "matroska", "webm", "mpegts", "mpeg", "flv", "ogg", "gif", "apng", "dv", "ivf", "nut")
 """Containers that store when a frame is shown. AVI and ASF do not: the times that libav makes up there are wrong."""
+_REMEDIES = {
+    b"RIFF....WEBP": "WebP, whose animations libav does not decode; make a GIF or an MP4 of it (magick a.webp a.gif)",
+    rb"\.RMF": "RealMedia, which is not decoded here; make an MP4 of it (ffmpeg -i a.rm a.mp4)",
+    b"YUV4MPEG2": "YUV4MPEG, which is not decoded here; make an MP4 of it (ffmpeg -i a.y4m -qp 0 a.mp4)",
+}
+"""Of what people take for videos, by how it begins: what it is, and what to do."""
 _MAX_DEMUX_ERRORS = 64
 """Damaged places in the container after which the rest is given up."""
 _MAX_SCALED_PIXELS = 2**25
@@ -183,12 +194,16 @@ class Media:
 
     def _open(self) -> Any:
         size = f"{len(self._data):,} bytes"
+        formats = _FORMATS + (_RAW_FORMATS if re.match(b"\0\0\0?\1", self._data) else ())
+        for begins, text in _REMEDIES.items():
+            if re.match(begins, self._data, re.DOTALL):
+                raise UnreadableContainer(f"{size} of {text}")
         with media_stage(UnreadableContainer, f"{size} are no video file of a known format, or its index is lost"):
             return av.open(
                 io.BytesIO(self._data),
                 options=self._codec_options(),  # libav decodes a first frame by itself
                 container_options={
-                    "format_whitelist": ",".join(_FORMATS),
+                    "format_whitelist": ",".join(formats),
                     "protocol_whitelist": "none",
                     "max_streams": str(MAX_STREAMS),
                 },
