@@ -232,6 +232,14 @@ def gif(num_pictures: int, delay_ms: int) -> bytes:
     return sink.getvalue()
 
 
+def webp(num_pictures: int) -> bytes:
+    """With an alpha plane, so that a still one has the long header, too."""
+    pictures = [Image.new("RGBA", (16, 16), (100 * shade, 0, 0, 99)) for shade in range(num_pictures)]
+    sink = io.BytesIO()
+    pictures[0].save(sink, "webp", save_all=num_pictures > 1, append_images=pictures[1:])
+    return sink.getvalue()
+
+
 def container(kind: str) -> bytes:
     sink = io.BytesIO()
     with av.open(sink, "w", format=kind) as file:
@@ -255,15 +263,16 @@ def test_where_a_name_does_not_say_what_a_file_is_its_first_bytes_do(
     source = str(tmp_path) if where == "folder" else request.getfixturevalue("bucket") + "/library"
     videos = {kind: container(kind) for kind in CONTAINERS}
     videos["moves.gif"] = gif(2, 200)
+    videos["moves.webp"] = webp(2)
     videos["avchd.odd"] = b"".join(bytes(4) + b"G" + bytes(187) for _ in range(3))
     videos["theora.ogg"] = b"OggS\0\2" + bytes(22) + b"\x80theora" + bytes(500)
     videos["quicktime"] = b"\x29\xb9\x27\0mdat" + bytes(100)
-    for name, data in {**videos, **NO_VIDEOS, "still.gif": gif(1, 0)}.items():
+    for name, data in {**videos, **NO_VIDEOS, "still.gif": gif(1, 0), "still.webp": webp(1)}.items():
         storage.put(join(source, name), data)
     said: list[str] = []
     catalog = catalog_of_source(storage, source, say=said.append)
     assert sorted(uri.rpartition("/")[2] for uri in catalog.table["uri"].to_pylist()) == sorted(videos)
-    assert said == [f"{source}: 11 files are no videos (no ending 9, .bin 1, .gif 1), and left out"]
+    assert said == [f"{source}: 12 files are no videos (no ending 9, .bin 1, .gif 1, .webp 1), and left out"]
     assert [file.name for file in find_files(storage, f"{source}/avi")] == ["avi"]
     with pytest.raises(CatalogError, match="README is a file, and no video"):
         find_files(storage, f"{source}/README")

@@ -7,8 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from decode_reference import moving
 from kinoray.config.shared import DecodeConfig
+from kinoray.demo.videos import make_video
 from kinoray.errors import UnreadableContainer
+from kinoray.video.frames import probe
 from kinoray.video.sandbox.pool import Sandbox
 from zoo import LIMIT, PAGE, ZOO, look, make, row
 
@@ -35,6 +38,13 @@ def test_the_table_has_a_line_for_each_file_and_none_is_off() -> None:
     assert len(ZOO) >= 60
     for name, frames, off in cells:
         assert frames == "`UnreadableContainer`" or (frames.isdigit() and float(off) <= LIMIT), name
+
+
+@pytest.mark.parametrize(("container", "codec"), [("h264", "libx264"), ("mpeg2video", "mpeg2video"), ("ivf", "libvpx")])
+def test_without_a_container_the_rate_is_that_of_the_codec(container: str, codec: str) -> None:
+    data = make_video(moving(20), fps=50, container=container, codec=codec)
+    info = probe(data, DecodeConfig())
+    assert (info.num_frames, info.fps, info.duration_s) == (20, 50, 0.4)
 
 
 @pytest.mark.slow

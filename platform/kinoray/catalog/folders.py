@@ -40,14 +40,14 @@ VIDEO_EXTENSIONS = frozenset(
 )
 """What is a video by its name, in lower case. Nobody calls anything else so that lies beside videos; what kinoray does
 not decode (the last line) is one all the same, since a row that says so is better than a file that is left out. A .gif
-may be a picture or a video: it is looked at."""
+or .webp may be a picture or move: it is looked at."""
 
 _OTHER_EXTENSIONS = frozenset(
     {
         *(".vtt", ".srt", ".ass", ".ssa", ".sbv", ".lrc", ".idx", ".sub"),
         *(".txt", ".md", ".csv", ".tsv", ".json", ".jsonl", ".xml", ".yaml", ".yml", ".html", ".htm", ".nfo", ".pdf"),
         *(".log", ".ini", ".url", ".description", ".npy", ".npz", ".pkl", ".parquet", ".py", ".sh", ".md5", ".sha256"),
-        *(".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".heic", ".heif", ".avif", ".svg"),
+        *(".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".heic", ".heif", ".avif", ".svg"),
         *(".mp3", ".wav", ".m4a", ".aac", ".flac", ".opus", ".wma"),
         *(".part", ".ytdl", ".tmp", ".zip", ".tar", ".gz", ".tgz", ".7z", ".rar"),
         *(".thm", ".lrv", ".lrf", ".ifo", ".bup", ".cpi", ".mpl", ".bdm", ".modd", ".moff"),
@@ -136,7 +136,7 @@ def is_video_head(head: bytes) -> bool:
     if head[4:8] in _BOX_TYPES:
         return b"\0" in head  # "The free ..." is a text
     if head.startswith(b"RIFF"):
-        return head[8:11] == b"AVI"
+        return head[8:11] == b"AVI" or (head[8:16] == b"WEBPVP8X" and len(head) > 20 and head[20] & 2 != 0)
     if head.startswith(b"OggS"):
         return any(magic in head for magic in _OGG_VIDEO)
     if head.startswith(b"GIF8"):

@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any, NoReturn, Self
 
 import av
@@ -345,12 +346,19 @@ class Media:
         return "/".join(str(self._container.format.name).split(",")[:2])
 
     @property
+    def average_rate(self) -> Fraction | None:
+        """Frames a second, as the container has it, or the codec of a raw stream, for which libav would say 25."""
+        raw = self._container.format.name in _RAW_FORMATS
+        rate: Fraction | None = self._stream.guessed_rate if raw else self._stream.average_rate
+        return rate
+
+    @property
     def duration_s(self) -> float:
         """From the first frame's start to the last frame's end by the packets; by the frame rate where they lie."""
         if self.table.timed:
             first, end = self._span
             return max(0.0, float((end - first) * self._stream.time_base))
-        rate = float(self._stream.average_rate or 0)
+        rate = float(self.average_rate or 0)
         return self.table.num_frames / rate if rate else 0.0
 
     @property

@@ -28,10 +28,9 @@ _MAX_RATE = 1000
 # Without ACCURATE_RND, 4:2:0 frames that already have the target size take a short cut to RGB: black columns at the
 # right of some widths (340), and blocky colours. At any other size it changes no bit and costs nothing.
 _TO_RGB = Interpolation.BILINEAR | Interpolation.ACCURATE_RND
-
-
 _MAX_PIXEL_RATIO = 16
-"""No real pixel is this many times as wide as high, or as high as wide (half of 3D is 2, 352 x 576 at 16:9 is 2.9)."""
+"""No real pixel is this many times as wide as high, or as high as wide (half of 3D is 2, 352 x 576 at 16:9 is 2.9):
+such a header would make a line of the picture."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +73,8 @@ class PyavVideo(Media):
         super().__init__(data, config, reach)
         self._scaler = _FrameScaler()
         self._first: tuple[Turn, int, int] | None = None  # of the first frame, width and height as displayed
+        self.pixel_ratio = _pixel_ratio(self._stream)
+        """Width of a stored pixel by its height."""
         self._timed = self.table.timed
         self.num_frames = self.table.num_frames
         """Frames in the video. What the packets promise, until a `read` finds out that fewer come out."""
@@ -219,7 +220,7 @@ class PyavVideo(Media):
     @property
     def frame_rate(self) -> Fraction:
         """Mean frames per second, as the container claims; 25 where it claims nothing usable."""
-        claimed = self._stream.average_rate or self._stream.base_rate
+        claimed = self.average_rate or self._stream.base_rate
         return Fraction(claimed) if claimed and 0 < claimed <= _MAX_RATE else Fraction(25)
 
     @property
@@ -285,15 +286,6 @@ class PyavVideo(Media):
             self._first = (turn, *self._shown_size(frames[0], turn))
         return frames
 
-    @property
-    def pixel_ratio(self) -> Fraction:
-        """Width of a stored pixel by its height. The container's word goes before the codec's, as in ffmpeg.
-
-        1 where nothing is said, and where what is said cannot be: such a header would make a line of the picture.
-        """
-        said = Fraction(self._stream.sample_aspect_ratio or 0)
-        return said if 1 <= said * _MAX_PIXEL_RATIO <= _MAX_PIXEL_RATIO**2 else Fraction(1)
-
     def _shown_size(self, frame: Any, turn: Turn) -> tuple[int, int]:
         """(width, height) as displayed: in square pixels, with the rows that are stored."""
         width = max(1, round(frame.width * self.pixel_ratio))
@@ -334,6 +326,12 @@ class _FrameScaler:
 
 def _pixels(plane: Any) -> np.ndarray:
     return np.frombuffer(plane, np.uint8).reshape(plane.height, plane.line_size)[:, : plane.width]
+
+
+def _pixel_ratio(stream: Any) -> Fraction:
+    """What the container says, or else the codec, as in ffmpeg. 1 where nothing is said, or what cannot be."""
+    said = Fraction(stream.sample_aspect_ratio or 0)
+    return said if 1 <= said * _MAX_PIXEL_RATIO <= _MAX_PIXEL_RATIO**2 else Fraction(1)
 
 
 def _turn(frame: Any) -> Turn:
