@@ -344,7 +344,7 @@ BOMBS: dict[str, Refusal] = {
     "time_table": (time_table, UndecodableVideo, "no frame comes out of 2 h264 packets"),
     "png_in_mov": (png_in_mov, UndecodableVideo, r"no frame comes out of 1 png packets \(1 refused"),
     "jpeg_in_mov": (jpeg_in_mov, UndecodableVideo, r"no frame comes out of 1 mjpeg packets \(1 refused"),
-    "gif": (gif, UnreadableContainer, "no video file of a known format"),
+    "gif": (gif, UndecodableVideo, "no frame comes out of 1 gif packets"),
     "apng": (apng, UnreadableContainer, "no video file of a known format"),
     "compressed_index": (compressed_index, MediaOverBudget, "the compressed index claims 2,000,000,000 bytes"),
     "deep_boxes": (deep_boxes, NoVideoStream, "no video stream"),

@@ -2,6 +2,7 @@
 
 import io
 import re
+import struct
 from collections.abc import Callable
 from fractions import Fraction
 from typing import Self
@@ -194,6 +195,15 @@ def mux_fields(coded: list[list[bytes]], container: str, *, together: bool = Fal
                 packet.stream = copy
                 output.mux(packet)
     return buffer.getvalue()
+
+
+def with_matrix(data: bytes, linear: tuple[float, ...], place: tuple[float, float] = (0, 0)) -> bytes:
+    """An MP4 with another display matrix: (x, y) is shown at (a x + c y, b x + d y) + place, linear = (a, b, c, d)."""
+    a, b, c, d = linear
+    at = data.index(b"tkhd") + 44
+    rows = ((a, b, 0), (c, d, 0), (*place, 1))
+    fixed = [round(value * (2**30 if column == 2 else 2**16)) for row in rows for column, value in enumerate(row)]
+    return data[:at] + struct.pack(">9i", *fixed) + data[at + 36 :]
 
 
 class Collect:

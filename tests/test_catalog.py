@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import av
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from faulty_s3 import faulty_s3
 from kinoray.catalog.source import SourceFile, find_files, unique_ids
@@ -196,7 +198,14 @@ CONTAINERS = {
     "vob": "mpeg2video",
     "mxf": "mpeg2video",
     "rm": "rv10",
+    "ivf": "libvpx",
+    "nut": "mpeg4",
+    "h264": "libx264",
+    "hevc": "libx265",
+    "gif": "gif",
+    "apng": "apng",
 }
+PIXELS = {"gif": "rgb8", "apng": "rgb24"}
 NO_VIDEOS = {
     "README": b"The free software, and more of it.\n",
     "page": b"<html>\xc3\xa9 G" + b"G" * 700,
@@ -211,12 +220,37 @@ NO_VIDEOS = {
 }
 
 
+def gif(num_pictures: int, delay_ms: int) -> bytes:
+    """As Pillow writes it, with as many colours as a GIF can have and without a word of repetition."""
+    rng = np.random.default_rng(0)
+    pictures = [Image.fromarray(rng.integers(0, 256, (64, 64), np.uint8)) for _ in range(num_pictures)]
+    sink = io.BytesIO()
+    if num_pictures > 1:
+        pictures[0].save(sink, "gif", save_all=True, append_images=pictures[1:], duration=delay_ms)
+    else:
+        pictures[0].save(sink, "gif")
+    return sink.getvalue()
+
+
+def webp(num_pictures: int) -> bytes:
+    """With an alpha plane, so that a still one has the long header, too."""
+    pictures = [Image.new("RGBA", (16, 16), (100 * shade, 0, 0, 99)) for shade in range(num_pictures)]
+    sink = io.BytesIO()
+    pictures[0].save(sink, "webp", save_all=num_pictures > 1, append_images=pictures[1:])
+    return sink.getvalue()
+
+
 def container(kind: str) -> bytes:
     sink = io.BytesIO()
     with av.open(sink, "w", format=kind) as file:
         stream = file.add_stream(CONTAINERS[kind], rate=25)
-        stream.width, stream.height, stream.pix_fmt = 176, 144, "yuv420p"
-        file.mux(stream.encode(av.VideoFrame(176, 144, "yuv420p")))
+        stream.width, stream.height, stream.pix_fmt = 176, 144, PIXELS.get(kind, "yuv420p")
+        if kind == "hevc":
+            stream.options = {"x265-params": "log-level=none:pools=none"}
+        for number in range(2):
+            frame = av.VideoFrame(176, 144, "yuv420p")
+            frame.pts = number
+            file.mux(stream.encode(frame))
         file.mux(stream.encode())
     return sink.getvalue()
 
@@ -228,15 +262,17 @@ def test_where_a_name_does_not_say_what_a_file_is_its_first_bytes_do(
     storage = Storage(s3_config)
     source = str(tmp_path) if where == "folder" else request.getfixturevalue("bucket") + "/library"
     videos = {kind: container(kind) for kind in CONTAINERS}
+    videos["moves.gif"] = gif(2, 200)
+    videos["moves.webp"] = webp(2)
     videos["avchd.odd"] = b"".join(bytes(4) + b"G" + bytes(187) for _ in range(3))
     videos["theora.ogg"] = b"OggS\0\2" + bytes(22) + b"\x80theora" + bytes(500)
     videos["quicktime"] = b"\x29\xb9\x27\0mdat" + bytes(100)
-    for name, data in {**videos, **NO_VIDEOS}.items():
+    for name, data in {**videos, **NO_VIDEOS, "still.gif": gif(1, 0), "still.webp": webp(1)}.items():
         storage.put(join(source, name), data)
     said: list[str] = []
     catalog = catalog_of_source(storage, source, say=said.append)
     assert sorted(uri.rpartition("/")[2] for uri in catalog.table["uri"].to_pylist()) == sorted(videos)
-    assert said == [f"{source}: 10 files are no videos (no ending 9, .bin 1), and left out"]
+    assert said == [f"{source}: 12 files are no videos (no ending 9, .bin 1, .gif 1, .webp 1), and left out"]
     assert [file.name for file in find_files(storage, f"{source}/avi")] == ["avi"]
     with pytest.raises(CatalogError, match="README is a file, and no video"):
         find_files(storage, f"{source}/README")

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from decode_reference import Collect, moving, plain_decode, remux
+from decode_reference import Collect, moving, plain_decode, remux, with_matrix
 from kinoray.config.shared import ClipConfig, DecodeConfig, digest
 from kinoray.demo.videos import make_broken, make_video
 from kinoray.errors import ConfigError, MediaOverBudget, UndecodableVideo
@@ -109,6 +109,8 @@ def odd_video(kind: str) -> bytes:
         return remux(good, "mpegts")
     if kind == "rotated":
         return make_video(moving(6), rotation=90)
+    if kind == "mirrored":
+        return with_matrix(make_video(moving(6)), (1, 0, 0, -1))
     if kind == "avi":
         return make_video(moving(24), codec="mpeg4", container="avi")
     return make_broken("cut_front_index", good)
@@ -119,7 +121,8 @@ def odd_video(kind: str) -> bytes:
     ("kind", "reason"),
     [
         ("mpegts", "torchcodec seeks to wrong places in MPEG-TS"),
-        ("rotated", "it is shown turned by 90 degrees"),
+        ("rotated", "it is shown turned or mirrored"),
+        ("mirrored", "it is shown turned or mirrored"),
         ("avi", "its packets have no times that tell frames apart"),
         ("cut", "torchcodec counts 10 frames, the packets 9"),
     ],

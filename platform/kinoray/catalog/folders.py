@@ -4,6 +4,7 @@ What is easy to break: `pack`, `label` and `doctor` must say the same of one fol
 itself.
 """
 
+import re
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -32,18 +33,21 @@ VIDEO_EXTENSIONS = frozenset(
         *(".mp4", ".m4v", ".mov", ".qt", ".3gp", ".3g2", ".f4v"),
         *(".mkv", ".webm", ".avi", ".divx", ".flv", ".ogv", ".wmv", ".asf"),
         *(".ts", ".mts", ".m2ts", ".m2t", ".mpg", ".mpeg", ".mpe", ".vob"),
-        *(".m2v", ".mpv", ".dv", ".mxf", ".rm", ".rmvb"),
+        *(".m2v", ".mpv", ".h264", ".264", ".avc", ".h265", ".265", ".hevc"),
+        *(".dv", ".dif", ".mxf", ".ivf", ".nut", ".apng"),
+        *(".rm", ".rmvb"),
     }
 )
 """What is a video by its name, in lower case. Nobody calls anything else so that lies beside videos; what kinoray does
-not decode (the last line) is one all the same, since a row that says so is better than a file that is left out."""
+not decode (the last line) is one all the same, since a row that says so is better than a file that is left out. A .gif
+or .webp may be a picture or move: it is looked at."""
 
 _OTHER_EXTENSIONS = frozenset(
     {
         *(".vtt", ".srt", ".ass", ".ssa", ".sbv", ".lrc", ".idx", ".sub"),
         *(".txt", ".md", ".csv", ".tsv", ".json", ".jsonl", ".xml", ".yaml", ".yml", ".html", ".htm", ".nfo", ".pdf"),
         *(".log", ".ini", ".url", ".description", ".npy", ".npz", ".pkl", ".parquet", ".py", ".sh", ".md5", ".sha256"),
-        *(".jpg", ".jpeg", ".png", ".gif", ".webp", ".bmp", ".tif", ".tiff", ".heic", ".heif", ".avif", ".svg"),
+        *(".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".heic", ".heif", ".avif", ".svg"),
         *(".mp3", ".wav", ".m4a", ".aac", ".flac", ".opus", ".wma"),
         *(".part", ".ytdl", ".tmp", ".zip", ".tar", ".gz", ".tgz", ".7z", ".rar"),
         *(".thm", ".lrv", ".lrf", ".ifo", ".bup", ".cpi", ".mpl", ".bdm", ".modd", ".moff"),
@@ -52,8 +56,9 @@ _OTHER_EXTENSIONS = frozenset(
 """What is something else by its name, and lies beside videos: subtitles, notes, pictures, sound, downloads that were
 cut, and what cameras and discs write (previews among it, which are small copies of the video beside them)."""
 
-HEAD_BYTES = 600
-"""Of a file's first bytes, what `is_video_head` asks for: two packets of MPEG-TS and more."""
+HEAD_BYTES = 1024
+"""Of a file's first bytes, what `is_video_head` asks for: three packets of MPEG-TS, or what a GIF has before its first
+picture."""
 
 _MAGIC = (
     b"\x1aE\xdf\xa3",  # Matroska, WebM
@@ -63,8 +68,12 @@ _MAGIC = (
     b"\x00\x00\x01\xb3",  # MPEG-1 and MPEG-2 video
     b"\x06\x0e+4\x02\x05\x01\x01",  # MXF
     b"\x1f\x07\x00",  # DV
+    b"DKIF",  # IVF
+    b"nut/multimedia container",
     b".RMF",
 )
+_RAW = re.compile(rb"\0\0\0?\x01([\x27\x47\x67\x09]|[\x40\x46]\x01)")  # H.264 or HEVC: parameters, or a delimiter
+_MOVES = re.compile(rb"!\xff\x0b(NETSCAPE2\.0|ANIMEXTS1\.0)|!\xf9\x04.(?!\0\0)", re.DOTALL)  # a GIF: a loop, or a delay
 _BOX_TYPES = (b"ftyp", b"moov", b"mdat", b"wide", b"skip", b"free", b"pnot")  # what MP4 and QuickTime begin with
 _OTHER_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1", b"avif", b"avis", b"crx ")
 _SOUND_BRANDS = (b"M4A ", b"M4B ", b"M4P ", b"aax ")
@@ -118,17 +127,24 @@ def is_other(name: str) -> bool:
 
 
 def is_video_head(head: bytes) -> bool:
-    """Whether a file is a video by its first HEAD_BYTES (all of them, if it has fewer). Pictures and sound are none."""
+    """Whether a file is a video by its first HEAD_BYTES (all of them, if it has fewer).
+
+    Pictures that do not move are none, nor is sound.
+    """
     if head[4:8] == b"ftyp":
         return head[8:12] not in (*_OTHER_BRANDS, *_SOUND_BRANDS)
     if head[4:8] in _BOX_TYPES:
         return b"\0" in head  # "The free ..." is a text
     if head.startswith(b"RIFF"):
-        return head[8:11] == b"AVI"
+        return head[8:11] == b"AVI" or (head[8:16] == b"WEBPVP8X" and len(head) > 20 and head[20] & 2 != 0)
     if head.startswith(b"OggS"):
         return any(magic in head for magic in _OGG_VIDEO)
+    if head.startswith(b"GIF8"):
+        return _MOVES.search(head) is not None
+    if head.startswith(b"\x89PNG"):
+        return b"acTL" in head
     packets = ([head[start + number * step :][:1] for number in range(3)] for start, step in _TS_PACKETS)
-    return head.startswith(_MAGIC) or any(found == [b"G"] * 3 for found in packets)
+    return head.startswith(_MAGIC) or _RAW.match(head) is not None or any(found == [b"G"] * 3 for found in packets)
 
 
 def said_of_others(names: Iterable[str]) -> str:

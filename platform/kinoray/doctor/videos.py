@@ -60,7 +60,7 @@ def probe_section(probed: Sequence[Probed], num_videos: int, clip: ClipConfig) -
         "keyframe_distance": spread([info.num_frames / max(info.num_keyframes, 1) for info in infos]),
         "bits_per_s": spread([8 * found.size_bytes / info.duration_s for found, info in good if info.duration_s > 0]),
         "hours_estimated": None,
-        "num_rotated": sum(info.rotation != 0 for info in infos),
+        "num_rotated": sum(info.rotation != 0 or info.mirrored for info in infos),
         "num_miscounted": sum(info.miscounted for info in infos),
         "frames_missing": sum(info.frames_missing for info in infos),
         "num_shorter_than_clip": sum(info.num_frames < num_wanted for info in infos),

@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any, NoReturn, Self
 
 import av
@@ -31,12 +32,23 @@ from kinoray.video.plan import PacketBits, PacketTable, comes_evenly, frame_time
 
 __all__ = ["LIBAV_ERRORS", "MAX_COUNT", "Media", "VideoInfo", "check_counts", "check_size_bytes", "media_stage"]
 
-_FORMATS = ("mov", "mp4", "m4a", "3gp", "matroska", "webm", "avi", "mpegts", "mpeg", "flv", "asf", "ogg")
+_FORMATS = (
+    *("mov", "mp4", "m4a", "3gp", "matroska", "webm", "avi", "mpegts", "mpeg", "flv", "asf", "ogg"),
+    *("gif", "apng", "dv", "mxf", "ivf", "nut"),
+)
 """Containers that hold everything themselves. No playlists, concat lists, image sequences or network protocols."""
-_TIMED_FORMATS = ("mov", "mp4", "matroska", "webm", "mpegts", "mpeg", "flv", "ogg")
+_RAW_FORMATS = ("h264", "hevc", "mpegvideo")
+"""Streams without a container, for files that begin with a start code: libav finds them in much that is damaged."""
+_TIMED_FORMATS = ("mov", "mp4", "matroska", "webm", "mpegts", "mpeg", "flv", "ogg", "gif", "apng", "dv", "ivf", "nut")
 """Containers that store when a frame is shown. AVI and ASF do not: the times that libav makes up there are wrong."""
 _GROUP_CODECS = frozenset(("h264", "hevc", "vp8", "vp9", "av1", "mpeg1video", "mpeg2video", "mpeg4"))
 """Codecs whose key frames forget all that came before; of others (WMV, H.263) the decoder keeps more than pictures."""
+_REMEDIES = {
+    b"RIFF....WEBP": "WebP, whose animations libav does not decode; make a GIF or an MP4 of it (magick a.webp a.gif)",
+    rb"\.RMF": "RealMedia, which is not decoded here; make an MP4 of it (ffmpeg -i a.rm a.mp4)",
+    b"YUV4MPEG2": "YUV4MPEG, which is not decoded here; make an MP4 of it (ffmpeg -i a.y4m -qp 0 a.mp4)",
+}
+"""Of what people take for videos, by how it begins: what it is, and what to do."""
 _MAX_DEMUX_ERRORS = 64
 """Damaged places in the container after which the rest is given up."""
 _MAX_SCALED_PIXELS = 2**25
@@ -69,7 +81,7 @@ def check_counts(record: object, *names: str) -> None:
 
 @dataclass(frozen=True, slots=True)
 class VideoInfo:
-    """What a video is, as displayed: rotation is already applied to width and height.
+    """What a video is, as displayed: width and height are of square pixels, and turned by rotation.
 
     Raises (when made):
         ValueError: a value is not one that a video can have.
@@ -94,6 +106,8 @@ class VideoInfo:
     """Frames from which decoding can begin, by the packets."""
     container: str = ""
     """The kind of file, as libav calls it: `mov/mp4`, `matroska/webm`, `mpegts`, ..."""
+    mirrored: bool = False
+    """Whether top and bottom of the stored picture change places before it is turned."""
 
     def __post_init__(self) -> None:
         check_counts(self, "num_frames", "width", "height", "num_keyframes")
@@ -194,12 +208,16 @@ class Media:
 
     def _open(self) -> Any:
         size = f"{len(self._data):,} bytes"
+        formats = _FORMATS + (_RAW_FORMATS if re.match(b"\0\0\0?\1", self._data) else ())
+        for begins, text in _REMEDIES.items():
+            if re.match(begins, self._data, re.DOTALL):
+                raise UnreadableContainer(f"{size} of {text}")
         with media_stage(UnreadableContainer, f"{size} are no video file of a known format, or its index is lost"):
             return av.open(
                 io.BytesIO(self._data),
                 options=self._codec_options(),  # libav decodes a first frame by itself
                 container_options={
-                    "format_whitelist": ",".join(_FORMATS),
+                    "format_whitelist": ",".join(formats),
                     "protocol_whitelist": "none",
                     "max_streams": str(MAX_STREAMS),
                 },
@@ -365,7 +383,7 @@ class Media:
 
     def _find_times(self, clock: list[int | None], durations: list[int | None], shown: list[bool]) -> None:
         """Set duration_s and frame_times, from the time of the earliest packet on."""
-        rate = float(self._stream.average_rate or 0)
+        rate = float(self.average_rate or 0)
         self.duration_s = (self.table.num_frames + self._num_dropped) / rate if rate else 0.0
         self.frame_times = None
         found = frame_times(clock, durations, self.table.shown, self._stream.time_base)
@@ -434,6 +452,13 @@ class Media:
     def container(self) -> str:
         """The kind of file, as libav calls it: mov/mp4, matroska/webm, mpegts, ..."""
         return "/".join(str(self._container.format.name).split(",")[:2])
+
+    @property
+    def average_rate(self) -> Fraction | None:
+        """Frames a second, as the container has it, or the codec of a raw stream, for which libav would say 25."""
+        raw = self._container.format.name in _RAW_FORMATS
+        rate: Fraction | None = self._stream.guessed_rate if raw else self._stream.average_rate
+        return rate
 
     @property
     def claimed_frames(self) -> int | None:

@@ -21,7 +21,7 @@ import numpy as np
 
 from kinoray.errors import ConfigError, UndecodableVideo
 from kinoray.video.plan import FrameSink, Reading
-from kinoray.video.pyav import PyavVideo
+from kinoray.video.pyav import PyavVideo, Turn
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -100,7 +100,7 @@ def read_on_device(data: bytes, video: PyavVideo, wanted: np.ndarray, sink: Fram
     video.check_frames(runs)
     height, width = sink.scaled_size(*video.size)
     video.check_scaled_size(width, height)
-    step = max(1, _CHUNK_BYTES // (3 * video.size[0] * video.size[1]))
+    step = max(1, _CHUNK_BYTES // (3 * video.context.width * video.context.height))
     with _own_stream(device), _refusals(video):
         with decoders.set_cuda_backend("beta"):  # NVDEC itself; newer versions take it without being told
             reader = decoders.VideoDecoder(
@@ -128,8 +128,8 @@ def _check_certain(video: PyavVideo) -> None:
         raise NotForNvdec("count", "its frames are spread over two packets, a field in each")
     if video.container == "mpegts":
         raise NotForNvdec("container", "torchcodec seeks to wrong places in MPEG-TS")
-    if video.rotation:
-        raise NotForNvdec("rotation", f"it is shown turned by {video.rotation} degrees")
+    if video.turn != Turn():
+        raise NotForNvdec("rotation", "it is shown turned or mirrored")
 
 
 def _check_reader(reader: Any, video: PyavVideo) -> None:

@@ -5,12 +5,15 @@ planned frame is missing or anything is flagged as damaged, the file is decoded 
 out, and what is reported is what that gave.
 """
 
+import math
+import struct
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any
 
 import numpy as np
+from av.sidedata.sidedata import Type as SideData
 from av.video.reformatter import Interpolation, VideoReformatter
 
 from kinoray.config.clip import said_limit
@@ -20,7 +23,7 @@ from kinoray.video.budget import check_memory
 from kinoray.video.media import LIBAV_ERRORS, Media, VideoInfo, media_stage
 from kinoray.video.plan import FrameSink, Reading, Run
 
-__all__ = ["PyavVideo"]
+__all__ = ["PyavVideo", "Turn"]
 
 _MAX_RATE = 1000
 _MAX_DAMAGED = 0.9  # of the decoded frames; more, and the others are chance
@@ -28,6 +31,28 @@ _DAMAGED = "{} frames are damaged; the file is damaged, or encrypted though its 
 # Without ACCURATE_RND, 4:2:0 frames that already have the target size take a short cut to RGB: black columns at the
 # right of some widths (340), and blocky colours. At any other size it changes no bit and costs nothing.
 _TO_RGB = Interpolation.BILINEAR | Interpolation.ACCURATE_RND
+_MAX_PIXEL_RATIO = 16
+"""No real pixel is this many times as wide as high, or as high as wide (half of 3D is 2, 352 x 576 at 16:9 is 2.9):
+such a header would make a line of the picture."""
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """From the stored to the displayed picture: top and bottom change places if `mirrored`, and then it is turned."""
+
+    quarters: int = 0
+    """Counterclockwise."""
+    mirrored: bool = False
+
+    @property
+    def across(self) -> bool:
+        """Whether what is stored as a row is shown as a column."""
+        return self.quarters % 2 == 1
+
+    def apply(self, pixels: np.ndarray) -> np.ndarray:
+        """[h, w] -> the same pixels as displayed."""
+        upright = pixels[::-1] if self.mirrored else pixels
+        return np.rot90(upright, self.quarters) if self.quarters else upright
 
 
 class _TimesLie(Exception):
@@ -54,30 +79,32 @@ class PyavVideo(Media):
     def __init__(self, data: bytes, config: DecodeConfig, reach: float = 0.0) -> None:
         super().__init__(data, config, reach)
         self._scaler = _FrameScaler()
-        self._first: tuple[int, int, int] | None = None  # quarter turns, width and height of the first frame
+        self._first: tuple[Turn, int, int] | None = None  # of the first frame, width and height as displayed
+        self.pixel_ratio = _pixel_ratio(self._stream)
+        """Width of a stored pixel by its height."""
         self._timed = self.table.timed
         self.num_frames = self.table.num_frames
         """Frames in the video. What the packets promise, until a `read` finds out that fewer come out."""
 
     @property
-    def rotation(self) -> int:
-        """Degrees counterclockwise by which the first frame is turned for display: 0, 90, 180 or 270.
+    def turn(self) -> Turn:
+        """How the first frame is turned and mirrored for display.
 
         Raises:
             UndecodableVideo: no frame can be decoded.
         """
-        return 90 * self._first_frame()[0]
+        return self._first_frame()[0]
 
     @property
     def size(self) -> tuple[int, int]:
-        """(width, height) of the first frame, as displayed. Raises what `rotation` raises."""
-        turns, width, height = self._first_frame()
-        return (height, width) if turns % 2 else (width, height)
+        """(width, height) of the first frame, as displayed: turned, and in square pixels. Raises what `turn` raises."""
+        _, width, height = self._first_frame()
+        return width, height
 
     @property
     def info(self) -> VideoInfo:
-        """What the video is. Raises what `rotation` raises."""
-        width, height = self.size
+        """What the video is. Raises what `turn` raises."""
+        turn, width, height = self._first_frame()
         duration_s, num_frames = self.duration_s, self.num_frames
         return VideoInfo(
             duration_s=duration_s,
@@ -86,13 +113,14 @@ class PyavVideo(Media):
             width=width,
             height=height,
             codec=self.codec,
-            rotation=self.rotation,
+            rotation=90 * turn.quarters,
+            mirrored=turn.mirrored,
             claimed_frames=self.claimed_frames,
             num_keyframes=self.table.num_keyframes,
             container=self.container,
         )
 
-    def _first_frame(self) -> tuple[int, int, int]:
+    def _first_frame(self) -> tuple[Turn, int, int]:
         if self._first is None:
             tally = _Tally()
             places = min(self.table.num_packets, self._config.max_frames)
@@ -212,7 +240,7 @@ class PyavVideo(Media):
     @property
     def frame_rate(self) -> Fraction:
         """Mean frames per second, as the container claims; 25 where it claims nothing usable."""
-        claimed = self._stream.average_rate or self._stream.base_rate
+        claimed = self.average_rate or self._stream.base_rate
         if self.table.halved and self._timed and self.duration_s:  # libav counts packets there
             claimed = Fraction(self.table.num_frames / self.duration_s).limit_denominator(1001)
         return Fraction(claimed) if claimed and 0 < claimed <= _MAX_RATE else Fraction(25)
@@ -279,18 +307,22 @@ class PyavVideo(Media):
             self.check_size(frame.width, frame.height)
         tally.decoded += len(frames)
         if frames and self._first is None:
-            self._first = _quarter_turns(frames[0]), frames[0].width, frames[0].height
+            turn = _turn(frames[0])
+            self._first = (turn, *self._shown_size(frames[0], turn))
         return frames
+
+    def _shown_size(self, frame: Any, turn: Turn) -> tuple[int, int]:
+        """(width, height) as displayed: in square pixels, with the rows that are stored."""
+        width = max(1, round(frame.width * self.pixel_ratio))
+        return (frame.height, width) if turn.across else (width, frame.height)
 
     def _put(self, index: int, frame: Any, sink: FrameSink) -> None:
         """Scale one frame and hand it on in displayed orientation."""
-        turns = _quarter_turns(frame)
-        across = turns % 2 == 1
-        shown = (frame.height, frame.width) if across else (frame.width, frame.height)
-        height, width = sink.scaled_size(*shown)
+        turn = _turn(frame)
+        height, width = sink.scaled_size(*self._shown_size(frame, turn))
         self.check_scaled_size(width, height)
-        planes = self._scaler.planes(frame, *((width, height) if across else (height, width)))
-        first, second, third = (_turned(plane, turns) for plane in planes)
+        planes = self._scaler.planes(frame, *((width, height) if turn.across else (height, width)))
+        first, second, third = (turn.apply(plane) for plane in planes)
         sink.put(index, (first, second, third))
 
 
@@ -321,10 +353,21 @@ def _pixels(plane: Any) -> np.ndarray:
     return np.frombuffer(plane, np.uint8).reshape(plane.height, plane.line_size)[:, : plane.width]
 
 
-def _quarter_turns(frame: Any) -> int:
-    """Quarter turns counterclockwise from the stored to the displayed picture. Mirroring in the matrix is ignored."""
-    return int(round(frame.rotation / 90) % 4)
+def _pixel_ratio(stream: Any) -> Fraction:
+    """What the container says, or else the codec, as in ffmpeg. 1 where nothing is said, or what cannot be."""
+    said = Fraction(stream.sample_aspect_ratio or 0)
+    return said if 1 <= said * _MAX_PIXEL_RATIO <= _MAX_PIXEL_RATIO**2 else Fraction(1)
 
 
-def _turned(pixels: np.ndarray, turns: int) -> np.ndarray:
-    return np.rot90(pixels, turns) if turns else pixels
+def _turn(frame: Any) -> Turn:
+    """What the frame's display matrix says, to the nearest quarter: its scale and its place do not count."""
+    side_data = frame.side_data.get(SideData.DISPLAYMATRIX)
+    if side_data is None:
+        return Turn()
+    # (x, y) is shown at (a x + c y, b x + d y), y downwards. The angle is taken as libav takes it.
+    a, b, _, c, d, *_ = struct.unpack("=9i", bytes(side_data))
+    across, down = math.hypot(a, c), math.hypot(b, d)
+    if not across or not down:
+        return Turn()
+    clockwise = math.atan2(b / down, a / across)
+    return Turn(round(-clockwise / (math.pi / 2)) % 4, a * d < b * c)

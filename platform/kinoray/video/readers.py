@@ -16,7 +16,7 @@ our own look at the packets, before decord or torchcodec sees the file. Why thos
   a frame. It is always opened with seek_mode="exact": "approximate" trusts the header and gives wrong frames at
   variable frame rates.
 
-Both apply rotation by themselves.
+Both turn frames by themselves, as their display matrix says, and neither mirrors them; that is done here.
 """
 
 import importlib
@@ -115,9 +115,9 @@ def _read_with_decord(data: bytes, video: PyavVideo, wanted: np.ndarray, sink: F
         raise UndecodableVideo(
             f"decord cannot read this {video.codec} file: {reason}; try decode.backend=pyav"
         ) from cause
-    frames = np.asarray(batch.asnumpy() if hasattr(batch, "asnumpy") else batch)
+    frames = _mirrored(np.moveaxis(np.asarray(batch.asnumpy() if hasattr(batch, "asnumpy") else batch), 3, 1), video)
     for index, row in zip(wanted.tolist(), place.tolist(), strict=True):
-        red, green, blue = (frames[row, :, :, channel] for channel in range(3))
+        red, green, blue = frames[row]
         sink.put(index, (red, green, blue))
     num_replaced = int((within != wanted).sum())
     return Reading(sum(run.end - run.begin for run in runs), num_replaced)
@@ -152,7 +152,7 @@ def _read_with_torchcodec(data: bytes, video: PyavVideo, wanted: np.ndarray, sin
         )
         within = np.minimum(wanted, len(reader) - 1)
         unique, place = np.unique(within, return_inverse=True)
-        frames = reader.get_frames_at(unique.tolist()).data.numpy()
+        frames = _mirrored(reader.get_frames_at(unique.tolist()).data.numpy(), video)
     except _TORCHCODEC_ERRORS as cause:
         # torchcodec puts its source file and line in front of the reason
         reason = re.sub(r"^.*\.cpp:\d+, ", "", " ".join((str(cause) or type(cause).__name__).split()))[:200]
@@ -163,3 +163,10 @@ def _read_with_torchcodec(data: bytes, video: PyavVideo, wanted: np.ndarray, sin
         red, green, blue = frames[row]
         sink.put(index, (red, green, blue))
     return Reading(sum(run.end - run.begin for run in runs), int((within != wanted).sum()))
+
+
+def _mirrored(frames: np.ndarray, video: PyavVideo) -> np.ndarray:
+    """Frames [N, 3, H, W] that were turned and not mirrored, as displayed."""
+    if not video.turn.mirrored:
+        return frames
+    return np.flip(frames, axis=3 if video.turn.across else 2)

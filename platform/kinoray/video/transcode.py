@@ -19,7 +19,7 @@ from kinoray.config.shared import DecodeConfig, digest
 from kinoray.errors import UndecodableVideo
 from kinoray.video.frames import probe
 from kinoray.video.media import VideoInfo, check_counts, media_stage
-from kinoray.video.pyav import PyavVideo
+from kinoray.video.pyav import PyavVideo, Turn
 
 __all__ = ["TRANSCODE", "TranscodeSettings", "Transcoded", "open_output", "transcode", "x264_options"]
 
@@ -93,12 +93,12 @@ def _encode(data: bytes, config: DecodeConfig, settings: TranscodeSettings, *, b
     buffer = io.BytesIO()
     num_frames = 0
     with PyavVideo(data, config) as video, media_stage(UndecodableVideo, "the video cannot be encoded as H.264"):
-        rotation, promised = video.rotation, video.num_frames
+        promised = video.num_frames
         with open_output(buffer, "mp4") as output:
             encoder: Any = None
             for frame in _timed(video, by_time=by_time):
                 if encoder is None:
-                    encoder = _Encoder(output, frame, rotation, video.frame_rate, settings)
+                    encoder = _Encoder(output, frame, video, settings)
                 encoder.put(frame)
                 num_frames += 1
             encoder.finish()
@@ -134,14 +134,12 @@ def _timed(video: PyavVideo, *, by_time: bool) -> Iterator[Any]:
 class _Encoder:
     """Scales and encodes frames like the first one it is shown."""
 
-    def __init__(
-        self, output: Any, first: Any, rotation: int, frame_rate: Fraction, settings: TranscodeSettings
-    ) -> None:
+    def __init__(self, output: Any, first: Any, video: PyavVideo, settings: TranscodeSettings) -> None:
         self._output = output
         self._scaler = VideoReformatter()
         self._width, self._height = _scaled(first.width, first.height, settings.short_side_px)
         options = x264_options({"crf": str(settings.crf), "preset": settings.preset})
-        self._stream = output.add_stream("libx264", rate=frame_rate, options=options)
+        self._stream = output.add_stream("libx264", rate=video.frame_rate, options=options)
         self._stream.width, self._stream.height = self._width, self._height
         self._stream.pix_fmt, self._stream.gop_size = "yuv420p", settings.gop
         context = self._stream.codec_context
@@ -151,8 +149,12 @@ class _Encoder:
         sample = self._scale(first)
         for name in ("color_range", "colorspace", "color_primaries", "color_trc"):
             setattr(context, name, getattr(sample, name))
-        if rotation:
-            self._stream.set_display_rotation(rotation)
+        turn = video.turn
+        if turn != Turn():
+            flips = (turn.mirrored and turn.across, turn.mirrored and not turn.across)  # PyAV's are after the turn
+            self._stream.set_display_rotation(90 * turn.quarters, *flips)
+        if video.pixel_ratio != 1:
+            context.sample_aspect_ratio = video.pixel_ratio
 
     def put(self, frame: Any) -> None:
         """Encode one more frame."""
