@@ -45,7 +45,7 @@ from kinoray.network.graphs import Repeated
 from kinoray.network.prepare import BF16_TOLERANCE, FP32_TOLERANCE, prepare_for_inference
 from kinoray.network.scorer import ClipScorer, ScorerConfig
 from kinoray.video.frames import Clip, decode
-from kinoray.video.media import VideoInfo
+from kinoray.video.info import VideoInfo
 from kinoray.video.request import Sampled
 from vcm_sdd.network import VCMSDD, vcm_sdd
 

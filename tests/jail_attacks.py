@@ -21,7 +21,7 @@ import numpy as np
 
 from kinoray.config.shared import ClipConfig
 from kinoray.video.frames import Frames
-from kinoray.video.media import VideoInfo
+from kinoray.video.info import VideoInfo
 from kinoray.video.sandbox import child
 
 LIBC = ctypes.CDLL(None, use_errno=True)

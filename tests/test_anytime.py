@@ -23,7 +23,7 @@ from kinoray.network.scorer import (
     nested_order,
 )
 from kinoray.video.frames import Clip
-from kinoray.video.media import VideoInfo
+from kinoray.video.info import VideoInfo
 
 S, T, C = 8, 2, 3
 CLIP = ClipConfig(sample=SampleConfig(num_segments=S, frames_per_segment=T), view=ViewConfig(resize_px=32, crop_px=32))

@@ -7,7 +7,7 @@ import torch
 from kinoray.errors import ModelError
 from kinoray.network.batch import VideoBatch, collate, model_inputs
 from kinoray.video.frames import Clip
-from kinoray.video.media import VideoInfo
+from kinoray.video.info import VideoInfo
 from tiny_models import Spec
 
 INFO = VideoInfo(duration_s=1.0, fps=10.0, num_frames=10, width=8, height=6, codec="h264", rotation=0)

@@ -34,7 +34,7 @@ from kinoray.errors import AccessDenied, CatalogError, ObjectNotFound, StorageUn
 from kinoray.pack.plan import make_plan
 from kinoray.pack.unit import PackSettings, pack_unit
 from kinoray.storage.objects import Storage, join
-from kinoray.video.media import VideoInfo
+from kinoray.video.info import VideoInfo
 from small_sets import save_as_pack
 
 LOCAL = Storage()

@@ -19,7 +19,7 @@ from kinoray.config.shared import ClipConfig, DecodeConfig, FlowConfig, SampleCo
 from kinoray.demo.videos import make_video
 from kinoray.errors import MediaOverBudget
 from kinoray.video.frames import decode, probe
-from kinoray.video.media import VideoInfo
+from kinoray.video.info import VideoInfo
 from kinoray.video.request import Sampled, Thumbnails
 from kinoray.video.strips import jpeg_uri
 from kinoray.video.transcode import open_output, transcode, x264_options

@@ -14,7 +14,7 @@ from kinoray.network.forward import CPU_BATCH, Forward, agreed_batch_size, auto_
 from kinoray.network.scorer import ClipScorer, ScorerConfig
 from kinoray.storage.objects import Storage
 from kinoray.video.frames import Clip
-from kinoray.video.media import VideoInfo
+from kinoray.video.info import VideoInfo
 from tiny_models import MeanColour, mean_colour, refuses, wrong_shape
 
 CLIP = ClipConfig(sample=SampleConfig(num_segments=2, frames_per_segment=1), view=ViewConfig(resize_px=16, crop_px=16))

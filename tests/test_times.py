@@ -19,7 +19,7 @@ from kinoray.config.shared import ClipConfig, DecodeConfig, SampleConfig, ViewCo
 from kinoray.demo.videos import make_video
 from kinoray.errors import MediaOverBudget
 from kinoray.video.frames import Frames, decode, probe
-from kinoray.video.plan import comes_evenly, frame_times, jumps_closed
+from kinoray.video.info import comes_evenly, frame_times, jumps_closed
 from kinoray.video.pyav import PyavVideo
 from kinoray.video.request import Sampled, Views
 from kinoray.video.sample import cut_by_time, cut_windows

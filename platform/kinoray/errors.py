@@ -1,4 +1,4 @@
-"""Every error that kinoray raises.
+"""Every error that kinoray raises, and `require`, by which a setting says what it must be.
 
     KinorayError
       ConfigError               a setting is wrong; the message names the field (also a ValueError)
@@ -36,6 +36,8 @@
 A message says what failed, where (uri, member, field), what was found and expected, and what to do next, on one line.
 """
 
+import re
+
 __all__ = [
     "AccessDenied",
     "BadCredentials",
@@ -69,6 +71,9 @@ __all__ = [
     "TrainingDiverged",
     "UndecodableVideo",
     "UnreadableContainer",
+    "check_fraction",
+    "in_full",
+    "require",
 ]
 
 
@@ -198,3 +203,24 @@ class TrainingDiverged(JobError):
 
 class DecoderStartFailed(JobError):
     """No decoder process can be started on this machine. That is no fault of any video."""
+
+
+def require(condition: bool, name: str, expected: str, found: object) -> None:
+    """Raise ConfigError naming the field unless the condition holds."""
+    if not condition:
+        got = "nothing" if found in ("", (), None) else repr(found)
+        raise ConfigError(f"{name} must be {expected}, got {got}")
+
+
+def check_fraction(name: str, value: float) -> None:
+    """Raise ConfigError unless the value is a share, 0 .. 1."""
+    require(0 <= value <= 1, name, "in 0 .. 1", value)
+
+
+def in_full(place: str, message: str) -> str:
+    """A part's error with its settings as the whole tree names them: at `clip.view`, view.crop_px is clip.view.crop_px.
+
+    A part does not know where it is; it calls its settings by its own name.
+    """
+    above, _, own = place.rpartition(".")
+    return re.sub(rf"(?<![\w.]){re.escape(own)}\.(?=\w)", f"{place}.", message) if above else message

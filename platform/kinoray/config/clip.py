@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from kinoray.config.check import require
+from kinoray.errors import require
 
 __all__ = [
     "MAX_STRIDE",

@@ -15,9 +15,8 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 import tyro
 import yaml
 
-from kinoray.config.check import in_full
 from kinoray.config.files import read_file, translated
-from kinoray.errors import ConfigError, StorageError
+from kinoray.errors import ConfigError, StorageError, in_full
 
 __all__ = [
     "MAX_FILE_BYTES",

@@ -19,7 +19,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import tyro
 
-from kinoray.config.check import in_full
+from kinoray.errors import in_full
 
 __all__ = ["Setting", "settings_of", "verb_help", "what_is_wrong"]
 

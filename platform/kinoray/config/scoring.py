@@ -10,7 +10,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
-from kinoray.config.check import check_fraction
 from kinoray.config.shared import (
     AllowedFactories,
     ClipConfig,
@@ -20,6 +19,7 @@ from kinoray.config.shared import (
     ResourcesConfig,
     require,
 )
+from kinoray.errors import check_fraction
 
 __all__ = [
     "NUM_CROPS",

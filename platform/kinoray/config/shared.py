@@ -13,7 +13,6 @@ from typing import Annotated, Any, Literal
 import tyro
 from tyro.constructors import PrimitiveConstructorSpec
 
-from kinoray.config.check import check_fraction, require
 from kinoray.config.clip import (
     ClipConfig,
     DecodeConfig,
@@ -23,7 +22,7 @@ from kinoray.config.clip import (
     ViewConfig,
 )
 from kinoray.config.file import parse_yaml
-from kinoray.errors import ConfigError
+from kinoray.errors import ConfigError, check_fraction, require
 
 __all__ = [
     "AllowedFactories",

@@ -17,7 +17,7 @@ from kinoray.config.shared import ClipConfig
 from kinoray.console import format_duration, many, table
 from kinoray.doctor.probe import DecodeCost, Probed
 from kinoray.doctor.section import Section, Warn, spread
-from kinoray.video.media import VideoInfo
+from kinoray.video.info import VideoInfo
 from kinoray.video.transcode import TRANSCODE
 
 __all__ = [

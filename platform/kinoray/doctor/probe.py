@@ -21,7 +21,7 @@ from kinoray.config.shared import ClipConfig, DecodeConfig
 from kinoray.console import Progress
 from kinoray.errors import AccessDenied, KinorayError, MediaError
 from kinoray.storage.objects import Storage
-from kinoray.video.media import VideoInfo
+from kinoray.video.info import VideoInfo
 from kinoray.video.request import Sampled
 from kinoray.video.sandbox.pool import Sandbox, shared_sandbox
 

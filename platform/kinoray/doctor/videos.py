@@ -14,7 +14,7 @@ from kinoray.doctor.decode import SIZE_CLASSES, size_class
 from kinoray.doctor.probe import Probed
 from kinoray.doctor.section import Section, Warn, format_bytes, spread
 from kinoray.evaluation.metrics import wilson_interval
-from kinoray.video.media import VideoInfo
+from kinoray.video.info import VideoInfo
 from kinoray.video.transcode import TRANSCODE
 
 __all__ = ["bad_section", "probe_section", "said_of_bad"]

@@ -39,7 +39,7 @@ from kinoray.label.unit import PREDICTION_SCHEMA, JobRecord, Plan, labelling_id,
 from kinoray.label.verb import refuse_too_many_bad, run_labelling
 from kinoray.storage.objects import Storage, absolute, join
 from kinoray.storage.outputs import require_folder
-from kinoray.video.media import MAX_COUNT
+from kinoray.video.info import MAX_COUNT
 
 __all__ = ["evaluate"]
 

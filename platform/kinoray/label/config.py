@@ -6,9 +6,9 @@ from typing import Annotated
 import tyro
 
 from kinoray.catalog.folders import is_video
-from kinoray.config.check import check_fraction
 from kinoray.config.scoring import LabelWorkConfig, ScoreKind
 from kinoray.config.shared import require
+from kinoray.errors import check_fraction
 
 __all__ = ["LabelConfig"]
 

@@ -42,7 +42,7 @@ from kinoray.network.forward import CPU_BATCH, agreed_batch_size, auto_batch_siz
 from kinoray.network.scorer import ClipAnswer, ClipScorer, ScorerConfig
 from kinoray.storage.objects import Storage
 from kinoray.video.frames import Frames
-from kinoray.video.media import MAX_COUNT
+from kinoray.video.info import MAX_COUNT
 
 __all__ = ["UNIT_COLUMNS", "LabelJob", "LabelUnits", "LabelVideos", "Outcome", "pack_unit"]
 

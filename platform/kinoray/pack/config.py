@@ -5,8 +5,8 @@ from typing import Annotated, Literal
 
 import tyro
 
-from kinoray.config.check import check_fraction
 from kinoray.config.shared import DecodeConfig, JobConfig, WorkersConfig, require
+from kinoray.errors import check_fraction
 
 __all__ = ["PackConfig"]
 

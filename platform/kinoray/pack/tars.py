@@ -27,7 +27,7 @@ from kinoray.errors import ChecksumMismatch, DamagedArchive
 from kinoray.pack.plan import PlannedVideo
 from kinoray.storage.leftovers import scratch_folder
 from kinoray.storage.objects import Storage, absolute, join
-from kinoray.video.media import VideoInfo
+from kinoray.video.info import VideoInfo
 from kinoray.video.transcode import Transcoded
 
 __all__ = [

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from kinoray.config.shared import ClipConfig, DecodeConfig
-from kinoray.video.media import VideoInfo, check_counts
+from kinoray.video.info import VideoInfo, check_counts
 from kinoray.video.pyav import PyavVideo
 from kinoray.video.readers import read_frames
 from kinoray.video.request import Rate, Request, Thumbnails

@@ -6,11 +6,9 @@ are not on the list, no protocol is allowed, and opening a second file is refuse
 """
 
 import io
-import math
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any, NoReturn, Self
 
@@ -28,9 +26,10 @@ from kinoray.errors import (
     UnreadableContainer,
 )
 from kinoray.video.budget import MAX_STREAMS, check_boxes, check_index, empty_at_end, encryption
-from kinoray.video.plan import PacketBits, PacketTable, comes_evenly, frame_times, jumps_closed
+from kinoray.video.info import MAX_COUNT, FrameClock, jumps_closed
+from kinoray.video.plan import PacketBits, PacketTable
 
-__all__ = ["LIBAV_ERRORS", "MAX_COUNT", "Media", "VideoInfo", "check_counts", "check_size_bytes", "media_stage"]
+__all__ = ["LIBAV_ERRORS", "Media", "check_size_bytes", "media_stage"]
 
 _FORMATS = (
     *("mov", "mp4", "m4a", "3gp", "matroska", "webm", "avi", "mpegts", "mpeg", "flv", "asf", "ogg"),
@@ -58,78 +57,8 @@ _MAX_EXPANSION = 4
 _KEEP_BYTES = 64 * 2**20
 """Packets of larger files are not kept beside the file itself, but read again when they are decoded."""
 
-MAX_COUNT = 2**31 - 1
-"""The largest count that is believed: tables hold 32 bits."""
-_FPS = (1e-9, 1e12)
-_RATES_AGREE = 0.01  # share of the duration by the frame rate that times which do not tell frames apart may differ by
-_WORD = re.compile(r"[\w+./-]{0,64}", re.ASCII)
-
 LIBAV_ERRORS = (av.FFmpegError, OSError, ValueError, LookupError, MemoryError, ArithmeticError, RuntimeError)
 """What PyAV is known to raise on damaged input: its own tree, and bare Python errors from its wrappers."""
-
-
-def check_counts(record: object, *names: str) -> None:
-    """Refuse counts that no table holds: what is made of a file, or comes from a decoder process, may claim anything.
-
-    Raises:
-        ValueError: one is negative, or above MAX_COUNT.
-    """
-    for name in names:
-        if not 0 <= getattr(record, name) <= MAX_COUNT:
-            raise ValueError(f"{name} = {getattr(record, name)}, expected 0 .. {MAX_COUNT:,}")
-
-
-@dataclass(frozen=True, slots=True)
-class VideoInfo:
-    """What a video is, as displayed: width and height are of square pixels, and turned by rotation.
-
-    Raises (when made):
-        ValueError: a value is not one that a video can have.
-    """
-
-    duration_s: float
-    fps: float
-    """Mean frames per second."""
-    num_frames: int
-    """Counted from the packets that are there."""
-    width: int
-    height: int
-    codec: str
-    rotation: int
-    """Degrees counterclockwise from the stored to the displayed picture: 0, 90, 180 or 270."""
-    claimed_frames: int | None = None
-    """Frames that the file's header promises; None where it makes no promise (MPEG-TS and others).
-
-    More than num_frames: the file was cut. Less: something was added, or its index is damaged.
-    """
-    num_keyframes: int = 0
-    """Frames from which decoding can begin, by the packets."""
-    container: str = ""
-    """The kind of file, as libav calls it: `mov/mp4`, `matroska/webm`, `mpegts`, ..."""
-    mirrored: bool = False
-    """Whether top and bottom of the stored picture change places before it is turned."""
-
-    def __post_init__(self) -> None:
-        check_counts(self, "num_frames", "width", "height", "num_keyframes")
-        if self.claimed_frames is not None:
-            check_counts(self, "claimed_frames")
-        if not 0 <= self.duration_s < math.inf or not (self.fps == 0 or _FPS[0] <= self.fps <= _FPS[1]):
-            raise ValueError(f"{self.duration_s} s at {self.fps} frames per second")
-        if self.rotation not in (0, 90, 180, 270):
-            raise ValueError(f"rotation = {self.rotation}, expected 0, 90, 180 or 270")
-        if not _WORD.fullmatch(self.codec) or not _WORD.fullmatch(self.container):
-            raise ValueError(f"codec {self.codec!r:.80} in container {self.container!r:.80} are no names of libav's")
-
-    @property
-    def miscounted(self) -> bool:
-        """Whether the header promises another number of frames: off by more than one and more than 2 percent."""
-        claimed = self.num_frames if self.claimed_frames is None else self.claimed_frames
-        return abs(claimed - self.num_frames) > max(1.0, 0.02 * self.num_frames)
-
-    @property
-    def frames_missing(self) -> int:
-        """How many frames fewer there are than the header promises; 0 unless `miscounted`."""
-        return max(0, (self.claimed_frames or 0) - self.num_frames) if self.miscounted else 0
 
 
 @contextmanager
@@ -171,13 +100,8 @@ class Media:
 
     table: PacketTable
     """The packets, and which frame each one carries."""
-    duration_s: float
-    """From the first frame's start to the last frame's end by the packets; by the frame rate where they lie."""
-    frame_times: np.ndarray | None
-    """float64 [F + 1]: seconds from the first packet's time to when each frame is shown, and to when the last one is
-    over. None where frames come evenly, as far as anything says: then num_frames / duration_s tells it all."""
+    _clock: FrameClock
     _offsets: np.ndarray | None = None  # int64 [P]: closes the jumps of the packets' clock
-    _span = (0, 0)  # when the first packet is shown and the last one is over; nothing if it is not known
 
     def __init__(self, data: bytes, config: DecodeConfig, reach: float = 0.0) -> None:
         check_size_bytes(len(data), config)
@@ -366,11 +290,16 @@ class Media:
             own, other = pts[place - 1], pts[place]
             if own is not None and other is not None:
                 durations[place - 1] = max(durations[place - 1] or 0, other - own + (durations[place] or 0))
-        self._times_stored = timed
-        if timed:
-            self._find_times(pts, durations, shown)
-        else:  # decoding times count the empty chunks of an AVI, which repeat a frame, and durations do not
-            self._find_times(dts, [None] * len(dts), shown)
+        self._clock = FrameClock(
+            pts if timed else dts,  # decoding times count the empty chunks of an AVI, which repeat a frame
+            durations if timed else [None] * len(dts),  # and durations do not
+            shown,
+            self.table,
+            unit=self._stream.time_base,
+            rate=float(self.average_rate or 0),
+            num_dropped=self._num_dropped,
+            times_stored=timed,
+        )
         return kept
 
     def _close_jump(self, place: int, packet: Any) -> None:
@@ -380,39 +309,6 @@ class Media:
         offset = int(self._offsets[place])
         packet.pts = None if packet.pts is None else packet.pts + offset
         packet.dts = None if packet.dts is None else packet.dts + offset
-
-    def _find_times(self, clock: list[int | None], durations: list[int | None], shown: list[bool]) -> None:
-        """Set duration_s and frame_times, from the time of the earliest packet on."""
-        rate = float(self.average_rate or 0)
-        self.duration_s = (self.table.num_frames + self._num_dropped) / rate if rate else 0.0
-        self.frame_times = None
-        found = frame_times(clock, durations, self.table.shown, self._stream.time_base)
-        if found is None:
-            return
-        begins, end = found
-        earliest = (at for at, is_shown in zip(clock, shown, strict=True) if is_shown and at is not None)
-        zero = min(math.floor(begins[0]), min(earliest, default=end))
-        measured_s = max(0.0, float((end - zero) * self._stream.time_base))
-        doubt = max(_RATES_AGREE, clock.count(None) / len(clock)) * self.duration_s
-        self._span = (zero, end)
-        if (self.table.timed and self._times_stored) or abs(measured_s - self.duration_s) > doubt:
-            self.duration_s = measured_s
-        elif not self._num_dropped:
-            return
-        self._set_times(begins)
-
-    def _set_times(self, begins: np.ndarray) -> None:
-        """Set frame_times, by the times at which frames begin, in order."""
-        times = (begins - self._span[0]) * float(self._stream.time_base)
-        times = np.append(times, max(times[-1], self.duration_s))
-        self.frame_times = None if comes_evenly(times) else times
-
-    def frames_found(self, pts: list[int | None]) -> None:
-        """Set frame_times by what came out of the decoder, where that is less than the packets promise."""
-        known = sorted(at for at in pts if at is not None)
-        self.frame_times = None
-        if self._span[1] and self._times_stored and len(known) == len(pts):
-            self._set_times(np.array(known, np.float64))
 
     def _check_expansion(self, size_bytes: int) -> None:
         limit = _MAX_EXPANSION * len(self._data) + 2**20
@@ -427,6 +323,16 @@ class Media:
             raise MediaOverBudget(
                 f"{self.duration_s:,.1f} s are more than {said_limit('max_duration_s', self._config.max_duration_s)}"
             )
+
+    @property
+    def duration_s(self) -> float:
+        """From the first frame's start to the last frame's end by the packets; by the frame rate where they lie."""
+        return self._clock.duration_s
+
+    @property
+    def frame_times(self) -> np.ndarray | None:
+        """As FrameClock has them."""
+        return self._clock.frame_times
 
     @property
     def stream_index(self) -> int:
@@ -478,7 +384,7 @@ class Media:
         if listed or self._stream.frames:
             return min(max(0, (listed or int(self._stream.frames)) - unseen - self._num_dropped), MAX_COUNT)
         claimed_s = _seconds(self._stream.metadata.get("DURATION", ""))
-        first, end = (float(time * self._stream.time_base) for time in self._span)
+        first, end = (float(time * self._stream.time_base) for time in self._clock.span)
         if claimed_s is None or end <= first:
             return None
         missing_s = claimed_s - max(end, end - first)

@@ -7,36 +7,16 @@ they do not say that a packet is half a frame: `PacketBits` reads that from the 
 """
 
 import itertools
-import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
-from fractions import Fraction
 from typing import Protocol
 
 import numpy as np
 
-__all__ = [
-    "FrameSink",
-    "PacketBits",
-    "PacketTable",
-    "Reading",
-    "Run",
-    "comes_evenly",
-    "frame_times",
-    "jumps_closed",
-]
+__all__ = ["MAX_REORDER", "FrameSink", "PacketBits", "PacketTable", "Reading", "Run"]
 
-_MAX_REORDER = 64
+MAX_REORDER = 64
 """No codec holds back more frames than this (H.264 and HEVC: 16): packets farther out of order have wrong times."""
-_JUMP_S = (-0.1, 10.0)
-"""Steps of the decoding time beyond these are jumps of the clock, as ffmpeg has it (dts_delta_threshold)."""
-_SLOW = 10
-"""Times the usual step that a step may have and is no jump: in a slide show of a picture a minute, a minute is real."""
-_HELD = 16
-"""Frames by which a picture is shown earlier at most: in files that call every packet a key frame, no jump is less."""
-_EVEN = (0.25, 0.002)
-"""Frames come evenly where none is farther from its place than this share of a frame or, if that is more, this many
-seconds: Matroska and FLV round to milliseconds, and film at 60 Hz is shown for 2 and 3 fields in turn."""
 
 
 class FrameSink(Protocol):
@@ -108,7 +88,7 @@ class PacketTable:
             times_stored
             and not any(value is None for value in pts)
             and bool((np.diff(times[order]) > 0).all())
-            and bool((np.abs(self.frame_of[places] - np.arange(len(places))) <= _MAX_REORDER).all())
+            and bool((np.abs(self.frame_of[places] - np.arange(len(places))) <= MAX_REORDER).all())
         )
         self._times = times
 
@@ -178,110 +158,6 @@ class PacketTable:
         """One stretch from the first packet to the last that carries a wanted frame."""
         hits = np.flatnonzero(self.wanted_packets(wanted))
         return [Run(0, int(hits[-1]) + 1)] if len(hits) else []
-
-
-def jumps_closed(
-    pts: Sequence[int | None],
-    dts: Sequence[int | None],
-    durations: Sequence[int | None],
-    keyframe: Sequence[bool],
-    unit: Fraction,
-    *,
-    ahead: bool,
-) -> np.ndarray | None:
-    """What to add to the times of each packet, int64 [P], so that the clock does not jump; None where it does not.
-
-    A stretch between two jumps begins when the one before it ends: recordings joined end to end, a clock that wraps.
-
-    Args:
-        ahead: jumps may lead forward, and the container stores decoding times, as MPEG-TS. In others a gap is a picture
-            that stays, and a jump is a key frame that is shown before what precedes it.
-    """
-    known = np.flatnonzero([value is not None for value in dts])
-    steps: np.ndarray = np.diff(np.array([value for value in dts if value is not None], np.int64))
-    packets = np.diff(known)
-    forward = steps > 0
-    if not forward.any():
-        return None
-    usual = float(np.median(steps[forward] / packets[forward]))
-    back, far = (seconds / float(unit) for seconds in _JUMP_S)
-    if ahead:
-        jumps = np.flatnonzero((steps < back) | (steps > max(far, _SLOW * usual)))
-        starts, untimed = known[jumps + 1], packets[jumps] - 1
-    else:
-        starts = np.array(_steps_back(pts, keyframe, min(back, -_HELD * usual)), np.int64)
-        untimed = np.zeros(len(starts), np.int64)
-    if not len(starts):
-        return None
-    starts = np.append(0, starts)
-    largest = np.iinfo(np.int64).max // 4
-    begins = np.minimum.reduceat(np.array([largest if value is None else value for value in pts], np.int64), starts)
-    ends = [-largest if at is None else at + (last or int(usual)) for at, last in zip(pts, durations, strict=True)]
-    lengths = np.maximum.reduceat(np.array(ends, np.int64), starts) - begins
-    lengths[lengths < 0] = 0  # none of its packets has a time
-    lengths[:-1] += (untimed * usual).astype(np.int64)  # of packets before the jump
-    offsets = begins[0] + np.append(0, np.cumsum(lengths[:-1])) - begins
-    return np.repeat(offsets, np.diff(np.append(starts, len(pts))))
-
-
-def _steps_back(pts: Sequence[int | None], keyframe: Sequence[bool], back: float) -> list[int]:
-    """Places of the key frames that are shown before what precedes them, by more than `back` (negative)."""
-    found, latest = [], -math.inf
-    for place, (at, is_key) in enumerate(zip(pts, keyframe, strict=True)):
-        if at is None:
-            continue
-        if is_key and at < latest + back:
-            found.append(place)
-            latest = at
-        latest = max(latest, at)
-    return found
-
-
-def frame_times(
-    pts: Sequence[int | None], durations: Sequence[int | None], shown: np.ndarray, unit: Fraction
-) -> tuple[np.ndarray, int] | None:
-    """When each frame begins, in order (float64 [F], several may begin at once), and when the last one ends.
-
-    A packet without a time is taken to come between its neighbours; a last frame of unknown duration stays as long as
-    the one before it. None where hardly a packet has a time, or times are so far out of order that they are wrong.
-    Where packets are reordered, MP4 says until when a packet is the last *decoded* one: of an uneven video the last
-    frame then stays no longer than the one before it.
-
-    Args:
-        shown: bool [P]: the packets whose frames are counted.
-    """
-    places = np.flatnonzero(shown)
-    known = np.flatnonzero([value is not None for value in pts])
-    if not len(places) or len(known) < min(2, len(pts)):
-        return None
-    ticks = np.array([value for value in pts if value is not None], np.float64)
-    found = np.interp(places, known, ticks)
-    if len(known) < len(pts):
-        step = (ticks[-1] - ticks[0]) / (known[-1] - known[0])
-        found += step * (np.minimum(places - known[0], 0) + np.maximum(places - known[-1], 0))
-    order = np.argsort(found, kind="stable")
-    if (np.abs(order - np.arange(len(order))) > _MAX_REORDER).any():
-        return None
-    times = found[order]
-    lasts = np.array([value or 0 for value in durations], np.float64)
-    end = int((found + lasts[places]).max())
-    if len(times) == 1:
-        return times, end
-    one_more = int(2 * times[-1] - times[-2])
-    if end <= times[-1]:
-        return times, one_more
-    reordered = bool((np.diff(order) < 0).any())
-    if reordered and not comes_evenly((np.append(times, end) - times[0]) * float(unit)):
-        own = int(times[-1] + lasts[places[order[-1]]])
-        end = min(one_more, own) if own > times[-1] else one_more
-    return times, end
-
-
-def comes_evenly(times: np.ndarray) -> bool:
-    """Whether frames that begin and in the end are over at these seconds (float64 [F + 1]) come at one rate."""
-    step = float(times[-1]) / (len(times) - 1)
-    share, seconds = _EVEN
-    return bool((np.abs(times - step * np.arange(len(times))) <= max(share * step, seconds)).all())
 
 
 _AV1_SEQUENCE, _AV1_HEADER, _AV1_FRAME = 1, 3, 6  # OBU types

@@ -20,7 +20,8 @@ from kinoray.config.clip import said_limit
 from kinoray.config.shared import DecodeConfig
 from kinoray.errors import MediaOverBudget, UndecodableVideo
 from kinoray.video.budget import check_memory
-from kinoray.video.media import LIBAV_ERRORS, Media, VideoInfo, media_stage
+from kinoray.video.info import VideoInfo
+from kinoray.video.media import LIBAV_ERRORS, Media, media_stage
 from kinoray.video.plan import FrameSink, Reading, Run
 
 __all__ = ["PyavVideo", "Turn"]
@@ -226,7 +227,7 @@ class PyavVideo(Media):
             raise UndecodableVideo(self._no_frame(tally))
         self._check_whole_enough(wanted[wanted < tally.decoded], tally.corrupt, tally.num_whole)
         self.num_frames = tally.decoded
-        self.frames_found(shown)
+        self._clock.found(shown)
         return Reading(tally.decoded, len(tally.corrupt) + len(tally.refused))
 
     def _check_whole_enough(self, wanted: np.ndarray, corrupt: set[int], num_whole: int) -> None:

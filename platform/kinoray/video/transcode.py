@@ -18,7 +18,8 @@ from av.video.reformatter import Interpolation, VideoReformatter
 from kinoray.config.shared import DecodeConfig, digest
 from kinoray.errors import UndecodableVideo
 from kinoray.video.frames import probe
-from kinoray.video.media import VideoInfo, check_counts, media_stage
+from kinoray.video.info import VideoInfo, check_counts
+from kinoray.video.media import media_stage
 from kinoray.video.pyav import PyavVideo, Turn
 
 __all__ = ["TRANSCODE", "TranscodeSettings", "Transcoded", "open_output", "transcode", "x264_options"]

@@ -29,7 +29,7 @@ import numpy as np
 from kinoray.config.shared import ClipConfig, DecodeConfig
 from kinoray.errors import ConfigError, MediaError
 from kinoray.video.frames import Frames, decode, probe
-from kinoray.video.media import VideoInfo
+from kinoray.video.info import VideoInfo
 from kinoray.video.readers import require_backend
 from kinoray.video.request import Request, Sampled
 from kinoray.video.sandbox import jail

@@ -18,7 +18,8 @@ from typing import Any, Self, TypeVar
 from kinoray.config.shared import ClipConfig, DecodeConfig
 from kinoray.errors import MediaError
 from kinoray.video.frames import Frames, check_answer, decode
-from kinoray.video.media import VideoInfo, check_size_bytes
+from kinoray.video.info import VideoInfo
+from kinoray.video.media import check_size_bytes
 from kinoray.video.nvdec import NotForNvdec, not_in_sandbox, require_nvdec
 from kinoray.video.request import Request, Sampled
 from kinoray.video.sandbox.child import Decoded
