@@ -8,7 +8,7 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, is_dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
 import tyro
 from tyro.constructors import PrimitiveConstructorSpec
@@ -27,6 +27,7 @@ from kinoray.config.file import parse_yaml
 from kinoray.errors import ConfigError
 
 __all__ = [
+    "Access",
     "AllowedFactories",
     "AugmentConfig",
     "CacheConfig",
@@ -85,6 +86,10 @@ AllowedFactories = tyro.conf.UseAppendAction[tuple[str, ...]]
 """`PACKAGE:FUNCTION` as often as it is given: networks that a checkpoint may name though kinoray does not have them."""
 
 
+Access = Literal["signed", "unsigned", "requester_pays"]
+"""How requests to a bucket are made."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StorageConfig:
     """Where s3:// addresses lead. Credentials come from the usual AWS chain, never from here."""
@@ -95,6 +100,9 @@ class StorageConfig:
     """AWS region. Default: what the AWS environment or profile says, else us-east-1."""
     addressing: Literal["auto", "path", "virtual"] = "auto"
     """How buckets are addressed; `path` for servers without bucket host names."""
+    access: tuple[str, ...] = ()
+    """BUCKET=unsigned for buckets that anyone may read: requests to these need no credentials and carry none.
+    BUCKET=requester_pays for those whose owner has the reader pay: you agree to. All others: signed, the owner pays."""
     retry_s: float = 60.0
     """How long a request to a failing store is made again, in seconds, before the job ends with StorageUnavailable."""
     answer_timeout_s: float = 20.0
@@ -105,6 +113,15 @@ class StorageConfig:
     def __post_init__(self) -> None:
         for name in ("retry_s", "answer_timeout_s", "stall_timeout_s"):
             require(getattr(self, name) > 0, f"storage.{name}", "greater than 0", getattr(self, name))
+        for item in self.access:
+            is_one = re.fullmatch(r"[^=/]+=(unsigned|requester_pays)", item) is not None
+            require(is_one, "storage.access", "BUCKET=unsigned or BUCKET=requester_pays", item)
+        buckets = [item.partition("=")[0] for item in self.access]
+        require(len(set(buckets)) == len(buckets), "storage.access", "one way for each bucket", " ".join(self.access))
+
+    def access_of(self, bucket: str) -> Access:
+        """How requests to a bucket are made."""
+        return cast(Access, dict(item.split("=") for item in self.access).get(bucket, "signed"))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

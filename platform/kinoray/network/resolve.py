@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from kinoray.config.files import foreign
 from kinoray.errors import CheckpointNotFound, ConfigError
 
 __all__ = [
@@ -124,8 +125,25 @@ def is_whole(text: str) -> bool:
     return text.endswith(_FILE_ENDINGS) and not (_SCHEME.match(text) or _is_checkpoint(text))
 
 
+_PLACES = (
+    *("source", "catalog", "out", "predictions", "corrections", "annotations", "label_names", "labels", "join", "to"),
+    *("copy_videos", "rates", "prefix", "bucket", "a", "b", "checkpoint", "init_from", "ensemble"),
+)
+"""Settings that are addresses, in any verb."""
+
+
 def require_sources(config: object) -> None:
-    """Parse the `checkpoint` and `init_from` of a verb's settings, where it has them. Raises as parse_source."""
+    """Refuse addresses that no verb understands, and networks that are none, before anything is imported for them.
+
+    Raises:
+        ConfigError: an address of another kind of store.
+        What parse_source raises: of `checkpoint` and `init_from`.
+    """
+    for option in _PLACES:
+        value = getattr(config, option, "")
+        for address in (value,) if isinstance(value, str) else value or ():
+            if isinstance(address, str) and (problem := foreign(address)):
+                raise ConfigError(f"{option} {problem}")
     for option in ("checkpoint", "init_from"):
         text = getattr(config, option, "")
         if isinstance(text, str) and text:
