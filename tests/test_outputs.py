@@ -289,3 +289,43 @@ def test_what_is_wrong_is_said_before_ray_or_torch_are_even_imported(
     imported = {line.rsplit("|", 1)[-1].strip() for line in done.stderr.splitlines() if line.startswith("import time")}
     assert "tyro" in imported
     assert not imported & {"ray", "torch"}
+
+
+@pytest.mark.parametrize("home", ["~", "file://{home}"])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["label", "@", "--checkpoint", "i3d", "--out", "new"],
+        ["label", "videos", "--checkpoint", "@", "--out", "new"],
+        ["label", "--config", "@"],
+        ["labels", "@"],
+        ["report", "@", "--out", "new"],
+        ["correct", "@", "--corrections", "c.csv", "--out", "new"],
+        ["export", "@", "--format", "csv", "--to", "new"],
+        ["import", "@.pth", "--out", "new"],
+        ["pack", "@", "--out", "new"],
+        ["pack", "videos", "--kinetics", "k400", "--annotations", "@", "--out", "new"],
+        ["train", "@", "--out", "new"],
+        ["train", "set", "--out", "new", "--like", "@"],
+        ["tune", "@", "--out", "new"],
+        ["evaluate", "@", "--checkpoint", "i3d", "--out", "new"],
+        ["evaluate", "videos", "--ensemble", "@", "@b", "--out", "new"],
+        ["calibrate", "@", "--checkpoint", "i3d", "--out", "new"],
+        ["compare", "@", "run"],
+        ["runs", "@"],
+        ["doctor", "@"],
+        ["bench", "@", "--checkpoint", "i3d"],
+        ["plan", "--rates", "@", "--node", "a:1cpu", "--videos", "10"],
+    ],
+    ids=lambda words: " ".join(words),
+)
+def test_a_home_and_a_file_address_are_that_path_in_every_verb(
+    arguments: list[str], home: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nothing is there, and the message names the path."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    place = home.format(home=tmp_path) + "/absent"
+    assert main([word.replace("@", place) for word in arguments]) != 0
+    said = capsys.readouterr().err
+    assert f"{tmp_path}/absent" in said
+    assert "file://" not in said

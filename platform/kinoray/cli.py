@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from kinoray import __version__
+from kinoray.config.files import local_path
 from kinoray.console import end_process, ended_by_signals, exact_stdout, plain_streams, print_traceback, visible
 from kinoray.errors import ConfigError, KinorayError
 
@@ -251,7 +252,7 @@ def _run(name: str, arguments: list[str]) -> int:
     if name == "submit":
         config = _with_settings(config)
     _load("kinoray.config.check:require_gpus")(config)
-    _load("kinoray.network.resolve:require_sources")(config)
+    config = _load("kinoray.network.resolve:with_places")(config)
     if verb.writes:
         _load("kinoray.storage.outputs:require_places")(config, verb.writes)
     result = _load(verb.function)(config)
@@ -343,6 +344,7 @@ def _parse(name: str, cls: type[Any], arguments: list[str]) -> tuple[Any, bool]:
                 raise
             return _parse_flags(name, cls, reordered, default)
 
+    path, run = (os.path.expanduser(local_path(place)) for place in (path, run))
     if path:
         default = _load("kinoray.config.file:load_config")(cls, path)
         if _is_of_a_run(path):
