@@ -251,6 +251,8 @@ def _run(name: str, arguments: list[str]) -> int:
         return 0
     if name == "submit":
         config = _with_settings(config)
+    if name == "evaluate":
+        config.require_one()
     _load("kinoray.config.check:require_gpus")(config)
     config = _load("kinoray.network.resolve:with_places")(config)
     if verb.writes:
