@@ -43,8 +43,12 @@ class Request:
     range: str | None
     if_match: str | None
     content_md5: str | None
+    payer: str | None
+    """Who pays for it, where the client says so."""
     key_id: str
-    """The access key that signed it."""
+    """The access key that signed it; empty where it is not signed."""
+    signed_headers: str
+    """Which headers the signature covers."""
 
 
 @dataclass
@@ -120,9 +124,11 @@ class _Handler(BaseHTTPRequestHandler):
         pass
 
     def _forward(self) -> None:
-        names = ("Range", "If-Match", "Content-MD5")
-        key_id = self.headers.get("Authorization", "").partition("Credential=")[2].partition("/")[0]
-        request = Request(self.command, self.path, *(self.headers.get(name) for name in names), key_id)
+        names = ("Range", "If-Match", "Content-MD5", "x-amz-request-payer")
+        signature = self.headers.get("Authorization", "")
+        key_id = signature.partition("Credential=")[2].partition("/")[0]
+        headers = signature.partition("SignedHeaders=")[2].partition(",")[0]
+        request = Request(self.command, self.path, *(self.headers.get(name) for name in names), key_id, headers)
         self.state.requests.append(request)
         if self.state.before:
             self.state.before(request)

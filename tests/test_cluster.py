@@ -48,6 +48,11 @@ def test_the_sum_names_what_is_missing(gpus: float, decode_cpus: float, have: di
     assert shortage(config, have, decode_cpus=decode_cpus).removeprefix("resources: ") == expected
 
 
+def test_one_worker_is_one_worker() -> None:
+    config = ResourcesConfig(num_workers=1, cpus_per_worker=8)
+    assert shortage(config, {"CPU": 4.0}) == "resources: 1 worker x 8 CPU = 8 CPU, but the cluster has 4"
+
+
 @pytest.mark.ray
 @pytest.mark.parametrize(
     ("address", "remedy"),

@@ -108,6 +108,17 @@ def test_the_cluster_is_closed_and_the_head_runs_no_work(raw: dict[str, Any]) ->
         assert node_type["node_config"]["MetadataOptions"] == {"HttpTokens": "required", "HttpPutResponseHopLimit": 1}
 
 
+def test_no_node_has_a_group_that_ray_makes(raw: dict[str, Any]) -> None:
+    """Ray's own lets the world try its keys at port 22. An id that is nobody's is refused: closed until it is yours."""
+    groups = {tuple(item["node_config"]["SecurityGroupIds"]) for item in raw["available_node_types"].values()}
+    assert groups == {("sg-00000000000000000",)}
+    [block] = [block for block in fenced("sh") if "create-security-group" in block]
+    assert "sg-00000000000000000" in block
+    opened = [line for line in block.splitlines() if "--port" in line]
+    assert opened
+    assert all("--port 22 --cidr $(curl" in line and line.endswith("/32") for line in opened)
+
+
 def test_no_key_is_written_in_the_file() -> None:
     text = (ROOT / "cluster.yaml").read_text(encoding="utf-8")
     assert "AWS_SECRET" not in text
@@ -169,6 +180,10 @@ def emulated_aws(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[No
 @pytest.mark.ray
 @pytest.mark.usefixtures("emulated_aws")
 def test_an_emulated_aws_starts_a_node_of_each_type(raw: dict[str, Any]) -> None:
+    ec2 = boto3.client("ec2", raw["provider"]["region"])
+    group = ec2.create_security_group(GroupName="kinoray", Description="closed")["GroupId"]
+    for item in raw["available_node_types"].values():
+        item["node_config"]["SecurityGroupIds"] = [group]
     config = prepare_config(raw)
     validate_config(config)
     config = aws_config.bootstrap_aws(AWSNodeProvider.fillout_available_node_types_resources(config))
@@ -185,6 +200,9 @@ def test_an_emulated_aws_starts_a_node_of_each_type(raw: dict[str, Any]) -> None
     profiles = {name: instance["IamInstanceProfile"]["Arn"].split("/")[-1] for name, instance in found.items()}
     assert profiles == {"head": "kinoray-head", "decode": "kinoray-worker", "gpu": "kinoray-worker"}
     assert {name for name, item in found.items() if item.get("InstanceLifecycle") == "spot"} == {"decode"}
+    assert {each["GroupId"] for item in found.values() for each in item["SecurityGroups"]} == {group}
+    rules = [rule for each in ec2.describe_security_groups()["SecurityGroups"] for rule in each["IpPermissions"]]
+    assert not [rule for rule in rules if {"CidrIp": "0.0.0.0/0"} in rule["IpRanges"]]  # Ray's own would open port 22
 
     misspelt = copy.deepcopy(types["decode"]["node_config"])
     misspelt["InstanceMarketOption"] = {}

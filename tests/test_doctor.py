@@ -444,7 +444,7 @@ def test_a_store_that_fails_is_not_blamed_on_the_videos(tmp_path: Path) -> None:
         return ["" if refusal is None else refusal.error_class for refusal in refusals]
 
     assert probe("a", "denied") == ["", "AccessDenied"]
-    with pytest.raises(AccessDenied, match="none of 1 videos may be read"):
+    with pytest.raises(AccessDenied, match="no video of 1 may be read"):
         probe("denied")
     with pytest.raises(StorageUnavailable, match="still failing"):
         probe("a", "down", "denied")

@@ -10,6 +10,7 @@ import importlib
 import io
 import re
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -82,6 +83,27 @@ def test_what_a_page_names_is_there(page: str) -> None:
 def test_every_page_is_in_the_index() -> None:
     linked = {f"docs/{target}" for target in LINK.findall(read_page("docs/README.md"))}
     assert linked == set(pages()) - {"README.md", "docs/README.md"}
+
+
+def test_what_troubleshooting_says_is_said_by_the_code() -> None:
+    """The first cell of each row; what is no text of ours is a program's, and named as such."""
+    rows = re.findall(r"^\| (`[^|]+?) \|", read_page("docs/troubleshooting.md"), re.MULTILINE)
+    texts = [text for row in rows if (text := row.partition("`")[2].partition("`")[0]) not in ("ray up",)]
+    assert len(texts) > 20
+    said = "\n".join(text for path in (ROOT / "platform").rglob("*.py") for text in literals(path))
+    for text in texts:
+        pieces = [re.escape(piece) for piece in text.split("...")]
+        assert re.search("[^\n]*".join(pieces).rstrip(), said), text
+
+
+def literals(path: Path) -> Iterator[str]:
+    """Each string of a module as one line, `...` for what is filled in."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            yield node.value.replace("\n", " ")
+        if isinstance(node, ast.JoinedStr):
+            parts = [str(part.value) if isinstance(part, ast.Constant) else "..." for part in node.values]
+            yield "".join(parts).replace("\n", " ")
 
 
 def test_guarantees_name_tests_that_exist() -> None:

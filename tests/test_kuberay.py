@@ -7,6 +7,8 @@ tests that need it skip where ../shared/data/kuberay_rayjobs_crd.yaml is absent.
 import copy
 import re
 import shlex
+import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -249,6 +251,75 @@ def test_the_object_store_fits_into_shared_memory_and_spills_to_a_disk(name: str
         assert disks <= quantity(container["resources"]["limits"]["ephemeral-storage"])
 
 
+SITES = ("eks", "gke", "onprem")
+
+
+def kustomization(folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = yaml.safe_load((folder / "kustomization.yaml").read_text(encoding="utf-8"))
+    return found
+
+
+def test_the_kustomization_names_files_and_sites_that_are_there_and_the_choices_beside_them() -> None:
+    top = kustomization(FOLDER)
+    assert top["resources"] == ["access.yaml", "label.yaml"]
+    assert top["components"] == ["eks"]
+    text = (FOLDER / "kustomization.yaml").read_text(encoding="utf-8")
+    chosen = {file.name for file in FOLDER.glob("*.yaml")} - {"kustomization.yaml"}
+    assert set(re.findall(r"\w+\.yaml", text.partition("resources:")[2].partition("components:")[0])) == chosen
+    assert (
+        set(re.findall(r"eks|gke|onprem", text))
+        == set(SITES)
+        == {path.name for path in FOLDER.iterdir() if path.is_dir()}
+    )
+    assert {kustomization(FOLDER / site)["kind"] for site in SITES} == {"Component"}
+
+
+@pytest.mark.parametrize("name", [*JOBS, "cluster"])
+def test_every_container_that_reads_the_store_takes_its_address_and_keys(name: str) -> None:
+    """What gke/ and onprem/ make, and the Secret that their heads tell of; absent at EKS, where a role is enough."""
+    expected = [{kind: {"name": "kinoray-store", "optional": True}} for kind in ("configMapRef", "secretRef")]
+    for group in groups(cluster_spec(name)):
+        assert [container["envFrom"] for container in group["template"]["spec"]["containers"]] == [expected]
+    for site in ("gke", "onprem"):
+        text = (FOLDER / site / "kustomization.yaml").read_text(encoding="utf-8")
+        assert "create secret generic kinoray-store" in text
+        [made] = kustomization(FOLDER / site)["configMapGenerator"]
+        assert (made["name"], made["namespace"]) == ("kinoray-store", "kinoray")
+        assert made["options"] == {"disableNameSuffixHash": True}  # else it is not the name that pods ask for
+        settings = dict(line.split("=", 1) for line in made["literals"])
+        assert not set(settings) & {"AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"}
+        assert settings["AWS_ENDPOINT_URL"].startswith("http")
+
+
+@pytest.mark.skipif(shutil.which("kubectl") is None, reason="kubectl, which has kustomize in it, is not installed")
+@pytest.mark.parametrize("site", SITES)
+@pytest.mark.parametrize("name", [*JOBS, "cluster"])
+def test_kustomize_puts_image_role_and_store_into_each_job(name: str, site: str, tmp_path: Path) -> None:
+    folder = shutil.copytree(FOLDER, tmp_path / "kuberay")
+    top = kustomization(folder)
+    top |= {"resources": ["access.yaml", f"{name}.yaml"], "components": [site]}
+    top["images"][0] |= {"newName": "registry.example.org/team/kinoray", "newTag": "9"}
+    (folder / "kustomization.yaml").write_text(yaml.safe_dump(top), encoding="utf-8")
+    done = subprocess.run(["kubectl", "kustomize", folder], capture_output=True, text=True, check=True, timeout=60)
+    rendered = list(yaml.safe_load_all(done.stdout))
+    assert set(re.findall(r"image: (\S+)", done.stdout)) == {"registry.example.org/team/kinoray:9"}
+    assert done.stdout.count("image: ") == len(pods(name))
+
+    accounts = [item["metadata"] for item in rendered if item["kind"] == "ServiceAccount"]
+    roles = {item.get("annotations", {}).get("eks.amazonaws.com/role-arn") for item in accounts}
+    assert len(accounts) == 2
+    assert roles == ({"arn:aws:iam::000000000000:role/kinoray-bucket"} if site == "eks" else {None})
+    stores = [item["data"] for item in rendered if item["metadata"]["name"] == "kinoray-store"]
+    assert ["AWS_ENDPOINT_URL" in store for store in stores] == ([] if site == "eks" else [True])
+
+    [workload] = [item for item in rendered if item["apiVersion"] == "ray.io/v1"]
+    original = of_kind(name, workload["kind"])["spec"]
+    changed = yaml.safe_load(
+        yaml.safe_dump(original).replace("example.com/kinoray:0.1.0", "example.org/team/kinoray:9")
+    )
+    assert workload["spec"] == changed  # and nothing else of it, so what the schema allowed it allows
+
+
 def volume(pod: dict[str, Any], name: str) -> dict[str, Any]:
     found: dict[str, Any] = next(item for item in pod["volumes"] if item["name"] == name)["emptyDir"]
     return found
@@ -262,7 +333,6 @@ def test_accounts_are_those_that_pods_name() -> None:
     }
     assert named == set(accounts)
     assert accounts["kinoray-worker"]["automountServiceAccountToken"] is False
-    assert all("eks.amazonaws.com/role-arn" in item["metadata"]["annotations"] for item in accounts.values())
     everything = [item for name in ("access", *JOBS, "cluster") for item in documents(name)]
     namespaces = {item["metadata"]["namespace"] for item in everything if item["kind"] != "Namespace"}
     assert namespaces == {namespace["metadata"]["name"]}
@@ -278,4 +348,7 @@ def test_images_and_versions_are_those_of_this_repository() -> None:
         container["image"] for name in (*JOBS, "cluster") for pod in pods(name) for container in pod["containers"]
     }
     assert images == {f"registry.example.com/kinoray:{kinoray.__version__}"}
+    [image] = kustomization(FOLDER)["images"]  # and there is one place to put another one
+    assert f"{image['name']}:{image['newTag']}" in images
+    assert isinstance(image["newTag"], str)  # a tag such as 2 would be refused as a number
     assert {cluster_spec(name)["rayVersion"] for name in (*JOBS, "cluster")} == {versions["ray"]}

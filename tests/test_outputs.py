@@ -1,5 +1,6 @@
 """No verb writes among what is not its own: said first, in one line that names the flag, and nothing is changed."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -250,3 +251,81 @@ def test_videos_beside_a_pack_are_told(tmp_path: Path, capsys: pytest.CaptureFix
     assert said.count("\n") == 1
     assert f"{lib} stands for the pack in it (pack.json), and 2 videos that are not in it lie beside it" in said
     assert any("2 videos that are not in it" in note for note in open_source(STORAGE, str(lib)).notes)
+
+
+GPU = ["--resources.gpus-per-worker", "1"]
+HERE = ["label", "{there}", "--checkpoint", "i3d", "--out", "{there}/new"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        pytest.param(
+            ["train", "set", "--out", "run", "--optim.lr", "0"], 2, "optim.lr must be greater than 0", id="setting"
+        ),
+        pytest.param(["label", "{absent}", *HERE[2:]], 1, "{absent}: no such folder or video", id="source"),
+        pytest.param(["bench", "{absent}", *HERE[2:4]], 1, "{absent}: no such folder or video", id="bench"),
+        pytest.param(["train", "{absent}", "--out", "x"], 1, "{absent}: no such file; expected a folder", id="catalog"),
+        pytest.param([*HERE[:5], "/proc/x"], 2, "out /proc/x cannot be written", id="unwritable"),
+        pytest.param(["tune", "{there}", "--out", "{there}"], 2, "files that are not kinoray's (a.txt", id="taken"),
+        pytest.param(["demo", "--out", "{there}"], 2, "files that are not kinoray's (a.txt", id="demo"),
+        pytest.param([*HERE, "--storage.access", "b"], 2, "storage.access must be BUCKET=unsigned or", id="access"),
+        pytest.param(["evaluate", "az://c/x", *HERE[2:]], 2, "az://c/x: only s3:// addresses and local", id="store"),
+        pytest.param([*HERE[:2], *GPU, *HERE[2:]], 2, "this machine has no GPU that can be used", id="no GPU"),
+    ],
+)
+def test_what_is_wrong_is_said_before_ray_or_torch_are_even_imported(
+    arguments: list[str], code: int, said: str, tmp_path: Path
+) -> None:
+    if arguments[2:4] == GPU and any(Path("/dev").glob("nvidia[0-9]*")):
+        pytest.skip("this machine has a GPU")
+    (tmp_path / "a.txt").write_text("somebody's")
+    places = {"there": str(tmp_path), "absent": str(tmp_path / "absent")}
+    command = [sys.executable, "-X", "importtime", "-m", "kinoray", *(word.format(**places) for word in arguments)]
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=environment)
+    assert done.returncode == code, done.stderr[-500:]
+    assert said.format(**places) in done.stderr
+    imported = {line.rsplit("|", 1)[-1].strip() for line in done.stderr.splitlines() if line.startswith("import time")}
+    assert "tyro" in imported
+    assert not imported & {"ray", "torch"}
+
+
+@pytest.mark.parametrize("home", ["~", "file://{home}"])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["label", "@", "--checkpoint", "i3d", "--out", "new"],
+        ["label", "videos", "--checkpoint", "@", "--out", "new"],
+        ["label", "--config", "@"],
+        ["labels", "@"],
+        ["report", "@", "--out", "new"],
+        ["correct", "@", "--corrections", "c.csv", "--out", "new"],
+        ["export", "@", "--format", "csv", "--to", "new"],
+        ["import", "@.pth", "--out", "new"],
+        ["pack", "@", "--out", "new"],
+        ["pack", "videos", "--kinetics", "k400", "--annotations", "@", "--out", "new"],
+        ["train", "@", "--out", "new"],
+        ["train", "set", "--out", "new", "--like", "@"],
+        ["tune", "@", "--out", "new"],
+        ["evaluate", "@", "--checkpoint", "i3d", "--out", "new"],
+        ["evaluate", "videos", "--ensemble", "@", "@b", "--out", "new"],
+        ["calibrate", "@", "--checkpoint", "i3d", "--out", "new"],
+        ["compare", "@", "run"],
+        ["runs", "@"],
+        ["doctor", "@"],
+        ["bench", "@", "--checkpoint", "i3d"],
+        ["plan", "--rates", "@", "--node", "a:1cpu", "--videos", "10"],
+    ],
+    ids=lambda words: " ".join(words),
+)
+def test_a_home_and_a_file_address_are_that_path_in_every_verb(
+    arguments: list[str], home: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nothing is there, and the message names the path."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    place = home.format(home=tmp_path) + "/absent"
+    assert main([word.replace("@", place) for word in arguments]) != 0
+    said = capsys.readouterr().err
+    assert f"{tmp_path}/absent" in said
+    assert "file://" not in said

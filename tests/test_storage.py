@@ -5,8 +5,10 @@ import hashlib
 import os
 import pickle
 import random
+import re
 import subprocess
 import sys
+import tempfile
 import time
 import zlib
 from collections.abc import Iterator
@@ -31,6 +33,7 @@ from kinoray.errors import (
     StorageUnavailable,
 )
 from kinoray.storage.objects import Storage, absolute, arrow_filesystem, is_s3, join
+from kinoray.storage.outputs import require_folder
 from kinoray.storage.s3 import S3Store
 
 Place = tuple[Storage, str]
@@ -194,13 +197,118 @@ def test_join_and_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert absolute("s3://b/../p") == "s3://b/../p"
 
 
-def test_other_schemes_and_nameless_buckets_are_settings_errors() -> None:
-    with pytest.raises(ConfigError, match="gs://b/x: only s3://"):
-        Storage().read("gs://b/x")
+@pytest.mark.parametrize(
+    ("uri", "remedy"),
+    [
+        ("gs://b/x", "--storage.endpoint-url https://storage.googleapis.com"),
+        ("az://container/x", "blobfuse2"),
+        ("abfss://container@account.dfs.core.windows.net/x", "blobfuse2"),
+        ("http://host/x.mp4", "download it first"),
+        ("HTTPS://host/x.mp4", "download it first"),
+        ("hf://datasets/owner/name", "hf download"),
+        ("dbfs:/videos", "/dbfs/"),
+        ("s3a://b/x", "give it as s3://"),
+        ("hdfs://node/x", "mount it, or copy it"),
+    ],
+)
+def test_an_address_of_another_store_says_what_to_do(uri: str, remedy: str, tmp_path: Path) -> None:
+    said = re.escape(f"{uri}: only s3:// addresses and local paths are understood; ") + f".*{re.escape(remedy)}"
+    calls = (Storage().read, absolute, lambda uri: require_folder(Storage(), "out", uri, "label"))
+    for call in calls:
+        with pytest.raises(ConfigError, match=said):
+            call(uri)
+
+
+def test_nameless_buckets_are_settings_errors() -> None:
     with pytest.raises(ConfigError, match="no bucket"):
         Storage().read("s3:///x")
     with pytest.raises(ObjectNotFound, match="names a bucket"):
         Storage().read("s3://bucket/")
+
+
+# --- whose requests are signed, and who pays for them
+
+
+def calls(storage: Storage, bucket: str) -> None:
+    """Every kind of request to a bucket."""
+    large = bytes(17 * 2**20)
+    with tempfile.NamedTemporaryFile() as file:
+        file.write(large)
+        file.flush()
+        storage.put_file(f"{bucket}/large", Path(file.name))
+    storage.put(f"{bucket}/x", b"data")
+    storage.put_if_absent(f"{bucket}/x", b"other")
+    assert storage.read(f"{bucket}/x") == b"data"
+    assert storage.read_range(f"{bucket}/large", 5, 7) == bytes(7)
+    assert [info.uri for info in storage.list(f"{bucket}/")] == [f"{bucket}/large", f"{bucket}/x"]
+    assert not storage.exists(f"{bucket}/absent")
+    storage.delete(f"{bucket}/large")
+
+
+def test_every_request_to_a_bucket_whose_requester_pays_says_so_and_no_other(
+    bucket: str, faulty: FaultyS3, through: Storage, s3_server: str
+) -> None:
+    name = bucket.removeprefix("s3://")
+    storage = Storage(replace(through.config, access=(f"{name}=requester_pays",)))
+    calls(storage, bucket)
+    assert {request.method for request in faulty.requests} == {"GET", "HEAD", "PUT", "POST", "DELETE"}
+    assert {request.payer for request in faulty.requests} == {"requester"}
+    assert all("x-amz-request-payer" in request.signed_headers for request in faulty.requests)
+    faulty.requests.clear()
+    calls(storage, bucket_at(s3_server))
+    assert {request.payer for request in faulty.requests} == {None}
+
+
+def test_a_public_bucket_is_read_without_credentials_and_another_one_with_them(
+    bucket: str, faulty: FaultyS3, through: Storage, s3_server: str
+) -> None:
+    name, own = bucket.removeprefix("s3://"), bucket_at(s3_server)
+    boto3.client("s3", endpoint_url=s3_server, region_name="us-east-1").put_bucket_acl(Bucket=name, ACL="public-read")
+    boto3.client("s3", endpoint_url=s3_server, region_name="us-east-1").put_object(
+        Bucket=name, Key="x", Body=b"data", ACL="public-read"
+    )
+    storage = Storage(replace(through.config, access=(f"{name}=unsigned",)))
+    assert storage.read(f"{bucket}/x") == b"data"
+    assert [info.uri for info in storage.list(f"{bucket}/")] == [f"{bucket}/x"]
+    assert storage.stat(f"{bucket}/x").size_bytes == 4
+    assert {request.key_id for request in faulty.requests} == {""}
+    faulty.requests.clear()
+    storage.put(f"{own}/x", b"labels")
+    assert storage.read(f"{own}/x") == b"labels"
+    assert {request.key_id for request in faulty.requests} == {os.environ["AWS_ACCESS_KEY_ID"]}
+    filesystem, path = arrow_filesystem(storage.config, f"{bucket}/x")
+    faulty.requests.clear()
+    with filesystem.open_input_file(path) as file:
+        assert file.read() == b"data"
+    assert {request.key_id for request in faulty.requests} == {""}
+
+
+def test_a_bucket_that_is_not_public_says_why_its_requests_were_refused(
+    bucket: str, faulty: FaultyS3, through: Storage
+) -> None:
+    name = bucket.removeprefix("s3://")
+    faulty.faults = ["403"]
+    storage = Storage(replace(through.config, access=(f"{name}=unsigned",)))
+    with pytest.raises(AccessDenied, match=rf"{bucket}/x: not everybody may do this .*storage.access {name}=unsigned"):
+        storage.read(f"{bucket}/x")
+
+
+@pytest.mark.radosgw
+def test_a_server_that_checks_gives_a_public_object_to_requests_without_credentials(radosgw_server: str) -> None:
+    bucket = bucket_at(radosgw_server)
+    client = boto3.client("s3", endpoint_url=radosgw_server, region_name="us-east-1")
+    for key, acl in (("open", "public-read"), ("closed", "private")):
+        client.put_object(Bucket=bucket.removeprefix("s3://"), Key=key, Body=b"data", ACL=acl)
+    storage = Storage(replace(config_at(radosgw_server), access=(f"{bucket.removeprefix('s3://')}=unsigned",)))
+    assert storage.read(f"{bucket}/open") == b"data"
+    with pytest.raises(AccessDenied, match="not everybody may do this"):
+        storage.read(f"{bucket}/closed")
+
+
+@pytest.mark.parametrize("access", [("bucket",), ("bucket=public",), ("s3://bucket=unsigned",), ("a=unsigned",) * 2])
+def test_ways_to_a_bucket_are_checked(access: tuple[str, ...]) -> None:
+    with pytest.raises(ConfigError, match=r"storage\.access"):
+        StorageConfig(access=access)
 
 
 # --- folders

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from kinoray import __version__
+from kinoray.config.files import local_path
 from kinoray.console import end_process, ended_by_signals, exact_stdout, plain_streams, print_traceback, visible
 from kinoray.errors import ConfigError, KinorayError
 
@@ -36,6 +37,9 @@ class Verb:
     summary: str
     main: tuple[str, ...] = ()
     """Settings that `--help` explains besides those that are needed; `--help-all` explains all."""
+    writes: str = ""
+    """What its `out` is, as kinoray.storage.outputs calls it: verbs that import torch or Ray have it and their source
+    looked at before they are imported, which takes seconds."""
     gives_code: bool = False
     """The function returns the exit code."""
 
@@ -58,6 +62,7 @@ VERBS: Mapping[str, Verb] = {
         settings="kinoray.label.config:LabelConfig",
         function="kinoray.label.verb:label",
         summary="any videos -> a row of predictions each, exactly once",
+        writes="label",
         main=("out", "protocol", "resources.num_workers"),
     ),
     "labels": Verb(
@@ -93,6 +98,7 @@ VERBS: Mapping[str, Verb] = {
         settings="kinoray.network.config:ImportConfig",
         function="kinoray.network.verb:import_network",
         summary="networks: what there is, what one costs; published -> checkpoint",
+        writes="import",
         main=("out", "labels", "model.factory"),
     ),
     "pack": Verb(
@@ -107,6 +113,7 @@ VERBS: Mapping[str, Verb] = {
         settings="kinoray.train.config:TrainConfig",
         function="kinoray.train.verb:train",
         summary="catalog -> checkpoints, with Ray Data and Ray Train",
+        writes="train",
         main=("init_from", "model.factory", "optim.epochs"),
     ),
     "tune": Verb(
@@ -114,6 +121,7 @@ VERBS: Mapping[str, Verb] = {
         settings="kinoray.tune.config:TuneConfig",
         function="kinoray.tune.verb:tune",
         summary="many trainings with other settings -> the best of them",
+        writes="tune",
         main=("space", "num_trials", "search"),
     ),
     "evaluate": Verb(
@@ -121,6 +129,7 @@ VERBS: Mapping[str, Verb] = {
         settings="kinoray.evaluation.config:EvaluateConfig",
         function="kinoray.evaluation.verb:evaluate",
         summary="checkpoint + labelled catalog -> exact accuracy",
+        writes="label",
         main=("checkpoint", "ensemble", "split", "protocol"),
     ),
     "calibrate": Verb(
@@ -128,6 +137,7 @@ VERBS: Mapping[str, Verb] = {
         settings="kinoray.evaluation.config:CalibrateConfig",
         function="kinoray.evaluation.calibrate:calibrate",
         summary="labelled catalog -> temperature and early-exit margins",
+        writes="label",
         main=("split", "protocol"),
     ),
     "compare": Verb(
@@ -156,6 +166,7 @@ VERBS: Mapping[str, Verb] = {
         settings="kinoray.capacity.config:BenchConfig",
         function="kinoray.capacity.bench:bench",
         summary="how fast your own videos are labelled, and what binds",
+        writes="file",
         main=("out", "videos"),
     ),
     "plan": Verb(
@@ -178,6 +189,7 @@ VERBS: Mapping[str, Verb] = {
         settings="kinoray.demo.config:DemoConfig",
         function="kinoray.demo.verb:demo",
         summary="pack, train, evaluate, label, report: a small generated set",
+        writes="demo",
         main=("out", "storage"),
     ),
 }
@@ -239,7 +251,12 @@ def _run(name: str, arguments: list[str]) -> int:
         return 0
     if name == "submit":
         config = _with_settings(config)
-    _load("kinoray.network.resolve:require_sources")(config)  # a wrong name waits for no import of torch
+    if name == "evaluate":
+        config.require_one()
+    _load("kinoray.config.shared:require_gpus")(config)
+    config = _load("kinoray.network.resolve:with_places")(config)
+    if verb.writes:
+        _load("kinoray.storage.outputs:require_places")(config, verb.writes)
     result = _load(verb.function)(config)
     return int(result) if verb.gives_code else 0
 
@@ -329,6 +346,7 @@ def _parse(name: str, cls: type[Any], arguments: list[str]) -> tuple[Any, bool]:
                 raise
             return _parse_flags(name, cls, reordered, default)
 
+    path, run = (os.path.expanduser(local_path(place)) for place in (path, run))
     if path:
         default = _load("kinoray.config.file:load_config")(cls, path)
         if _is_of_a_run(path):

@@ -12,7 +12,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 from kinoray.config.clip import DecodeConfig, said_limit
-from kinoray.config.files import local_path
+from kinoray.config.files import foreign, local_path
 from kinoray.errors import (
     ChecksumMismatch,
     InvalidReference,
@@ -21,7 +21,7 @@ from kinoray.errors import (
     ObjectTooLarge,
     StorageUnavailable,
 )
-from kinoray.storage.objects import Storage, is_s3
+from kinoray.storage.objects import Storage
 
 __all__ = ["Reference", "read_video", "read_videos", "time_problem"]
 
@@ -60,9 +60,7 @@ class Reference:
         path = local_path(self.uri)
         if "\0" in path or self.uri in ("", "s3://") or self.uri.startswith("s3:///"):
             return f"{self.uri!r} is no address"
-        if path is self.uri and "://" in path and not is_s3(path):
-            return f"{self.uri}: only s3:// addresses and local paths are understood"
-        return ""
+        return foreign(self.uri)
 
 
 def time_problem(start_s: float | None, end_s: float | None) -> str:

@@ -27,7 +27,7 @@ from kinoray.catalog.folders import (
     is_video_head,
     split_named,
 )
-from kinoray.config.files import FILE_SCHEME, local_path, local_uri
+from kinoray.config.files import foreign, local_path, local_uri
 from kinoray.console import visible
 from kinoray.errors import (
     BadCredentials,
@@ -409,7 +409,7 @@ def _read_csv(storage: Storage, source: str) -> list[SourceFile]:
 
 def _uri_of(folder: str, name: str) -> str:
     """The address of what a CSV calls `name`."""
-    if is_s3(name) or ("://" in name and not name.startswith(FILE_SCHEME)):
+    if is_s3(name) or foreign(name):
         return name  # its reader says that there is no such store
     path = os.path.expanduser(local_path(name))
     return local_uri(path if path.startswith("/") else absolute(join(folder, path)))

@@ -34,7 +34,7 @@ from ray.util.placement_group import PlacementGroup, placement_group, remove_pla
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from kinoray.config.shared import WorkersConfig
-from kinoray.console import format_duration, visible
+from kinoray.console import format_duration, many, visible
 from kinoray.errors import ClusterError, ConfigError
 from kinoray.storage.leftovers import Claim, reap, sweep
 
@@ -240,6 +240,8 @@ def require_fit(config: WorkersConfig, *, decode_cpus: float = 0.0) -> None:
     joined = config.address or os.environ.get("RAY_ADDRESS", "")
     if not (joined and has_autoscaler()):
         remedy = "add nodes" if joined else "raise resources.local_cpus"
+        if " GPU = " in missing() and not joined:
+            remedy = "leave resources.gpus_per_worker out, and the model runs on CPUs"
         raise ClusterError(f"{missing()}; lower resources.num_workers or {remedy}")
     if not config.wait_for_nodes_s:
         raise ClusterError(
@@ -261,7 +263,7 @@ def shortage(config: WorkersConfig, have: Mapping[str, float], *, decode_cpus: f
             each = config.cpus_per_worker if kind == "CPU" else config.gpus_per_worker
             decode = f" + {decode_cpus:g} to decode" if kind == "CPU" and decode_cpus else ""
             return (
-                f"resources: {config.num_workers} workers x {each:g} {kind}{decode} = {needed:g} {kind}, but "
+                f"resources: {many(config.num_workers, 'worker')} x {each:g} {kind}{decode} = {needed:g} {kind}, but "
                 f"the cluster has {have.get(kind, 0.0):g}"
             )
     return ""

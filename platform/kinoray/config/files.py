@@ -9,8 +9,9 @@ import contextlib
 import errno
 import functools
 import os
+import re
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from urllib.parse import quote_from_bytes, unquote_to_bytes
 
@@ -24,7 +25,16 @@ from kinoray.errors import (
     StorageUnavailable,
 )
 
-__all__ = ["FILE_SCHEME", "local_path", "local_uri", "open_file", "read_file", "read_file_range", "translated"]
+__all__ = [
+    "FILE_SCHEME",
+    "foreign",
+    "local_path",
+    "local_uri",
+    "open_file",
+    "read_file",
+    "read_file_range",
+    "translated",
+]
 
 FILE_SCHEME = "file://"
 """What the uri of a file begins with whose name is not UTF-8: `file:///videos/a%FF.mp4` can be written to a table."""
@@ -54,6 +64,33 @@ def local_path(uri: str) -> str:
     if not uri.startswith(FILE_SCHEME):
         return uri
     return os.fsdecode(unquote_to_bytes(uri[len(FILE_SCHEME) :].removeprefix("localhost")))
+
+
+_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://|(dbfs):/")
+_OURS = ("s3", "file")
+_GCS = (
+    "give s3://BUCKET/KEY with --storage.endpoint-url https://storage.googleapis.com and an HMAC key of yours, or "
+    "mount the bucket (gcsfuse)"
+)
+_AZURE = "mount the container (blobfuse2), or copy it (azcopy, rclone)"
+_WEB = "download it first; what an S3 server serves there is s3://BUCKET/KEY with --storage.endpoint-url"
+_REMEDIES: Mapping[str, str] = {
+    **dict.fromkeys(("gs", "gcs"), _GCS),
+    **dict.fromkeys(("az", "abfs", "abfss", "adl", "wasb", "wasbs"), _AZURE),
+    **dict.fromkeys(("http", "https"), _WEB),
+    **dict.fromkeys(("s3a", "s3n"), "give it as s3://"),
+    "hf": "download it first (hf download); a network there is hf:OWNER/NAME",
+    "dbfs": "give the path under which it is mounted, /dbfs/...",
+}
+
+
+def foreign(uri: str) -> str:
+    """Why an address of another kind of store is not understood, and what to do; empty for s3://, file:// and paths."""
+    match = _SCHEME.match(uri)
+    if match is None or (match[1] or match[2]) in _OURS:
+        return ""
+    remedy = _REMEDIES.get((match[1] or match[2]).lower(), "mount it, or copy it to one of these")
+    return f"{uri}: only s3:// addresses and local paths are understood; {remedy}"
 
 
 @contextlib.contextmanager

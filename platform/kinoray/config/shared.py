@@ -3,12 +3,14 @@
 Everything that changes a number in a result is in ClipConfig and ModelConfig, and their digest goes into that result.
 """
 
+import glob
 import hashlib
 import json
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, is_dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
 import tyro
 from tyro.constructors import PrimitiveConstructorSpec
@@ -25,6 +27,7 @@ from kinoray.config.file import parse_yaml
 from kinoray.errors import ConfigError, check_fraction, require
 
 __all__ = [
+    "Access",
     "AllowedFactories",
     "AugmentConfig",
     "CacheConfig",
@@ -47,6 +50,7 @@ __all__ = [
     "digest",
     "parse_options",
     "require",
+    "require_gpus",
 ]
 
 
@@ -83,6 +87,10 @@ AllowedFactories = tyro.conf.UseAppendAction[tuple[str, ...]]
 """`PACKAGE:FUNCTION` as often as it is given: networks that a checkpoint may name though kinoray does not have them."""
 
 
+Access = Literal["signed", "unsigned", "requester_pays"]
+"""How requests to a bucket are made."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StorageConfig:
     """Where s3:// addresses lead. Credentials come from the usual AWS chain, never from here."""
@@ -93,6 +101,9 @@ class StorageConfig:
     """AWS region. Default: what the AWS environment or profile says, else us-east-1."""
     addressing: Literal["auto", "path", "virtual"] = "auto"
     """How buckets are addressed; `path` for servers without bucket host names."""
+    access: tuple[str, ...] = ()
+    """BUCKET=unsigned for buckets that anyone may read: requests to these need no credentials and carry none.
+    BUCKET=requester_pays for those whose owner has the reader pay: you agree to. All others: signed, the owner pays."""
     retry_s: float = 60.0
     """How long a request to a failing store is made again, in seconds, before the job ends with StorageUnavailable."""
     answer_timeout_s: float = 20.0
@@ -103,6 +114,15 @@ class StorageConfig:
     def __post_init__(self) -> None:
         for name in ("retry_s", "answer_timeout_s", "stall_timeout_s"):
             require(getattr(self, name) > 0, f"storage.{name}", "greater than 0", getattr(self, name))
+        for item in self.access:
+            is_one = re.fullmatch(r"[^=/]+=(unsigned|requester_pays)", item) is not None
+            require(is_one, "storage.access", "BUCKET=unsigned or BUCKET=requester_pays", item)
+        buckets = [item.partition("=")[0] for item in self.access]
+        require(len(set(buckets)) == len(buckets), "storage.access", "one way for each bucket", " ".join(self.access))
+
+    def access_of(self, bucket: str) -> Access:
+        """How requests to a bucket are made."""
+        return cast(Access, dict(item.split("=") for item in self.access).get(bucket, "signed"))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -278,6 +298,26 @@ class WorkersConfig:
         require(self.cpus_per_worker > 0, "resources.cpus_per_worker", "greater than 0", self.cpus_per_worker)
         require(self.gpus_per_worker >= 0, "resources.gpus_per_worker", "at least 0", self.gpus_per_worker)
         require(self.wait_for_nodes_s >= 0, "resources.wait_for_nodes_s", "at least 0", self.wait_for_nodes_s)
+
+
+_GPUS = ("/dev/nvidia[0-9]*", "/dev/dxg", "/dev/nvmap", "/dev/kfd")  # of a server, of WSL, of a Jetson, of AMD
+
+
+def require_gpus(config: object) -> None:
+    """Refuse a job that wants GPUs for a Ray of its own on a machine that has none: no library has to be asked.
+
+    Raises:
+        ConfigError: as said.
+    """
+    resources = getattr(config, "resources", None)
+    wanted = getattr(resources, "gpus_per_worker", 0.0)
+    if not wanted or getattr(resources, "address", None) or os.environ.get("RAY_ADDRESS"):
+        return
+    if not any(glob.glob(pattern) for pattern in _GPUS):
+        raise ConfigError(
+            f"resources.gpus_per_worker {wanted:g}: this machine has no GPU that can be used ({_GPUS[0]}); leave it "
+            "out and the model runs on CPUs, or name a cluster that has some (resources.address)"
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

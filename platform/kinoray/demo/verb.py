@@ -368,9 +368,10 @@ def _show_label(totals: dict[str, Any]) -> str:
 def _print_results(config: DemoConfig, scores: ScoreSummary, labelled: dict[str, Any], page: str) -> None:
     low, high = scores.top1_interval
     print(
-        f"\n   top-1 {scores.top1:.1%} on {scores.evaluated} videos that were held out "
+        f"\n   top-1 {scores.top1:.1%} on {many(scores.evaluated, 'video')} held out "
         f"(95% interval {100 * low:.0f} to {high:.0%}); guessing gives {1 / len(class_names()):.1%}\n"
-        f"   {labelled['inputs']} files: {labelled['labelled']} labelled, {labelled['quarantined']} quarantined\n"
+        f"   {many(labelled['inputs'], 'file')}: {labelled['labelled']} labelled, "
+        f"{labelled['quarantined']} quarantined\n"
         f"   report: {page}\n\n"
         "   Next: open the report; label videos of your own with a published network; then with your own classes:\n"
         "   kinoray label ~/Videos --checkpoint i3d --out labels/videos\n"

@@ -249,7 +249,9 @@ def _lines(values: dict[str, Any], totals: Mapping[str, Estimate | None], num_vi
         total = totals[key]
         if total is not None:
             ends = "" if total.low_s is None else f" (95%: {_cpu(total.low_s)} to {_cpu(total.high_s or 0.0)})"
-            lines.append(f"all {num_videos:,} videos once, {sample}, {title}: {_cpu(total.total_s)} of one core{ends}")
+            lines.append(
+                f"all {many(num_videos, 'video')} once, {sample}, {title}: {_cpu(total.total_s)} of one core{ends}"
+            )
             if total.guessed and key == "rgb":
                 lines.append(f"no video decoded of: {', '.join(total.guessed)}; taken at the mean of the others")
     frames = values["frames_decoded"]

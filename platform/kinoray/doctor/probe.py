@@ -114,7 +114,7 @@ def probe_all(storage: Storage, videos: Sequence[Video], decode: DecodeConfig, n
     denied = [refusal for refusal in refusals if refusal.error_class == AccessDenied.__name__]
     if denied and len(denied) == len(results):
         raise AccessDenied(
-            f"none of {len(denied)} videos may be read; the first: {denied[0].error_text}; check the credentials"
+            f"no video of {len(denied):,} may be read; the first: {denied[0].error_text}; check the credentials"
         )
     return [results.get(video.video_id) or _over_size(video, decode) for video in videos]
 

@@ -29,7 +29,7 @@ from kinoray.console import many
 from kinoray.doctor.section import Check, Section, checked, clock_check
 from kinoray.errors import ChecksumMismatch, KinorayError, ObjectNotFound, StorageError
 from kinoray.storage.objects import Storage, absolute, arrow_filesystem, is_s3, join
-from kinoray.storage.s3 import endpoint_of
+from kinoray.storage.s3 import agree_to_pay, endpoint_of
 
 __all__ = ["server_checks", "store_section"]
 
@@ -263,6 +263,8 @@ def server_checks(config: StorageConfig, uri: str) -> Iterator[Check]:
         ),
     )
     bucket, _, key = uri.removeprefix("s3://").partition("/")
+    if config.access_of(bucket) == "requester_pays":
+        agree_to_pay(client)
     yield _refuses(client, {"Bucket": bucket, "Key": key})
     yield _returns(client, {"Bucket": bucket, "Key": key})
 

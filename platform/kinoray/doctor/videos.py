@@ -91,10 +91,10 @@ def _copies(good: Sequence[tuple[Probed, VideoInfo]]) -> list[list[str]]:
 
 
 def _lines(values: dict[str, Any], infos: Sequence[VideoInfo], num_videos: int) -> list[str]:
-    which = "all" if values["is_whole"] else f"{values['num_probed']:,} of {num_videos:,}"
+    which = "all" if values["is_whole"] else f"{values['num_probed']:,} of"
     lines = [
-        f"{which} videos read and probed, {format_bytes(values['bytes_read'])}: {values['num_good']:,} good, "
-        f"{values['num_probed'] - values['num_good']:,} bad"
+        f"{which} {many(num_videos, 'video')} read and probed, {format_bytes(values['bytes_read'])}: "
+        f"{values['num_good']:,} good, {values['num_probed'] - values['num_good']:,} bad"
     ]
     if not infos:
         return lines
@@ -124,7 +124,11 @@ def _lines(values: dict[str, Any], infos: Sequence[VideoInfo], num_videos: int) 
         f"frames a second: {_shares(values['frame_rates'])}",
         f"duration: min {duration['min']:.1f} s, median {duration['median']:.1f} s, 95% up to {duration['p95']:.1f} s, "
         f"max {duration['max']:.1f} s; together {format_duration(duration['sum'])}"
-        + ("" if values["is_whole"] else f", about {values['hours_estimated']:,.1f} h in all {num_videos:,} videos"),
+        + (
+            ""
+            if values["is_whole"]
+            else f", about {values['hours_estimated']:,.1f} h in all {many(num_videos, 'video')}"
+        ),
         f"frames: min {frames['min']:.0f}, median {frames['median']:.0f}, max {frames['max']:.0f}",
     ]
     return lines
@@ -188,7 +192,9 @@ def bad_section(
         return Section(name="bad", values=values, lines=("none",))
     lines = [f"{len(bad):,} of {num_probed:,} ({values['fraction']:.1%}): {_reasons(reasons)}"]
     if values["expected_bad"]:
-        lines.append(f"in all {num_videos:,} videos between {num_videos * low:,.0f} and {num_videos * high:,.0f} (95%)")
+        lines.append(
+            f"in all {many(num_videos, 'video')} between {num_videos * low:,.0f} and {num_videos * high:,.0f} (95%)"
+        )
     lines += values["examples"]
     if len(bad) > _EXAMPLES:
         rest = "bad.parquet has all" if out else "--out FOLDER writes all"

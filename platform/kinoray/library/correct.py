@@ -273,8 +273,8 @@ def _require_used(corrections: Mapping[str, Correction], counts: Counter[str], l
     first = strange[0]
     raise CatalogError(
         f"{first.where}, column row_key: {first.row_key!r} is no row of {ledger.root} ({len(strange)} of "
-        f"{len(corrections)} corrections are not); were they made from the report of another table, or was the file "
-        "replaced since?"
+        f"{many(len(corrections), 'correction')} are not); were they made from the report of another table, or was the "
+        "file replaced since?"
     )
 
 

@@ -185,7 +185,7 @@ def histogram_bars(histogram: np.ndarray, what: str) -> list[_Bar]:
         floor = HISTOGRAM_HEIGHT
         counted = ", ".join(f"{n} {kind}" for n, kind in zip(column, _KINDS, strict=True) if n and kind != "unknown")
         low, high = index / num_bins, (index + 1) / num_bins
-        hint = f"{what} {low:.2f} to {high:.2f}: {sum(column)} videos"
+        hint = f"{what} {low:.2f} to {high:.2f}: {many(sum(column), 'video')}"
         for number, kind in zip(column, _KINDS, strict=True):
             if number:
                 height = number * unit
@@ -214,8 +214,8 @@ def _reliability_marks(calibration: Calibration) -> list[_Mark]:
     for item in calibration.summary().bins:
         if item.mean_score is not None and item.accuracy is not None:
             hint = (
-                f"score {item.low:.2f} to {item.high:.2f}: {item.videos} videos, mean score {item.mean_score:.3f}, "
-                f"{item.accuracy:.1%} right"
+                f"score {item.low:.2f} to {item.high:.2f}: {many(item.videos, 'video')}, "
+                f"mean score {item.mean_score:.3f}, {item.accuracy:.1%} right"
             )
             radius = 2 + 10 * (item.videos / total) ** 0.5
             x = side * item.mean_score

@@ -17,6 +17,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from kinoray.config.shared import ClipConfig, InferenceConfig
+from kinoray.console import many
 from kinoray.errors import ModelError
 from kinoray.network.build import VideoModel
 from kinoray.network.graphs import Compiled, Repeated
@@ -65,8 +66,8 @@ def compile_advice(spec: InputSpec, clip: ClipConfig, inference: InferenceConfig
     if pays == inference.compile:
         return ""
     if pays:
-        return f"with {clips_per_worker} clips a worker --inference.compile would save more time than it takes"
-    return f"with {clips_per_worker} clips a worker inference.compile takes longer than it saves"
+        return f"with {many(clips_per_worker, 'clip')} a worker --inference.compile would save more time than it takes"
+    return f"with {many(clips_per_worker, 'clip')} a worker inference.compile takes longer than it saves"
 
 
 def prepare_model(model: VideoModel, clip: ClipConfig, inference: InferenceConfig) -> VideoModel:

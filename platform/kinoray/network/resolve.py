@@ -12,6 +12,7 @@ it, and the names of torchvision's weights are read from its sources.
 """
 
 import ast
+import dataclasses
 import difflib
 import importlib.util
 import os
@@ -19,8 +20,9 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, TypeVar, cast
 
+from kinoray.config.files import FILE_SCHEME, foreign, local_path, local_uri
 from kinoray.errors import CheckpointNotFound, ConfigError
 
 __all__ = [
@@ -31,8 +33,8 @@ __all__ = [
     "is_published",
     "is_whole",
     "parse_source",
-    "require_sources",
     "torchvision_weights",
+    "with_places",
 ]
 
 SHORT_NAMES: Mapping[str, str] = {
@@ -61,6 +63,7 @@ SHORT_NAMES: Mapping[str, str] = {
 }
 """Short names for the networks that ship with kinoray; anything else is `package:function`."""
 
+Config = TypeVar("Config")
 Kind = Literal["checkpoint", "torchvision", "hf", "i3d", "file", "timm"]
 
 EXAMPLES = (
@@ -124,12 +127,41 @@ def is_whole(text: str) -> bool:
     return text.endswith(_FILE_ENDINGS) and not (_SCHEME.match(text) or _is_checkpoint(text))
 
 
-def require_sources(config: object) -> None:
-    """Parse the `checkpoint` and `init_from` of a verb's settings, where it has them. Raises as parse_source."""
+_PLACES = (
+    *("source", "catalog", "out", "predictions", "corrections", "annotations", "label_names", "labels", "join", "to"),
+    *("copy_videos", "rates", "prefix", "bucket", "a", "b", "checkpoint", "init_from", "ensemble"),
+)
+"""Settings that are addresses, in any verb."""
+
+
+def with_places(config: Config) -> Config:
+    """A verb's settings with ~/ and file:// as the paths that they mean; each is looked at before anything is imported.
+
+    Raises:
+        ConfigError: an address of another kind of store.
+        What parse_source raises: of `checkpoint` and `init_from`.
+    """
+    changed: dict[str, Any] = {}
+    for option in _PLACES:
+        value = getattr(config, option, None)
+        if isinstance(value, str):
+            changed[option] = _place(option, value)
+        elif isinstance(value, tuple):
+            changed[option] = tuple(_place(option, item) if isinstance(item, str) else item for item in value)
+    config = dataclasses.replace(cast(Any, config), **changed)
     for option in ("checkpoint", "init_from"):
-        text = getattr(config, option, "")
-        if isinstance(text, str) and text:
+        text = changed.get(option, "")
+        if text:
             parse_source(text, option)
+    return config
+
+
+def _place(option: str, address: str) -> str:
+    if problem := foreign(address):
+        raise ConfigError(f"{option} {problem}")
+    if address.startswith(("~", FILE_SCHEME)):
+        return local_uri(os.path.expanduser(local_path(address)))
+    return address
 
 
 def parse_source(text: str, option: str) -> Source:

@@ -14,7 +14,7 @@ from urllib.parse import urlparse
 
 import pyarrow.fs as pafs
 
-from kinoray.config.files import FILE_SCHEME, local_path, local_uri
+from kinoray.config.files import FILE_SCHEME, foreign, local_path, local_uri
 from kinoray.config.shared import StorageConfig
 from kinoray.errors import ConfigError, ObjectNotFound
 from kinoray.storage.folder import FolderStore, Skipped
@@ -70,7 +70,12 @@ def absolute(uri: str) -> str:
     """The uri as every process understands it: local paths made absolute (a last "/" is kept), the others unchanged.
 
     A file:// uri is a local path, and stays one where its name is not UTF-8.
+
+    Raises:
+        ConfigError: the address is of a store that is not understood.
     """
+    if problem := foreign(uri):
+        raise ConfigError(problem)
     if uri.startswith(FILE_SCHEME):
         return local_uri(local_path(uri))
     if is_s3(uri):
@@ -179,10 +184,9 @@ class Storage:
     def _locate(self, uri: str, *, is_prefix: bool = False) -> tuple[S3Store | FolderStore, str]:
         """The store that holds the uri, and its name there: a path, or `bucket/key`."""
         if not is_s3(uri):
-            path = local_path(uri)
-            if path is uri and "://" in uri:
-                raise ConfigError(f"{uri}: only s3:// addresses and local paths are understood")
-            return _folder, path
+            if problem := foreign(uri):
+                raise ConfigError(problem)
+            return _folder, local_path(uri)
         name = uri[len(_SCHEME) :]
         bucket, _, key = name.partition("/")
         if not bucket:
@@ -208,6 +212,8 @@ def arrow_filesystem(config: StorageConfig, uri: str) -> tuple[pafs.FileSystem, 
         "retry_strategy": pafs.AwsStandardS3RetryStrategy(max_attempts=10),
         "force_virtual_addressing": config.addressing == "virtual",
     }
+    if config.access_of(uri[len(_SCHEME) :].partition("/")[0]) == "unsigned":
+        options["anonymous"] = True
     if endpoint:
         parts = urlparse(endpoint)
         options |= {"endpoint_override": parts.netloc, "scheme": parts.scheme or "https"}

@@ -9,13 +9,14 @@ import itertools
 import os
 import tempfile
 from collections.abc import Mapping
-from typing import Literal
+from typing import Any, Literal
 
 from kinoray.config.files import local_path
+from kinoray.config.shared import StorageConfig
 from kinoray.errors import AccessDenied, ConfigError, ObjectNotFound
 from kinoray.storage.objects import Storage, absolute, is_s3, join
 
-__all__ = ["Writer", "require_file", "require_folder"]
+__all__ = ["Writer", "require_file", "require_folder", "require_places"]
 
 Writer = Literal["pack", "train", "tune", "label", "correct", "export", "report", "import", "demo", "doctor"]
 """Whose folder it is to be; `label` stands for all that label."""
@@ -75,6 +76,28 @@ def require_folder(storage: Storage, option: str, uri: str, writer: Writer) -> N
         raise ConfigError(f"{option} {uri} is the folder of one labelling (job.json): choose an empty folder")
     shown = ", ".join(names[:_SHOWN]) + (", ..." if len(names) > _SHOWN else "")
     raise ConfigError(f"{option} {uri} holds files that are not kinoray's ({shown}): choose an empty folder")
+
+
+def require_places(config: Any, writes: Writer | Literal["file"]) -> None:
+    """What a verb that starts slowly would say of its source and its output, said before it starts.
+
+    Raises:
+        ObjectNotFound: the source is a local path, and nothing is there.
+        Else as require_folder, and require_file.
+    """
+    storage = getattr(config, "storage", None)
+    if config.out and writes == "file":
+        require_file("out", config.out)
+    elif config.out and writes != "file":
+        require_folder(
+            Storage(storage if isinstance(storage, StorageConfig) else StorageConfig()), "out", config.out, writes
+        )
+    source = "" if writes == "import" else getattr(config, "catalog", "") or getattr(config, "source", "")
+    if source and not is_s3(source) and not os.path.lexists(local_path(absolute(source))):
+        packed = "file; expected a folder that `kinoray pack` finished, or a .parquet"
+        raise ObjectNotFound(
+            f"{absolute(source)}: no such {packed if writes in ('train', 'tune') else 'folder or video'}"
+        )
 
 
 def require_file(option: str, uri: str) -> None:

@@ -13,16 +13,17 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar, cast
 from urllib.parse import urlparse
 from uuid import uuid4
 
 import boto3
 import botocore.exceptions as aws
+from botocore import UNSIGNED
 from botocore.config import Config
 
 from kinoray.config.files import open_file, translated
-from kinoray.config.shared import StorageConfig
+from kinoray.config.shared import Access, StorageConfig
 from kinoray.errors import (
     AccessDenied,
     BadCredentials,
@@ -35,7 +36,7 @@ from kinoray.errors import (
 from kinoray.storage.folder import Skipped
 from kinoray.storage.s3_requests import DIGEST_CODES, Retries, code_of, pauses, read_object, status_of
 
-__all__ = ["S3Store", "endpoint_of"]
+__all__ = ["S3Store", "agree_to_pay", "endpoint_of"]
 
 T = TypeVar("T")
 
@@ -74,8 +75,9 @@ class S3Store:
 
     def __init__(self, config: StorageConfig) -> None:
         self._config = config
-        self._client = _make_client(config)
-        endpoint = self._client.meta.endpoint_url
+        kinds = {"signed", *(item.partition("=")[2] for item in config.access)}
+        self._clients = {kind: _make_client(config, cast(Access, kind)) for kind in kinds}
+        endpoint = self._clients["signed"].meta.endpoint_url
         self._custom_endpoint = not _is_aws(endpoint)
         self._retries = Retries(config.retry_s, endpoint)
 
@@ -132,6 +134,9 @@ class S3Store:
         """Remove the object if it is there."""
         self._guard(name, lambda: self._call(name, "delete_object"))
 
+    def _client_of(self, name: str) -> Any:
+        return self._clients[self._config.access_of(_split(name)[0])]
+
     def _checksum(self, data: bytes) -> dict[str, str]:
         """What makes the server check an upload: boto3's own CRC32 on AWS; elsewhere Content-MD5, which all know."""
         if not self._custom_endpoint:
@@ -143,18 +148,19 @@ class S3Store:
         return self._run(name, operation, _target(name) | arguments)
 
     def _run(self, name: str, operation: str, arguments: dict[str, Any]) -> Any:
+        kind = self._config.access_of(_split(name)[0])
         waits = pauses(self._config.retry_s)
         for _ in range(_TOKEN_TRIES - 1):
             try:
-                return self._retries.run(name, lambda: getattr(self._client, operation)(**arguments))
+                return self._retries.run(name, lambda: getattr(self._clients[kind], operation)(**arguments))
             except aws.ClientError as error:
                 pause = next(waits, None)
                 bare = code_of(error) == "403"  # an answer to HEAD, which cannot say why
-                if pause is None or not (bare or code_of(error) in _EXPIRED_CODES):
+                if pause is None or kind == "unsigned" or not (bare or code_of(error) in _EXPIRED_CODES):
                     raise
                 time.sleep(pause)
-                self._client = _make_client(self._config)  # a new session reads the credentials again
-        return self._retries.run(name, lambda: getattr(self._client, operation)(**arguments))
+                self._clients[kind] = _make_client(self._config, kind)  # a new session reads the credentials again
+        return self._retries.run(name, lambda: getattr(self._clients[kind], operation)(**arguments))
 
     def _read(self, name: str, span: tuple[int, int] | None, max_bytes: int) -> bytes:
         def ask(**request: Any) -> Any:
@@ -221,7 +227,7 @@ class S3Store:
         except BaseException:
             pool.shutdown(cancel_futures=True)  # no part may arrive after the upload is given up
             with contextlib.suppress(aws.ClientError, aws.BotoCoreError):  # the first error is the one to report
-                self._client.abort_multipart_upload(UploadId=upload_id, **_target(name))
+                self._client_of(name).abort_multipart_upload(UploadId=upload_id, **_target(name))
             raise
         finally:
             pool.shutdown()
@@ -243,7 +249,7 @@ class S3Store:
         except _CREDENTIAL_ERRORS as error:
             raise BadCredentials(
                 f"s3://{name}: no usable AWS credentials ({error}); set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, "
-                "a profile, or an instance role"
+                f"a profile, or an instance role (or, if anyone may read it, storage.access {_split(name)[0]}=unsigned)"
             ) from error
         except aws.ParamValidationError as error:
             reason = " ".join(str(error).split()).partition(": Bucket name must match")[0]  # two regexes follow
@@ -266,6 +272,11 @@ class S3Store:
         if status == 401 or code in _BAD_CODES:
             what = "have expired" if code in _EXPIRED_CODES else "are not accepted"
             raise BadCredentials(f"s3://{name}: the credentials {what} ({text})") from error
+        if status == 403 and self._config.access_of(bucket) == "unsigned":
+            raise AccessDenied(
+                f"s3://{name}: not everybody may do this ({text}), and storage.access {bucket}=unsigned has requests "
+                "go without credentials: leave it out to use yours"
+            ) from error
         if status == 403:
             raise AccessDenied(f"s3://{name}: the credentials may not do this ({text})") from error
         if status == 416:
@@ -280,7 +291,7 @@ class S3Store:
     def _has_bucket(self, bucket: str) -> bool:
         """A 404 to HEAD does not say what is missing; when in doubt, the bucket is there."""
         try:
-            self._client.head_bucket(Bucket=bucket)
+            self._client_of(bucket).head_bucket(Bucket=bucket)
         except aws.ClientError as error:
             return status_of(error) != 404
         except aws.BotoCoreError:
@@ -303,7 +314,16 @@ def _is_aws(url: str) -> bool:
     return host.endswith((".amazonaws.com", ".amazonaws.com.cn", ".api.aws"))
 
 
-def _make_client(config: StorageConfig) -> Any:
+def agree_to_pay(client: Any) -> None:
+    """Have every request of a boto3 client say that the requester pays; no parameter of each call can be forgotten."""
+
+    def add_header(params: dict[str, Any], **_: Any) -> None:
+        params["headers"]["x-amz-request-payer"] = "requester"
+
+    client.meta.events.register("before-call.s3", add_header)  # before it is signed
+
+
+def _make_client(config: StorageConfig, access: Access) -> Any:
     """A boto3 client of its own session, since sessions are not safe to share between threads."""
     try:
         session = boto3.Session()
@@ -317,6 +337,7 @@ def _make_client(config: StorageConfig) -> Any:
                     retries={"mode": "standard", "total_max_attempts": 1},  # ours go by time
                     connect_timeout=min(_CONNECT_TIMEOUT_S, config.answer_timeout_s),
                     read_timeout=config.answer_timeout_s,
+                    signature_version=UNSIGNED if access == "unsigned" else None,
                     max_pool_connections=32,
                     s3={"addressing_style": config.addressing},
                     request_checksum_calculation=checksums,
@@ -331,4 +352,6 @@ def _make_client(config: StorageConfig) -> Any:
         raise ConfigError(f"storage.endpoint_url {endpoint_of(config)!r} is not an address: {error}") from error
     except aws.BotoCoreError as error:
         raise BadCredentials(f"AWS settings cannot be used: {error}") from error
+    if access == "requester_pays":
+        agree_to_pay(made)
     return made

@@ -32,6 +32,7 @@ from ray.util.placement_group import PlacementGroup, get_current_placement_group
 from kinoray.catalog.table import Catalog
 from kinoray.cluster.connect import Lines, beside_me, connect, quiet_ray, require_fit
 from kinoray.cluster.environment import commits
+from kinoray.console import many
 from kinoray.errors import (
     CatalogError,
     CheckpointError,
@@ -253,7 +254,8 @@ def run_workers(folder: RunFolder, config: TrainConfig, catalog: Catalog, gate: 
         try:
             return _run_controller(folder, config, catalog, gate)
         except _ControllerDied as error:
-            what = f"the training controller died {config.max_failures - failures_left + 1} times, last with: {error}"
+            times = many(config.max_failures - failures_left + 1, "time")
+            what = f"the training controller died {times}, last with: {error}"
             if not failures_left:
                 raise ClusterError(f"{what}; the same command goes on") from error
             print(f"train: {what}; it is started again", flush=True)
@@ -334,6 +336,6 @@ def _as_ours(error: TrainingFailedError, config: TrainConfig) -> KinorayError:
     print(error, file=sys.stderr, flush=True)  # with tracebacks: it is most likely in the user's own network
     reasons = [f"rank {rank}: {type(cause).__name__}: {_first_line(cause)}" for rank, cause in causes.items()]
     return JobError(
-        f"training failed {config.max_failures + 1} times, last with {'; '.join(reasons) or _first_line(error)}; "
-        "the same command goes on from the newest checkpoint"
+        f"training failed {many(config.max_failures + 1, 'time')}, last with "
+        f"{'; '.join(reasons) or _first_line(error)}; the same command goes on from the newest checkpoint"
     )

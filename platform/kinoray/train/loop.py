@@ -163,7 +163,8 @@ class TrainLoop:
         elif self.epoch:
             after = f"epoch {self.epoch}"
         where = f" after {after}, from {self._source}" if after else ""
-        self._say(f"train: {self.world_size} workers start on {self.replica.device.type}{where}")
+        who = "1 worker starts" if self.world_size == 1 else f"{self.world_size} workers start"
+        self._say(f"train: {who} on {self.replica.device.type}{where}")
         ranks: list[Any] = [None] * self.world_size
         dist.all_gather_object(ranks, (host(self.rank), software()))
         first = ranks[0][1]

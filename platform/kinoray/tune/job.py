@@ -29,6 +29,7 @@ from ray.tune.search import Searcher
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from kinoray.config.shared import TrainResourcesConfig, digest
+from kinoray.console import many
 from kinoray.errors import ClusterError, ConfigError, KinorayError
 from kinoray.storage.objects import Storage, join
 from kinoray.train.config import TrainConfig
@@ -304,8 +305,8 @@ def trials_at_once(nodes: Sequence[Mapping[str, float]], resources: TrainResourc
     total = f"{workers * cpus + resources.decode_tasks:g} CPU" + (f" and {workers * gpus:g} GPU" if gpus else "")
     have = [f"{node.get('CPU', 0.0):g} CPU" + (f" and {node.get('GPU', 0.0):g} GPU" if gpus else "") for node in nodes]
     raise ClusterError(
-        f"resources: a trial takes {workers} workers x {cpus:g} CPU{gpu_text} + {resources.decode_tasks} CPU to decode "
-        f"(its driver takes none) = {total}, each worker and decoder on one node, but the cluster has "
+        f"resources: a trial takes {many(workers, 'worker')} x {cpus:g} CPU{gpu_text} + {resources.decode_tasks} CPU "
+        f"to decode (its driver takes none) = {total}, each worker and decoder on one node, but the cluster has "
         f"{', '.join(have) or 'no nodes'}; lower resources.num_workers, cpus_per_worker or decode_tasks, or raise "
         "resources.local_cpus"
     )
