@@ -111,7 +111,7 @@ def test_a_training_says_what_its_epochs_were_spent_on(tmp_path: Path, capsys: p
     folder = RunFolder(LOCAL, out)
     folder.claim(settings, catalog)
     assert main(["runs", out]) == 0
-    assert "no epoch is done yet" in capsys.readouterr().out
+    assert "no epoch is done" in capsys.readouterr().out
     scored = {"epoch_s": 100.0, "train_s": 80.0, "decode_wait": 0.25, "val_videos": 3}
     folder.write_epoch(epoch_row(1, time_s=BEGIN_S + 100, **scored))
     unscored = {"epoch_s": 60.0, "train_s": 60.0, "decode_wait": 0.5}

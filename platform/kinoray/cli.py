@@ -17,7 +17,16 @@ from pathlib import Path
 from typing import Any
 
 from kinoray import __version__
-from kinoray.console import end_process, ended_by_signals, exact_stdout, plain_streams, print_traceback, visible
+from kinoray.console import (
+    draw_step,
+    end_process,
+    ended_by_signals,
+    exact_stdout,
+    kept_messages,
+    plain_streams,
+    print_traceback,
+    visible,
+)
 from kinoray.errors import ConfigError, KinorayError
 
 __all__ = ["VERBS", "Verb", "guarded", "main", "parse_settings"]
@@ -239,6 +248,7 @@ def _run(name: str, arguments: list[str]) -> int:
         return 0
     if name == "submit":
         config = _with_settings(config)
+    draw_step(f"{name}: starting")
     _load("kinoray.network.resolve:require_sources")(config)  # a wrong name waits for no import of torch
     result = _load(verb.function)(config)
     return int(result) if verb.gives_code else 0
@@ -253,9 +263,13 @@ def guarded(name: str, run: Callable[[], int]) -> int:
         except ConfigError as error:
             return _fail(name, error, 2)
         except KinorayError as error:
-            return _fail(name, error, 1)
-        except KeyboardInterrupt:
-            print(f"kinoray {name}: interrupted; the same command goes on from here", file=sys.stderr)
+            code = _fail(name, error, 1)
+            if path := kept_messages():
+                print(f"kinoray {name}: what Ray said meanwhile is in {path}", file=sys.stderr)
+            return code
+        except KeyboardInterrupt as stop:
+            kept = f"; {stop}" if stop.args else ""
+            print(f"kinoray {name}: interrupted{kept}", file=sys.stderr)
             return 130
         except BrokenPipeError:  # the reader of our output went away (| head)
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

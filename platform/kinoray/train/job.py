@@ -32,6 +32,7 @@ from ray.util.placement_group import PlacementGroup, get_current_placement_group
 from kinoray.catalog.table import Catalog
 from kinoray.cluster.connect import Lines, beside_me, connect, quiet_ray, require_fit
 from kinoray.cluster.environment import commits
+from kinoray.console import many
 from kinoray.errors import (
     CatalogError,
     CheckpointError,
@@ -263,6 +264,7 @@ def run_workers(folder: RunFolder, config: TrainConfig, catalog: Catalog, gate: 
 def _run_controller(folder: RunFolder, config: TrainConfig, catalog: Catalog, gate: Gate | None) -> bool:
     with Lines() as lines, _own_interrupts():
         job = TrainJob(config=config, catalog_digest=catalog.digest, commits=commits(), gate=gate, box=lines.box)
+        print(f"train: starting {many(config.resources.num_workers, 'worker')}", flush=True)
         trainer = _trainer(folder, job, name=f"{run_digest(config, catalog)}-{time.time_ns()}")
         try:
             outcome = trainer.fit().return_value or _Outcome()

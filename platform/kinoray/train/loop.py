@@ -102,7 +102,7 @@ class TrainLoop:
         if newest is not None:
             _agreed(lambda: self._resume(*newest))
         self._source = newest[0] if newest else ""
-        self._pace = Pace(self.optim, self.num_steps, self.epoch * self.num_steps + self.epoch_steps)
+        self._pace = Pace(self.optim, self.num_steps)
         self._run = config.out.rstrip("/").rpartition("/")[2]
         self._metrics = TrainMetrics(self._run)
 
@@ -164,6 +164,8 @@ class TrainLoop:
             after = f"epoch {self.epoch}"
         where = f" after {after}, from {self._source}" if after else ""
         self._say(f"train: {self.world_size} workers start on {self.replica.device.type}{where}")
+        if self.epoch < self.optim.epochs:
+            self._say("train: decoding the first clips")
         ranks: list[Any] = [None] * self.world_size
         dist.all_gather_object(ranks, (host(self.rank), software()))
         first = ranks[0][1]
@@ -197,18 +199,19 @@ class TrainLoop:
         if self.val is not None and (epoch % self.config.eval_every == 0 or epoch == self.optim.epochs):
             scored = self._evaluate(self.val)
         decoding = self.feed.spent(self.replica.device)
+        has_top5 = len(self.labels) > 5  # of five classes it is 1, whatever the network says
         row = EpochRow(
             epoch=epoch,
             step=epoch * self.num_steps,
             samples=self.samples,
             loss=_measured(trained.loss),
             top1=_measured(trained.top1),
-            top5=_measured(trained.top5),
+            top5=_measured(trained.top5) if has_top5 else None,
             quarantined=trained.quarantined,
             lr=learning_rate(self.optim, epoch * self.num_steps - 1, self.optim.epochs * self.num_steps),
             val_loss=_measured(scored.loss) if scored else None,
             val_top1=_measured(scored.top1) if scored else None,
-            val_top5=_measured(scored.top5) if scored else None,
+            val_top5=_measured(scored.top5) if scored and has_top5 else None,
             val_videos=scored.videos if scored else None,
             val_quarantined=scored.quarantined if scored else None,
             videos_per_s=num_videos / train_s,

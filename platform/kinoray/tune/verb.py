@@ -22,7 +22,7 @@ from kinoray.catalog.table import Catalog, load_catalog
 from kinoray.cluster.connect import connect, has_autoscaler, require_fit
 from kinoray.config.file import dump_yaml, parse_yaml, to_yaml
 from kinoray.config.shared import CacheConfig, TrainResourcesConfig, digest
-from kinoray.console import format_duration, many, visible
+from kinoray.console import format_duration, kept_if_interrupted, many, visible
 from kinoray.errors import ClusterError, ConfigError, JobError
 from kinoray.storage.objects import Storage, absolute, arrow_filesystem, join
 from kinoray.storage.outputs import require_folder
@@ -249,8 +249,7 @@ def _run_trials(
     connect(config.resources)
     num_trials = len(trials) or config.num_trials
     at_once = min(_room(config.resources), num_trials)
-    if at_once < num_trials:
-        print(f"tune: {many(at_once, 'trial')} at a time", flush=True)
+    print(f"tune: {many(at_once, 'trial')} at a time; each is heard of after its first epoch", flush=True)
     desk = open_desk()
     context = TrialContext(base=base, desk=desk)
     ended = {name for name, how in status.items() if how}
@@ -284,9 +283,16 @@ def _run_trials(
         ),
     )
     try:
-        tuner.fit()
+        with kept_if_interrupted(lambda: _kept(storage, config, trials)):
+            tuner.fit()
     finally:
         ray.kill(desk)
+
+
+def _kept(storage: Storage, config: TuneConfig, trials: Mapping[str, Settings]) -> str:
+    ended = sum(bool(_ended(storage, config.out, name)) for name in trials or known_trials(storage, config.out))
+    num_trials = many(len(trials) or config.num_trials, "trial")
+    return f"{ended} of {num_trials} have ended and stay; the same command goes on with the others' checkpoints"
 
 
 def _trial_name(trial: Any) -> str:
