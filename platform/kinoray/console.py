@@ -155,7 +155,7 @@ def draw_step(line: str) -> None:
 
 class Progress:
     """Counts work: `label: 120/400 videos, 35.1/s, 8 s left, quarantined 3`, every few seconds in a log, and on a
-    terminal as one line with a bar.
+    terminal as one line with a bar. With `is_for_eyes` a log has none of it, since it has other lines that say more.
 
     The first line comes with the first update, the last with `close`. Rates count from the first result on, so neither
     the start of the workers nor what was done before (pass that as `already`) is in them, and nothing is said of the
@@ -163,7 +163,15 @@ class Progress:
     """
 
     def __init__(
-        self, total: int, task: str, noun: str, *, already: int = 0, every_s: float = 5.0, stream: TextIO | None = None
+        self,
+        total: int,
+        task: str,
+        noun: str,
+        *,
+        already: int = 0,
+        every_s: float = 5.0,
+        stream: TextIO | None = None,
+        is_for_eyes: bool = False,
     ) -> None:
         self._total = total
         self._task = task
@@ -171,6 +179,7 @@ class Progress:
         self._already = already
         self._stream = stream or sys.stdout
         self._terminal = _terminal(self._stream)
+        self._is_shown = self._terminal is not None or not is_for_eyes
         self._every_s = _REDRAW_S if self._terminal else every_s
         self._lock = threading.Lock()
         self._done = 0
@@ -205,6 +214,12 @@ class Progress:
                 self._parts[part] = done
                 self._tick()
 
+    def tick(self) -> None:
+        """Time has passed: on a terminal, say so."""
+        if self._terminal:
+            with self._lock:
+                self._tick()
+
     def note(self, text: str) -> None:
         """Words at the end of each line from now on."""
         self._note = text
@@ -218,7 +233,7 @@ class Progress:
         now = time.monotonic()
         if self._first is None and self._count() > 0:
             self._first = now, self._count()
-        if now - self._last_print >= self._every_s:
+        if self._is_shown and now - self._last_print >= self._every_s:
             self._print()
 
     def _count(self) -> int:
@@ -236,6 +251,8 @@ class Progress:
         elif rate := self._rate(now, done):
             left_s = (self._total - self._already - done) / rate
             parts += [f"{rate:.1f}/s", f"{format_duration(left_s)} left"]
+        elif self._terminal:
+            parts += [f"{format_duration(now - self._start)} so far"]
         parts.extend(f"{name} {number}" for name, number in sorted(self._counts.items()) if number)
         parts.extend([self._note] if self._note else [])
         if self._terminal and not final:

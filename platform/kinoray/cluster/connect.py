@@ -16,6 +16,7 @@ import secrets
 import sys
 import threading
 import time
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -35,7 +36,7 @@ from ray.util.placement_group import PlacementGroup, placement_group, remove_pla
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from kinoray.config.shared import WorkersConfig
-from kinoray.console import Notes, format_duration, keep_native_messages, many, visible
+from kinoray.console import Notes, Progress, format_duration, keep_native_messages, many, visible
 from kinoray.errors import ClusterError, ConfigError
 from kinoray.storage.leftovers import Claim, reap, sweep
 
@@ -152,6 +153,7 @@ def _keep_messages(folder: Path) -> None:
     """Keep in a file what Ray's native code and its loggers write to stderr, where this process is a command's."""
     atexit.unregister(colorama.initialise.reset_all)  # it would print a colour code when all is said
     if file := keep_native_messages(folder / f"kinoray-{os.getpid()}.err"):
+        warnings.filterwarnings("ignore", module=r"ray\.")
         for name in _LOGGERS:
             for handler in logging.getLogger(name).handlers:
                 if type(handler) is not logging.FileHandler and isinstance(handler, logging.StreamHandler):
@@ -370,6 +372,7 @@ def _status() -> GetClusterStatusReply:
 
 
 _LINES_POLL_S = 0.5
+_LINES_WAIT_S = 2.0
 _MOST_A_SECOND = 200  # messages of all workers to one box
 
 
@@ -387,12 +390,12 @@ class Lines:
     """A context in which the driver prints what workers post: hand `box` to them and call `box.post.remote(line)`.
 
     Workers call `box.settle.remote(id)` with their placement group's id in hex. What they count (see Teller) goes to
-    `counted`. Nothing depends on the box: without it the job goes on, and only this is lost.
+    `progress`. Nothing depends on the box: without it the job goes on, and only this is lost.
     """
 
-    def __init__(self, counted: Callable[[str, int], object] | None = None) -> None:
+    def __init__(self, progress: Progress) -> None:
         self.box: Any = beside_me(Notes).remote()
-        self._counted = counted
+        self._progress = progress
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._pump, name="lines", daemon=True)
 
@@ -415,17 +418,17 @@ class Lines:
         while not done:
             done = self._stop.wait(_LINES_POLL_S)  # what was posted before the stop is still printed
             try:
-                lines, counts = ray.get(self.box.take.remote(), timeout=_ANSWER_S)
+                lines, counts = ray.get(self.box.take.remote(), timeout=_LINES_WAIT_S)
             except GetTimeoutError:
-                continue  # it is still starting
+                lines, counts = [], {}  # it is still starting
             except RayError as error:
                 print(f"what workers say is no longer shown: {str(error).splitlines()[0]}", flush=True)
                 return
             for line in lines:
                 print(visible(line), flush=True)
             for part, count in counts.items():
-                if self._counted:
-                    self._counted(part, count)
+                self._progress.saw(part, count)
+            self._progress.tick()
 
 
 class Teller:

@@ -3,7 +3,7 @@
 What is easy to break: nothing is kept here. A worker that dies, or all of Ray, costs the units in flight and no more.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pyarrow as pa
@@ -13,7 +13,7 @@ from ray.exceptions import RayError, RayTaskError
 from kinoray.catalog.quarantine import error_of, refusals_of_columns
 from kinoray.cluster.connect import Lines, Teller, connect, quiet_ray, require_fit
 from kinoray.config.shared import WorkersConfig
-from kinoray.console import many
+from kinoray.console import Progress, many
 from kinoray.errors import ClusterError
 from kinoray.label.open import Labelling
 from kinoray.label.stage import UNIT_COLUMNS, LabelUnits, pack_unit
@@ -25,12 +25,12 @@ _MAX_BLOCKS = 20_000  # each is a Ray object and a task; more units than this sh
 
 
 def run_units(
-    labelling: Labelling, units: list[Unit], resources: WorkersConfig, task: str, saw: Callable[[str, int], object]
+    labelling: Labelling, units: list[Unit], resources: WorkersConfig, task: str, progress: Progress
 ) -> Iterator[dict[str, Any]]:
     """Label units: one row of counts for each, as they finish (see `LabelUnits`).
 
     Args:
-        saw: is told of a unit, by its id, how many of its videos are done; for the eyes only.
+        progress: sees of a unit, by its id, how many of its videos are done; the units' rows are not added to it.
 
     Raises:
         ClusterError: the workers cannot be placed, or were lost.
@@ -38,7 +38,7 @@ def run_units(
     """
     connect(resources)
     require_fit(resources)
-    with Lines(saw) as lines:
+    with Lines(progress) as lines:
         yield from _run_units(labelling, units, resources, task, lines)
 
 

@@ -116,7 +116,7 @@ def run_labelling(labelling: Labelling, resources: WorkersConfig, task: str, *, 
     if missing:
         progress = Progress(plan.num_rows, task, "videos", already=already)
         with kept_if_interrupted(lambda: _kept(ledger, plan) if is_kept else "nothing is kept"):
-            for result in run_units(labelling, missing, resources, task, progress.saw):
+            for result in run_units(labelling, missing, resources, task, progress):
                 stages.update({stage: result[f"{stage}_s"] for stage in STAGES})
                 progress.note(f"bound by {bound_stage(stages)}")
                 progress.update(result["rows"], part=result["unit_id"], quarantined=result["quarantined"])

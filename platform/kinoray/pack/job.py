@@ -46,7 +46,7 @@ def pack_units(
     left = [unit for unit in plan.units if unit.name not in done]
     already = plan.num_found - sum(unit.num_files for unit in left)
     progress = Progress(plan.num_found, "pack", "files", already=already)
-    with Lines(progress.saw) as lines:
+    with Lines(progress) as lines:
         _pack_stages(storage, out, plan, settings, resources, left, progress, Teller(lines.box, resources.num_workers))
     progress.close()
 

@@ -56,6 +56,7 @@ class TrainLoop:
         device: torch.device,
         *,
         say: Callable[[str], None],
+        saw: Callable[[int], None],
         report: Callable[[EpochRow], None],
         go_on: Callable[[EpochRow], bool] | None,
     ) -> None:
@@ -63,12 +64,14 @@ class TrainLoop:
 
         Args:
             say: shows a line to who started the run; rank 0's are shown.
+            saw: is told, on rank 0, how many steps are done; for the eyes only.
             report: is told each epoch, on every rank.
             go_on: asked by rank 0 after each epoch whether to train another; None for always.
         """
         self.config = config
         self.optim = config.optim
         self._show = say
+        self._saw = saw
         self._report = report
         self._go_on = go_on
         self.storage = Storage(config.storage)
@@ -264,6 +267,7 @@ class TrainLoop:
             self._train_step(epoch, index, samples)
             num_done = (epoch - 1) * self.num_steps + index + 1
             if self.rank == 0:
+                self._saw(num_done)
                 self._say(self._pace.line(self.replica, epoch, num_done))
             if every and num_done % every == 0:
                 self._save_in_epoch(epoch, num_done)
