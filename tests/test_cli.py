@@ -30,7 +30,8 @@ from kinoray.config.shared import (
     digest,
     parse_options,
 )
-from kinoray.errors import ConfigError
+from kinoray.console import kept_if_interrupted
+from kinoray.errors import ConfigError, StorageUnavailable
 from kinoray.network.build import SHORT_NAMES, build_outline, check_clip, require_known_model
 from kinoray.train.config import PRESETS, TrainConfig
 
@@ -317,6 +318,18 @@ def test_native_messages_are_kept_in_a_file_that_is_named_when_something_fails(
     kept = f"what Ray said meanwhile is in {file}"
     assert lines[2:][-len(said) :] == [line.replace("{kept}", kept) for line in said] if said else len(lines) == 2
     assert file.read_text() == "core_worker.cc: as native code does\nas Ray's loggers do\n"
+
+
+def test_the_innermost_that_is_interrupted_says_what_is_kept() -> None:
+    def unreadable() -> str:
+        raise StorageUnavailable("the store is down")
+
+    outer = pytest.raises(KeyboardInterrupt, match="3 of 4")
+    with outer, kept_if_interrupted(unreadable), kept_if_interrupted(lambda: "3 of 4"):
+        raise KeyboardInterrupt
+    told = pytest.raises(KeyboardInterrupt, match="cannot be read now: the store is down")
+    with told, kept_if_interrupted(unreadable):
+        raise KeyboardInterrupt
 
 
 SLOW_END = """

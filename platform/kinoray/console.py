@@ -23,6 +23,8 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, NoReturn, TextIO, cast
 
+from kinoray.errors import KinorayError
+
 __all__ = [
     "Notes",
     "PlainStream",
@@ -421,7 +423,11 @@ def kept_if_interrupted(kept: Callable[[], str]) -> Iterator[None]:
         if stop.args:
             raise
         draw_step("interrupted; looking what is kept")
-        raise KeyboardInterrupt(kept()) from None
+        try:
+            said = kept()
+        except KinorayError as error:
+            said = f"what is kept cannot be read now: {error}"
+        raise KeyboardInterrupt(said) from None
 
 
 def end_process(run: Callable[[], int]) -> NoReturn:

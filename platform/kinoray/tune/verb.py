@@ -114,7 +114,8 @@ def tune(config: TuneConfig, given: Sequence[Settings] = ()) -> dict[str, Any]:
         flush=True,
     )
     if len(status) < num_trials or not all(status.values()):
-        _run_trials(storage, config, base, axes, trials, status)
+        with kept_if_interrupted(lambda: _kept(storage, config, trials)):
+            _run_trials(storage, config, base, axes, trials, status)
         if base.cache.gb:
             drop_cache(base)
     known = trials or known_trials(storage, config.out)
@@ -192,11 +193,16 @@ class _Watch(ray_tune.Callback):  # type: ignore[misc]
         self._storage = storage
         self._base = base
         self._ended = ended
-        self._progress = progress
+        self._progress: Progress | None = progress
         self._best = 0.0
 
+    def __getstate__(self) -> dict[str, Any]:
+        """For the snapshots that Tune makes, which nobody reads."""
+        return {**self.__dict__, "_progress": None}
+
     def on_step_end(self, iteration: int, trials: Any, **info: Any) -> None:
-        self._progress.tick()
+        if self._progress:
+            self._progress.tick()
 
     def on_trial_result(self, iteration: int, trials: Any, trial: Any, result: Any, **info: Any) -> None:
         self._best = max(self._best, result[METRIC])
@@ -225,7 +231,8 @@ class _Watch(ray_tune.Callback):  # type: ignore[misc]
             return
         outcome = {"status": status, "error_class": error_class, "error_text": error_text}
         write_outcome(self._storage, self._base.out, name, outcome)
-        self._progress.update()
+        if self._progress:
+            self._progress.update()
         print(f"tune: trial {name} {status}{': ' if error_text else ''}{visible(error_text)}", flush=True)
 
 
@@ -289,8 +296,7 @@ def _run_trials(
         ),
     )
     try:
-        with kept_if_interrupted(lambda: _kept(storage, config, trials)):
-            tuner.fit()
+        tuner.fit()
     finally:
         ray.kill(desk)
 
