@@ -20,7 +20,7 @@ import pyarrow as pa
 import pytest
 import ray
 
-from kinoray.cluster.connect import Lines, Teller
+from kinoray.cluster.connect import Kept, Lines, Teller
 from kinoray.config.shared import ClipConfig, ResourcesConfig, SampleConfig, StorageConfig, ViewConfig
 from kinoray.console import Progress
 from kinoray.demo.videos import class_names, make_demo_set
@@ -136,6 +136,18 @@ def test_a_worker_tells_of_each_video_as_it_is_done(config: LabelConfig) -> None
         worker(packed)
         worker(packed)  # it is committed: nothing is done again
     assert told == [(unit.unit_id, done) for unit in labelling.plan.units for done in range(unit.num_rows)]
+
+
+def test_raylets_messages_are_kept_and_people_hear_once_that_there_are_some(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = io.StringIO()
+    kept = Kept(file, tmp_path / "ray.err")
+    for line in ("A worker died", "Another one"):
+        kept({"lines": [line], "pid": "raylet", "is_err": False}, ignore_prefix=False)  # as Ray calls it
+    assert file.getvalue() == "A worker died\nAnother one\n"
+    (said,) = capsys.readouterr().out.splitlines()
+    assert said.endswith(str(tmp_path / "ray.err"))
 
 
 @pytest.mark.ray

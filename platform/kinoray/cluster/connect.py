@@ -21,7 +21,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TextIO
 
 import colorama  # type: ignore[import-untyped]  # Ray's own copy
 import ray
@@ -42,6 +42,7 @@ from kinoray.storage.leftovers import Claim, reap, sweep
 
 __all__ = [
     "WORKER_ENV",
+    "Kept",
     "Lines",
     "Teller",
     "beside_me",
@@ -152,12 +153,28 @@ def connect(config: WorkersConfig) -> None:
 def _keep_messages(folder: Path) -> None:
     """Keep in a file what Ray's native code and its loggers write to stderr, where this process is a command's."""
     atexit.unregister(colorama.initialise.reset_all)  # it would print a colour code when all is said
-    if file := keep_native_messages(folder / f"kinoray-{os.getpid()}.err"):
+    path = folder / f"kinoray-{os.getpid()}.err"
+    if file := keep_native_messages(path):
         warnings.filterwarnings("ignore", module=r"ray\.")
         for name in _LOGGERS:
             for handler in logging.getLogger(name).handlers:
                 if type(handler) is not logging.FileHandler and isinstance(handler, logging.StreamHandler):
                     handler.setStream(file)
+        ray._private.worker.print_to_stdstream = Kept(file, path)
+
+
+class Kept:
+    """In place of what prints raylets' messages: they go to the file, and people hear once that there are some."""
+
+    def __init__(self, file: TextIO, path: Path) -> None:
+        self._file, self._path = file, path
+        self._is_told = False
+
+    def __call__(self, data: Mapping[str, Any], *_: object, **__: object) -> None:
+        print("\n".join(data["lines"]), file=self._file)
+        if not self._is_told:
+            self._is_told = True
+            print(f"resources: a worker died, or Ray met other trouble; it is in {self._path}", flush=True)
 
 
 @contextlib.contextmanager
