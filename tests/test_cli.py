@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -29,7 +30,8 @@ from kinoray.config.shared import (
     digest,
     parse_options,
 )
-from kinoray.errors import ConfigError
+from kinoray.console import kept_if_interrupted
+from kinoray.errors import ConfigError, StorageUnavailable
 from kinoray.network.build import SHORT_NAMES, build_outline, check_clip, require_known_model
 from kinoray.train.config import PRESETS, TrainConfig
 
@@ -277,6 +279,79 @@ def test_a_command_ends_with_its_own_code_whatever_native_threads_do(
     assert done.returncode == code, done.stderr
     assert said in done.stderr
     assert done.stdout.splitlines()[-2:] == ["the thread ended", "atexit ran"]
+
+
+NOISY = """
+import os, sys
+from pathlib import Path
+from kinoray import cli, console, errors
+def verb():
+    os.write(2, b"before\\n")
+    file = console.keep_native_messages(Path(sys.argv[1]))
+    os.write(2, b"core_worker.cc: as native code does\\n")
+    print("as Ray's loggers do", file=file)
+    print("ours", file=sys.stderr)
+    {end}
+console.end_process(lambda: cli.guarded("label", verb))
+"""
+
+
+@pytest.mark.parametrize(
+    ("end", "code", "said"),
+    [
+        ("return 0", 0, []),
+        ("raise errors.JobError('x')", 1, ["kinoray label: JobError: x", "kinoray label: {kept}"]),
+        ("1 / 0", 1, ["ZeroDivisionError: division by zero", "{kept}"]),
+        ("raise KeyboardInterrupt", 130, ["kinoray label: interrupted"]),
+        ("raise KeyboardInterrupt('3 of 4 stay')", 130, ["kinoray label: interrupted; 3 of 4 stay"]),
+    ],
+)
+def test_native_messages_are_kept_in_a_file_that_is_named_when_something_fails(
+    end: str, code: int, said: list[str], tmp_path: Path
+) -> None:
+    file = tmp_path / "ray.err"
+    program = [sys.executable, "-c", NOISY.replace("{end}", end), str(file)]
+    done = subprocess.run(program, capture_output=True, text=True, timeout=200, check=False)
+    assert done.returncode == code, done.stderr
+    lines = done.stderr.splitlines()
+    assert lines[:2] == ["before", "ours"]
+    kept = f"what Ray said meanwhile is in {file}"
+    assert lines[2:][-len(said) :] == [line.replace("{kept}", kept) for line in said] if said else len(lines) == 2
+    assert file.read_text() == "core_worker.cc: as native code does\nas Ray's loggers do\n"
+
+
+def test_the_innermost_that_is_interrupted_says_what_is_kept() -> None:
+    def unreadable() -> str:
+        raise StorageUnavailable("the store is down")
+
+    outer = pytest.raises(KeyboardInterrupt, match="3 of 4")
+    with outer, kept_if_interrupted(unreadable), kept_if_interrupted(lambda: "3 of 4"):
+        raise KeyboardInterrupt
+    told = pytest.raises(KeyboardInterrupt, match="cannot be read now: the store is down")
+    with told, kept_if_interrupted(unreadable):
+        raise KeyboardInterrupt
+
+
+SLOW_END = """
+import atexit, time
+from kinoray import cli, console
+atexit.register(lambda: (print("cleaning up", flush=True), time.sleep(600)))
+def verb():
+    print("works", flush=True)
+    time.sleep(600)
+console.end_process(lambda: cli.guarded("label", verb))
+"""
+
+
+def test_ctrl_c_once_more_does_not_wait_for_what_ends_slowly() -> None:
+    with subprocess.Popen([sys.executable, "-c", SLOW_END], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        for line in (b"works\n", b"cleaning up\n"):
+            assert process.stdout.readline() == line
+            process.send_signal(signal.SIGINT)
+        _, said = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert said == b"kinoray label: interrupted\n"
 
 
 @pytest.mark.parametrize(

@@ -26,6 +26,8 @@ from kinoray.evaluation.record import (
     Origin,
     evaluation_record,
     join_answers,
+    print_evaluation,
+    read_evaluation,
     true_classes,
     write_evaluation,
 )
@@ -440,6 +442,20 @@ HOSTILE = (
     "javascript:x",
     "<!--",
 )
+
+
+@pytest.mark.parametrize("num_classes", [5, 6])
+def test_top_5_is_shown_only_where_there_are_more_than_five_classes(
+    num_classes: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, labels = str(tmp_path / "set"), LABELS[:num_classes]
+    catalog_at(source, 30, labels=labels)
+    a, b = (evaluated(str(tmp_path / f"{seed}"), source, seed, labels=labels) for seed in (1, 2))
+    compare(CompareConfig(a=a.uri, b=b.uri, out=str(tmp_path / "p.html"), frames_per_video=0))
+    print_evaluation("evaluate", read_evaluation(LOCAL, a.uri).record)
+    for text in ((tmp_path / "p.html").read_text(), capsys.readouterr().out):
+        assert "top-1" in text.lower()
+        assert ("top-5" in text.lower()) == (num_classes > 5)
 
 
 def test_nothing_in_a_page_comes_from_a_name(tmp_path: Path) -> None:

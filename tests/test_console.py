@@ -5,6 +5,7 @@ import io
 import json
 import os
 import pty
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ import pytest
 
 from kinoray.catalog.table import catalog_of_source
 from kinoray.cli import main
-from kinoray.console import PlainStream, exact_stdout, many, plain_streams, shortened, table, visible
+from kinoray.console import PlainStream, Progress, exact_stdout, many, plain_streams, shortened, table, visible
 from kinoray.label.ledger import Ledger
 from kinoray.label.unit import Times, row_keys
 from kinoray.storage.objects import Storage
@@ -143,6 +144,7 @@ def test_no_command_sends_a_stranger_s_controls_to_a_terminal(tmp_path: Path) ->
     (tmp_path / "evil").write_text(EVIL, newline="")
     shown = on_terminal(COMMANDS, str(tmp_path / "evil"), cwd=tmp_path)
     assert not [mark for mark in MARKS if mark in shown]
+    shown = re.sub(r"\r\w+: starting\r +\r", "", shown)  # the step that was drawn until the first line
     assert "\r" not in shown.replace("\r\r\n", "").replace("\r\n", "")  # a terminal's line ends, of CSV, too
     assert "\\u001b]0;owned\\u0007" in shown
     assert "RuntimeError: \\u001b]0;owned" in shown
@@ -214,3 +216,78 @@ def test_one_of_a_thing_is_singular() -> None:
 
 def test_a_long_text_says_that_it_was_cut() -> None:
     assert [shortened("0123456789", most) for most in (10, 9)] == ["0123456789", "012345..."]
+
+
+# Progress
+
+
+class Clock:
+    """Time that passes when it is told to."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now_s = 100.0
+        monkeypatch.setattr("kinoray.console.time.monotonic", lambda: self.now_s)
+
+    def wait(self, seconds: float) -> None:
+        self.now_s += seconds
+
+
+def test_a_rate_counts_from_the_first_result_and_is_not_said_before_a_few(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, log = Clock(monkeypatch), io.StringIO()
+    progress = Progress(100, "label", "videos", already=20, stream=log)
+    clock.wait(60)  # the start of the workers
+    progress.saw("a", 1)
+    clock.wait(5)
+    progress.saw("a", 3)
+    clock.wait(5)
+    progress.saw("a", 21)
+    clock.wait(5)
+    progress.update(16, part="b", quarantined=2)
+    assert log.getvalue().splitlines() == [
+        "label: 21/100 videos",
+        "label: 23/100 videos",
+        "label: 41/100 videos, 2.0/s, 30 s left",
+        "label: 57/100 videos, 2.4/s, 18 s left, quarantined 2",
+    ]
+
+
+def test_what_is_seen_of_a_unit_gives_way_to_what_it_comes_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, log = Clock(monkeypatch), io.StringIO()
+    progress = Progress(10, "label", "videos", every_s=0, stream=log)
+    for part, seen in (("a", 5), ("b", 4), ("a", 1), ("a", 6)):  # the worker of `a` died, and it was begun again
+        progress.saw(part, seen)
+    progress.update(6, part="a")
+    progress.saw("a", 3)  # too late
+    progress.saw("b", 9)  # more than there are
+    progress.update(4, part="b")
+    clock.wait(4)
+    progress.close()
+    counts = [int(count) for count in re.findall(r"(\d+)/10", log.getvalue())]
+    assert counts == [5, 9, 5, 10, 10, 10, 10, 10]
+    assert log.getvalue().endswith("label: 10/10 videos, 2.5/s, took 4 s\n")
+
+
+ON_TERMINAL = """
+from kinoray.console import Progress, draw_step, plain_streams
+with plain_streams():
+    draw_step("label: reading a\\rb")
+    print("label: 4 videos")
+    progress = Progress(4, "label", "videos", every_s=1e9)
+    progress.update(1)
+    print("half ", end="")
+    progress._print()
+    print("a line")
+    progress._print()
+    progress.update(3, quarantined=1)
+    progress.close()
+"""
+
+
+def test_a_terminal_shows_one_bar_that_lines_never_run_into(tmp_path: Path) -> None:
+    shown = on_terminal(ON_TERMINAL, cwd=tmp_path)
+    lines = [line.rpartition("\r")[2] for line in shown.split("\r\n")]  # what is left to see of each
+    assert lines[:2] == ["label: 4 videos", "half a line"]
+    assert re.fullmatch(r"label: 4/4 videos, .*/s, took 0 s, quarantined 1", lines[2])
+    assert "\rlabel: reading a\\u000db\r" in shown
+    assert "\rlabel: [-----" in shown
+    assert "\rlabel: [#####---------------] 1/4 videos" in shown

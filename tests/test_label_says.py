@@ -1,5 +1,6 @@
 """What a labelling says before, while and after it runs; and what it does where the disk is full."""
 
+import io
 import json
 import os
 import re
@@ -19,7 +20,9 @@ import pyarrow as pa
 import pytest
 import ray
 
+from kinoray.cluster.connect import Kept, Lines, Teller
 from kinoray.config.shared import ClipConfig, ResourcesConfig, SampleConfig, StorageConfig, ViewConfig
+from kinoray.console import Progress
 from kinoray.demo.videos import class_names, make_demo_set
 from kinoray.errors import StorageUnavailable
 from kinoray.label.config import LabelConfig
@@ -122,6 +125,50 @@ def test_stages_are_timed_each_for_itself() -> None:
     assert clock.take() == {"store": 0, "decode": 0, "model": 0, "commit": 0}
     assert bound_stage({"store": 1, "decode": 3, "model": 0, "commit": 0}) == "decode 75%"
     assert bound_stage({}) == ""
+
+
+def test_a_worker_tells_of_each_video_as_it_is_done(config: LabelConfig) -> None:
+    labelling, told = open_labelling(config, "label"), []
+    worker = LabelUnits(labelling.job, lambda unit_id, done: told.append((unit_id, done)))
+    for unit in labelling.plan.units:
+        rows = labelling.catalog.table.take([labelling.keys.index(key) for key in unit.keys])
+        packed = pa.Table.from_pylist([pack_unit(unit, rows)])
+        worker(packed)
+        worker(packed)  # it is committed: nothing is done again
+    assert told == [(unit.unit_id, done) for unit in labelling.plan.units for done in range(unit.num_rows)]
+
+
+def test_raylets_messages_are_kept_and_people_hear_once_that_there_are_some(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = io.StringIO()
+    kept = Kept(file, tmp_path / "ray.err")
+    for line in ("A worker died", "Another one"):
+        kept({"lines": [line], "pid": "raylet", "is_err": False}, ignore_prefix=False)  # as Ray calls it
+    assert file.getvalue() == "A worker died\nAnother one\n"
+    (said,) = capsys.readouterr().out.splitlines()
+    assert said.endswith(str(tmp_path / "ray.err"))
+
+
+@pytest.mark.ray
+def test_what_workers_tell_is_heard_and_a_job_goes_on_when_nobody_hears(
+    config: LabelConfig, ray_local: None, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    heard = io.StringIO()
+    with Lines(Progress(4, "label", "videos", stream=heard)) as lines:
+        Teller(lines.box, 1)("unit", 3)
+        lines.box.post.remote("a line \x1b[31m")
+    assert heard.getvalue() == "label: 3/4 videos\n"
+    assert capsys.readouterr().out == "a line \\u001b[31m\n"
+
+    class Deaf(Lines):
+        def __enter__(self) -> Lines:
+            ray.kill(self.box)
+            return super().__enter__()
+
+    monkeypatch.setattr("kinoray.label.job.Lines", Deaf)
+    assert label(config)["inputs"] == 13
+    assert "what workers say is no longer shown: " in capsys.readouterr().out
 
 
 @pytest.mark.ray

@@ -17,7 +17,7 @@ from kinoray.cli import main
 from kinoray.cluster.environment import commits, git_commit, host, software
 from kinoray.config.file import load_config
 from kinoray.config.shared import ModelConfig, OptimConfig, StorageConfig
-from kinoray.errors import StorageError, TooManyBad
+from kinoray.errors import ClusterError, StorageError, TooManyBad
 from kinoray.storage.objects import Storage, join
 from kinoray.train.config import RunsConfig, TrainConfig
 from kinoray.train.recorder import draw_curves
@@ -119,13 +119,36 @@ def test_a_killed_driver_is_told_by_its_silence(tmp_path: Path) -> None:
     for path in Path(out).iterdir():
         os.utime(path, (path.stat().st_atime, path.stat().st_mtime - 300))
     (run,) = find_runs(storage, out)
-    assert run.state == "stopped"
+    assert (run.state, run.epochs_done) == ("stopped", 0)
+    assert "no sign of life" in run.error
     assert 300 <= run.age_s < 360
     with Heartbeat(storage, out) as heart:  # the same command goes on, and the first start stays
         heart.stopped = True
     (again,) = find_runs(storage, out)
     assert (again.state, again.started_s) == ("stopped", run.started_s)
     assert again.age_s < 60
+
+
+def test_a_run_that_died_before_its_first_step_says_so_and_why(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    storage = start(StorageConfig(), str(tmp_path / "run"))
+    with pytest.raises(ClusterError), Heartbeat(storage, str(tmp_path / "run")):
+        raise ClusterError("Ray does not start")
+    trial = {"trial": "t1", "settings": {}}
+    for name in ("failed", "begins"):
+        storage.put(str(tmp_path / name / "trial.json"), json.dumps(trial).encode())
+    outcome = {"status": "failed", "error_class": "ConfigError", "error_text": "optim.lr is too low"}
+    storage.put(str(tmp_path / "failed" / "outcome.json"), json.dumps(outcome).encode())
+    found = {Path(run.uri).name: (run.state, run.error) for run in runs(RunsConfig(prefix=str(tmp_path)))}
+    assert found == {
+        "run": ("failed", "ClusterError: Ray does not start"),
+        "failed": ("failed", "ConfigError: optim.lr is too low"),
+        "begins": ("running", "it has not begun to train"),
+    }
+    assert "failed: ConfigError: optim.lr is too low" in capsys.readouterr().out
+    runs(RunsConfig(prefix=str(tmp_path / "failed")))
+    assert "failed" in capsys.readouterr().out
 
 
 class Refuses(Storage):

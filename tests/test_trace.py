@@ -1,8 +1,11 @@
 """`kinoray labels --summary`, `kinoray runs RUN`: where the time went, against numbers that were put in."""
 
 import json
+import re
 from pathlib import Path
 
+import numpy as np
+import pyarrow as pa
 import pytest
 
 from kinoray.cli import main
@@ -10,11 +13,13 @@ from kinoray.config.shared import ModelConfig, OptimConfig, StorageConfig
 from kinoray.label.ledger import Ledger
 from kinoray.label.summary import Span, covered_s, summarise, trace_events
 from kinoray.label.unit import Times, row_keys
+from kinoray.library.config import LabelsConfig
+from kinoray.library.labels import labels
 from kinoray.storage.objects import Storage
 from kinoray.train.config import TrainConfig
 from kinoray.train.runfolder import RunFolder
 from small_sets import catalog_of, epoch_row
-from small_tables import ledger_in, library, rows_for
+from small_tables import ROOT_NAME, answer, job_record, ledger_in, library, rows_for
 
 LOCAL = Storage(StorageConfig())
 BEGIN_S = 1_800_000_000.0  # 2027-01-15 08:00:00 UTC
@@ -74,6 +79,41 @@ def test_each_run_of_a_labelling_has_its_shares(labelled: Ledger, capsys: pytest
     assert "no summary: it was killed, or failed" in capsys.readouterr().out
 
 
+def test_a_summary_counts_the_classes_the_largest_first(labelled: Ledger, capsys: pytest.CaptureFixture[str]) -> None:
+    found = labels(LabelsConfig(predictions=labelled.root, summary=True))
+    said = [answer(index) for index in range(40)]
+    scores: dict[str, list[float]] = {}
+    for row in said:
+        if row["status"] == "labelled":
+            scores.setdefault(row["label_topk"][0], []).append(row["score_topk"][0])
+    ranking = sorted(scores, key=lambda name: (-len(scores[name]), name))
+    assert list(found["classes"][labelled.root].items()) == [(name, len(scores[name])) for name in ranking]
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == f"{labelled.root}: 40 videos = 32 labelled + 8 quarantined + 0 skipped; 0 abstained"
+    shown = [[name, str(len(scores[name])), f"{np.mean(scores[name]):.3f}"] for name in ranking]
+    assert [line.split() for line in lines[2:5]] == shown
+
+
+def test_a_summary_folds_a_long_list_of_classes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    names = tuple(f"class-{number:02d}" for number in range(25))
+    ledger, catalog = Ledger(LOCAL, str(tmp_path / ROOT_NAME)), library(25 * 26 // 2)
+    ledger.pin_job(job_record(labels=names, scores="sigmoid"))
+    keys = row_keys(catalog.table)
+    plan = ledger.plan(catalog.digest, keys, len(keys))
+    parts, end = [], 0
+    for number in range(25):  # of the last class there are 25, of the first 1; each video has the first class, too
+        place, end = end, end + number + 1
+        both = {"label_topk": [names[number], names[0]], "id_topk": [number, 0], "score_topk": [0.75, 0.25]}
+        parts.append(rows_for(catalog, plan.units[0].keys[place:end], status="labelled", **both))
+    ledger.commit(plan.units[0], pa.concat_tables(parts), "run")
+    found = labels(LabelsConfig(predictions=ledger.root, summary=True))["classes"][ledger.root]
+    assert found == {names[0]: 326, **{names[number]: number + 1 for number in range(24, 0, -1)}}
+    said = capsys.readouterr().out
+    assert "and 5 classes more, of 20 videos" in said
+    assert "class-05" not in said
+    assert re.search(r"class-00 +326 +0.252\n +class-24 +25 +0.750\n", said)
+
+
 def test_the_file_for_a_viewer_has_each_span_where_it_was(labelled: Ledger, tmp_path: Path) -> None:
     to = tmp_path / "trace.json"
     assert main(["labels", str(tmp_path / "labels"), "--summary", "--to", str(to)]) == 0
@@ -111,7 +151,7 @@ def test_a_training_says_what_its_epochs_were_spent_on(tmp_path: Path, capsys: p
     folder = RunFolder(LOCAL, out)
     folder.claim(settings, catalog)
     assert main(["runs", out]) == 0
-    assert "no epoch is done yet" in capsys.readouterr().out
+    assert "no epoch is done" in capsys.readouterr().out
     scored = {"epoch_s": 100.0, "train_s": 80.0, "decode_wait": 0.25, "val_videos": 3}
     folder.write_epoch(epoch_row(1, time_s=BEGIN_S + 100, **scored))
     unscored = {"epoch_s": 60.0, "train_s": 60.0, "decode_wait": 0.5}

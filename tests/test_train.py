@@ -372,6 +372,8 @@ def test_a_run_whose_worker_is_killed_equals_a_plain_loop(
     assert not victim.exists()
     said = capsys.readouterr().out
     assert "2 workers start on cpu\n" in said
+    assert "val loss" in said
+    assert "top-5" not in said  # there are three classes
     assert "2 workers start on cpu after epoch 1, from " in said
     assert_equals_plain_training(result, config)
     rows = load_quarantine(Storage(), join(config.out, "quarantine.parquet"))

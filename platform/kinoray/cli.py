@@ -16,9 +16,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from kinoray import __version__
+from kinoray import __version__, console
 from kinoray.config.files import local_path
-from kinoray.console import end_process, ended_by_signals, exact_stdout, plain_streams, print_traceback, visible
 from kinoray.errors import ConfigError, KinorayError
 
 __all__ = ["VERBS", "Verb", "guarded", "main", "parse_settings"]
@@ -206,13 +205,11 @@ def _overview() -> str:
     for wish in dict.fromkeys(verb.wish for verb in VERBS.values()):
         lines.extend(["", f"{wish}:"])
         lines.extend(f"  {name:<11}{verb.summary}" for name, verb in VERBS.items() if verb.wish == wish)
-    lines.extend(
-        [
-            "",
-            "kinoray help VERB explains what matters of a verb, kinoray VERB --help-all all of its settings. Each is a",
-            "flag and a key of --config FILE.yaml; kinoray VERB ... --print-config prints such a file and stops.",
-        ]
-    )
+    lines += [
+        "",
+        "kinoray help VERB explains what matters of a verb, kinoray VERB --help-all all of its settings. Each is a",
+    ]
+    lines += ["flag and a key of --config FILE.yaml; kinoray VERB ... --print-config prints such a file and stops."]
     return "\n".join(lines)
 
 
@@ -229,7 +226,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Without argv it is sys.argv's, and the whole of the process, which ends with it.
     """
     if argv is None:
-        end_process(lambda: main(sys.argv[1:]))
+        console.end_process(lambda: main(sys.argv[1:]))
     arguments = list(argv)
     name, rest = (arguments[0], arguments[1:]) if arguments else ("", [])
     return guarded(name, lambda: _run(name, rest))
@@ -254,6 +251,7 @@ def _run(name: str, arguments: list[str]) -> int:
     if name == "evaluate":
         config.require_one()
     _load("kinoray.config.shared:require_gpus")(config)
+    console.draw_step(f"{name}: starting")
     config = _load("kinoray.network.resolve:with_places")(config)
     if verb.writes:
         _load("kinoray.storage.outputs:require_places")(config, verb.writes)
@@ -263,16 +261,20 @@ def _run(name: str, arguments: list[str]) -> int:
 
 def guarded(name: str, run: Callable[[], int]) -> int:
     """What `run` returns, or the exit code of what it raises, said in one line; what it prints only shows."""
-    sys.excepthook = print_traceback
-    with plain_streams(), ended_by_signals():
+    sys.excepthook = console.print_traceback
+    with console.plain_streams(), console.ended_by_signals():
         try:
             return run()
         except ConfigError as error:
             return _fail(name, error, 2)
         except KinorayError as error:
-            return _fail(name, error, 1)
-        except KeyboardInterrupt:
-            print(f"kinoray {name}: interrupted; the same command goes on from here", file=sys.stderr)
+            code = _fail(name, error, 1)
+            if path := console.kept_messages():
+                print(f"kinoray {name}: what Ray said meanwhile is in {path}", file=sys.stderr)
+            return code
+        except KeyboardInterrupt as stop:
+            kept = f"; {stop}" if stop.args else ""
+            print(f"kinoray {name}: interrupted{kept}", file=sys.stderr)
             return 130
         except BrokenPipeError:  # the reader of our output went away (| head)
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -294,7 +296,7 @@ def _known(name: str) -> str:
 
 def _fail(name: str, error: KinorayError, code: int) -> int:
     message = " ".join(str(error).split()).removeprefix(f"{name}: ")
-    print(f"kinoray {visible(name)}: {type(error).__name__}: {message}", file=sys.stderr)
+    print(f"kinoray {console.visible(name)}: {type(error).__name__}: {message}", file=sys.stderr)
     return code
 
 
@@ -319,7 +321,7 @@ def parse_settings(
         return None
     config, print_only = _parse(name, cls, arguments)
     if print_only:
-        print(_load("kinoray.config.file:to_yaml")(config), end="", file=exact_stdout())
+        print(_load("kinoray.config.file:to_yaml")(config), end="", file=console.exact_stdout())
         return None
     return config
 

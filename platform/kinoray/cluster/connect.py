@@ -16,31 +16,35 @@ import secrets
 import sys
 import threading
 import time
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TextIO
 
+import colorama  # type: ignore[import-untyped]  # Ray's own copy
 import ray
 import ray.data
 from ray._private import ray_constants
 from ray._raylet import PlacementGroupID
 from ray.core.generated.autoscaler_pb2 import AutoscalingState, GetClusterStatusReply, NodeStatus
-from ray.exceptions import RayError
+from ray.exceptions import GetTimeoutError, RayError
 from ray.experimental.internal_kv import internal_kv_get_gcs_client
 from ray.job_config import JobConfig
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from kinoray.config.shared import WorkersConfig
-from kinoray.console import format_duration, many, visible
+from kinoray.console import Notes, Progress, format_duration, keep_native_messages, many, visible
 from kinoray.errors import ClusterError, ConfigError
 from kinoray.storage.leftovers import Claim, reap, sweep
 
 __all__ = [
     "WORKER_ENV",
+    "Kept",
     "Lines",
+    "Teller",
     "beside_me",
     "bring_nodes",
     "connect",
@@ -65,6 +69,7 @@ WORKER_ENV = {
 }
 """Environment of every worker; never holds a secret, since the jobs API shows it."""
 
+_LOGGERS = ("ray", "ray.data", "ray._private.authentication", "ray.train", "ray.tune")
 _claims: list[Claim] = []  # on the session folder of a Ray that was started here
 
 
@@ -76,7 +81,7 @@ def quiet_ray() -> None:
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
-    for name in ("ray", "ray.data", "ray._private.authentication", "ray.train", "ray.tune"):
+    for name in _LOGGERS:
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
@@ -109,22 +114,26 @@ def connect(config: WorkersConfig) -> None:
     address = config.address or os.environ.get("RAY_ADDRESS", "")
     if not address and _makes_token():
         private_token_file()
+    begun = time.monotonic()
     try:
         if address:
+            print(f"resources: joining the cluster at {visible(address)}", flush=True)
             ray.init(
                 address=address,
                 runtime_env={"env_vars": WORKER_ENV},
                 job_config=None if "://" in address else _Job(),  # a Ray client's server does not know our class
-                log_to_driver=True,
+                log_to_driver=False,  # errors and progress come to the driver by themselves; the rest is Ray's own
+                logging_level=logging.ERROR,
                 logging_config=_logging(config),
             )
         else:  # "local", so that it never joins a stranger's cluster
+            print(f"resources: starting Ray on this machine ({many(config.local_cpus, 'CPU')})", flush=True)
             with _on_loopback():
                 ray.init(
                     address="local",
                     num_cpus=config.local_cpus,
                     include_dashboard=False,
-                    log_to_driver=False,  # errors and progress come to the driver by themselves; the rest is Ray's own
+                    log_to_driver=False,
                     logging_level=logging.ERROR,
                     logging_config=_logging(config),
                     runtime_env={"env_vars": WORKER_ENV},
@@ -135,6 +144,37 @@ def connect(config: WorkersConfig) -> None:
         doing = f"resources.address {address!r} cannot be joined" if address else "Ray does not start on this machine"
         raise ClusterError(f"{doing}: {error}") from error
     quiet_ray()  # again: ray.init sets its loggers up anew
+    if node := ray._private.worker._global_node:  # none behind a Ray client's server
+        _keep_messages(Path(node.get_logs_dir_path()))
+        took = format_duration(time.monotonic() - begun)
+        print(f"resources: Ray is there after {took}; what it logs is in {node.get_logs_dir_path()}", flush=True)
+
+
+def _keep_messages(folder: Path) -> None:
+    """Keep in a file what Ray's native code and its loggers write to stderr, where this process is a command's."""
+    atexit.unregister(colorama.initialise.reset_all)  # it would print a colour code when all is said
+    path = folder / f"kinoray-{os.getpid()}.err"
+    if file := keep_native_messages(path):
+        warnings.filterwarnings("ignore", module=r"ray\.")
+        for name in _LOGGERS:
+            for handler in logging.getLogger(name).handlers:
+                if type(handler) is not logging.FileHandler and isinstance(handler, logging.StreamHandler):
+                    handler.setStream(file)
+        ray._private.worker.print_to_stdstream = Kept(file, path)
+
+
+class Kept:
+    """In place of what prints raylets' messages: they go to the file, and people hear once that there are some."""
+
+    def __init__(self, file: TextIO, path: Path) -> None:
+        self._file, self._path = file, path
+        self._is_told = False
+
+    def __call__(self, data: Mapping[str, Any], *_: object, **__: object) -> None:
+        print("\n".join(data["lines"]), file=self._file)
+        if not self._is_told:
+            self._is_told = True
+            print(f"resources: a worker died, or Ray met other trouble; it is in {self._path}", flush=True)
 
 
 @contextlib.contextmanager
@@ -351,6 +391,8 @@ def _status() -> GetClusterStatusReply:
 
 
 _LINES_POLL_S = 0.5
+_LINES_WAIT_S = 2.0
+_MOST_A_SECOND = 200  # messages of all workers to one box
 
 
 def beside_me(actor: type, **options: Any) -> Any:
@@ -363,33 +405,16 @@ def beside_me(actor: type, **options: Any) -> Any:
     return ray.remote(num_cpus=0, scheduling_strategy=here, **options)(actor)
 
 
-class _Box:
-    def __init__(self) -> None:
-        self._lines: list[str] = []
-        self._place = ""
-
-    def settle(self, place: str) -> None:
-        self._place = place
-
-    def place(self) -> str:
-        return self._place
-
-    def post(self, line: str) -> None:
-        self._lines.append(line)
-
-    def take(self) -> list[str]:
-        taken, self._lines = self._lines, []
-        return taken
-
-
 class Lines:
     """A context in which the driver prints what workers post: hand `box` to them and call `box.post.remote(line)`.
 
-    Workers call `box.settle.remote(id)` with their placement group's id in hex.
+    Workers call `box.settle.remote(id)` with their placement group's id in hex. What they count (see Teller) goes to
+    `progress`. Nothing depends on the box: without it the job goes on, and only this is lost.
     """
 
-    def __init__(self) -> None:
-        self.box: Any = beside_me(_Box).remote()
+    def __init__(self, progress: Progress) -> None:
+        self.box: Any = beside_me(Notes).remote()
+        self._progress = progress
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._pump, name="lines", daemon=True)
 
@@ -412,8 +437,33 @@ class Lines:
         while not done:
             done = self._stop.wait(_LINES_POLL_S)  # what was posted before the stop is still printed
             try:
-                for line in ray.get(self.box.take.remote()):
-                    print(visible(line), flush=True)
+                lines, counts = ray.get(self.box.take.remote(), timeout=_LINES_WAIT_S)
+            except GetTimeoutError:
+                lines, counts = [], {}  # it is still starting
             except RayError as error:
-                print(f"progress is no longer shown: {str(error).splitlines()[0]}", flush=True)
+                print(f"what workers say is no longer shown: {str(error).splitlines()[0]}", flush=True)
                 return
+            for line in lines:
+                print(visible(line), flush=True)
+            for part, count in counts.items():
+                self._progress.saw(part, count)
+            self._progress.tick()
+
+
+class Teller:
+    """A worker's way to say, through a box, how much of a part of its work is done; small, and picklable.
+
+    It says so now and then, waits for nothing, and does not mind if the box is gone.
+    """
+
+    def __init__(self, box: Any, num_workers: int) -> None:
+        self._box = box
+        self._every_s = max(_LINES_POLL_S, num_workers / _MOST_A_SECOND)
+        self._told_s = 0.0
+
+    def __call__(self, part: str, count: int) -> None:
+        """So much of a part is done."""
+        now_s = time.monotonic()
+        if now_s - self._told_s >= self._every_s:
+            self._told_s = now_s
+            self._box.tell.remote(part, count)

@@ -427,6 +427,7 @@ def _render(config: CompareConfig, a: Evaluation, comparison: Comparison, storag
         "comparison": comparison,
         "num_moved": sum(move.moved for move in comparison.classes),
         "scale": _SCALE,
+        "has_top5": len(a.labels) > 5,
         "gained": [_Card(flip, strips.get(flip.row)) for flip in gained],
         "lost": [_Card(flip, strips.get(flip.row)) for flip in lost],
     }

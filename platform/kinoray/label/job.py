@@ -11,8 +11,9 @@ import ray.data
 from ray.exceptions import RayError, RayTaskError
 
 from kinoray.catalog.quarantine import error_of, refusals_of_columns
-from kinoray.cluster.connect import connect, quiet_ray, require_fit
+from kinoray.cluster.connect import Lines, Teller, connect, quiet_ray, require_fit
 from kinoray.config.shared import WorkersConfig
+from kinoray.console import Progress, many
 from kinoray.errors import ClusterError
 from kinoray.label.open import Labelling
 from kinoray.label.stage import UNIT_COLUMNS, LabelUnits, pack_unit
@@ -23,8 +24,13 @@ __all__ = ["run_units"]
 _MAX_BLOCKS = 20_000  # each is a Ray object and a task; more units than this share blocks
 
 
-def run_units(labelling: Labelling, units: list[Unit], resources: WorkersConfig) -> Iterator[dict[str, Any]]:
+def run_units(
+    labelling: Labelling, units: list[Unit], resources: WorkersConfig, task: str, progress: Progress
+) -> Iterator[dict[str, Any]]:
     """Label units: one row of counts for each, as they finish (see `LabelUnits`).
+
+    Args:
+        progress: sees of a unit, by its id, how many of its videos are done; the units' rows are not added to it.
 
     Raises:
         ClusterError: the workers cannot be placed, or were lost.
@@ -32,6 +38,13 @@ def run_units(labelling: Labelling, units: list[Unit], resources: WorkersConfig)
     """
     connect(resources)
     require_fit(resources)
+    with Lines(progress) as lines:
+        yield from _run_units(labelling, units, resources, task, lines)
+
+
+def _run_units(
+    labelling: Labelling, units: list[Unit], resources: WorkersConfig, task: str, lines: Lines
+) -> Iterator[dict[str, Any]]:
     quiet_ray()
     units = _rotated(units, labelling.job.run_id)
     position = {key: row for row, key in enumerate(labelling.keys)}
@@ -43,14 +56,16 @@ def run_units(labelling: Labelling, units: list[Unit], resources: WorkersConfig)
         few = units[start : start + per_block]
         packed = [pack_unit(unit, table.take([position[key] for key in unit.keys])) for unit in few]
         blocks.append(pa.Table.from_pylist(packed))
+    num_workers = min(resources.num_workers, len(blocks))
+    print(f"{task}: {many(num_workers, 'worker')} load{'s' if num_workers == 1 else ''} the network", flush=True)
     # from_blocks, not from_arrow: that starts a remote task a block to learn what is known here.
     dataset = ray.data.from_blocks(blocks).map_batches(
         LabelUnits,
-        fn_constructor_args=(labelling.job,),
+        fn_constructor_args=(labelling.job, Teller(lines.box, num_workers)),
         batch_size=1,
         batch_format="pyarrow",
         compute=ray.data.ActorPoolStrategy(
-            size=min(resources.num_workers, len(blocks)),
+            size=num_workers,
             max_tasks_in_flight_per_actor=1,  # a unit waits for a free worker, not behind a slow one
         ),
         num_cpus=resources.cpus_per_worker,

@@ -9,7 +9,7 @@ digits on any number of workers and after any kill.
 
 import time
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -48,6 +48,8 @@ __all__ = ["UNIT_COLUMNS", "LabelJob", "LabelUnits", "LabelVideos", "Outcome", "
 
 UNIT_COLUMNS = ("video_id", *REFERENCE_COLUMNS)
 """Columns of a catalog that a worker needs."""
+
+Saw = Callable[[int], None]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -151,15 +153,18 @@ class LabelVideos:
         self._labels: tuple[str, ...] = ()
         self.reader = self._reader(job.scorer.batch_size or CPU_BATCH)
 
-    def label(self, rows: pa.Table) -> list[Outcome]:
+    def label(self, rows: pa.Table, saw: Saw = lambda done: None) -> list[Outcome]:
         """One outcome for each row (UNIT_COLUMNS), in order.
+
+        Args:
+            saw: is told how many are done; for the eyes only.
 
         Raises:
             ModelError, CheckpointError, StorageError: what is wrong is no video's fault.
         """
         scorer = self._load()
         try:
-            return self._label(scorer, rows)
+            return self._label(scorer, rows, saw)
         except BaseException:  # Ctrl-C, too
             scorer.clear()  # else its clips would share a batch with the next videos'
             raise
@@ -241,10 +246,11 @@ class LabelVideos:
             )
         return self._scorer
 
-    def _label(self, scorer: ClipScorer[_Place], rows: pa.Table) -> list[Outcome]:
+    def _label(self, scorer: ClipScorer[_Place], rows: pa.Table, saw: Saw) -> list[Outcome]:
         """One outcome for each row, in order."""
         outcomes = [Outcome() for _ in range(rows.num_rows)]
-        for outcome, video in zip(outcomes, self.reader.videos(rows), strict=True):
+        for done, (outcome, video) in enumerate(zip(outcomes, self.reader.videos(rows), strict=True)):
+            saw(done)
             if isinstance(video, Refusal):
                 outcome.refusal = video
                 continue
@@ -286,8 +292,9 @@ class LabelUnits:
     refusal_columns of a KinorayError that must end the job. Nothing is committed for such a unit.
     """
 
-    def __init__(self, job: LabelJob) -> None:
+    def __init__(self, job: LabelJob, tell: Callable[[str, int], None] = lambda unit_id, done: None) -> None:
         self.job = job
+        self._tell = tell
         self.ledger = Ledger(job.storage, job.root)
         torch.set_num_threads(job.torch_threads)
         self.clock, self.metrics = StageClock(), LabelMetrics(self.ledger.labelling_id)
@@ -325,7 +332,7 @@ class LabelUnits:
         commit = self.ledger.find_commit(unit.unit_id)  # by another job, or by this one before its worker was killed
         if commit is None:
             begin_s = time.time()
-            outcomes = self.videos.label(rows)
+            outcomes = self.videos.label(rows, partial(self._tell, unit.unit_id))
             _refuse_if_none_readable(outcomes)
             windows = self.videos.windows_table(unit.keys, rows, outcomes) if self.job.views.windows else None
             times = self.clock.times(begin_s)

@@ -16,7 +16,7 @@ import pyarrow as pa
 from kinoray.catalog.quarantine import Refusal, error_of
 from kinoray.catalog.table import Catalog
 from kinoray.config.shared import WorkersConfig
-from kinoray.console import Progress, format_duration, many, table, visible
+from kinoray.console import Progress, format_duration, kept_if_interrupted, many, table, visible
 from kinoray.errors import ConfigError, TooManyBad
 from kinoray.label.config import LabelConfig
 from kinoray.label.ledger import Ledger, Totals
@@ -115,10 +115,11 @@ def run_labelling(labelling: Labelling, resources: WorkersConfig, task: str, *, 
         print(f"{task}: {already} {of} labelled already, {plan.num_rows - already} to do")
     if missing:
         progress = Progress(plan.num_rows, task, "videos", already=already)
-        for result in run_units(labelling, missing, resources):
-            stages.update({stage: result[f"{stage}_s"] for stage in STAGES})
-            progress.note(f"bound by {bound_stage(stages)}")
-            progress.update(result["rows"], quarantined=result["quarantined"])
+        with kept_if_interrupted(lambda: _kept(ledger, plan) if is_kept else "nothing is kept"):
+            for result in run_units(labelling, missing, resources, task, progress):
+                stages.update({stage: result[f"{stage}_s"] for stage in STAGES})
+                progress.note(f"bound by {bound_stage(stages)}")
+                progress.update(result["rows"], part=result["unit_id"], quarantined=result["quarantined"])
         progress.close()
     totals = ledger.check(plan, labelling.keys)
     ledger.finish(plan, totals)
@@ -131,6 +132,12 @@ def run_labelling(labelling: Labelling, resources: WorkersConfig, task: str, *, 
     if is_kept:
         print(f"{task}: summary in {uri}")
     return totals
+
+
+def _kept(ledger: Ledger, plan: Plan) -> str:
+    done = ledger.committed()
+    rows = sum(unit.num_rows for unit in plan.units if unit.unit_id in done)
+    return f"{rows} of {many(plan.num_rows, 'video')} have their row, which stays; the same command labels the rest"
 
 
 def _say_plan(labelling: Labelling) -> dict[str, Any]:

@@ -65,8 +65,9 @@ class LabelsConfig(PredictionsConfig):
     to: str = ""
     """File or s3:// object to write. Default: print it."""
     summary: bool = False
-    """Say instead where the labelling's time went: the start, what workers waited for, the slowest units. It may be
-    asked while the job runs; --to then writes the units' spans for https://ui.perfetto.dev."""
+    """Say instead how many videos have each class, with which mean score, and where the labelling's time went: the
+    start, what workers waited for, the slowest units. It may be asked while the job runs; --to then writes the units'
+    spans for https://ui.perfetto.dev."""
     windows: bool = False
     """Rows of the windows of long videos (label --window-s) instead of rows of videos."""
 

@@ -5,6 +5,7 @@ than that many (and a block).
 """
 
 import sys
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -12,10 +13,11 @@ from typing import Any, Literal
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from kinoray import console
 from kinoray.catalog.table import CATALOG_SCHEMA, catalog_of_source
-from kinoray.console import exact_stdout, many
+from kinoray.console import exact_stdout, many, shortened
 from kinoray.errors import CatalogError, ConfigError, ObjectNotFound
-from kinoray.label.ledger import Ledger, open_ledger
+from kinoray.label.ledger import Ledger, find_labellings, open_ledger
 from kinoray.label.summary import summarise
 from kinoray.library.config import LabelsConfig
 from kinoray.library.rows import (
@@ -23,6 +25,7 @@ from kinoray.library.rows import (
     WINDOW_LABEL_SCHEMA,
     Where,
     class_names,
+    is_multi_label,
     print_table,
     scan,
     scan_windows,
@@ -41,6 +44,8 @@ _SHOWN = ("video_id", "status", "label", "score", "margin", "error_class")
 _SHOWN_WINDOWS = ("video_id", "window", "begin_s", "end_s", "label", "score", "margin")
 _SHOWN_JOINED = ("catalog_label", "catalog_split")
 _SHOWN_ROWS = 50
+_SHOWN_CLASSES = 20
+_MAX_NAME = 48
 _SORT_BLOCK = 65_536  # rows that are gathered before those beyond the limit are dropped
 
 
@@ -83,7 +88,7 @@ def labels(config: LabelsConfig) -> dict[str, Any]:
 
     Returns:
         `root`, `rows` (printed or written), `matched` (passed the filters, where all were looked at, else None) and
-        `to`; with --summary the `spans` of the units.
+        `to`; with --summary the `spans` of the units, and of each labelling how many videos have each of the `classes`.
 
     Raises:
         ConfigError: a class or column is unknown, or several labellings are there and none was named.
@@ -138,12 +143,45 @@ def labels(config: LabelsConfig) -> dict[str, Any]:
 def _summary(storage: Storage, config: LabelsConfig) -> dict[str, Any]:
     place = absolute(config.predictions)
     try:
-        spans = summarise(storage, place, config.to)
+        roots = find_labellings(storage, place)
     except ObjectNotFound:
         raise ConfigError(
             f"{place} holds no labelling (job.json); give the --out of kinoray label or evaluate"
         ) from None
-    return {"root": place, "spans": spans}
+    classes = {root: _print_classes(Ledger(storage, root)) for root in roots}
+    return {"root": place, "classes": classes, "spans": summarise(storage, place, config.to)}
+
+
+def _print_classes(ledger: Ledger) -> dict[str, int]:
+    """Print how many videos of a labelling have each class, and with which mean score; the counts, the largest first.
+
+    Of a labelling whose videos may have any number of classes, all of them count.
+    """
+    is_many = is_multi_label(ledger)
+    status, videos, sums = Counter[str](), Counter[str](), Counter[str]()
+    names = ("label_topk", "score_topk") if is_many else ("label", "score")
+    for rows in scan(ledger, ["status", "abstained", *names]):
+        status.update(rows["status"].to_pylist())
+        status["abstained"] += rows["abstained"].to_pylist().count(True)
+        labels, scores = (pc.list_flatten(rows[name]) if is_many else rows[name] for name in names)
+        found = pa.table({"label": labels, "score": pc.cast(scores, pa.float64())}).drop_null()
+        for row in found.group_by("label").aggregate([("score", "sum"), ("score", "count")]).to_pylist():
+            videos[row["label"]] += row["score_count"]
+            sums[row["label"]] += row["score_sum"]
+    abstained = status.pop("abstained", 0)
+    parts = [f"{status[name]:,} {name}" for name in ("labelled", "quarantined", "skipped")]
+    print(f"{ledger.root}: {many(status.total(), 'video')} = {' + '.join(parts)}; {abstained:,} abstained")
+    ranking = sorted(videos, key=lambda name: (-videos[name], name))
+    shown = [
+        (shortened(name, _MAX_NAME), f"{videos[name]:,}", f"{sums[name] / videos[name]:.3f}")
+        for name in ranking[:_SHOWN_CLASSES]
+    ]
+    if shown:
+        print("\n".join(console.table(shown, head=("CLASS", "VIDEOS", "MEAN SCORE"), right=(1, 2), indent="  ")))
+    if left := ranking[_SHOWN_CLASSES:]:
+        rest = sum(videos[name] for name in left)
+        print(f"  and {many(len(left), 'class')} more, of {many(rest, 'video')}")
+    return {name: videos[name] for name in ranking}
 
 
 def _columns(config: LabelsConfig, schema: pa.Schema, joined: _Joined | None) -> list[str]:

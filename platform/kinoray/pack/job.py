@@ -6,12 +6,13 @@ ends first.
 
 from collections.abc import Callable, Iterator, Sequence
 from collections.abc import Set as AbstractSet
+from functools import partial
 from typing import Any
 
 import ray
 from ray.exceptions import RayError, RayTaskError
 
-from kinoray.cluster.connect import connect, require_fit
+from kinoray.cluster.connect import Lines, Teller, connect, require_fit
 from kinoray.config.shared import WorkersConfig
 from kinoray.console import Progress
 from kinoray.errors import JobError, KinorayError, StorageUnavailable
@@ -45,23 +46,43 @@ def pack_units(
     left = [unit for unit in plan.units if unit.name not in done]
     already = plan.num_found - sum(unit.num_files for unit in left)
     progress = Progress(plan.num_found, "pack", "files", already=already)
+    with Lines(progress) as lines:
+        _pack_stages(storage, out, plan, settings, resources, left, progress, Teller(lines.box, resources.num_workers))
+    progress.close()
+
+
+def _pack_stages(
+    storage: Storage,
+    out: str,
+    plan: Plan,
+    settings: PackSettings,
+    resources: WorkersConfig,
+    left: Sequence[Unit],
+    progress: Progress,
+    tell: Teller,
+) -> None:
     judge = ClipJudge(plan.wanted.clips) if isinstance(plan, KineticsPlan) else None
     for is_replacement in (True, False):
         stage = [unit for unit in left if unit.is_replacement == is_replacement]
         replaced = frozenset() if is_replacement else _replaced(storage, out, plan.units)
         shared = ray.put((judge, replaced))
-        tasks = ((unit, (storage, out, unit, settings, shared)) for unit in stage)
+        tasks = ((unit, (storage, out, unit, settings, shared, tell)) for unit in stage)
         for unit, (packed, refused) in _run(resources, _pack_task, tasks):
-            progress.update(unit.num_files, packed=packed, quarantined=refused)
-    progress.close()
+            progress.update(unit.num_files, part=unit.name, packed=packed, quarantined=refused)
 
 
 def _pack_task(
-    storage: Storage, out: str, unit: Unit, settings: PackSettings, shared: tuple[ClipJudge | None, frozenset[str]]
+    storage: Storage,
+    out: str,
+    unit: Unit,
+    settings: PackSettings,
+    shared: tuple[ClipJudge | None, frozenset[str]],
+    tell: Teller,
 ) -> tuple[int, int]:
     """(packed, unreadable) of one unit; the rest stays in its commit."""
     judge, replaced = shared
-    commit = pack_unit(storage, out, unit, settings, judge_member=judge, replaced=replaced)
+    saw = partial(tell, unit.name)
+    commit = pack_unit(storage, out, unit, settings, judge_member=judge, replaced=replaced, saw=saw)
     return len(commit.packed), len(commit.refused)
 
 

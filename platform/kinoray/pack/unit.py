@@ -137,12 +137,14 @@ def pack_unit(
     *,
     judge_member: MemberJudge | None = None,
     replaced: AbstractSet[str] = frozenset(),
+    saw: Callable[[int], None] = lambda done: None,
 ) -> Commit:
     """Pack what is wanted of a unit and commit it. Of several that do the same, one commits; the winner's is returned.
 
     Args:
         judge_member: of an archive, says what is wanted.
         replaced: keys of which a replacement is packed.
+        saw: is told how many files of a unit that is no archive are done; for the eyes only.
 
     Raises:
         StorageUnavailable, AccessDenied: the store is at fault, or no file may be read; nothing was committed.
@@ -161,7 +163,7 @@ def pack_unit(
                 packer.pack_archive(uri, archive, judge_member)
                 damage, num_found = archive.damage, archive.num_members
         else:
-            packer.pack_files()
+            packer.pack_files(saw)
             _require_some_access(unit, packer.files)
         packer.finish()
     commit = Commit(unit.name, num_found, damage, tuple(packer.tars), tuple(packer.packed), tuple(packer.files))
@@ -259,12 +261,13 @@ class _Packer:
         """What was stored, in the order in which it was begun."""
         return [self._stored[number] for number in sorted(self._stored)]
 
-    def pack_files(self) -> None:
+    def pack_files(self, saw: Callable[[int], None]) -> None:
         """Pack the unit's files; a few of those that are wanted are prefetched."""
         wanted = [file for file in self._unit.files if isinstance(file, PlannedVideo) and self._is_read(file)]
         references = [video.reference for video in wanted]
         blobs = read_videos(self._storage, references, max_bytes=self._settings.decode.max_bytes)
-        for file in self._unit.files:
+        for done, file in enumerate(self._unit.files):
+            saw(done)
             if isinstance(file, FileVerdict):
                 self.files.append(file)
                 continue

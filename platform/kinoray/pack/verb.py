@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 from kinoray.catalog.folders import said_of_others
 from kinoray.catalog.quarantine import QuarantineRow, count_reasons, save_quarantine
 from kinoray.catalog.table import CATALOG_SCHEMA, Catalog, save_catalog
-from kinoray.console import many, visible
+from kinoray.console import kept_if_interrupted, many, visible
 from kinoray.errors import ConfigError, IncompleteOutput, TooManyBad
 from kinoray.pack.config import PackConfig
 from kinoray.pack.job import pack_units
@@ -76,7 +76,8 @@ def pack(config: PackConfig) -> dict[str, Any]:
     )
     if num_done < len(plan.units):
         settings = PackSettings(config.decode, config.transcode, config.shard_mb * 2**20)
-        pack_units(storage, out, plan, settings, config.resources, done)
+        with kept_if_interrupted(lambda: _kept(storage, out, plan)):
+            pack_units(storage, out, plan, settings, config.resources, done)
     with ThreadPoolExecutor(_THREADS) as pool:
         commits = list(pool.map(lambda unit: read_commit(storage, out, unit.name), plan.units))
     settled = _settle(storage, out, plan, commits)
@@ -135,6 +136,12 @@ def _committed(storage: Storage, out: str) -> set[str]:
     prefix = join(out, "shards") + "/"
     names = (info.uri[len(prefix) :] for info in storage.list(prefix))
     return {name.removesuffix(".json") for name in names if name.endswith(".json")}
+
+
+def _kept(storage: Storage, out: str, plan: Plan) -> str:
+    done = _committed(storage, out)
+    files = sum(unit.num_files for unit in plan.units if unit.name in done)
+    return f"{files} of {many(plan.num_found, 'file')} are done and stay in {out}; the same command packs the rest"
 
 
 # From what the units found to the tables of a pack: catalog, quarantine, for Kinetics verdicts; and the sums

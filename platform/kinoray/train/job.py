@@ -16,6 +16,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import ray
@@ -30,9 +31,9 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from ray.util.placement_group import PlacementGroup, get_current_placement_group, remove_placement_group
 
 from kinoray.catalog.table import Catalog
-from kinoray.cluster.connect import Lines, beside_me, connect, quiet_ray, require_fit
+from kinoray.cluster.connect import Lines, Teller, beside_me, connect, quiet_ray, require_fit
 from kinoray.cluster.environment import commits
-from kinoray.console import many
+from kinoray.console import Progress, many
 from kinoray.errors import (
     CatalogError,
     CheckpointError,
@@ -226,7 +227,8 @@ def _work(settings: Mapping[str, TrainJob]) -> _Outcome:
     try:
         device = ray.train.torch.get_device()
         go_on = None if job.gate is None else job.gate.go_on
-        loop = TrainLoop(job.config, job.catalog_digest, device, say=say, report=report, go_on=go_on)
+        saw = partial(Teller(job.box, 1), "steps")
+        loop = TrainLoop(job.config, job.catalog_digest, device, say=say, saw=saw, report=report, go_on=go_on)
         loop.note_start(job.commits)
         return _Outcome(stopped=not loop.run())
     except _FINAL as error:
@@ -263,8 +265,11 @@ def run_workers(folder: RunFolder, config: TrainConfig, catalog: Catalog, gate: 
 
 
 def _run_controller(folder: RunFolder, config: TrainConfig, catalog: Catalog, gate: Gate | None) -> bool:
-    with Lines() as lines, _own_interrupts():
+    num_steps = -(-len(catalog.select(config.split)) // config.optim.batch_size) * config.optim.epochs
+    progress = Progress(num_steps, "train", "steps", is_for_eyes=True)
+    with Lines(progress) as lines, _own_interrupts():
         job = TrainJob(config=config, catalog_digest=catalog.digest, commits=commits(), gate=gate, box=lines.box)
+        print(f"train: starting {many(config.resources.num_workers, 'worker')}", flush=True)
         trainer = _trainer(folder, job, name=f"{run_digest(config, catalog)}-{time.time_ns()}")
         try:
             outcome = trainer.fit().return_value or _Outcome()

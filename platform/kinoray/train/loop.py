@@ -56,6 +56,7 @@ class TrainLoop:
         device: torch.device,
         *,
         say: Callable[[str], None],
+        saw: Callable[[int], None],
         report: Callable[[EpochRow], None],
         go_on: Callable[[EpochRow], bool] | None,
     ) -> None:
@@ -63,12 +64,14 @@ class TrainLoop:
 
         Args:
             say: shows a line to who started the run; rank 0's are shown.
+            saw: is told, on rank 0, how many steps are done; for the eyes only.
             report: is told each epoch, on every rank.
             go_on: asked by rank 0 after each epoch whether to train another; None for always.
         """
         self.config = config
         self.optim = config.optim
         self._show = say
+        self._saw = saw
         self._report = report
         self._go_on = go_on
         self.storage = Storage(config.storage)
@@ -102,7 +105,7 @@ class TrainLoop:
         if newest is not None:
             _agreed(lambda: self._resume(*newest))
         self._source = newest[0] if newest else ""
-        self._pace = Pace(self.optim, self.num_steps, self.epoch * self.num_steps + self.epoch_steps)
+        self._pace = Pace(self.optim, self.num_steps)
         self._run = config.out.rstrip("/").rpartition("/")[2]
         self._metrics = TrainMetrics(self._run)
 
@@ -165,6 +168,8 @@ class TrainLoop:
         where = f" after {after}, from {self._source}" if after else ""
         who = "1 worker starts" if self.world_size == 1 else f"{self.world_size} workers start"
         self._say(f"train: {who} on {self.replica.device.type}{where}")
+        if self.epoch < self.optim.epochs:
+            self._say("train: decoding the first clips")
         ranks: list[Any] = [None] * self.world_size
         dist.all_gather_object(ranks, (host(self.rank), software()))
         first = ranks[0][1]
@@ -198,18 +203,19 @@ class TrainLoop:
         if self.val is not None and (epoch % self.config.eval_every == 0 or epoch == self.optim.epochs):
             scored = self._evaluate(self.val)
         decoding = self.feed.spent(self.replica.device)
+        has_top5 = len(self.labels) > 5  # of five classes it is 1, whatever the network says
         row = EpochRow(
             epoch=epoch,
             step=epoch * self.num_steps,
             samples=self.samples,
             loss=_measured(trained.loss),
             top1=_measured(trained.top1),
-            top5=_measured(trained.top5),
+            top5=_measured(trained.top5) if has_top5 else None,
             quarantined=trained.quarantined,
             lr=learning_rate(self.optim, epoch * self.num_steps - 1, self.optim.epochs * self.num_steps),
             val_loss=_measured(scored.loss) if scored else None,
             val_top1=_measured(scored.top1) if scored else None,
-            val_top5=_measured(scored.top5) if scored else None,
+            val_top5=_measured(scored.top5) if scored and has_top5 else None,
             val_videos=scored.videos if scored else None,
             val_quarantined=scored.quarantined if scored else None,
             videos_per_s=num_videos / train_s,
@@ -262,6 +268,7 @@ class TrainLoop:
             self._train_step(epoch, index, samples)
             num_done = (epoch - 1) * self.num_steps + index + 1
             if self.rank == 0:
+                self._saw(num_done)
                 self._say(self._pace.line(self.replica, epoch, num_done))
             if every and num_done % every == 0:
                 self._save_in_epoch(epoch, num_done)

@@ -47,6 +47,7 @@ _MAX_POINTS = 1000
 _TRAIN_COLOUR = "#4c78a8"
 _VAL_COLOUR = "#e45756"
 _PROGRESS_S = 5.0
+_SURE_STEPS = 3  # before which a rate is an accident
 _SCORES = ("loss", "top1", "lr", "val_loss", "val_top1", "val_top5")
 _TRAIN_SCALARS = ("loss", "top1", "top5", "lr")
 
@@ -245,28 +246,29 @@ def _thinned(places: Sequence[float], values: Sequence[float]) -> tuple[list[flo
 
 
 class Pace:
-    """Measures from its making on, at `first_step` of epochs of `num_steps` each."""
+    """Measures from the end of the first step on: what came before it is the start of decoders."""
 
-    def __init__(self, optim: OptimConfig, num_steps: int, first_step: int) -> None:
+    def __init__(self, optim: OptimConfig, num_steps: int) -> None:
         self._optim = optim
         self._num_steps = optim.epochs * num_steps
-        self._first_step = first_step
-        self._start_s = time.monotonic()
-        self._said_s = self._start_s
+        self._first: tuple[float, int] | None = None
+        self._said_s = time.monotonic()
 
     def line(self, replica: Replica, epoch: int, step: int) -> str:
         """What to say after so many steps in all; empty where it was said just now."""
         now = time.monotonic()
+        first_s, first_step = self._first = self._first or (now, step)
         if now - self._said_s < _PROGRESS_S:
             return ""
         self._said_s = now
         totals = replica.totals()
-        done = step - self._first_step
-        left_s = (now - self._start_s) / done * (self._num_steps - step)  # evaluations so far are in it
-        rate = done * self._optim.batch_size / (now - self._start_s)
+        done = step - first_step
         parts = [f"train: epoch {epoch}/{self._optim.epochs}, step {step}/{self._num_steps}"]
         parts += [f"loss {totals.loss:.3f}"] if totals.videos else []
-        parts += [f"{rate:.1f} videos/s", f"{format_duration(left_s)} left"]
+        if done >= _SURE_STEPS:
+            left_s = (now - first_s) / done * (self._num_steps - step)  # evaluations so far are in it
+            rate = done * self._optim.batch_size / (now - first_s)
+            parts += [f"{rate:.1f} videos/s", f"{format_duration(left_s)} left"]
         parts += [f"quarantined {totals.quarantined}"] if totals.quarantined else []
         return ", ".join(parts)
 
@@ -276,7 +278,8 @@ def epoch_line(row: EpochRow, epochs: int) -> str:
     parts = [f"train: epoch {row.epoch}/{epochs} done in {format_duration(row.epoch_s)}"]
     parts.append(f"loss {_shown(row.loss)}, top-1 {_shown(row.top1)}")
     if row.val_videos is not None:
-        numbers = f"loss {_shown(row.val_loss)}, top-1 {_shown(row.val_top1)}, top-5 {_shown(row.val_top5)}"
+        numbers = f"loss {_shown(row.val_loss)}, top-1 {_shown(row.val_top1)}"
+        numbers += "" if row.val_top5 is None else f", top-5 {_shown(row.val_top5)}"
         parts.append(f"val {numbers} ({many(row.val_videos, 'video')})")
     parts.append(f"{row.videos_per_s:.1f} videos/s, {row.decode_wait:.0%} of it waiting for decoders")
     bad = row.quarantined + (row.val_quarantined or 0)

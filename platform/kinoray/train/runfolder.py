@@ -62,7 +62,7 @@ class EpochRow:
     top1: float | None = None
     """Share of training videos whose label came first."""
     top5: float | None = None
-    """Share whose label was among the first 5."""
+    """Share whose label was among the first 5; None where there are no more classes than that."""
     quarantined: int
     """Training videos that could not be read."""
     lr: float

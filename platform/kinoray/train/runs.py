@@ -34,6 +34,11 @@ _MAX_CELL = 44
 _MAX_MOMENT_S = 2**35  # a thousand years after 1970
 _HASTE_S = 5.0  # for a word that is said again soon, or that must not hold up the news that the store is down
 
+_SILENT = (
+    "its driver gives no sign of life and said nothing of its end: it was killed, or its machine lost; the command "
+    "that started it goes on with it"
+)
+
 State = Literal["running", "finished", "stopped", "failed", "damaged"]
 
 
@@ -92,7 +97,7 @@ def runs(config: RunsConfig) -> list[RunSummary]:
 def find_runs(storage: Storage, prefix: str) -> list[RunSummary]:
     """The runs in folder `prefix` and at any depth below it, by the time of their first start."""
     files = {info.uri: info.modified_s for info in storage.list(prefix.rstrip("/") + "/")}
-    folders = [uri.removesuffix("/run.json") for uri in files if uri.endswith("/run.json")]
+    folders = {uri.rpartition("/")[0]: uri for uri in files if uri.endswith(("/run.json", "/trial.json"))}
     now_s = time.time()
     with ThreadPoolExecutor(_READERS) as pool:
         found = list(pool.map(lambda uri: _summary(storage, uri, files, now_s), folders))
@@ -101,7 +106,7 @@ def find_runs(storage: Storage, prefix: str) -> list[RunSummary]:
 
 def _summary(storage: Storage, uri: str, files: dict[str, float], now_s: float) -> RunSummary:
     """One run; what of it cannot be read makes it `damaged`, with the reason, and hides no other run."""
-    made_s = files[join(uri, "run.json")]
+    made_s = min(files[join(uri, name)] for name in ("run.json", "trial.json") if join(uri, name) in files)
     seen_s = max(files.get(join(uri, name), made_s) for name in (_STATUS_FILE, "metrics.jsonl", "run.json"))
     run = RunSummary(
         uri=uri,
@@ -117,6 +122,8 @@ def _summary(storage: Storage, uri: str, files: dict[str, float], now_s: float) 
         error="",
     )
     try:
+        if join(uri, "run.json") not in files:
+            return _unbegun(storage, run)
         settings = read_record(storage, join(uri, "run.json"), dict)["settings"]
         run = replace(run, epochs=int(settings["optim.epochs"]), model=_model(settings))
         run = _with_progress(run, _lines(storage, join(uri, "metrics.jsonl")))
@@ -124,11 +131,19 @@ def _summary(storage: Storage, uri: str, files: dict[str, float], now_s: float) 
         for status in _lines(storage, join(uri, _STATUS_FILE)):
             said = status["state"]
             run = replace(run, started_s=_moment(status["started_s"]), error=str(status["error"]))
-        return replace(run, state=_state(said, run))
+        run = replace(run, state=_state(said, run))
+        return replace(run, error=_SILENT) if (run.state, said) == ("stopped", "running") else run
     except KinorayError as error:
         return replace(run, error=str(error))
     except (ValueError, LookupError, TypeError, AttributeError, OverflowError) as error:
         return replace(run, error=f"{uri}: run.json, status.json or metrics.jsonl is not ours: {error!r}")
+
+
+def _unbegun(storage: Storage, run: RunSummary) -> RunSummary:
+    """A trial of a sweep that came to its end, if it did, before its run was begun."""
+    for outcome in _lines(storage, join(run.uri, "outcome.json")):
+        return replace(run, state="failed", error=f"{outcome['error_class']}: {outcome['error_text']}")
+    return replace(run, state="running" if run.age_s <= _SILENT_S else "stopped", error="it has not begun to train")
 
 
 def _state(said: str, run: RunSummary) -> State:
@@ -255,7 +270,7 @@ def _print_time(storage: Storage, place: str) -> None:
     """Where the time of one run went."""
     spans = train_spans(storage, place)
     if not spans:
-        print("no epoch is done yet")
+        print("no epoch is done")
         return
     epochs = [span for span in spans if span.parts]
     begin_s = spans[0].begin_s

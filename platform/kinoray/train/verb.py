@@ -8,8 +8,8 @@ from torch import nn
 
 from kinoray.catalog.table import Catalog, load_catalog
 from kinoray.config.shared import ClipConfig, ModelConfig, OptimConfig, require
-from kinoray.console import format_duration, many, visible
-from kinoray.errors import CatalogError, ConfigError, JobError
+from kinoray.console import draw_step, format_duration, kept_if_interrupted, many, visible
+from kinoray.errors import CatalogError, ConfigError
 from kinoray.network.batch import FLOW_CHANNELS
 from kinoray.network.build import (
     VideoModel,
@@ -65,7 +65,9 @@ def train(config: TrainConfig, gate: Gate | None = None) -> dict[str, Any]:
     init_from = config.init_from
     folder = RunFolder(storage, config.out)
     require_known_model(config.model)  # before anything is read: a wrong name is the first thing to say
+    draw_step(f"train: reading {config.catalog}")
     catalog = load_catalog(storage, config.catalog)
+    draw_step("train: building the network, to see whether the settings fit it")
     num_train, num_val = check_training(config, catalog)
     _say_departures(config)
     broken: list[str] = []
@@ -86,15 +88,24 @@ def train(config: TrainConfig, gate: Gate | None = None) -> dict[str, Any]:
 
 def _train_on(folder: RunFolder, config: TrainConfig, catalog: Catalog, gate: Gate | None) -> Checkpoint:
     """Run the workers, keep status.json true meanwhile, draw the curves; the newest checkpoint then."""
-    with Heartbeat(folder.storage, folder.uri) as heart:
+    with Heartbeat(folder.storage, folder.uri) as heart, kept_if_interrupted(lambda: _kept(folder, config)):
         stopped = run_workers(folder, config, catalog, gate)
         found = folder.checkpoints()
         heart.stopped = not found or not _is_finished(folder, config, found[-1])
         draw_curves(folder)
         if heart.stopped and not stopped:  # Ray Train ends a run on Ctrl-C without an error
-            done = f"{found[-1][1].epoch if found else 0} of {many(config.optim.epochs, 'epoch')}"
-            raise JobError(f"training was stopped after {done}; the same command goes on")
+            raise KeyboardInterrupt
     return found[-1]
+
+
+def _kept(folder: RunFolder, config: TrainConfig) -> str:
+    found = folder.checkpoints()
+    if not found:
+        return "there is no checkpoint yet; the same command starts over"
+    uri, meta = found[-1]
+    done = f"{meta.epoch} of {many(config.optim.epochs, 'epoch')}"
+    steps = f" and {many(meta.epoch_steps, 'step')}" if meta.epoch_steps else ""
+    return f"{done}{steps} are in {uri}; the same command goes on from there"
 
 
 def _is_finished(folder: RunFolder, config: TrainConfig, newest: Checkpoint) -> bool:

@@ -22,7 +22,7 @@ from kinoray.catalog.table import Catalog, load_catalog
 from kinoray.cluster.connect import connect, has_autoscaler, require_fit
 from kinoray.config.file import dump_yaml, parse_yaml, to_yaml
 from kinoray.config.shared import CacheConfig, TrainResourcesConfig, digest
-from kinoray.console import format_duration, many, visible
+from kinoray.console import Progress, format_duration, kept_if_interrupted, many, visible
 from kinoray.errors import ClusterError, ConfigError, JobError
 from kinoray.storage.objects import Storage, absolute, arrow_filesystem, join
 from kinoray.storage.outputs import require_folder
@@ -114,7 +114,8 @@ def tune(config: TuneConfig, given: Sequence[Settings] = ()) -> dict[str, Any]:
         flush=True,
     )
     if len(status) < num_trials or not all(status.values()):
-        _run_trials(storage, config, base, axes, trials, status)
+        with kept_if_interrupted(lambda: _kept(storage, config, trials)):
+            _run_trials(storage, config, base, axes, trials, status)
         if base.cache.gb:
             drop_cache(base)
     known = trials or known_trials(storage, config.out)
@@ -188,11 +189,20 @@ def _ended(storage: Storage, out: str, name: str) -> str:
 class _Watch(ray_tune.Callback):  # type: ignore[misc]
     """Writes down how trials end, and says what happens."""
 
-    def __init__(self, storage: Storage, base: TrainConfig, ended: set[str]) -> None:
+    def __init__(self, storage: Storage, base: TrainConfig, ended: set[str], progress: Progress) -> None:
         self._storage = storage
         self._base = base
         self._ended = ended
+        self._progress: Progress | None = progress
         self._best = 0.0
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For the snapshots that Tune makes, which nobody reads."""
+        return {**self.__dict__, "_progress": None}
+
+    def on_step_end(self, iteration: int, trials: Any, **info: Any) -> None:
+        if self._progress:
+            self._progress.tick()
 
     def on_trial_result(self, iteration: int, trials: Any, trial: Any, result: Any, **info: Any) -> None:
         self._best = max(self._best, result[METRIC])
@@ -221,6 +231,8 @@ class _Watch(ray_tune.Callback):  # type: ignore[misc]
             return
         outcome = {"status": status, "error_class": error_class, "error_text": error_text}
         write_outcome(self._storage, self._base.out, name, outcome)
+        if self._progress:
+            self._progress.update()
         print(f"tune: trial {name} {status}{': ' if error_text else ''}{visible(error_text)}", flush=True)
 
 
@@ -249,8 +261,8 @@ def _run_trials(
     connect(config.resources)
     num_trials = len(trials) or config.num_trials
     at_once = min(_room(config.resources), num_trials)
-    if at_once < num_trials:
-        print(f"tune: {many(at_once, 'trial')} at a time", flush=True)
+    print(f"tune: {many(at_once, 'trial')} at a time; each is heard of after its first epoch", flush=True)
+    progress = Progress(num_trials, "tune", "trials", already=sum(map(bool, status.values())), is_for_eyes=True)
     desk = open_desk()
     context = TrialContext(base=base, desk=desk)
     ended = {name for name, how in status.items() if how}
@@ -278,7 +290,7 @@ def _run_trials(
             name=f"{time.time_ns()}",  # never Tune's own snapshot: it may lag behind the run folders
             storage_path=path,
             storage_filesystem=filesystem,
-            callbacks=[_Watch(storage, base, ended)],
+            callbacks=[_Watch(storage, base, ended, progress)],
             failure_config=ray_tune.FailureConfig(max_failures=config.max_failures),
             verbose=0,
         ),
@@ -287,6 +299,12 @@ def _run_trials(
         tuner.fit()
     finally:
         ray.kill(desk)
+
+
+def _kept(storage: Storage, config: TuneConfig, trials: Mapping[str, Settings]) -> str:
+    ended = sum(bool(_ended(storage, config.out, name)) for name in trials or known_trials(storage, config.out))
+    num_trials = many(len(trials) or config.num_trials, "trial")
+    return f"{ended} of {num_trials} have ended and stay; the same command goes on with the others' checkpoints"
 
 
 def _trial_name(trial: Any) -> str:
