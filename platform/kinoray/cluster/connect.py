@@ -23,7 +23,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
 
-import colorama  # type: ignore[import-untyped]  # Ray's own copy
 import ray
 import ray.data
 from ray._private import ray_constants
@@ -152,7 +151,8 @@ def connect(config: WorkersConfig) -> None:
 
 def _keep_messages(folder: Path) -> None:
     """Keep in a file what Ray's native code and its loggers write to stderr, where this process is a command's."""
-    atexit.unregister(colorama.initialise.reset_all)  # it would print a colour code when all is said
+    colours = ray._private.worker.colorama  # Ray's own copy; it would print a colour code when all is said
+    atexit.unregister(colours.initialise.reset_all)
     path = folder / f"kinoray-{os.getpid()}.err"
     if file := keep_native_messages(path):
         warnings.filterwarnings("ignore", module=r"ray\.")

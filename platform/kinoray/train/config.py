@@ -115,7 +115,7 @@ class RunsConfig(StoreConfig):
       running   its driver gave a sign of life within the last two minutes
       finished  all epochs are done
       stopped   it was interrupted, or its driver was killed; the command that started it goes on with it
-      failed    it ended with an error, which is shown below the table; a trial of a sweep may have before its run began
+      failed    it ended with an error, which is shown below the table
       damaged   its files cannot be read
 
     BEST is the highest top-1 on the validation split, or the lowest loss where none is scored. All of a run's metrics
