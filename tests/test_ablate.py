@@ -299,6 +299,7 @@ def test_the_settings_are_printed_as_a_file_that_is_read_back(
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_the_study_of_a_packed_set_runs_and_resumes(
     job: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

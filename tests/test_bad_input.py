@@ -37,8 +37,8 @@ def run(arguments: list[str], environment: dict[str, str] | None = None, cwd: Pa
         (["evaluate", "no-set", *CHECKPOINT], "run is neither a checkpoint"),
         (["label", "no-folder", *CHECKPOINT], "run is neither a checkpoint"),
         (["report", "no-labels"], "no-labels"),
-        (["train", "set", "--out", "o", "--model.factory", "no_such:net"], "model.factory"),
-        (["train", "set", "--out", "o", "--model.options", "colour=red"], "model.options.colour"),
+        (["train", "set.parquet", "--out", "o", "--model.factory", "no_such:net"], "model.factory"),
+        (["train", "set.parquet", "--out", "o", "--model.options", "colour=red"], "model.options.colour"),
     ],
 )
 def test_what_is_not_there_is_named(
@@ -49,6 +49,7 @@ def test_what_is_not_there_is_named(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "set.parquet").touch()  # whether it is one is seen when it is read
     code = main(arguments)
     error = capsys.readouterr().err
     assert code in (1, 2)

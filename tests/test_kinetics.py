@@ -422,6 +422,7 @@ def small_set(num_archives: int, per_archive: int) -> KineticsSet:
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 @pytest.mark.usefixtures("ray_local")
 def test_a_killed_pack_goes_on_with_unfinished_archives_only(tmp_path: Path) -> None:
     """kill -9 of the driver once two of five archives are committed; then the same command, to the same catalog."""

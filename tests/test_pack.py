@@ -203,7 +203,7 @@ def test_bad_sources_and_places_are_refused_before_any_work(tmp_path: Path, s3_c
     with pytest.raises(ConfigError, match="no bucket 'no-such-bucket'"):
         pack(PackConfig(source=str(tmp_path / "set"), out="s3://no-such-bucket/x", storage=s3_config))
     crowd = ResourcesConfig(num_workers=1000)
-    with pytest.raises(ClusterError, match="1000 workers"):
+    with pytest.raises(ClusterError, match="1,000 workers"):
         pack(PackConfig(source=str(tmp_path / "set"), out=str(tmp_path / "out"), resources=crowd))
 
 

@@ -142,7 +142,7 @@ class FrameClock:
         measured_s = max(0.0, float((end - zero) * unit))
         doubt = max(_RATES_AGREE, sum(at is None for at in clock) / len(clock)) * self.duration_s
         self.span = (zero, end)
-        if (table.timed and times_stored) or abs(measured_s - self.duration_s) > doubt:
+        if (table.timed and times_stored) or (not num_dropped and abs(measured_s - self.duration_s) > doubt):
             self.duration_s = measured_s
         elif not num_dropped:
             return
