@@ -251,9 +251,7 @@ def test_label_prints_the_answer_for_one_video(
     ("source", "code", "message"),
     [
         pytest.param("{library}/broken.mp4", 1, "UnreadableContainer: {library}/broken.mp4 is quarantined: ", id="bad"),
-        pytest.param(
-            "{library}/absent.mp4", 1, "ObjectNotFound: {library}/absent.mp4: no such folder or video", id="absent"
-        ),
+        pytest.param("{library}/absent.mp4", 1, "ObjectNotFound: {library}/absent.mp4: no such folder", id="absent"),
         pytest.param("{library}", 2, "ConfigError: out must be given, since {library} is not one video", id="folder"),
         pytest.param("s3://bucket/videos/", 2, "out must be given, since s3://bucket/videos/ is not one", id="prefix"),
     ],
