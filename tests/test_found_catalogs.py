@@ -75,9 +75,7 @@ def test_a_table_that_one_may_not_look_at_keeps_no_videos_from_being_listed(tmp_
     (folder / "a.mp4").write_bytes(b"a")
     (folder / "catalog.parquet").symlink_to("dark/catalog.parquet")
     (folder / "dark").chmod(0)
-    for place in (tmp_path, *tmp_path.parents[:2]):
-        place.chmod(place.stat().st_mode | 0o055)
-    with as_nobody():
+    with as_nobody(tmp_path):
         said: list[str] = []
         table = catalog_of_source(STORAGE, str(folder), say=said.append).table
     (folder / "dark").chmod(0o755)
@@ -86,9 +84,12 @@ def test_a_table_that_one_may_not_look_at_keeps_no_videos_from_being_listed(tmp_
 
 
 @contextlib.contextmanager
-def as_nobody() -> Iterator[None]:
-    """Modes of files mean nothing to root."""
+def as_nobody(folder: Path) -> Iterator[None]:
+    """Modes of files mean nothing to root. The folder, and those of ours above it, are open to others from now on."""
     user = os.geteuid()
+    for place in (folder, *folder.parents):
+        if place.stat().st_uid == user and place.stat().st_mode & 0o055 != 0o055:
+            place.chmod(place.stat().st_mode | 0o055)
     if not user:
         os.seteuid(65534)
     try:

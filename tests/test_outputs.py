@@ -100,8 +100,6 @@ def test_a_verb_writes_into_no_library_no_pack_no_file_and_nothing_denied(
     put(other / record)
     put(other / "catalog.parquet", b"table")
     put(tmp_path / "denied" / ".keep").parent.chmod(0o555)
-    for place in (tmp_path, *tmp_path.parents[:2]):
-        place.chmod(place.stat().st_mode | 0o055)
     before = files_in(tmp_path)
     said = run(command, there, capsys)
     assert f"ConfigError: {flag} {there} holds files that are not kinoray's (a.mp4, b.mp4, bus/, ...)" in said
@@ -109,7 +107,7 @@ def test_a_verb_writes_into_no_library_no_pack_no_file_and_nothing_denied(
     assert f"{flag} {there}/a.mp4 is a file" in run(command, there / "a.mp4", capsys)
     assert f"since {there}/a.mp4 is a file" in run(command, there / "a.mp4" / "x", capsys)
     assert f"{flag} /proc/x cannot be written" in run(command, Path("/proc/x"), capsys)
-    with as_nobody():
+    with as_nobody(tmp_path):
         for place in (tmp_path / "denied", tmp_path / "denied" / "new" / "below"):
             said = run(command, place, capsys)
             assert f"{flag} {place} cannot be written: no permission; choose another folder" in said
