@@ -158,8 +158,8 @@ def main() -> int:
             ok = ok and ratio <= BAR
     with tempfile.TemporaryDirectory() as folder:
         script = Path(folder) / "python"
-        command = shlex.join([process._PYTHON, "-P", "-c", OPEN_CHILD])
-        script.write_text(f'#!/bin/sh\nshift 3\nexec {command} "$@"\n')  # without -P -m kinoray.video.sandbox.child
+        command = shlex.join([process._PYTHON, "-P", "-s", "-c", OPEN_CHILD])
+        script.write_text(f'#!/bin/sh\nshift 4\nexec {command} "$@"\n')  # without -P -s -m kinoray.video.sandbox.child
         script.chmod(0o755)
         pythons = {"without": str(script), "jailed": process._PYTHON}
         print(f"{'CPU ms a clip':<18}{'no jail':>10}{'jail':>10}{'ratio':>20}")

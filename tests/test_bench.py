@@ -202,7 +202,7 @@ def test_bench_measures_a_real_job_and_plan_takes_its_rates(
     assert "of 24 videos" in shown
     rates, bounds = load_rates(Storage(), out), record["bounds"]
     assert rates.to_record() == record["rates"]
-    assert (rates.num_videos, rates.unit_size, rates.num_workers, rates.clips_per_video) == (24, 8, 1, 1.0)
+    assert (rates.num_videos, rates.unit_size, rates.num_workers, rates.clips_per_video) == (24, 6, 1, 1.0)
     chosen = catalog_of_source(Storage(), str(library))
     assert rates.bytes_per_video == pytest.approx(np.mean(chosen.table.column("size_bytes").to_pylist()), rel=0.3)
     assert bounds["shared"] <= bounds["min_both"] <= bounds["decode"]

@@ -208,7 +208,7 @@ def test_verbs_that_score_videos_share_their_settings() -> None:
     ("flags", "message"),
     [
         (["--batch-size", "-1"], "batch_size must be at least 0, got -1"),
-        (["--unit-size", "0"], "unit_size must be at least 1, got 0"),
+        (["--unit-size", "-1"], "unit_size must be at least 0, got -1"),
         (["--num-segments", "0"], "num_segments must be at least 1, got 0"),
         (["--protocol", "8x6", "--num-segments", "4"], "num_segments must be left out with protocol 8x6"),
         (["--max-bad-fraction", "2"], "max_bad_fraction must be in 0 .. 1, got 2.0"),

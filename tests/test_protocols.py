@@ -329,6 +329,14 @@ def test_a_protocol_that_the_network_cannot_be_fed_with_is_refused(library: Path
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("num_rows", "given", "rows"),
+    [(9, {}, 2), (1, {}, 1), (100, {}, 13), (513, {}, 64), (10**6, {}, 64), (9, {"unit_size": 5}, 5)],
+)
+def test_in_a_small_library_each_worker_gets_some_units(num_rows: int, given: dict[str, int], rows: int) -> None:
+    assert LabelConfig(source="x", checkpoint="c", out="o", **given).rows_a_unit(num_rows) == rows  # two workers
+
+
 @pytest.mark.parametrize("name", ["", "10x", "0x3", "10x2", "10x6", "1000x1", "10X3", "05x3", "centre", "10x3x1"])
 def test_a_protocol_that_is_none_is_refused(name: str) -> None:
     got = f"'{name}'" if name else "nothing"

@@ -131,8 +131,9 @@ def _sample(storage: Storage, config: BenchConfig) -> tuple[Catalog, int]:
             "point to more of them, or set --workers 1"
         )
     count = min(config.videos, len(catalog))
-    unit_size = max(1, min(config.unit_size, count // least))
-    if unit_size < config.unit_size:
+    as_labelled = config.rows_a_unit(len(catalog))
+    unit_size = max(1, min(as_labelled, count // least))
+    if unit_size < as_labelled:
         print(f"bench: units of {many(unit_size, 'video')}, so that each worker gets {_UNITS_A_WORKER}")
     places = np.unique(np.linspace(0, len(catalog) - 1, count).round().astype(np.int64))
     return Catalog(catalog.table.take(places), catalog.labels), unit_size

@@ -127,6 +127,10 @@ _CROPS_OF: Mapping[str, Crops] = {str(number): crops for crops, number in NUM_CR
 _CLIPS_BY_CROPS = re.compile(r"([1-9][0-9]{0,2})x(1|3|10)", re.ASCII)
 
 
+_UNIT_ROWS = 64
+_UNITS_A_WORKER = 4
+
+
 def protocol_named(name: str) -> Protocol:
     """A name of PROTOCOLS, or KxC: K temporal clips, each in C crops.
 
@@ -165,8 +169,9 @@ class ScoringConfig(JobConfig):
     batch_size: int = 8
     """Clips a forward pass on a GPU; a video is one clip for each view. 0: as many as its memory holds, found by the
     first worker and kept for the labelling. On CPUs each clip is run by itself: its digits depend on no other then."""
-    unit_size: int = 64
-    """Videos a unit of work: what is committed at once, and what at most is done again after a kill."""
+    unit_size: int = 0
+    """Videos a unit of work: what is committed at once, and what at most is done again after a kill. Default: 64, and
+    less in a small library, so that each worker gets four units."""
     decode: DecodeConfig = field(default_factory=DecodeConfig)
     """What a video may cost, and what decodes it; never taken from the checkpoint."""
     inference: InferenceConfig = field(default_factory=InferenceConfig)
@@ -184,7 +189,15 @@ class ScoringConfig(JobConfig):
         require(self.batch_size >= 0, "batch_size", "at least 0", self.batch_size)
         fits = self.decode.device == "cpu" or self.resources.gpus_per_worker > 0
         require(fits, "decode.device", "cpu without resources.gpus_per_worker", self.decode.device)
-        require(self.unit_size >= 1, "unit_size", "at least 1", self.unit_size)
+        require(self.unit_size >= 0, "unit_size", "at least 0", self.unit_size)
+
+    def rows_a_unit(self, num_rows: int) -> int:
+        """Videos a unit of a library of so many. On GPUs a unit fills a batch."""
+        if self.unit_size:
+            return self.unit_size
+        share = -(-num_rows // (_UNITS_A_WORKER * self.resources.num_workers))
+        least = max(1, self.batch_size) if self.resources.gpus_per_worker else 1
+        return min(_UNIT_ROWS, max(share, least))
 
     @property
     def has_one_view(self) -> bool:

@@ -117,11 +117,11 @@ def open_labelling(
     out = absolute(config.out).rstrip("/")
     ledger = Ledger(storage, join(out, labelling_id(record.model_digest, record.config_digest)))
     if config.plan:
-        plan = ledger.draft(catalog.digest, keys, config.unit_size)
+        plan = ledger.draft(catalog.digest, keys, config.rows_a_unit(len(keys)))
     else:
         if ledger.pin_job(record):
             _say_others(storage, out, ledger.root, say)
-        plan = ledger.plan(catalog.digest, keys, config.unit_size)
+        plan = ledger.plan(catalog.digest, keys, config.rows_a_unit(len(keys)))
     job = replace(opened.job, root=ledger.root)
     say(f"{many(len(catalog), 'video')}, {many(len(meta.labels), 'class')}, checkpoint {job.checkpoint}")
     if job.views.num_views > 1:
