@@ -217,7 +217,7 @@ CONFIGS = st.builds(
     num_clips=st.integers(1, 12),
     seed=st.none() | st.integers(0, 100),
 )
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100, deadline=None, derandomize=True)
 def test_frames_are_of_the_video_and_never_fall(
     num_frames: int, fps: float, config: SampleConfig, num_clips: int, seed: int | None
 ) -> None:
@@ -233,7 +233,9 @@ def test_frames_are_of_the_video_and_never_fall(
         assert (np.diff(clips, axis=1) >= 0).all()
         assert (np.diff(clips[:, 0]) >= 0).all()
     if config.short == "repeat_last" or num_frames > 2000:
-        place = int(dense_reach(num_clips, placed=False, drawn=seed is not None) * num_frames) - 64
+        step = config.stride * (fps / config.fps if fps and config.fps else 1.0)  # of a clip, in frames of the video
+        slack = 64 + math.ceil(config.num_segments * config.frames_per_segment * step / 2)
+        place = int(dense_reach(num_clips, placed=False, drawn=seed is not None) * num_frames) - slack
         assert indices.max() >= min(place, num_frames - 1 - config.stride * 10)
 
 

@@ -375,7 +375,9 @@ def test_a_labelling_worker_labels_videos_of_different_sizes_with_it(tmp_path: P
     checkpoint = save_untrained(Storage(), str(tmp_path / "checkpoint"), ("a", "b", "c"), clip, "label_models:mixing")
     source = str(tmp_path / "videos")
     labelling = open_labelling(
-        LabelConfig(allow_factory=OWN_NETWORKS, source=source, checkpoint=checkpoint, out=str(tmp_path / "out")),
+        LabelConfig(
+            allow_factory=OWN_NETWORKS, source=source, checkpoint=checkpoint, out=str(tmp_path / "out"), unit_size=3
+        ),
         "label",
     )
     assert labelling.job.clip == clip
