@@ -26,6 +26,9 @@ __all__ = ["TRANSCODE", "TranscodeSettings", "Transcoded", "open_output", "trans
 
 _MAX_LOST_FRACTION = 0.1  # of the frames; more, and what is left is not the video
 
+_MAKE = 2
+"""Raised when the same settings make other bytes: a pack that was begun before is not gone on with."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TranscodeSettings:
@@ -43,7 +46,7 @@ class TranscodeSettings:
     @property
     def digest(self) -> str:
         """16 hex digits that name the settings."""
-        return digest(asdict(self))
+        return digest([asdict(self), _MAKE])
 
 
 TRANSCODE = TranscodeSettings()
