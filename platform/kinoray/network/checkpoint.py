@@ -16,7 +16,6 @@ import hashlib
 import json
 import logging
 import math
-import tempfile
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -41,6 +40,7 @@ from kinoray.network.checkpoint_files import (
     read_tensors,
     require_digests,
 )
+from kinoray.storage.leftovers import scratch_folder
 from kinoray.storage.objects import Storage, join
 
 __all__ = [
@@ -98,10 +98,10 @@ def save_checkpoint(
     A whole checkpoint that is at uri already is replaced; in between there is none, never a mixture.
     """
     storage.delete(join(uri, META_FILE))
-    with tempfile.TemporaryDirectory(prefix="kinoray-") as folder:
-        files = {MODEL_FILE: _write_tensors(storage, join(uri, MODEL_FILE), model_state, Path(folder))}
+    with scratch_folder("checkpoint") as folder:
+        files = {MODEL_FILE: _write_tensors(storage, join(uri, MODEL_FILE), model_state, folder)}
         if train_state is not None:
-            files[TRAIN_FILE] = _write_tensors(storage, join(uri, TRAIN_FILE), train_state, Path(folder))
+            files[TRAIN_FILE] = _write_tensors(storage, join(uri, TRAIN_FILE), train_state, folder)
     saved = dataclasses.replace(meta, model_digest=model_digest(files[MODEL_FILE]["sha256"], meta.model))
     body = {"format": FORMAT, "files": files, "meta": dataclasses.asdict(saved)}
     text = json.dumps({**body, "digest": digest(body)}, indent=1, sort_keys=True)

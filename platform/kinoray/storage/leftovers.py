@@ -54,7 +54,8 @@ def scratch_folder(what: str) -> Iterator[Path]:
             inside = folder / "files"
             inside.mkdir()
             yield inside
-        finally:
+        finally:  # files first: of a process that is killed in here, a sweep removes the rest
+            shutil.rmtree(inside, ignore_errors=True)
             claim.release()
     finally:
         shutil.rmtree(folder, ignore_errors=True)
