@@ -213,6 +213,24 @@ def test_two_at_once_find_one_whole_network(tmp_path: Path, own_cache: Path) -> 
     load_model(LOCAL, found[0])
 
 
+def test_what_a_killed_import_leaves_goes_with_the_next(tmp_path: Path, own_cache: Path) -> None:
+    hub.save(tmp_path / "saved", "videomae")
+    code = """
+import os, signal, sys
+from kinoray.network import published
+published.save_checkpoint = lambda *given, **named: os.kill(os.getpid(), signal.SIGKILL)
+published.checkpoint_of(sys.argv[1], "checkpoint", print)
+"""
+    killed = subprocess.run([sys.executable, "-c", code, f"hf:{tmp_path / 'saved'}"], check=False)
+    assert killed.returncode == -9
+    (left,) = own_cache.iterdir()
+    assert (left / "import.json").is_file()
+    (own_cache / ".mine").mkdir()
+    found = checkpoint_of(f"hf:{tmp_path / 'saved'}", "checkpoint", print)
+    assert sorted(path.name for path in own_cache.iterdir()) == [".mine", Path(found).name]
+    assert sorted(path.name for path in Path(found).iterdir()) == ["checkpoint.json", "model.safetensors"]
+
+
 def test_what_fails_leaves_nothing_in_the_cache(tmp_path: Path, own_cache: Path) -> None:
     hub.save(tmp_path / "saved", "videomae")
     (tmp_path / "saved" / "model.safetensors").unlink()

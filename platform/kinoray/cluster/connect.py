@@ -135,9 +135,8 @@ def connect(config: WorkersConfig) -> None:
                     log_to_driver=False,
                     logging_level=logging.ERROR,
                     logging_config=_logging(config),
-                    runtime_env={"env_vars": WORKER_ENV},
                     job_config=_Job(),
-                )
+                )  # without runtime_env, which would leave the workers that Ray starts ahead unused
             _clean_up_after()
     except Exception as error:  # a node that does not start in time is a bare Exception in Ray
         doing = f"resources.address {address!r} cannot be joined" if address else "Ray does not start on this machine"
@@ -236,7 +235,7 @@ def _clean_up_after() -> None:
     session = Path(ray._private.worker._global_node.get_session_dir_path())
     _claims.append(Claim(session))
     reap("session", str(session))
-    sweep(session.parent)
+    sweep(session.parent.glob("session_*"))
 
 
 @atexit.register

@@ -29,6 +29,7 @@ from kinoray.network.build import (
 from kinoray.network.checkpoint import META_FILE, CheckpointMeta, Origin, require_weights, save_checkpoint
 from kinoray.network.resolve import Source, parse_source
 from kinoray.network.spec import InputSpec, PublishedNetwork
+from kinoray.storage.leftovers import Claim, scratch_folder, sweep
 from kinoray.storage.objects import Storage, absolute, join
 from kinoray.storage.records import parse_json
 
@@ -67,8 +68,11 @@ def checkpoint_of(
     else:
         say(f"importing {source}")
         aside = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}")
+        sweep(folder.parent.glob(".*"))
         try:
+            claim = _claim(aside)
             import_source(Storage(), source, str(aside), model=model, any_names=option == "init_from")
+            claim.release()
             _put_in_place(aside, folder)
         finally:
             shutil.rmtree(aside, ignore_errors=True)
@@ -96,6 +100,15 @@ def _key(source: Source, model: ModelConfig) -> str:
             about = file.stat()
             found.append([file.name, about.st_size, about.st_mtime_ns])
     return digest(found)
+
+
+def _claim(aside: Path) -> Claim:
+    """Make a folder that a later import removes if this process is killed."""
+    try:
+        aside.mkdir(parents=True)
+        return Claim(aside)
+    except OSError as error:
+        raise ConfigError(f"{aside.parent} cannot be written: {error}; give another XDG_CACHE_HOME") from error
 
 
 def _put_in_place(aside: Path, folder: Path) -> None:
@@ -167,7 +180,11 @@ def _read(source: Source, model: ModelConfig) -> tuple[PublishedNetwork, ModelCo
             _require_network(source, model)
             found = reader(source.name, model.factory)
             return found, trusted_network(model, str(source), ())
-        found = reader() if source.kind == "i3d" else reader(source.name, source.variant)
+        if source.kind == "i3d":
+            with scratch_folder("i3d") as folder:
+                found = reader(folder)
+        else:
+            found = reader(source.name, source.variant)
     except OSError as error:
         raise StorageUnavailable(f"{source} cannot be fetched: {error}") from error
     except ValueError as error:

@@ -17,7 +17,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 __all__ = ["Claim", "reap", "scratch_folder", "sweep"]
@@ -61,18 +61,16 @@ def scratch_folder(what: str) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def sweep(sessions: Path | None = None) -> None:
-    """Remove what processes that are gone have left: scratch folders, and Ray's session folders in `sessions`."""
-    folders = list(Path(tempfile.gettempdir()).glob(f"{_PREFIX}*"))
-    if sessions is not None:
-        folders += sessions.glob("session_*")
-    for folder in folders:
+def sweep(claimed: Iterable[Path] = ()) -> None:
+    """Remove what processes that are gone have left: scratch folders, and others that they had a `Claim` on."""
+    for folder in [*Path(tempfile.gettempdir()).glob(f"{_PREFIX}*"), *claimed]:
         with contextlib.suppress(OSError):  # somebody else's, in use, or just removed by another sweep
             if folder.is_symlink() or folder.stat().st_uid != os.getuid():
                 continue
             with (folder / _LOCK).open("r+", encoding="ascii") as file:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                shutil.rmtree(folder, ignore_errors=True)
+                if os.fstat(file.fileno()).st_nlink:  # else it was released just now, and the folder stays
+                    shutil.rmtree(folder, ignore_errors=True)
 
 
 _reapers: dict[int, "subprocess.Popen[bytes]"] = {}  # by the process that has it: a fork must not speak to its parent's
@@ -123,7 +121,7 @@ def _main() -> None:
                 os.kill(pid, signal.SIGKILL)
         quiet = 0 if found else quiet + 1
         time.sleep(0.2)
-    sweep(sessions[0].parent if sessions else None)
+    sweep(sessions[0].parent.glob("session_*") if sessions else ())
 
 
 def _ray_processes(session: Path) -> list[int]:
