@@ -160,7 +160,7 @@ def test_every_format_says_the_same(tmp_path: Path, name: str, content: str | by
         ("train.txt", "a.mp4 x\nb x", r"train\.txt line 2: found 'b x', no video and label"),
         ("train.jsonl", '{"path": "a.mp4", "label": "x"}\n{"path"', r"line 2 is not JSON"),
         ("train.jsonl", '{"path": "a.mp4", "label": "x"}\n[]', "line 2: expected an object"),
-        ("train.csv", "path,label\na.mp4,7", "line 2: label 7 has no name; label_names names 1 classes"),
+        ("train.csv", "path,label\na.mp4,7", "line 2: label 7 has no name; label_names names 1 class"),
         ("train.csv", "", "has no row"),
         ("train.csv", b"\xfe\xfd\x00", "line 1 is not UTF-8 text"),
         ("train.parquet", b"PAR1xxxx", "is not Parquet"),

@@ -136,7 +136,7 @@ def test_a_second_fresh_run_has_the_same_curve(small_set: str, tmp_path: Path, u
     ("who", "said"),
     [
         ("self", "2 workers start on cpu after step "),
-        ("controller", "the training controller died 1 times, last with"),
+        ("controller", "the training controller died 1 time, last with"),
     ],
 )
 def test_a_killed_process_leaves_the_curve_as_it_was(
@@ -205,7 +205,7 @@ def test_a_run_goes_on_with_another_number_of_workers(tmp_path: Path, ray_local:
     deaths = plan_deaths(tmp_path / "deaths", f"3 self {out}")
     model = mortal(deaths, dropout=0.0, batch_norm=False, flow_channels=2)
     config = plain_config(catalog, out, model=model, max_failures=0, checkpoint_every_steps=1)
-    with pytest.raises(JobError, match="training failed 1 times"):
+    with pytest.raises(JobError, match="training failed 1 time,"):
         train(config)
     before = list_checkpoints(Storage(), out)[-1][1]
     assert (before.epoch, 1 <= before.epoch_steps < 3) == (0, True)

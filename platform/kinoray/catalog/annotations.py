@@ -22,6 +22,7 @@ from kinoray.catalog.source import (
     text_lines,
     unquoted,
 )
+from kinoray.console import many
 from kinoray.errors import CatalogError
 from kinoray.storage.objects import MAX_TABLE_BYTES, Storage, absolute
 from kinoray.storage.records import parse_json, parse_table
@@ -249,6 +250,8 @@ def _label(where: str, text: str, label_names: Mapping[int, str]) -> str | None:
         return None
     if label_names and text.isascii() and text.isdigit():
         if int(text) not in label_names:
-            raise CatalogError(f"{where}: label {text} has no name; label_names names {len(label_names)} classes")
+            raise CatalogError(
+                f"{where}: label {text} has no name; label_names names {many(len(label_names), 'class')}"
+            )
         return label_names[int(text)]
     return class_name(text)

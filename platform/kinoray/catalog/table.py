@@ -21,6 +21,7 @@ from kinoray.catalog.folders import VIDEO_EXTENSIONS, is_video, said_of_others
 from kinoray.catalog.read import Reference, read_video, read_videos, time_problem
 from kinoray.catalog.source import SourceFile, find_files, unique_ids, warn
 from kinoray.config.files import local_path, local_uri
+from kinoray.console import many
 from kinoray.errors import (
     AccessDenied,
     CatalogError,
@@ -99,14 +100,17 @@ class Catalog:
             raise CatalogError(f"a catalog needs the columns {CATALOG_SCHEMA.names}, got {self.table.schema.names}")
         for name in ("video_id", "uri"):
             if self.table.column(name).null_count:
-                raise CatalogError(f"{self.table.column(name).null_count} rows have no {name}: it may not be null")
+                num_null = many(self.table.column(name).null_count, "row")
+                raise CatalogError(f"{name} may not be null: {num_null} without it")
         ids = self.table.column("video_id")
         if len(ids.unique()) != len(ids):
             video_id, count = Counter(ids.to_pylist()).most_common(1)[0]
             raise CatalogError(f"video_id {video_id!r} is used {count} times; it must be unique in a catalog")
         label_ids = set(self.table.column("label_id").unique().to_pylist()) - {None}
         if label_ids and not 0 <= min(label_ids) <= max(label_ids) < len(self.labels):
-            raise CatalogError(f"label_id {max(label_ids)} has no name: the catalog names {len(self.labels)} classes")
+            raise CatalogError(
+                f"label_id {max(label_ids)} has no name: the catalog names {many(len(self.labels), 'class')}"
+            )
 
     @cached_property
     def digest(self) -> str:
@@ -330,7 +334,7 @@ def catalog_of_files(source: str, files: list[SourceFile]) -> Catalog:
         num_found, names = len(files), {file.name for file in files}
         files = [file for file in files if file.is_video]
         if not files:
-            there = f"{num_found} files, but none" if num_found else "nothing"
+            there = f"{many(num_found, 'file')}, but none" if num_found else "nothing"
             known = " ".join(sorted(VIDEO_EXTENSIONS))
             table = join(source, "catalog.parquet")
             stray = f"; name the table itself to use it: {table}" if "catalog.parquet" in names else ""

@@ -23,6 +23,7 @@ from types import TracebackType
 from typing import Literal, Protocol, Self
 
 from kinoray.config.shared import DecodeConfig
+from kinoray.console import many
 from kinoray.errors import ChecksumMismatch, DamagedArchive
 from kinoray.pack.plan import PlannedVideo
 from kinoray.storage.leftovers import scratch_folder
@@ -387,7 +388,9 @@ def examine(decoder: Decoder, data: bytes, decode: DecodeConfig, *, transcoded: 
         sha256 = hashlib.sha256(data).hexdigest()
         return Examined(data, info, sha256, sha256)
     made = decoder.transcode(data, decode)
-    note = f"{made.frames_lost} frames could not be decoded when it was transcoded" if made.frames_lost else None
+    note = (
+        f"{many(made.frames_lost, 'frame')} could not be decoded when it was transcoded" if made.frames_lost else None
+    )
     sha256, source_sha256 = (hashlib.sha256(each).hexdigest() for each in (made.data, data))
     return Examined(made.data, made.info, sha256, source_sha256, transcoded=True, note=note)
 
