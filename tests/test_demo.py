@@ -10,15 +10,17 @@ from urllib.parse import urlsplit
 
 import pytest
 
+import test_huggingface as hub
 from kinoray.cli import VERBS, main
 from kinoray.config.file import to_yaml
 from kinoray.config.shared import StorageConfig
 from kinoray.demo.config import DemoConfig
-from kinoray.demo.verb import Recipe, command_line, demo, make_recipe, make_videos, s3_server
+from kinoray.demo.verb import Recipe, Steps, ask_published, command_line, demo, make_recipe, make_videos, s3_server
 from kinoray.errors import ConfigError, MediaError
 from kinoray.storage.objects import Storage
 from kinoray.train.config import PRESETS
 from kinoray.video.frames import probe
+from small_sets import LABELS, colour_video
 
 UNREADABLE = {"empty", "random", "index_lost", "audio_only"}
 READABLE = {"cut_front_index", "one_frame"}
@@ -47,6 +49,26 @@ def test_a_command_line_says_only_what_differs_from_the_defaults() -> None:
     recipe = make_recipe(DemoConfig(), "videos", "out", StorageConfig(), epochs=20)
     assert command_line("label", recipe.label) == "kinoray label videos --checkpoint out/run --out out/labels"
     assert "epochs" not in command_line("train", recipe.train)
+
+
+def test_a_published_network_is_asked_about_videos_of_the_user(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    hub.save(tmp_path / "saved", "videomae")
+    good, bad = tmp_path / "one.mp4", tmp_path / "two.mp4"
+    good.write_bytes(colour_video(LABELS[0], 1))
+    bad.write_bytes(b"no video")
+    steps = Steps()
+    ask_published(f"hf:{tmp_path / 'saved'}", [str(good), str(bad)], steps)
+    ask_published(f"hf:{tmp_path}", [str(good)], steps)
+    said = capsys.readouterr().out
+    rows = [line.split(maxsplit=1) for line in said.splitlines() if ".mp4 " in line and "kinoray label" not in line]
+    assert [row[0] for row in rows] == ["one.mp4", "two.mp4"]
+    assert rows[0][1].rpartition("  ")[0].strip() in hub.NAMES
+    assert rows[1][1].split() == ["UnreadableContainer", "0.00"]
+    assert "everything else of the demo is done" in said
+    assert [result for _, _, result in steps.done] == ["2 videos asked about", f"hf:{tmp_path} could not be asked"]
 
 
 def test_the_set_is_whole_or_absent_and_made_once(tmp_path: Path) -> None:

@@ -237,3 +237,22 @@ def test_sources_are_ascii() -> None:
 def test_constraints_hold_names_and_versions_only() -> None:
     for line in (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines():
         assert line.startswith("#") or (line.count("==") == 1 and "/" not in line and "@" not in line), line
+
+
+LIGHT = """
+import importlib, sys
+from kinoray.config.shared import ModelConfig
+from kinoray.network.build import build_model, build_outline
+for name in ("vcm_sdd", "r3d_18"):
+    build_outline(ModelConfig(factory=name), 5)
+    build_model(ModelConfig(factory=name), 5)
+assert not {name for name in sys.modules if name.startswith("torch._dynamo")}
+from torchvision.ops import roi_align
+theirs = importlib.import_module("torch._dynamo.utils").is_compile_supported
+assert sys.modules[roi_align.__module__].is_compile_supported("cpu") == theirs("cpu")
+"""
+
+
+def test_a_network_is_made_without_what_compiles_it() -> None:
+    """torch._dynamo takes each process that loads a network 2 s of CPU; torchvision has it when it asks."""
+    subprocess.run([sys.executable, "-c", LIGHT], check=True)

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import os
 import struct
 import subprocess
 import sys
@@ -484,3 +485,14 @@ def test_a_run_whose_driver_is_killed_goes_on_with_the_same_command(
     assert killed.returncode == -9, killed.stderr[-2000:]
     assert load_meta(Storage(), list_checkpoints(Storage(), config.out)[-1][0]).epoch == 1
     assert_equals_plain_training(train(config), config)
+
+
+@pytest.mark.slow
+def test_a_machine_without_memory_is_said_in_one_line(small_set: str, tmp_path: Path) -> None:
+    """Ray ends workers as soon as a hundredth of the machine's memory is used."""
+    command = [sys.executable, "-m", "kinoray", "train", small_set, "--out", str(tmp_path / "run"), "--preset", "small"]
+    environment = {**os.environ, "RAY_memory_usage_threshold": "0.01"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200, check=False)
+    assert done.returncode == 1
+    assert "the machine ran out of memory, and Ray ended workers: lower optim.batch_size" in done.stderr
+    assert "low on memory" not in done.stdout + done.stderr

@@ -72,7 +72,7 @@ class Consistency(nn.Module):
         bounds = [1 / math.sqrt(weight.shape[0]) for weight in (self.w_p, self.w_g)]
         for weight, bound in zip((self.w_p, self.w_g), bounds, strict=True):
             nn.init.uniform_(weight, 0.0 if self.init == "near" else -bound, bound)
-        if self.init == "near":
+        if self.init == "near" and not self.w_g.is_meta:  # an outline has no numbers
             expected = self.w_p.numel() * math.prod(bounds) / 4
             with torch.no_grad():
                 self.w_g.mul_(expected / (self.w_p @ self.w_g).sum())

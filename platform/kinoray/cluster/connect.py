@@ -28,7 +28,7 @@ import ray.data
 from ray._private import ray_constants
 from ray._raylet import PlacementGroupID
 from ray.core.generated.autoscaler_pb2 import AutoscalingState, GetClusterStatusReply, NodeStatus
-from ray.exceptions import GetTimeoutError, RayError
+from ray.exceptions import GetTimeoutError, OutOfMemoryError, RayError
 from ray.experimental.internal_kv import internal_kv_get_gcs_client
 from ray.job_config import JobConfig
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
@@ -40,6 +40,7 @@ from kinoray.errors import ClusterError, ConfigError
 from kinoray.storage.leftovers import Claim, reap, sweep
 
 __all__ = [
+    "OUT_OF_MEMORY",
     "WORKER_ENV",
     "Kept",
     "Lines",
@@ -49,6 +50,7 @@ __all__ = [
     "connect",
     "disconnect",
     "has_autoscaler",
+    "loss_of",
     "own_session",
     "private_token_file",
     "quiet_ray",
@@ -126,7 +128,7 @@ def connect(config: WorkersConfig) -> None:
                 logging_config=_logging(config),
             )
         else:  # "local", so that it never joins a stranger's cluster
-            print(f"resources: starting Ray on this machine ({many(config.local_cpus, 'CPU')})", flush=True)
+            print(f"resources: starting Ray on this machine (local_cpus {config.local_cpus})", flush=True)
             with _on_loopback():
                 ray.init(
                     address="local",
@@ -308,6 +310,17 @@ def shortage(config: WorkersConfig, have: Mapping[str, float], *, decode_cpus: f
     return ""
 
 
+OUT_OF_MEMORY = "the machine ran out of memory, and Ray ended workers"
+
+
+def loss_of(error: BaseException) -> str:
+    """Why Ray lost workers, in a line: what it says of memory is a page."""
+    text = " ".join(str(error).split())
+    if isinstance(error, OutOfMemoryError) or "low on memory" in text:
+        return OUT_OF_MEMORY
+    return text[:300]
+
+
 _NODES_POLL_S = 1.0
 _SAY_S = 30.0
 _ANSWER_S = 10.0
@@ -440,7 +453,7 @@ class Lines:
             except GetTimeoutError:
                 lines, counts = [], {}  # it is still starting
             except RayError as error:
-                print(f"what workers say is no longer shown: {str(error).splitlines()[0]}", flush=True)
+                print(f"what workers say is no longer shown: {loss_of(error)}", flush=True)
                 return
             for line in lines:
                 print(visible(line), flush=True)

@@ -27,7 +27,7 @@ from kinoray.config.shared import StorageConfig
 from kinoray.console import Progress, format_duration, many, table
 from kinoray.demo.config import DemoConfig
 from kinoray.demo.videos import BROKEN_KINDS, class_names, make_broken, make_demo_set
-from kinoray.errors import ConfigError, StorageUnavailable
+from kinoray.errors import ConfigError, KinorayError
 from kinoray.evaluation.config import EvaluateConfig
 from kinoray.evaluation.metrics import ScoreSummary
 from kinoray.evaluation.verb import evaluate
@@ -44,7 +44,7 @@ from kinoray.storage.records import parse_json
 from kinoray.train.config import PRESETS, TrainConfig
 from kinoray.train.verb import train
 
-__all__ = ["Recipe", "command_line", "demo", "make_recipe", "make_videos", "s3_server"]
+__all__ = ["Recipe", "Steps", "ask_published", "command_line", "demo", "make_recipe", "make_videos", "s3_server"]
 
 VIDEOS_PER_CLASS = 80  # of 6 classes; a quarter is held out
 EPOCHS = 10
@@ -162,7 +162,7 @@ def demo(config: DemoConfig, *, videos_per_class: int = VIDEOS_PER_CLASS, epochs
     own = _own_videos(config.videos) if config.videos else []
     _pin(out, {"videos_per_class": videos_per_class, "epochs": epochs})
     with _ray_of_its_own(), _base(config, out) as (base, storage):
-        steps = _Steps()
+        steps = Steps()
         num_videos = _make_videos(out, videos_per_class, steps)
         source = str(out / "videos")
         if config.storage == "s3":
@@ -170,7 +170,7 @@ def demo(config: DemoConfig, *, videos_per_class: int = VIDEOS_PER_CLASS, epochs
             _upload(out / "videos", source, storage, steps)
         scores, labelled, page = _run(make_recipe(config, source, base, storage, epochs=epochs), steps)
     if own:
-        _ask_published(config.videos, own, steps)
+        ask_published("i3d", own, steps)
     steps.print_table()
     _print_results(config, scores, labelled, page["out"])
     return {
@@ -257,7 +257,7 @@ def s3_server(bucket: str) -> Iterator[StorageConfig]:
                 os.environ[name] = value
 
 
-class _Steps:
+class Steps:
     """Says what comes, and keeps how long it took and what came out."""
 
     def __init__(self) -> None:
@@ -282,7 +282,7 @@ class _Steps:
         print("\n".join(table(rows, right=(1,), indent="   ")))
 
 
-def _make_videos(out: Path, videos_per_class: int, steps: _Steps) -> int:
+def _make_videos(out: Path, videos_per_class: int, steps: Steps) -> int:
     what = "6 classes (2 things x 3 motions) of real H.264 files, and 6 files broken in different ways"
     with steps.step("videos", what) as result:
         num_videos = make_videos(out / "videos", videos_per_class, seed=0)
@@ -291,7 +291,7 @@ def _make_videos(out: Path, videos_per_class: int, steps: _Steps) -> int:
     return num_videos
 
 
-def _upload(folder: Path, prefix: str, config: StorageConfig, steps: _Steps) -> None:
+def _upload(folder: Path, prefix: str, config: StorageConfig, steps: Steps) -> None:
     with steps.step("upload", f"{folder} -> {prefix}") as result:
         storage = Storage(config)
         paths = sorted(folder.glob("*/*.mp4"))
@@ -303,7 +303,7 @@ def _upload(folder: Path, prefix: str, config: StorageConfig, steps: _Steps) -> 
         result.append(many(len(paths), "file"))
 
 
-def _run(recipe: Recipe, steps: _Steps) -> tuple[ScoreSummary, dict[str, Any], dict[str, Any]]:
+def _run(recipe: Recipe, steps: Steps) -> tuple[ScoreSummary, dict[str, Any], dict[str, Any]]:
     """pack, train, evaluate, label, report; returns what the last three gave."""
 
     def run(verb: str, function: Callable[[Any], _T], config: Any, what: str, show: Callable[[_T], str]) -> _T:
@@ -335,19 +335,18 @@ def _own_videos(source: str) -> list[str]:
     return [str(uri) for uri in table.column("uri").slice(0, OWN_VIDEOS).to_pylist()]
 
 
-def _ask_published(source: str, videos: list[str], steps: _Steps) -> None:
-    """What a published network says of the user's own videos, or that it could not be fetched."""
-    what = f"DeepMind's I3D, trained on Kinetics-400, on {many(len(videos), 'video')} of {source}"
-    command = shlex.join(["kinoray", "label", source, "--checkpoint", "i3d", "--out", "labels/own"])
+def ask_published(network: str, videos: list[str], steps: Steps) -> None:
+    """What a published network says of the user's own videos, or why it cannot be asked: the demo goes on then."""
+    what = f"{network}, a published network, on {many(len(videos), 'video')} of yours; for one it is"
+    command = shlex.join(["kinoray", "label", videos[0], "--checkpoint", network])
     with steps.step("your own", what, command) as result:
         try:
-            model = Model(LabelConfig(source=source, checkpoint="i3d", out=""), say=_say, warn=_say)
-        except StorageUnavailable as error:
-            result.append("I3D could not be fetched")
+            with Model(LabelConfig(source="", checkpoint=network), say=_say, warn=_say) as model:
+                answers = model.predict(videos)
+        except KinorayError as error:
+            result.append(f"{network} could not be asked")
             _say(f"{error}; everything else of the demo is done")
             return
-        with model:
-            answers = model.predict(videos)
         rows = [(Path(one.uri).name, one.label or str(one.error_class), f"{one.score or 0:.2f}") for one in answers]
         print("\n".join(table(rows, head=("VIDEO", "CLASS", "SCORE"), right=(2,), indent="   ")), flush=True)
         result.append(f"{many(len(answers), 'video')} asked about")
@@ -376,7 +375,7 @@ def _print_results(config: DemoConfig, scores: ScoreSummary, labelled: dict[str,
         "   Next: open the report; label videos of your own with a published network; then with your own classes:\n"
         "   kinoray label ~/Videos --checkpoint i3d --out labels/videos\n"
         "   kinoray pack videos/ --out sets/mine --val-fraction 0.2\n"
-        "   kinoray train sets/mine --out runs/first --model.options backbone=resnet50 scale=dim\n"
+        "   kinoray train sets/mine --out runs/first --preset small\n"
         "   kinoray label /path/to/library --checkpoint runs/first --out labels/library\n"
         + (
             ""

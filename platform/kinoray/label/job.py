@@ -11,7 +11,7 @@ import ray.data
 from ray.exceptions import RayError, RayTaskError
 
 from kinoray.catalog.quarantine import error_of, refusals_of_columns
-from kinoray.cluster.connect import Lines, Teller, connect, quiet_ray, require_fit
+from kinoray.cluster.connect import Lines, Teller, connect, loss_of, quiet_ray, require_fit
 from kinoray.config.shared import WorkersConfig
 from kinoray.console import Progress, many
 from kinoray.errors import ClusterError
@@ -81,9 +81,9 @@ def _run_units(
     except RayTaskError:
         raise  # a bug: its traceback is what is needed
     except RayError as error:
-        text = " ".join(str(error).split())
         raise ClusterError(
-            f"the workers were lost and did not come back: {text}; what is committed stays, run the same command again"
+            f"the workers were lost and did not come back: {loss_of(error)}; what is committed stays, run the same "
+            "command again"
         ) from error
 
 

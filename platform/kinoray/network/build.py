@@ -4,16 +4,20 @@ What is easy to break: a checkpoint is somebody's data. It may choose among the 
 any other name in it is imported only if the user gave the same name on the command line (`trusted_network`).
 """
 
+import contextlib
 import importlib
 import inspect
 import math
 import re
+import sys
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import replace
+from types import ModuleType
 from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from kinoray.config.shared import ClipConfig, ModelConfig, SampleConfig, ViewConfig
 from kinoray.errors import CheckpointCorrupt, ConfigError, ModelError
@@ -158,9 +162,33 @@ def _factory(name: str) -> Any:
         known = ", ".join(sorted(SHORT_NAMES))
         raise ConfigError(f"model.factory must be one of {known}, or package:function, got {name!r}")
     try:
-        return getattr(importlib.import_module(module_name), function)
+        with _no_dynamo_for_torchvision():
+            return getattr(importlib.import_module(module_name), function)
     except (ImportError, AttributeError) as error:
         raise ConfigError(f"model.factory {name!r} cannot be imported: {error}") from error
+
+
+@contextlib.contextmanager
+def _no_dynamo_for_torchvision() -> Iterator[None]:
+    """Let torchvision be imported without torch._dynamo: it costs each process 2 s of CPU and 150 MB.
+
+    torchvision.ops.roi_align imports it for one function, which it calls much later; it then gets the real one.
+    """
+    if "torchvision" in sys.modules or "torch._dynamo" in sys.modules:
+        yield
+        return
+    package, utils = ModuleType("torch._dynamo"), ModuleType("torch._dynamo.utils")
+    utils.__dict__["is_compile_supported"] = lambda device: importlib.import_module(
+        "torch._dynamo.utils"
+    ).is_compile_supported(device)
+    sys.modules |= {module.__name__: module for module in (package, utils)}
+    try:
+        importlib.import_module("torchvision")
+        yield
+    finally:
+        for module in (package, utils):
+            if sys.modules.get(module.__name__) is module:
+                del sys.modules[module.__name__]
 
 
 def factory_options(factory: str) -> dict[str, inspect.Parameter]:
@@ -193,6 +221,18 @@ def build_model(config: ModelConfig, num_classes: int) -> VideoModel:
     return cast(VideoModel, model)
 
 
+class _WithoutStart(TorchFunctionMode):
+    """Draws no numbers to start weights with: without memory there is nothing to fill, and torch would load dynamo."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        named = kwargs or {}
+        if func in (Tensor.normal_, Tensor.uniform_) or getattr(func, "__module__", "") == nn.init.__name__:
+            return args[0] if args else named["tensor"]
+        return func(*args, **named)
+
+
 def build_outline(config: ModelConfig, num_classes: int) -> nn.Module:
     """A network that ships, without memory: names and shapes of its weights, whatever their size.
 
@@ -200,7 +240,7 @@ def build_outline(config: ModelConfig, num_classes: int) -> nn.Module:
         ConfigError, ModelError: it cannot be built with these options.
     """
     try:
-        with torch.device("meta"):
+        with _WithoutStart(), torch.device("meta"):
             return cast(nn.Module, build_model(config, num_classes))
     except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError) as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]

@@ -21,7 +21,6 @@ from kinoray.console import many
 from kinoray.errors import ModelError
 from kinoray.network.build import VideoModel
 from kinoray.network.graphs import Compiled, Repeated
-from kinoray.network.pointwise import fuse_pointwise
 from kinoray.network.spec import InputSpec
 
 __all__ = [
@@ -158,6 +157,8 @@ def prepare_for_inference(
 
     def trunk(traced: fx.GraphModule) -> nn.Module:
         if compile and on_cuda and dtype == torch.bfloat16:
+            from kinoray.network.pointwise import fuse_pointwise  # here: to register its operation takes 0.3 s
+
             fuse_pointwise(traced)
         return _Trunk(traced, dtype=dtype, keep_dtype=keep_dtype, compile=compile)
 

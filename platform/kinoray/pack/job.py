@@ -12,7 +12,7 @@ from typing import Any
 import ray
 from ray.exceptions import RayError, RayTaskError
 
-from kinoray.cluster.connect import Lines, Teller, connect, require_fit
+from kinoray.cluster.connect import Lines, Teller, connect, loss_of, require_fit
 from kinoray.config.shared import WorkersConfig
 from kinoray.console import Progress
 from kinoray.errors import JobError, KinorayError, StorageUnavailable
@@ -125,8 +125,7 @@ def _result(reference: Any, unit: Unit) -> Any:
             raise error.cause from error
         raise
     except RayError as error:
-        reason = " ".join(str(error).split())[:300]
         raise JobError(
-            f"pack: the worker of {unit.name} died {_TASK_RETRIES + 1} times, {unit.what} not packed ({reason}); the "
-            "same command goes on from here"
+            f"pack: the worker of {unit.name} died {_TASK_RETRIES + 1} times, {unit.what} not packed "
+            f"({loss_of(error)}); the same command goes on from here"
         ) from error

@@ -31,7 +31,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from ray.util.placement_group import PlacementGroup, get_current_placement_group, remove_placement_group
 
 from kinoray.catalog.table import Catalog
-from kinoray.cluster.connect import Lines, Teller, beside_me, connect, quiet_ray, require_fit
+from kinoray.cluster.connect import OUT_OF_MEMORY, Lines, Teller, beside_me, connect, loss_of, quiet_ray, require_fit
 from kinoray.cluster.environment import commits
 from kinoray.console import Progress, many
 from kinoray.errors import (
@@ -279,9 +279,9 @@ def _run_controller(folder: RunFolder, config: TrainConfig, catalog: Catalog, ga
             raise _as_ours(error, config) from error
         except ActorDiedError as error:
             lines.free_place()
-            raise _ControllerDied(_first_line(error)) from error
+            raise _ControllerDied(_loss(error)) from error
         except RayError as error:
-            raise ClusterError(f"training ended: {_first_line(error)}; the same command goes on") from error
+            raise ClusterError(f"training ended: {_loss(error)}; the same command goes on") from error
     if outcome.error is not None:
         raise outcome.error
     return bool(outcome.stopped)
@@ -326,6 +326,13 @@ def _own_interrupts() -> Iterator[None]:
         signal.signal(signal.SIGINT, handler)
 
 
+def _loss(error: BaseException) -> str:
+    """Why workers or their controller were lost, and what helps."""
+    lost = loss_of(error)
+    remedy = ": lower optim.batch_size, resources.num_workers or what a clip holds (--preset small is for one machine)"
+    return lost + remedy if lost == OUT_OF_MEMORY else lost
+
+
 def _first_line(error: BaseException) -> str:
     return str(error).strip().partition("\n")[0]
 
@@ -338,9 +345,16 @@ def _as_ours(error: TrainingFailedError, config: TrainConfig) -> KinorayError:
     for cause in causes.values():
         if isinstance(cause, KinorayError):
             return cause
+    lost = _loss(error)
+    if OUT_OF_MEMORY in lost:
+        return JobError(f"training failed: {lost}; the same command goes on from the newest checkpoint")
     print(error, file=sys.stderr, flush=True)  # with tracebacks: it is most likely in the user's own network
-    reasons = [f"rank {rank}: {type(cause).__name__}: {_first_line(cause)}" for rank, cause in causes.items()]
+    if not causes:  # it was Ray Train's own part, which is not tried again
+        return JobError(
+            f"training failed: {lost}; the same command goes on from the newest checkpoint, if there is one"
+        )
+    reasons = "; ".join(f"rank {rank}: {type(cause).__name__}: {_first_line(cause)}" for rank, cause in causes.items())
     return JobError(
-        f"training failed {many(config.max_failures + 1, 'time')}, last with "
-        f"{'; '.join(reasons) or _first_line(error)}; the same command goes on from the newest checkpoint"
+        f"training failed {many(config.max_failures + 1, 'time')}, last with {reasons}; the same command goes on from "
+        "the newest checkpoint"
     )
