@@ -25,6 +25,7 @@ from kinoray.errors import ChecksumMismatch, ConfigError, KinorayError, ObjectTo
 from kinoray.label.ledger import Ledger, read_predictions
 from kinoray.label.unit import PREDICTION_SCHEMA, Plan
 from kinoray.library.export import Source, copied_videos
+from kinoray.storage import records
 from kinoray.storage.objects import Storage, join
 from kinoray.storage.records import as_name, is_name, parse_json, parse_record, parse_table, read_record
 from kinoray.train.config import TrainConfig
@@ -475,6 +476,32 @@ def test_a_table_of_ordinary_rows_is_read_however_it_is_compressed(compression: 
     )
     assert parse_table(sink.getvalue()).equals(table)
     assert parse_table(sink.getvalue(), ["labels", "id"]).equals(table.select(["labels", "id"]))
+
+
+def _varint(value: int) -> bytes:
+    return bytes([*(value >> shift & 0x7F | 0x80 for shift in range(0, 63, 7)), value >> 63])
+
+
+@pytest.mark.parametrize("kind", [1, 3, 5, 7, 8, 9, 12])
+@pytest.mark.parametrize("count", [100, 2**60])
+def test_the_header_of_a_page_cannot_claim_a_list_that_is_longer_than_the_file(kind: int, count: int) -> None:
+    sink = io.BytesIO()
+    pq.write_table(pa.table({"a": ["x"]}), sink, compression="none", use_dictionary=False, write_statistics=False)
+    data = sink.getvalue()
+    _, end = records._thrift(data, 4)
+    odd = bytes([0xC0 + 9, 0xF0 + kind]) + _varint(count) + b"\0"  # one more field of the header: a list
+    begun = time.process_time()
+    with pytest.raises(pa.ArrowInvalid):
+        parse_table(data[: end - 1] + odd + data[end:])
+    assert time.process_time() - begun < 1
+
+
+def test_a_table_whose_texts_are_not_utf8_is_refused_when_it_is_read() -> None:
+    odd = pa.StringArray.from_buffers(1, pa.py_buffer(b"\0\0\0\0\2\0\0\0"), pa.py_buffer(b"\xff\xfe"))
+    sink = io.BytesIO()
+    pq.write_table(pa.table({"a": odd}), sink)
+    with pytest.raises(pa.ArrowInvalid, match="UTF8"):
+        parse_table(sink.getvalue())
 
 
 @given(place=st.integers(0, 10**6), value=st.integers(0, 255))

@@ -185,7 +185,9 @@ def parse_table(data: bytes, columns: Sequence[str] | None = None) -> pa.Table:
             if _is_foreign(field.type):
                 raise pa.ArrowInvalid(f"column {field.name} has the type {field.type}, whose values are not plain data")
         _check_size(data, columns)
-        return file.read(columns=None if columns is None else list(columns))
+        table = file.read(columns=None if columns is None else list(columns))
+        table.validate(full=True)  # texts that are not UTF-8, too
+        return table
     except (OSError, ValueError, LookupError, TypeError, AttributeError, pa.ArrowException) as error:
         # ArrowInvalid is a ValueError; the others: a part of it is cut, or is something else than it should be
         raise pa.ArrowInvalid(" ".join(str(error).split())) from error
@@ -300,7 +302,7 @@ def _thrift_value(data: bytes, at: int, kind: int, depth: int) -> tuple[Any, int
         return data[at], at + 1
     if kind in (4, 5, 6):
         return _zigzag(data, at)
-    if kind == 7:
+    if kind == 7 and at + 8 <= len(data):
         return None, at + 8  # a number with a point: none is asked for
     if kind == 8:
         length, at = _varint(data, at)
@@ -310,6 +312,8 @@ def _thrift_value(data: bytes, at: int, kind: int, depth: int) -> tuple[Any, int
         at += 1
         if count == 15:
             count, at = _varint(data, at)
+        if count > len(data) - at:  # each value takes a byte at least
+            raise ValueError("a list in it ends behind the file")
         values = []
         for _ in range(count):
             value, at = _thrift_value(data, at, inner, depth + 1)
