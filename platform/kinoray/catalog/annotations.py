@@ -84,7 +84,7 @@ def read_label_names(storage: Storage, uri: str) -> dict[int, str]:
     for number, name in pairs:
         if not str(number).isdigit() or not isinstance(name, str) or int(number) in names:
             raise CatalogError(f"label_names {uri}: number {number!r} with name {name!r}; expected each number once")
-        names[int(number)] = class_name(name)
+        names[int(number)] = class_name(name, f"label_names {uri}")
     if not names:
         raise CatalogError(f"label_names {uri} is empty; expected one class name a line, in the order of their numbers")
     return names
@@ -254,4 +254,4 @@ def _label(where: str, text: str, label_names: Mapping[int, str]) -> str | None:
                 f"{where}: label {text} has no name; label_names names {many(len(label_names), 'class')}"
             )
         return label_names[int(text)]
-    return class_name(text)
+    return class_name(text, where)

@@ -230,6 +230,7 @@ _STAT_THREADS = 16
 _MAX_LOOKS = 400  # at files of one ending
 _MAX_ENDINGS = 20  # that are looked at by themselves: digests behind a dot are no endings
 _MAX_ID_BYTES = 180  # leaves room for an extension in the 255 bytes of a file name
+_MAX_ID_CHARS = 1024  # that are looked at for it, and become more than those bytes: accents in a row take long
 _DIGEST_CHARS = (0, 10, 64)  # of a name's SHA-256 in its video_id: none, enough against chance, enough against intent
 UNLABELLED_SPLITS = frozenset({"test", "holdout", "unlabelled"})
 """Splits whose videos may have no label."""
@@ -362,7 +363,7 @@ def unique_ids(names: Sequence[str]) -> list[str]:
 def _sanitise(name: str) -> str:
     folder, slash, base = name.rpartition("/")
     stem = base.rpartition(".")[0] or base
-    text = unicodedata.normalize("NFC", f"{folder}{slash}{stem}")
+    text = unicodedata.normalize("NFC", f"{folder}{slash}{stem}"[:_MAX_ID_CHARS])
     return re.sub(r"[^\w-]", "_", text.replace("/", "__"))
 
 
@@ -396,7 +397,7 @@ def _read_csv(storage: Storage, source: str) -> list[SourceFile]:
             name=name,
             uri=_uri_of(folder, name),
             size_bytes=0,
-            label=class_name(record.cells.get("label", "").strip()) or None,
+            label=class_name(record.cells.get("label", "").strip(), where) or None,
             split=split_named(split) or split if split else None,
         )
         if file.uri in files:
