@@ -136,6 +136,7 @@ def change_first(ledger: Ledger, folder: str, change: Callable[[dict[str, Any]],
     return path
 
 
+TIMES = {"worker": "w", "begin_s": 1, "end_s": 2, "store": 0, "decode": 0, "model": 0}
 BAD_COMMITS: dict[str, Callable[[dict[str, Any]], object]] = {
     "unit_id climbs": lambda record: record.update(unit_id="../x"),
     "unit_id is of another unit": lambda record: record.update(unit_id="f" * 16),
@@ -150,6 +151,9 @@ BAD_COMMITS: dict[str, Callable[[dict[str, Any]], object]] = {
     "windows are a path": lambda record: record.update(windows="/etc/passwd"),
     "windows are an object": lambda record: record.update(windows={"rows": 1, "size_bytes": 1}),
     "times are a text": lambda record: record.update(times="x"),
+    "times are of no calendar": lambda record: record.update(times=TIMES | {"begin_s": 1e300}),
+    "times are before all clocks": lambda record: record.update(times=TIMES | {"end_s": -1e18}),
+    "times are endless": lambda record: record.update(times=TIMES | {"decode": 1e300}),
     "times lack a stage": lambda record: record.update(times={"worker": "w", "begin_s": 1, "end_s": 2, "store": 0}),
     "a field is unknown": lambda record: record.update(run_as="root"),
 }
@@ -276,6 +280,10 @@ def test_a_job_that_is_not_ours_ends_in_one_line(text: str, tmp_path: Path, caps
         ("status.json", '{"state": "running", "started_s": 1e300, "error": ""}'),
         ("status.json", '{"state": ["running"], "started_s": 1, "error": ""}'),
         ("metrics.jsonl", '{"epoch": "x", "val_top1": {}}'),
+        ("metrics.jsonl", '{"epoch": 1, "decode_wait": "x", "train_s": 30000000000}'),
+        ("metrics.jsonl", '{"epoch": 1, "decode_wait": [0]}'),
+        ("metrics.jsonl", '{"epoch": 1e300, "loss": 1}'),
+        ("run.json", '{"settings": {"optim.epochs": 1e300, "model.factory": "x"}}'),
         ("metrics.jsonl", '{"epoch": 1, "loss": NaN}'),
     ],
 )

@@ -24,6 +24,7 @@ from kinoray.storage.objects import MAX_RECORD_BYTES, Storage
 __all__ = [
     "MAX_RECORD_BYTES",
     "as_name",
+    "as_seconds",
     "is_name",
     "parse_json",
     "parse_lines",
@@ -39,6 +40,7 @@ _MAX_DEPTH = 64  # lists and objects inside each other; ours have five
 _MAX_CONTAINERS = 4_000_000  # each takes 60 to 200 bytes of memory, and may be two bytes of text
 _TABLE_BYTES = 2**28
 _TABLE_EXPANSION = 1024  # a table of 100 million names in a row, of 2 bytes each in the file, is 200 times as large
+_MAX_SECONDS = 2**35  # a thousand years
 _NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,199}")
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
@@ -167,6 +169,13 @@ def as_name(text: object, what: str) -> str:
     if not is_name(text):
         raise ValueError(f"{what} {text!r:.80} is not a name (letters, digits, . _ -; no leading dot, at most 200)")
     return str(text)
+
+
+def as_seconds(value: object, what: str) -> float:
+    """A length of time, or a time since 1970 that a calendar has; else a ValueError that calls it `what`."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < _MAX_SECONDS:
+        raise ValueError(f"{what} is {value!r:.40}, expected seconds, 0 to {_MAX_SECONDS:,}")
+    return float(value)
 
 
 def parse_table(data: bytes, columns: Sequence[str] | None = None) -> pa.Table:
