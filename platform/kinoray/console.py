@@ -79,7 +79,11 @@ def visible(text: object) -> str:
     found = str(text)
     if found.isprintable():
         return found
-    return "".join(char if unicodedata.category(char) not in _HIDING else f"\\u{ord(char):04x}" for char in found)
+    return "".join(f"\\u{ord(char):04x}" if _hides(char) else char for char in found)
+
+
+def _hides(char: str) -> bool:
+    return unicodedata.category(char) in _HIDING or char in "\ufffe\uffff"  # these two no XML may hold
 
 
 def shortened(text: str, most: int) -> str:

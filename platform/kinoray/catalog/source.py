@@ -28,7 +28,7 @@ from kinoray.catalog.folders import (
     split_named,
 )
 from kinoray.config.files import foreign, local_path, local_uri
-from kinoray.console import visible
+from kinoray.console import shortened, visible
 from kinoray.errors import (
     BadCredentials,
     CatalogError,
@@ -46,6 +46,7 @@ __all__ = [
     "SourceFile",
     "TextTable",
     "cells_of",
+    "check_names",
     "decode_text",
     "find_files",
     "parse_records",
@@ -61,6 +62,7 @@ _DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs"}
 _LINE_END = re.compile("\r\n|\n|\r")
 _UTF16 = (b"\xff\xfe", b"\xfe\xff")
 _SHOWN_CHARS = 80
+_SHOWN_NAMES = 200  # characters of the names of all columns
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,6 +146,7 @@ def parse_records(uri: str, lines: Sequence[str], start: int, names: Sequence[st
         CatalogError: a quote is not closed, or a line has more or fewer cells than there are names; with the line.
     """
     records = []
+    shown = shortened(",".join(names), _SHOWN_NAMES)
     for number, line in enumerate(lines[start:], start + 1):
         where = f"{uri} line {number}"
         cells = cells_of(where, line, delimiter)
@@ -156,7 +159,7 @@ def parse_records(uri: str, lines: Sequence[str], start: int, names: Sequence[st
         if len(cells) != len(names):
             more = "more" if len(cells) > len(names) else "fewer"
             raise CatalogError(
-                f"{where}: {len(cells)} cells are {more} than the {len(names)} columns ({','.join(names)}); put quotes "
+                f"{where}: {len(cells)} cells are {more} than the {len(names)} columns ({shown}); put quotes "
                 f"around a cell that holds {_DELIMITERS[delimiter]}, and leave no cell out"
             )
         records.append(Record(number, dict(zip(names, cells, strict=True))))
@@ -209,19 +212,33 @@ def _header(
             problem = problem or error
             continue
         if set(needed) & set(names):
-            _check_names(where, names, delimiter)
+            check_names(where, names)
+            _refuse_mixed(where, names, delimiter)
             return names, delimiter
     raise problem or CatalogError(f"{where}: {remedy}, found {head.strip()[:_SHOWN_CHARS]!r}")
 
 
-def _check_names(where: str, names: Sequence[str], delimiter: str) -> None:
-    twice = [name for name, count in Counter(names).items() if name and count > 1]
-    if twice:
-        raise CatalogError(f"{where}: two columns are called {twice[0]!r}; rename or remove one of them")
+def check_names(where: str, names: Sequence[str]) -> None:
+    """Refuse names of columns of which one would stand for another, or be taken for none since it looks like one.
+
+    Raises:
+        CatalogError: two are equal, or one holds characters that do not show.
+    """
+    if len(set(names)) < len(names):
+        twice = [name for name, count in Counter(names).items() if name and count > 1]
+        if twice:
+            raise CatalogError(f"{where}: two columns are called {twice[0]!r:.80}; rename or remove one of them")
+    hidden = [name for name in names if visible(name) != name]
+    if hidden:
+        raise CatalogError(f"{where}: the column {hidden[0]!a:.80} holds characters that do not show; rename it")
+
+
+def _refuse_mixed(where: str, names: Sequence[str], delimiter: str) -> None:
     mixed = [name for name in names for other in _DELIMITERS if other != delimiter and other in name]
     if mixed:
         raise CatalogError(
-            f"{where}: the column {mixed[0]!r} holds what may be meant to divide columns; divide all of them by commas"
+            f"{where}: the column {mixed[0]!r:.80} holds what may be meant to divide columns; divide all of them by "
+            "commas"
         )
 
 
