@@ -178,6 +178,14 @@ def test_the_name_of_a_folder_is_no_line_of_ours(tmp_path: Path, capsys: pytest.
     assert "x\\u000alabel: complete in 1 s" in said[0]
 
 
+def test_an_error_is_a_line_of_some_length(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["runs", f"/{'x' * 100_000}"]) != 0
+    said = capsys.readouterr().err
+    assert len(said) < 9000
+    assert said.startswith("kinoray runs: ObjectNotFound: /xxx")
+    assert said.endswith("no such folder; name a run, or a folder of runs\n")
+
+
 def test_csv_and_settings_stay_exact_in_a_pipe(tmp_path: Path) -> None:
     hostile_table(tmp_path / "out")
     command = [sys.executable, "-m", "kinoray"]
