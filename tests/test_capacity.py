@@ -273,6 +273,10 @@ def test_rates_come_back_as_they_were_written() -> None:
         (json.dumps(RATES.to_record() | {"decode_cpu_s": 0}), "decode_cpu_s must be a number greater than 0, got 0"),
         (json.dumps(RATES.to_record() | {"commit_s": -1}), "commit_s must be a number of at least 0, got -1"),
         (json.dumps(RATES.to_record() | {"unit_size": 1.5}), "unit_size must be a whole number, got 1.5"),
+        (
+            json.dumps(RATES.to_record() | {"job_videos_per_s": 1e308}),
+            r"job_videos_per_s must be at most 1e\+12, got 1e\+308",
+        ),
         (json.dumps(RATES.to_record() | {"gpu": None}), "gpu must be text, got None"),
         (json.dumps(RATES.to_record() | {"model_s": "fast"}), "model_s must be a number greater than 0, got 'fast'"),
     ],

@@ -13,11 +13,11 @@ import yaml
 
 from conftest import bucket_at, config_at
 from decode_reference import moving
-from kinoray.catalog.table import Catalog, catalog_of_source
+from kinoray.catalog.table import Catalog, catalog_of_source, save_catalog
 from kinoray.cli import main
 from kinoray.config.shared import StorageConfig, digest
 from kinoray.demo.videos import make_video
-from kinoray.errors import CatalogError, CheckpointMismatch, ConfigError, ObjectNotFound
+from kinoray.errors import CatalogError, CheckpointMismatch, ConfigError, KinorayError, ObjectNotFound
 from kinoray.evaluation.compare import Paired, compare
 from kinoray.evaluation.config import CompareConfig, EvaluateConfig
 from kinoray.evaluation.record import (
@@ -254,6 +254,45 @@ def test_an_evaluation_that_is_gone_changed_or_moved_is_told(tmp_path: Path) -> 
     (tmp_path / "old" / "evaluation.json").write_text('{"top1": 0.5}')
     with pytest.raises(ConfigError, match=r"lacks calibration, catalog, .*evaluate again"):
         evaluate(replace(config, ensemble=(str(tmp_path / "old"), one.uri)))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"catalog": "s3://stranger/set"},
+            r"says that its catalog is s3://stranger/set, .* --catalog s3://stranger/set",
+        ),
+        ({"catalog": "https://stranger/set"}, r"only s3:// addresses and local paths are understood"),
+        ({"catalog": "/proc"}, r"its catalog is gone \(/proc/catalog\.parquet.*--catalog"),
+        ({"catalog": "LIST"}, r"its catalog is gone .*, or is a list or folder of videos; name where it is"),
+        ({"catalog": "/tmp/\0"}, r"its catalog is gone|null"),
+        ({"predictions": "s3://stranger/none"}, r"the predictions in .*/one/none are gone"),
+        ({"predictions": "/etc/.."}, r"the predictions in .*/one are gone"),
+    ],
+)
+def test_a_record_of_an_evaluation_leads_to_no_other_store_and_lists_nothing(
+    tmp_path: Path, changes: dict[str, str], message: str
+) -> None:
+    source = catalog_at(str(tmp_path / "set"), 6)
+    one = evaluated(str(tmp_path / "one"), source, 1)
+    path = tmp_path / "one" / "evaluation.json"
+    changes = {name: value.replace("LIST", join(source, "list.csv")) for name, value in changes.items()}
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    with pytest.raises(KinorayError, match=message):
+        read_evaluation(LOCAL, one.uri)
+
+
+def test_of_a_catalog_that_only_a_record_names_no_video_elsewhere_is_read(tmp_path: Path) -> None:
+    source = catalog_at(str(tmp_path / "set"), 12)
+    moved = join(catalog_at(str(tmp_path / "other"), 1), "catalog.parquet")
+    save_catalog(LOCAL, moved, catalog_of_source(LOCAL, source))
+    a, b = (evaluated(str(tmp_path / f"{seed}"), moved, seed) for seed in (1, 2))
+    for catalog, reason in (("", "lies outside of"), (moved, "ObjectNotFound")):
+        config = CompareConfig(a=a.uri, b=b.uri, out=str(tmp_path / "p.html"), catalog=catalog)
+        flips = compare(config)
+        reasons = [text for text in Page((tmp_path / "p.html").read_text()).text if reason in text]
+        assert len(reasons) == len(flips.gained) + len(flips.lost) >= 3
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import math
 import os
 import pty
 import re
@@ -14,7 +15,17 @@ import pytest
 
 from kinoray.catalog.table import catalog_of_source
 from kinoray.cli import main
-from kinoray.console import PlainStream, Progress, exact_stdout, many, plain_streams, shortened, table, visible
+from kinoray.console import (
+    PlainStream,
+    Progress,
+    exact_stdout,
+    format_duration,
+    many,
+    plain_streams,
+    shortened,
+    table,
+    visible,
+)
 from kinoray.label.ledger import Ledger
 from kinoray.label.unit import Times, row_keys
 from kinoray.storage.objects import Storage
@@ -167,6 +178,14 @@ def test_the_name_of_a_folder_is_no_line_of_ours(tmp_path: Path, capsys: pytest.
     assert "x\\u000alabel: complete in 1 s" in said[0]
 
 
+def test_an_error_is_a_line_of_some_length(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["runs", f"/{'x' * 100_000}"]) != 0
+    said = capsys.readouterr().err
+    assert len(said) < 9000
+    assert said.startswith("kinoray runs: ObjectNotFound: /xxx")
+    assert said.endswith("no such folder; name a run, or a folder of runs\n")
+
+
 def test_csv_and_settings_stay_exact_in_a_pipe(tmp_path: Path) -> None:
     hostile_table(tmp_path / "out")
     command = [sys.executable, "-m", "kinoray"]
@@ -207,6 +226,12 @@ def test_a_cell_cannot_break_its_line(hostile: str) -> None:
     assert len(lines) == 2
     assert all(line.isprintable() for line in lines)
     assert len(lines[0]) == len(lines[1])
+
+
+def test_a_length_of_time_is_short_whatever_it_is() -> None:
+    known = {0.4: "0 s", 59.6: "1 min 00 s", 185: "3 min 05 s", 7800: "2 h 10 min", -5: "-5 s"}
+    assert {seconds: format_duration(seconds) for seconds in known} == known
+    assert {format_duration(odd) for odd in (math.inf, -math.inf, math.nan, 1e300, 2**2000)} == {"?"}
 
 
 def test_one_of_a_thing_is_singular() -> None:

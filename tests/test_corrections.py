@@ -207,6 +207,7 @@ def test_corrections_survive_a_spreadsheet(tmp_path: Path, capsys: pytest.Captur
 
 
 HEAD = "video_id,row_key,label\n"
+LONG = {"ACCENTS": "\u0315\u0300\u0327" * 100_000, "DIGITS": "1" * 300_000 + "x"}  # what looks at them again and again
 
 
 @pytest.mark.parametrize(
@@ -219,6 +220,9 @@ HEAD = "video_id,row_key,label\n"
             r"c.csv line 3, column label: there is no class 'pink'; there are",
         ),
         (HEAD + "v0000,KEY0,\n", r"c.csv line 2, column label: there is no class ''"),
+        (HEAD + f"v0000,KEY0,{'1' * 90}x\n", r"c.csv line 2, column label: there is no class '1{79}; there are"),
+        (HEAD + "v0000,KEY0,ACCENTS\n", r"line 2, column label: the class '.*' ... has 300,000 characters, at most"),
+        (HEAD + "DIGITS,KEY0,red\nv0000,KEY1,red\n", r"line 3, column video_id: it says 'v0000', but row_key \w+ is"),
         (HEAD + "v0000,,red\n", r"c.csv line 2, column row_key: it is empty"),
         (HEAD + "v0000,0123456789abcdef,red\n", r"line 2, column row_key: '0123456789abcdef' is no row of .*\(1 of 1"),
         (HEAD + "v0000,KEY0,red\nv0000,KEY0,blue\n", r"line 3, column label: video v0000 is 'blue' here and 'red' in "),
@@ -234,6 +238,8 @@ def test_what_is_wrong_with_a_file_is_named_by_line_and_column_and_nothing_is_wr
     rows = said(ledger)
     for number in (0, 1):
         text = text.replace(f"KEY{number}", rows[f"v000{number}"]["row_key"])
+    for word, long in LONG.items():
+        text = text.replace(word, long)
     path = tmp_path / "c.csv"
     path.write_text(text, encoding="utf-8")
     with pytest.raises(CatalogError, match=message):

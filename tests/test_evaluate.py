@@ -252,7 +252,10 @@ def test_evaluations_with_other_protocols_make_an_ensemble_and_a_comparison(tmp_
     for row in read_predictions(LOCAL, str(tmp_path / "both")).to_pylist():
         mean = sum(np.array(table[row["video_id"]]["scores"]) for table in tables) / 2
         np.testing.assert_allclose(row["scores"], mean, rtol=1e-6)
-    found = compare(CompareConfig(a=members[0], b=members[1], out=str(tmp_path / "c.html"), frames_per_video=2))
+    named = CompareConfig(
+        a=members[0], b=members[1], catalog=config.catalog, out=str(tmp_path / "c.html"), frames_per_video=2
+    )
+    found = compare(named)
     assert found.paired.total == 12
     first, second = ([row["id_topk"][0] for row in table.values()] for table in tables)
     assert found.agreement == np.mean([a == b for a, b in zip(first, second, strict=True)])

@@ -143,7 +143,7 @@ def test_what_label_studio_gets(out: str, tmp_path: Path) -> None:
 
 
 def test_names_of_classes_stay_data(tmp_path: Path) -> None:
-    names = ('"/><x a="', "a\nb\u202e", "<!--", "&amp;")
+    names = ('"/><x a="', "a\nb\u202e\uffff", "<!--", "&amp;")
     ledger = Ledger(Storage(), str(tmp_path / "out"))
     ledger.pin_job(job_record(labels=(*names, *LABELS)))
     label_library(ledger, CATALOG)
@@ -151,7 +151,7 @@ def test_names_of_classes_stay_data(tmp_path: Path) -> None:
         export(ExportConfig(predictions=ledger.root, format=kind, to=str(tmp_path / kind)))
     choices = ET.parse(tmp_path / "label-studio" / "labeling-config.xml").getroot().find("Choices")
     assert choices is not None
-    assert [choice.get("value") for choice in choices][:4] == ['"/><x a="', "a\\u000ab\\u202e", "<!--", "&amp;"]
+    assert [choice.get("value") for choice in choices][:4] == ['"/><x a="', "a\\u000ab\\u202e\\uffff", "<!--", "&amp;"]
     assert json.loads((tmp_path / "fiftyone" / "metadata.json").read_text())["default_classes"][:4] == list(names)
 
 

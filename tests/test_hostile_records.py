@@ -25,6 +25,7 @@ from kinoray.errors import ChecksumMismatch, ConfigError, KinorayError, ObjectTo
 from kinoray.label.ledger import Ledger, read_predictions
 from kinoray.label.unit import PREDICTION_SCHEMA, Plan
 from kinoray.library.export import Source, copied_videos
+from kinoray.storage import records
 from kinoray.storage.objects import Storage, join
 from kinoray.storage.records import as_name, is_name, parse_json, parse_record, parse_table, read_record
 from kinoray.train.config import TrainConfig
@@ -135,6 +136,7 @@ def change_first(ledger: Ledger, folder: str, change: Callable[[dict[str, Any]],
     return path
 
 
+TIMES = {"worker": "w", "begin_s": 1, "end_s": 2, "store": 0, "decode": 0, "model": 0}
 BAD_COMMITS: dict[str, Callable[[dict[str, Any]], object]] = {
     "unit_id climbs": lambda record: record.update(unit_id="../x"),
     "unit_id is of another unit": lambda record: record.update(unit_id="f" * 16),
@@ -149,6 +151,9 @@ BAD_COMMITS: dict[str, Callable[[dict[str, Any]], object]] = {
     "windows are a path": lambda record: record.update(windows="/etc/passwd"),
     "windows are an object": lambda record: record.update(windows={"rows": 1, "size_bytes": 1}),
     "times are a text": lambda record: record.update(times="x"),
+    "times are of no calendar": lambda record: record.update(times=TIMES | {"begin_s": 1e300}),
+    "times are before all clocks": lambda record: record.update(times=TIMES | {"end_s": -1e18}),
+    "times are endless": lambda record: record.update(times=TIMES | {"decode": 1e300}),
     "times lack a stage": lambda record: record.update(times={"worker": "w", "begin_s": 1, "end_s": 2, "store": 0}),
     "a field is unknown": lambda record: record.update(run_as="root"),
 }
@@ -275,6 +280,10 @@ def test_a_job_that_is_not_ours_ends_in_one_line(text: str, tmp_path: Path, caps
         ("status.json", '{"state": "running", "started_s": 1e300, "error": ""}'),
         ("status.json", '{"state": ["running"], "started_s": 1, "error": ""}'),
         ("metrics.jsonl", '{"epoch": "x", "val_top1": {}}'),
+        ("metrics.jsonl", '{"epoch": 1, "decode_wait": "x", "train_s": 30000000000}'),
+        ("metrics.jsonl", '{"epoch": 1, "decode_wait": [0]}'),
+        ("metrics.jsonl", '{"epoch": 1e300, "loss": 1}'),
+        ("run.json", '{"settings": {"optim.epochs": 1e300, "model.factory": "x"}}'),
         ("metrics.jsonl", '{"epoch": 1, "loss": NaN}'),
     ],
 )
@@ -350,6 +359,8 @@ BAD_YAML = {
     "a set": "a: !!set {b}",
     "a key that is no text": "1: a",
     "a key that is a list": "? [a]\n: b",
+    "no truth": "a: !!bool maybe",
+    "no time": "a: !!timestamp x",
     "an object of Python": "a: !!python/object/apply:os.system [id]",
     "no number": "a: .nan",
     "without end": "a: .inf",
@@ -383,8 +394,15 @@ def test_numbers_of_yaml_are_decimal() -> None:
     for text in ("1:" * 20_000 + "1", "1:" * 20_000 + "1.5", "1" * 1000, "0x1F", "0b11"):
         with pytest.raises(ConfigError, match="is not a short decimal one; put text in quotes"):
             parse_yaml(f"a: {text}", "x")
-    text = "a: [0, -1, +2, 1_000, 1.5, .5, 6.0e-05, 2., 9007199254740993]\nb: '1:30'"
-    assert parse_yaml(text, "x") == {"a": [0, -1, 2, 1000, 1.5, 0.5, 6e-05, 2.0, 9007199254740993], "b": "1:30"}
+    begun = time.process_time()
+    text = "1" * 200_000 + "x"  # nearly a number: what says that it is none must not look at each digit again
+    assert parse_yaml(f"a: {text}", "x") == {"a": text}
+    assert time.process_time() - begun < 2
+    text = "a: [1e-3, 1.e3, .5e2, 0, -1, +2, 1_000, 1.5, .5, 6.0e-05, 2., 9007199254740993]\nb: '1:30'"
+    assert parse_yaml(text, "x") == {
+        "a": [1e-3, 1e3, 50.0, 0, -1, 2, 1000, 1.5, 0.5, 6e-05, 2.0, 9007199254740993],
+        "b": "1:30",
+    }
     assert parse_yaml(to_yaml({"a": [1e300, 1e-300, 0.1, 2**62]}), "x") == {"a": [1e300, 1e-300, 0.1, 2**62]}
 
 
@@ -475,6 +493,32 @@ def test_a_table_of_ordinary_rows_is_read_however_it_is_compressed(compression: 
     )
     assert parse_table(sink.getvalue()).equals(table)
     assert parse_table(sink.getvalue(), ["labels", "id"]).equals(table.select(["labels", "id"]))
+
+
+def _varint(value: int) -> bytes:
+    return bytes([*(value >> shift & 0x7F | 0x80 for shift in range(0, 63, 7)), value >> 63])
+
+
+@pytest.mark.parametrize("kind", [1, 3, 5, 7, 8, 9, 12])
+@pytest.mark.parametrize("count", [100, 2**60])
+def test_the_header_of_a_page_cannot_claim_a_list_that_is_longer_than_the_file(kind: int, count: int) -> None:
+    sink = io.BytesIO()
+    pq.write_table(pa.table({"a": ["x"]}), sink, compression="none", use_dictionary=False, write_statistics=False)
+    data = sink.getvalue()
+    _, end = records._thrift(data, 4)
+    odd = bytes([0xC0 + 9, 0xF0 + kind]) + _varint(count) + b"\0"  # one more field of the header: a list
+    begun = time.process_time()
+    with pytest.raises(pa.ArrowInvalid):
+        parse_table(data[: end - 1] + odd + data[end:])
+    assert time.process_time() - begun < 1
+
+
+def test_a_table_whose_texts_are_not_utf8_is_refused_when_it_is_read() -> None:
+    odd = pa.StringArray.from_buffers(1, pa.py_buffer(b"\0\0\0\0\2\0\0\0"), pa.py_buffer(b"\xff\xfe"))
+    sink = io.BytesIO()
+    pq.write_table(pa.table({"a": odd}), sink)
+    with pytest.raises(pa.ArrowInvalid, match="UTF8"):
+        parse_table(sink.getvalue())
 
 
 @given(place=st.integers(0, 10**6), value=st.integers(0, 255))

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import math
 import os
 import re
 import signal
@@ -165,8 +166,27 @@ def test_every_format_says_the_same(tmp_path: Path, name: str, content: str | by
         ("train.csv", b"\xfe\xfd\x00", "line 1 is not UTF-8 text"),
         ("train.parquet", b"PAR1xxxx", "is not Parquet"),
         ("train.csv", 'path,label\n"a.mp4,x\nb.mp4,y', "line 2, cell 1: a quote is not closed in its line"),
+        ("train.csv", f"path,label\na.mp4,{'9' * 5000}", "line 2: label 9{40} has no name"),
+        ("train.csv", f"path,label\na.mp4,{'x' * 5000}", "line 2: the class 'x{40}' ... has 5,000 characters, at most"),
+        ("train.jsonl", '{"path": "a.mp4", "label": "x", "LABEL": "y"}', "line 1: two columns are called 'label'"),
+        (
+            "train.jsonl",
+            '{"path": "a.mp4", "label\\u200b": "x"}',
+            r"line 1: the column 'label\\u200b' holds characters",
+        ),
+        ("train.jsonl", '{"path": "a.mp4", "label": ["x", "y"]}', r"line 1: label is .*; expected text or a number"),
+        ("train.jsonl", '{"path": "a.mp4", "label": true}', "line 1: label is 'True'; expected text or a number"),
+        ("train.jsonl", '{"path": ["d.mp4"], "label": "x"}', r"line 1: path is .*; expected text or a number"),
+        ("train.parquet", parquet({"path": ["a.mp4"], "label": ["x"], "Label": ["y"]}), "two columns are called"),
+        ("train.parquet", parquet({"path": ["a.mp4"], "label": [b"x"]}), "column label is binary; expected text or"),
+        ("train.parquet", parquet({"path": ["a.mp4"], "label": [["x"]]}), "column label is list<.*; expected text or"),
+        (
+            "train.parquet",
+            parquet({"path": ["a.mp4"], "label": [math.nan]}),
+            "line 1: label is 'nan'; expected text or",
+        ),
     ],
-    ids=range(16),
+    ids=range(27),
 )
 def test_a_row_that_cannot_be_understood_is_an_error_by_line(
     tmp_path: Path, name: str, content: str | bytes, message: str
@@ -196,7 +216,16 @@ def test_label_names_come_in_lists_and_maps(tmp_path: Path, content: str) -> Non
 
 
 @pytest.mark.parametrize(
-    ("content", "message"), [("0 a\n0 b\n", "each number once"), ("", "is empty"), ("[1", "not JSON")]
+    ("content", "message"),
+    [
+        ("0 a\n0 b\n", "each number once"),
+        ("", "is empty"),
+        ("[1", "not JSON"),
+        ('{"\u00b2": "a"}', "each number once"),
+        (f'{{"{"1" * 5000}": "a"}}', "number '1{39} with name 'a'; expected each number once"),
+        (f"{'1' * 5000} a\n", "number '1{39} with name 'a'; expected each number once"),
+    ],
+    ids=range(6),
 )
 def test_label_names_that_cannot_be_used_are_refused(tmp_path: Path, content: str, message: str) -> None:
     (tmp_path / "names").write_text(content)
@@ -232,6 +261,17 @@ def test_splits_other_than_train_are_left_as_they_are_and_counted() -> None:
 def test_the_limit_counts_what_is_left_of_each_split() -> None:
     rows = [row("a"), row("a"), row("v_1_2"), row("v_3_4", "val"), row("b"), row("c"), row("w", "val"), row("x", "val")]
     assert verdicts_of(rows, limit=2) == ["", "duplicate", "leak", "", "", "beyond_limit", "", "beyond_limit"]
+
+
+def test_columns_that_are_not_asked_for_may_be_of_any_type(tmp_path: Path) -> None:
+    when = pa.array([0], pa.timestamp("us", tz="Nowhere/None"))
+    columns = {"path": ["a.mp4"], "label": pa.array(["x"]).dictionary_encode(), "when": when, "raw": [b"\xff"]}
+    (row,) = read(tmp_path, "train.parquet", parquet(columns))
+    assert row.label == "x"
+    with pytest.raises(
+        CatalogError, match=r"column label is timestamp\[us, tz=Nowhere/None\]; expected text or numbers"
+    ):
+        read(tmp_path, "train.parquet", parquet({"path": ["a.mp4"], "label": when}))
 
 
 def test_labels_that_are_numbers_are_sorted_as_numbers() -> None:

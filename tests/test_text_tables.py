@@ -98,6 +98,12 @@ def test_one_quote_loses_no_row(tmp_path: Path) -> None:
         (b"path,label\na.mp4,walk\nb.mp4,caf\xe9\n", r"line 3 is not UTF-8 text \(byte 0xe9\); save the file as UTF-8"),
         (b"path,label\rcaf\xe9.mp4,walk\r", r"line 2 is not UTF-8 text"),
         (b"\xff\xfep\0a\0t", "not UTF-16 text"),
+        ("path,\ufefflabel\na.mp4,walk\n".encode(), r"line 1: the column '\\ufefflabel' holds characters that do not"),
+        ("path,label\u200b\na.mp4,walk\n".encode(), r"line 1: the column 'label\\u200b' holds characters that do not"),
+        (
+            f"path,{'x' * 230}\na.mp4\n".encode(),
+            r"line 2: 1 cells are fewer than the 2 columns .path,x{192}\.\.\.\); put",
+        ),
         (b"path,label,Label\na.mp4,x,y\n", "line 1: two columns are called 'label'"),
         (b"path,label;split\na.mp4,x;y\n", "line 1: the column 'label;split' holds what may be meant to divide"),
         (b"sep=|\npath|label\n", r"line 1: cells divided by '\|' are not read"),

@@ -180,11 +180,22 @@ def test_a_training_says_what_its_epochs_were_spent_on(tmp_path: Path, capsys: p
 @pytest.mark.parametrize(
     ("line", "reason"),
     [
+        (
+            '{"epoch": 1, "time_s": 1e9, "epoch_s": 1, "train_s": 1e308, "decode_wait": 0}',
+            "train_s is 1e+308, expected seconds",
+        ),
+        (
+            '{"epoch": 1, "time_s": 1e9, "epoch_s": 1, "train_s": 1e9, "decode_wait": 1e300}',
+            "decode_wait of train_s is inf, expected seconds",
+        ),
         ('{"epoch": 1}', "KeyError('time_s')"),
-        ('{"epoch": 1, "time_s": 1e30, "epoch_s": 1, "train_s": 1, "decode_wait": 0}', "1e+30 is no time since 1970"),
+        (
+            '{"epoch": 1, "time_s": 1e30, "epoch_s": 1, "train_s": 1, "decode_wait": 0}',
+            "time_s is 1e+30, expected seconds",
+        ),
         (
             '{"epoch": 1, "time_s": 1e9, "epoch_s": 1e30, "train_s": 1, "decode_wait": 0}',
-            "-1e+30 is no time since 1970",
+            "time_s less epoch_s is -1e+30, expected seconds",
         ),
     ],
 )
@@ -199,6 +210,32 @@ def test_a_run_whose_metrics_are_damaged_is_refused(
     said = capsys.readouterr().err
     assert f"ChecksumMismatch: {out / 'metrics.jsonl'} does not hold what kinoray wrote: " in said
     assert reason in said
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"run_id": None},
+        {"run_id": [1]},
+        {"began": 5},
+        {"began": None},
+        {"began": "0001-01-01T00:00:00+00:00"},
+        {"wall_s": "x"},
+        {"wall_s": 1e300},
+    ],
+    ids=str,
+)
+def test_a_job_that_says_no_times_is_left_out_and_named(
+    labelled: Ledger, capsys: pytest.CaptureFixture[str], change: dict[str, object]
+) -> None:
+    bad = Path(labelled.root, "jobs", "bad.json")
+    bad.write_text(json.dumps({"run_id": "bbbb", "began": "2027-01-15T08:08:00+00:00", "wall_s": 9} | change))
+    assert main(["labels", labelled.root, "--summary"]) == 0
+    said = capsys.readouterr()
+    assert "2 min 10 s in all" in said.out
+    assert "no summary: it still runs, was killed, or failed" in said.out.split("run bbbb")[1]
+    (line,) = [line for line in said.err.splitlines() if line.startswith("WARNING")]
+    assert f"{bad} does not hold what kinoray wrote" in line
 
 
 def test_a_place_without_a_labelling_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -213,6 +213,7 @@ def _overview() -> str:
     return "\n".join(lines)
 
 
+_MAX_MESSAGE = 4000  # characters of its begin, and of its end
 _WITH_PRESETS = ("train", "tune")
 
 
@@ -296,6 +297,8 @@ def _known(name: str) -> str:
 
 def _fail(name: str, error: KinorayError, code: int) -> int:
     message = " ".join(str(error).split()).removeprefix(f"{name}: ")
+    if len(message) > 2 * _MAX_MESSAGE:  # names in it may be a stranger's
+        message = f"{message[:_MAX_MESSAGE]} ... {message[-_MAX_MESSAGE:]}"
     print(f"kinoray {console.visible(name)}: {type(error).__name__}: {message}", file=sys.stderr)
     return code
 

@@ -48,6 +48,7 @@ __all__ = [
 ]
 
 _HIDING = ("Cc", "Cf", "Cs", "Zl", "Zp")
+_MAX_SECONDS = 2**40
 _LINE_ENDS = re.compile("(\r?\n|\t)")
 _REDRAW_S = 0.2
 _BAR = 20  # characters
@@ -56,7 +57,9 @@ _SURE_COUNT = 5  # items before which a rate is an accident
 
 
 def format_duration(seconds: float) -> str:
-    """`42 s`, `3 min 05 s`, `2 h 10 min`."""
+    """`42 s`, `3 min 05 s`, `2 h 10 min`; `?` for what no clock has measured."""
+    if not abs(seconds) < _MAX_SECONDS:
+        return "?"
     whole = round(seconds)
     if whole < 60:
         return f"{whole} s"
@@ -76,7 +79,11 @@ def visible(text: object) -> str:
     found = str(text)
     if found.isprintable():
         return found
-    return "".join(char if unicodedata.category(char) not in _HIDING else f"\\u{ord(char):04x}" for char in found)
+    return "".join(f"\\u{ord(char):04x}" if _hides(char) else char for char in found)
+
+
+def _hides(char: str) -> bool:
+    return unicodedata.category(char) in _HIDING or char in "\ufffe\uffff"  # these two no XML may hold
 
 
 def shortened(text: str, most: int) -> str:

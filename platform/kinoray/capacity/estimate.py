@@ -98,6 +98,7 @@ class Rates:
         return cls(**values)
 
 
+_MOST = 1e12
 _MAY_BE_ZERO = frozenset({"model_cpu_s", "commit_s", "driver_s", "plan_s", "check_s"})
 
 
@@ -105,7 +106,7 @@ def _checked(value: object, name: str, kind: object, where: str) -> Any:
     found = f"rates: {where}: {name} must be"
     if kind is str:
         if not isinstance(value, str):
-            raise ConfigError(f"{found} text, got {value!r}; {_AGAIN}")
+            raise ConfigError(f"{found} text, got {value!r:.80}; {_AGAIN}")
         return value
     if value is None and kind == float | None:
         return None
@@ -113,9 +114,11 @@ def _checked(value: object, name: str, kind: object, where: str) -> Any:
     least = 0.0 if name in _MAY_BE_ZERO else 1e-12
     if not (is_number and value >= least):  # type: ignore[operator]
         words = "a number of at least 0" if name in _MAY_BE_ZERO else "a number greater than 0"
-        raise ConfigError(f"{found} {words}, got {value!r}; {_AGAIN}")
+        raise ConfigError(f"{found} {words}, got {value!r:.80}; {_AGAIN}")
+    if value > _MOST:  # type: ignore[operator]
+        raise ConfigError(f"{found} at most {_MOST:g}, got {value!r}; {_AGAIN}")
     if kind is int and not isinstance(value, int):
-        raise ConfigError(f"{found} a whole number, got {value!r}; {_AGAIN}")
+        raise ConfigError(f"{found} a whole number, got {value!r:.80}; {_AGAIN}")
     return value
 
 

@@ -16,13 +16,14 @@ from kinoray.catalog.kinetics import AnnotationRow, clip_key, key_of_name, windo
 from kinoray.catalog.source import (
     UNLABELLED_SPLITS,
     cells_of,
+    check_names,
     decode_text,
     parse_records,
     parse_table_text,
     text_lines,
     unquoted,
 )
-from kinoray.console import many
+from kinoray.console import many, shortened
 from kinoray.errors import CatalogError
 from kinoray.storage.objects import MAX_TABLE_BYTES, Storage, absolute
 from kinoray.storage.records import parse_json, parse_table
@@ -30,6 +31,8 @@ from kinoray.storage.records import parse_json, parse_table
 __all__ = ["read_annotations", "read_label_names"]
 
 _PATH_FIELDS = ("path", "video", "uri", "video_path")
+_FIELDS = ("youtube_id", *_PATH_FIELDS, "time_start", "time_end", "split", "label")
+_MAX_DIGITS = 18
 _REMEDY = (
     "expected label,youtube_id,time_start,time_end[,split] (Kinetics), path,label[,split], lines `path label`, JSON "
     "lines or Parquet with these fields"
@@ -82,12 +85,20 @@ def read_label_names(storage: Storage, uri: str) -> dict[int, str]:
         pairs = _numbered_lines(uri, text)
     names: dict[int, str] = {}
     for number, name in pairs:
-        if not str(number).isdigit() or not isinstance(name, str) or int(number) in names:
-            raise CatalogError(f"label_names {uri}: number {number!r} with name {name!r}; expected each number once")
-        names[int(number)] = class_name(name)
+        place = _number(str(number))
+        if place is None or not isinstance(name, str) or place in names:
+            raise CatalogError(
+                f"label_names {uri}: number {number!r:.40} with name {name!r:.80}; expected each number once"
+            )
+        names[place] = class_name(name, f"label_names {uri}")
     if not names:
         raise CatalogError(f"label_names {uri} is empty; expected one class name a line, in the order of their numbers")
     return names
+
+
+def _number(text: str) -> int | None:
+    """The number of a class."""
+    return int(text) if text.isascii() and text.isdigit() and len(text) <= _MAX_DIGITS else None
 
 
 def _numbered_lines(uri: str, text: str) -> list[tuple[Any, Any]]:
@@ -134,9 +145,22 @@ def _read_parquet(uri: str, data: bytes) -> Iterator[_Fields]:
         table = parse_table(data)
     except pa.ArrowException as error:
         raise CatalogError(f"{uri} is not Parquet: {' '.join(str(error).split())}") from error
+    check_names(uri, [name.lower() for name in table.schema.names])
+    table = table.select([name for name in table.schema.names if name.lower() in _FIELDS])
+    for field in table.schema:
+        if not _is_plain(field.type):
+            raise CatalogError(f"{uri}: column {field.name} is {field.type!s:.80}; expected text or numbers")
     names = [name.lower() for name in table.schema.names]
     for number, row in enumerate(zip(*(column.to_pylist() for column in table.columns), strict=True), 1):
         yield number, dict(zip(names, row, strict=True))
+
+
+def _is_plain(kind: pa.DataType) -> bool:
+    """Whether values of a type are text or numbers, or all null."""
+    if pa.types.is_dictionary(kind):
+        return _is_plain(kind.value_type)
+    is_text = pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
+    return bool(is_text or pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_null(kind))
 
 
 def _read_jsonl(uri: str, text: str) -> Iterator[_Fields]:
@@ -149,7 +173,9 @@ def _read_jsonl(uri: str, text: str) -> Iterator[_Fields]:
             raise CatalogError(f"{uri} line {number} is not JSON ({error}); expected one object a line") from error
         if not isinstance(found, dict):
             raise CatalogError(f"{uri} line {number}: expected an object, found {line.strip()[:60]!r}")
-        yield number, {str(key).lower(): value for key, value in found.items()}
+        names = [key.lower() for key in found]
+        check_names(f"{uri} line {number}", names)
+        yield number, dict(zip(names, found.values(), strict=True))
 
 
 def _read_table(uri: str, text: str) -> Iterator[_Fields]:
@@ -188,11 +214,11 @@ def _is_video(name: str) -> bool:
 def _row(uri: str, line: int, fields: Mapping[str, Any], label_names: Mapping[int, str]) -> AnnotationRow:
     where = f"{uri} line {line}"
     window = (_time(where, "time_start", fields), _time(where, "time_end", fields))
-    youtube_id = _text(fields, "youtube_id")
-    path = next((text for name in _PATH_FIELDS if (text := _text(fields, name))), "")
+    youtube_id = _text(where, "youtube_id", fields)
+    path = next((text for name in _PATH_FIELDS if (text := _text(where, name, fields))), "")
     if youtube_id:
         if window[0] is None or window[1] is None:
-            raise CatalogError(f"{where}: time_start and time_end are needed beside youtube_id {youtube_id!r}")
+            raise CatalogError(f"{where}: time_start and time_end are needed beside youtube_id {youtube_id!r:.80}")
         key = clip_key(youtube_id, window[0], window[1])
     elif path:
         key = key_of_name(path)
@@ -203,8 +229,8 @@ def _row(uri: str, line: int, fields: Mapping[str, Any], label_names: Mapping[in
     start, end = window
     if (start is None) != (end is None) or (start is not None and end is not None and not 0 <= start < end):
         raise CatalogError(f"{where}: time_start {start} and time_end {end}; expected 0 <= time_start < time_end")
-    split = _split(where, uri, _text(fields, "split"))
-    label = _label(where, _text(fields, "label"), label_names)
+    split = _split(where, uri, _text(where, "split", fields))
+    label = _label(where, _text(where, "label", fields), label_names)
     if label is None and split not in UNLABELLED_SPLITS:
         raise CatalogError(
             f"{where}: the label is empty; only the splits {', '.join(sorted(UNLABELLED_SPLITS))} may have none"
@@ -212,15 +238,18 @@ def _row(uri: str, line: int, fields: Mapping[str, Any], label_names: Mapping[in
     return AnnotationRow(uri, line, key, label, split, start, end)
 
 
-def _text(fields: Mapping[str, Any], name: str) -> str:
+def _text(where: str, name: str, fields: Mapping[str, Any]) -> str:
     value = fields.get(name)
+    is_odd = isinstance(value, bool) or not isinstance(value, str | int | float | None)
+    if is_odd or (isinstance(value, float) and not math.isfinite(value)):
+        raise CatalogError(f"{where}: {name} is {shortened(str(value), 80)!r}; expected text or a number")
     if isinstance(value, float) and value.is_integer():  # a column of whole numbers with gaps, written by pandas
         value = int(value)
     return "" if value is None else str(value).strip()
 
 
 def _time(where: str, name: str, fields: Mapping[str, Any]) -> float | None:
-    text = _text(fields, name)
+    text = _text(where, name, fields)
     if not text:
         return None
     try:
@@ -228,7 +257,7 @@ def _time(where: str, name: str, fields: Mapping[str, Any]) -> float | None:
     except ValueError:
         value = math.nan
     if not math.isfinite(value):
-        raise CatalogError(f"{where}: {name} is {text!r}; expected seconds, such as 10")
+        raise CatalogError(f"{where}: {name} is {text!r:.80}; expected seconds, such as 10")
     return value
 
 
@@ -249,9 +278,10 @@ def _label(where: str, text: str, label_names: Mapping[int, str]) -> str | None:
     if not text:
         return None
     if label_names and text.isascii() and text.isdigit():
-        if int(text) not in label_names:
+        number = _number(text)
+        if number is None or number not in label_names:
             raise CatalogError(
-                f"{where}: label {text} has no name; label_names names {many(len(label_names), 'class')}"
+                f"{where}: label {text:.40} has no name; label_names names {many(len(label_names), 'class')}"
             )
-        return label_names[int(text)]
-    return class_name(text)
+        return label_names[number]
+    return class_name(text, where)

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 
 from kinoray.console import many
+from kinoray.errors import CatalogError
 
 __all__ = [
     "HEAD_BYTES",
@@ -98,6 +99,7 @@ _PROBLEMS = {
     "UnusableName": "its name is not UTF-8; rename it",
 }
 _FEW_TO_VALIDATE = 10
+_MAX_CLASS = 2**12  # characters of a name, as in a checkpoint
 
 
 def extension(name: str) -> str:
@@ -170,8 +172,17 @@ def place_problem(error_class: str) -> str:
     return _PROBLEMS[error_class]
 
 
-def class_name(text: str) -> str:
-    """The name of a class in the form in which names are compared: `e` with an accent may be one character or two."""
+def class_name(text: str, where: str) -> str:
+    """The name of a class in the form in which names are compared: `e` with an accent may be one character or two.
+
+    Raises:
+        CatalogError: it is longer than any name: accents in a row take the square of their number.
+    """
+    if len(text) > _MAX_CLASS:
+        raise CatalogError(
+            f"{where}: the class {text[:40]!r} ... has {len(text):,} characters, at most {_MAX_CLASS:,} are read; "
+            "give it a shorter name"
+        )
     return unicodedata.normalize("NFC", text)
 
 
@@ -192,7 +203,7 @@ def places_in_folders(names: Sequence[str]) -> list[tuple[str, str | None] | str
         elif not is_text(name):
             places.append("UnusableName")
         else:
-            places.append((class_name(folders[0]), split))
+            places.append((class_name(folders[0], "a folder"), split))
     return places
 
 

@@ -176,8 +176,13 @@ def _first_of_each_key(rows: Sequence[AnnotationRow]) -> dict[str, int]:
 
 def _sorted_labels(labels: AbstractSet[str]) -> tuple[str, ...]:
     """By name; as numbers where all are numbers, so that 10 comes after 9."""
-    numbers = all(label.isascii() and label.isdigit() for label in labels)
-    return tuple(sorted(labels, key=lambda label: (int(label), label) if numbers else (0, label)))
+
+    def by_number(label: str) -> tuple[int, str, str]:  # of any length
+        digits = label.lstrip("0")
+        return len(digits), digits, label
+
+    are_numbers = all(label.isascii() and label.isdigit() for label in labels)
+    return tuple(sorted(labels, key=by_number if are_numbers else None))
 
 
 def judge_name(name: str, clips: Mapping[str, Wanted | str]) -> tuple[str, str, str]:

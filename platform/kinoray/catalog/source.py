@@ -28,7 +28,7 @@ from kinoray.catalog.folders import (
     split_named,
 )
 from kinoray.config.files import foreign, local_path, local_uri
-from kinoray.console import visible
+from kinoray.console import shortened, visible
 from kinoray.errors import (
     BadCredentials,
     CatalogError,
@@ -46,6 +46,7 @@ __all__ = [
     "SourceFile",
     "TextTable",
     "cells_of",
+    "check_names",
     "decode_text",
     "find_files",
     "parse_records",
@@ -61,6 +62,7 @@ _DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs"}
 _LINE_END = re.compile("\r\n|\n|\r")
 _UTF16 = (b"\xff\xfe", b"\xfe\xff")
 _SHOWN_CHARS = 80
+_SHOWN_NAMES = 200  # characters of the names of all columns
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,6 +146,7 @@ def parse_records(uri: str, lines: Sequence[str], start: int, names: Sequence[st
         CatalogError: a quote is not closed, or a line has more or fewer cells than there are names; with the line.
     """
     records = []
+    shown = shortened(",".join(names), _SHOWN_NAMES)
     for number, line in enumerate(lines[start:], start + 1):
         where = f"{uri} line {number}"
         cells = cells_of(where, line, delimiter)
@@ -156,7 +159,7 @@ def parse_records(uri: str, lines: Sequence[str], start: int, names: Sequence[st
         if len(cells) != len(names):
             more = "more" if len(cells) > len(names) else "fewer"
             raise CatalogError(
-                f"{where}: {len(cells)} cells are {more} than the {len(names)} columns ({','.join(names)}); put quotes "
+                f"{where}: {len(cells)} cells are {more} than the {len(names)} columns ({shown}); put quotes "
                 f"around a cell that holds {_DELIMITERS[delimiter]}, and leave no cell out"
             )
         records.append(Record(number, dict(zip(names, cells, strict=True))))
@@ -209,19 +212,33 @@ def _header(
             problem = problem or error
             continue
         if set(needed) & set(names):
-            _check_names(where, names, delimiter)
+            check_names(where, names)
+            _refuse_mixed(where, names, delimiter)
             return names, delimiter
     raise problem or CatalogError(f"{where}: {remedy}, found {head.strip()[:_SHOWN_CHARS]!r}")
 
 
-def _check_names(where: str, names: Sequence[str], delimiter: str) -> None:
-    twice = [name for name, count in Counter(names).items() if name and count > 1]
-    if twice:
-        raise CatalogError(f"{where}: two columns are called {twice[0]!r}; rename or remove one of them")
+def check_names(where: str, names: Sequence[str]) -> None:
+    """Refuse names of columns of which one would stand for another, or be taken for none since it looks like one.
+
+    Raises:
+        CatalogError: two are equal, or one holds characters that do not show.
+    """
+    if len(set(names)) < len(names):
+        twice = [name for name, count in Counter(names).items() if name and count > 1]
+        if twice:
+            raise CatalogError(f"{where}: two columns are called {twice[0]!r:.80}; rename or remove one of them")
+    hidden = [name for name in names if visible(name) != name]
+    if hidden:
+        raise CatalogError(f"{where}: the column {hidden[0]!a:.80} holds characters that do not show; rename it")
+
+
+def _refuse_mixed(where: str, names: Sequence[str], delimiter: str) -> None:
     mixed = [name for name in names for other in _DELIMITERS if other != delimiter and other in name]
     if mixed:
         raise CatalogError(
-            f"{where}: the column {mixed[0]!r} holds what may be meant to divide columns; divide all of them by commas"
+            f"{where}: the column {mixed[0]!r:.80} holds what may be meant to divide columns; divide all of them by "
+            "commas"
         )
 
 
@@ -230,6 +247,7 @@ _STAT_THREADS = 16
 _MAX_LOOKS = 400  # at files of one ending
 _MAX_ENDINGS = 20  # that are looked at by themselves: digests behind a dot are no endings
 _MAX_ID_BYTES = 180  # leaves room for an extension in the 255 bytes of a file name
+_MAX_ID_CHARS = 1024  # that are looked at for it, and become more than those bytes: accents in a row take long
 _DIGEST_CHARS = (0, 10, 64)  # of a name's SHA-256 in its video_id: none, enough against chance, enough against intent
 UNLABELLED_SPLITS = frozenset({"test", "holdout", "unlabelled"})
 """Splits whose videos may have no label."""
@@ -362,7 +380,7 @@ def unique_ids(names: Sequence[str]) -> list[str]:
 def _sanitise(name: str) -> str:
     folder, slash, base = name.rpartition("/")
     stem = base.rpartition(".")[0] or base
-    text = unicodedata.normalize("NFC", f"{folder}{slash}{stem}")
+    text = unicodedata.normalize("NFC", f"{folder}{slash}{stem}"[:_MAX_ID_CHARS])
     return re.sub(r"[^\w-]", "_", text.replace("/", "__"))
 
 
@@ -396,7 +414,7 @@ def _read_csv(storage: Storage, source: str) -> list[SourceFile]:
             name=name,
             uri=_uri_of(folder, name),
             size_bytes=0,
-            label=class_name(record.cells.get("label", "").strip()) or None,
+            label=class_name(record.cells.get("label", "").strip(), where) or None,
             split=split_named(split) or split if split else None,
         )
         if file.uri in files:

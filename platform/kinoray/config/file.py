@@ -104,7 +104,7 @@ class _Dumper(yaml.SafeDumper):
 
 for _side in (_Loader, _Dumper):  # 1e-3 is a number, as in JSON and YAML 1.2; PyYAML's YAML 1.1 wants 1.0e-3
     _side.add_implicit_resolver(
-        "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$", re.ASCII), list("-+.0123456789")
+        "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$", re.ASCII), list("-+.0123456789")
     )
 
 
@@ -119,8 +119,10 @@ def parse_yaml(text: str, what: str) -> Any:
             raise ValueError(f"it has {len(text)} characters, at most {MAX_CHARS} are read")
         value = yaml.load(text, _Loader)
         _check(value)
-    except (yaml.YAMLError, ValueError, OverflowError, TypeError) as error:
+    except (yaml.YAMLError, ValueError, OverflowError, TypeError, LookupError, AttributeError) as error:
         reason = " ".join(str(error).split()).replace(' in "<unicode string>", line', ", line")
+        if isinstance(error, LookupError | AttributeError):  # what PyYAML makes of `!!bool maybe`
+            reason = "a value is not what its tag (!!bool and the like) says; leave the tag out"
         raise ConfigError(f"{what} is not YAML that can be read here: {reason:.300}") from error
     return value
 

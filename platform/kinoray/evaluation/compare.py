@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kinoray.catalog.table import references
+from kinoray.catalog.table import lies_inside, references
 from kinoray.console import many
 from kinoray.errors import CatalogError
 from kinoray.evaluation.config import CompareConfig
@@ -435,9 +435,18 @@ def _render(config: CompareConfig, a: Evaluation, comparison: Comparison, storag
 
 
 def _strips(storage: Storage, a: Evaluation, flips: Sequence[Flip], num_frames: int) -> dict[int, Strip]:
-    """Contact strips by row of A's catalog, read in the catalog's order."""
+    """Contact strips by row of A's catalog, read in the catalog's order.
+
+    A catalog that the user did not name may refer to anything: of it only what lies in its folder is read.
+    """
     rows = sorted(flip.row for flip in flips)
     if not num_frames or not rows:
         return {}
-    places = references(a.catalog.table.take(rows))
-    return dict(zip(rows, contact_strips(storage, places, num_frames), strict=True))
+    places = dict(zip(rows, references(a.catalog.table.take(rows)), strict=True))
+    root = a.catalog_found_in
+    inside = {row: place for row, place in places.items() if not root or lies_inside(root, place.uri)}
+    outside = f"lies outside of {root}, the folder of a catalog that nobody named; --catalog names it"
+    return {
+        **{row: Strip((), outside) for row in places},
+        **dict(zip(inside, contact_strips(storage, list(inside.values()), num_frames), strict=True)),
+    }

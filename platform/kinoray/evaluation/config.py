@@ -100,7 +100,8 @@ class CompareConfig(StoreConfig):
     out: str = "compare.html"
     """The page (a file or an s3:// object)."""
     catalog: str = ""
-    """Where the catalog of both is. Default: where each was when it was evaluated."""
+    """Where the catalog of both is. Default: where each was when it was evaluated, if that is a pack or a .parquet on
+    this machine or in the bucket of the evaluation; frames are then shown of videos in its folder."""
     frames_per_video: int = 4
     """Frames in each contact strip; 0 for none."""
 

@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from kinoray.catalog.table import Catalog, catalog_of_source
+from kinoray.catalog.table import Catalog, catalog_of_source, load_catalog
 from kinoray.config.file import config_from_mapping
 from kinoray.console import many, table, visible
 from kinoray.errors import CatalogError, CheckpointMismatch, ConfigError, IncompleteOutput, ObjectNotFound
@@ -30,7 +30,7 @@ from kinoray.evaluation.metrics import (
     wilson_interval,
 )
 from kinoray.label.ledger import Ledger
-from kinoray.storage.objects import Storage, absolute, join
+from kinoray.storage.objects import Storage, absolute, is_s3, join
 from kinoray.storage.records import is_name, parse_json
 
 __all__ = [
@@ -313,6 +313,8 @@ class Evaluation:
     record: EvaluationRecord
     catalog: Catalog
     """The videos of the split."""
+    catalog_found_in: str
+    """The folder of the catalog; empty where the user named it, who then knows what it refers to."""
     answers: Answers
     predictions: pa.Table
     """The rows: ANSWER_COLUMNS and what was asked for besides."""
@@ -326,15 +328,18 @@ class Evaluation:
 def read_evaluation(storage: Storage, uri: str, *, catalog: str = "", columns: tuple[str, ...] = ()) -> Evaluation:
     """What `evaluate` wrote.
 
+    The record may be a stranger's: its predictions lie beside it, wherever it says that they are, and of the catalog
+    it can only say where a pack or a .parquet is, on this machine or in its own bucket.
+
     Args:
         uri: its --out, the folder of one of its labellings, or an evaluation.json.
-        catalog: where the catalog is now, if it was moved.
+        catalog: where the catalog is, if it was moved, or is none that a record may name.
         columns: of the predictions, besides ANSWER_COLUMNS.
 
     Raises:
         ObjectNotFound: nothing was evaluated there, or the catalog is gone.
         ConfigError: the file is no evaluation, or of an older kinoray.
-        CatalogError: the catalog is not the one that was evaluated.
+        CatalogError: the catalog is not the one that was evaluated, or must be named.
         IncompleteOutput: the predictions are gone or unfinished.
     """
     uri = absolute(uri).rstrip("/")
@@ -344,13 +349,12 @@ def read_evaluation(storage: Storage, uri: str, *, catalog: str = "", columns: t
     except ObjectNotFound:
         raise ObjectNotFound(f"there is no {file}; expected the --out of `kinoray evaluate`") from None
     record = EvaluationRecord.from_json(data, file)
-    videos = _catalog(storage, uri, record.origin, catalog)
-    root = record.origin.predictions
-    beside = uri.rpartition("/")[0] if uri.endswith(".json") else uri
-    name = root.rpartition("/")[2]
-    for moved in (beside, *([join(beside, name)] if is_name(name) else [])):
-        if not storage.exists(join(root, "job.json")) and storage.exists(join(moved, "job.json")):
-            root = moved
+    beside = file.rpartition("/")[0]
+    source = absolute(catalog) if catalog else _recorded_catalog(storage, uri, beside, record.origin.catalog)
+    videos = _catalog(storage, uri, record.origin, source, is_named=bool(catalog))
+    name = record.origin.predictions.rpartition("/")[2]
+    roots = [beside, *([join(beside, name)] if is_name(name) else [])]
+    root = next((root for root in roots if storage.exists(join(root, "job.json"))), roots[-1])
     ledger = Ledger(storage, root)
     plans = [plan for plan in ledger.plans() if plan.catalog_digest == videos.digest]
     if not plans:
@@ -360,17 +364,34 @@ def read_evaluation(storage: Storage, uri: str, *, catalog: str = "", columns: t
         uri=uri,
         record=record,
         catalog=videos,
+        catalog_found_in="" if catalog else source.rpartition("/")[0] if source.endswith(".parquet") else source,
         answers=join_answers(videos, true_classes(videos, record.labels), predictions, len(record.labels)),
         predictions=predictions,
     )
 
 
-def _catalog(storage: Storage, uri: str, origin: Origin, named: str) -> Catalog:
-    source = absolute(named or origin.catalog)
+def _recorded_catalog(storage: Storage, uri: str, beside: str, said: str) -> str:
+    """What the record in folder `beside` may mean by `said`: what lies beside it by that name, or that itself."""
+    said = absolute(said).rstrip("/")
+    name = said.rpartition("/")[2]
+    near = join(beside, name)
+    if is_name(name) and storage.exists(near if near.endswith(".parquet") else join(near, "catalog.parquet")):
+        return near
+    if is_s3(said) and not (is_s3(beside) and said.split("/")[2] == beside.split("/")[2]):
+        raise CatalogError(
+            f"{uri} says that its catalog is {said}, and nothing else says so; if you trust it, name it: "
+            f"--catalog {said}"
+        )
+    return said
+
+
+def _catalog(storage: Storage, uri: str, origin: Origin, source: str, *, is_named: bool) -> Catalog:
     try:
-        videos = catalog_of_source(storage, source).select(origin.split)
+        videos = (catalog_of_source if is_named else load_catalog)(storage, source).select(origin.split)
     except ObjectNotFound as error:
-        raise ObjectNotFound(f"{uri}: its catalog is gone ({error}); name where it is now (--catalog)") from error
+        raise ObjectNotFound(
+            f"{uri}: its catalog is gone ({error}), or is a list or folder of videos; name where it is (--catalog)"
+        ) from error
     if videos.digest != origin.catalog_digest:
         raise CatalogError(
             f"{uri} was made with another catalog ({origin.catalog_digest}) than {source} holds now "

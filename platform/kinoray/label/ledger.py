@@ -33,6 +33,7 @@ from kinoray.label.unit import (
     PREDICTION_SCHEMA,
     WINDOW_SCHEMA,
     Commit,
+    JobEnd,
     JobRecord,
     Plan,
     Times,
@@ -158,9 +159,20 @@ class Ledger:
         with self._refused(uri, unit_id):
             return _of_unit(parse_commit(tail), unit_id)
 
-    def jobs(self) -> list[dict[str, Any]]:
-        """What each job that came to its end wrote with `summarize`."""
-        return list(_in_threads(self._read_json, [info.uri for info in self.storage.list(self._uri("jobs") + "/")]))
+    def jobs(self, say: Callable[[str], None]) -> list[JobEnd]:
+        """What each job that came to its end wrote with `summarize`; `say` is told of files that say something else."""
+
+        def read(uri: str) -> JobEnd | str:
+            try:
+                return self._read(uri, JobEnd.from_record)
+            except ChecksumMismatch as error:
+                return str(error)
+
+        found = list(_in_threads(read, [info.uri for info in self.storage.list(self._uri("jobs") + "/")]))
+        for problem in found:
+            if isinstance(problem, str):
+                say(problem)
+        return [job for job in found if isinstance(job, JobEnd)]
 
     def commit(
         self, unit: Unit, rows: pa.Table, run_id: str, windows: pa.Table | None = None, times: Times | None = None
@@ -339,9 +351,6 @@ class Ledger:
 
     def _windows_uri(self, unit_id: str, sha256: str) -> str:
         return self._uri("windows", f"{unit_id}-{sha256[:16]}{_SUFFIX}")
-
-    def _read_json(self, uri: str) -> dict[str, Any]:
-        return self._read(uri, dict)
 
     def _read_plan(self, uri: str) -> Plan:
         plan = self._read(uri, Plan.from_record, _MAX_PLAN_BYTES)

@@ -12,9 +12,10 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
+from kinoray.catalog.source import warn
 from kinoray.console import format_duration, many, visible
 from kinoray.label.ledger import Ledger, find_labellings
-from kinoray.label.unit import Commit
+from kinoray.label.unit import Commit, JobEnd
 from kinoray.storage.objects import Storage, absolute
 
 __all__ = ["Span", "bar_line", "clock", "covered_s", "label_spans", "summarise", "trace_events"]
@@ -119,7 +120,7 @@ def label_spans(commits: Sequence[Commit]) -> list[Span]:
 
 def _labelling(ledger: Ledger) -> list[Span]:
     commits = list(ledger.commits())
-    jobs = {job["run_id"]: job for job in ledger.jobs()}
+    jobs = {job.run_id: job for job in ledger.jobs(warn)}
     spans = label_spans(commits)
     rows = sum(commit.rows for commit in commits)
     print(f"{ledger.root}: {many(rows, 'video')} in {many(len(commits), 'unit')}")
@@ -129,13 +130,13 @@ def _labelling(ledger: Ledger) -> list[Span]:
     for span in spans:
         of_run[span.about["run"]].append(span)
     for run_id, found in sorted(of_run.items(), key=lambda item: item[1][0].begin_s):
-        is_old = any(_moment(job["began"]) > found[-1].begin_s for job in jobs.values())
+        is_old = any(job.began_s > found[-1].begin_s for job in jobs.values())
         for line in _run_lines(run_id, found, jobs.get(run_id), is_old=is_old):
             print(visible(line))
     return spans
 
 
-def _run_lines(run_id: str, spans: list[Span], job: dict[str, Any] | None, *, is_old: bool) -> list[str]:
+def _run_lines(run_id: str, spans: list[Span], job: JobEnd | None, *, is_old: bool) -> list[str]:
     """What is said of one run of a labelling; is_old: a later one has ended."""
     workers = sorted({span.worker for span in spans})
     nodes = {worker.rpartition("/")[0] for worker in workers}
@@ -153,7 +154,8 @@ def _run_lines(run_id: str, spans: list[Span], job: dict[str, Any] | None, *, is
         why = "it was killed, or failed" if is_old else "it still runs, was killed, or failed"
         lines.append(f"  it has no summary: {why}")
     else:
-        lines.append(f"  {format_duration(job['wall_s'])} in all; its first unit began {_after(job, first_s)}")
+        after = format_duration(max(0.0, first_s - job.began_s))
+        lines.append(f"  {format_duration(job.wall_s)} in all; its first unit began {after} after the job")
     lines.append(f"  of {len(workers)} x {format_duration(last_s - first_s)} from the first unit to the last:")
     lines += [bar_line(f"{stage}", waited[stage], whole_s) for stage in _STAGES]
     lines.append(bar_line("other (start-up, rows)", max(0.0, busy_s - sum(waited.values())), whole_s))
@@ -164,11 +166,3 @@ def _run_lines(run_id: str, spans: list[Span], job: dict[str, Any] | None, *, is
         share = span.parts[stage] / span.seconds if span.seconds > 0 else 0.0
         lines.append(f"    {span.about['unit']}  {span.seconds:.1f} s, {share:.0%} of it {stage}, on {span.worker}")
     return lines
-
-
-def _after(job: dict[str, Any], first_s: float) -> str:
-    return f"{format_duration(max(0.0, first_s - _moment(job['began'])))} after the job"
-
-
-def _moment(text: str) -> float:
-    return datetime.fromisoformat(text).timestamp()

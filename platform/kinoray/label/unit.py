@@ -20,6 +20,7 @@ import json
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from datetime import datetime
 from itertools import chain
 from operator import eq
 from typing import Any
@@ -31,7 +32,7 @@ import pyarrow.parquet as pq
 from kinoray.config.scoring import ScoreKind, WindowsConfig
 from kinoray.config.shared import ModelConfig, digest
 from kinoray.errors import CatalogError
-from kinoray.storage.records import as_name, parse_json, parse_table, record_of
+from kinoray.storage.records import as_name, as_seconds, parse_json, parse_table, record_of
 
 __all__ = [
     "PLACE",
@@ -39,6 +40,7 @@ __all__ = [
     "STATUSES",
     "WINDOW_SCHEMA",
     "Commit",
+    "JobEnd",
     "JobRecord",
     "Plan",
     "Times",
@@ -287,6 +289,26 @@ class JobRecord:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class JobEnd:
+    """What a file in jobs/ says of a job that came to its end; the rest of it is for people."""
+
+    run_id: str
+    began_s: float
+    """In seconds since 1970."""
+    wall_s: float
+    """How long it took."""
+
+    @classmethod
+    def from_record(cls, record: dict[str, Any]) -> "JobEnd":
+        """Of the file's JSON. Raises what parse_record takes for damage."""
+        return cls(
+            run_id=as_name(record["run_id"], "run_id"),
+            began_s=as_seconds(datetime.fromisoformat(record["began"]).timestamp(), "began"),
+            wall_s=as_seconds(record["wall_s"], "wall_s"),
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Times:
     """When a unit was labelled, where, and what the worker waited for. Its commit ends it, so that is not in it."""
 
@@ -377,6 +399,8 @@ def parse_commit(data: bytes) -> Commit:
         raise ValueError(f"its counts are {commit.counts!s:.80}")
     if commit.windows is not None:
         as_name(commit.windows, "windows")  # it is in the name of a file
+    for name in ("begin_s", "end_s", "store", "decode", "model") if commit.times else ():
+        as_seconds(getattr(commit.times, name), name)
     return commit
 
 

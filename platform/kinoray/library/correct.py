@@ -32,6 +32,8 @@ from kinoray.storage.outputs import require_folder
 __all__ = ["Correction", "correct", "read_corrections"]
 
 _COLUMNS = ("video_id", "uri", "offset", "length", "row_key", "status", "label", "score")
+_NUMBER = re.compile(r"\s*[-+]?(\d+(\.\d*)?|\.\d+)(e[-+]?\d+)?\s*", re.ASCII | re.IGNORECASE)
+_MAX_NUMBER = 40  # characters
 _Row = dict[str, Any]
 
 
@@ -133,21 +135,23 @@ class _Classes:
 
     def __init__(self, labels: Sequence[str]) -> None:
         self.labels = labels
-        self._exact = {class_name(label): label for label in (*labels, BAD_VIDEO)}
+        self._exact = {class_name(label, "the classes"): label for label in (*labels, BAD_VIDEO)}
 
-    def find(self, cell: str) -> str | None:
-        """The class, or BAD_VIDEO; None if there is none."""
-        for text in map(class_name, (cell, undefused(cell), undefused(cell).strip())):  # a quote sign defuses formulas
-            if text in self._exact:
-                return self._exact[text]
-        number = _as_number(class_name(cell.strip()))
+    def find(self, cell: str, where: str) -> str | None:
+        """The class, or BAD_VIDEO; None if there is none. `where` it stands, for messages."""
+        for text in (cell, undefused(cell), undefused(cell).strip()):  # a quote sign defuses formulas
+            name = class_name(text, where)
+            if name in self._exact:
+                return self._exact[name]
+        number = _as_number(cell.strip())
         alike = [label for name, label in self._exact.items() if _as_number(name) == number]
         return alike[0] if len(alike) == 1 else None
 
 
 def _as_number(text: str) -> str | float:
     """A text as a spreadsheet has it: `007` is the number 7."""
-    return float(text) if re.fullmatch(r"\s*[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?\s*", text, re.ASCII | re.I) else text
+    is_number = len(text) <= _MAX_NUMBER and _NUMBER.fullmatch(text)
+    return float(text) if is_number else text
 
 
 def _bare(row_key: str) -> str:
@@ -173,11 +177,11 @@ def _correction(uri: str, number: int, line: Mapping[str, str], classes: _Classe
     row_key, label = line["row_key"].strip(), line["label"]
     if not row_key:
         raise CatalogError(f"{where}, column row_key: it is empty; it must name a row of the predictions")
-    found = classes.find(label)
+    found = classes.find(label, f"{where}, column label")
     if found is None:
         some = ", ".join(sorted(classes.labels)[:20])
         raise CatalogError(
-            f"{where}, column label: there is no class {label!r}; there are {some}"
+            f"{where}, column label: there is no class {label!r:.80}; there are {some}"
             f"{' ...' if len(classes.labels) > 20 else ''}, and {BAD_VIDEO} to leave a video out; "
             "--new-classes adds one"
         )

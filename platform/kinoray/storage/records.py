@@ -24,6 +24,7 @@ from kinoray.storage.objects import MAX_RECORD_BYTES, Storage
 __all__ = [
     "MAX_RECORD_BYTES",
     "as_name",
+    "as_seconds",
     "is_name",
     "parse_json",
     "parse_lines",
@@ -39,6 +40,7 @@ _MAX_DEPTH = 64  # lists and objects inside each other; ours have five
 _MAX_CONTAINERS = 4_000_000  # each takes 60 to 200 bytes of memory, and may be two bytes of text
 _TABLE_BYTES = 2**28
 _TABLE_EXPANSION = 1024  # a table of 100 million names in a row, of 2 bytes each in the file, is 200 times as large
+_MAX_SECONDS = 2**35  # a thousand years
 _NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,199}")
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
@@ -169,6 +171,13 @@ def as_name(text: object, what: str) -> str:
     return str(text)
 
 
+def as_seconds(value: object, what: str) -> float:
+    """A length of time, or a time since 1970 that a calendar has; else a ValueError that calls it `what`."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < _MAX_SECONDS:
+        raise ValueError(f"{what} is {value!r:.40}, expected seconds, 0 to {_MAX_SECONDS:,}")
+    return float(value)
+
+
 def parse_table(data: bytes, columns: Sequence[str] | None = None) -> pa.Table:
     """The table in the bytes of a Parquet file, with these columns only; pages are compared with their checksums.
 
@@ -185,7 +194,9 @@ def parse_table(data: bytes, columns: Sequence[str] | None = None) -> pa.Table:
             if _is_foreign(field.type):
                 raise pa.ArrowInvalid(f"column {field.name} has the type {field.type}, whose values are not plain data")
         _check_size(data, columns)
-        return file.read(columns=None if columns is None else list(columns))
+        table = file.read(columns=None if columns is None else list(columns))
+        table.validate(full=True)  # texts that are not UTF-8, too
+        return table
     except (OSError, ValueError, LookupError, TypeError, AttributeError, pa.ArrowException) as error:
         # ArrowInvalid is a ValueError; the others: a part of it is cut, or is something else than it should be
         raise pa.ArrowInvalid(" ".join(str(error).split())) from error
@@ -300,7 +311,7 @@ def _thrift_value(data: bytes, at: int, kind: int, depth: int) -> tuple[Any, int
         return data[at], at + 1
     if kind in (4, 5, 6):
         return _zigzag(data, at)
-    if kind == 7:
+    if kind == 7 and at + 8 <= len(data):
         return None, at + 8  # a number with a point: none is asked for
     if kind == 8:
         length, at = _varint(data, at)
@@ -310,6 +321,8 @@ def _thrift_value(data: bytes, at: int, kind: int, depth: int) -> tuple[Any, int
         at += 1
         if count == 15:
             count, at = _varint(data, at)
+        if count > len(data) - at:  # each value takes a byte at least
+            raise ValueError("a list in it ends behind the file")
         values = []
         for _ in range(count):
             value, at = _thrift_value(data, at, inner, depth + 1)

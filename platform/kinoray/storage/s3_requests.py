@@ -331,7 +331,7 @@ class _Read:
         An answer that stops early although the object does not is taken; its rest is asked for next.
         """
         last = self._offset + (self._length or 0) - 1
-        match = re.fullmatch(r"bytes (\d+)-(\d+)/(\d+|\*)", content_range)
+        match = re.fullmatch(r"bytes (\d{1,20})-(\d{1,20})/(\d{1,20}|\*)", content_range)
         if match is None or int(match[1]) != first or int(match[2]) > last:
             raise StorageError(
                 f"{self._uri}: bytes {first} .. {last} were asked for, the server answered {content_range!r}; "

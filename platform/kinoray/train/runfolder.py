@@ -40,7 +40,7 @@ from kinoray.storage.objects import Storage, join
 from kinoray.storage.records import parse_json, parse_record
 from kinoray.train.config import TrainConfig
 
-__all__ = ["EpochRow", "RunFolder", "StepRow", "run_digest", "run_settings", "stopped_early"]
+__all__ = ["EpochRow", "RunFolder", "StepRow", "numbers", "run_digest", "run_settings", "stopped_early"]
 
 Row = TypeVar("Row", "EpochRow", "StepRow")
 _CHECKPOINT_NAME = re.compile(r"epoch-\d+-step-\d+")
@@ -202,7 +202,7 @@ class RunFolder:
             data = self.storage.read(uri)
         except ObjectNotFound:
             return []
-        return _parse(data, uri, lambda record: EpochRow(**_numbers(record)))
+        return _parse(data, uri, lambda record: EpochRow(**numbers(record)))
 
     def write_epoch(self, row: EpochRow) -> None:
         """Append an epoch. Rows of this and later epochs, from a try that failed after them, are dropped."""
@@ -214,7 +214,7 @@ class RunFolder:
         found: list[StepRow] = []
         for uri in sorted(info.uri for info in self.storage.list(join(self.uri, "losses") + "/")):
             data = self.storage.read(uri)
-            found += _parse(data, uri, lambda record: StepRow(**_numbers(record)))
+            found += _parse(data, uri, lambda record: StepRow(**numbers(record)))
         return found
 
     def write_steps(self, epoch: int, rows: Sequence[StepRow]) -> None:
@@ -340,7 +340,8 @@ def _parse(data: bytes, uri: str, make: Callable[[dict[str, Any]], Row]) -> list
     ]
 
 
-def _numbers(record: dict[str, Any]) -> dict[str, Any]:
+def numbers(record: dict[str, Any]) -> dict[str, Any]:
+    """A row of ours, all of whose values are numbers. Raises TypeError where one is not."""
     for name, value in record.items():
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise TypeError(f"{name} is no number")

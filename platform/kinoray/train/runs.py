@@ -21,8 +21,9 @@ from kinoray.console import format_duration, many, shortened, table, visible
 from kinoray.errors import ChecksumMismatch, KinorayError, ObjectNotFound, StorageError, StorageUnavailable
 from kinoray.label.summary import Span, bar_line, clock, covered_s
 from kinoray.storage.objects import Storage, absolute, is_s3, join
-from kinoray.storage.records import parse_json, parse_lines, read_record
+from kinoray.storage.records import as_seconds, parse_json, parse_lines, read_record
 from kinoray.train.config import RunsConfig
+from kinoray.train.runfolder import numbers
 
 __all__ = ["Heartbeat", "RunSummary", "State", "find_runs", "runs", "train_spans"]
 
@@ -31,7 +32,7 @@ _STATUS_FILE = "status.json"
 _SILENT_S = 4 * _BEAT_S  # a store that fails for a minute is no dead driver
 _READERS = 16  # requests at a time
 _MAX_CELL = 44
-_MAX_MOMENT_S = 2**35  # a thousand years after 1970
+_MAX_ERROR = 2000
 _HASTE_S = 5.0  # for a word that is said again soon, or that must not hold up the news that the store is down
 
 _SILENT = (
@@ -125,12 +126,12 @@ def _summary(storage: Storage, uri: str, files: dict[str, float], now_s: float) 
         if join(uri, "run.json") not in files:
             return _unbegun(storage, run)
         settings = read_record(storage, join(uri, "run.json"), dict)["settings"]
-        run = replace(run, epochs=int(settings["optim.epochs"]), model=_model(settings))
+        run = replace(run, epochs=_count(settings["optim.epochs"]), model=_model(settings))
         run = _with_progress(run, _lines(storage, join(uri, "metrics.jsonl")))
         said = "running"
         for status in _lines(storage, join(uri, _STATUS_FILE)):
             said = status["state"]
-            run = replace(run, started_s=_moment(status["started_s"]), error=str(status["error"]))
+            run = replace(run, started_s=as_seconds(status["started_s"], "started_s"), error=str(status["error"]))
         run = replace(run, state=_state(said, run))
         return replace(run, error=_SILENT) if (run.state, said) == ("stopped", "running") else run
     except KinorayError as error:
@@ -165,12 +166,10 @@ def _lines(storage: Storage, uri: str) -> list[dict[str, Any]]:
         return []
 
 
-def _moment(value: Any) -> float:
-    """A time that a calendar has."""
-    moment_s = float(value)
-    if not 0 <= moment_s < _MAX_MOMENT_S:
-        raise ValueError(f"{value!r:.40} is no time since 1970")
-    return moment_s
+def _count(value: object) -> int:
+    if type(value) is not int or value < 0:
+        raise ValueError(f"{value!r:.40} is no number of epochs")
+    return value
 
 
 def _model(settings: dict[str, Any]) -> str:
@@ -182,6 +181,7 @@ def _model(settings: dict[str, Any]) -> str:
 
 def _with_progress(run: RunSummary, rows: Sequence[dict[str, Any]]) -> RunSummary:
     """With the epochs done and the best metric, by these rows of metrics.jsonl; of equal ones the newest."""
+    rows = [numbers(row) for row in rows]
     run = replace(run, epochs_done=len(rows))
     scored = [row for row in rows if "val_top1" in row]
     losses = [row for row in rows if "loss" in row]
@@ -193,7 +193,7 @@ def _with_progress(run: RunSummary, rows: Sequence[dict[str, Any]]) -> RunSummar
         best = min(losses, key=lambda row: (row[name], -row["epoch"]))
     else:
         return run
-    return replace(run, best=name, best_value=float(best[name]), best_epoch=int(best["epoch"]))
+    return replace(run, best=name, best_value=float(best[name]), best_epoch=_count(best["epoch"]))
 
 
 def _table(found: Sequence[RunSummary], prefix: str) -> str:
@@ -212,7 +212,9 @@ def _table(found: Sequence[RunSummary], prefix: str) -> str:
         for name, run in zip(names, found, strict=True)
     ]
     lines = table(rows, head=head, right=(2,))
-    problems = [f"{name}: {run.error}" for name, run in zip(names, found, strict=True) if run.error]
+    problems = [
+        f"{name}: {shortened(run.error, _MAX_ERROR)}" for name, run in zip(names, found, strict=True) if run.error
+    ]
     if problems:
         lines += ["", *map(visible, problems)]
     return "\n".join(lines)
@@ -222,7 +224,8 @@ def _best(run: RunSummary) -> str:
     if run.best_value is None:
         return ""
     name = {"val_top1": "val top-1", "loss": "loss"}[run.best]
-    return f"{name} {run.best_value:.3f} (epoch {run.best_epoch})"
+    value = f"{run.best_value:.3f}" if abs(run.best_value) < 1e6 else f"{run.best_value:.3g}"
+    return f"{name} {value} (epoch {run.best_epoch})"
 
 
 def _status(run: RunSummary) -> str:
@@ -240,7 +243,7 @@ def train_spans(storage: Storage, out: str) -> list[Span]:
     spans: list[Span] = []
     try:
         for row in _lines(storage, uri):
-            spans += _epoch_spans(row)
+            spans += _epoch_spans(numbers(row))
     except (ValueError, KeyError, TypeError) as error:
         raise ChecksumMismatch(f"{uri} does not hold what kinoray wrote: {error!r}") from error
     return spans
@@ -248,15 +251,16 @@ def train_spans(storage: Storage, out: str) -> list[Span]:
 
 def _epoch_spans(row: dict[str, Any]) -> list[Span]:
     name = f"epoch {row['epoch']}"
-    end_s = _moment(row["time_s"])
-    begin_s = _moment(end_s - row["epoch_s"])
-    trained_s = begin_s + row["train_s"]
+    end_s = as_seconds(row["time_s"], "time_s")
+    begin_s = as_seconds(end_s - row["epoch_s"], "time_s less epoch_s")
+    train_s = as_seconds(row["train_s"], "train_s")
+    trained_s = begin_s + train_s
     training = Span(
         name=name,
         worker="training",
         begin_s=begin_s,
         end_s=trained_s,
-        parts={"waiting for decoders": row["decode_wait"] * row["train_s"]},
+        parts={"waiting for decoders": as_seconds(row["decode_wait"] * train_s, "decode_wait of train_s")},
         about=row,
     )
     if "val_videos" not in row:
@@ -328,7 +332,7 @@ class Heartbeat:
     def _first_start(self) -> float:
         """When a run that is resumed was started first."""
         try:
-            return float(parse_json(self._storage.read(self._uri))["started_s"])
+            return as_seconds(parse_json(self._storage.read(self._uri))["started_s"], "started_s")
         except ObjectNotFound:
             return time.time()
         except (ValueError, KeyError, TypeError) as error:
