@@ -125,6 +125,7 @@ def test_the_batch_size_of_a_labelling_is_found_once(tmp_path: Path) -> None:
     assert agreed_batch_size(storage, root, lambda: find(32)) == 32
     assert agreed_batch_size(storage, root, lambda: find(16)) == 32
     assert asked == [32]
-    (tmp_path / "labels" / "batch_size.json").write_text("{}")
-    with pytest.raises(ChecksumMismatch, match=r"batch_size\.json does not hold what kinoray wrote"):
-        agreed_batch_size(storage, root, lambda: find(16))
+    for record in ("{}", '{"batch_size": 0}', '{"batch_size": 1152921504606846976}'):
+        (tmp_path / "labels" / "batch_size.json").write_text(record)
+        with pytest.raises(ChecksumMismatch, match=r"batch_size\.json does not hold what kinoray wrote"):
+            agreed_batch_size(storage, root, lambda: find(16))

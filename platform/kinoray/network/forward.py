@@ -15,7 +15,7 @@ other GPUs. What is easy to break: what is written is never replaced.
 import json
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -213,4 +213,10 @@ def agreed_batch_size(storage: Storage, root: str, find: Callable[[], int]) -> i
 
 
 def _read(storage: Storage, uri: str) -> int:
-    return read_record(storage, uri, lambda record: int(record["batch_size"]))
+    def of(record: dict[str, Any]) -> int:
+        size = int(record["batch_size"])
+        if not 1 <= size <= _MOST:
+            raise ValueError(f"batch_size {size} is not 1 .. {_MOST}")
+        return size
+
+    return read_record(storage, uri, of)
