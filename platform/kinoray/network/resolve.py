@@ -239,7 +239,7 @@ def _hugging_face(rest: str, option: str) -> Source:
     name, _, revision = rest.partition("@")
     is_path = rest.startswith((".", "/", "~")) or (rest != "" and Path(rest).expanduser().exists())
     if is_path or not _REPO.fullmatch(name) or (revision and not _REVISION.fullmatch(revision)) or rest.endswith("@"):
-        if Path(rest).expanduser().is_dir():
+        if rest and Path(rest).expanduser().is_dir():
             reason = "is a folder without a config.json"
         elif is_path:
             reason = "is no such folder"
