@@ -17,7 +17,7 @@ from types import TracebackType
 from typing import Any, Literal
 
 from kinoray.config.files import local_path
-from kinoray.console import format_duration, many, shortened, table, visible
+from kinoray.console import format_duration, many, table, visible
 from kinoray.errors import ChecksumMismatch, KinorayError, ObjectNotFound, StorageError, StorageUnavailable
 from kinoray.label.summary import Span, bar_line, clock, covered_s
 from kinoray.storage.objects import Storage, absolute, is_s3, join
@@ -30,7 +30,6 @@ _BEAT_S = 30.0
 _STATUS_FILE = "status.json"
 _SILENT_S = 4 * _BEAT_S  # a store that fails for a minute is no dead driver
 _READERS = 16  # requests at a time
-_MAX_CELL = 44
 _MAX_MOMENT_S = 2**35  # a thousand years after 1970
 _HASTE_S = 5.0  # for a word that is said again soon, or that must not hold up the news that the store is down
 
@@ -176,6 +175,10 @@ def _moment(value: Any) -> float:
 def _model(settings: dict[str, Any]) -> str:
     options = {name: value for name, value in settings.items() if name.startswith("model.options.")}
     parts = [str(settings["model.factory"])]
+    whole = "model.options.config."  # of a network of Hugging Face, in dozens of entries; what it is stands in one
+    if kind := options.get(f"{whole}model_type"):
+        parts.append(str(kind))
+        options = {name: value for name, value in options.items() if not name.startswith(whole)}
     parts += [f"{name.removeprefix('model.options.')}={value}" for name, value in sorted(options.items())]
     return " ".join(parts)
 
@@ -207,11 +210,11 @@ def _table(found: Sequence[RunSummary], prefix: str) -> str:
             f"{run.epochs_done}/{run.epochs}",
             _best(run),
             time.strftime("%Y-%m-%d %H:%M", time.localtime(run.started_s)),
-            shortened(visible(run.model), _MAX_CELL),
+            run.model,
         )
         for name, run in zip(names, found, strict=True)
     ]
-    lines = table(rows, head=head, right=(2,))
+    lines = table(rows, head=head, right=(2,), fits=True)
     problems = [f"{name}: {run.error}" for name, run in zip(names, found, strict=True) if run.error]
     if problems:
         lines += ["", *map(visible, problems)]
