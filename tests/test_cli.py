@@ -197,6 +197,20 @@ def test_every_verb_explains_itself(verb: str, capsys: pytest.CaptureFixture[str
 
 
 @pytest.mark.parametrize("verb", list(VERBS))
+def test_every_flag_in_an_example_of_a_help_page_is_explained_on_it(
+    verb: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flag = re.compile(r"(?<![\w-])--[a-z][a-z.-]*")
+    assert main([verb, "--help"]) == 0
+    page = capsys.readouterr().out
+    examples = re.findall(r"^Example: .*?\n\n", page, re.MULTILINE | re.DOTALL)
+    used = {name for example in examples for name in flag.findall(example.partition(" -- ")[0])}
+    explained = {name for line in page.splitlines() if line.startswith("  --") for name in flag.findall(line)}
+    assert examples
+    assert used <= explained | {"--config", "--preset", "--like", "--print-config"}
+
+
+@pytest.mark.parametrize("verb", list(VERBS))
 def test_help_names_the_flags_that_are_parsed(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
     """tyro, which parses them, says what they are."""
     with pytest.raises(SystemExit):
@@ -353,6 +367,8 @@ console.end_process(lambda: cli.guarded("label", verb))
     [
         ("return 0", 0, []),
         ("raise errors.JobError('x')", 1, ["kinoray label: JobError: x", "kinoray label: {kept}"]),
+        ("raise errors.TooManyBad('x')", 1, ["kinoray label: TooManyBad: x"]),
+        ("raise errors.StorageUnavailable('x')", 1, ["kinoray label: StorageUnavailable: x"]),
         ("1 / 0", 1, ["ZeroDivisionError: division by zero", "{kept}"]),
         ("raise KeyboardInterrupt", 130, ["kinoray label: interrupted"]),
         ("raise KeyboardInterrupt('3 of 4 stay')", 130, ["kinoray label: interrupted; 3 of 4 stay"]),

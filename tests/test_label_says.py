@@ -109,6 +109,8 @@ def test_a_plan_counts_what_is_done_new_and_changed_and_writes_nothing(
     assert label(ask)["done"] == 14
     other = label(replace(ask, top_k=2))  # other settings: another table
     assert (other["done"], other["new"], other["gone"]) == (0, 14, 0)
+    all_classes, more = (open_labelling(replace(ask, top_k=top_k), "label") for top_k in (len(LABELS), 1000))
+    assert all_classes.ledger.root == more.ledger.root  # there are no more than that
 
 
 def test_a_plan_of_a_list_says_which_of_its_files_are_not_there(

@@ -80,6 +80,7 @@ def test_a_checkpoint_of_that_name_wins(places: Path) -> None:
         ("runs/frist", r"\(did you mean runs/first\?\)"),
         ("MCG-NJU/videomae-base", r"\(did you mean hf:MCG-NJU/videomae-base\?\)"),
         ("I3D", "what can be given"),
+        ("tsm", r"it is not there, and tsm is a network without weights \(kinoray train SET --model.factory tsm --out"),
         ("gone.pth", "is not there"),
         ("notes.txt", "is a file, but no weights"),
         ("torchvision:mvit", r"no video weights of 'mvit' \(did you mean mvit_v2_s\?\); it has mc3_18, "),

@@ -26,6 +26,7 @@ from kinoray.errors import in_full
 __all__ = ["Setting", "settings_of", "verb_help", "what_is_wrong"]
 
 _INDENT = 26
+_FLAG = re.compile(r"(?<![\w-])--?[a-z][\w.-]*")
 _FEW = ("no", "one", "two", "three", "four")
 _WIDEST = 110
 
@@ -97,13 +98,18 @@ def verb_help(command: str, cls: type[Any], main: tuple[str, ...], extra: str, *
     """What `COMMAND --help` prints, or with `every` what --help-all does.
 
     Args:
-        main: paths of the settings that matter most.
+        main: paths of the settings that matter most; those of its examples are explained as well.
         extra: other flags that settings come from.
     """
     width = min(shutil.get_terminal_size().columns, _WIDEST)
     # What has no flag comes first, then the verb's own settings, then its parts.
     everything = sorted(settings_of(cls), key=lambda item: (item.flag.startswith("--"), bool(item.group)))
-    shown = [item for item in everything if every or item.path in main or item.is_needed]
+    paragraphs = (inspect.getdoc(cls) or "").split("\n\n")
+    examples = " ".join(text.partition(" -- ")[0] for text in paragraphs if text.startswith("Example:"))
+    used = {*_FLAG.findall(examples)}
+    shown = [
+        item for item in everything if every or item.path in main or item.is_needed or used.intersection(_flags([item]))
+    ]
     needed = [item.flag for item in everything if item.is_needed]
     optional = [f"[{item.flag.strip('[]')}]" for item in everything if not item.is_needed and item.flag[0] != "-"]
     lines = [
@@ -115,7 +121,7 @@ def verb_help(command: str, cls: type[Any], main: tuple[str, ...], extra: str, *
         ),
         "",
     ]
-    for paragraph in (inspect.getdoc(cls) or "").split("\n\n"):
+    for paragraph in paragraphs:
         is_list = any(line.startswith(" ") for line in paragraph.split("\n"))
         hang = "    " if paragraph.startswith("Example:") else ""
         wrapped = textwrap.wrap(paragraph, width, subsequent_indent=hang, break_on_hyphens=False)
@@ -322,7 +328,7 @@ def _values_of(arguments: Sequence[str], flag: str) -> list[str]:
 
 
 def _flags(settings: Sequence[Setting]) -> list[str]:
-    return [flag for item in settings for flag in re.findall(r"(?<![\w-])--?[a-z][\w.-]*", item.flag)]
+    return [flag for item in settings for flag in _FLAG.findall(item.flag)]
 
 
 def _unknown_flag(settings: Sequence[Setting], arguments: Sequence[str]) -> str:

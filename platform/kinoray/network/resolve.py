@@ -284,6 +284,10 @@ def _near(text: str) -> str:
     weights = torchvision_weights()
     if text in weights:
         return f" (did you mean torchvision:{text}?)"
+    if text in SHORT_NAMES or text in SHORT_NAMES.values():
+        return (
+            f", and {text} is a network without weights (kinoray train SET --model.factory {text} --out RUN trains it)"
+        )
     names = [f"torchvision:{name}" for name in weights] + ["i3d"]
     names += [f"torchvision:{name}:{one.name}" for name, sets in weights.items() for one in sets]
     parent = Path(text).expanduser().parent
