@@ -146,7 +146,7 @@ def test_a_folder_stands_for_its_videos(library: Path, checkpoint: str, tmp_path
     assert found[:5] == model.predict(str(library)) == model.predict(tmp_path / "list.csv")
     assert found[5] == found[2] == model.predict(names[2])
     (tmp_path / "empty").mkdir()
-    with pytest.raises(CatalogError, match="found nothing that is a catalog or a video"):
+    with pytest.raises(CatalogError, match="found nothing; expected videos"):
         model.predict(tmp_path / "empty")
 
 

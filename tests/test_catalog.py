@@ -378,10 +378,10 @@ def test_nothing_to_label_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(ObjectNotFound, match="absent: no such folder"):
         catalog_of_source(STORAGE, str(tmp_path / "absent"))
     (tmp_path / "empty").mkdir()
-    with pytest.raises(CatalogError, match="found nothing that is a catalog or a video"):
+    with pytest.raises(CatalogError, match="found nothing; expected videos"):
         catalog_of_source(STORAGE, str(tmp_path / "empty"))
     write_files(tmp_path, "texts/a.txt")
-    with pytest.raises(CatalogError, match="found 1 file, but none that is a catalog or a video"):
+    with pytest.raises(CatalogError, match=r"found 1 file, and it is no video \(\.txt 1\); expected videos"):
         catalog_of_source(STORAGE, str(tmp_path / "texts"))
     with pytest.raises(CatalogError, match=r"a\.txt is a file, and no video; expected a folder"):
         catalog_of_source(STORAGE, str(tmp_path / "texts" / "a.txt"))

@@ -1,13 +1,16 @@
 """The command line: one tree as flags and file, wrong settings refused in one line before anything starts."""
 
+import contextlib
 import dataclasses
+import functools
+import io
 import os
 import re
 import signal
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import pytest
 import torch
@@ -17,7 +20,7 @@ import yaml
 from kinoray import __version__
 from kinoray.cli import VERBS, main
 from kinoray.config.file import config_from_mapping, dump_yaml, load_config, parse_yaml, to_yaml
-from kinoray.config.help import settings_of
+from kinoray.config.help import Setting, settings_of, what_is_wrong
 from kinoray.config.scoring import LabelWorkConfig, ScoringConfig
 from kinoray.config.shared import (
     CacheConfig,
@@ -36,6 +39,7 @@ from kinoray.network.build import SHORT_NAMES, build_outline, check_clip, requir
 from kinoray.train.config import PRESETS, TrainConfig
 
 TRAIN = ["train", "set", "--out", "run"]
+RULES = r"[a-z_.]+ must .*"  # what a setting itself says of its value
 
 
 def one_line(capsys: pytest.CaptureFixture[str]) -> str:
@@ -62,7 +66,23 @@ def one_line(capsys: pytest.CaptureFixture[str]) -> str:
         (["label"], "ConfigError: Missing: SOURCE, --checkpoint; kinoray label --help explains"),
         (["label", "x", "--bach-size", "3"], "there is no --bach-size; did you mean --batch-size? kinoray label"),
         (["label", "--hlep"], "there is no --hlep; did you mean --help?"),
-        (["label", "x", "y", "--checkpoint", "c"], "'y' belongs to no flag"),
+        (
+            ["label", "x", "y.mp4", "z.mp4", "--checkpoint", "c"],
+            "'y.mp4' is one too many: SOURCE is a folder or s3:// prefix of videos, a CSV that lists them, a catalog "
+            "(a pack's folder, or .parquet), or one video; put quotes around what holds spaces",
+        ),
+        (
+            ["label", "x", "--checkpoint", "c", "--out", "my", "videos"],
+            "--out takes one value, and 'videos' is one more",
+        ),
+        (["label", "x", "--checkpoint", "c", "--plan", "yes"], "--plan takes no value, got 'yes'"),
+        (["label", "x", "--checkpoint", "c", "--allow-factory", "a:b", "c:d"], "say --allow-factory again before each"),
+        (["demo", "x"], "kinoray demo takes nothing but flags, got 'x'"),
+        (["label", "x", "--checkpoint", "c", "--workers", "x"], "--workers must be a whole number, got 'x'"),
+        (["labels", "x", "--score", "0.9"], "--score must be two numbers, FROM TO, got '0.9'"),
+        (["labels", "x", "--margin=0.1"], "--margin must be two numbers, FROM TO, got '0.1'"),
+        (["label", "x", "--checkpoint", "c", "--num_segments", "x"], "--num-segments must be a whole number, got 'x'"),
+        (["submit", "x"], "VERB must be one of pack, train, tune, evaluate, label, got 'x'"),
         ([*TRAIN, "--optim.lr"], "Missing: a value of --optim.lr"),
         ([*TRAIN, "--optim.epochs", "1.5"], "--optim.epochs must be a whole number, got '1.5'"),
         ([*TRAIN, "--optim.lr", "fast"], "--optim.lr must be a number, got 'fast'"),
@@ -118,6 +138,38 @@ def test_a_wrong_file_is_one_line_that_names_the_field(
     assert "bad.yaml" in error
 
 
+def test_no_type_of_setting_is_refused_in_the_words_of_the_parser() -> None:
+    """One setting of each type in any verb's tree, as all of a tree: tyro takes a third of a second for a whole one."""
+    of_type: dict[tuple[Any, ...], tuple[str, Setting, Any]] = {}
+    for verb in VERBS:
+        tree = VERBS[verb].config()
+        for setting in settings_of(tree):
+            kind = (setting.wanted, setting.num_values, setting.is_repeated, "None" in setting.flag)
+            if re.match("--[a-z]", setting.flag) and kind not in of_type:
+                *parts, last = setting.path.split(".")
+                part = functools.reduce(lambda cls, name: get_type_hints(cls)[name], parts, tree)
+                of_type[kind] = (verb, setting, get_type_hints(part, include_extras=True)[last])
+    assert len(of_type) > 30
+    num_refused = 0
+    for verb, setting, tree in of_type.values():
+        for part in reversed(setting.path.split(".")):
+            tree = dataclasses.make_dataclass("Tree", [(part, tree)])
+        flag = "--" + setting.path.replace("_", "-")
+        for wrong in (["x"], ["0.9"], []):
+            messages = io.StringIO()
+            try:
+                with contextlib.redirect_stderr(messages):
+                    tyro.cli(tree, args=[flag, *wrong])
+            except SystemExit:
+                said = what_is_wrong(verb, VERBS[verb].config(), [flag, *wrong], messages.getvalue())
+                num_refused += 1
+                ours = rf"{re.escape(flag)} (must be|takes) (one|two|any|no|a|whole|numbers)\b.*"
+                assert re.fullmatch(rf"{ours}|Missing: a value of {re.escape(flag)}|{RULES}", said), said
+            except ConfigError:
+                pass  # in our own words
+    assert num_refused > 50
+
+
 def test_flags_win_over_the_file_and_the_file_over_defaults(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "run.yaml"
     path.write_text("catalog: set\nout: run\noptim: {lr: 0.5, epochs: 7}\nmodel: {options: {heads: 4}}\n", "utf-8")
@@ -142,6 +194,20 @@ def test_every_verb_explains_itself(verb: str, capsys: pytest.CaptureFixture[str
     }
     assert max(map(len, full.splitlines())) <= 110
     assert not re.search(r"^usage:.*(  |\[\[|-$)|^ *:$|\{,|,,", full, re.MULTILINE)
+
+
+@pytest.mark.parametrize("verb", list(VERBS))
+def test_every_flag_in_an_example_of_a_help_page_is_explained_on_it(
+    verb: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flag = re.compile(r"(?<![\w-])--[a-z][a-z.-]*")
+    assert main([verb, "--help"]) == 0
+    page = capsys.readouterr().out
+    examples = re.findall(r"^Example: .*?\n\n", page, re.MULTILINE | re.DOTALL)
+    used = {name for example in examples for name in flag.findall(example.partition(" -- ")[0])}
+    explained = {name for line in page.splitlines() if line.startswith("  --") for name in flag.findall(line)}
+    assert examples
+    assert used <= explained | {"--config", "--preset", "--like", "--print-config"}
 
 
 @pytest.mark.parametrize("verb", list(VERBS))
@@ -301,6 +367,8 @@ console.end_process(lambda: cli.guarded("label", verb))
     [
         ("return 0", 0, []),
         ("raise errors.JobError('x')", 1, ["kinoray label: JobError: x", "kinoray label: {kept}"]),
+        ("raise errors.TooManyBad('x')", 1, ["kinoray label: TooManyBad: x"]),
+        ("raise errors.StorageUnavailable('x')", 1, ["kinoray label: StorageUnavailable: x"]),
         ("1 / 0", 1, ["ZeroDivisionError: division by zero", "{kept}"]),
         ("raise KeyboardInterrupt", 130, ["kinoray label: interrupted"]),
         ("raise KeyboardInterrupt('3 of 4 stay')", 130, ["kinoray label: interrupted; 3 of 4 stay"]),

@@ -85,6 +85,21 @@ def test_streams_are_as_before_after_a_command(capsys: pytest.CaptureFixture[str
     assert capsys.readouterr().err.startswith("kinoray evil\\u001b[2J: ConfigError: unknown verb 'evil\\x1b[2J'")
 
 
+TABLE = """
+from kinoray.console import table
+print("\\n".join(table([("v" * 20, "why " * 30, "1")], head=("VIDEO", "ERROR_TEXT", "N"), right=(2,), fits=True)))
+"""
+
+
+def test_a_table_is_cut_to_the_terminal_and_whole_in_a_pipe(tmp_path: Path) -> None:
+    piped = subprocess.run([sys.executable, "-c", TABLE], capture_output=True, text=True, check=True).stdout
+    assert ("v" * 20 + "  " + "why " * 30) in piped
+    head, row = on_terminal(TABLE, cwd=tmp_path).splitlines()  # 80 columns, where it does not say
+    assert len(head) == len(row) == 80
+    assert row.startswith("v" * 20 + "  why ")
+    assert row.endswith("...  1")
+
+
 def hostile_table(folder: Path) -> Ledger:
     """A labelling whose videos, classes, reasons and job have hostile names."""
     ledger = ledger_in(Storage(), folder)

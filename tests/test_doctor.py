@@ -418,7 +418,7 @@ def test_a_source_without_videos_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(ObjectNotFound, match="no such folder"):
         doctor(config_of(tmp_path / "nowhere"))
     (tmp_path / "x.txt").write_text("x")
-    with pytest.raises(CatalogError, match="found 1 file, but none"):
+    with pytest.raises(CatalogError, match="found 1 file, and it is no video"):
         doctor(config_of(tmp_path))
 
 

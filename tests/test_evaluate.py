@@ -270,6 +270,12 @@ def test_a_split_that_is_not_there_is_an_error_with_its_remedy(tmp_path: Path) -
         evaluate(replace(small_evaluation(tmp_path), split="gone"))
 
 
+def test_videos_without_any_label_are_told_so_before_another_split_is_proposed(tmp_path: Path) -> None:
+    config = replace(small_evaluation(tmp_path), catalog=str(tmp_path / "videos"))
+    with pytest.raises(CatalogError, match=r"12 of 12 videos have no label, .*to label videos use kinoray label"):
+        evaluate(config)
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1200)  # seven workers are started
 def test_a_protocol_gives_the_same_digits_on_any_number_of_workers_and_after_a_kill(

@@ -109,6 +109,19 @@ def test_a_plan_counts_what_is_done_new_and_changed_and_writes_nothing(
     assert label(ask)["done"] == 14
     other = label(replace(ask, top_k=2))  # other settings: another table
     assert (other["done"], other["new"], other["gone"]) == (0, 14, 0)
+    all_classes, more = (open_labelling(replace(ask, top_k=top_k), "label") for top_k in (len(LABELS), 1000))
+    assert all_classes.ledger.root == more.ledger.root  # there are no more than that
+
+
+def test_a_plan_of_a_list_says_which_of_its_files_are_not_there(
+    library: Path, config: LabelConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    here = next(library.rglob("*.mp4"))
+    (tmp_path / "list.csv").write_text(f"path\n{here}\n/not/there.mp4\n")
+    found = label(replace(config, source=str(tmp_path / "list.csv"), plan=True))
+    assert (found["new"], found["empty"]) == (2, 1)
+    said = capsys.readouterr().out
+    assert "label: 1 of them is not there, or without a byte, and would be quarantined: /not/there.mp4\n" in said
 
 
 # While it runs

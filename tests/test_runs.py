@@ -36,7 +36,7 @@ def place(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[StorageConfig
     return config, join(cast(str, request.getfixturevalue("bucket")), "runs")
 
 
-def start(config: StorageConfig, out: str, *, epochs: int = 4, **options: object) -> Storage:
+def start(config: StorageConfig, out: str, /, *, epochs: int = 4, **options: object) -> Storage:
     """A run folder as train begins it."""
     storage = Storage(config)
     catalog = catalog_of([{"video_id": f"v{index}", "uri": "u", "split": "train"} for index in range(3)])
@@ -44,6 +44,17 @@ def start(config: StorageConfig, out: str, *, epochs: int = 4, **options: object
     settings = TrainConfig(catalog="set", out=out, model=model, optim=OptimConfig(epochs=epochs), storage=config)
     RunFolder(storage, out).claim(settings, catalog)
     return storage
+
+
+def test_a_network_of_hugging_face_is_named_by_what_it_is_and_not_by_its_config(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = str(tmp_path / "tuned")
+    config = {"attention_probs_dropout_prob": 0.0, "model_type": "videomae", "hidden_size": 24}
+    start(StorageConfig(), out, config=config, drop_path=0.1)
+    (run,) = runs(RunsConfig(prefix=out))
+    assert run.model == "tiny_models:mean_colour videomae drop_path=0.1"
+    assert run.model in capsys.readouterr().out  # whole, in a pipe
 
 
 def epoch(storage: Storage, out: str, number: int, **metrics: float) -> None:

@@ -155,8 +155,21 @@ def test_what_is_no_video_by_its_place_is_refused_with_a_reason() -> None:
 def test_nothing_in_class_folders_is_an_error() -> None:
     with pytest.raises(CatalogError, match="/set: found nothing; expected folders of one class each"):
         plan_of()
-    with pytest.raises(CatalogError, match="/set: found 2 files, but none in a class folder"):
-        plan_of("a.mp4", "b.mp4")
+    with pytest.raises(CatalogError, match="/set: found 2 videos, but none in a class folder; expected folders"):
+        plan_of("a.mp4", "b.mp4", "walk/a.txt")
+
+
+def test_class_folders_of_pictures_are_told_from_videos_outside_of_class_folders() -> None:
+    names = ("walk/1.jpg", "walk/2.jpg", "run/1.jpg")
+    found = (
+        r"/set: found 3 files, none of them a video \(\.jpg 3\); a video is one file, .*FOLDER/%05d\.jpg FOLDER\.mp4"
+    )
+    with pytest.raises(CatalogError, match=found):
+        plan_of(*names)
+    with pytest.raises(CatalogError, match=found):
+        catalog_of_files("/set", [listed(name) for name in names])
+    with pytest.raises(CatalogError, match=r"\(\.jpg 1, \.txt 1\); expected folders of one class each"):
+        plan_of("walk/1.jpg", "walk/a.txt")
 
 
 def test_a_csv_says_class_and_split(tmp_path: Path) -> None:

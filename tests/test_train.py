@@ -387,8 +387,11 @@ def test_a_run_whose_worker_is_killed_equals_a_plain_loop(
     assert losses == sorted(losses, reverse=True)
     assert losses[-1] < 0.7 * losses[0]
 
-    again = train(config)  # nothing is left to do
-    assert "nothing is left to do" in capsys.readouterr().out
+    assert f", {result['samples']} videos trained on in " in said
+    again = train(config)
+    said = capsys.readouterr().out
+    assert "nothing is left to do" in said
+    assert f", {result['samples']} videos trained on; quarantined" in said
     assert again["metrics"] == result["metrics"]
     assert find_checkpoint(Storage(), config.out) == result["best"]
     with pytest.raises(ConfigError, match="holds a run with other settings"):

@@ -1,6 +1,7 @@
 """`kinoray <verb>`: parse one config tree, run one function, turn errors into one line and an exit code.
 
-Exit codes: 0 done, 1 the job failed, 2 a setting is wrong (nothing was started), 128 + signal (130: Ctrl-C).
+Exit codes: 0 done, 1 the job failed, or what a setting names is not there or cannot be used, 2 a setting is wrong
+(nothing was started), 128 + signal (130: Ctrl-C).
 """
 
 import contextlib
@@ -18,7 +19,7 @@ from typing import Any
 
 from kinoray import __version__, console
 from kinoray.config.files import local_path
-from kinoray.errors import ConfigError, KinorayError
+from kinoray.errors import ClusterError, ConfigError, JobError, KinorayError, TooManyBad, TrainingDiverged
 
 __all__ = ["VERBS", "Verb", "guarded", "main", "parse_settings"]
 
@@ -260,6 +261,9 @@ def _run(name: str, arguments: list[str]) -> int:
     return int(result) if verb.gives_code else 0
 
 
+_MAY_BE_RAYS = (ClusterError, JobError)  # of other errors what Ray said would be a false trail
+
+
 def guarded(name: str, run: Callable[[], int]) -> int:
     """What `run` returns, or the exit code of what it raises, said in one line; what it prints only shows."""
     sys.excepthook = console.print_traceback
@@ -270,7 +274,8 @@ def guarded(name: str, run: Callable[[], int]) -> int:
             return _fail(name, error, 2)
         except KinorayError as error:
             code = _fail(name, error, 1)
-            if path := console.kept_messages():
+            path = console.kept_messages()
+            if path and isinstance(error, _MAY_BE_RAYS) and not isinstance(error, TooManyBad | TrainingDiverged):
                 print(f"kinoray {name}: what Ray said meanwhile is in {path}", file=sys.stderr)
             return code
         except KeyboardInterrupt as stop:

@@ -91,8 +91,16 @@ def shortened(text: str, most: int) -> str:
     return text if len(text) <= most else text[: most - 3] + "..."
 
 
+_NARROWEST = 16  # characters to which a column of texts is cut, for a terminal
+
+
 def table(
-    rows: Iterable[Sequence[str]], *, head: Sequence[str] = (), right: Collection[int] = (), indent: str = ""
+    rows: Iterable[Sequence[str]],
+    *,
+    head: Sequence[str] = (),
+    right: Collection[int] = (),
+    indent: str = "",
+    fits: bool = False,
 ) -> list[str]:
     """Lines with columns of equal width, two spaces apart. Cells may hold other people's text: it is made visible.
 
@@ -101,10 +109,21 @@ def table(
         head: titles of the columns; none for "no such line".
         right: places of the columns that stand to the right, as numbers do.
         indent: what each line begins with.
+        fits: on a terminal the widest texts are cut so that lines fit it; into a pipe or a file nothing is.
     """
     lines = [[visible(cell) for cell in row] for row in ([head] if head else [])]
     lines += [[visible(cell) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    if fits and sys.stdout.isatty():
+        room = shutil.get_terminal_size().columns - len(indent) - 2 * (len(widths) - 1)
+        texts = [place for place in range(len(widths)) if place not in right]
+        room -= sum(widths) - sum(widths[place] for place in texts)
+        widest = max((widths[place] for place in texts), default=0)
+        while widest > _NARROWEST and sum(min(widths[place], widest) for place in texts) > room:
+            widest -= 1
+        for place in texts:
+            widths[place] = min(widths[place], widest)
+        lines = [[cell if at in right else shortened(cell, widest) for at, cell in enumerate(line)] for line in lines]
     return [(indent + "  ".join(_padded(line, widths, right))).rstrip() for line in lines]
 
 

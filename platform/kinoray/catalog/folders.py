@@ -22,6 +22,7 @@ __all__ = [
     "is_text",
     "is_video",
     "is_video_head",
+    "no_video_among",
     "place_problem",
     "places_in_folders",
     "said_of_others",
@@ -43,12 +44,14 @@ VIDEO_EXTENSIONS = frozenset(
 not decode (the last line) is one all the same, since a row that says so is better than a file that is left out. A .gif
 or .webp may be a picture or move: it is looked at."""
 
+_PICTURES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".heic", ".heif", ".avif", ".svg")
+
 _OTHER_EXTENSIONS = frozenset(
     {
         *(".vtt", ".srt", ".ass", ".ssa", ".sbv", ".lrc", ".idx", ".sub"),
         *(".txt", ".md", ".csv", ".tsv", ".json", ".jsonl", ".xml", ".yaml", ".yml", ".html", ".htm", ".nfo", ".pdf"),
         *(".log", ".ini", ".url", ".description", ".npy", ".npz", ".pkl", ".parquet", ".py", ".sh", ".md5", ".sha256"),
-        *(".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".heic", ".heif", ".avif", ".svg"),
+        *_PICTURES,
         *(".mp3", ".wav", ".m4a", ".aac", ".flac", ".opus", ".wma"),
         *(".part", ".ytdl", ".tmp", ".zip", ".tar", ".gz", ".tgz", ".7z", ".rar"),
         *(".thm", ".lrv", ".lrf", ".ifo", ".bup", ".cpi", ".mpl", ".bdm", ".modd", ".moff"),
@@ -151,11 +154,37 @@ def is_video_head(head: bytes) -> bool:
 
 def said_of_others(names: Iterable[str]) -> str:
     """`12 files are no videos (.json 6, .vtt 4, hidden 2)`."""
-    counts = Counter("hidden" if is_hidden(name.split("/")) else extension(name) or "no ending" for name in names)
-    shown = ", ".join(f"{ending} {count}" for ending, count in counts.most_common(_SHOWN_ENDINGS))
-    more = f" and {len(counts) - _SHOWN_ENDINGS} more endings" if len(counts) > _SHOWN_ENDINGS else ""
+    counts = _by_ending(names)
     are = "1 file is no video" if counts.total() == 1 else f"{counts.total()} files are no videos"
-    return f"{are} ({shown}{more})"
+    return f"{are} ({_shown(counts)})"
+
+
+def no_video_among(source: str, names: Iterable[str], expected: str) -> str:
+    """`frames: found 6 files, none of them a video (.jpg 6); ...`: for a source in which nothing is one.
+
+    Args:
+        expected: what to do, where they are not pictures.
+    """
+    counts = _by_ending(names)
+    if not counts:
+        return f"{source}: found nothing; {expected}"
+    if all(ending in _PICTURES for ending in counts):
+        picture = counts.most_common(1)[0][0]
+        expected = (
+            "a video is one file, and a folder of pictures is none: make one of each such folder (ffmpeg -framerate 25 "
+            f"-i FOLDER/%05d{picture} FOLDER.mp4)"
+        )
+    none = "and it is no video" if counts.total() == 1 else "none of them a video"
+    return f"{source}: found {many(counts.total(), 'file')}, {none} ({_shown(counts)}); {expected}"
+
+
+def _by_ending(names: Iterable[str]) -> Counter[str]:
+    return Counter("hidden" if is_hidden(name.split("/")) else extension(name) or "no ending" for name in names)
+
+
+def _shown(counts: Counter[str]) -> str:
+    more = f" and {len(counts) - _SHOWN_ENDINGS} more endings" if len(counts) > _SHOWN_ENDINGS else ""
+    return ", ".join(f"{ending} {count}" for ending, count in counts.most_common(_SHOWN_ENDINGS)) + more
 
 
 def is_text(name: str) -> bool:

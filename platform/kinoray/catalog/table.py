@@ -17,7 +17,7 @@ from functools import cached_property
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from kinoray.catalog.folders import VIDEO_EXTENSIONS, is_video, said_of_others
+from kinoray.catalog.folders import is_video, no_video_among, said_of_others
 from kinoray.catalog.read import Reference, read_video, read_videos, time_problem
 from kinoray.catalog.source import SourceFile, find_files, unique_ids, warn
 from kinoray.config.files import local_path, local_uri
@@ -331,14 +331,13 @@ def catalog_of_files(source: str, files: list[SourceFile]) -> Catalog:
         CatalogError: nothing there is a video.
     """
     if not source.lower().endswith(".csv"):
-        num_found, names = len(files), {file.name for file in files}
+        names = [file.name for file in files]
         files = [file for file in files if file.is_video]
         if not files:
-            there = f"{many(num_found, 'file')}, but none" if num_found else "nothing"
-            known = " ".join(sorted(VIDEO_EXTENSIONS))
-            table = join(source, "catalog.parquet")
-            stray = f"; name the table itself to use it: {table}" if "catalog.parquet" in names else ""
-            raise CatalogError(f"{source}: found {there} that is a catalog or a video ({known}){stray}")
+            expected = "expected videos (.mp4, .mkv and others) at any depth, or a catalog"
+            if "catalog.parquet" in names:
+                expected = f"name the table itself to use it: {join(source, 'catalog.parquet')}"
+            raise CatalogError(no_video_among(source, names, expected))
     if not files:
         raise CatalogError(f"{source} lists no video")
     return _listed(files)

@@ -8,7 +8,9 @@ What is easy to break: flags here are named as tyro names them; a test compares 
 import ast
 import dataclasses
 import difflib
+import functools
 import inspect
+import itertools
 import re
 import shutil
 import textwrap
@@ -24,6 +26,8 @@ from kinoray.errors import in_full
 __all__ = ["Setting", "settings_of", "verb_help", "what_is_wrong"]
 
 _INDENT = 26
+_FLAG = re.compile(r"(?<![\w-])--?[a-z][\w.-]*")
+_FEW = ("no", "one", "two", "three", "four")
 _WIDEST = 110
 
 
@@ -41,6 +45,12 @@ class Setting:
     """`0.002`, or `needed`; empty where the docstring says what happens without it."""
     group: str
     """What the part of the tree that it is in is for; empty for the verb's own settings."""
+    wanted: str
+    """`a whole number`: what it must be, for messages."""
+    num_values: int | None
+    """How many values follow its flag at once. None: any number."""
+    is_repeated: bool
+    """Whether the flag may be given several times, and each counts."""
 
     @property
     def is_needed(self) -> bool:
@@ -63,7 +73,7 @@ def settings_of(cls: type[Any], prefix: str = "", group: str = "") -> Iterator[S
     Those of a part of the tree come where the part is.
     """
     hints = typing.get_type_hints(cls, include_extras=True)
-    texts = _docstrings(cls)
+    texts = _docstrings(cls)  # type: ignore[arg-type]  # a class can be hashed
     for field in _own_first(cls):
         hint, notes = _plain(hints[field.name])
         if tyro.conf.Suppress in notes:
@@ -78,6 +88,9 @@ def settings_of(cls: type[Any], prefix: str = "", group: str = "") -> Iterator[S
             text=texts[field.name],
             default=_default(field, texts[field.name]),
             group=group,
+            wanted=_wanted(hint, notes),
+            num_values=_num_values(hint, notes),
+            is_repeated=tyro.conf.UseAppendAction in notes,
         )
 
 
@@ -85,13 +98,18 @@ def verb_help(command: str, cls: type[Any], main: tuple[str, ...], extra: str, *
     """What `COMMAND --help` prints, or with `every` what --help-all does.
 
     Args:
-        main: paths of the settings that matter most.
+        main: paths of the settings that matter most; those of its examples are explained as well.
         extra: other flags that settings come from.
     """
     width = min(shutil.get_terminal_size().columns, _WIDEST)
     # What has no flag comes first, then the verb's own settings, then its parts.
     everything = sorted(settings_of(cls), key=lambda item: (item.flag.startswith("--"), bool(item.group)))
-    shown = [item for item in everything if every or item.path in main or item.is_needed]
+    paragraphs = (inspect.getdoc(cls) or "").split("\n\n")
+    examples = " ".join(text.partition(" -- ")[0] for text in paragraphs if text.startswith("Example:"))
+    used = {*_FLAG.findall(examples)}
+    shown = [
+        item for item in everything if every or item.path in main or item.is_needed or used.intersection(_flags([item]))
+    ]
     needed = [item.flag for item in everything if item.is_needed]
     optional = [f"[{item.flag.strip('[]')}]" for item in everything if not item.is_needed and item.flag[0] != "-"]
     lines = [
@@ -103,7 +121,7 @@ def verb_help(command: str, cls: type[Any], main: tuple[str, ...], extra: str, *
         ),
         "",
     ]
-    for paragraph in (inspect.getdoc(cls) or "").split("\n\n"):
+    for paragraph in paragraphs:
         is_list = any(line.startswith(" ") for line in paragraph.split("\n"))
         hang = "    " if paragraph.startswith("Example:") else ""
         wrapped = textwrap.wrap(paragraph, width, subsequent_indent=hang, break_on_hyphens=False)
@@ -128,6 +146,7 @@ def _own_first(cls: type[Any]) -> list["dataclasses.Field[Any]"]:
     return sorted(dataclasses.fields(cls), key=lambda field: names.index(field.name))
 
 
+@functools.cache
 def _docstrings(cls: type[Any]) -> dict[str, str]:
     """The text below each field, also of fields that it inherits."""
     found: dict[str, str] = {}
@@ -160,6 +179,8 @@ def _flag(path: str, hint: Any, notes: tuple[Any, ...]) -> str:
     if hint is bool:
         group, _, last = flag[2:].rpartition(".")
         return f"{', '.join(names)}, --{group + '.' if group else ''}no-{last}"
+    if tyro.conf.UseAppendAction in notes:
+        value = _value(get_args(hint)[0])
     return f"{', '.join(names)} {value}"
 
 
@@ -169,11 +190,39 @@ def _value(hint: Any) -> str:
     if origin is Literal:
         return "{" + ",".join(str(arg) for arg in args if arg != "") + "}"  # an empty one is to leave the flag out
     if origin in (Union, types.UnionType):
-        return "|".join("none" if arg is type(None) else _value(_plain(arg)[0]) for arg in args)
+        return "|".join("None" if arg is type(None) else _value(_plain(arg)[0]) for arg in args)
     if origin is tuple:
         one = _value(_plain(args[0])[0])
         return f"{one} [{one} ...]"
     return {int: "INT", float: "FLOAT", str: "TEXT"}.get(hint, "VALUE")
+
+
+def _wanted(hint: Any, notes: tuple[Any, ...]) -> str:
+    """`a whole number`, `one of off, exact`, `two numbers, FROM TO`: what a value of this type must be."""
+    origin, args = get_origin(hint), get_args(hint)
+    if origin is Literal:
+        return f"one of {', '.join(str(arg) for arg in args if arg != '')}"
+    if origin in (Union, types.UnionType):
+        return " or ".join(_wanted(_plain(arg)[0], notes) for arg in args if arg is not type(None))
+    if origin is tuple and args[-1] is not Ellipsis:
+        metavar = next((note.metavar for note in notes if hasattr(note, "metavar")), "")
+        each = {int: "whole numbers", float: "numbers"}.get(args[0], "values")
+        return f"{_FEW[len(args)]} {each}" + (f", {metavar}" if metavar else "")
+    if origin is tuple:
+        one = _wanted(_plain(args[0])[0], ())
+        return f"any of {one.removeprefix('one of ')}" if one.startswith("one of ") else f"{one.removeprefix('a ')}s"
+    return {int: "a whole number", float: "a number", str: "a text"}.get(hint, "a value")
+
+
+def _num_values(hint: Any, notes: tuple[Any, ...]) -> int | None:
+    args = get_args(hint)
+    if get_origin(hint) in (Union, types.UnionType):
+        return max(_num_values(_plain(arg)[0], ()) or 0 for arg in args)
+    if get_origin(hint) is tuple and tyro.conf.UseAppendAction not in notes:
+        return None if args[-1] is Ellipsis else len(args)
+    if get_origin(hint) is dict:
+        return None
+    return 0 if hint is bool else 1
 
 
 def _default(field: "dataclasses.Field[Any]", text: str) -> str:
@@ -194,10 +243,6 @@ def _default(field: "dataclasses.Field[Any]", text: str) -> str:
 _FRAME = "\u2502\u256d\u256e\u2570\u256f"  # what tyro draws its boxes with, where the output can show it
 _RULE = re.compile("[-\u2500]{3,}")
 _NO_SETTINGS = ("--help", "--help-all", "--config", "--preset", "--like", "--print-config")
-_KINDS = {
-    "invalid literal for int() with base 10": "a whole number",
-    "could not convert string to float": "a number",
-}
 
 
 def what_is_wrong(name: str, cls: type[Any], arguments: Sequence[str], box: str) -> str:
@@ -222,22 +267,68 @@ def what_is_wrong(name: str, cls: type[Any], arguments: Sequence[str], box: str)
         needed = [item.flag.split(" ")[0] for item in settings if item.is_needed]
         missing = [flag for flag in needed if re.search(rf"(?<![\w-]){re.escape(flag)}(?![\w-])", text)]
         return f"Missing: {', '.join(missing)}; kinoray {name} --help explains what is needed"
-    if found := re.match(r"Missing value for argument '(\S+)'", text):
-        return f"Missing: a value of {found[1] if found[1].startswith('-') else found[1].upper()}"
-    if found := re.match(r"Unrecognized options: (.*)", text):
-        return f"{found[1]!r} belongs to no flag; put quotes around what holds spaces"
-    if found := re.match(r"invalid choice '(.*)' for argument '(\S+)'. Expected one of \((.*)\)", text):
-        known = [choice for choice in re.findall(r"'([^']*)'", found[3]) if choice]
-        return f"{found[2]} must be one of {', '.join(known)}, got {found[1]!r}"
+    if found := re.match(r"Unrecognized options:\s?(.*)", text):
+        return _left_over(name, settings, arguments, found[1])
     place, colon, problem = text.partition(": ")
-    reason, _, value = problem.partition(": ")
-    if reason in _KINDS:
-        return f"{place} must be {_KINDS[reason]}, got {value}"
-    return in_full(place, problem) if colon and re.match(r"[\w.]+ must ", problem) else text
+    if colon and re.match(r"[\w.]+ must ", problem):
+        return in_full(place, problem)
+    found = re.search(r" for argument '([^']+)'", text) or re.match(r"(--?[a-z][^ :]*): ", text)
+    if found is None:
+        return text
+    names = found[1].split("/")  # with its aliases
+    typed = next((flag for flag in map(_flag_of, arguments) if flag in names), names[-1])
+    if text.startswith("Missing value "):
+        return f"Missing: a value of {typed if typed.startswith('-') else typed.upper()}"
+    if not typed.startswith("-"):
+        (setting,) = (item for item in settings if item.flag.strip("[]") == typed.upper())
+        chosen = re.match(r"invalid choice '(.*)' for", text)
+        return f"{typed.upper()} must be {setting.wanted}, got {chosen[1] if chosen else 'another'!r}"
+    (setting,) = (item for item in settings if typed in _flags([item]))
+    given = ", ".join(map(repr, _values_of(arguments, typed))) or "nothing"
+    return f"{typed} must be {setting.wanted}, got {given}"
+
+
+def _left_over(name: str, settings: Sequence[Setting], arguments: Sequence[str], joined: str) -> str:
+    """What is said of arguments that tyro had no use for, by what stands before the first of them."""
+    surplus = joined.split(", ")
+    first = next((place for place, argument in enumerate(arguments) if argument in surplus), len(arguments))
+    begin = next((place for place in range(first - 1, -1, -1) if arguments[place].startswith("--")), None)
+    value = repr(arguments[first]) if first < len(arguments) else repr(joined)
+    if begin is not None and "=" not in arguments[begin]:
+        flag = _flag_of(arguments[begin])
+        setting = next((item for item in settings if flag in _flags([item])), None)
+        if setting and setting.num_values == first - begin - 1:
+            if not setting.num_values:
+                return f"{flag} takes no value, got {value}"
+            again = f"; for more than one say {flag} again before each" if setting.is_repeated else ""
+            takes = f"{_FEW[setting.num_values]} value{'s' if setting.num_values > 1 else ''}"
+            return f"{flag} takes {takes}, and {value} is one more; put quotes around what holds spaces{again}"
+    taken = [item for item in settings if not item.flag.startswith("-")]
+    if not taken:
+        return f"kinoray {name} takes nothing but flags, got {value}"
+    texts = [(item.flag.strip("[]"), re.split(r"[.:;] ", item.text)[0].rstrip(".")) for item in taken]
+    each = ", and ".join(f"{placeholder} is {text[0].lower()}{text[1:]}" for placeholder, text in texts)
+    return f"{value} is one too many: {each}; put quotes around what holds spaces"
+
+
+def _flag_of(argument: str) -> str:
+    """`--batch_size=3` -> `--batch-size`; what is no flag as it is."""
+    flag, _, _ = argument.partition("=")
+    return flag.replace("_", "-") if argument.startswith("--") else argument
+
+
+def _values_of(arguments: Sequence[str], flag: str) -> list[str]:
+    """What follows a flag, where it stands last."""
+    place = max(place for place, argument in enumerate(arguments) if _flag_of(argument) == flag)
+    _, is_joined, value = arguments[place].partition("=")
+    if is_joined:
+        return [value]
+    rest = arguments[place + 1 :]
+    return list(itertools.takewhile(lambda argument: not argument.startswith("--"), rest))
 
 
 def _flags(settings: Sequence[Setting]) -> list[str]:
-    return [flag for item in settings for flag in re.findall(r"(?<![\w-])--?[a-z][\w.-]*", item.flag)]
+    return [flag for item in settings for flag in _FLAG.findall(item.flag)]
 
 
 def _unknown_flag(settings: Sequence[Setting], arguments: Sequence[str]) -> str:
@@ -246,7 +337,6 @@ def _unknown_flag(settings: Sequence[Setting], arguments: Sequence[str]) -> str:
     for argument in arguments:
         if argument == "--":
             break
-        flag = argument.partition("=")[0]
-        if flag.startswith("--") and flag.replace("_", "-") not in known:
-            return flag
+        if argument.startswith("--") and _flag_of(argument) not in known:
+            return argument.partition("=")[0]
     return ""

@@ -32,7 +32,7 @@ class LabelConfig(LabelWorkConfig):
     split: str = ""
     """Only this split of the catalog; empty for all of it."""
     top_k: int = 5
-    """Classes named for each video."""
+    """Classes named for each video; all, where the network has fewer."""
     scores: ScoreKind = "softmax"
     """`softmax`: one class a video. `sigmoid`: any number of classes, for a network that was trained so; those that
     reach the threshold are named."""

@@ -109,6 +109,8 @@ def open_labelling(
     try:
         catalog = catalog.select(config.split)
     except CatalogError as error:
+        if check is not None and catalog.table.column("label_id").null_count == len(catalog):
+            check(catalog, meta)  # another split would not help
         remedy = "; name one of them with --split, or --split '' for all videos" if config.split else ""
         raise CatalogError(f"{config.source}: {error}{remedy}") from None
     if check is not None:

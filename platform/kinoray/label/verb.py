@@ -36,7 +36,7 @@ def label(config: LabelConfig) -> dict[str, Any]:
 
     Returns:
         The totals, with `labelling_id`, `root` (where the table is), `catalog_digest` and `run_id`. With config.plan:
-        videos, done, new, changed, gone, size_bytes and units. Without config.out: as `answer`.
+        videos, done, new, changed, gone, size_bytes, empty and units. Without config.out: as `answer`.
 
     Raises:
         TooManyBad: more than max_bad_fraction were quarantined; the table is complete all the same.
@@ -146,6 +146,9 @@ def _say_plan(labelling: Labelling) -> dict[str, Any]:
     size = "" if found.size_bytes is None else f", {found.size_bytes:,} bytes to read"
     print(f"label: {many(found.videos, 'video')} = {found.done} done + {found.new} new + {found.changed} changed")
     print(f"label: {found.new + found.changed} to label in {many(found.units, 'unit')}{size}")
+    if found.empty:
+        which = f"{found.empty:,} of them {'is' if found.empty == 1 else 'are'}"
+        print(f"label: {which} not there, or without a byte, and would be quarantined: {visible(found.first_empty)}")
     if found.gone:
         print(f"label: {many(found.gone, 'row')} of videos that are no longer in the source; kept, and not shown")
     print(f"label: nothing was written; the table is, or will be, in {labelling.ledger.root}", flush=True)
@@ -168,6 +171,10 @@ class Preview:
     """Rows of videos that are not in this catalog; they stay, and do not show in its table."""
     size_bytes: int | None
     """Bytes of the videos to do; None where the catalog does not know all their sizes."""
+    empty: int
+    """Of the videos to do, those that are not there or have no bytes, as far as the catalog knows their sizes."""
+    first_empty: str
+    """The address of one of them."""
     units: int
     """Units of work to do."""
 
@@ -194,6 +201,7 @@ def preview(ledger: Ledger, catalog: Catalog, keys: Sequence[str], plan: Plan) -
                 left[row["video_id"], row["uri"]] = row["row_key"]
     changed = sum((row["video_id"], row["uri"]) in left for row in rows)
     sizes = [row["size_bytes"] for row in rows]
+    empty = [row["uri"] for row in rows if row["size_bytes"] == 0]
     return Preview(
         videos=len(keys),
         done=len(keys) - len(to_do),
@@ -201,6 +209,8 @@ def preview(ledger: Ledger, catalog: Catalog, keys: Sequence[str], plan: Plan) -
         changed=changed,
         gone=len(left) - changed,
         size_bytes=None if None in sizes else sum(sizes),
+        empty=len(empty),
+        first_empty=empty[0] if empty else "",
         units=len(missing),
     )
 

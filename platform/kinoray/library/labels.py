@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 
 from kinoray import console
 from kinoray.catalog.table import CATALOG_SCHEMA, catalog_of_source
-from kinoray.console import exact_stdout, many, shortened
+from kinoray.console import exact_stdout, many
 from kinoray.errors import CatalogError, ConfigError, ObjectNotFound
 from kinoray.label.ledger import Ledger, find_labellings, open_ledger
 from kinoray.label.summary import summarise
@@ -45,7 +45,6 @@ _SHOWN_WINDOWS = ("video_id", "window", "begin_s", "end_s", "label", "score", "m
 _SHOWN_JOINED = ("catalog_label", "catalog_split")
 _SHOWN_ROWS = 50
 _SHOWN_CLASSES = 20
-_MAX_NAME = 48
 _SORT_BLOCK = 65_536  # rows that are gathered before those beyond the limit are dropped
 
 
@@ -172,12 +171,10 @@ def _print_classes(ledger: Ledger) -> dict[str, int]:
     parts = [f"{status[name]:,} {name}" for name in ("labelled", "quarantined", "skipped")]
     print(f"{ledger.root}: {many(status.total(), 'video')} = {' + '.join(parts)}; {abstained:,} abstained")
     ranking = sorted(videos, key=lambda name: (-videos[name], name))
-    shown = [
-        (shortened(name, _MAX_NAME), f"{videos[name]:,}", f"{sums[name] / videos[name]:.3f}")
-        for name in ranking[:_SHOWN_CLASSES]
-    ]
+    shown = [(name, f"{videos[name]:,}", f"{sums[name] / videos[name]:.3f}") for name in ranking[:_SHOWN_CLASSES]]
     if shown:
-        print("\n".join(console.table(shown, head=("CLASS", "VIDEOS", "MEAN SCORE"), right=(1, 2), indent="  ")))
+        head = ("CLASS", "VIDEOS", "MEAN SCORE")
+        print("\n".join(console.table(shown, head=head, right=(1, 2), indent="  ", fits=True)))
     if left := ranking[_SHOWN_CLASSES:]:
         rest = sum(videos[name] for name in left)
         print(f"  and {many(len(left), 'class')} more, of {many(rest, 'video')}")

@@ -22,7 +22,6 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from kinoray import console
-from kinoray.console import shortened, visible
 from kinoray.errors import ConfigError
 from kinoray.label.ledger import Ledger
 from kinoray.label.unit import PLACE, PREDICTION_SCHEMA, WINDOW_SCHEMA, leave_out_seen
@@ -52,7 +51,6 @@ _FIRST = {"label": "label_topk", "score": "score_topk"}
 _WINDOW = 256  # units that are prefetched, so that a slow one holds no whole table
 _FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n", "\uff1d", "\uff0b", "\uff0d", "\uff20")  # the last: full-width forms
 _ROW_GROUP = 65_536
-_MAX_CELL = 48
 _NARROW: dict[pa.DataType, Callable[[float], Any]] = {pa.float16(): np.float16, pa.float32(): np.float32}
 
 
@@ -271,7 +269,7 @@ def print_table(table: pa.Table) -> None:
     """Print it as aligned columns, numbers to the right."""
     right = [place for place, field in enumerate(table.schema) if not _is_text(field.type)]
     rows = [[_shown(value) for value in row.values()] for row in rows_of(table)]
-    for line in console.table(rows, head=[name.upper() for name in table.column_names], right=right):
+    for line in console.table(rows, head=[name.upper() for name in table.column_names], right=right, fits=True):
         print(line)
 
 
@@ -285,5 +283,5 @@ def _shown(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.3f}"
     if isinstance(value, list):
-        return _shown(" ".join(_shown(item) for item in value))
-    return shortened(visible(value), _MAX_CELL)
+        return " ".join(_shown(item) for item in value)
+    return str(value)

@@ -75,7 +75,7 @@ EXAMPLES = (
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 _PREFIXES = ("torchvision", "hf", "timm")
 _FILE_ENDINGS = (".pth", ".pt", ".safetensors", ".bin", ".ckpt")
-_REPO = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?", re.ASCII)
+_REPO = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
 _REVISION = re.compile(r"[\w./-]{1,200}", re.ASCII)
 _TIMM_NAME = re.compile(r"[\w.-]{1,200}", re.ASCII)
 
@@ -239,11 +239,15 @@ def _hugging_face(rest: str, option: str) -> Source:
     name, _, revision = rest.partition("@")
     is_path = rest.startswith((".", "/", "~")) or (rest != "" and Path(rest).expanduser().exists())
     if is_path or not _REPO.fullmatch(name) or (revision and not _REVISION.fullmatch(revision)) or rest.endswith("@"):
-        reason = "is a folder without a config.json" if Path(rest).expanduser().is_dir() else "is no such folder"
+        if rest and Path(rest).expanduser().is_dir():
+            reason = "is a folder without a config.json"
+        elif is_path:
+            reason = "is no such folder"
+        else:
+            reason = "is neither a folder nor a repository" + (f": there is no folder {name} here" if name else "")
         raise ConfigError(
-            f"{option}: hf:{rest} {reason if is_path else 'is neither a folder nor a repository'}; expected a folder "
-            "that save_pretrained wrote, or hf:OWNER/NAME[@REVISION], such as "
-            "hf:MCG-NJU/videomae-base-finetuned-kinetics"
+            f"{option}: hf:{rest} {reason}; expected a folder that save_pretrained wrote, or hf:OWNER/NAME[@REVISION], "
+            "such as hf:MCG-NJU/videomae-base-finetuned-kinetics"
         )
     return Source(kind="hf", name=name, variant=revision)
 
@@ -280,6 +284,10 @@ def _near(text: str) -> str:
     weights = torchvision_weights()
     if text in weights:
         return f" (did you mean torchvision:{text}?)"
+    if text in SHORT_NAMES or text in SHORT_NAMES.values():
+        return (
+            f", and {text} is a network without weights (kinoray train SET --model.factory {text} --out RUN trains it)"
+        )
     names = [f"torchvision:{name}" for name in weights] + ["i3d"]
     names += [f"torchvision:{name}:{one.name}" for name, sets in weights.items() for one in sets]
     parent = Path(text).expanduser().parent

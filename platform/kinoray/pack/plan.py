@@ -15,15 +15,23 @@ from typing import Any, TypeVar
 
 import pyarrow as pa
 
-from kinoray.catalog.folders import extension, is_text, place_problem, places_in_folders, set_problems
+from kinoray.catalog.folders import (
+    extension,
+    is_text,
+    no_video_among,
+    place_problem,
+    places_in_folders,
+    set_problems,
+)
 from kinoray.catalog.quarantine import QuarantineRow, Refusal
 from kinoray.catalog.read import Reference, time_problem
 from kinoray.catalog.source import UNLABELLED_SPLITS, SourceFile, find_files, stat_size, unique_ids, warn
 from kinoray.catalog.table import Catalog, is_catalog, load_catalog
 from kinoray.config.shared import digest
+from kinoray.console import many
 from kinoray.errors import BadCredentials, CatalogError, StorageError, StorageUnavailable
 from kinoray.pack.config import PackConfig
-from kinoray.storage.objects import Storage
+from kinoray.storage.objects import Storage, join
 
 __all__ = [
     "FileVerdict",
@@ -239,10 +247,12 @@ def make_plan(
         else:
             kept.append((file, *place))
     if not kept:
-        what = f"{len(files) + len(others)} files, but none in a class folder" if files or others else "nothing"
-        raise CatalogError(
-            f"{source}: found {what}; expected folders of one class each, such as {source}/walking/a.mp4"
-        )
+        if is_csv:
+            raise CatalogError(f"{source} lists no video")
+        expected = f"expected folders of one class each, such as {join(source, 'walking/a.mp4')}"
+        if not files:
+            raise CatalogError(no_video_among(source, others, expected))
+        raise CatalogError(f"{source}: found {many(len(files), 'video')}, but none in a class folder; {expected}")
     free = [(file.name, label, contents.get(file.uri)) for file, label, split in kept if not split]
     validating = drawn_to_val(free, val_fraction)
     labels = tuple(sorted({label for _, label, _ in kept if label is not None}))

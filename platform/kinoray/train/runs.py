@@ -31,8 +31,7 @@ _BEAT_S = 30.0
 _STATUS_FILE = "status.json"
 _SILENT_S = 4 * _BEAT_S  # a store that fails for a minute is no dead driver
 _READERS = 16  # requests at a time
-_MAX_CELL = 44
-_MAX_ERROR = 2000
+_MAX_TEXT = 2000
 _HASTE_S = 5.0  # for a word that is said again soon, or that must not hold up the news that the store is down
 
 _SILENT = (
@@ -175,6 +174,10 @@ def _count(value: object) -> int:
 def _model(settings: dict[str, Any]) -> str:
     options = {name: value for name, value in settings.items() if name.startswith("model.options.")}
     parts = [str(settings["model.factory"])]
+    whole = "model.options.config."  # of a network of Hugging Face, in dozens of entries; what it is stands in one
+    if kind := options.get(f"{whole}model_type"):
+        parts.append(str(kind))
+        options = {name: value for name, value in options.items() if not name.startswith(whole)}
     parts += [f"{name.removeprefix('model.options.')}={value}" for name, value in sorted(options.items())]
     return " ".join(parts)
 
@@ -207,13 +210,13 @@ def _table(found: Sequence[RunSummary], prefix: str) -> str:
             f"{run.epochs_done}/{run.epochs}",
             _best(run),
             time.strftime("%Y-%m-%d %H:%M", time.localtime(run.started_s)),
-            shortened(visible(run.model), _MAX_CELL),
+            shortened(run.model, _MAX_TEXT),
         )
         for name, run in zip(names, found, strict=True)
     ]
-    lines = table(rows, head=head, right=(2,))
+    lines = table(rows, head=head, right=(2,), fits=True)
     problems = [
-        f"{name}: {shortened(run.error, _MAX_ERROR)}" for name, run in zip(names, found, strict=True) if run.error
+        f"{name}: {shortened(run.error, _MAX_TEXT)}" for name, run in zip(names, found, strict=True) if run.error
     ]
     if problems:
         lines += ["", *map(visible, problems)]

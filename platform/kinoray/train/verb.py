@@ -71,7 +71,7 @@ def train(config: TrainConfig, gate: Gate | None = None) -> dict[str, Any]:
     num_train, num_val = check_training(config, catalog)
     _say_departures(config)
     broken: list[str] = []
-    newest = folder.newest(warn=broken.append)
+    before = newest = folder.newest(warn=broken.append)
     if init_from and newest is None:
         _check_start(storage, config, catalog)
     folder.claim(config, catalog)
@@ -83,7 +83,8 @@ def train(config: TrainConfig, gate: Gate | None = None) -> dict[str, Any]:
         for line in broken:
             print(f"train: {visible(line)}")
         print(f"train: {config.out} is finished ({many(newest[1].epoch, 'epoch')}); nothing is left to do", flush=True)
-    return _result(folder, newest, time.monotonic() - start_s)
+    num_before = before[1].samples if before else 0
+    return _result(folder, newest, num_before, time.monotonic() - start_s)
 
 
 def _train_on(folder: RunFolder, config: TrainConfig, catalog: Catalog, gate: Gate | None) -> Checkpoint:
@@ -265,8 +266,12 @@ def _check_start(storage: Storage, config: TrainConfig, catalog: Catalog) -> Non
 # What came of it
 
 
-def _result(folder: RunFolder, last: Checkpoint, took_s: float) -> dict[str, Any]:
-    """Totals of the run, printed and returned."""
+def _result(folder: RunFolder, last: Checkpoint, num_before: int, took_s: float) -> dict[str, Any]:
+    """Totals of the run, printed and returned.
+
+    Args:
+        num_before: videos that were trained on when this command began, which took none of its time.
+    """
     newest_uri, newest = last
     best_uri, best = best_of(folder.checkpoints())
     totals: dict[str, Any] = {
@@ -286,8 +291,11 @@ def _result(folder: RunFolder, last: Checkpoint, took_s: float) -> dict[str, Any
     }
     scored = f", val top-1 {totals['val_top1']:.3f}" if totals["val_top1"] is not None else ""
     done = ", ".join((many(newest.epoch, "epoch"), many(newest.step, "step"), many(newest.samples, "video")))
+    num_now = newest.samples - num_before
+    now = f", {num_now:,} of them now" if num_before and num_now else ""
+    took = f"{now} in {format_duration(took_s)}" if num_now else ""
     print(
-        f"train: {done} trained on in {format_duration(took_s)}; quarantined {totals['quarantined']}; best is epoch "
+        f"train: {done} trained on{took}; quarantined {totals['quarantined']}; best is epoch "
         f"{best.epoch}{scored}: {best_uri}",
         flush=True,
     )

@@ -108,9 +108,10 @@ def tune(config: TuneConfig, given: Sequence[Settings] = ()) -> dict[str, Any]:
     status = {name: _ended(storage, config.out, name) for name in known}
     num_trials = len(trials) or config.num_trials
     search = "given" if given else config.search
+    num_before = sum(map(bool, status.values()))
     print(
         f"tune: {many(num_trials, 'trial')} (search {search}, none stopped before epoch {config.grace}), "
-        f"{sum(map(bool, status.values()))} have ended already; to {config.out}",
+        f"{num_before} have ended already; to {config.out}",
         flush=True,
     )
     if len(status) < num_trials or not all(status.values()):
@@ -120,7 +121,7 @@ def tune(config: TuneConfig, given: Sequence[Settings] = ()) -> dict[str, Any]:
             drop_cache(base)
     known = trials or known_trials(storage, config.out)
     rows = [read_trial(storage, config.out, name, settings) for name, settings in known.items()]
-    return _finish(storage, config, axes, rows, time.monotonic() - start_s)
+    return _finish(storage, config, axes, rows, num_before, time.monotonic() - start_s)
 
 
 def _axes_of(given: Sequence[Settings]) -> tuple[Axis, ...]:
@@ -340,9 +341,9 @@ def _optuna(storage: Storage, config: TuneConfig, axes: Sequence[Axis], status: 
 
 
 def _finish(
-    storage: Storage, config: TuneConfig, axes: Sequence[Axis], rows: list[TrialRow], took_s: float
+    storage: Storage, config: TuneConfig, axes: Sequence[Axis], rows: list[TrialRow], num_before: int, took_s: float
 ) -> dict[str, Any]:
-    """Write the tables, the best settings and the page."""
+    """Write the tables, the best settings and the page; of the trials, num_before had ended when this command began."""
     rows = ranked(rows)
     write_table(storage, config.out, rows)
     best = best_row(rows, config.out)
@@ -366,9 +367,12 @@ def _finish(
     storage.put(join(config.out, "tune.json"), json.dumps(summary, indent=1).encode() + b"\n")
     print_table(rows)
     settings = ", ".join(f"{path}={value}" for path, value in best.settings.items())
+    how_many = ", ".join(f"{number} {how}" for how, number in status.items())
+    now = f", {len(rows) - num_before:,} of them now" if num_before else ""
+    took = f"{now} in {format_duration(took_s)}" if num_before < len(rows) else ""
     print(
-        f"tune: {many(len(rows), 'trial')} ({', '.join(f'{number} {how}' for how, number in status.items())}) in "
-        f"{format_duration(took_s)}; best is {best.trial} ({settings}), val top-1 {best.best_val_top1:.3f}; "
+        f"tune: {many(len(rows), 'trial')} ({how_many}){took}; "
+        f"best is {best.trial} ({settings}), val top-1 {best.best_val_top1:.3f}; "
         f"{join(config.out, 'best.yaml')}, {join(config.out, 'tune.html')}",
         flush=True,
     )
