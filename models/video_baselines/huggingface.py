@@ -113,7 +113,7 @@ def _config(entries: Mapping[str, Any], num_classes: int) -> Any:
         with quiet(transformers):
             config = transformers.AutoConfig.for_model(entries["model_type"], num_labels=num_classes, **rest)
     except Exception as error:  # its checks raise kinds of their own
-        reason = " ".join(str(error).split())
+        reason = " ".join(str(error).split())[:300]
         raise ValueError(f"config is not one of {entries['model_type']}: {reason}") from error
     _require_bounded(config, declared)
     return config

@@ -180,7 +180,7 @@ def _known_entries(found: Mapping[str, Any], num_classes: int) -> tuple[dict[str
         with quiet(transformers):
             config = transformers.AutoConfig.for_model(found["model_type"], num_labels=num_classes, **entries)
     except Exception as error:  # its checks raise kinds of their own
-        reason = " ".join(str(error).split())
+        reason = " ".join(str(error).split())[:300]
         raise ValueError(f"config.json is not one of {found['model_type']}: {reason}") from error
     plain = {name: getattr(config, name) for name in sorted(declared)}
     left_out = found.keys() - accepted - _ABOUT

@@ -129,7 +129,7 @@ def from_huggingface(place: str, revision: str = "") -> PublishedNetwork:
         source = f"hf:{place}@{folder.name}"  # the commit
     network = read_folder(folder)
     more = f" and {len(network.ignored) - 20} more" if len(network.ignored) > 20 else ""
-    left_out = f"not known to {network.library}, left out: {', '.join(network.ignored[:20])}{more}"
+    left_out = f"not known to {network.library}, left out: {', '.join(network.ignored[:20]):.500}{more}"
     return PublishedNetwork(
         factory="huggingface",
         options=network.options,
