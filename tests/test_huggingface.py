@@ -1,6 +1,8 @@
 """Hugging Face's video classifiers: tiny ones, written by save_pretrained, beside the library's own model."""
 
 import json
+import math
+import os
 import pickle
 import re
 import socket
@@ -239,9 +241,8 @@ def test_processors_of_other_versions_say_the_same(
 def test_a_processor_that_does_more_is_refused(tmp_path: Path) -> None:
     save(tmp_path, "videomae")
     (tmp_path / "preprocessor_config.json").unlink()
-    # It divides by the deviation twice.
-    processor = transformers.EfficientNetImageProcessor(size={"height": 32, "width": 32})
-    processor.save_pretrained(tmp_path)
+    entries = {"size": {"height": 32, "width": 32}, "do_pad": True, "pad_size": {"height": 40, "width": 40}}
+    transformers.ViTImageProcessor(**entries).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="does more to frames than resize, crop and scale them"):
         read_folder(tmp_path)
 
@@ -253,6 +254,14 @@ def test_published_lengths_have_their_papers_strides(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     recipe = read_folder(tmp_path).spec.recipe
     assert (recipe.frames, recipe.stride, recipe.fps) == (16, 4, None)
+
+
+def test_no_other_entry_reaches_a_processor(tmp_path: Path) -> None:
+    save(tmp_path, "videomae")
+    spec = read_folder(tmp_path).spec
+    others = {"device": "cuda:99", "preprocess": "x", "__class__": "x", "repo_path": "a/b", "do_sample_frames": True}
+    edit(tmp_path / "preprocessor_config.json", **others)
+    assert read_folder(tmp_path).spec == spec
 
 
 # --- files
@@ -377,9 +386,43 @@ def test_a_network_without_a_classifier_is_refused(tmp_path: Path) -> None:
         ("config.json", {"id2label": {"0": "a", "2": "b"}}, "id2label must map the ids 0 to 1 to names"),
         ("config.json", {"id2label": None}, "id2label must name the classes"),
         ("config.json", {"image_size": 64}, "makes frames of 32 px, the network is made for 64 px"),
-        ("preprocessor_config.json", {"image_processor_type": "Nobody"}, "has no processor 'Nobody'"),
-        ("preprocessor_config.json", {"image_processor_type": "pipeline"}, "has no processor 'pipeline'"),
+        ("preprocessor_config.json", {"image_processor_type": "Nobody"}, "must name one of .*, got 'Nobody'"),
+        ("preprocessor_config.json", {"image_processor_type": "pipeline"}, "must name one of .*, got 'pipeline'"),
         ("preprocessor_config.json", {"crop_size": {"height": 32, "width": 36}}, "kinoray crops squares"),
+        # Of the library, and these read what they are told: a file or a repository of the hub; a program's options.
+        (
+            "preprocessor_config.json",
+            {"image_processor_type": "OneFormerImageProcessor", "repo_path": "a/b", "class_info_file": "/etc/passwd"},
+            "must name one of .*, got 'OneFormerImageProcessor'",
+        ),
+        (
+            "preprocessor_config.json",
+            {"image_processor_type": "LayoutLMv2ImageProcessor", "apply_ocr": True, "tesseract_config": "-l x"},
+            "must name one of .*, got 'LayoutLMv2ImageProcessor'",
+        ),
+        ("preprocessor_config.json", {"video_processor_type": ["a"]}, r"must name one of .*, got \['a'\]"),
+        ("preprocessor_config.json", {"image_processor": ["a"]}, r"its processor must be an object, got \['a'\]"),
+        ("preprocessor_config.json", {"video_processor": "a"}, "its processor must be an object, got 'a'"),
+        ("preprocessor_config.json", {"image_std": [0.5, 0, 0.5]}, r"image_std must be .*, got \[0\.5, 0, 0\.5\]"),
+        ("preprocessor_config.json", {"image_mean": [0.5] * 5}, "image_mean must be a finite number, or three"),
+        ("preprocessor_config.json", {"image_mean": "0.5"}, "image_mean must be .*, got '0.5'"),
+        ("preprocessor_config.json", {"image_mean": 10**400}, "image_mean must be a finite number"),
+        ("preprocessor_config.json", {"image_std": math.nan}, "image_std must be .*, got nan"),
+        ("preprocessor_config.json", {"rescale_factor": 0}, "rescale_factor must be a number above 0, got 0"),
+        ("preprocessor_config.json", {"resample": 77}, "resample must be a filter of Pillow, 0 .. 5, got 77"),
+        ("preprocessor_config.json", {"do_resize": "no"}, "do_resize must be true or false, got 'no'"),
+        ("preprocessor_config.json", {"size": {"shortest_edge": -1}}, r"size must be sides of 1 \.\. 2048 px"),
+        ("preprocessor_config.json", {"size": {"shortest_edge": 60000}}, r"size must be sides of 1 \.\. 2048 px"),
+        ("preprocessor_config.json", {"size": {"side": 1}}, r"size must be sides of 1 \.\. 2048 px"),
+        ("preprocessor_config.json", {"crop_size": 10**9}, r"crop_size must be sides of 1 \.\. 2048 px"),
+        ("config.json", {"tubelet_size": 0}, r"config.tubelet_size must be 1 \.\. 1,048,576, got 0"),
+        ("config.json", {"num_attention_heads": 0}, r"config.num_attention_heads must be 1 \.\. 1,048,576, got 0"),
+        ("config.json", {"num_attention_heads": 5}, "config: its network cannot be built|not a multiple"),
+        ("config.json", {"intermediate_size": -8}, r"config.intermediate_size must be 1 \.\. 1,048,576, got -8"),
+        ("config.json", {"hidden_act": "nobody"}, "config.hidden_act must be an activation .*, got 'nobody'"),
+        # Each would take gigabytes before the first weight is compared.
+        ("config.json", {"hidden_size": 16384, "intermediate_size": 2**20, "num_hidden_layers": 64}, "of each other"),
+        ("config.json", {"hidden_size": 2**20, "num_frames": 64, "tubelet_size": 1}, "numbers, over 8,388,608"),
     ],
 )
 def test_folders_that_cannot_be_fed_are_refused(
@@ -405,6 +448,32 @@ def test_a_shard_outside_of_the_folder_is_not_read(tmp_path: Path) -> None:
     places = json.loads(index.read_text())["weight_map"]
     edit(index, weight_map={**places, next(iter(places)): "../elsewhere.safetensors"})
     with pytest.raises(ValueError, match=r"shards lie beside their index, got '\.\./elsewhere"):
+        read_folder(tmp_path)
+
+
+def test_weights_of_another_size_are_refused_before_they_are_read(tmp_path: Path) -> None:
+    save(tmp_path, "videomae")
+    file = tmp_path / "model.safetensors"
+    content = file.read_bytes()
+    with file.open("r+b") as opened:
+        opened.truncate(200 * 2**30)
+    with pytest.raises(ValueError, match=r"model\.safetensors has 214,748,364,800 bytes, nearly all of them holes"):
+        read_folder(tmp_path)
+    file.write_bytes(content + b"x" * 2**25)
+    with pytest.raises(WeightsMismatch, match="they cannot be of each other"):
+        read_folder(tmp_path)
+
+
+@pytest.mark.timeout(60)
+def test_only_regular_files_are_opened_and_only_those_that_are_needed(tmp_path: Path) -> None:
+    save(tmp_path, "timesformer", max_shard_size="10KB")
+    shards = sorted(tmp_path.glob("model-*.safetensors"))
+    os.mkfifo(tmp_path / "model-extra.safetensors")
+    (tmp_path / "model-zero.safetensors").symlink_to("/dev/zero")
+    assert list(read_folder(tmp_path).files) == shards
+    shards[0].unlink()
+    os.mkfifo(shards[0])
+    with pytest.raises(ValueError, match=f"{shards[0].name} is not a regular file"):
         read_folder(tmp_path)
 
 

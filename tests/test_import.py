@@ -1,6 +1,8 @@
 """Published networks as checkpoints: what `kinoray import` writes, and what --checkpoint and --init-from make of it."""
 
+import hashlib
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -237,6 +239,36 @@ def test_what_fails_leaves_nothing_in_the_cache(tmp_path: Path, own_cache: Path)
     with pytest.raises(ModelError, match=r"hf:.*/saved: .* has no model\.safetensors"):
         checkpoint_of(f"hf:{tmp_path / 'saved'}", "checkpoint", print)
     assert not own_cache.exists() or not list(own_cache.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("entries", "error", "message"),
+    [
+        ({"id2label": {"0": "a", "1": "b", "2": "\ud800"}}, ModelError, "could not be read again: .*surrogates"),
+        ({"id2label": {"0": "a", "1": "b", "2": "c" * 5000}}, ConfigError, "with names of 4,096 characters"),
+        ({"layer_norm_eps": float("nan")}, ModelError, "NaN is no number of JSON"),
+    ],
+    ids=["no text", "long name", "no number"],
+)
+def test_what_could_not_be_read_again_is_not_written(
+    entries: dict[str, Any], error: Any, message: str, tmp_path: Path
+) -> None:
+    hub.save(tmp_path / "saved", "videomae")
+    hub.edit(tmp_path / "saved" / "config.json", **entries)
+    with pytest.raises(error, match=message):
+        import_source(LOCAL, Source(kind="hf", name=str(tmp_path / "saved")), str(tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_links_that_lead_nowhere_and_pipes_beside_the_weights_change_nothing(tmp_path: Path) -> None:
+    hub.save(tmp_path / "saved", "videomae")
+    (tmp_path / "saved" / "model-gone.safetensors").symlink_to("nowhere")
+    (tmp_path / "saved" / "loop").symlink_to("loop")
+    os.mkfifo(tmp_path / "saved" / "model-pipe.safetensors")
+    (tmp_path / "saved" / "README.md").symlink_to("/dev/zero")
+    origin = load_meta(LOCAL, checkpoint_of(f"hf:{tmp_path / 'saved'}", "checkpoint", print)).origin
+    assert origin is not None
+    assert origin.sha256 == hashlib.sha256((tmp_path / "saved" / "model.safetensors").read_bytes()).hexdigest()
 
 
 def test_a_cluster_is_told_where_its_nodes_must_look(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import inspect
+import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -295,6 +296,42 @@ class TestWeights:
         with pytest.raises(ValueError, match=r"w.pth cannot be read as tensors only"):
             read_state(tmp_path / "w.pth")
         assert not (tmp_path / "ran").exists()
+
+    @pytest.mark.parametrize(
+        ("tensor", "message"),
+        [
+            (torch.eye(2).to_sparse(), "is no dense tensor"),
+            (torch.eye(2, device="meta"), "is no dense tensor"),
+            (torch.ones(2, dtype=torch.complex64), "is of torch.complex64, expected real or whole numbers"),
+            (torch.ones(2).to(torch.float8_e4m3fn), "is of torch.float8_e4m3fn, expected real or whole numbers"),
+            (torch.ones(1).expand(2**40), r"repeats its numbers: shape \(1099511627776,\) of 4 bytes"),
+        ],
+        ids=["sparse", "meta", "complex", "float8", "expanded"],
+    )
+    def test_only_dense_tensors_of_real_and_whole_numbers_are_weights(
+        self, tensor: torch.Tensor, message: str, tmp_path: Path
+    ) -> None:
+        torch.save({"a.b": tensor}, tmp_path / "w.pth")
+        with pytest.raises(ValueError, match=rf"w\.pth: a\.b {message}"):
+            read_state(tmp_path / "w.pth")
+
+    def test_a_file_takes_no_more_memory_than_it_has_bytes(self, tmp_path: Path) -> None:
+        torch.save({"a": torch.zeros(2**20)}, tmp_path / "w.pth")
+        with (
+            zipfile.ZipFile(tmp_path / "w.pth") as stored,
+            zipfile.ZipFile(tmp_path / "packed.pth", "w", zipfile.ZIP_DEFLATED) as packed,
+        ):
+            for member in stored.infolist():
+                packed.writestr(member.filename, stored.read(member))
+        with pytest.raises(
+            ValueError, match=r"packed\.pth cannot be read as tensors only: its members have more bytes"
+        ):
+            read_state(tmp_path / "packed.pth")
+        for name in ("w.pth", "w.safetensors"):
+            with (tmp_path / name).open("ab") as file:
+                file.truncate(2**33)
+            with pytest.raises(ValueError, match=rf"{name} has 8,589,934,592 bytes, nearly all of them holes"):
+                read_state(tmp_path / name)
 
     @pytest.mark.parametrize(
         ("name", "content", "message"),

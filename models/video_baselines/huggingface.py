@@ -20,6 +20,7 @@ from video_baselines.streams import ClipClassifier, DepthParts, require_count, r
 
 __all__ = [
     "HubFrames",
+    "build_errors",
     "declared_entries",
     "huggingface",
     "known_model_types",
@@ -31,9 +32,13 @@ __all__ = [
 _SIZE_FIELDS = ("image_size", "crop_size")
 _FRAME_FIELDS = ("num_frames", "frames_per_clip")
 # Building takes time and memory for these before anybody can compare shapes: the largest of the field has 48 layers and
-# 18 million numbers in the table of its positions.
+# 18 million numbers in the table of its positions. VideoMAE's table is computed number by number in Python, wherever
+# the network is built: its huge one has 2 million, 6 at 384 px.
 _MAX_LAYERS = 128
 _MAX_TABLE = 2**27
+_MAX_COMPUTED_TABLE = 2**23
+_MAX_SIZE = 2**20
+_SIZES = ("_size", "_frames", "_per_clip", "_heads", "_channels", "_chans", "_tokens")
 
 
 def library() -> Any:
@@ -68,10 +73,29 @@ def quiet(transformers: Any) -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def declared_entries(config: Any, transformers: Any) -> set[str]:
-    """Names of the entries that a config's own class declares, without those that all configs share."""
+def declared_entries(model_type: str) -> set[str]:
+    """Names of the entries that the config class of a known type declares, without those that all configs share."""
+    transformers = library()
     shared = {field.name for field in dataclasses.fields(transformers.PreTrainedConfig)}
-    return {field.name for field in dataclasses.fields(config)} - shared
+    return {field.name for field in dataclasses.fields(transformers.CONFIG_MAPPING[model_type])} - shared
+
+
+@contextlib.contextmanager
+def build_errors(what: str) -> Iterator[None]:
+    """What the library raises for values that do not go together, as ValueError: it has no kind of its own for it."""
+    try:
+        yield
+    except (
+        ArithmeticError,
+        AssertionError,
+        AttributeError,
+        LookupError,
+        MemoryError,
+        RuntimeError,
+        TypeError,
+    ) as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        raise ValueError(f"{what}: {reason}") from error
 
 
 def _config(entries: Mapping[str, Any], num_classes: int) -> Any:
@@ -80,36 +104,47 @@ def _config(entries: Mapping[str, Any], num_classes: int) -> Any:
     known = known_model_types()
     if not isinstance(entries, Mapping) or entries.get("model_type") not in known:
         found = entries.get("model_type") if isinstance(entries, Mapping) else entries
-        raise ValueError(f"config.model_type must be one of {', '.join(known)}, got {found!r}")
+        raise ValueError(f"config.model_type must be one of {', '.join(known)}, got {found!r:.100}")
     rest = {name: value for name, value in entries.items() if name != "model_type"}
+    declared = declared_entries(entries["model_type"])
+    if unknown := sorted(set(rest) - declared):  # before the library sees it: any name would be an attribute there
+        raise ValueError(f"config.{unknown[0]:.100} is not an entry of a {entries['model_type']} config")
     try:
         with quiet(transformers):
             config = transformers.AutoConfig.for_model(entries["model_type"], num_labels=num_classes, **rest)
     except Exception as error:  # its checks raise kinds of their own
-        reason = " ".join(str(error).split())
+        reason = " ".join(str(error).split())[:300]
         raise ValueError(f"config is not one of {entries['model_type']}: {reason}") from error
-    unknown = sorted(set(rest) - declared_entries(config, transformers))
-    if unknown:
-        raise ValueError(f"config.{unknown[0]} is not an entry of a {entries['model_type']} config")
-    _require_bounded(config, declared_entries(config, transformers))
+    _require_bounded(config, declared)
     return config
 
 
 def _require_bounded(config: Any, names: set[str]) -> None:
-    """Raise ValueError for a config whose network would take long to lay out, whatever its weights are."""
+    """Raise ValueError for a config that no network has, or whose network would take long to lay out."""
+    from transformers.activations import ACT2FN
+
     for name in sorted(names):
-        if name.endswith("_layers") and not 0 <= getattr(config, name) <= _MAX_LAYERS:
-            raise ValueError(f"config.{name} must be at most {_MAX_LAYERS}, got {getattr(config, name)}")
+        value = getattr(config, name)
+        if name.endswith("_layers") and not 0 <= value <= _MAX_LAYERS:
+            raise ValueError(f"config.{name} must be at most {_MAX_LAYERS}, got {value}")
+        if name.endswith(_SIZES) and not all(1 <= size <= _MAX_SIZE for size in _numbers(value)):
+            raise ValueError(f"config.{name} must be 1 .. {_MAX_SIZE:,}, got {value!r:.100}")
+        if name.endswith("_act") and value not in ACT2FN:
+            raise ValueError(f"config.{name} must be an activation that the library knows, got {value!r:.100}")
     frames = next((getattr(config, name) for name in _FRAME_FIELDS if hasattr(config, name)), 1)
-    tubelet = getattr(config, "tubelet_size", 1)
-    patch = tubelet[1] if isinstance(tubelet, (list, tuple)) else config.patch_size
-    if patch < 1 or frames < 1:
-        raise ValueError(f"config: frames and patches must be at least 1, got {frames} and {patch}")
+    tubelet = _numbers(getattr(config, "tubelet_size", 1))
+    patch = min(_numbers(config.patch_size) if hasattr(config, "patch_size") else tubelet[1:], default=1)
     table = frames * max(1, square_side(config) // patch) ** 2 * config.hidden_size
-    if table > _MAX_TABLE:
-        raise ValueError(
-            f"config: {frames} frames of {square_side(config)} px are {table:,} numbers, over {_MAX_TABLE:,}"
-        )
+    limit = _MAX_TABLE
+    if config.model_type == "videomae":
+        table, limit = table // tubelet[0], _MAX_COMPUTED_TABLE
+    if table > limit:
+        raise ValueError(f"config: {frames} frames of {square_side(config)} px are {table:,} numbers, over {limit:,}")
+
+
+def _numbers(value: Any) -> tuple[int, ...]:
+    """The whole numbers of an entry that is one of them, several or None."""
+    return tuple(value) if isinstance(value, (list, tuple)) else () if value is None else (value,)
 
 
 class HubFrames(nn.Module):
@@ -167,7 +202,7 @@ def huggingface(
         # Set on the object: TimeSformer's config declares a whole number and then reads any.
         object.__setattr__(built, "drop_path_rate", float(drop_path))
     spec = _spec(built, rgb_mean, rgb_std, recipe)
-    with quiet(transformers):
+    with quiet(transformers), build_errors("config: its network cannot be built"):
         net = transformers.AutoModelForVideoClassification.from_config(built, trust_remote_code=False)
     _freeze_unused(net)
     return ClipClassifier(spec, rgb_net=HubFrames(net, num_classes))
@@ -185,7 +220,7 @@ def square_side(config: Any) -> int:
     value = next((getattr(config, name) for name in _SIZE_FIELDS if hasattr(config, name)), None)
     sides = [value] if isinstance(value, int) else list(value or ())
     if not sides or len(set(sides)) != 1:
-        raise ValueError(f"config: the network must take square frames of a known side, got {value!r}")
+        raise ValueError(f"config: the network must take square frames of a known side, got {value!r:.100}")
     return int(sides[0])
 
 

@@ -1,6 +1,8 @@
 """A folder that Hugging Face's save_pretrained wrote, as options, weights and class names of a kinoray model.
 
-Its JSON is read as data and its tensors as tensors; no code of the folder runs and the hub is not asked.
+Its JSON is read as data and its tensors as tensors; no code of the folder runs and the hub is not asked. What is easy
+to break: the library's classes do what entries tell them, files and addresses included, so only entries that are known
+here reach one, each of its type and range; and sizes are compared before memory is taken.
 
 Shapes: T frames, Y X pixels, C channels
 """
@@ -8,7 +10,8 @@ Shapes: T frames, Y X pixels, C channels
 import dataclasses
 import json
 import math
-from collections.abc import Mapping
+import os
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,9 +22,10 @@ from torch import Tensor
 
 from kinoray.network import ClipRecipe, InputSpec
 from vcm_sdd.preprocess import preprocess
-from vcm_sdd.weights import WeightsMismatch, read_state
+from vcm_sdd.weights import WeightsMismatch, open_regular, read_state
 from video_baselines.huggingface import (
     HubFrames,
+    build_errors,
     declared_entries,
     huggingface,
     known_model_types,
@@ -48,6 +52,18 @@ _STRIDES = {
     ("vivit", 32): 2,
 }
 _PILLOW = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic", 4: "box", 5: "hamming"}
+# Those of the library's processors that the networks' own publishers name, and two plain ones that other people's do.
+# (Not ConvNeXt's: it crops by a share of its own up to 384 px, and squeezes the whole picture from there on.)
+_PROCESSORS = (
+    *("CLIPImageProcessor", "ViTImageProcessor", "VideoMAEImageProcessor", "VivitImageProcessor"),
+    *("LlavaOnevisionVideoProcessor", "TimesformerVideoProcessor", "VJEPA2VideoProcessor", "VideoMAEVideoProcessor"),
+    "VivitVideoProcessor",
+)
+_MAX_SIDE = 2048
+_MAX_FACTOR = 1e6
+_SLACK = 2**24  # bytes, or numbers
+# Names that the library still translates to entries that it declares.
+_OLDER_NAMES: Mapping[str, frozenset[str]] = {"videomae": frozenset({"qkv_bias"})}
 # Entries that every config may have and that say nothing about the network's arithmetic.
 _ABOUT = {
     "architectures",
@@ -80,18 +96,20 @@ class HubNetwork:
     """Entries of config.json that the installed library does not know and that were therefore left out."""
     library: str
     """`transformers` and its version, which the names of the weights belong to."""
+    files: tuple[Path, ...]
+    """The files that the weights were read from, by name."""
 
 
-_MAX_JSON_CHARS = 2**26  # an index of shards names every weight
+_MAX_JSON_BYTES = 2**24  # an index of shards names every weight
 
 
 def _read_json(file: Path) -> dict[str, Any]:
     try:
-        with file.open(encoding="utf-8") as opened:
-            text = opened.read(_MAX_JSON_CHARS + 1)
-        if len(text) > _MAX_JSON_CHARS:
-            raise ValueError(f"it has more than {_MAX_JSON_CHARS:,} characters")
-        body = json.loads(text)
+        with open_regular(file) as opened:
+            data = opened.read(_MAX_JSON_BYTES + 1)
+        if len(data) > _MAX_JSON_BYTES:
+            raise ValueError(f"it has more than {_MAX_JSON_BYTES:,} bytes")
+        body = json.loads(data.decode())
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{file} cannot be read as JSON: {error}") from error
     if not isinstance(body, dict):
@@ -121,8 +139,11 @@ def read_folder(folder: str | Path) -> HubNetwork:
         "recipe": dataclasses.asdict(recipe),
     }
     options = json.loads(json.dumps(options))  # tuples become lists here, not only when a checkpoint is written
-    model = huggingface(num_classes=len(names), **options)
-    state = _converted(root, model, transformers)
+    with torch.device("meta"):  # names and shapes, no memory
+        model = huggingface(num_classes=len(names), **options)
+    files, places = _weight_files(root)
+    _require_as_large(files, model, root)
+    state = _converted(root, model, _tensors(files, places), transformers)
     return HubNetwork(
         options=options,
         state=state,
@@ -130,6 +151,7 @@ def read_folder(folder: str | Path) -> HubNetwork:
         spec=model.input_spec,
         ignored=ignored,
         library=f"transformers {transformers.__version__}",
+        files=tuple(files),
     )
 
 
@@ -137,11 +159,11 @@ def _class_names(config: Mapping[str, Any], root: Path) -> tuple[str, ...]:
     labels = config.get("id2label")
     where = f"{root / 'config.json'}: id2label"
     if not isinstance(labels, dict) or not labels:
-        raise ValueError(f"{where} must name the classes, got {labels!r}")
+        raise ValueError(f"{where} must name the classes, got {labels!r:.100}")
     by_id = {str(key): value for key, value in labels.items()}
     wanted = [str(number) for number in range(len(by_id))]
     if set(by_id) != set(wanted) or not all(isinstance(name, str) for name in by_id.values()):
-        raise ValueError(f"{where} must map the ids 0 to {len(by_id) - 1} to names, got {sorted(by_id)[:5]} and more")
+        raise ValueError(f"{where} must map the ids 0 to {len(by_id) - 1} to names, got {sorted(by_id)[:5]!r:.100}")
     return tuple(by_id[number] for number in wanted)
 
 
@@ -150,49 +172,102 @@ def _known_entries(found: Mapping[str, Any], num_classes: int) -> tuple[dict[str
     transformers = library()
     known = known_model_types()
     if found.get("model_type") not in known:
-        raise ValueError(f"config.model_type must be one of {', '.join(known)}, got {found.get('model_type')!r}")
-    entries = {name: value for name, value in found.items() if name not in _ABOUT and not name.startswith("_")}
+        raise ValueError(f"config.model_type must be one of {', '.join(known)}, got {found.get('model_type')!r:.100}")
+    declared = declared_entries(found["model_type"])
+    accepted = declared | _OLDER_NAMES.get(found["model_type"], frozenset())
+    entries = {name: value for name, value in found.items() if name in accepted and name not in _ABOUT}
     try:
         with quiet(transformers):
             config = transformers.AutoConfig.for_model(found["model_type"], num_labels=num_classes, **entries)
     except Exception as error:  # its checks raise kinds of their own
-        reason = " ".join(str(error).split())
+        reason = " ".join(str(error).split())[:300]
         raise ValueError(f"config.json is not one of {found['model_type']}: {reason}") from error
-    declared = declared_entries(config, transformers)
     plain = {name: getattr(config, name) for name in sorted(declared)}
-    # An older name that the library took over (VideoMAE's qkv_bias) is not left as an attribute of its own.
-    ignored = tuple(sorted(name for name in entries if name not in declared and hasattr(config, name)))
+    left_out = found.keys() - accepted - _ABOUT
+    ignored = tuple(sorted(name for name in left_out if not name.startswith("_")))
     return {"model_type": found["model_type"], **plain}, ignored
 
 
 def _processor(root: Path, transformers: Any) -> Any:
-    """The folder's video processor, or its image processor, built by the library's own class out of the JSON."""
-    from transformers.image_processing_utils import BaseImageProcessor
-    from transformers.models.auto.image_processing_auto import get_image_processor_class_from_name
-    from transformers.models.auto.video_processing_auto import video_processor_class_from_name
-
+    """The folder's video processor, or its image processor, built by the library's own class out of plain entries."""
     for name in ("processor_config.json", "video_preprocessor_config.json", "preprocessor_config.json"):
         if not (root / name).is_file():
             continue
         found = _read_json(root / name)
         entries = found.get("video_processor") or found.get("image_processor") or found
-        kind = entries.get("video_processor_type")
-        if kind is not None:
-            made = video_processor_class_from_name(kind)
-        else:
-            kind = entries.get("image_processor_type") or entries.get("feature_extractor_type")
-            base = str(kind).replace("FeatureExtractor", "ImageProcessor").removesuffix("Fast")
-            made = get_image_processor_class_from_name(base)
-        if not (isinstance(made, type) and issubclass(made, BaseImageProcessor)):
-            if name == "processor_config.json" and kind is None:
-                continue  # of a tokenizer, say
-            raise ValueError(f"{root / name}: the installed transformers has no processor {kind!r}")
-        with quiet(transformers):
-            return cast(Any, made).from_dict({key: value for key, value in entries.items() if key != "auto_map"})
+        if not isinstance(entries, dict):
+            raise ValueError(f"{root / name}: its processor must be an object, got {entries!r:.100}")
+        kinds = ("video_processor_type", "image_processor_type", "feature_extractor_type")
+        kind = next((entries[key] for key in kinds if entries.get(key)), None)
+        if name == "processor_config.json" and kind is None:
+            continue  # of a tokenizer, say
+        base = str(kind).replace("FeatureExtractor", "ImageProcessor").removesuffix("Fast")
+        if base.removesuffix("Pil") not in _PROCESSORS:
+            raise ValueError(f"{root / name} must name one of {', '.join(_PROCESSORS)}, got {kind!r:.100}")
+        made = getattr(transformers, base, None)
+        if made is None:
+            raise ValueError(f"{root / name}: the installed transformers has no {base}")
+        plain = _plain_entries(entries, root / name)
+        with quiet(transformers), build_errors(f"{root / name}: {base} does not take it"):
+            return made(**plain)
     raise ValueError(
         f"{root} has no preprocessor_config.json: without it nobody knows how its network was fed; "
         "save the processor beside the model (processor.save_pretrained)"
     )
+
+
+def _is_flag(value: object) -> bool:
+    return type(value) is bool
+
+
+def _is_number(value: object, least: float) -> bool:
+    return type(value) in (int, float) and least <= cast(float, value) <= _MAX_FACTOR
+
+
+def _is_size(value: object) -> bool:
+    """A side, or sides by name; the library takes a pair, too."""
+    if isinstance(value, dict):
+        if not value.keys() <= {"shortest_edge", "longest_edge", "height", "width"}:
+            return False
+        sides = [side for side in value.values() if side is not None]
+    else:
+        sides = value if isinstance(value, list) and len(value) == 2 else [value]
+    return all(type(side) is int and 1 <= side <= _MAX_SIDE for side in sides)
+
+
+def _is_scale(value: object, least: float) -> bool:
+    """A number, or one for each of the three colours."""
+    many = value if isinstance(value, list) and len(value) == 3 else [value]
+    return all(_is_number(one, least) for one in many)
+
+
+# Entries that say what is done to frames, with what each must be; no other reaches a processor. (What they then do is
+# compared: see _require_same.)
+_PLAIN: Mapping[str, tuple[Callable[[object], bool], str]] = {
+    **dict.fromkeys(
+        ("do_resize", "do_center_crop", "do_rescale", "do_normalize", "do_convert_rgb", "do_pad", "offset"),
+        (_is_flag, "true or false"),
+    ),
+    "default_to_square": (_is_flag, "true or false"),
+    "size": (_is_size, f"sides of 1 .. {_MAX_SIDE} px"),
+    "crop_size": (_is_size, f"sides of 1 .. {_MAX_SIDE} px"),
+    "pad_size": (_is_size, f"sides of 1 .. {_MAX_SIDE} px"),
+    "resample": (lambda value: type(value) is int and value in _PILLOW, f"a filter of Pillow, 0 .. {max(_PILLOW)}"),
+    "image_mean": (lambda value: _is_scale(value, -_MAX_FACTOR), "a finite number, or three"),
+    "image_std": (lambda value: _is_scale(value, 1 / _MAX_FACTOR), "a number above 0, or three"),
+    "rescale_factor": (lambda value: _is_number(value, 1 / _MAX_FACTOR), "a number above 0"),
+    "fps": (lambda value: _is_number(value, 1e-3) and cast(float, value) <= 1000, "frames a second, up to 1000"),
+}
+
+
+def _plain_entries(entries: Mapping[str, Any], file: Path) -> dict[str, Any]:
+    """The entries that a processor is built of. Raises ValueError for a value that none of them can have."""
+    plain = {name: entries[name] for name in _PLAIN if entries.get(name) is not None}
+    for name, value in plain.items():
+        fits, expected = _PLAIN[name]
+        if not fits(value):
+            raise ValueError(f"{file}: {name} must be {expected}, got {value!r:.100}")
+    return plain
 
 
 def _entry(size: Any, name: str) -> int | None:
@@ -262,7 +337,7 @@ def _require_same(processor: Any, spec: InputSpec, *, square: bool, where: str) 
     frames = torch.randint(0, 256, (2, height, width, 3), dtype=torch.uint8, generator=generator)
     clip: Any = [frame.numpy() for frame in frames]
     arguments = {"do_sample_frames": False} if hasattr(processor, "do_sample_frames") else {}
-    with quiet(library()):
+    with quiet(library()), build_errors(f"{where} cannot do that to frames"):
         answer = processor(clip, return_tensors="pt", **arguments)
     theirs = cast(Tensor, next(iter(answer.values())))[0]
     ours = preprocess(frames, spec)
@@ -271,30 +346,54 @@ def _require_same(processor: Any, spec: InputSpec, *, square: bool, where: str) 
         raise ValueError(f"{where} does more to frames than resize, crop and scale them: its networks cannot be fed")
 
 
-def _tensors(root: Path) -> dict[str, Tensor]:
-    """All tensors of the folder: safetensors if there are any, else a .bin of tensors only; one file, or by index."""
+def _weight_files(root: Path) -> tuple[list[Path], Mapping[str, str] | None]:
+    """The folder's safetensors if there are any, else its .bin: one file, or several and the names in each."""
     for name in ("model.safetensors", "pytorch_model.bin"):
         if (root / name).is_file():
-            return read_state(root / name, option="weights")
+            return [root / name], None
         index = root / f"{name}.index.json"
         if not index.is_file():
             continue
         places = _read_json(index).get("weight_map")
         if not isinstance(places, dict) or not all(isinstance(file, str) for file in places.values()):
             raise ValueError(f"{index}: weight_map must map names to files")
-        state: dict[str, Tensor] = {}
-        for file in sorted(set(places.values())):
-            if Path(file).name != file:
-                raise ValueError(f"{index}: shards lie beside their index, got {file!r}")
-            state.update(read_state(root / file, option="weights"))
-        if set(state) != set(places):
-            odd = sorted(set(state) ^ set(places))
-            raise WeightsMismatch(f"{index} and its shards do not hold the same names: {', '.join(odd[:8])}")
-        return state
+        names = sorted(set(places.values()))
+        for file in names:
+            if Path(file).name != file or not file.endswith(Path(name).suffix):
+                raise ValueError(f"{index}: shards lie beside their index, got {file!r:.100}")
+        return [root / file for file in names], places
     raise ValueError(f"{root} has no model.safetensors and no pytorch_model.bin (nor an index of either)")
 
 
-def _converted(root: Path, model: ClipClassifier, transformers: Any) -> dict[str, Tensor]:
+def _require_as_large(files: Sequence[Path], model: ClipClassifier, root: Path) -> None:
+    """Raise WeightsMismatch, before memory is taken, where files and network differ in size far more than types do."""
+    size_bytes = 0
+    for file in files:
+        try:
+            with open_regular(file) as opened:
+                size_bytes += os.fstat(opened.fileno()).st_size
+        except OSError as error:
+            raise ValueError(f"{file} cannot be opened: {error.strerror or error}") from error
+    numbers = sum(tensor.numel() for tensor in model.state_dict().values())
+    if not numbers - _SLACK <= size_bytes <= 16 * numbers + _SLACK:  # 2 to 8 bytes each, and twice that at the most
+        raise WeightsMismatch(
+            f"weights of {root} have {size_bytes:,} bytes and the network of its config {numbers:,} numbers: they "
+            "cannot be of each other"
+        )
+
+
+def _tensors(files: Sequence[Path], places: Mapping[str, str] | None) -> dict[str, Tensor]:
+    """All tensors of the files, which hold the names that their index says."""
+    state: dict[str, Tensor] = {}
+    for file in files:
+        state.update(read_state(file, option="weights"))
+    if places is not None and set(state) != set(places):
+        odd = sorted(set(state) ^ set(places))
+        raise WeightsMismatch(f"{files[0].parent}: index and shards hold other names: {', '.join(odd[:8]):.500}")
+    return state
+
+
+def _converted(root: Path, model: ClipClassifier, given: dict[str, Tensor], transformers: Any) -> dict[str, Tensor]:
     """The folder's weights under the names of the installed library, which translates those of older versions."""
     wrapped = cast(HubFrames, model.rgb_net)
     net = cast(Any, wrapped.net)
@@ -302,7 +401,7 @@ def _converted(root: Path, model: ClipClassifier, transformers: Any) -> dict[str
         loaded, report = type(net).from_pretrained(
             None,
             config=net.config,
-            state_dict=_tensors(root),
+            state_dict=given,
             dtype=torch.float32,
             output_loading_info=True,
             ignore_mismatched_sizes=True,

@@ -18,7 +18,7 @@ import torch
 import torchvision
 
 from kinoray.network import PublishedNetwork
-from vcm_sdd.weights import read_state
+from vcm_sdd.weights import open_regular, read_state
 from video_baselines.huggingface_folder import HF_FILES, read_folder
 from video_baselines.published import I3D_OPTIONS, I3D_REQUIREMENT, i3d_member, read_i3d
 from video_baselines.weight_sets import adopt_state, weight_sets
@@ -128,17 +128,18 @@ def from_huggingface(place: str, revision: str = "") -> PublishedNetwork:
         folder = _snapshot(place, revision)
         source = f"hf:{place}@{folder.name}"  # the commit
     network = read_folder(folder)
-    ignored = f"not known to {network.library}, left out: {', '.join(network.ignored)}" if network.ignored else ""
+    more = f" and {len(network.ignored) - 20} more" if len(network.ignored) > 20 else ""
+    left_out = f"not known to {network.library}, left out: {', '.join(network.ignored[:20]):.500}{more}"
     return PublishedNetwork(
         factory="huggingface",
         options=network.options,
         state=network.state,
         class_names=network.class_names,
         source=source,
-        sha256=_sha256(sorted({*folder.glob("model*.safetensors")} or {*folder.glob("pytorch_model*.bin")})),
+        sha256=_sha256(network.files),
         licence=_card_licence(folder),
         library=network.library,
-        notes=(ignored,) if ignored else (),
+        notes=(left_out,) if network.ignored else (),
     )
 
 
@@ -164,8 +165,8 @@ def _card_licence(folder: Path) -> str:
     card = folder / "README.md"
     if not card.is_file():
         return ""
-    with card.open(encoding="utf-8", errors="replace") as opened:
-        head = re.match(r"---\n(.*?)\n---\n", opened.read(2**16), re.DOTALL)
+    with open_regular(card) as opened:
+        head = re.match(r"---\r?\n(.*?)\n---\r?\n", opened.read(2**16).decode(errors="replace"), re.DOTALL)
     found = re.search(r"^license: *([\w.-]{1,60}) *$", head.group(1), re.MULTILINE) if head else None
     return found.group(1) if found else ""
 
@@ -202,7 +203,7 @@ def _sha256(files: Iterable[Path]) -> str:
     found, any_file = hashlib.sha256(), False
     for file in files:
         any_file = True
-        with file.open("rb") as opened:
+        with open_regular(file) as opened:
             while block := opened.read(2**24):
                 found.update(block)
     return found.hexdigest() if any_file else ""

@@ -1,7 +1,6 @@
 """`kinoray <verb>`: parse one config tree, run one function, turn errors into one line and an exit code.
 
-Exit codes: 0 done, 1 the job failed, or what a setting names is not there or cannot be used, 2 a setting is wrong
-(nothing was started), 128 + signal (130: Ctrl-C).
+Exit codes: 0 done, 1 it failed or something is not there, 2 a setting is wrong (nothing was started), 128 + signal.
 """
 
 import contextlib
@@ -19,7 +18,7 @@ from typing import Any
 
 from kinoray import __version__, console
 from kinoray.config.files import local_path
-from kinoray.errors import ClusterError, ConfigError, JobError, KinorayError, TooManyBad, TrainingDiverged
+from kinoray.errors import ClusterError, ConfigError, JobError, KinorayError
 
 __all__ = ["VERBS", "Verb", "guarded", "main", "parse_settings"]
 
@@ -214,7 +213,6 @@ def _overview() -> str:
     return "\n".join(lines)
 
 
-_MAX_MESSAGE = 4000  # characters of its begin, and of its end
 _WITH_PRESETS = ("train", "tune")
 
 
@@ -261,9 +259,6 @@ def _run(name: str, arguments: list[str]) -> int:
     return int(result) if verb.gives_code else 0
 
 
-_MAY_BE_RAYS = (ClusterError, JobError)  # of other errors what Ray said would be a false trail
-
-
 def guarded(name: str, run: Callable[[], int]) -> int:
     """What `run` returns, or the exit code of what it raises, said in one line; what it prints only shows."""
     sys.excepthook = console.print_traceback
@@ -274,8 +269,8 @@ def guarded(name: str, run: Callable[[], int]) -> int:
             return _fail(name, error, 2)
         except KinorayError as error:
             code = _fail(name, error, 1)
-            path = console.kept_messages()
-            if path and isinstance(error, _MAY_BE_RAYS) and not isinstance(error, TooManyBad | TrainingDiverged):
+            # Of data that is bad, and other kinds of these two, what Ray said would be a false trail.
+            if type(error) in (ClusterError, JobError) and (path := console.kept_messages()):
                 print(f"kinoray {name}: what Ray said meanwhile is in {path}", file=sys.stderr)
             return code
         except KeyboardInterrupt as stop:
@@ -302,8 +297,8 @@ def _known(name: str) -> str:
 
 def _fail(name: str, error: KinorayError, code: int) -> int:
     message = " ".join(str(error).split()).removeprefix(f"{name}: ")
-    if len(message) > 2 * _MAX_MESSAGE:  # names in it may be a stranger's
-        message = f"{message[:_MAX_MESSAGE]} ... {message[-_MAX_MESSAGE:]}"
+    if len(message) > 8000:  # names in it may be a stranger's
+        message = f"{message[:4000]} ... {message[-4000:]}"
     print(f"kinoray {console.visible(name)}: {type(error).__name__}: {message}", file=sys.stderr)
     return code
 

@@ -33,6 +33,8 @@ from kinoray.storage.records import parse_record
 
 __all__ = [
     "FORMAT",
+    "MAX_CLASSES",
+    "MAX_LABEL",
     "META_FILE",
     "MODEL_FILE",
     "TRAIN_FILE",
@@ -48,14 +50,16 @@ __all__ = [
 ]
 
 FORMAT = 1
+MAX_CLASSES = 2**20
+"""Classes of a checkpoint at most."""
+MAX_LABEL = 2**12
+"""Characters of a class name at most."""
 MODEL_FILE, TRAIN_FILE, META_FILE = "model.safetensors", "train_state.safetensors", "checkpoint.json"
 
 _MAX_META_BYTES = 2**26
 _MAX_HEADER_BYTES = 2**24  # names and shapes of 100,000 tensors
 _LARGEST_ITEM = 16  # bytes of a complex128
 _CHUNK = 2**26
-_MAX_CLASSES = 2**20
-_MAX_LABEL = 2**12
 
 T = TypeVar("T")
 
@@ -238,9 +242,9 @@ def _meta_of(content: Any, where: str) -> CheckpointMeta:
         for name, value in meta.metrics.items():
             if type(value) not in (int, float) or math.isnan(value):
                 raise ConfigError(f"metrics.{name[:100]} must be a number, got {str(value)[:100]}")
-        if not 1 <= len(meta.labels) <= _MAX_CLASSES or max(map(len, meta.labels)) > _MAX_LABEL:
+        if not 1 <= len(meta.labels) <= MAX_CLASSES or max(map(len, meta.labels)) > MAX_LABEL:
             raise ConfigError(
-                f"labels must name 1 .. {_MAX_CLASSES:,} classes of at most {_MAX_LABEL:,} characters, got "
+                f"labels must name 1 .. {MAX_CLASSES:,} classes of at most {MAX_LABEL:,} characters, got "
                 f"{len(meta.labels):,}"
             )
     except (ConfigError, OverflowError) as error:

@@ -27,6 +27,7 @@ from kinoray.network.build import (
     trusted_network,
 )
 from kinoray.network.checkpoint import META_FILE, CheckpointMeta, Origin, require_weights, save_checkpoint
+from kinoray.network.checkpoint_files import MAX_CLASSES, MAX_LABEL
 from kinoray.network.resolve import Source, parse_source
 from kinoray.network.spec import InputSpec, PublishedNetwork
 from kinoray.storage.leftovers import Claim, scratch_folder, sweep
@@ -95,11 +96,22 @@ def _key(source: Source, model: ModelConfig) -> str:
     """16 hex digits of what decides the checkpoint, as far as it is known before anything is read."""
     found: list[Any] = [_IMPORT_FORMAT, str(source), asdict(model)]
     path = Path(source.name)
-    if source.kind in ("hf", "file") and path.exists():
-        for file in sorted(path.iterdir()) if path.is_dir() else [path]:
-            about = file.stat()
-            found.append([file.name, about.st_size, about.st_mtime_ns])
+    try:
+        if source.kind in ("hf", "file") and path.exists():
+            files = sorted(path.iterdir()) if path.is_dir() else [path]
+            found.extend([file.name, *_state(file)] for file in files)
+    except OSError as error:
+        raise StorageUnavailable(f"{source} cannot be read: {error}") from error
     return digest(found)
+
+
+def _state(file: Path) -> tuple[int, int]:
+    """Size and time of a file; of a link that leads nowhere its own: whoever needs it says so."""
+    try:
+        about = file.stat()
+    except OSError:
+        about = file.lstat()
+    return about.st_size, about.st_mtime_ns
 
 
 def _claim(aside: Path) -> Claim:
@@ -165,6 +177,10 @@ def import_source(
     )
     clip = clip_for(spec)
     meta = CheckpointMeta(model=config, clip=clip, labels=names, epoch=0, step=0, samples=0, origin=origin)
+    try:
+        _plain(asdict(meta))
+    except ValueError as error:
+        raise ModelError(f"{source}: a checkpoint of it could not be read again: {error}") from error
     begun = join(out, "import.json")  # where this was killed, the same import goes on
     storage.put(begun, json.dumps({"source": str(source)}).encode())
     saved = save_checkpoint(storage, out, model_state=found.state, meta=meta)
@@ -185,13 +201,17 @@ def _read(source: Source, model: ModelConfig) -> tuple[PublishedNetwork, ModelCo
                 found = reader(folder)
         else:
             found = reader(source.name, source.variant)
+        config = ModelConfig(factory=found.factory, options=_plain(found.options))
     except OSError as error:
         raise StorageUnavailable(f"{source} cannot be fetched: {error}") from error
+    except ConfigError:
+        raise
     except ValueError as error:
-        if isinstance(error, ConfigError):
-            raise
         raise ModelError(f"{source}: {error}") from error
-    return found, trusted_network(ModelConfig(factory=found.factory, options=_plain(found.options)), str(source), ())
+    except (ArithmeticError, AttributeError, LookupError, MemoryError, RuntimeError, TypeError) as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise ModelError(f"{source} holds what no network has: {reason}") from error
+    return found, trusted_network(config, str(source), ())
 
 
 def _require_network(source: Source, model: ModelConfig) -> None:
@@ -228,6 +248,11 @@ def _require_names(names: Sequence[str], num_classes: int, where: str, *, is_giv
     if len(set(names)) != len(names) or not all(names):
         twice = next(name for name in names if not name or names.count(name) > 1)
         raise ConfigError(f"labels: class names of {where} must differ and not be empty, got {twice!r:.100} twice")
+    if len(names) > MAX_CLASSES or max(map(len, names), default=0) > MAX_LABEL:
+        raise ConfigError(
+            f"labels: {where} must have at most {MAX_CLASSES:,} classes with names of {MAX_LABEL:,} characters, got "
+            f"{len(names):,} with names of up to {max(map(len, names)):,}"
+        )
 
 
 def _plain(value: Any) -> Any:
