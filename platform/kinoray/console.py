@@ -48,7 +48,6 @@ __all__ = [
 ]
 
 _HIDING = ("Cc", "Cf", "Cs", "Zl", "Zp")
-_MAX_SECONDS = 2**40
 _LINE_ENDS = re.compile("(\r?\n|\t)")
 _REDRAW_S = 0.2
 _BAR = 20  # characters
@@ -58,7 +57,7 @@ _SURE_COUNT = 5  # items before which a rate is an accident
 
 def format_duration(seconds: float) -> str:
     """`42 s`, `3 min 05 s`, `2 h 10 min`; `?` for what no clock has measured."""
-    if not abs(seconds) < _MAX_SECONDS:
+    if not abs(seconds) < 2**40:
         return "?"
     whole = round(seconds)
     if whole < 60:
@@ -79,19 +78,13 @@ def visible(text: object) -> str:
     found = str(text)
     if found.isprintable():
         return found
-    return "".join(f"\\u{ord(char):04x}" if _hides(char) else char for char in found)
-
-
-def _hides(char: str) -> bool:
-    return unicodedata.category(char) in _HIDING or char in "\ufffe\uffff"  # these two no XML may hold
+    hidden = {char for char in found if char in "\ufffe\uffff" or unicodedata.category(char) in _HIDING}
+    return "".join(f"\\u{ord(char):04x}" if char in hidden else char for char in found)
 
 
 def shortened(text: str, most: int) -> str:
     """Text of at most so many characters; `...` where it was cut."""
     return text if len(text) <= most else text[: most - 3] + "..."
-
-
-_NARROWEST = 16  # characters to which a column of texts is cut, for a terminal
 
 
 def table(
@@ -115,11 +108,11 @@ def table(
     lines += [[visible(cell) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     if fits and sys.stdout.isatty():
-        room = shutil.get_terminal_size().columns - len(indent) - 2 * (len(widths) - 1)
         texts = [place for place in range(len(widths)) if place not in right]
-        room -= sum(widths) - sum(widths[place] for place in texts)
+        taken = len(indent) + 2 * (len(widths) - 1) + sum(widths[place] for place in right)
+        room = shutil.get_terminal_size().columns - taken
         widest = max((widths[place] for place in texts), default=0)
-        while widest > _NARROWEST and sum(min(widths[place], widest) for place in texts) > room:
+        while widest > 16 and sum(min(widths[place], widest) for place in texts) > room:
             widest -= 1
         for place in texts:
             widths[place] = min(widths[place], widest)

@@ -4,7 +4,6 @@ What is easy to break: a checkpoint is somebody's data. It may choose among the 
 any other name in it is imported only if the user gave the same name on the command line (`trusted_network`).
 """
 
-import contextlib
 import importlib
 import inspect
 import math
@@ -162,20 +161,18 @@ def _factory(name: str) -> Any:
         known = ", ".join(sorted(SHORT_NAMES))
         raise ConfigError(f"model.factory must be one of {known}, or package:function, got {name!r}")
     try:
-        with _no_dynamo_for_torchvision():
-            return getattr(importlib.import_module(module_name), function)
+        _import_torchvision()
+        return getattr(importlib.import_module(module_name), function)
     except (ImportError, AttributeError) as error:
         raise ConfigError(f"model.factory {name!r} cannot be imported: {error}") from error
 
 
-@contextlib.contextmanager
-def _no_dynamo_for_torchvision() -> Iterator[None]:
-    """Let torchvision be imported without torch._dynamo: it costs each process 2 s of CPU and 150 MB.
+def _import_torchvision() -> None:
+    """Import torchvision without torch._dynamo, which costs each process 2 s of CPU and 150 MB.
 
     torchvision.ops.roi_align imports it for one function, which it calls much later; it then gets the real one.
     """
     if "torchvision" in sys.modules or "torch._dynamo" in sys.modules:
-        yield
         return
     package, utils = ModuleType("torch._dynamo"), ModuleType("torch._dynamo.utils")
     utils.__dict__["is_compile_supported"] = lambda device: importlib.import_module(
@@ -184,11 +181,9 @@ def _no_dynamo_for_torchvision() -> Iterator[None]:
     sys.modules |= {module.__name__: module for module in (package, utils)}
     try:
         importlib.import_module("torchvision")
-        yield
     finally:
         for module in (package, utils):
-            if sys.modules.get(module.__name__) is module:
-                del sys.modules[module.__name__]
+            del sys.modules[module.__name__]
 
 
 def factory_options(factory: str) -> dict[str, inspect.Parameter]:
