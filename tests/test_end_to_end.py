@@ -24,7 +24,7 @@ PER_CLASS = 4
 BROKEN = ("empty", "random", "index_lost", "cut_front_index", "audio_only", "one_frame")
 UNREADABLE = {"empty", "random", "index_lost", "audio_only"}
 TINY = [
-    *("--model.options", "backbone=resnet18", "scale=dim", "heads=4"),
+    *("--model.options", "backbone=tiny", "scale=dim", "heads=4"),
     *("--clip.sample.num-segments", "1", "--clip.sample.frames-per-segment", "2"),
     *("--clip.view.resize-px", "36", "--clip.view.crop-px", "32", "--clip.view.no-train-flip"),
     *("--optim.epochs", "1", "--optim.batch-size", "8", "--optim.lr", "1e-3"),

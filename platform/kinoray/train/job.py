@@ -28,6 +28,7 @@ from ray._raylet import PlacementGroupID
 from ray.exceptions import ActorDiedError, RayError
 from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig, TrainingFailedError, WorkerGroupError
 from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.util.placement_group import PlacementGroup, get_current_placement_group, remove_placement_group
 
 from kinoray.catalog.table import Catalog
@@ -287,6 +288,18 @@ def _run_controller(folder: RunFolder, config: TrainConfig, catalog: Catalog, ga
     return bool(outcome.stopped)
 
 
+class _Trainer(TorchTrainer):  # type: ignore[misc]  # ray is not typed
+    """Without Ray Train's own cleaner of placement groups, for which there is Lines.free_place.
+
+    It is one more process, and asks the dashboard: where there is none, as in a Ray that is started here, each training
+    would wait 12 s at its end for an answer.
+    """
+
+    def _create_default_callbacks(self) -> list[Any]:
+        every = super()._create_default_callbacks()
+        return [callback for callback in every if not isinstance(callback, PlacementGroupCleanerCallback)]
+
+
 def _trainer(folder: RunFolder, job: TrainJob, name: str) -> TorchTrainer:
     """`name` must be new for each start: Ray Train would go on from its own snapshot, not from ours."""
     resources = job.config.resources
@@ -294,7 +307,7 @@ def _trainer(folder: RunFolder, job: TrainJob, name: str) -> TorchTrainer:
     per_worker = {"CPU": resources.cpus_per_worker}
     if resources.gpus_per_worker:
         per_worker["GPU"] = resources.gpus_per_worker
-    return TorchTrainer(
+    return _Trainer(
         _work,
         train_loop_config={"job": job},
         torch_config=TorchConfig(backend="nccl" if resources.gpus_per_worker else "gloo"),
