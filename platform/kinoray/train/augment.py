@@ -12,8 +12,6 @@ from typing import cast
 import numpy as np
 import torch
 from torch import Tensor
-from torchvision.transforms.v2 import functional as V
-
 from kinoray.config.shared import AugmentConfig
 from kinoray.network.batch import VideoBatch
 from kinoray.video.sample import clip_rng
@@ -127,6 +125,8 @@ def colour_clip(clip: Tensor, config: AugmentConfig, rng: np.random.Generator) -
 
 def _jitter(config: AugmentConfig, rng: np.random.Generator) -> list[Callable[[Tensor], Tensor]]:
     """ColorJitter's operations in random order."""
+    from torchvision.transforms.v2 import functional as V
+
     operations: list[Callable[[Tensor], Tensor]] = []
     if config.colour_jitter > 0:
         low, high = 1.0 - config.colour_jitter, 1.0 + config.colour_jitter
@@ -142,6 +142,8 @@ def _adjusted(adjust: Callable[[Tensor, float], Tensor], factor: float, image: T
 
 def _randaugment(image: Tensor, name: str, magnitude: int, sign: float, height: int) -> Tensor:
     """One operation on uint8 [3, F * height, W], as strong as torchvision's RandAugment makes it in 31 bins."""
+    from torchvision.transforms.v2 import functional as V
+
     strength = 0.9 * magnitude / (_BINS - 1)
     operations: dict[str, Callable[[], Tensor]] = {
         "identity": lambda: image,
@@ -159,5 +161,7 @@ def _randaugment(image: Tensor, name: str, magnitude: int, sign: float, height: 
 
 def _sharpened(image: Tensor, factor: float, height: int) -> Tensor:
     """Frame by frame, since it looks at neighbours."""
+    from torchvision.transforms.v2 import functional as V
+
     frames = image.reshape(3, -1, height, image.shape[-1]).transpose(0, 1)
     return cast(Tensor, V.adjust_sharpness(frames, factor)).transpose(0, 1).reshape(image.shape)
