@@ -117,6 +117,44 @@ def test_a_session_that_ends_by_itself_keeps_its_logs(tmp_path: Path) -> None:
     assert list(session.iterdir()) == []
 
 
+STARTS = """
+import os, sys
+from pathlib import Path
+from kinoray.storage.leftovers import reap
+root = Path(sys.argv[1])
+reap("starting", f"{root}/session_*_{os.getpid()}")
+(root / f"session_2026-01-01_00-00-00_000000_{os.getpid()}").mkdir()
+for kind in sys.argv[2:]:
+    reap(kind, "")
+print("made", flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.mark.parametrize("then", [[], ["started"]])
+def test_a_session_that_was_being_started_goes_and_one_that_failed_keeps_its_logs(
+    temp: Path, tmp_path: Path, then: list[str]
+) -> None:
+    root = tmp_path / "ray"
+    (root / "session_2026-01-01_00-00-00_000000_1").mkdir(parents=True)
+    with subprocess.Popen(
+        [sys.executable, "-c", STARTS, str(root), *then], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "made\n"
+        (reaper,) = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        process.kill()
+    wait_until(lambda: not Path(f"/proc/{reaper}").exists() or _is_zombie(reaper), 30, "the reaper ends")
+    left = sorted(path.name for path in root.iterdir())
+    assert left == [
+        f"session_2026-01-01_00-00-00_000000_{pid}" for pid in sorted(["1", *([str(process.pid)] if then else [])])
+    ]
+
+
+def _is_zombie(pid: str) -> bool:
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+
+
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGHUP])
 def test_a_server_that_was_started_for_a_command_ends_with_it(number: signal.Signals) -> None:
     with subprocess.Popen(

@@ -25,6 +25,7 @@ from typing import Any, TextIO
 
 import ray
 import ray.data
+from ray._common.utils import get_default_ray_temp_dir
 from ray._private import ray_constants
 from ray._raylet import PlacementGroupID
 from ray.core.generated.autoscaler_pb2 import AutoscalingState, GetClusterStatusReply, NodeStatus
@@ -129,6 +130,7 @@ def connect(config: WorkersConfig) -> None:
             )
         else:  # "local", so that it never joins a stranger's cluster
             print(f"resources: starting Ray on this machine (local_cpus {config.local_cpus})", flush=True)
+            reap("starting", f"{get_default_ray_temp_dir()}/session_*_{os.getpid()}")
             with _on_loopback():
                 ray.init(
                     address="local",
@@ -141,6 +143,7 @@ def connect(config: WorkersConfig) -> None:
                 )  # without runtime_env, which would leave the workers that Ray starts ahead unused
             _clean_up_after()
     except Exception as error:  # a node that does not start in time is a bare Exception in Ray
+        reap("started", "")  # its folder has what went wrong
         doing = f"resources.address {address!r} cannot be joined" if address else "Ray does not start on this machine"
         raise ClusterError(f"{doing}: {error}") from error
     quiet_ray()  # again: ray.init sets its loggers up anew

@@ -78,7 +78,10 @@ _lock = threading.Lock()
 
 
 def reap(kind: str, value: str) -> None:
-    """After this process has ended: `process PID` is killed; `session FOLDER` is Ray's, and its processes are."""
+    """After this process has ended: `process PID` is killed; `session FOLDER` is Ray's, and its processes are.
+
+    `starting PATTERN` is said before Ray makes its session, and holds until `session` names it, or `started` says no.
+    """
     with _lock:
         reaper = _reapers.get(os.getpid())
         if reaper is None:
@@ -101,17 +104,23 @@ def _main() -> None:
     """Collect what is to be cleaned up; do it when the other end of the pipe is gone."""
     sessions: list[Path] = []
     processes: list[tuple[int, str]] = []
+    begun_s, starting = time.time(), ""
     for line in sys.stdin:
         kind, _, value = line.rstrip("\n").partition(" ")
+        if kind in ("starting", "started", "session"):
+            starting = value if kind == "starting" else ""
         if kind == "session":
             sessions.append(Path(value))
-        else:
+        elif kind == "process":
             with contextlib.suppress(OSError):
                 processes.append((int(value), _started_at(int(value))))
     for pid, start in processes:
         with contextlib.suppress(OSError):
             if _started_at(pid) == start:
                 os.kill(pid, signal.SIGKILL)
+    named = Path(starting).parent.glob(Path(starting).name) if starting else ()
+    unclaimed = [path for path in named if path.stat().st_ctime > begun_s - 1]  # not of a process with the same id
+    sessions += unclaimed
     end_s = time.monotonic() + _KILL_S
     quiet = 0
     while sessions and quiet < 3 and time.monotonic() < end_s:
@@ -121,6 +130,8 @@ def _main() -> None:
                 os.kill(pid, signal.SIGKILL)
         quiet = 0 if found else quiet + 1
         time.sleep(0.2)
+    for folder in unclaimed:
+        shutil.rmtree(folder, ignore_errors=True)
     sweep(sessions[0].parent.glob("session_*") if sessions else ())
 
 

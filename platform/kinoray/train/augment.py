@@ -12,6 +12,7 @@ from typing import cast
 import numpy as np
 import torch
 from torch import Tensor
+
 from kinoray.config.shared import AugmentConfig
 from kinoray.network.batch import VideoBatch
 from kinoray.video.sample import clip_rng
