@@ -19,7 +19,7 @@ import pytest
 
 from kinoray.catalog.quarantine import Refusal
 from kinoray.catalog.table import save_catalog
-from kinoray.config.shared import StorageConfig
+from kinoray.config.shared import DecodeConfig, StorageConfig
 from kinoray.errors import ConfigError
 from kinoray.label.ledger import Ledger, read_predictions
 from kinoray.label.unit import row_keys
@@ -270,7 +270,7 @@ def test_what_is_no_video_is_not_copied(tmp_path: Path) -> None:
             {"video_id": name, "row_key": "0", "uri": str(tmp_path / name), "offset": None, "length": None}
             for name in ("library/a.mp4", other)
         ]
-        copied = list(copied_videos(Storage(), rows, tmp_path / "to", Source(Storage(), str(source))))
+        copied = list(copied_videos(Storage(), rows, tmp_path / "to", Source(Storage(), str(source)), DecodeConfig()))
         assert isinstance(copied[0], Path)
         assert isinstance(copied[1], Refusal)
         assert copied[1].error_class == "UnreadableContainer"
@@ -290,7 +290,7 @@ def test_hostile_names_make_no_path(tmp_path: Path) -> None:
     (tmp_path / "video.mp4").write_bytes(VIDEO)
     place = {"uri": str(tmp_path / "video.mp4"), "offset": None, "length": None}
     rows = [{**place, "video_id": name, "row_key": f"{index:016x}"} for index, name in enumerate(names)]
-    paths = list(copied_videos(Storage(), rows, tmp_path / "copies", Source(Storage(), str(tmp_path))))
+    paths = list(copied_videos(Storage(), rows, tmp_path / "copies", Source(Storage(), str(tmp_path)), DecodeConfig()))
     assert len(set(paths)) == len(names)
     for path in paths:
         assert isinstance(path, Path)

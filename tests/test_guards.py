@@ -256,3 +256,15 @@ assert sys.modules[roi_align.__module__].is_compile_supported("cpu") == theirs("
 def test_a_network_is_made_without_what_compiles_it() -> None:
     """torch._dynamo takes each process that loads a network 2 s of CPU; torchvision has it when it asks."""
     subprocess.run([sys.executable, "-c", LIGHT], check=True)
+
+
+@pytest.mark.parametrize(
+    "verb",
+    ["label", "evaluate", "calibrate", "bench", "doctor", "pack", "report", "compare", "export", "train", "tune"],
+)
+def test_limits_of_decoding_are_flags_of_every_verb_that_decodes(verb: str) -> None:
+    from kinoray.cli import VERBS
+    from kinoray.config.help import verb_help
+
+    text = verb_help(f"kinoray {verb}", VERBS[verb].config(), (), "", every=True)
+    assert re.search(r"--(\w+\.)*decode\.max-pixels", text)

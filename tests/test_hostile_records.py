@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 from kinoray.cli import main
 from kinoray.config.file import config_from_mapping, first_repeated, load_config, parse_yaml, to_yaml
-from kinoray.config.shared import StorageConfig, parse_options
+from kinoray.config.shared import DecodeConfig, StorageConfig, parse_options
 from kinoray.errors import ChecksumMismatch, ConfigError, KinorayError, ObjectTooLarge
 from kinoray.label.ledger import Ledger, read_predictions
 from kinoray.label.unit import PREDICTION_SCHEMA, Plan
@@ -332,7 +332,9 @@ def test_a_row_key_is_no_path_of_a_copied_video(key: str, tmp_path: Path) -> Non
     video.write_bytes(b"\0\0\0\0ftyp")
     row = {"video_id": "a", "uri": str(video), "offset": None, "length": None, "row_key": key}
     with pytest.raises(ChecksumMismatch, match=r"row_key .* is not a name"):
-        list(copied_videos(Storage(), [row], tmp_path / "to" / "deep", Source(Storage(), str(tmp_path))))
+        list(
+            copied_videos(Storage(), [row], tmp_path / "to" / "deep", Source(Storage(), str(tmp_path)), DecodeConfig())
+        )
     assert sorted(path.name for path in tmp_path.rglob("*") if path.is_file()) == ["a.mp4"]
 
 

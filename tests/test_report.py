@@ -12,7 +12,7 @@ import cv2
 import numpy as np
 import pytest
 
-from kinoray.config.shared import StorageConfig
+from kinoray.config.shared import DecodeConfig, StorageConfig
 from kinoray.console import visible
 from kinoray.demo.videos import make_clip, make_video
 from kinoray.errors import CatalogError, ConfigError, ObjectNotFound
@@ -259,6 +259,9 @@ def test_contact_strips_are_packed_and_show_the_videos(tmp_path: Path) -> None:
     first, second = site.data("strips-0"), site.data("strips-1")
     assert (len(first), len(second)) == (STRIPS_PER_FILE, 2)
     assert first[2].startswith("ObjectNotFound: ")
+    (tmp_path / "less").mkdir()
+    small = make_site(tmp_path / "less", rows[:1], decode=DecodeConfig(max_bytes=1000))
+    assert small.data("strips-0")[0].startswith("MediaOverBudget: ")
     assert site.totals["without_frames"] == 1
     with av.open(str(video)) as container:
         decoded = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]

@@ -420,7 +420,7 @@ class _Card:
 def _render(config: CompareConfig, a: Evaluation, comparison: Comparison, storage: Storage) -> str:
     gained = comparison.gained[:_MAX_VIDEOS]
     lost = comparison.lost[:_MAX_VIDEOS]
-    strips = _strips(storage, a, [*gained, *lost], config.frames_per_video)
+    strips = _strips(storage, a, [*gained, *lost], config)
     values: dict[str, object] = {
         "config": config,
         "sides": [{"name": "A", **comparison.a.summary()}, {"name": "B", **comparison.b.summary()}],
@@ -434,19 +434,20 @@ def _render(config: CompareConfig, a: Evaluation, comparison: Comparison, storag
     return render_page("compare.html.j2", values, styles=("page.css", "report.css", "compare.css"))
 
 
-def _strips(storage: Storage, a: Evaluation, flips: Sequence[Flip], num_frames: int) -> dict[int, Strip]:
+def _strips(storage: Storage, a: Evaluation, flips: Sequence[Flip], config: CompareConfig) -> dict[int, Strip]:
     """Contact strips by row of A's catalog, read in the catalog's order.
 
     A catalog that the user did not name may refer to anything: of it only what lies in its folder is read.
     """
     rows = sorted(flip.row for flip in flips)
-    if not num_frames or not rows:
+    if not config.frames_per_video or not rows:
         return {}
     places = dict(zip(rows, references(a.catalog.table.take(rows)), strict=True))
     root = a.catalog_found_in
     inside = {row: place for row, place in places.items() if not root or lies_inside(root, place.uri)}
+    made = contact_strips(storage, list(inside.values()), config.frames_per_video, config.decode)
     outside = f"lies outside of {root}, the folder of a catalog that nobody named; --catalog names it"
     return {
         **{row: Strip((), outside) for row in places},
-        **dict(zip(inside, contact_strips(storage, list(inside.values()), num_frames), strict=True)),
+        **dict(zip(inside, made, strict=True)),
     }

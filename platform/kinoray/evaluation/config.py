@@ -1,12 +1,12 @@
 """The settings of `kinoray evaluate`, `calibrate` and `compare`."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated
 
 import tyro
 
 from kinoray.config.scoring import ScoringConfig, shared_settings
-from kinoray.config.shared import StoreConfig, require
+from kinoray.config.shared import DecodeConfig, StoreConfig, require
 
 __all__ = ["CalibrateConfig", "CompareConfig", "EvaluateConfig", "TruthConfig"]
 
@@ -104,6 +104,8 @@ class CompareConfig(StoreConfig):
     this machine or in the bucket of the evaluation; frames are then shown of videos in its folder."""
     frames_per_video: int = 4
     """Frames in each contact strip; 0 for none."""
+    decode: DecodeConfig = field(default_factory=DecodeConfig)
+    """Limits of what is decoded of a video for it."""
 
     def __post_init__(self) -> None:
         require(0 <= self.frames_per_video <= 16, "frames_per_video", "in 0 .. 16", self.frames_per_video)

@@ -1,11 +1,11 @@
 """Config trees of the verbs that work on predictions: `labels`, `report`, `export` and `correct`."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 import tyro
 
-from kinoray.config.shared import StoreConfig, require
+from kinoray.config.shared import DecodeConfig, StoreConfig, require
 
 __all__ = [
     "CorrectConfig",
@@ -105,6 +105,8 @@ class ExportConfig(PredictionsConfig):
 
     Name what was labelled (folder, prefix, pack or list): only its videos are copied, whatever files the table names.
     """
+    decode: DecodeConfig = field(default_factory=DecodeConfig)
+    """Limits of what is decoded of a video for it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -162,6 +164,8 @@ class ReportConfig(PredictionsConfig):
     """Videos listed, least certain first; the numbers always cover all."""
     max_strips: int = 2_000
     """Listed videos that get a contact strip, least certain first; each is read and decoded for it. 0: none."""
+    decode: DecodeConfig = field(default_factory=DecodeConfig)
+    """Limits of what is decoded of a video for it."""
 
     def __post_init__(self) -> None:
         require(self.max_videos >= 0, "max_videos", "at least 0", self.max_videos)

@@ -272,7 +272,7 @@ def named_videos(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
 
 
 def copied_videos(
-    storage: Storage, rows: Sequence[dict[str, Any]], folder: Path, source: Source
+    storage: Storage, rows: Sequence[dict[str, Any]], folder: Path, source: Source, decode: DecodeConfig
 ) -> Iterator[Path | Refusal]:
     """Copy each row's video into a file in the folder: its path, or why there is none.
 
@@ -284,13 +284,13 @@ def copied_videos(
     """
     folder.mkdir(parents=True, exist_ok=True)
     places = [Reference(row["uri"], row["offset"], row["length"], row_problem=source.problem(row)) for row in rows]
-    for row, data in zip(rows, read_videos(storage, places), strict=True):
+    for row, data in zip(rows, read_videos(storage, places, max_bytes=decode.max_bytes), strict=True):
         if isinstance(data, KinorayError):
             yield judge(data, "read")
             continue
         path = folder / _file_name(row, data)
         try:
-            shared_sandbox(1).probe(data, DecodeConfig())
+            shared_sandbox(1).probe(data, decode)
         except MediaOverBudget:
             pass  # it opened, and was labelled with other limits
         except MediaError as error:
@@ -396,7 +396,9 @@ def _export_rows(storage: Storage, config: ExportConfig, ledger: Ledger, folder:
                     totals["quarantined"] += 1
                     _put_aside(side, row)
             places: Iterable[str | Path | Refusal]
-            places = copied_videos(storage, good, writer.videos, source) if source else named_videos(good)
+            places = named_videos(good)
+            if source:
+                places = copied_videos(storage, good, writer.videos, source, config.decode)
             for row, place in zip(good, places, strict=True):
                 if isinstance(place, Refusal):
                     totals["not_copied"] += 1

@@ -60,7 +60,8 @@ def report(config: ReportConfig) -> dict[str, Any]:
     numbers = count(rows, labels)
     listed = add_places(choose(rows, config.max_videos), config.max_strips)
     names = collect_names(listed, numbers)
-    site = Site(storage, out, listed, names, site_record(numbers, names, listed, config.title, result.digest))
+    record = site_record(numbers, names, listed, config.title, result.digest)
+    site = Site(storage, out, listed, names, record, config.decode)
     without_frames = site.write(_values(config, result, rows, numbers, listed))
     _print_totals(out, site.num_bytes, result, numbers, len(listed), without_frames)
     return {

@@ -21,6 +21,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from kinoray.catalog.table import Reference
+from kinoray.config.shared import DecodeConfig
 from kinoray.console import Progress
 from kinoray.library.numbers import Numbers
 from kinoray.page.render import asset, render_site_page
@@ -202,7 +203,16 @@ def add_places(listed: pa.Table, num_strips: int) -> pa.Table:
 class Site:
     """The folder of one report. `num_bytes` counts what was written."""
 
-    def __init__(self, storage: Storage, out: str, listed: pa.Table, names: Names, record: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        storage: Storage,
+        out: str,
+        listed: pa.Table,
+        names: Names,
+        record: dict[str, Any],
+        decode: DecodeConfig,
+    ) -> None:
+        self._decode = decode
         self.storage = storage
         self.out = out.rstrip("/")
         self.listed = listed
@@ -271,7 +281,7 @@ class Site:
             strips: dict[int, Strip] = {}
             columns = [window[name].take(order).to_pylist() for name in ("uri", "offset", "length")]
             places = [Reference(*place) for place in zip(*columns, strict=True)]
-            made = contact_strips(self.storage, places, _STRIP_FRAMES)
+            made = contact_strips(self.storage, places, _STRIP_FRAMES, self._decode)
             for place, strip in zip(order, made, strict=True):
                 strips[place] = strip
                 progress.update(1, without_frames=int(not strip.frames))

@@ -48,7 +48,9 @@ class Strip:
     reason: str = ""
 
 
-def contact_strips(storage: Storage, references: Sequence[Reference], num_frames: int) -> Iterator[Strip]:
+def contact_strips(
+    storage: Storage, references: Sequence[Reference], num_frames: int, decode: DecodeConfig
+) -> Iterator[Strip]:
     """One strip of num_frames evenly spaced frames for each reference, in order.
 
     Reading runs ahead in threads (`read_videos`), decoding in as many processes as there are cores; at most two videos
@@ -60,20 +62,20 @@ def contact_strips(storage: Storage, references: Sequence[Reference], num_frames
     workers = min(8, os.cpu_count() or 1)
     waiting: deque[Future[Strip]] = deque()
     with Sandbox(workers) as sandbox, ThreadPoolExecutor(workers, thread_name_prefix="strips") as pool:
-        for answer in read_videos(storage, references, max_bytes=DecodeConfig().max_bytes):
+        for answer in read_videos(storage, references, max_bytes=decode.max_bytes):
             if len(waiting) >= 2 * workers:
                 yield waiting.popleft().result()
-            waiting.append(pool.submit(_strip, sandbox, answer, num_frames))
+            waiting.append(pool.submit(_strip, sandbox, answer, num_frames, decode))
         while waiting:
             yield waiting.popleft().result()
 
 
-def _strip(sandbox: Sandbox, answer: bytes | KinorayError, num_frames: int) -> Strip:
+def _strip(sandbox: Sandbox, answer: bytes | KinorayError, num_frames: int, decode: DecodeConfig) -> Strip:
     if isinstance(answer, KinorayError):
         return Strip((), _reason(answer))
     try:
         wanted = Thumbnails(num_frames=num_frames, height=FRAME_HEIGHT_PX)
-        pictures = sandbox.decode(answer, wanted, ClipConfig()).pictures()
+        pictures = sandbox.decode(answer, wanted, ClipConfig(decode=decode)).pictures()
         return Strip(tuple(jpeg_uri(picture) for picture in pictures))
     except MediaError as error:
         return Strip((), _reason(error))
