@@ -31,6 +31,7 @@ from kinoray.config.shared import (
     StorageConfig,
     TrainResourcesConfig,
     ViewConfig,
+    WorkersConfig,
 )
 from kinoray.label.config import LabelConfig
 from kinoray.label.ledger import read_predictions
@@ -122,7 +123,7 @@ def lose_a_node(cluster: Cluster, proxy: FaultyS3, config: Config, folder: Path,
         What the command said.
     """
     proxy.before = gate
-    file = folder / "config.yaml"
+    file = folder / "asked.yaml"
     verb = type(config).__name__.removesuffix("Config").lower()
     file.write_text(to_yaml(replace(config, storage=replace(config.storage, endpoint_url=proxy.url))))
     command = [sys.executable, "-m", "kinoray", verb, "--config", str(file)]
@@ -150,7 +151,8 @@ def test_pack_loses_a_node(
     cluster: Cluster, base: str, server: StorageConfig, proxy: FaultyS3, ray_local: None, tmp_path: Path
 ) -> None:
     storage = Storage(server)
-    calm = PackConfig(source=join(base, "list.csv"), out=join(base, "calm-set"), storage=server, resources=A_NODE_EACH)
+    resources = WorkersConfig(num_workers=2, cpus_per_worker=1.5)
+    calm = PackConfig(source=join(base, "list.csv"), out=join(base, "calm-set"), storage=server, resources=resources)
     pack(calm)
     config = elsewhere(calm, "set-of-nodes")
     said = lose_a_node(cluster, proxy, config, tmp_path, Gate("/shards/", 4), "ray::_pack_task")
