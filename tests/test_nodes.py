@@ -199,7 +199,7 @@ def train_config(base: str, server: StorageConfig) -> TrainConfig:
         optim=OptimConfig(epochs=3, batch_size=4, lr=0.05),
         checkpoint_every_steps=1,
         storage=server,
-        resources=TrainResourcesConfig(num_workers=2, cpus_per_worker=1.5),
+        resources=TrainResourcesConfig(num_workers=2, cpus_per_worker=1.5, decode_tasks=1),
     )
 
 
