@@ -8,7 +8,6 @@ ray job submit --working-dir . --runtime-env-json '{"env_vars": {"PYTHONPATH": "
 
 import sys
 from dataclasses import dataclass, field, fields, replace
-from pathlib import Path
 
 from kinoray.cli import guarded, parse_settings
 from kinoray.config.shared import (
@@ -24,6 +23,7 @@ from kinoray.console import end_process
 from kinoray.demo.binding import make_binding_set
 from kinoray.pack.config import PackConfig
 from kinoray.pack.verb import pack
+from kinoray.storage.leftovers import scratch_folder
 from kinoray.storage.objects import Storage, join
 from kinoray.train.config import TrainConfig
 from kinoray.tune.config import TuneConfig
@@ -48,7 +48,7 @@ class AblateConfig(TrainConfig):
     seeds: tuple[int, ...] = (0, 1, 2)
     """Every network is trained once with each of these."""
     generate: bool = False
-    """Make the generated set in OUT/videos and pack it to CATALOG first, if it is not there."""
+    """Make the generated set and pack it to CATALOG first, if it is not there."""
     num_videos: int = 1600
     """generate: training videos, a multiple of the 8 classes, and as many to score."""
     quick: bool = False
@@ -82,9 +82,9 @@ def ablate(config: AblateConfig) -> str:
         config = replace(config, seeds=config.seeds[:1], num_videos=min(96, config.num_videos), optim=quick)
     storage = Storage(config.storage)
     if config.generate and not storage.exists(join(config.catalog, "catalog.parquet")):
-        videos = Path(config.out) / "videos"
-        make_binding_set(videos, config.num_videos)
-        pack(PackConfig(source=str(videos), out=config.catalog, storage=config.storage, resources=config.resources))
+        with scratch_folder("ablate") as videos:
+            make_binding_set(videos, config.num_videos)
+            pack(PackConfig(source=str(videos), out=config.catalog, storage=config.storage, resources=config.resources))
     trials = study_trials(config.model.options, config.seeds)
     shared = {item.name: getattr(config, item.name) for item in fields(TrainConfig)} | {"model": ModelConfig()}
     tune(TuneConfig(**shared, grace_epochs=config.optim.epochs), trials)
