@@ -25,9 +25,10 @@ from kinoray.errors import ChecksumMismatch, ConfigError, KinorayError, ObjectTo
 from kinoray.label.ledger import Ledger, read_predictions
 from kinoray.label.unit import PREDICTION_SCHEMA, Plan
 from kinoray.library.export import Source, copied_videos
-from kinoray.storage import records
+from kinoray.storage import tables
 from kinoray.storage.objects import Storage, join
-from kinoray.storage.records import as_name, is_name, parse_json, parse_record, parse_table, read_record
+from kinoray.storage.records import as_name, is_name, parse_json, parse_record, read_record
+from kinoray.storage.tables import parse_table
 from kinoray.train.config import TrainConfig
 from small_tables import label_library, ledger_in, library, part_of
 
@@ -467,7 +468,7 @@ def test_a_table_of_few_bytes_that_becomes_much_is_refused_before_it_is_read(
     pq.write_table(pa.table(columns), sink, compression="zstd", data_page_version=version, **options)
     assert len(sink.getvalue()) < 20_000
     monkeypatch.setattr(pq.ParquetFile, "read", None)
-    monkeypatch.setattr("kinoray.storage.records._TABLE_BYTES", 2**20)
+    monkeypatch.setattr("kinoray.storage.tables._TABLE_BYTES", 2**20)
     with pytest.raises(
         pa.ArrowInvalid, match=r"would take more memory than 1,024 times|is encoded in a way that is not"
     ):
@@ -507,7 +508,7 @@ def test_the_header_of_a_page_cannot_claim_a_list_that_is_longer_than_the_file(k
     sink = io.BytesIO()
     pq.write_table(pa.table({"a": ["x"]}), sink, compression="none", use_dictionary=False, write_statistics=False)
     data = sink.getvalue()
-    _, end = records._thrift(data, 4)
+    _, end = tables._thrift(data, 4)
     odd = bytes([0xC0 + 9, 0xF0 + kind]) + _varint(count) + b"\0"  # one more field of the header: a list
     begun = time.process_time()
     with pytest.raises(pa.ArrowInvalid):

@@ -414,7 +414,7 @@ def test_four_trials_run_where_two_have_room_and_the_best_can_be_trained_again(
     assert summary["best"]["trial"] == lines[0]["trial"]
     assert summary["decode_cpu_s"] > 0
     # Of 4 trials x 2 epochs x 18 videos, 2 x 12 draws and 6 videos to score are decoded.
-    assert sum(row["cached"] for trial in rows.values() for row in trial) == 4 * 2 * 18 - 2 * 12 - 6
+    assert sum(row.cached for trial in rows.values() for row in trial) == 4 * 2 * 18 - 2 * 12 - 6
     assert not list((tmp_path / "cache").iterdir())
     page = (tmp_path / "sweep" / "tune.html").read_text()
     assert all(name in page for name in rows)

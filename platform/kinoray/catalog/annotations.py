@@ -26,7 +26,8 @@ from kinoray.catalog.source import (
 from kinoray.console import many, shortened
 from kinoray.errors import CatalogError
 from kinoray.storage.objects import MAX_TABLE_BYTES, Storage, absolute
-from kinoray.storage.records import parse_json, parse_table
+from kinoray.storage.records import parse_json
+from kinoray.storage.tables import parse_table
 
 __all__ = ["read_annotations", "read_label_names"]
 

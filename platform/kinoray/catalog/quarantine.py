@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 from kinoray import errors
 from kinoray.errors import BadCredentials, CatalogError, KinorayError, StorageUnavailable
 from kinoray.storage.objects import MAX_TABLE_BYTES, Storage
-from kinoray.storage.records import parse_table
+from kinoray.storage.tables import parse_table
 
 __all__ = [
     "QUARANTINE_SCHEMA",

@@ -1,27 +1,38 @@
 """The table of videos: one row a video, with where its bytes are and what is known of it.
 
-Catalogs are immutable. What is easy to break: the digest names the content, not the file, so it must not depend on
-how Parquet encodes it.
+Catalogs are immutable. What is easy to break: what a folder stands for, a pack's catalog or the videos in it, is
+decided here alone, so that all verbs say the same.
 """
 
 import contextlib
-import hashlib
 import io
-import json
-import os
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from kinoray.catalog.folders import is_video, no_video_among, said_of_others
+from kinoray.catalog.pieces import (
+    CATALOG_SCHEMA,
+    GROUP_ROWS,
+    Pieces,
+    Rows,
+    RowsDigest,
+    check_rows,
+    find_pieces,
+    is_pieces,
+    lies_inside,
+    no_split,
+    schema_with,
+    splits_in,
+)
 from kinoray.catalog.read import Reference, read_video, read_videos, time_problem
 from kinoray.catalog.source import SourceFile, find_files, unique_ids, warn
-from kinoray.config.files import local_path, local_uri
-from kinoray.console import many
+from kinoray.config.files import local_uri
 from kinoray.errors import (
     AccessDenied,
     CatalogError,
@@ -29,8 +40,8 @@ from kinoray.errors import (
     StorageError,
     StorageUnavailable,
 )
-from kinoray.storage.objects import MAX_TABLE_BYTES, Storage, absolute, is_s3, join
-from kinoray.storage.records import parse_json, parse_record, parse_table
+from kinoray.storage.objects import Storage, absolute, is_s3, join
+from kinoray.storage.records import parse_record
 
 __all__ = [
     "CATALOG_SCHEMA",
@@ -42,42 +53,17 @@ __all__ = [
     "is_catalog",
     "lies_inside",
     "load_catalog",
+    "open_pieces",
     "read_video",
     "read_videos",
     "references",
+    "rows_of_source",
     "save_catalog",
 ]
-
-CATALOG_SCHEMA: pa.Schema = pa.schema(
-    [
-        pa.field("video_id", pa.string(), nullable=False),
-        pa.field("uri", pa.string(), nullable=False),
-        pa.field("offset", pa.int64()),
-        pa.field("length", pa.int64()),
-        pa.field("label", pa.string()),
-        pa.field("label_id", pa.int32()),
-        pa.field("split", pa.string()),
-        pa.field("size_bytes", pa.int64()),
-        pa.field("sha256", pa.string()),
-        pa.field("time_start_s", pa.float64()),
-        pa.field("time_end_s", pa.float64()),
-        pa.field("duration_s", pa.float64()),
-        pa.field("fps", pa.float64()),
-        pa.field("num_frames", pa.int64()),
-        pa.field("width", pa.int32()),
-        pa.field("height", pa.int32()),
-        pa.field("codec", pa.string()),
-        pa.field("status", pa.string()),
-        pa.field("reason", pa.string()),
-    ]
-)
-"""Columns of a catalog. offset and length are null for a whole object; status is `packed` (probed) or `listed`."""
 
 REFERENCE_COLUMNS = ("uri", "offset", "length", "sha256", "time_start_s", "time_end_s")
 """What `references` needs of a table."""
 
-_LABELS_KEY = b"kinoray.labels"
-_DIGEST_ROWS = 4096
 _PACK_RECORD = "pack.json"  # the last thing that a pack writes
 
 
@@ -96,30 +82,23 @@ class Catalog:
     """Class names, index = label_id; empty for an unlabelled catalog."""
 
     def __post_init__(self) -> None:
-        if not self.table.schema.equals(CATALOG_SCHEMA):
-            raise CatalogError(f"a catalog needs the columns {CATALOG_SCHEMA.names}, got {self.table.schema.names}")
-        for name in ("video_id", "uri"):
-            if self.table.column(name).null_count:
-                num_null = many(self.table.column(name).null_count, "row")
-                raise CatalogError(f"{name} may not be null: {num_null} without it")
+        check_rows(self.table, len(self.labels))
         ids = self.table.column("video_id")
         if len(ids.unique()) != len(ids):
             video_id, count = Counter(ids.to_pylist()).most_common(1)[0]
             raise CatalogError(f"video_id {video_id!r} is used {count} times; it must be unique in a catalog")
-        label_ids = set(self.table.column("label_id").unique().to_pylist()) - {None}
-        if label_ids and not 0 <= min(label_ids) <= max(label_ids) < len(self.labels):
-            raise CatalogError(
-                f"label_id {max(label_ids)} has no name: the catalog names {many(len(self.labels), 'class')}"
-            )
 
     @cached_property
     def digest(self) -> str:
         """16 hex digits of the rows, in their order, and of the labels."""
-        content = hashlib.sha256(json.dumps(self.labels).encode())
-        for start in range(0, len(self), _DIGEST_ROWS):  # slices of a fixed size: chunks depend on how it was read
-            rows = self.table.slice(start, _DIGEST_ROWS).to_pydict()
-            content.update(json.dumps(rows, separators=(",", ":")).encode())
-        return content.hexdigest()[:16]
+        content = RowsDigest(self.labels)
+        content.update(self.table)
+        return content.hexdigest()
+
+    def batches(self, begin: int = 0) -> Iterator[pa.Table]:
+        """The rows from row `begin` on, a few at a time."""
+        for start in range(begin, len(self), GROUP_ROWS):
+            yield self.table.slice(start, GROUP_ROWS)
 
     def __len__(self) -> int:
         return int(self.table.num_rows)
@@ -134,15 +113,10 @@ class Catalog:
             if not len(self):
                 raise CatalogError("the catalog is empty: it has no video at all")
             return self
-        splits = self.table.column("split").to_pylist()
-        if split not in splits:
-            there = ", ".join(f"{name or 'none'} ({count})" for name, count in sorted(_counts(splits).items()))
-            raise CatalogError(f"the catalog has no video of split {split!r}; its splits are: {there or 'none'}")
-        return Catalog(self.table.filter(pa.array([name == split for name in splits])), self.labels)
-
-
-def _counts(splits: list[str | None]) -> dict[str, int]:
-    return Counter(name or "" for name in splits)
+        counts = splits_in(self.table)
+        if not counts[split]:
+            raise no_split(split, counts)
+        return Catalog(self.table.filter(pc.fill_null(pc.equal(self.table.column("split"), split), False)), self.labels)
 
 
 def references(table: pa.Table) -> list[Reference]:
@@ -155,7 +129,7 @@ def references(table: pa.Table) -> list[Reference]:
 
 
 def load_catalog(storage: Storage, uri: str) -> Catalog:
-    """The catalog in a .parquet, or of a folder that `kinoray pack` wrote. Columns it lacks are null.
+    """The catalog in a .parquet, in many (`PLACE/*.parquet`), or of a folder that `kinoray pack` wrote.
 
     Only a .parquet that is named itself may refer to what lies outside of its folder: who names a folder may not know
     what a table in it refers to. Addresses that are not absolute start at the table's folder.
@@ -165,75 +139,30 @@ def load_catalog(storage: Storage, uri: str) -> Catalog:
         CatalogError: it is not Parquet, lacks video_id or uri, holds values of a wrong type, or refers to what lies
             outside of the folder.
     """
+    pieces = open_pieces(storage, uri)
+    tables = [CATALOG_SCHEMA.empty_table(), *pieces.batches()]
+    try:
+        return Catalog(pa.concat_tables(tables), pieces.labels)
+    except CatalogError as error:
+        raise CatalogError(f"{uri}: {error}") from error
+
+
+def open_pieces(storage: Storage, uri: str) -> Pieces:
+    """The rows of such a catalog as a stream; `load_catalog` says what it may be, and what is raised."""
+    if is_pieces(uri):
+        return Pieces(storage, find_pieces(storage, uri))
     path = uri if uri.endswith(".parquet") else join(uri, "catalog.parquet")
     try:
-        data = storage.read(path, max_bytes=MAX_TABLE_BYTES)
+        return Pieces(storage, [path], root="" if path == uri else absolute(path).rpartition("/")[0])
     except ObjectNotFound as error:
         raise ObjectNotFound(f"{error}; expected a folder that `kinoray pack` finished, or a .parquet") from error
-    try:
-        found = parse_table(data)
-        labels = parse_json((found.schema.metadata or {}).get(_LABELS_KEY, b"[]"))
-        if not isinstance(labels, list) or not all(isinstance(label, str) for label in labels):
-            raise ValueError("its labels are not a list of texts")
-    except (pa.ArrowException, OSError, ValueError) as error:
-        raise CatalogError(f"{path} is not a catalog: {' '.join(str(error).split())}") from error
-    missing = {"video_id", "uri"} - set(found.schema.names)
-    if missing:
-        raise CatalogError(f"{path} lacks the column {' and '.join(sorted(missing))}; found {found.schema.names}")
-    try:
-        columns = [
-            found.column(field.name).cast(field.type)
-            if field.name in found.schema.names
-            else pa.nulls(found.num_rows, field.type)
-            for field in CATALOG_SCHEMA
-        ]
-        place = CATALOG_SCHEMA.get_field_index("uri")
-        columns[place] = _absolute_uris(columns[place], path.rpartition("/")[0])
-        catalog = Catalog(pa.table(columns, schema=CATALOG_SCHEMA), tuple(labels))
-        catalog.table.validate(full=True)
-    except (pa.ArrowException, CatalogError) as error:
-        raise CatalogError(f"{path}: {error}") from error
-    if path != uri:
-        _require_inside(path, catalog)
-    return catalog
-
-
-def _absolute_uris(uris: pa.ChunkedArray, folder: str) -> pa.ChunkedArray:
-    if all(uri is None or uri.startswith("/") or "://" in uri or not uri for uri in uris.unique().to_pylist()):
-        return uris
-    start = absolute(folder or ".")
-    found = [
-        uri if not uri or uri.startswith("/") or "://" in uri else local_uri(absolute(join(start, uri)))
-        for uri in uris.to_pylist()
-    ]
-    return pa.chunked_array([pa.array(found, pa.string())])
-
-
-def _require_inside(path: str, catalog: Catalog) -> None:
-    """Raise CatalogError for a row whose bytes lie outside of the folder of its table, also by way of a link."""
-    root = absolute(path).rpartition("/")[0]
-    uris = catalog.table.column("uri")
-    for uri in uris.unique().to_pylist():
-        if not lies_inside(root, uri):
-            row = uris.to_pylist().index(uri)
-            raise CatalogError(
-                f"{path} row {row} ({catalog.table.column('video_id')[row].as_py()}) refers to {uri}, which lies "
-                f"outside of {root}; if you trust this table, name it itself: {path}"
-            )
-
-
-def lies_inside(root: str, uri: str) -> bool:
-    """Whether an address leads to something below a folder or prefix, links resolved."""
-    if is_s3(root) or is_s3(uri):
-        return uri.startswith(f"{root}/")
-    return "\0" not in uri and os.path.realpath(local_path(uri)).startswith(f"{os.path.realpath(root).rstrip('/')}/")
 
 
 def save_catalog(storage: Storage, uri: str, catalog: Catalog) -> None:
     """Write the catalog as one Parquet object; the labels go into the schema's metadata."""
     sink = io.BytesIO()
-    metadata = {_LABELS_KEY: json.dumps(catalog.labels).encode()}
-    pq.write_table(catalog.table.replace_schema_metadata(metadata), sink, compression="zstd")
+    table = catalog.table.replace_schema_metadata(schema_with(catalog.labels).metadata)
+    pq.write_table(table, sink, compression="zstd", row_group_size=GROUP_ROWS)
     storage.put(uri, sink.getvalue())
 
 
@@ -256,6 +185,13 @@ def catalog_of_source(storage: Storage, source: str, *, say: Callable[[str], Non
     if others:
         say(f"{source}: {said_of_others(others)}, and left out")
     return catalog
+
+
+def rows_of_source(storage: Storage, source: str, *, say: Callable[[str], None] = warn) -> Rows:
+    """As `catalog_of_source`, but what lies in Parquet files is a stream, of which few rows are in memory."""
+    if is_catalog(storage, source, say=say):
+        return open_pieces(storage, source)
+    return catalog_of_source(storage, source, say=say)
 
 
 def is_catalog(storage: Storage, source: str, *, say: Callable[[str], None] = warn) -> bool:

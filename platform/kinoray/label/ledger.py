@@ -3,7 +3,8 @@
 Under OUT, one folder for each (model, settings), named `labelling_id`:
 
     job.json                      the model, the settings and the class names that all rows share
-    plans/<catalog digest>.json   which rows of that catalog are in which unit (see unit.py)
+    plans/<catalog digest>.json   which rows of that catalog are in which unit (see plan.py): it names two files
+        beside it, <catalog digest>-<digest>.parquet, the units, and .keys, the keys of all of them
     parts/<unit>.parquet          the rows of a finished unit; its metadata says who wrote them, when, and how many
     windows/<unit>-<digest>.parquet   rows of the windows of its long videos, where the settings ask for them
     done/<catalog digest>.json    totals, once every row of the catalog is there
@@ -22,12 +23,16 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from kinoray.errors import ChecksumMismatch, ConfigError, IncompleteOutput, ObjectNotFound
+from kinoray.label.keys import KEY_BYTES, Keys, Tally, numbers_of
+from kinoray.label.plan import Plan, Survey, draft_plan, parse_units, to_units
 from kinoray.label.unit import (
     PLACE,
     PREDICTION_SCHEMA,
@@ -35,19 +40,18 @@ from kinoray.label.unit import (
     Commit,
     JobEnd,
     JobRecord,
-    Plan,
     Times,
     Unit,
     leave_out_seen,
-    make_plan,
     parse_commit,
     parse_part,
     parse_windows,
     to_part,
     to_windows,
+    unit_id_of,
 )
 from kinoray.storage.objects import MAX_RECORD_BYTES, MAX_TABLE_BYTES, Storage, join
-from kinoray.storage.records import is_name, read_record, record_of
+from kinoray.storage.records import as_name, is_name, read_record, record_of
 
 __all__ = [
     "Ledger",
@@ -62,10 +66,10 @@ __all__ = [
 _READERS = 16  # threads that fetch parts, which are small
 _PREFETCHED = 2 * _READERS  # results that wait for who takes them
 _NUM_EXAMPLES = 10
-_MAX_PLAN_BYTES = 2**30  # of 40 million videos
 _TAIL_BYTES = 2**18  # of a part: more than its footer, whose statistics have at most 8 kB a column
 _DAY_S = 86400.0
 _SUFFIX = ".parquet"
+_KEYS = ".keys"
 _TOTAL_COLUMNS = ["video_id", "row_key", "status", "error_class", "error_text", "frames_corrupt", "frames_missing"]
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
@@ -85,6 +89,20 @@ class Totals:
     """Labelled videos of which some frames would not decode."""
     examples: tuple[tuple[str, str], ...]
     """The first quarantined rows: video_id, and reason as text."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _PlanHead:
+    """plans/<catalog digest>.json."""
+
+    catalog_digest: str
+    unit_size: int
+    sequence: int
+    num_rows: int
+    units: str
+    """SHA-256 of the file with the units."""
+    keys: str
+    """And of that with their keys."""
 
 
 class Ledger:
@@ -108,29 +126,51 @@ class Ledger:
         """How many classes its rows can name; None where job.json does not say."""
         return len(self.job().labels) or None
 
-    def plan(self, catalog_digest: str, keys: Sequence[str], unit_size: int) -> Plan:
+    def plan(self, found: Survey, unit_size: int, folder: Path) -> Plan:
         """The plan of a catalog, made and stored at the first call: later calls, and jobs at once, get the same one."""
-        uri = self._uri("plans", f"{catalog_digest}.json")
+        uri = self._plan_uri(found.digest, ".json")
         try:
             return self._read_plan(uri)
         except ObjectNotFound:
             pass  # the first job on this catalog
-        plan = self.draft(catalog_digest, keys, unit_size)
-        if self.storage.put_if_absent(uri, _to_json(plan.to_record())):
+        plan = self.draft(found, unit_size, folder)
+        head = self._put_plan(plan)
+        if self.storage.put_if_absent(uri, _to_json(asdict(head))):
             return plan
+        standing = self._read(uri, record_of(_PlanHead))
+        for ours, other, kind in ((head.units, standing.units, _SUFFIX), (head.keys, standing.keys, _KEYS)):
+            if ours != other:
+                self.storage.delete(self._plan_uri(plan.catalog_digest, kind, ours))
         return self._read_plan(uri)
 
-    def draft(self, catalog_digest: str, keys: Sequence[str], unit_size: int) -> Plan:
-        """The plan that `plan` would store now; nothing is written."""
-        return make_plan(
-            self.labelling_id, catalog_digest, keys, unit_size, older=self.plans(), committed=self.committed()
-        )
+    def draft(self, found: Survey, unit_size: int, folder: Path) -> Plan:
+        """The plan that `plan` would store now; nothing is written but to a folder of this machine."""
+        return draft_plan(self.labelling_id, found, unit_size, folder, older=self.plans(), committed=self.committed())
 
     def plans(self) -> list[Plan]:
         """All plans, oldest first."""
-        uris = [info.uri for info in self.storage.list(self._uri("plans") + "/")]
+        uris = [info.uri for info in self.storage.list(self._uri("plans") + "/") if info.uri.endswith(".json")]
         plans = list(_in_threads(self._read_plan, uris))
         return sorted(plans, key=lambda plan: (plan.sequence, plan.catalog_digest))
+
+    def _put_plan(self, plan: Plan) -> "_PlanHead":
+        """Write the files that a plan's head will name. Their digests are in their names, so that writers that do not
+        agree do not meet."""
+        assert plan.path is not None  # it was just made
+        units = to_units(plan)
+        with plan.path.open("rb") as file:
+            keys_sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        units_sha256 = hashlib.sha256(units).hexdigest()
+        self.storage.put(self._plan_uri(plan.catalog_digest, _SUFFIX, units_sha256), units)
+        self.storage.put_file(self._plan_uri(plan.catalog_digest, _KEYS, keys_sha256), plan.path)
+        return _PlanHead(
+            catalog_digest=plan.catalog_digest,
+            unit_size=plan.unit_size,
+            sequence=plan.sequence,
+            num_rows=plan.num_rows,
+            units=units_sha256,
+            keys=keys_sha256,
+        )
 
     def committed(self) -> set[str]:
         """Ids of all finished units."""
@@ -227,14 +267,13 @@ class Ledger:
             IncompleteOutput: the unit is unfinished.
             ChecksumMismatch: the part is not what was committed.
         """
-        wanted = None if columns is None or unit.is_whole else list(dict.fromkeys([*columns, "row_key"]))
-        return _of_plan(self._read_part(unit, wanted or columns)[1], unit)
+        return _of_plan(self._read_part(unit, columns)[1], unit)
 
     def read_windows(self, units: Iterable[Unit]) -> Iterator[pa.Table]:
         """The windows of the videos of finished units that are in the plan's catalog. Raises as `read_unit`."""
 
         def read(unit: Unit) -> pa.Table:
-            commit, _ = self._read_part(unit, [])
+            commit, rows = self._read_part(unit, ["row_key"])
             if commit.windows is None:
                 raise IncompleteOutput(f"{self.root}: unit {unit.unit_id} was committed without windows")
             uri = self._windows_uri(unit.unit_id, commit.windows)
@@ -243,7 +282,11 @@ class Ledger:
             except ObjectNotFound:
                 raise IncompleteOutput(f"{uri} was committed but is gone; {self._again(unit.unit_id)}") from None
             with self._refused(uri, unit.unit_id):
-                return _of_plan(parse_windows(data, commit, self._num_classes), unit)
+                windows = parse_windows(data, commit, self._num_classes)
+            if unit.is_whole:
+                return windows
+            kept = _of_plan(rows, unit).column("row_key")
+            return windows.filter(pc.is_in(windows.column("row_key"), value_set=kept.combine_chunks()))
 
         return _in_threads(read, units)
 
@@ -280,11 +323,11 @@ class Ledger:
         """`read_unit` of each, in order, fetched in threads."""
         return _in_threads(lambda unit: self.read_unit(unit, columns), units)
 
-    def check(self, plan: Plan, keys: Sequence[str]) -> Totals:
+    def check(self, plan: Plan, keys: Keys) -> Totals:
         """Read back all parts and compare them with the catalog: each key exactly once.
 
         Args:
-            keys: `row_keys` of the catalog.
+            keys: of the catalog.
 
         Raises:
             IncompleteOutput: with the counts.
@@ -293,17 +336,25 @@ class Ledger:
         reasons: Counter[str] = Counter()
         examples: list[tuple[str, str]] = []
         damaged = 0
-        exact = plan.covers(keys)
-        for unit, table in zip(plan.units, self.read_units(plan.units, _TOTAL_COLUMNS), strict=True):
-            exact = exact and table.column("row_key").to_pylist() == list(unit.keys)
-            status.update(table.column("status").to_pylist())
+        exact = True
+        found, expected = Tally(), Tally()
+        parts = _in_threads(lambda unit: self._read_part(unit, _TOTAL_COLUMNS)[1], plan.units)
+        for unit, part in zip(plan.units, parts, strict=True):
+            with self._refused(self._part_uri(unit.unit_id), unit.unit_id):
+                numbers = numbers_of(part.column("row_key"))
+                table = _of_plan(part, unit)
+            exact = exact and unit_id_of(self.labelling_id, numbers) == unit.unit_id
+            found.add(numbers if unit.is_whole else numbers_of(table.column("row_key")))
+            status.update(_counts(table.column("status")))
             bad = pc.or_(*(pc.greater(table.column(name), 0) for name in ("frames_corrupt", "frames_missing")))
             damaged += pc.sum(bad).as_py() or 0
             for row in table.filter(pc.equal(table.column("status"), "quarantined")).to_pylist():
                 reasons[row["error_class"]] += 1
                 if len(examples) < _NUM_EXAMPLES:
                     examples.append((row["video_id"], f"{row['error_class']}: {row['error_text']}"))
-        if not exact:
+        for chunk in keys.chunks():
+            expected.add(chunk)
+        if not exact or found != expected:
             raise self._incomplete(plan, keys)
         return Totals(
             inputs=len(keys),
@@ -315,16 +366,17 @@ class Ledger:
             examples=tuple(examples),
         )
 
-    def _incomplete(self, plan: Plan, keys: Sequence[str]) -> IncompleteOutput:
+    def _incomplete(self, plan: Plan, keys: Keys) -> IncompleteOutput:
         """What is wrong, in counts. All keys are in memory for this; while all is well, they never are."""
-        found: Counter[str] = Counter()
-        for table in self.read_units(plan.units, ["row_key"]):
-            found.update(table.column("row_key").to_pylist())
-        missing = len(set(keys) - set(found))
-        foreign = len(set(found) - set(keys))
-        repeated = sum(count - 1 for count in found.values())
+        read = [numbers_of(table.column("row_key")) for table in self.read_units(plan.units, ["row_key"])]
+        rows = np.concatenate([np.empty(0, np.uint64), *read])
+        found, counts = np.unique(rows, return_counts=True)
+        known = np.unique(keys.numbers())
+        missing = len(np.setdiff1d(known, found))
+        foreign = len(np.setdiff1d(found, known))
+        repeated = int((counts - 1).sum())
         return IncompleteOutput(
-            f"{self.root}: {len(keys)} inputs, {found.total()} rows: {missing} inputs have no row, {repeated} have "
+            f"{self.root}: {len(keys)} inputs, {len(rows)} rows: {missing} inputs have no row, {repeated} have "
             f"more than one, {foreign} rows are of no input; run the same command again, with another --out if it "
             "stays so"
         )
@@ -352,14 +404,30 @@ class Ledger:
     def _windows_uri(self, unit_id: str, sha256: str) -> str:
         return self._uri("windows", f"{unit_id}-{sha256[:16]}{_SUFFIX}")
 
-    def _read_plan(self, uri: str) -> Plan:
-        plan = self._read(uri, Plan.from_record, _MAX_PLAN_BYTES)
-        if uri != self._uri("plans", f"{plan.catalog_digest}.json"):
-            raise ChecksumMismatch(f"{uri} is the plan of another catalog ({plan.catalog_digest}); remove it")
-        return plan
+    def _plan_uri(self, catalog_digest: str, kind: str, sha256: str = "") -> str:
+        return self._uri("plans", f"{catalog_digest}{'-' if sha256 else ''}{sha256[:16]}{kind}")
 
-    def _read(self, uri: str, make: Callable[[dict[str, Any]], _Result], max_bytes: int = MAX_RECORD_BYTES) -> _Result:
-        return read_record(self.storage, uri, make, max_bytes)
+    def _read_plan(self, uri: str) -> Plan:
+        head = self._read(uri, record_of(_PlanHead))
+        if uri != self._plan_uri(head.catalog_digest, ".json"):
+            raise ChecksumMismatch(f"{uri} is the plan of another catalog ({head.catalog_digest}); remove it")
+        try:
+            keys = self._plan_uri(head.catalog_digest, _KEYS, as_name(head.keys, "keys"))
+            units = self._plan_uri(head.catalog_digest, _SUFFIX, as_name(head.units, "units"))
+            data = self.storage.read(units, max_bytes=MAX_TABLE_BYTES)
+            if hashlib.sha256(data).hexdigest() != head.units:
+                raise ValueError("its units are not those that were written")
+            if self.storage.stat(keys).size_bytes != head.num_rows * KEY_BYTES:
+                raise ValueError(f"it is of {head.num_rows:,} rows, and {keys} is not")
+            all_keys = Keys.in_object(self.storage, keys, head.num_rows)
+            found = parse_units(data, all_keys)
+        except (ValueError, TypeError, ObjectNotFound, pa.ArrowException) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise ChecksumMismatch(f"{uri} is not what was written: {reason}; remove it, and label again") from error
+        return Plan(head.catalog_digest, head.unit_size, head.sequence, found, all_keys)
+
+    def _read(self, uri: str, make: Callable[[dict[str, Any]], _Result]) -> _Result:
+        return read_record(self.storage, uri, make, MAX_RECORD_BYTES)
 
 
 def _of_unit(commit: Commit, unit_id: str) -> Commit:
@@ -370,9 +438,16 @@ def _of_unit(commit: Commit, unit_id: str) -> Commit:
 
 def _of_plan(table: pa.Table, unit: Unit) -> pa.Table:
     """Without the rows of videos that have left the catalog."""
-    if unit.is_whole:
+    if unit.mask is None or not table.num_columns:
         return table
-    return table.filter(pc.is_in(table.column("row_key"), value_set=pa.array(unit.keys, pa.string())))
+    bits = np.unpackbits(np.frombuffer(unit.mask, np.uint8), bitorder="little")[: unit.num_rows]
+    if len(bits) != table.num_rows:
+        raise ValueError(f"it has {table.num_rows} rows, and its plan says {unit.num_rows}")
+    return table.filter(pa.array(bits.astype(np.bool_)))
+
+
+def _counts(column: pa.ChunkedArray) -> dict[str, int]:
+    return {entry["values"]: entry["counts"] for entry in column.value_counts().to_pylist()}
 
 
 def _to_json(record: dict[str, Any]) -> bytes:

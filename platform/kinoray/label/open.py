@@ -7,8 +7,10 @@ a row is in `_Settings`, whose digest names the folder of the results.
 import uuid
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 
-from kinoray.catalog.table import Catalog, catalog_of_source
+from kinoray.catalog.pieces import Pieces, Rows
+from kinoray.catalog.table import Catalog, catalog_of_source, rows_of_source
 from kinoray.config.scoring import ViewsConfig, protocol_named
 from kinoray.config.shared import ClipConfig, digest
 from kinoray.console import many, visible
@@ -16,14 +18,16 @@ from kinoray.errors import CatalogError, ConfigError, ObjectNotFound
 from kinoray.label.answers import AnswerRule, Calibrated, load_calibration
 from kinoray.label.config import LabelConfig
 from kinoray.label.ledger import Ledger, find_labellings
+from kinoray.label.plan import Plan, Survey, survey
 from kinoray.label.stage import LabelJob
-from kinoray.label.unit import JobRecord, Plan, labelling_id, row_keys
+from kinoray.label.unit import JobRecord, labelling_id
 from kinoray.network.build import VideoModel, check_clip, is_shipped, recipe_departures, trusted_network
 from kinoray.network.checkpoint import CheckpointMeta, find_checkpoint, load_meta, load_model
 from kinoray.network.forward import CPU_BATCH
 from kinoray.network.prepare import compile_advice
 from kinoray.network.published import checkpoint_of
 from kinoray.network.scorer import EarlyExit, ScorerConfig, SegmentConsensus, check_scorer, segment_consensus
+from kinoray.storage.leftovers import Scratch
 from kinoray.storage.objects import Storage, absolute, join
 from kinoray.storage.outputs import require_folder
 
@@ -37,15 +41,24 @@ Say = Callable[[str], None]
 class Labelling:
     """A catalog, a model and the ledger where they meet."""
 
-    catalog: Catalog
-    keys: list[str]
-    """`row_keys` of the catalog."""
+    rows: Rows
+    """The catalog, as a stream."""
+    found: Survey
+    """Its digest, and the keys of its rows."""
     meta: CheckpointMeta
     job: LabelJob
     ledger: Ledger
     plan: Plan
     consensus: SegmentConsensus | None
     """How the network makes one answer of its segments; None for one that sees them together, and with config.plan."""
+    scratch: Scratch
+    """Holds the keys, until it is closed or nobody has it."""
+
+    @property
+    def catalog(self) -> Catalog:
+        """The rows in memory, of a labelling with a `check`: such sets are small."""
+        assert isinstance(self.rows, Catalog)
+        return self.rows
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -105,33 +118,51 @@ def open_labelling(
     require_folder(Storage(config.storage), "out", config.out, "label")
     opened = open_network(config, say=say, warn=say, segments=segments)
     meta, record, storage = opened.meta, opened.record, opened.job.storage
-    catalog = catalog_of_source(storage, absolute(config.source))
-    try:
-        catalog = catalog.select(config.split)
-    except CatalogError as error:
-        if check is not None and catalog.table.column("label_id").null_count == len(catalog):
-            check(catalog, meta)  # another split would not help
-        remedy = "; name one of them with --split, or --split '' for all videos" if config.split else ""
-        raise CatalogError(f"{config.source}: {error}{remedy}") from None
-    if check is not None:
-        check(catalog, meta)
-    keys = row_keys(catalog.table)
+    scratch = Scratch("label")
+    rows = _rows(storage, config, meta, scratch.folder, check)
+    found = survey(rows, scratch.folder)
     out = absolute(config.out).rstrip("/")
     ledger = Ledger(storage, join(out, labelling_id(record.model_digest, record.config_digest)))
     if config.plan:
-        plan = ledger.draft(catalog.digest, keys, config.rows_a_unit(len(keys)))
+        plan = ledger.draft(found, config.rows_a_unit(len(rows)), scratch.folder)
     else:
         if ledger.pin_job(record):
             _say_others(storage, out, ledger.root, say)
-        plan = ledger.plan(catalog.digest, keys, config.rows_a_unit(len(keys)))
+        plan = ledger.plan(found, config.rows_a_unit(len(rows)), scratch.folder)
     job = replace(opened.job, root=ledger.root)
-    say(f"{many(len(catalog), 'video')}, {many(len(meta.labels), 'class')}, checkpoint {job.checkpoint}")
+    say(f"{many(len(rows), 'video')}, {many(len(meta.labels), 'class')}, checkpoint {job.checkpoint}")
     if job.views.num_views > 1:
         say(f"protocol {config.protocol}, {job.views.num_views} views of each video")
-    clips = -(-len(catalog) // config.resources.num_workers) * job.views.num_views
+    clips = -(-len(rows) // config.resources.num_workers) * job.views.num_views
     _say_advice(opened.model, job, config, clips, say)
     consensus = None if opened.model is None else segment_consensus(opened.model)
-    return Labelling(catalog=catalog, keys=keys, meta=meta, job=job, ledger=ledger, plan=plan, consensus=consensus)
+    return Labelling(
+        rows=rows, found=found, meta=meta, job=job, ledger=ledger, plan=plan, consensus=consensus, scratch=scratch
+    )
+
+
+def _rows(
+    storage: Storage,
+    config: LabelConfig,
+    meta: CheckpointMeta,
+    folder: Path,
+    check: Callable[[Catalog, CheckpointMeta], object] | None,
+) -> Rows:
+    """The rows of the split that is asked for: in memory where they are to be checked, else as a stream."""
+    source = absolute(config.source)
+    whole = rows_of_source(storage, source) if check is None else catalog_of_source(storage, source)
+    try:
+        if isinstance(whole, Pieces):
+            return whole.select(config.split, folder)
+        rows = whole.select(config.split)
+    except CatalogError as error:
+        if check is not None and isinstance(whole, Catalog) and whole.table.column("label_id").null_count == len(whole):
+            check(whole, meta)  # another split would not help
+        remedy = "; name one of them with --split, or --split '' for all videos" if config.split else ""
+        raise CatalogError(f"{config.source}: {error}{remedy}") from None
+    if check is not None:
+        check(rows, meta)
+    return rows
 
 
 def open_network(config: LabelConfig, *, say: Say, warn: Say, segments: bool = False) -> Opened:

@@ -6,25 +6,28 @@ killing anything and running the same command again gives the same table.
 
 import time
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
 
 from kinoray.catalog.quarantine import Refusal, error_of
-from kinoray.catalog.table import Catalog
 from kinoray.config.shared import WorkersConfig
 from kinoray.console import Progress, format_duration, kept_if_interrupted, many, table, visible
 from kinoray.errors import ConfigError, TooManyBad
 from kinoray.label.config import LabelConfig
 from kinoray.label.ledger import Ledger, Totals
 from kinoray.label.open import Labelling, open_labelling
+from kinoray.label.plan import Plan, gone_rows, work_of
 from kinoray.label.predict import Model, is_one_video
 from kinoray.label.times import STAGES, bound_stage
-from kinoray.label.unit import Plan
+from kinoray.label.unit import Unit
 from kinoray.storage.objects import Storage, absolute
+from kinoray.storage.pairs import Pairs, join_pairs
 
 __all__ = ["Preview", "answer", "label", "preview", "refuse_too_many_bad", "run_labelling"]
 
@@ -57,7 +60,7 @@ def label(config: LabelConfig) -> dict[str, Any]:
         **asdict(totals),
         "labelling_id": labelling.ledger.labelling_id,
         "root": labelling.ledger.root,
-        "catalog_digest": labelling.catalog.digest,
+        "catalog_digest": labelling.plan.catalog_digest,
         "run_id": labelling.job.run_id,
     }
 
@@ -109,19 +112,21 @@ def run_labelling(labelling: Labelling, resources: WorkersConfig, task: str, *, 
     began, start, stages = datetime.now(UTC), time.monotonic(), Counter[str]()
     done = ledger.committed()
     missing = [unit for unit in plan.units if unit.unit_id not in done]
-    already = plan.num_rows - sum(unit.num_rows for unit in missing)
+    already = plan.num_rows - sum(len(unit.keys) for unit in missing)
     if already:
         of = f"of {many(plan.num_rows, 'video')} {'is' if plan.num_rows == 1 else 'are'}"
         print(f"{task}: {already} {of} labelled already, {plan.num_rows - already} to do")
     if missing:
         progress = Progress(plan.num_rows, task, "videos", already=already)
         with kept_if_interrupted(lambda: _kept(ledger, plan) if is_kept else "nothing is kept"):
-            for result in run_units(labelling, missing, resources, task, progress):
+            units = _rotated(missing, labelling.job.run_id)
+            work = work_of(labelling.rows, labelling.found.keys, ledger.labelling_id, units)
+            for result in run_units(labelling, work, len(units), resources, task, progress):
                 stages.update({stage: result[f"{stage}_s"] for stage in STAGES})
                 progress.note(f"bound by {bound_stage(stages)}")
                 progress.update(result["rows"], part=result["unit_id"], quarantined=result["quarantined"])
         progress.close()
-    totals = ledger.check(plan, labelling.keys)
+    totals = ledger.check(plan, labelling.found.keys)
     ledger.finish(plan, totals)
     _print_totals(totals, task)
     to_do, wall_s = plan.num_rows - already, time.monotonic() - start
@@ -134,15 +139,21 @@ def run_labelling(labelling: Labelling, resources: WorkersConfig, task: str, *, 
     return totals
 
 
+def _rotated(units: list[Unit], run_id: str) -> list[Unit]:
+    """Begin somewhere else in every job, so that two jobs on one catalog meet at the end, not at every unit."""
+    start = int(run_id, 16) % len(units)
+    return units[start:] + units[:start]
+
+
 def _kept(ledger: Ledger, plan: Plan) -> str:
     done = ledger.committed()
-    rows = sum(unit.num_rows for unit in plan.units if unit.unit_id in done)
+    rows = sum(len(unit.keys) for unit in plan.units if unit.unit_id in done)
     return f"{rows} of {many(plan.num_rows, 'video')} have their row, which stays; the same command labels the rest"
 
 
 def _say_plan(labelling: Labelling) -> dict[str, Any]:
     """What is done and what a labelling would do."""
-    found = preview(labelling.ledger, labelling.catalog, labelling.keys, labelling.plan)
+    found = preview(labelling)
     size = "" if found.size_bytes is None else f", {found.size_bytes:,} bytes to read"
     print(f"label: {many(found.videos, 'video')} = {found.done} done + {found.new} new + {found.changed} changed")
     print(f"label: {found.new + found.changed} to label in {many(found.units, 'unit')}{size}")
@@ -179,40 +190,56 @@ class Preview:
     """Units of work to do."""
 
 
-def preview(ledger: Ledger, catalog: Catalog, keys: Sequence[str], plan: Plan) -> Preview:
-    """Compare a catalog with what is committed.
-
-    Args:
-        keys: `row_keys` of the catalog.
-        plan: its plan, stored or not.
-    """
+def preview(labelling: Labelling) -> Preview:
+    """Compare a catalog with what is committed."""
+    ledger, plan, folder = labelling.ledger, labelling.plan, labelling.scratch.folder
     committed = ledger.committed()
     missing = [unit for unit in plan.units if unit.unit_id not in committed]
-    to_do = {key for unit in missing for key in unit.keys}
-    places = [place for place, key in enumerate(keys) if key in to_do]
-    rows = catalog.table.select(["video_id", "uri", "size_bytes"]).take(pa.array(places, pa.int64())).to_pylist()
-    known = set(keys)
-    older = {unit.unit_id: unit for before in ledger.plans() for unit in before.units if unit.unit_id in committed}
-    gone = [unit for unit in older.values() if not known.issuperset(unit.keys)]
-    left: dict[tuple[str, str], str] = {}
-    for rows_left in ledger.read_units(gone, _NAMED):
-        for row in rows_left.to_pylist():
-            if row["row_key"] not in known:
-                left[row["video_id"], row["uri"]] = row["row_key"]
-    changed = sum((row["video_id"], row["uri"]) in left for row in rows)
-    sizes = [row["size_bytes"] for row in rows]
-    empty = [row["uri"] for row in rows if row["size_bytes"] == 0]
+    before, num_gone = _gone(labelling, committed)
+    to_do = Pairs(folder)
+    num_to_do = sum(len(unit.keys) for unit in missing)
+    size_bytes: int | None = 0
+    empty, first_empty = 0, ""
+    for _, table in work_of(labelling.rows, labelling.found.keys, ledger.labelling_id, missing):
+        if before:
+            to_do.add(_places_of(table), np.zeros(table.num_rows, np.int64))
+        sizes = table.column("size_bytes")
+        size_bytes = None if size_bytes is None or sizes.null_count else size_bytes + pc.sum(sizes).as_py()
+        none = table.column("uri").filter(pc.fill_null(pc.equal(sizes, 0), False))
+        empty += len(none)
+        first_empty = first_empty or (none[0].as_py() if len(none) else "")
+    changed = 0
+    for (gone, _), (new, _) in join_pairs(before, to_do):
+        changed += len(np.intersect1d(gone, new))
     return Preview(
-        videos=len(keys),
-        done=len(keys) - len(to_do),
-        new=len(to_do) - changed,
+        videos=plan.num_rows,
+        done=plan.num_rows - num_to_do,
+        new=num_to_do - changed,
         changed=changed,
-        gone=len(left) - changed,
-        size_bytes=None if None in sizes else sum(sizes),
-        empty=len(empty),
-        first_empty=empty[0] if empty else "",
+        gone=num_gone - changed,
+        size_bytes=size_bytes,
+        empty=empty,
+        first_empty=first_empty,
         units=len(missing),
     )
+
+
+def _gone(labelling: Labelling, committed: set[str]) -> tuple[Pairs, int]:
+    """Rows of videos that are not in the catalog: where these lay, each place once, and their number."""
+    ledger, folder = labelling.ledger, labelling.scratch.folder
+    found = Pairs(folder)
+    older = [plan for plan in ledger.plans() if plan.catalog_digest != labelling.plan.catalog_digest]
+    if older:
+        for unit_id, rows in gone_rows(labelling.found.keys, older, committed, folder):
+            table = ledger.read_unit(Unit(unit_id, (), 0), _NAMED).take(pa.array(rows))
+            found.add(_places_of(table), np.zeros(len(rows), np.int64))
+    return found, sum(len(np.unique(places)) for places, _ in found.buckets())
+
+
+def _places_of(table: pa.Table) -> NDArray[np.uint64]:
+    """A number for each row's name and address, in this process; uint64 [N]."""
+    rows = zip(table.column("video_id").to_pylist(), table.column("uri").to_pylist(), strict=True)
+    return np.fromiter(map(hash, rows), np.int64, table.num_rows).view(np.uint64)
 
 
 def refuse_too_many_bad(totals: Totals, max_bad_fraction: float, root: str) -> None:

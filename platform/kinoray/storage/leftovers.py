@@ -17,10 +17,11 @@ import sys
 import tempfile
 import threading
 import time
+import weakref
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-__all__ = ["Claim", "reap", "scratch_folder", "sweep"]
+__all__ = ["Claim", "Scratch", "reap", "scratch_folder", "sweep"]
 
 _PREFIX = "kinoray-"
 _LOCK = ".kinoray-lock"
@@ -59,6 +60,15 @@ def scratch_folder(what: str) -> Iterator[Path]:
             claim.release()
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+class Scratch:
+    """A `scratch_folder` that goes when it is closed, or nobody has it any more."""
+
+    def __init__(self, what: str) -> None:
+        stack = contextlib.ExitStack()
+        self.folder = stack.enter_context(scratch_folder(what))
+        self.close = weakref.finalize(self, stack.close)
 
 
 def sweep(claimed: Iterable[Path] = ()) -> None:

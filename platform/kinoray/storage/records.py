@@ -1,21 +1,15 @@
-"""Reading back what kinoray and others wrote: JSON and Parquet, of which nothing can run code when it is read.
+"""Reading back the JSON that kinoray and others wrote (Parquet: tables.py); nothing can run code when it is read.
 
 Whatever lies in a folder may come from a stranger, so size, depth and values are bounded before anybody looks at them,
 and a name that is joined to a folder is a name and no path.
-
-What is easy to break: Ray registers Arrow types whose values are pickles, in every process of a job. A table that
-holds one must be refused before any value of it is looked at.
 """
 
 import json
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NoReturn, TypeVar
-
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from kinoray.config.file import config_from_mapping, first_repeated
 from kinoray.errors import ChecksumMismatch
@@ -29,7 +23,6 @@ __all__ = [
     "parse_json",
     "parse_lines",
     "parse_record",
-    "parse_table",
     "read_record",
     "record_of",
 ]
@@ -38,8 +31,6 @@ T = TypeVar("T")
 
 _MAX_DEPTH = 64  # lists and objects inside each other; ours have five
 _MAX_CONTAINERS = 4_000_000  # each takes 60 to 200 bytes of memory, and may be two bytes of text
-_TABLE_BYTES = 2**28
-_TABLE_EXPANSION = 1024  # a table of 100 million names in a row, of 2 bytes each in the file, is 200 times as large
 _MAX_SECONDS = 2**35  # a thousand years
 _NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,199}")
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
@@ -176,173 +167,3 @@ def as_seconds(value: object, what: str) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < _MAX_SECONDS:
         raise ValueError(f"{what} is {value!r:.40}, expected seconds, 0 to {_MAX_SECONDS:,}")
     return float(value)
-
-
-def parse_table(data: bytes, columns: Sequence[str] | None = None) -> pa.Table:
-    """The table in the bytes of a Parquet file, with these columns only; pages are compared with their checksums.
-
-    Raises:
-        pyarrow.ArrowInvalid: it is no Parquet, a column's type is none of Arrow's own, or it would take more memory
-            than 256 MiB and 1,024 times its bytes.
-    """
-    try:
-        file = pq.ParquetFile(pa.BufferReader(data), page_checksum_verification=True)
-        names = file.schema_arrow.names
-        if wrong := [name for name in columns or names if names.count(name) != 1]:
-            raise pa.ArrowInvalid(f"column {wrong[0]} is there {names.count(wrong[0])} times; once is right")
-        for field in file.schema_arrow:
-            if _is_foreign(field.type):
-                raise pa.ArrowInvalid(f"column {field.name} has the type {field.type}, whose values are not plain data")
-        _check_size(data, columns)
-        table = file.read(columns=None if columns is None else list(columns))
-        table.validate(full=True)  # texts that are not UTF-8, too
-        return table
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, pa.ArrowException) as error:
-        # ArrowInvalid is a ValueError; the others: a part of it is cut, or is something else than it should be
-        raise pa.ArrowInvalid(" ".join(str(error).split())) from error
-
-
-def _is_foreign(kind: pa.DataType) -> bool:
-    """Whether a type, or one inside it, is an extension in Python: its values are made by somebody's code."""
-    if isinstance(kind, pa.ExtensionType):
-        return True
-    if pa.types.is_dictionary(kind):
-        return _is_foreign(kind.value_type)
-    return any(_is_foreign(kind.field(index).type) for index in range(kind.num_fields))
-
-
-# What a Parquet file takes once it is read. Its footer may say anything, so the headers of the pages are read, as the
-# reader will read them: for the values that each claims, its bytes, and the longest text of its dictionary.
-
-_DICTIONARY_PAGE = 2
-_HEADERS = {0: (5, 2), 3: (8, 4)}  # type of a page of data: field of its header, and of the encoding in that
-_DICTIONARY_ENCODINGS = (2, 8)
-_PREFIX_ENCODING = 7  # DELTA_BYTE_ARRAY: each text may begin with all of the one before
-_VALUE_BYTES = 8
-# More than each text of a dictionary and each page take in memory: what looking at them costs in time.
-_TEXT_BYTES = 256
-_PAGE_BYTES = 2**16
-_BYTE_ARRAY = 6
-_CODECS = {1: "snappy", 2: "gzip", 4: "brotli", 6: "zstd", 7: "lz4_raw"}
-
-
-def _check_size(data: bytes, columns: Sequence[str] | None) -> None:
-    """Refuse a file of a few bytes that becomes gigabytes. Raises ValueError or LookupError where it cannot be told.
-
-    The footer is read here, too: Arrow ends the process where it is asked for a column whose entry was changed.
-    """
-    room = _TABLE_BYTES + _TABLE_EXPANSION * len(data)
-    footer, _ = _thrift(data[-8 - int.from_bytes(data[-8:-4], "little") : -8], 0)
-    widths = [leaf.get(2, 0) for leaf in footer[2] if not leaf.get(5)]  # of what is not a group of columns
-    for group in footer[4]:
-        for width, entry in zip(widths, group[1], strict=True):
-            chunk = entry[3]
-            path = b".".join(chunk[3]).decode()
-            if columns is None or any(path == name or path.startswith(f"{name}.") for name in columns):
-                room -= _chunk_bytes(data, path, chunk, width, room)
-
-
-def _chunk_bytes(data: bytes, path: str, chunk: dict[int, Any], width: int, room: int) -> int:
-    """Memory that a column of a row group takes, at most; ValueError where that is more than `room`."""
-    is_text, codec, wanted = chunk[1] == _BYTE_ARRAY, chunk[4], chunk[5]
-    at, dictionary = chunk[9], chunk.get(11, 0)
-    if 0 < dictionary < at:
-        at = dictionary
-    total, num_values, longest = 0, 0, 0
-    while num_values < wanted:
-        header, at = _thrift(data, at)
-        kind, size_bytes, stored_bytes = header[1], header[2], header[3]
-        if min(size_bytes, stored_bytes) < 0 or at + stored_bytes > len(data):
-            raise ValueError(f"a page of {path} ends behind the file")
-        total += size_bytes + _PAGE_BYTES
-        if kind == _DICTIONARY_PAGE and is_text:
-            num_texts = header[7][1]
-            total += num_texts * _TEXT_BYTES
-            if total <= room:
-                longest = max(longest, _longest(data[at : at + stored_bytes], num_texts, size_bytes, codec))
-        elif kind in _HEADERS:
-            field, place = _HEADERS[kind]
-            count, encoding = header[field][1], header[field][place]
-            if count < 0 or encoding == _PREFIX_ENCODING:
-                raise ValueError(f"{path} is encoded in a way that is not read; write it with pyarrow")
-            num_values += count
-            total += count * (max(width, _VALUE_BYTES) + (longest if encoding in _DICTIONARY_ENCODINGS else 0))
-        at += stored_bytes
-        if total > room:
-            raise ValueError(
-                f"read, it would take more memory than {_TABLE_EXPANSION:,} times its {len(data):,} bytes and "
-                f"{_TABLE_BYTES:,} more"
-            )
-    return total
-
-
-def _longest(page: bytes, num_texts: int, size_bytes: int, codec: int) -> int:
-    """Bytes of the longest text in a page of a dictionary: each has its length, 4 bytes, in front."""
-    if codec:
-        page = pa.decompress(page, size_bytes, _CODECS[codec], asbytes=True)
-    at = longest = 0
-    for _ in range(num_texts):
-        length = int.from_bytes(page[at : at + 4], "little")
-        longest = max(longest, length)
-        at += 4 + length
-    return longest
-
-
-def _thrift(data: bytes, at: int, depth: int = 0) -> tuple[dict[int, Any], int]:
-    """A struct in Thrift's compact protocol by the numbers of its fields, and where it ends."""
-    fields: dict[int, Any] = {}
-    field = 0
-    while data[at]:
-        step, kind = divmod(data[at], 16)
-        at += 1
-        if step:
-            field += step
-        else:
-            field, at = _zigzag(data, at)
-        if kind in (1, 2):
-            fields[field] = kind == 1
-        else:
-            fields[field], at = _thrift_value(data, at, kind, depth)
-    return fields, at + 1
-
-
-def _thrift_value(data: bytes, at: int, kind: int, depth: int) -> tuple[Any, int]:
-    if kind in (1, 2, 3):
-        return data[at], at + 1
-    if kind in (4, 5, 6):
-        return _zigzag(data, at)
-    if kind == 7 and at + 8 <= len(data):
-        return None, at + 8  # a number with a point: none is asked for
-    if kind == 8:
-        length, at = _varint(data, at)
-        return data[at : at + length], at + length
-    if kind in (9, 10) and depth < _MAX_DEPTH:
-        count, inner = divmod(data[at], 16)
-        at += 1
-        if count == 15:
-            count, at = _varint(data, at)
-        if count > len(data) - at:  # each value takes a byte at least
-            raise ValueError("a list in it ends behind the file")
-        values = []
-        for _ in range(count):
-            value, at = _thrift_value(data, at, inner, depth + 1)
-            values.append(value)
-        return values, at
-    if kind == 12 and depth < _MAX_DEPTH:
-        return _thrift(data, at, depth + 1)
-    raise ValueError("a part of the file is not as Parquet writes it")
-
-
-def _zigzag(data: bytes, at: int) -> tuple[int, int]:
-    value, at = _varint(data, at)
-    return value >> 1 ^ -(value & 1), at
-
-
-def _varint(data: bytes, at: int) -> tuple[int, int]:
-    value = 0
-    for shift in range(0, 70, 7):
-        value |= (data[at] & 0x7F) << shift
-        at += 1
-        if data[at - 1] < 0x80:
-            return value, at
-    raise ValueError("the header of a page is none")

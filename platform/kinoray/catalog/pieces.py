@@ -1,0 +1,310 @@
+"""The rows of a catalog, and a stream of those that lie in Parquet files: a few at a time are in memory.
+
+What is easy to break: whoever labels a library reads its catalog several times and calls rows by their number, so a
+stream gives the same rows in the same order each time. And the digest names the content, not the files, so it must not
+depend on how Parquet encodes it, or on how it is cut.
+"""
+
+import fnmatch
+import hashlib
+import json
+import os
+from bisect import bisect_right
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import accumulate
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from kinoray.config.files import local_path, local_uri
+from kinoray.console import many
+from kinoray.errors import CatalogError, ObjectNotFound
+from kinoray.storage.objects import Storage, absolute, is_s3, join
+from kinoray.storage.records import parse_json
+from kinoray.storage.tables import TableFile
+
+__all__ = [
+    "CATALOG_SCHEMA",
+    "GROUP_ROWS",
+    "Pieces",
+    "Rows",
+    "RowsDigest",
+    "check_rows",
+    "find_pieces",
+    "is_pieces",
+    "lies_inside",
+    "no_split",
+    "schema_with",
+    "splits_in",
+]
+
+CATALOG_SCHEMA: pa.Schema = pa.schema(
+    [
+        pa.field("video_id", pa.string(), nullable=False),
+        pa.field("uri", pa.string(), nullable=False),
+        pa.field("offset", pa.int64()),
+        pa.field("length", pa.int64()),
+        pa.field("label", pa.string()),
+        pa.field("label_id", pa.int32()),
+        pa.field("split", pa.string()),
+        pa.field("size_bytes", pa.int64()),
+        pa.field("sha256", pa.string()),
+        pa.field("time_start_s", pa.float64()),
+        pa.field("time_end_s", pa.float64()),
+        pa.field("duration_s", pa.float64()),
+        pa.field("fps", pa.float64()),
+        pa.field("num_frames", pa.int64()),
+        pa.field("width", pa.int32()),
+        pa.field("height", pa.int32()),
+        pa.field("codec", pa.string()),
+        pa.field("status", pa.string()),
+        pa.field("reason", pa.string()),
+    ]
+)
+"""Columns of a catalog. offset and length are null for a whole object; status is `packed` (probed) or `listed`."""
+
+GROUP_ROWS = 65_536
+"""Rows of a row group of what kinoray writes: what a reader holds at once."""
+
+_LABELS_KEY = b"kinoray.labels"
+
+
+class Rows(Protocol):
+    """The rows of a catalog, wherever they are: a `Catalog` in memory, or `Pieces`."""
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """Class names, index = label_id; empty for an unlabelled catalog."""
+        ...
+
+    def __len__(self) -> int: ...
+
+    def batches(self, begin: int = 0) -> Iterator[pa.Table]:
+        """The rows from row `begin` on in CATALOG_SCHEMA, a few at a time."""
+        ...
+
+
+class RowsDigest:
+    """What names the rows of a catalog, in their order, and the names of its classes, however they are cut."""
+
+    def __init__(self, labels: Sequence[str]) -> None:
+        self._labels = list(labels)
+        self._of_column = {field.name: (hashlib.sha256(), hashlib.sha256()) for field in CATALOG_SCHEMA}
+
+    def update(self, table: pa.Table) -> None:
+        """Add rows (CATALOG_SCHEMA)."""
+        for field in CATALOG_SCHEMA:
+            which, values = self._of_column[field.name]
+            for column in table.column(field.name).chunks:
+                if pa.types.is_string(field.type):
+                    lengths = pc.fill_null(pc.binary_length(column), -1)
+                    which.update(lengths.to_numpy(zero_copy_only=False).astype("<i4").tobytes())
+                    values.update(_text_bytes(pc.fill_null(column, "")))
+                else:
+                    which.update(pc.is_valid(column).to_numpy(zero_copy_only=False).tobytes())
+                    numbers = pc.fill_null(column, 0).to_numpy(zero_copy_only=False)
+                    values.update(numbers.astype(numbers.dtype.newbyteorder("<"), copy=False).tobytes())
+
+    def hexdigest(self) -> str:
+        """16 hex digits."""
+        whole = hashlib.sha256(json.dumps(self._labels).encode())
+        for name, (which, values) in self._of_column.items():
+            whole.update(name.encode() + which.digest() + values.digest())
+        return whole.hexdigest()[:16]
+
+
+def _text_bytes(column: pa.StringArray) -> memoryview:
+    """The bytes of all texts of a column, one behind the other."""
+    _, offsets, data = column.buffers()
+    if data is None:
+        return memoryview(b"")
+    ends = np.frombuffer(offsets, np.int32)
+    return memoryview(data)[ends[column.offset] : ends[column.offset + len(column)]]
+
+
+def check_rows(table: pa.Table, num_labels: int) -> None:
+    """Refuse rows that no catalog may hold.
+
+    Raises:
+        CatalogError: the schema is another one, a row has no video_id or uri, or a label_id has no name.
+    """
+    if not table.schema.equals(CATALOG_SCHEMA):
+        raise CatalogError(f"a catalog needs the columns {CATALOG_SCHEMA.names}, got {table.schema.names}")
+    for name in ("video_id", "uri"):
+        if table.column(name).null_count:
+            num_null = many(table.column(name).null_count, "row")
+            raise CatalogError(f"{name} may not be null: {num_null} without it")
+    label_ids = table.column("label_id")
+    if label_ids.null_count < len(label_ids):
+        span = pc.min_max(label_ids).as_py()
+        if not 0 <= span["min"] <= span["max"] < num_labels:
+            raise CatalogError(f"label_id {span['max']} has no name: the catalog names {many(num_labels, 'class')}")
+
+
+class Pieces:
+    """The rows of Parquet files, one file after the other. Columns that they lack are null.
+
+    Addresses that are not absolute start at their table's folder.
+
+    Raises:
+        StorageError: one cannot be read.
+        CatalogError: one is no catalog; or, while rows are read, holds what no catalog may.
+    """
+
+    def __init__(self, storage: Storage, uris: Sequence[str], *, root: str = "") -> None:
+        """`root`: rows may only refer to what lies inside of this folder; "" where they may refer to anything."""
+        self._root = root
+        self._files: list[TableFile] = []
+        self.labels: tuple[str, ...] = ()
+        for uri in uris:
+            try:
+                file = TableFile(storage, uri)
+                labels = _labels_of(file.schema)
+            except (pa.ArrowException, ValueError) as error:
+                raise CatalogError(f"{uri} is not a catalog: {' '.join(str(error).split())}") from error
+            missing = {"video_id", "uri"} - set(file.schema.names)
+            if missing:
+                raise CatalogError(f"{uri} lacks the column {' and '.join(sorted(missing))}; found {file.schema.names}")
+            if self._files and labels != self.labels:
+                raise CatalogError(f"{uri} names other classes than {self._files[0].uri}; in one catalog all are alike")
+            self._files.append(file)
+            self.labels = labels
+        self._groups = [(file, group) for file in self._files for group in range(len(file.group_rows))]
+        self._starts = [0, *accumulate(count for file in self._files for count in file.group_rows)]
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def batches(self, begin: int = 0) -> Iterator[pa.Table]:
+        """As of `Rows`."""
+        for place in range(max(0, bisect_right(self._starts, begin) - 1), len(self._groups)):
+            row = self._starts[place]
+            for table in self._read(*self._groups[place]):
+                skipped = max(0, begin - row)
+                row += table.num_rows
+                if skipped < table.num_rows:
+                    yield table.slice(skipped)
+
+    def _read(self, file: TableFile, group: int) -> Iterator[pa.Table]:
+        known = set(file.schema.names)
+        columns = [name for name in CATALOG_SCHEMA.names if name in known]
+        row = sum(file.group_rows[:group])
+        try:
+            for found in file.batches(group, columns):
+                table = _normal(found, file.uri)
+                check_rows(table, len(self.labels))
+                self._require_inside(file.uri, row, table)
+                row += table.num_rows
+                yield table
+        except (pa.ArrowException, CatalogError) as error:
+            known_uri = str(error).startswith(file.uri)
+            raise CatalogError(str(error) if known_uri else f"{file.uri}: {error}") from error
+
+    def _require_inside(self, path: str, begin: int, table: pa.Table) -> None:
+        """Raise CatalogError for a row whose bytes lie outside of the folder of its table, also by way of a link."""
+        if not self._root:
+            return
+        uris = table.column("uri")
+        for uri in uris.unique().to_pylist():
+            if not lies_inside(self._root, uri):
+                row = pc.index(uris, uri).as_py()
+                raise CatalogError(
+                    f"{path} row {begin + row} ({table.column('video_id')[row].as_py()}) refers to {uri}, which lies "
+                    f"outside of {self._root}; if you trust this table, name it itself: {path}"
+                )
+
+    def select(self, split: str, folder: Path) -> "Pieces":
+        """The rows of one split, copied into a file in a folder; all for "". Raises CatalogError: there is none."""
+        if not split:
+            if not len(self):
+                raise CatalogError("the catalog is empty: it has no video at all")
+            return self
+        counts: Counter[str] = Counter()
+        path = folder / "split.parquet"
+        with pq.ParquetWriter(path, schema_with(self.labels), compression="zstd") as writer:
+            for table in self.batches():
+                counts.update(splits_in(table))
+                chosen = table.filter(pc.fill_null(pc.equal(table.column("split"), split), False))
+                writer.write_table(chosen.replace_schema_metadata(writer.schema.metadata))
+        if not counts[split]:
+            raise no_split(split, counts)
+        return Pieces(Storage(), [str(path)])
+
+
+def splits_in(table: pa.Table) -> Counter[str]:
+    """Rows by split; "" for those without one."""
+    counted = table.column("split").value_counts().to_pylist()
+    return Counter({entry["values"] or "": entry["counts"] for entry in counted})
+
+
+def no_split(split: str, counts: Mapping[str, int]) -> CatalogError:
+    """The error of a catalog without a row of a split."""
+    there = ", ".join(f"{name or 'none'} ({count})" for name, count in sorted(counts.items()) if count)
+    return CatalogError(f"the catalog has no video of split {split!r}; its splits are: {there or 'none'}")
+
+
+def schema_with(labels: Sequence[str]) -> pa.Schema:
+    """CATALOG_SCHEMA as a file has it: its metadata names the classes."""
+    return CATALOG_SCHEMA.with_metadata({_LABELS_KEY: json.dumps(list(labels)).encode()})
+
+
+def _labels_of(schema: pa.Schema) -> tuple[str, ...]:
+    """The names of the classes in the metadata of a file. Raises ValueError: they are something else."""
+    labels = parse_json((schema.metadata or {}).get(_LABELS_KEY, b"[]"))
+    if not isinstance(labels, list) or not all(isinstance(label, str) for label in labels):
+        raise ValueError("its labels are not a list of texts")
+    return tuple(labels)
+
+
+def _normal(found: pa.Table, path: str) -> pa.Table:
+    """The rows of a file in CATALOG_SCHEMA, with absolute addresses. Raises pyarrow.ArrowException: a wrong type."""
+    columns: list[Any] = [
+        found.column(field.name).cast(field.type)
+        if field.name in found.schema.names
+        else pa.nulls(found.num_rows, field.type)
+        for field in CATALOG_SCHEMA
+    ]
+    place = CATALOG_SCHEMA.get_field_index("uri")
+    columns[place] = _absolute_uris(columns[place], path.rpartition("/")[0])
+    return pa.table(columns, schema=CATALOG_SCHEMA)
+
+
+def _absolute_uris(uris: pa.ChunkedArray, folder: str) -> pa.ChunkedArray:
+    is_absolute = pc.match_substring_regex(pc.fill_null(uris, ""), "^$|^/|://")
+    if pc.all(is_absolute, min_count=0).as_py():
+        return uris
+    start = absolute(folder or ".")
+    found = [
+        uri if not uri or uri.startswith("/") or "://" in uri else local_uri(absolute(join(start, uri)))
+        for uri in uris.to_pylist()
+    ]
+    return pa.chunked_array([pa.array(found, pa.string())])
+
+
+def lies_inside(root: str, uri: str) -> bool:
+    """Whether an address leads to something below a folder or prefix, links resolved."""
+    if is_s3(root) or is_s3(uri):
+        return uri.startswith(f"{root}/")
+    return "\0" not in uri and os.path.realpath(local_path(uri)).startswith(f"{os.path.realpath(root).rstrip('/')}/")
+
+
+def is_pieces(source: str) -> bool:
+    """Whether a source names many Parquet files at once, such as `s3://bucket/catalog/*.parquet`."""
+    name = source.rpartition("/")[2]
+    return name.endswith(".parquet") and "*" in name
+
+
+def find_pieces(storage: Storage, source: str) -> list[str]:
+    """The files that `s3://bucket/catalog/*.parquet` names, by name. Raises ObjectNotFound: there is none."""
+    place, _, pattern = absolute(source).rpartition("/")
+    infos = storage.list(f"{place}/{pattern.partition('*')[0]}" if is_s3(place) else f"{place}/")
+    found = [info.uri for info in infos if info.uri.rpartition("/")[0] == place]
+    found = [uri for uri in found if fnmatch.fnmatchcase(uri.rpartition("/")[2], pattern)]
+    if not found:
+        raise ObjectNotFound(f"{source}: no file there has such a name")
+    return found

@@ -1,0 +1,505 @@
+"""A plan: which rows of a catalog are in which unit of work, made by streaming over the catalog's keys.
+
+Everything that has a row each lies in files of a scratch folder; in memory there is a bit a row, and what a unit takes.
+
+What is easy to break: a unit's id names its rows, not the catalog they came from, so that a library that has grown, or
+two jobs at once, share the units they have in common instead of labelling their videos twice. And every driver must
+come to the same plan.
+"""
+
+import io
+from collections import deque
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from kinoray.catalog.pieces import Rows, RowsDigest
+from kinoray.errors import CatalogError, IncompleteOutput
+from kinoray.label.keys import KEY_BYTES, KEY_COLUMNS, Keys, Numbers, key_numbers, keys_in
+from kinoray.label.unit import Unit, unit_id_of
+from kinoray.storage.pairs import Pairs, join_pairs
+from kinoray.storage.records import as_name
+from kinoray.storage.tables import parse_table
+
+__all__ = ["Plan", "Survey", "draft_plan", "gone_rows", "parse_units", "survey", "to_units", "work_of"]
+
+_CHUNK = 2**18  # keys that are looked at at once; of whole bytes of bits
+_SHIFT = np.uint64(32)  # of a unit's number beside the place of a row in it
+_SPREAD = 16  # a unit that nobody has finished is taken over where its rows are no further apart than this
+_SPREAD_ROWS = 4096
+
+Places = NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class Survey:
+    """What one pass over a catalog finds."""
+
+    digest: str
+    """Names the rows and the classes."""
+    keys: Keys
+    """Of its rows, in their order."""
+
+
+def survey(rows: Rows, folder: Path) -> Survey:
+    """Read a catalog once; `folder` holds its keys, 8 bytes a row, as long as the survey is used.
+
+    Raises:
+        CatalogError: two rows have the same video_id, or are the same input.
+    """
+    content = RowsDigest(rows.labels)
+    by_key, by_name = Pairs(folder), Pairs(folder)
+    path = folder / f"keys-{uuid4().hex}"
+    num_rows = 0
+    with path.open("wb") as file:
+        for table in rows.batches():
+            content.update(table)
+            numbers = key_numbers(table.select(list(KEY_COLUMNS)))
+            file.write(keys_in(numbers))
+            places = np.arange(num_rows, num_rows + len(numbers), dtype=np.int64)
+            by_key.add(numbers, places)
+            names = map(hash, table.column("video_id").to_pylist())  # by this process alone: nobody can choose it
+            by_name.add(np.fromiter(names, np.int64, len(numbers)).view(np.uint64), places)
+            num_rows += len(numbers)
+    _refuse_repeated(rows, by_name, by_key)
+    return Survey(content.hexdigest(), Keys.in_file(path))
+
+
+def _refuse_repeated(rows: Rows, by_name: Pairs, by_key: Pairs) -> None:
+    for hashes, places in by_name.repeated():
+        same = places[hashes == hashes[0]].tolist()
+        names = [_row_at(rows, place)["video_id"] for place in same]
+        if count := names.count(names[0]) - 1:
+            raise CatalogError(f"video_id {names[0]!r} is used {count + 1} times; it must be unique in a catalog")
+    for keys, places in by_key.repeated():
+        row = _row_at(rows, int(places[0]))
+        count = int((keys == keys[0]).sum())
+        raise CatalogError(f"{row['uri']} (video {row['video_id']}) is in the catalog {count} times; list it once")
+
+
+def _row_at(rows: Rows, place: int) -> dict[str, Any]:
+    found: dict[str, Any] = next(rows.batches(place)).slice(0, 1).to_pylist()[0]
+    return found
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """The units of a catalog: each of its rows is in exactly one of them."""
+
+    catalog_digest: str
+    """Which catalog."""
+    unit_size: int
+    """Rows of each unit that was cut for this plan; units taken over from older plans keep their size."""
+    sequence: int
+    """How many plans there were before this one."""
+    units: tuple[Unit, ...]
+    """In the order of their first row in the catalog."""
+    keys: Keys
+    """Of all units, one after the other."""
+    path: Path | None = None
+    """Where they lie on this machine, for a plan that was just made."""
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of the catalog."""
+        return len(self.keys)
+
+
+def draft_plan(
+    labelling_id: str,
+    found: Survey,
+    unit_size: int,
+    folder: Path,
+    *,
+    older: Sequence[Plan] = (),
+    committed: Collection[str] = (),
+) -> Plan:
+    """Cut a catalog into units of `unit_size` rows, after taking over what older plans of the same labelling hold.
+
+    Taken over: finished units of which some rows are in this catalog; and units all of whose rows are, and not far
+    apart (another job may be at work on them). What is left is exactly what is new.
+
+    Args:
+        labelling_id: digest of model and settings.
+        folder: holds the plan's keys, as long as it is used.
+        older: plans of other catalogs.
+        committed: ids of finished units.
+    """
+    free = np.full(-(-len(found.keys) // 8), 255, np.uint8)  # a bit a row
+    taken: deque[_Taken] = deque()
+    if older:
+        taken.extend(sorted(_take_over(found.keys, older, committed, free, folder), key=lambda unit: unit.first))
+    path = folder / f"plan-{uuid4().hex}"
+    ends: list[int] = []
+    about: list[tuple[str, int, int, int, bytes | None]] = []
+    with path.open("wb") as file:
+
+        def put(numbers: Numbers, *of_unit: Any) -> None:
+            file.write(keys_in(numbers))
+            ends.append((ends[-1] if ends else 0) + len(numbers))
+            about.append(of_unit)  # type: ignore[arg-type]
+
+        for places, numbers in _cut(found.keys, free, unit_size):
+            while taken and taken[0].first < places[0]:
+                unit = taken.popleft()
+                put(unit.numbers(), unit.unit_id, unit.num_rows, unit.first, unit.last, unit.mask)
+            unit_id = unit_id_of(labelling_id, numbers)
+            put(numbers, unit_id, len(numbers), int(places[0]), int(places[-1]), None)
+        for unit in taken:
+            put(unit.numbers(), unit.unit_id, unit.num_rows, unit.first, unit.last, unit.mask)
+    keys = Keys.in_file(path)
+    return Plan(found.digest, unit_size, len(older), tuple(_units(keys, ends, about)), keys, path)
+
+
+def _units(keys: Keys, ends: Iterable[int], about: Iterable[tuple[str, int, int, int, bytes | None]]) -> Iterator[Unit]:
+    begin = 0
+    for end, (unit_id, num_rows, first, last, mask) in zip(ends, about, strict=True):
+        yield Unit(unit_id, keys[begin:end], num_rows, first, last, mask)
+        begin = end
+
+
+def _cut(keys: Keys, free: NDArray[np.uint8], unit_size: int) -> Iterator[tuple[Places, Numbers]]:
+    """The rows that are free, `unit_size` at a time: their places and keys."""
+    held: list[tuple[Places, Numbers]] = []
+    start = 0
+    for chunk in keys.chunks(_CHUNK):
+        bits = np.unpackbits(free[start // 8 : -(-(start + len(chunk)) // 8)], bitorder="little")[: len(chunk)]
+        inside = np.flatnonzero(bits)
+        held.append((inside + start, chunk[inside]))
+        start += len(chunk)
+        places, numbers = (np.concatenate(part) for part in zip(*held, strict=True))
+        whole = len(places) - len(places) % unit_size
+        for begin in range(0, whole, unit_size):
+            yield places[begin : begin + unit_size], numbers[begin : begin + unit_size]
+        held = [(places[whole:], numbers[whole:])]
+    if held and len(held[0][0]):
+        yield held[0]
+
+
+# What older plans hold
+
+
+@dataclass(frozen=True, slots=True)
+class _Taken:
+    """A unit of an older plan, as it is in this one."""
+
+    unit_id: str
+    num_rows: int
+    first: int
+    last: int
+    mask: bytes | None
+    path: Path
+    begin: int
+    count: int
+
+    def numbers(self) -> Numbers:
+        """The keys of its rows that are in this catalog."""
+        return np.fromfile(self.path, np.uint64, self.count, offset=self.begin * KEY_BYTES)
+
+
+class _Older:
+    """The units of older plans, numbered in their order, each once."""
+
+    def __init__(self, plans: Sequence[Plan], committed: Collection[str], folder: Path) -> None:
+        self.ids: list[str] = []
+        self.sizes: list[int] = []
+        self.finished, self.open = Pairs(folder), Pairs(folder)
+        known: set[str] = set()
+        for plan in sorted(plans, key=lambda plan: (plan.sequence, plan.catalog_digest)):
+            for units, numbers in _groups(plan):
+                self._add(units, numbers, known, committed)
+
+    def _add(self, units: list[Unit], numbers: Numbers, known: set[str], committed: Collection[str]) -> None:
+        done, waiting, codes = np.zeros(len(numbers), np.bool_), np.zeros(len(numbers), np.bool_), []
+        begin = 0
+        for unit in units:
+            end = begin + len(unit.keys)
+            inside = np.arange(end - begin, dtype=np.uint64) if unit.mask is None else _kept(unit).astype(np.uint64)
+            codes.append((np.uint64(len(self.ids)) << _SHIFT) | inside)
+            if unit.unit_id not in known:
+                done[begin:end] = unit.unit_id in committed
+                waiting[begin:end] = unit.unit_id not in committed and unit.is_whole
+            known.add(unit.unit_id)
+            self.ids.append(unit.unit_id)
+            self.sizes.append(unit.num_rows)
+            begin = end
+        values = np.concatenate(codes).view(np.int64)
+        self.finished.add(numbers[done], values[done])
+        self.open.add(numbers[waiting], values[waiting])
+
+
+def _groups(plan: Plan) -> Iterator[tuple[list[Unit], Numbers]]:
+    """The units of a plan with their keys, some at a time."""
+    group: list[Unit] = []
+    begin = end = 0
+    for unit in plan.units:
+        group.append(unit)
+        end += len(unit.keys)
+        if end - begin >= _CHUNK:
+            yield group, plan.keys[begin:end].numbers()
+            group, begin = [], end
+    if group:
+        yield group, plan.keys[begin:end].numbers()
+
+
+def _kept(unit: Unit) -> Places:
+    """Which rows of a unit's part are in the plan's catalog, by their place in it."""
+    assert unit.mask is not None
+    return np.flatnonzero(np.unpackbits(np.frombuffer(unit.mask, np.uint8), bitorder="little"))
+
+
+def _located(keys: Keys, folder: Path) -> Pairs:
+    here, start = Pairs(folder), 0
+    for chunk in keys.chunks(_CHUNK):
+        here.add(chunk, np.arange(start, start + len(chunk), dtype=np.int64))
+        start += len(chunk)
+    return here
+
+
+def _matches(units: Pairs, here: Pairs) -> Iterator[tuple[Numbers, Numbers, Places]]:
+    """(key, row in a unit, row in the catalog) of every key that both have; of several units the first."""
+    for (keys, values), (known, places) in join_pairs(units, here):
+        if not len(known) or not len(keys):
+            continue
+        first = np.insert(keys[1:] != keys[:-1], 0, True)
+        keys, codes = keys[first], values[first].view(np.uint64)
+        at = np.minimum(np.searchsorted(known, keys), len(known) - 1)
+        met = known[at] == keys
+        yield keys[met], codes[met], places[at[met]]
+
+
+def _is_free(free: NDArray[np.uint8], places: Places) -> NDArray[np.bool_]:
+    return (free[places >> 3] >> (places & 7).astype(np.uint8) & 1).astype(np.bool_)
+
+
+def _take(free: NDArray[np.uint8], places: Places) -> None:
+    np.bitwise_and.at(free, places >> 3, ~(np.uint8(1) << (places & 7).astype(np.uint8)))
+
+
+def _take_over(
+    keys: Keys, plans: Sequence[Plan], committed: Collection[str], free: NDArray[np.uint8], folder: Path
+) -> Iterator[_Taken]:
+    """The units that this catalog shares with older plans; their rows are no longer free."""
+    older, here = _Older(plans, committed, folder), _located(keys, folder)
+    rows, names = Pairs(folder), Pairs(folder)  # by row in a unit: row in the catalog, and key
+    for numbers, codes, places in _matches(older.finished, here):
+        rows.add(codes, places)
+        names.add(codes, numbers.view(np.int64))
+        _take(free, places)
+
+    maybe_rows, maybe_names = Pairs(folder), Pairs(folder)
+    count = np.zeros(len(older.ids), np.int64)
+    lowest, highest = np.full(len(count), len(keys), np.int64), np.zeros(len(count), np.int64)
+    for numbers, codes, places in _matches(older.open, here):
+        left = _is_free(free, places)
+        unit = (codes[left] >> _SHIFT).astype(np.int64)
+        np.add.at(count, unit, 1)
+        np.minimum.at(lowest, unit, places[left])
+        np.maximum.at(highest, unit, places[left])
+        maybe_rows.add(codes[left], places[left])
+        maybe_names.add(codes[left], numbers[left].view(np.int64))
+    sizes = np.array(older.sizes, np.int64)
+    fits = (count == sizes) & (highest - lowest < _SPREAD * sizes + _SPREAD_ROWS)
+    for (codes, places), (_, numbers_found) in zip(maybe_rows.buckets(), maybe_names.buckets(), strict=True):
+        chosen = fits[(codes >> _SHIFT).astype(np.int64)]
+        rows.add(codes[chosen], places[chosen])
+        names.add(codes[chosen], numbers_found[chosen])
+        _take(free, places[chosen])
+    yield from _grouped(older, rows, names, folder / f"taken-{uuid4().hex}")
+
+
+def _grouped(older: _Older, rows: Pairs, names: Pairs, path: Path) -> Iterator[_Taken]:
+    """One unit for all rows of the same, which come one after the other; their keys go to a file."""
+    begin = 0
+    with path.open("wb") as file:
+        for unit, codes, places, numbers in _runs(rows, names):
+            numbers.tofile(file)
+            file.flush()
+            mask = None
+            if len(codes) < older.sizes[unit]:
+                bits = np.zeros(older.sizes[unit], np.uint8)
+                bits[codes & np.uint64(2**32 - 1)] = 1
+                mask = np.packbits(bits, bitorder="little").tobytes()
+            first, last = int(places.min()), int(places.max())
+            yield _Taken(older.ids[unit], older.sizes[unit], first, last, mask, path, begin, len(codes))
+            begin += len(codes)
+
+
+def _runs(rows: Pairs, names: Pairs) -> Iterator[tuple[int, Numbers, Places, Numbers]]:
+    held: tuple[Numbers, Places, Numbers] = (np.empty(0, np.uint64), np.empty(0, np.int64), np.empty(0, np.uint64))
+    bits = rows.bits
+    for (codes, places), (_, numbers) in zip(rows.buckets(bits), names.buckets(bits), strict=True):
+        columns = zip(held, (codes, places, numbers.view(np.uint64)), strict=True)
+        all_codes, all_places, all_numbers = (np.concatenate(pair) for pair in columns)
+        units = (all_codes >> _SHIFT).astype(np.int64)
+        starts = [0, *(np.flatnonzero(units[1:] != units[:-1]) + 1).tolist()] if len(units) else []
+        for start, end in pairwise(starts):  # the last may go on in the next bucket
+            yield int(units[start]), all_codes[start:end], all_places[start:end], all_numbers[start:end]
+        last = starts[-1] if starts else 0
+        held = all_codes[last:], all_places[last:], all_numbers[last:]
+    if len(held[0]):
+        yield int(held[0][0] >> _SHIFT), *held
+
+
+def gone_rows(
+    keys: Keys, plans: Sequence[Plan], committed: Collection[str], folder: Path
+) -> Iterator[tuple[str, Places]]:
+    """Finished units of which rows are not in a catalog with these keys: unit id, places of these rows in its part."""
+    older, here = _Older(plans, committed, folder), _located(keys, folder)
+    gone = Pairs(folder)
+    for (numbers, codes), (known, _) in join_pairs(older.finished, here):
+        missing = ~np.isin(numbers, known)
+        gone.add(codes[missing].view(np.uint64), codes[missing])
+    for unit, codes, *_ in _runs(gone, gone):
+        yield older.ids[unit], (codes & np.uint64(2**32 - 1)).astype(np.int64)
+
+
+# The work that a plan is
+
+
+def work_of(rows: Rows, keys: Keys, labelling_id: str, units: Iterable[Unit]) -> Iterator[tuple[Unit, pa.Table]]:
+    """Units with their keys at hand, and with their rows (CATALOG_SCHEMA), in the order of the unit.
+
+    Row groups of the catalog in which no unit has a row are not read.
+
+    Args:
+        rows: the catalog.
+        keys: of the catalog, from its `survey`.
+
+    Raises:
+        IncompleteOutput: a unit holds videos that have left the catalog.
+        CatalogError: the catalog is another one than when it was surveyed.
+    """
+    cursor = _Cursor(rows)
+    for unit in units:
+        if not unit.is_whole:
+            raise IncompleteOutput(
+                f"unit {unit.unit_id} was finished and its part is gone, with rows of videos that have left the "
+                "catalog; label into another --out"
+            )
+        numbers, places = _places(unit, keys, labelling_id)
+        table = cursor.take(places)
+        if len(table) != len(numbers) or (key_numbers(table.select(list(KEY_COLUMNS))) != numbers).any():
+            raise CatalogError("the catalog has changed while it was read; run the same command again")
+        yield Unit(unit.unit_id, tuple(Keys.of(numbers)), unit.num_rows), table
+
+
+def _places(unit: Unit, keys: Keys, labelling_id: str) -> tuple[Numbers, Places]:
+    """The keys of a unit, and its rows in the catalog."""
+    if unit.last - unit.first + 1 == len(unit.keys):
+        numbers = keys[unit.first : unit.last + 1].numbers()
+        if unit_id_of(labelling_id, numbers) == unit.unit_id:  # so the stored keys need not be fetched
+            return numbers, np.arange(unit.first, unit.last + 1)
+    wanted = Keys.numbers(unit.keys) if isinstance(unit.keys, Keys) else Keys.from_texts(unit.keys).numbers()
+    order = np.argsort(wanted)
+    places = np.full(len(wanted), -1, np.int64)
+    start = unit.first
+    for chunk in keys[unit.first : unit.last + 1].chunks(_CHUNK):
+        at = np.minimum(np.searchsorted(wanted, chunk, sorter=order), len(wanted) - 1)
+        met = wanted[order[at]] == chunk
+        places[order[at[met]]] = np.flatnonzero(met) + start
+        start += len(chunk)
+    return wanted, places[places >= 0]
+
+
+class _Cursor:
+    """Rows by their number; going on is cheap, going back starts anew."""
+
+    def __init__(self, rows: Rows) -> None:
+        self._rows = rows
+        self._batches: Iterator[pa.Table] = iter(())
+        self._table: pa.Table | None = None
+        self._begin = 0
+
+    def take(self, places: Places) -> pa.Table:
+        """The rows at these places, in their order."""
+        order = np.argsort(places, kind="stable")
+        ascending = places[order]
+        parts: list[pa.Table] = []
+        at = 0
+        while at < len(ascending):
+            table = self._at(int(ascending[at]))
+            end = int(np.searchsorted(ascending, self._begin + table.num_rows))
+            parts.append(table.take(pa.array(ascending[at:end] - self._begin)))
+            at = end
+        back = np.empty_like(order)
+        back[order] = np.arange(len(order))
+        return pa.concat_tables(parts).combine_chunks().take(pa.array(back))
+
+    def _at(self, place: int) -> pa.Table:
+        """The batch that holds a row."""
+        table = self._table
+        if table is None or not self._begin <= place:
+            table = self._open(place)
+        elif place >= self._begin + table.num_rows:
+            self._begin += table.num_rows
+            following = next(self._batches, None)
+            table = self._table = following
+            if table is None or place >= self._begin + table.num_rows:
+                table = self._open(place)
+        return table
+
+    def _open(self, place: int) -> pa.Table:
+        self._begin, self._batches = place, self._rows.batches(place)
+        self._table = next(self._batches)
+        return self._table
+
+
+# Units as they are stored
+
+_UNITS_SCHEMA = pa.schema(
+    [
+        pa.field("unit_id", pa.string(), nullable=False),
+        pa.field("num_rows", pa.int64(), nullable=False),
+        pa.field("num_keys", pa.int64(), nullable=False),
+        pa.field("first", pa.int64(), nullable=False),
+        pa.field("last", pa.int64(), nullable=False),
+        pa.field("mask", pa.binary()),
+    ]
+)
+
+
+def to_units(plan: Plan) -> bytes:
+    """The units of a plan as Parquet; their keys are apart."""
+    units = plan.units
+    columns = [
+        pa.array([unit.unit_id for unit in units], pa.string()),
+        pa.array([unit.num_rows for unit in units], pa.int64()),
+        pa.array([len(unit.keys) for unit in units], pa.int64()),
+        pa.array([unit.first for unit in units], pa.int64()),
+        pa.array([unit.last for unit in units], pa.int64()),
+        pa.array([unit.mask for unit in units], pa.binary()),
+    ]
+    sink = io.BytesIO()
+    pq.write_table(pa.table(columns, schema=_UNITS_SCHEMA), sink, compression="zstd", write_page_checksum=True)
+    return sink.getvalue()
+
+
+def parse_units(data: bytes, keys: Keys) -> tuple[Unit, ...]:
+    """What `to_units` made. Raises ValueError, TypeError or pyarrow.ArrowException: it is something else."""
+    table = parse_table(data)
+    if not table.schema.equals(_UNITS_SCHEMA) or any(
+        table.column(field.name).null_count for field in list(_UNITS_SCHEMA)[:-1]
+    ):
+        raise ValueError(f"its columns are {table.schema.names}")
+    columns = [table.column(name).to_pylist() for name in _UNITS_SCHEMA.names]
+    num_rows, num_keys = (np.array(column, np.int64) for column in columns[1:3])
+    masked = np.array([mask is not None for mask in columns[5]], np.bool_)
+    if (num_keys < 1).any() or (num_rows < num_keys).any() or ((num_rows > num_keys) != masked).any():
+        raise ValueError("a unit has other rows than keys")
+    if int(num_keys.sum()) != len(keys):
+        raise ValueError(f"its units have {int(num_keys.sum()):,} keys, and there are {len(keys):,}")
+    for unit_id, rows, kept, mask in zip(columns[0], columns[1], columns[2], columns[5], strict=True):
+        as_name(unit_id, "unit_id")
+        if mask is not None and (len(mask) != -(-rows // 8) or int.from_bytes(mask, "little").bit_count() != kept):
+            raise ValueError(f"the mask of unit {unit_id} is not of its rows")
+    ends = np.cumsum(num_keys).tolist()
+    return tuple(_units(keys, ends, zip(columns[0], columns[1], *columns[3:], strict=True)))
