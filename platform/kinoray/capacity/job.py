@@ -25,12 +25,13 @@ import pyarrow as pa
 import ray
 import torch
 
-from kinoray.catalog.quarantine import Refusal, error_of, judge, refusals_of_columns
+from kinoray.catalog.quarantine import Refusal, error_of, judge
 from kinoray.config.shared import ResourcesConfig
 from kinoray.errors import MediaError
+from kinoray.label.job import LabelWorker
 from kinoray.label.open import Labelling
 from kinoray.label.read import VideoReader
-from kinoray.label.stage import LabelJob, LabelUnits, pack_unit
+from kinoray.label.stage import LabelJob, pack_unit
 from kinoray.label.times import StageClock
 from kinoray.label.unit import row_keys
 from kinoray.label.verb import run_labelling
@@ -296,26 +297,13 @@ class JobFigures:
     """What others took of the cores meanwhile."""
 
 
-class _Worker:
-    """The job's worker, as an actor."""
-
-    def __init__(self, job: LabelJob) -> None:
-        self.units = LabelUnits(job)
-
-    def label(self, unit: dict[str, Any]) -> tuple[dict[str, Any], Refusal | None]:
-        table = self.units(pa.Table.from_pylist([unit]))
-        (counts,) = table.to_pylist()
-        (failure,) = refusals_of_columns(table.to_pydict())
-        return dict(counts), failure
-
-
 def measure_start(labelling: Labelling, resources: ResourcesConfig) -> StartFigures:
     """Start the job's workers as plain actors, each on a unit of its own. Ray must run.
 
     Raises:
         KinorayError: what a worker reports.
     """
-    actor = ray.remote(num_cpus=resources.cpus_per_worker, num_gpus=resources.gpus_per_worker)(_Worker)
+    actor = ray.remote(num_cpus=resources.cpus_per_worker, num_gpus=resources.gpus_per_worker)(LabelWorker)
     packed = _packed(labelling)[: resources.num_workers]
     begin = time.perf_counter()
     workers = [actor.remote(labelling.job) for _ in packed]
