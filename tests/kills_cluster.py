@@ -170,7 +170,7 @@ class Cluster:
         for process in tree:
             if "kinoray.video.sandbox.child" in process.title:
                 kinds["decoder"].append(process)
-            elif process.title.startswith("ray::") and "MapWorker" in process.title:
+            elif process.title.startswith("ray::") and "LabelWorker" in process.title:
                 kinds["actor"].append(process)
             elif "/raylet/raylet" in process.title.split(" ")[0]:
                 kinds["raylet"].append(process)

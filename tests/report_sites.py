@@ -15,7 +15,7 @@ from kinoray.label.unit import PREDICTION_SCHEMA
 from kinoray.library.config import ReportConfig
 from kinoray.library.report import report
 from kinoray.storage.objects import Storage
-from small_tables import job_record
+from small_tables import job_record, planned
 
 __all__ = [
     "CLASSES",
@@ -111,7 +111,7 @@ def refused(
 
 def predictions(rows: list[dict[str, Any]]) -> pa.Table:
     return pa.Table.from_pylist(
-        [item | {"row_key": f"key{n}"} for n, item in enumerate(rows)], schema=PREDICTION_SCHEMA
+        [item | {"row_key": f"k{n:016x}"} for n, item in enumerate(rows)], schema=PREDICTION_SCHEMA
     )
 
 
@@ -128,7 +128,7 @@ def write_predictions(folder: Path, table: pa.Table, unit_size: int = 3, *, num_
     """A labelling, as `label` leaves it; with num_units, one that has got so far."""
     ledger = Ledger(Storage(), str(folder / digest(table["video_id"].to_pylist())))
     ledger.pin_job(job_record(labels=()))
-    plan = ledger.plan("catalog", table["row_key"].to_pylist(), unit_size)
+    plan = planned(ledger, "catalog", table["row_key"].to_pylist(), unit_size)
     for number, unit in enumerate(plan.units[:num_units]):
         ledger.commit(unit, table.slice(number * unit_size, unit_size), "run-1")
     return str(folder)

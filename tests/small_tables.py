@@ -4,6 +4,7 @@ import hashlib
 import io
 import json
 import struct
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from kinoray.catalog.table import Catalog
+from kinoray.label.keys import Keys, row_keys
 from kinoray.label.ledger import Ledger
-from kinoray.label.unit import PREDICTION_SCHEMA, JobRecord, Plan, labelling_id, row_keys
+from kinoray.label.plan import Plan, Survey, draft_plan
+from kinoray.label.unit import PREDICTION_SCHEMA, JobRecord, labelling_id
 from kinoray.storage.objects import Storage, join
 from small_sets import LABELS, catalog_of
 
@@ -69,6 +72,20 @@ def job_record(**changes: Any) -> JobRecord:
     return JobRecord(**{**known, **changes})
 
 
+_SCRATCH = tempfile.TemporaryDirectory(prefix="kinoray-plans-")
+
+
+def drafted(labelling: str, catalog_digest: str, keys: Sequence[str], unit_size: int, **older: Any) -> Plan:
+    """The plan of a catalog with these keys."""
+    found = Survey(catalog_digest, Keys.from_texts(keys))
+    return draft_plan(labelling, found, unit_size, Path(_SCRATCH.name), **older)
+
+
+def planned(ledger: Ledger, catalog_digest: str, keys: Sequence[str], unit_size: int) -> Plan:
+    """The plan that a ledger has, or makes, of a catalog with these keys."""
+    return ledger.plan(Survey(catalog_digest, Keys.from_texts(keys)), unit_size, Path(_SCRATCH.name))
+
+
 def ledger_in(storage: Storage, out: str | Path) -> Ledger:
     """A labelling that has been started."""
     ledger = Ledger(storage, join(str(out), ROOT_NAME))
@@ -95,7 +112,7 @@ def sealed(data: bytes) -> bytes:
 def label_library(ledger: Ledger, catalog: Catalog, *, unit_size: int = 8, **changes: Any) -> Plan:
     """Commit what is missing of a catalog, check it and declare it complete."""
     keys = row_keys(catalog.table)
-    plan = ledger.plan(catalog.digest, keys, unit_size)
+    plan = planned(ledger, catalog.digest, keys, unit_size)
     done = ledger.committed()
     for unit in plan.units:
         if unit.unit_id not in done:

@@ -32,8 +32,7 @@ def commit_here(config: LabelConfig) -> None:
     """All units, by a worker of this process."""
     labelling = open_labelling(config, "label")
     worker = LabelUnits(labelling.job)
-    for unit in labelling.plan.units:
-        rows = labelling.catalog.table.take([labelling.keys.index(key) for key in unit.keys])
+    for unit, rows in labelling.work(labelling.plan.units):
         (result,) = worker(pa.Table.from_pylist([pack_unit(unit, rows)])).to_pylist()
         assert result["error_text"] == ""
 

@@ -32,13 +32,14 @@ from kinoray.evaluation.record import (
     write_evaluation,
 )
 from kinoray.evaluation.verb import evaluate
+from kinoray.label.keys import row_keys
 from kinoray.label.ledger import Ledger, read_predictions
-from kinoray.label.unit import PREDICTION_SCHEMA, labelling_id, row_keys
+from kinoray.label.unit import PREDICTION_SCHEMA, labelling_id
 from kinoray.library.config import ReportConfig
 from kinoray.library.report import report
 from kinoray.storage.objects import Storage, join
 from small_sets import save_as_pack
-from small_tables import job_record
+from small_tables import job_record, planned
 
 LOCAL = Storage(StorageConfig())
 LABELS = ("ant", "bee", "cat", "dog", "<i>eel</i>", "fly")
@@ -100,7 +101,7 @@ def evaluated(
     root = join(out, labelling_id(about["model_digest"], about["config_digest"]))
     ledger = Ledger(storage, root)
     ledger.pin_job(job_record(**about, labels=tuple(labels), checkpoint=f"run-{seed}"))
-    plan = ledger.plan(catalog.digest, row_keys(catalog.table), 16)
+    plan = planned(ledger, catalog.digest, row_keys(catalog.table), 16)
     truth = dict(zip(catalog.table["video_id"].to_pylist(), catalog.table["label"].to_pylist(), strict=True))
     scores: dict[str, np.ndarray] = {}
     records = []

@@ -26,10 +26,11 @@ from kinoray.console import (
     table,
     visible,
 )
+from kinoray.label.keys import row_keys
 from kinoray.label.ledger import Ledger
-from kinoray.label.unit import Times, row_keys
+from kinoray.label.unit import Times
 from kinoray.storage.objects import Storage
-from small_tables import ledger_in, library, rows_for
+from small_tables import ledger_in, library, planned, rows_for
 
 EVIL = "\x1b]0;owned\x07\x1b[2J\x1b[31mred\x9b5m\r\u202egnp.exe\u200b\x7f\x00\nforged: done"
 MARKS = ["\x1b", "\x07", "\x9b", "\u202e", "\u200b", "\x7f", "\x00", "\x08"]
@@ -105,7 +106,7 @@ def hostile_table(folder: Path) -> Ledger:
     ledger = ledger_in(Storage(), folder)
     catalog = library(10, uri=f"s3://{EVIL}")
     times = Times(worker=EVIL, begin_s=1.0, end_s=2.0, store=0.1, decode=0.1, model=0.1)
-    for unit in ledger.plan(catalog.digest, row_keys(catalog.table), 8).units:
+    for unit in planned(ledger, catalog.digest, row_keys(catalog.table), 8).units:
         rows = rows_for(catalog, unit.keys, error_text=EVIL, label_topk=[EVIL], error_class=EVIL)
         ledger.commit(unit, rows, EVIL, None, times)
     return ledger

@@ -23,8 +23,8 @@ from kinoray.config.shared import (
 )
 from kinoray.errors import CatalogError, ConfigError
 from kinoray.label.config import LabelConfig
+from kinoray.label.keys import row_keys
 from kinoray.label.ledger import Ledger, read_predictions
-from kinoray.label.unit import row_keys
 from kinoray.library.config import CorrectConfig
 from kinoray.library.correct import correct
 from kinoray.library.rows import defused

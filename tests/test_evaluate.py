@@ -230,9 +230,8 @@ def label_here(config: EvaluateConfig) -> None:
         ),
         "label",
     )
-    worker, table = LabelUnits(labelling.job), labelling.catalog.table
-    for unit in labelling.plan.units:
-        rows = table.take([labelling.keys.index(key) for key in unit.keys])
+    worker = LabelUnits(labelling.job)
+    for unit, rows in labelling.work(labelling.plan.units):
         (result,) = worker(pa.Table.from_pylist([pack_unit(unit, rows)])).to_pylist()
         assert result["error_text"] == ""
 

@@ -21,14 +21,14 @@ from kinoray.catalog.quarantine import Refusal
 from kinoray.catalog.table import save_catalog
 from kinoray.config.shared import DecodeConfig, StorageConfig
 from kinoray.errors import ConfigError
+from kinoray.label.keys import row_keys
 from kinoray.label.ledger import Ledger, read_predictions
-from kinoray.label.unit import row_keys
 from kinoray.library.config import CorrectConfig, ExportConfig
 from kinoray.library.correct import correct
 from kinoray.library.export import Source, copied_videos, export
 from kinoray.storage.objects import Storage, join
 from small_sets import LABELS, catalog_of, colour_video
-from small_tables import job_record, label_library, ledger_in, library, rows_for
+from small_tables import job_record, label_library, ledger_in, library, planned, rows_for
 
 CATALOG = library(20)
 VIDEO = colour_video("blue", 0)
@@ -160,7 +160,7 @@ def test_any_number_of_classes_is_handed_over(tmp_path: Path) -> None:
     ledger = Ledger(Storage(), str(tmp_path / "out"))
     ledger.pin_job(job_record(scores="sigmoid"))
     catalog = library(4)
-    plan = ledger.plan(catalog.digest, row_keys(catalog.table), 2)
+    plan = planned(ledger, catalog.digest, row_keys(catalog.table), 2)
     ledger.commit(plan.units[0], rows_for(catalog, plan.units[0].keys), "run")
     none: Row = {"label_topk": [], "id_topk": [], "score_topk": [], "abstained": True}
     ledger.commit(plan.units[1], rows_for(catalog, plan.units[1].keys, **none), "run")
@@ -304,7 +304,7 @@ def test_an_unfinished_table_and_a_wrong_folder_are_said(
     out: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     ledger = ledger_in(Storage(), tmp_path / "out")
-    ledger.plan("more", row_keys(library(30).table), 8)
+    planned(ledger, "more", row_keys(library(30).table), 8)
     totals = export(ExportConfig(predictions=out, format="csv", to=str(tmp_path / "csv")))
     assert totals["unfinished"] == 10
     assert "10 videos not labelled yet" in capsys.readouterr().out

@@ -1,6 +1,7 @@
 """JSON, YAML and names from strangers: bounded and typed before use, each refused with one line that names the file."""
 
 import contextlib
+import hashlib
 import io
 import json
 import math
@@ -23,7 +24,7 @@ from kinoray.config.file import config_from_mapping, first_repeated, load_config
 from kinoray.config.shared import DecodeConfig, StorageConfig, parse_options
 from kinoray.errors import ChecksumMismatch, ConfigError, KinorayError, ObjectTooLarge
 from kinoray.label.ledger import Ledger, read_predictions
-from kinoray.label.unit import PREDICTION_SCHEMA, Plan
+from kinoray.label.unit import PREDICTION_SCHEMA
 from kinoray.library.export import Source, copied_videos
 from kinoray.storage import tables
 from kinoray.storage.objects import Storage, join
@@ -130,7 +131,7 @@ def test_names_of_ours_are_names(text: str) -> None:
 
 def change_first(ledger: Ledger, folder: str, change: Callable[[dict[str, Any]], object]) -> Path:
     """Change the first record of a folder of the labelling."""
-    path = sorted(Path(ledger.root, folder).iterdir())[0]
+    path = sorted(Path(ledger.root, folder).glob("*.json"))[0]
     record = json.loads(path.read_bytes())
     change(record)
     path.write_text(json.dumps(record))
@@ -233,16 +234,46 @@ def test_rows_that_no_labelling_gives_are_refused_by_all_readers(
 BAD_PLANS: dict[str, Callable[[dict[str, Any]], object]] = {
     "catalog_digest climbs": lambda record: record.update(catalog_digest="../../x"),
     "catalog_digest is of another catalog": lambda record: record.update(catalog_digest="f" * 16),
-    "unit_id climbs": lambda record: record["units"][0].update(unit_id="../../x"),
-    "unit_id is an object": lambda record: record["units"][0].update(unit_id={}),
-    "keys is a text": lambda record: record["units"][0].update(keys="abc"),
-    "a key is a number": lambda record: record["units"][0]["keys"].append(1),
-    "num_rows is less than the keys": lambda record: record["units"][0].update(num_rows=0),
-    "num_rows is a fraction": lambda record: record["units"][0].update(num_rows=8.5),
+    "keys climb": lambda record: record.update(keys="../../x"),
+    "units climb": lambda record: record.update(units="../../x"),
+    "units are others": lambda record: record.update(units="f" * 64),
+    "num_rows is more than the keys": lambda record: record.update(num_rows=21),
+    "num_rows is negative": lambda record: record.update(num_rows=-1),
+    "num_rows is a fraction": lambda record: record.update(num_rows=8.5),
     "units is an object": lambda record: record.update(units={"a": 1}),
-    "a unit is a text": lambda record: record["units"].append("x"),
     "sequence is a text": lambda record: record.update(sequence="x"),
 }
+
+
+BAD_UNITS: dict[str, dict[str, Any]] = {
+    "unit_id climbs": {"unit_id": "../../x"},
+    "num_rows is less than the keys": {"num_rows": 0},
+    "num_rows is more than the keys": {"num_rows": 9},
+    "num_keys is negative": {"num_keys": -1},
+    "num_keys is more than there are": {"num_keys": 9, "num_rows": 9},
+    "mask is of other rows": {"num_rows": 9, "mask": b"\xff"},
+    "mask is of other keys": {"num_rows": 9, "mask": b"\xff\x01"},
+    "first is null": {"first": None},
+}
+
+
+@pytest.mark.parametrize("change", BAD_UNITS.values(), ids=BAD_UNITS)
+def test_units_that_are_not_ours_are_refused_also_where_their_digest_fits(
+    change: dict[str, Any], tmp_path: Path
+) -> None:
+    ledger = ledger_in(Storage(), tmp_path / "out")
+    label_library(ledger, library(20))
+    (path,) = Path(ledger.root, "plans").glob("*.parquet")
+    rows = pq.read_table(path).to_pylist()
+    rows[0] |= change
+    schema = pa.schema([field.with_nullable(True) for field in pq.read_schema(path)])
+    sink = io.BytesIO()
+    pq.write_table(pa.Table.from_pylist(rows, schema=schema), sink)
+    sha256 = hashlib.sha256(sink.getvalue()).hexdigest()
+    head = change_first(ledger, "plans", lambda record: record.update(units=sha256))
+    path.with_name(f"{head.stem}-{sha256[:16]}.parquet").write_bytes(sink.getvalue())
+    with pytest.raises(ChecksumMismatch, match=f"{head}"):
+        ledger.plans()
 
 
 @pytest.mark.parametrize("change", BAD_PLANS.values(), ids=BAD_PLANS)
@@ -255,8 +286,9 @@ def test_a_plan_that_is_not_ours_is_refused(change: Callable[[dict[str, Any]], o
 
 
 def test_a_plan_comes_back_as_it_was_written(tmp_path: Path) -> None:
-    plan = label_library(ledger_in(Storage(), tmp_path), library(20))
-    assert Plan.from_record(parse_json(json.dumps(plan.to_record()))) == plan
+    ledger = ledger_in(Storage(), tmp_path)
+    plan = label_library(ledger, library(20))
+    assert ledger.plans() == [plan]
 
 
 @pytest.mark.parametrize("text", [DEEP, "[]", '{"labels": {}}', '{"labels": [1]}', '{"views": 3, "labels": ["a"]}'])

@@ -26,8 +26,8 @@ from kinoray.catalog.table import Catalog
 from kinoray.config.shared import ClipConfig, ResourcesConfig, SampleConfig, StorageConfig, ViewConfig
 from kinoray.demo.videos import make_broken
 from kinoray.label.config import LabelConfig
+from kinoray.label.keys import row_keys
 from kinoray.label.ledger import Ledger, find_labellings, read_predictions, read_windows
-from kinoray.label.unit import row_keys
 from kinoray.label.verb import label
 from kinoray.storage.objects import Storage, join
 from label_models import save_untrained

@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -29,6 +29,7 @@ from kinoray.config.shared import (
     StorageConfig,
     ViewConfig,
 )
+from kinoray.console import Progress
 from kinoray.demo.videos import BROKEN_KINDS, class_names, make_broken, make_demo_set
 from kinoray.errors import (
     AccessDenied,
@@ -43,10 +44,13 @@ from kinoray.errors import (
 )
 from kinoray.label.answers import AnswerRule, top_predictions
 from kinoray.label.config import LabelConfig
+from kinoray.label.job import run_units
+from kinoray.label.keys import row_keys
 from kinoray.label.ledger import Ledger, read_predictions
 from kinoray.label.open import open_labelling
+from kinoray.label.plan import Plan
 from kinoray.label.stage import LabelJob, LabelUnits, pack_unit
-from kinoray.label.unit import Plan, row_keys
+from kinoray.label.unit import Unit
 from kinoray.label.verb import label
 from kinoray.network.build import build_model
 from kinoray.network.checkpoint import load_meta
@@ -55,7 +59,7 @@ from kinoray.storage.objects import Storage, join
 from kinoray.video.frames import decode
 from kinoray.video.request import Sampled
 from label_models import save_untrained
-from small_tables import job_record
+from small_tables import job_record, planned
 from tiny_models import OWN_NETWORKS
 
 CLIP = ClipConfig(sample=SampleConfig(num_segments=1, frames_per_segment=2), view=ViewConfig(resize_px=36, crop_px=32))
@@ -165,7 +169,7 @@ class Bench:
         self.catalog = catalog_of_source(storage, str(folder))
         self.ledger = Ledger(storage, str(root))
         self.ledger.pin_job(job_record(labels=load_meta(storage, checkpoint).labels))
-        self.plan: Plan = self.ledger.plan(self.catalog.digest, row_keys(self.catalog.table), unit_size)
+        self.plan: Plan = planned(self.ledger, self.catalog.digest, row_keys(self.catalog.table), unit_size)
         self.job = LabelJob(
             allow_factory=OWN_NETWORKS,
             storage=storage,
@@ -500,11 +504,8 @@ def test_label_on_s3(
     undisturbed: tuple[dict[str, Any], Path],
     bucket: str,
     s3_config: StorageConfig,
-    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Also with several units in each of Ray's blocks, as in catalogs of more than a million videos."""
-    monkeypatch.setattr("kinoray.label.job._MAX_BLOCKS", 4)
     storage = Storage(s3_config)
     for path in sorted(library.rglob("*.mp4")):
         storage.put(join(bucket, "library", str(path.relative_to(library))), path.read_bytes())
@@ -523,6 +524,43 @@ def test_label_on_s3(
     said = capsys.readouterr().out
     assert "60 inputs = 56 labelled + 4 quarantined + 0 skipped" in said
     assert "quarantined: EmptyMedia 1, NoVideoStream 1, UnreadableContainer 2" in said
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+def test_a_unit_that_kills_worker_after_worker_ends_the_job_in_one_error(
+    library: Path, ray_local: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("kinoray.label.job._MAX_DEATHS", 2)
+    checkpoint = make_checkpoint(LOCAL, str(tmp_path / "checkpoint"), "label_models:wrong", how="dies")
+    videos = copy_as(library, tmp_path / "videos", "a", "b", "c")
+    with pytest.raises(
+        ClusterError, match=r"2 workers died at the same unit, \w{16} \(3 videos\): .*; what is committed"
+    ):
+        label(config_of(videos, checkpoint, tmp_path / "out", resources=ONE))
+    assert capsys.readouterr().out.count("a worker was lost, and its unit is done again: ") == 1
+    wait_until(lambda: ray.available_resources().get("CPU") == 4.0, 30, "the failed job's workers are given back")
+
+
+@pytest.mark.ray
+def test_units_are_taken_when_a_worker_is_about_to_be_free(
+    library: Path, checkpoint: str, ray_local: None, tmp_path: Path
+) -> None:
+    """So that the driver holds nothing that grows with the catalog."""
+    labelling = open_labelling(config_of(library, checkpoint, tmp_path / "out"), "label")
+    units, taken = labelling.plan.units, []
+
+    def work() -> Iterator[tuple[Unit, pa.Table]]:
+        for unit, rows in labelling.work(units):
+            taken.append(unit.unit_id)
+            yield unit, rows
+
+    progress, done = Progress(NUM_VIDEOS, "label", "videos"), []
+    for counts in run_units(labelling, work(), len(units), TWO, "label", progress):
+        done.append(counts["unit_id"])
+        assert len(taken) <= len(done) + 2  # one that the other worker has, and one that comes next
+    assert sorted(done) == sorted(taken) == sorted(unit.unit_id for unit in units)
+    assert labelling.ledger.check(labelling.plan, labelling.found.keys).inputs == NUM_VIDEOS
 
 
 @pytest.mark.ray

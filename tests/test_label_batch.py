@@ -14,10 +14,11 @@ from kinoray.config.shared import ClipConfig, DecodeConfig, ResourcesConfig, Sam
 from kinoray.errors import ConfigError
 from kinoray.evaluation.config import EvaluateConfig
 from kinoray.label.config import LabelConfig
+from kinoray.label.keys import row_keys
 from kinoray.label.ledger import Ledger
 from kinoray.label.open import open_labelling
 from kinoray.label.stage import LabelJob, LabelUnits, pack_unit
-from kinoray.label.unit import Unit, row_keys
+from kinoray.label.unit import Unit
 from kinoray.network.checkpoint import load_meta
 from kinoray.network.forward import CPU_BATCH
 from kinoray.network.scorer import ScorerConfig
@@ -25,7 +26,7 @@ from kinoray.storage.objects import Storage
 from kinoray.train.config import TrainConfig
 from label_models import save_untrained
 from small_sets import LABELS, colour_video
-from small_tables import job_record
+from small_tables import job_record, planned
 from tiny_models import OWN_NETWORKS
 
 CLIP = ClipConfig(sample=SampleConfig(num_segments=1, frames_per_segment=2), view=ViewConfig(resize_px=36, crop_px=32))
@@ -53,7 +54,7 @@ def result_of(
     """What one worker says of the videos in one unit."""
     catalog, ledger = catalog_of_source(STORAGE, str(videos)), Ledger(STORAGE, str(root))
     ledger.pin_job(job_record(labels=load_meta(STORAGE, checkpoint).labels))
-    (unit,) = ledger.plan(catalog.digest, row_keys(catalog.table), NUM_VIDEOS).units
+    (unit,) = planned(ledger, catalog.digest, row_keys(catalog.table), NUM_VIDEOS).units
     job = LabelJob(
         allow_factory=OWN_NETWORKS,
         storage=STORAGE,

@@ -70,9 +70,8 @@ def label_here(config: LabelConfig) -> list[dict[str, Any]]:
     """All units that are missing, by a worker in this process, as label would; what it says of them."""
     labelling = open_labelling(config, "label")
     worker, done, said = LabelUnits(labelling.job), labelling.ledger.committed(), []
-    for unit in labelling.plan.units:
+    for unit, rows in labelling.work(labelling.plan.units):
         if unit.unit_id not in done:
-            rows = labelling.catalog.table.take([labelling.keys.index(key) for key in unit.keys])
             said += worker(pa.Table.from_pylist([pack_unit(unit, rows)])).to_pylist()
     return said
 
@@ -143,8 +142,7 @@ def test_stages_are_timed_each_for_itself() -> None:
 def test_a_worker_tells_of_each_video_as_it_is_done(config: LabelConfig) -> None:
     labelling, told = open_labelling(config, "label"), []
     worker = LabelUnits(labelling.job, lambda unit_id, done: told.append((unit_id, done)))
-    for unit in labelling.plan.units:
-        rows = labelling.catalog.table.take([labelling.keys.index(key) for key in unit.keys])
+    for unit, rows in labelling.work(labelling.plan.units):
         packed = pa.Table.from_pylist([pack_unit(unit, rows)])
         worker(packed)
         worker(packed)  # it is committed: nothing is done again
@@ -282,7 +280,7 @@ def test_a_full_disk_commits_nothing_wrong_and_the_rest_comes_later(config: Labe
     ballast.unlink()
     label_here(config)
     labelling = open_labelling(config, "label")
-    assert Ledger(LOCAL, labelling.ledger.root).check(labelling.plan, labelling.keys).inputs == 13
+    assert Ledger(LOCAL, labelling.ledger.root).check(labelling.plan, labelling.found.keys).inputs == 13
 
 
 # Where a bucket vanishes
@@ -306,8 +304,7 @@ def test_videos_of_a_bucket_that_vanishes_are_not_quarantined_and_a_rerun_goes_o
     config = replace(config, source=bucket, storage=s3_config)
     labelling = open_labelling(config, "label")
     worker, units = LabelUnits(labelling.job), []
-    for unit in labelling.plan.units:
-        rows = labelling.catalog.table.take([labelling.keys.index(key) for key in unit.keys])
+    for unit, rows in labelling.work(labelling.plan.units):
         units.append(pa.Table.from_pylist([pack_unit(unit, rows)]))
     (first,) = worker(units[0]).to_pylist()
     assert (first["rows"], first["error_class"]) == (4, "")

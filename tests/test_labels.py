@@ -20,14 +20,15 @@ from kinoray.catalog.table import Catalog, save_catalog
 from kinoray.config.scoring import WindowsConfig
 from kinoray.config.shared import StorageConfig
 from kinoray.errors import CatalogError, ConfigError
+from kinoray.label.keys import row_keys
 from kinoray.label.ledger import Ledger, read_predictions
-from kinoray.label.unit import WINDOW_SCHEMA, labelling_id, row_keys
+from kinoray.label.unit import WINDOW_SCHEMA, labelling_id
 from kinoray.library.config import LabelsConfig
 from kinoray.library.labels import labels
 from kinoray.library.rows import LABEL_SCHEMA, Where, defused, scan, undefused
 from kinoray.storage.objects import Storage, join
 from small_sets import catalog_of
-from small_tables import answer, job_record, label_library, ledger_in, library, rows_for
+from small_tables import answer, job_record, label_library, ledger_in, library, planned, rows_for
 
 CATALOG = library(43)
 Row = dict[str, Any]
@@ -154,7 +155,7 @@ def test_a_csv_holds_no_formula_and_gives_every_name_back(tmp_path: Path, capsys
     catalog = catalog_of([{"video_id": name, "uri": f"{name}.mp4"} for name in HOSTILE])
     ledger = ledger_in(Storage(), tmp_path)
     keys = row_keys(catalog.table)
-    plan = ledger.plan(catalog.digest, keys, 64)
+    plan = planned(ledger, catalog.digest, keys, 64)
     numbered = catalog_of([{"video_id": f"v{index:04d}", "uri": "u"} for index in range(len(keys))])
     said = rows_for(numbered, row_keys(numbered.table))
     for name, values in (("video_id", list(HOSTILE)), ("row_key", keys), ("uri", [f"{name}.mp4" for name in HOSTILE])):
@@ -356,7 +357,7 @@ def test_windows_are_rows_of_their_own(tmp_path: Path, capsys: pytest.CaptureFix
     ledger.pin_job(job_record(windows=WindowsConfig(length_s=2.0, stride_s=2.0)))
     catalog = library(3)
     keys = row_keys(catalog.table)
-    for unit in ledger.plan(catalog.digest, keys, 2).units:
+    for unit in planned(ledger, catalog.digest, keys, 2).units:
         rows = []
         for key in unit.keys:
             for window in range(keys.index(key) + 1):

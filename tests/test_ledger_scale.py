@@ -12,7 +12,6 @@ import subprocess
 import sys
 import threading
 import tracemalloc
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -23,13 +22,15 @@ import pytest
 from kinoray.catalog.table import CATALOG_SCHEMA, Catalog, save_catalog
 from kinoray.config.shared import ClipConfig, SampleConfig, ViewConfig
 from kinoray.label.config import LabelConfig
+from kinoray.label.keys import Keys
 from kinoray.label.ledger import Ledger
 from kinoray.label.open import open_labelling
-from kinoray.label.unit import PREDICTION_SCHEMA, Plan, Unit
+from kinoray.label.plan import Plan
+from kinoray.label.unit import PREDICTION_SCHEMA, Unit
 from kinoray.label.verb import run_labelling
 from kinoray.storage.objects import Storage
 from label_models import save_untrained
-from small_tables import job_record
+from small_tables import job_record, planned
 from tiny_models import OWN_NETWORKS
 
 CLIP = ClipConfig(sample=SampleConfig(num_segments=1, frames_per_segment=2), view=ViewConfig(resize_px=36, crop_px=32))
@@ -168,17 +169,17 @@ def test_what_is_finished_adds_no_memory_to_a_driver(tmp_path: Path, num_rows: i
     assert found[num_rows]["finishing"] <= found[1000]["finishing"] + FLAT_MIB, found
 
 
-def small_ledger(root: Path, num_rows: int, unit_size: int) -> tuple[Ledger, Plan, list[str]]:
-    keys = [hashlib.sha256(b"%d" % number).hexdigest()[:16] for number in range(num_rows)]
+def small_ledger(root: Path, num_rows: int, unit_size: int) -> tuple[Ledger, Plan, Keys]:
+    keys = Keys.from_texts([f"k{hashlib.sha256(b'%d' % number).hexdigest()[:16]}" for number in range(num_rows)])
     ledger = Ledger(Storage(), str(root))
     ledger.pin_job(job_record(labels=LABELS))
-    plan = ledger.plan("d" * 16, keys, unit_size)
+    plan = planned(ledger, "d" * 16, keys, unit_size)
     for unit in plan.units:
         ledger.commit(unit, made_up_rows(unit), "r" * 16)
     return ledger, plan, keys
 
 
-def peak_of_check(ledger: Ledger, plan: Plan, keys: Sequence[str]) -> int:
+def peak_of_check(ledger: Ledger, plan: Plan, keys: Keys) -> int:
     """Python's own bytes; Arrow's are in the slow test."""
     tracemalloc.start()
     try:

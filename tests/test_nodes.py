@@ -218,7 +218,7 @@ def test_label_loses_a_node(
     )
     label(calm)
     config = elsewhere(calm, "labels-of-nodes")
-    said = lose_a_node(cluster, proxy, config, tmp_path, Gate("/parts/", 4), "MapWorker")
+    said = lose_a_node(cluster, proxy, config, tmp_path, Gate("/parts/", 4), "LabelWorker")
     assert f"{NUM_VIDEOS} inputs = {NUM_VIDEOS - 1} labelled + 1 quarantined + 0 skipped" in said
     found, expected = (table_of(storage, one.out) for one in (config, calm))
     assert len(set(found.column("row_key").to_pylist())) == found.num_rows == NUM_VIDEOS

@@ -39,9 +39,10 @@ from kinoray.config.shared import CacheConfig, ClipConfig, DecodeConfig, ModelCo
 from kinoray.errors import ConfigError, KinorayError, MediaError
 from kinoray.evaluation.record import read_evaluation
 from kinoray.label.answers import load_calibration
+from kinoray.label.keys import row_keys
 from kinoray.label.ledger import read_predictions
 from kinoray.label.summary import summarise
-from kinoray.label.unit import PREDICTION_SCHEMA, make_plan, row_keys
+from kinoray.label.unit import PREDICTION_SCHEMA
 from kinoray.library.config import LabelsConfig
 from kinoray.library.correct import read_corrections
 from kinoray.library.labels import labels as list_labels
@@ -71,7 +72,7 @@ from kinoray.video.cache import FrameCache
 from kinoray.video.request import Sampled
 from kinoray.video.sandbox.pool import shared_sandbox
 from small_sets import LABELS, catalog_of
-from small_tables import ROOT_NAME, label_library, ledger_in, library, rows_for, sealed
+from small_tables import ROOT_NAME, drafted, label_library, ledger_in, library, rows_for, sealed
 from test_checkpoint import META, tiny_state
 from tiny_models import OWN_NETWORKS
 from vcm_sdd.weights import read_state
@@ -441,7 +442,7 @@ def hidden(canary: Path, schema: pa.Schema) -> dict[str, bytes]:
 
 def parquet(table: pa.Table) -> bytes:
     """With what a part of `table_with` would say of itself."""
-    unit_id = make_plan(ROOT_NAME, "", row_keys(library(6).table), 6).units[0].unit_id
+    unit_id = drafted(ROOT_NAME, "", row_keys(library(6).table), 6).units[0].unit_id
     commit = {"unit_id": unit_id, "run_id": "r", "counts": {"labelled": 6}}
     buffer = io.BytesIO()
     with pq.ParquetWriter(buffer, table.schema) as writer:

@@ -8,6 +8,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -19,21 +20,20 @@ from hypothesis import strategies as st
 
 from kinoray.config.shared import StorageConfig
 from kinoray.errors import CatalogError, ChecksumMismatch, ConfigError, IncompleteOutput, ObjectNotFound
+from kinoray.label.keys import Keys, row_keys
 from kinoray.label.ledger import Ledger, read_predictions
+from kinoray.label.plan import Plan, parse_units, to_units
 from kinoray.label.unit import (
     PREDICTION_SCHEMA,
     WINDOW_SCHEMA,
-    Plan,
     Unit,
     labelling_id,
-    make_plan,
     parse_commit,
     parse_part,
     parse_windows,
-    row_keys,
 )
 from kinoray.storage.objects import Storage, join
-from small_tables import job_record
+from small_tables import drafted, job_record, planned
 
 LABELLING = labelling_id("model", "config")
 
@@ -94,7 +94,7 @@ def ledger(tmp_path: Path) -> Ledger:
 
 def label_all(ledger: Ledger, table: pa.Table, catalog: str, unit_size: int, **changes: Any) -> Plan:
     """Plan a catalog and commit what is missing."""
-    plan = ledger.plan(catalog, row_keys(table), unit_size)
+    plan = planned(ledger, catalog, row_keys(table), unit_size)
     done = ledger.committed()
     for unit in plan.units:
         if unit.unit_id not in done:
@@ -118,8 +118,8 @@ def test_an_input_that_is_listed_twice_is_refused() -> None:
 
 def test_a_first_plan_is_the_catalog_in_slices() -> None:
     keys = row_keys(inputs("abcdefg"))
-    plan = make_plan(LABELLING, "one", keys, 3)
-    assert [list(unit.keys) for unit in plan.units] == [keys[:3], keys[3:6], keys[6:]]
+    plan = drafted(LABELLING, "one", keys, 3)
+    assert [unit.keys for unit in plan.units] == [keys[:3], keys[3:6], keys[6:]]
     assert all(unit.is_whole for unit in plan.units)
     assert plan.num_rows == 7
 
@@ -127,30 +127,30 @@ def test_a_first_plan_is_the_catalog_in_slices() -> None:
 def test_unit_ids_name_the_labelling_and_the_rows_but_not_the_catalog() -> None:
     keys = row_keys(inputs("abcd"))
     ids_of = lambda plan: [unit.unit_id for unit in plan.units]  # noqa: E731
-    first = ids_of(make_plan(LABELLING, "one", keys, 2))
-    assert first == ids_of(make_plan(LABELLING, "two", keys, 2))
-    assert first[0] == ids_of(make_plan(LABELLING, "two", keys[:2], 2))[0]
-    assert not set(first) & set(ids_of(make_plan("other", "one", keys, 2)))
-    assert not set(first) & set(ids_of(make_plan(LABELLING, "one", keys, 3)))
+    first = ids_of(drafted(LABELLING, "one", keys, 2))
+    assert first == ids_of(drafted(LABELLING, "two", keys, 2))
+    assert first[0] == ids_of(drafted(LABELLING, "two", keys[:2], 2))[0]
+    assert not set(first) & set(ids_of(drafted("other", "one", keys, 2)))
+    assert not set(first) & set(ids_of(drafted(LABELLING, "one", keys, 3)))
 
 
 def test_a_grown_catalog_adds_units_for_what_is_new_only() -> None:
     old, grown = row_keys(inputs("bdf")), row_keys(inputs("abcdef"))
-    first = make_plan(LABELLING, "one", old, 2)
-    second = make_plan(LABELLING, "two", grown, 64, older=[first])
+    first = drafted(LABELLING, "one", old, 2)
+    second = drafted(LABELLING, "two", grown, 64, older=[first])
     a, b, c, d, e, f = grown
     assert [unit.keys for unit in second.units] == [(a, c, e), (b, d), (f,)]
-    assert set(first.units) < set(second.units)
+    assert {unit.unit_id for unit in first.units} < {unit.unit_id for unit in second.units}
     assert second.sequence == 1
 
 
 def test_a_finished_unit_of_which_a_row_is_gone_is_used_and_an_unfinished_one_is_cut_anew() -> None:
     before, after = row_keys(inputs("abcd")), row_keys(inputs("acd"))
-    first = make_plan(LABELLING, "one", before, 2)
-    done = make_plan(LABELLING, "two", after, 2, older=[first], committed={first.units[0].unit_id})
+    first = drafted(LABELLING, "one", before, 2)
+    done = drafted(LABELLING, "two", after, 2, older=[first], committed={first.units[0].unit_id})
     assert [(unit.keys, unit.num_rows) for unit in done.units] == [((after[0],), 2), (tuple(after[1:]), 2)]
     assert not done.units[0].is_whole
-    undone = make_plan(LABELLING, "two", after, 2, older=[first])
+    undone = drafted(LABELLING, "two", after, 2, older=[first])
     assert [(unit.keys, unit.num_rows) for unit in undone.units] == [((after[0],), 1), (tuple(after[1:]), 2)]
 
 
@@ -166,8 +166,8 @@ def test_any_history_of_plans_covers_each_row_once_and_repeats_nothing_finished(
     plans: list[Plan] = []
     committed: dict[str, set[str]] = {}
     for number, catalog in enumerate(catalogs):
-        keys = [f"{row:016x}" for row in catalog]
-        plan = make_plan(LABELLING, str(number), keys, unit_size, older=plans, committed=committed)
+        keys = [f"k{row:016x}" for row in catalog]
+        plan = drafted(LABELLING, str(number), keys, unit_size, older=plans, committed=committed)
         covered = [key for unit in plan.units for key in unit.keys]
         assert sorted(covered) == sorted(keys)
         done_before = set().union(*committed.values())
@@ -175,7 +175,7 @@ def test_any_history_of_plans_covers_each_row_once_and_repeats_nothing_finished(
             if unit.unit_id not in committed:
                 assert unit.is_whole
                 assert not set(unit.keys) & done_before
-        assert Plan.from_record(json.loads(json.dumps(plan.to_record()))) == plan
+        assert parse_units(to_units(plan), plan.keys) == plan.units
         plans.append(plan)
         for index, unit in enumerate(plan.units):
             if unit.is_whole and (index + 7 * number) in finished:
@@ -186,9 +186,9 @@ def test_the_stored_plan_is_the_one_that_counts(place: tuple[Storage, str]) -> N
     storage, out = place
     ledger = Ledger(storage, join(out, LABELLING))
     keys = row_keys(inputs("abcdefgh"))
-    plan = ledger.plan("one", keys, 3)
+    plan = planned(ledger, "one", keys, 3)
     assert [len(unit.keys) for unit in plan.units] == [3, 3, 2]
-    assert ledger.plan("one", keys, 5) == plan
+    assert planned(ledger, "one", keys, 5) == plan
 
 
 def test_jobs_that_plan_at_once_agree(ledger: Ledger) -> None:
@@ -197,11 +197,11 @@ def test_jobs_that_plan_at_once_agree(ledger: Ledger) -> None:
 
     def plan(unit_size: int) -> Plan:
         barrier.wait()
-        return ledger.plan("one", keys, unit_size)
+        return planned(ledger, "one", keys, unit_size)
 
     with ThreadPoolExecutor(8) as pool:
         plans = list(pool.map(plan, range(1, 9)))
-    assert set(plans) == {ledger.plan("one", keys, 64)}
+    assert set(plans) == {planned(ledger, "one", keys, 64)}
 
 
 # Commits
@@ -209,7 +209,7 @@ def test_jobs_that_plan_at_once_agree(ledger: Ledger) -> None:
 
 def test_of_8_writers_exactly_one_wins_and_the_others_leave_nothing(ledger: Ledger) -> None:
     table = inputs("abcdefghijklmnopqrst")
-    plan = ledger.plan("one", row_keys(table), 1)  # 20 units: 20 rounds
+    plan = planned(ledger, "one", row_keys(table), 1)  # 20 units: 20 rounds
     with ThreadPoolExecutor(8) as pool:
         for unit in plan.units:
             barrier = threading.Barrier(8)
@@ -230,7 +230,7 @@ def test_late_writers_on_s3_change_nothing(bucket: str, s3_config: StorageConfig
     ledger = Ledger(Storage(s3_config), join(bucket, LABELLING))
     ledger.pin_job(job_record())
     table = inputs("ab")
-    unit = ledger.plan("one", row_keys(table), 2).units[0]
+    unit = planned(ledger, "one", row_keys(table), 2).units[0]
     first = ledger.commit(unit, rows_of(table, unit, run_id="first"), "first")
     with ThreadPoolExecutor(7) as pool:
         late = [f"late{number}" for number in range(7)]
@@ -254,14 +254,14 @@ def test_a_writer_whose_answer_got_lost_keeps_its_part(tmp_path: Path) -> None:
     ledger = Ledger(LostAnswer(StorageConfig()), str(tmp_path / LABELLING))
     ledger.pin_job(job_record())
     table = inputs("ab")
-    plan = ledger.plan("one", row_keys(table), 2)
+    plan = planned(ledger, "one", row_keys(table), 2)
     ledger.commit(plan.units[0], rows_of(table, plan.units[0]), "run")
     assert ids(ledger.read_unit(plan.units[0])) == "ab"
 
 
 def test_rows_of_another_unit_cannot_be_committed(ledger: Ledger) -> None:
     table = inputs("abcd")
-    first, second = ledger.plan("one", row_keys(table), 2).units
+    first, second = planned(ledger, "one", row_keys(table), 2).units
     with pytest.raises(IncompleteOutput, match="are not its 2 inputs"):
         ledger.commit(first, rows_of(table, second), "run")
     with pytest.raises(IncompleteOutput, match="1 rows are not its 2 inputs"):
@@ -295,7 +295,7 @@ def test_the_rows_of_a_unit_show_with_its_part_and_their_windows_are_there_befor
     Watched.seen.clear()
     watched = Ledger(Watched(StorageConfig()), ledger.root)
     table = inputs("abcd")
-    for unit in ledger.plan("one", row_keys(table), 2).units:
+    for unit in planned(ledger, "one", row_keys(table), 2).units:
         watched.commit(unit, rows_of(table, unit), "run", windows_of(table, unit))
     assert Watched.seen == [("windows", "", ""), ("parts", "", "ab"), ("windows", "ab", "ab"), ("parts", "ab", "abcd")]
 
@@ -303,7 +303,7 @@ def test_the_rows_of_a_unit_show_with_its_part_and_their_windows_are_there_befor
 def test_a_reader_that_polls_sees_whole_units_and_counts_that_only_grow(ledger: Ledger) -> None:
     names = "".join(chr(0x4E00 + number) for number in range(120))
     table = inputs(names)
-    plan = ledger.plan("one", row_keys(table), 4)
+    plan = planned(ledger, "one", row_keys(table), 4)
     progress = threading.Semaphore(0)
 
     def write(units: list[Unit]) -> None:
@@ -352,17 +352,17 @@ def test_the_check_finds_what_is_missing_foreign_or_repeated(ledger: Ledger) -> 
     plan = label_all(ledger, table, "one", 2)
     keys = row_keys(table)
     with pytest.raises(IncompleteOutput, match="7 inputs, 6 rows: 1 inputs have no row"):
-        ledger.check(plan, [*keys, "0" * 16])
+        ledger.check(plan, Keys.from_texts([*keys, "k" + "0" * 16]))
     with pytest.raises(IncompleteOutput, match=r"5 inputs, 6 rows: .* 1 rows are of no input"):
         ledger.check(plan, keys[:5])
-    twice = Plan(plan.catalog_digest, plan.unit_size, plan.sequence, (*plan.units, plan.units[0]))
+    twice = replace(plan, units=(*plan.units, plan.units[0]))
     with pytest.raises(IncompleteOutput, match=r"6 inputs, 8 rows: .* 2 have more than one"):
         ledger.check(twice, keys)
 
 
 def test_an_unfinished_and_a_changed_part_are_told_apart(ledger: Ledger) -> None:
     table = inputs("abcdef")
-    plan = ledger.plan("one", row_keys(table), 2)
+    plan = planned(ledger, "one", row_keys(table), 2)
     for unit in plan.units[1:]:
         ledger.commit(unit, rows_of(table, unit), "run")
     with pytest.raises(IncompleteOutput, match="is not finished; run the same command again"):
@@ -396,7 +396,7 @@ def test_every_flipped_bit_is_found(ledger: Ledger) -> None:
     """In pages, their headers, digests, footer, metadata, length and magic; in the end alone, which is all of a part
     that is read for what it says of itself; and in windows."""
     table = inputs("ab")
-    (unit,) = ledger.plan("one", row_keys(table), 2).units
+    (unit,) = planned(ledger, "one", row_keys(table), 2).units
     commit = ledger.commit(unit, rows_of(table, unit), "run", windows_of(table, unit))
     good = part_path(ledger, unit).read_bytes()
     assert parse_part(good, ["video_id"])[0] == parse_commit(good) == commit
@@ -419,7 +419,7 @@ def test_every_flipped_bit_is_found(ledger: Ledger) -> None:
 @pytest.mark.parametrize("where", [0, 4, 1000, -9, -200, -5, -1])
 def test_a_flipped_bit_in_a_file_is_one_error_for_every_reader(ledger: Ledger, where: int) -> None:
     table = inputs("ab")
-    (unit,) = ledger.plan("one", row_keys(table), 2).units
+    (unit,) = planned(ledger, "one", row_keys(table), 2).units
     ledger.commit(unit, rows_of(table, unit), "run")
     path = part_path(ledger, unit)
     bad = bytearray(path.read_bytes())
@@ -437,7 +437,7 @@ def test_a_flipped_bit_in_a_file_is_one_error_for_every_reader(ledger: Ledger, w
 @pytest.mark.parametrize("size_bytes", [0, 1, 7, 8, 71, 72, 1000])
 def test_a_part_that_is_cut_is_found(ledger: Ledger, size_bytes: int) -> None:
     table = inputs("ab")
-    (unit,) = ledger.plan("one", row_keys(table), 2).units
+    (unit,) = planned(ledger, "one", row_keys(table), 2).units
     ledger.commit(unit, rows_of(table, unit), "run")
     path = part_path(ledger, unit)
     for bad in (path.read_bytes()[:size_bytes], path.read_bytes()[-size_bytes:] if size_bytes else b""):
@@ -452,7 +452,7 @@ def test_a_part_that_is_cut_is_found(ledger: Ledger, size_bytes: int) -> None:
 
 def test_the_pages_of_a_part_have_checksums_that_others_can_compare(ledger: Ledger) -> None:
     table = inputs("abcdefgh")
-    (unit,) = ledger.plan("one", row_keys(table), 8).units
+    (unit,) = planned(ledger, "one", row_keys(table), 8).units
     ledger.commit(unit, rows_of(table, unit), "run")
     path = part_path(ledger, unit)
     column = pq.read_metadata(path).row_group(0).column(0)
@@ -492,7 +492,7 @@ def test_writers_that_agree_write_one_file_of_windows_and_the_loser_of_those_tha
     ledger: Ledger,
 ) -> None:
     table = inputs("ab")
-    (unit,) = ledger.plan("one", row_keys(table), 2).units
+    (unit,) = planned(ledger, "one", row_keys(table), 2).units
     for run_id, score in (("first", 0.25), ("same", 0.25), ("other", 0.75)):
         commit = ledger.commit(unit, rows_of(table, unit), run_id, windows_of(table, unit, score))
         assert commit.run_id == "first"
@@ -504,7 +504,7 @@ def test_writers_that_agree_write_one_file_of_windows_and_the_loser_of_those_tha
 def test_a_writer_that_was_killed_before_its_part_leaves_windows_that_nobody_reads(ledger: Ledger) -> None:
     """And that the next one writes again, or, where it does not agree, stand beside its own."""
     table = inputs("ab")
-    (unit,) = ledger.plan("one", row_keys(table), 2).units
+    (unit,) = planned(ledger, "one", row_keys(table), 2).units
     dying = Ledger(Dying(StorageConfig()), ledger.root)
     with pytest.raises(SystemExit):
         dying.commit(unit, rows_of(table, unit), "killed", windows_of(table, unit, 0.25))
@@ -525,7 +525,7 @@ class Dying(Storage):
 
 def test_damaged_windows_come_back_with_their_part(ledger: Ledger) -> None:
     table = inputs("ab")
-    (unit,) = ledger.plan("one", row_keys(table), 2).units
+    (unit,) = planned(ledger, "one", row_keys(table), 2).units
     ledger.commit(unit, rows_of(table, unit), "run", windows_of(table, unit))
     (path,) = Path(ledger.root, "windows").iterdir()
     path.write_bytes(b"PAR1")
@@ -577,7 +577,7 @@ def test_predictions_come_in_the_order_of_the_catalog_with_all_columns(place: tu
 
 
 def test_a_started_labelling_reads_as_an_empty_table(ledger: Ledger) -> None:
-    ledger.plan("one", row_keys(inputs("ab")), 1)
+    planned(ledger, "one", row_keys(inputs("ab")), 1)
     assert read_predictions(ledger.storage, ledger.root).schema.equals(PREDICTION_SCHEMA)
 
 

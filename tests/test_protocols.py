@@ -17,10 +17,11 @@ from kinoray.demo.videos import make_broken, make_video
 from kinoray.errors import ConfigError
 from kinoray.label.answers import AnswerRule, average_logits
 from kinoray.label.config import LabelConfig
+from kinoray.label.keys import row_keys
 from kinoray.label.ledger import Ledger
 from kinoray.label.open import open_labelling
 from kinoray.label.stage import LabelJob, LabelUnits, pack_unit
-from kinoray.label.unit import Unit, row_keys
+from kinoray.label.unit import Unit
 from kinoray.network.build import build_model
 from kinoray.network.checkpoint import load_meta
 from kinoray.network.scorer import ScorerConfig
@@ -32,7 +33,7 @@ from kinoray.video.sample import view_indices
 from kinoray.video.sandbox.pool import Sandbox
 from kinoray.video.transform import crop_views
 from label_models import save_untrained
-from small_tables import job_record
+from small_tables import job_record, planned
 from tiny_models import OWN_NETWORKS
 
 LOCAL = Storage(StorageConfig())
@@ -197,7 +198,7 @@ class Bench:
         self.catalog: Catalog = catalog_of_source(LOCAL, str(folder))
         self.ledger = Ledger(LOCAL, str(root))
         self.ledger.pin_job(job_record(checkpoint=checkpoint, labels=LABELS))
-        self.plan = self.ledger.plan(self.catalog.digest, row_keys(self.catalog.table), 2)
+        self.plan = planned(self.ledger, self.catalog.digest, row_keys(self.catalog.table), 2)
         job = LabelJob(
             allow_factory=OWN_NETWORKS,
             storage=LOCAL,

@@ -224,7 +224,7 @@ def test_the_files_hold_every_row_and_the_numbers_count_all(tmp_path: Path) -> N
     assert len(site.rows()) == len(table) == 240
     for number, item in enumerate(rows):
         found = table[item["video_id"]]
-        assert found["key"] == f"key{number}"
+        assert found["key"] == f"k{number:016x}"
         assert (found["truth"], found["split"]) == known[item["video_id"]]
         assert (found["uri"], found["status"], found["strip"]) == (item["uri"], item["status"], -1)
         assert (found["offset"], found["length"]) == (item.get("offset"), item.get("length"))

@@ -258,7 +258,7 @@ def test_corrections_are_made_kept_listed_and_downloaded(quiet: Page, site: Site
     visit(quiet, site, "#view=videos")
     quiet.js("kinoray.app.corrections.clear()")
     order = expected(table)
-    keys = {item["video_id"]: f"key{number}" for number, item in enumerate(table[0])}
+    keys = {item["video_id"]: f"k{number:016x}" for number, item in enumerate(table[0])}
     answers = {item["video_id"]: item["label_topk"] for item in table[0]}
     quiet.click("#videos li:nth-child(1) [data-answer='2']")
     quiet.click("#videos li:nth-child(2) [data-bad]")

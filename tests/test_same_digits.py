@@ -24,7 +24,7 @@ from kinoray.demo.videos import make_video
 from kinoray.label.config import LabelConfig
 from kinoray.label.ledger import read_predictions, read_windows
 from kinoray.label.open import open_labelling
-from kinoray.label.stage import UNIT_COLUMNS, LabelUnits, pack_unit
+from kinoray.label.stage import LabelUnits, pack_unit
 from kinoray.label.verb import label
 from kinoray.storage.objects import Storage
 from kinoray.video.sandbox.pool import shared_sandbox
@@ -71,11 +71,9 @@ def label_here(config: LabelConfig, num_workers: int, *, backwards: bool = False
     """Label with workers and decoders that have seen nothing yet."""
     shared_sandbox(1).close()
     labelling = open_labelling(config, "label")
-    table, place = labelling.catalog.table, {key: row for row, key in enumerate(labelling.keys)}
     workers = [LabelUnits(labelling.job) for _ in range(num_workers)]
     units = labelling.plan.units[:: -1 if backwards else 1]
-    for turn, unit in enumerate(units):
-        rows = table.select(list(UNIT_COLUMNS)).take([place[key] for key in unit.keys])
+    for turn, (unit, rows) in enumerate(labelling.work(units)):
         (result,) = workers[turn % num_workers](pa.Table.from_pylist([pack_unit(unit, rows)])).to_pylist()
         assert result["error_text"] == ""
 

@@ -10,16 +10,17 @@ import pytest
 
 from kinoray.cli import main
 from kinoray.config.shared import ModelConfig, OptimConfig, StorageConfig
+from kinoray.label.keys import row_keys
 from kinoray.label.ledger import Ledger
 from kinoray.label.summary import Span, covered_s, summarise, trace_events
-from kinoray.label.unit import Times, row_keys
+from kinoray.label.unit import Times
 from kinoray.library.config import LabelsConfig
 from kinoray.library.labels import labels
 from kinoray.storage.objects import Storage
 from kinoray.train.config import TrainConfig
 from kinoray.train.runfolder import RunFolder
 from small_sets import catalog_of, epoch_row
-from small_tables import ROOT_NAME, answer, job_record, ledger_in, library, rows_for
+from small_tables import ROOT_NAME, answer, job_record, ledger_in, library, planned, rows_for
 
 LOCAL = Storage(StorageConfig())
 BEGIN_S = 1_800_000_000.0  # 2027-01-15 08:00:00 UTC
@@ -35,7 +36,7 @@ def labelled(tmp_path: Path) -> Ledger:
     """Two workers for 100 s: one is busy for all of it, the other for half. One unit has no times, one another run."""
     ledger, catalog = ledger_in(LOCAL, tmp_path / "labels"), library(40)
     keys = row_keys(catalog.table)
-    plan = ledger.plan(catalog.digest, keys, 8)
+    plan = planned(ledger, catalog.digest, keys, 8)
     said = [
         ("aaaa", times("one/7", 0, 60, 6, 40, 10)),
         ("aaaa", times("one/7", 60, 100, 4, 20, 10)),
@@ -99,7 +100,7 @@ def test_a_summary_folds_a_long_list_of_classes(tmp_path: Path, capsys: pytest.C
     ledger, catalog = Ledger(LOCAL, str(tmp_path / ROOT_NAME)), library(25 * 26 // 2)
     ledger.pin_job(job_record(labels=names, scores="sigmoid"))
     keys = row_keys(catalog.table)
-    plan = ledger.plan(catalog.digest, keys, len(keys))
+    plan = planned(ledger, catalog.digest, keys, len(keys))
     parts, end = [], 0
     for number in range(25):  # of the last class there are 25, of the first 1; each video has the first class, too
         place, end = end, end + number + 1

@@ -16,9 +16,9 @@ from kinoray.config.shared import ClipConfig, ModelConfig, SampleConfig, Storage
 from kinoray.demo.videos import make_broken, make_video
 from kinoray.errors import ConfigError, ObjectNotFound, UndecodableVideo
 from kinoray.label.answers import AnswerRule
+from kinoray.label.keys import row_keys
 from kinoray.label.ledger import Ledger, read_windows
 from kinoray.label.stage import LabelJob, LabelUnits, pack_unit
-from kinoray.label.unit import row_keys
 from kinoray.network.build import build_model
 from kinoray.network.checkpoint import load_meta
 from kinoray.network.scorer import ScorerConfig
@@ -27,7 +27,7 @@ from kinoray.video.frames import decode
 from kinoray.video.request import Sampled, Views
 from kinoray.video.sample import cut_windows, view_indices
 from label_models import save_untrained
-from small_tables import job_record
+from small_tables import job_record, planned
 from tiny_models import OWN_NETWORKS
 
 LOCAL = Storage(StorageConfig())
@@ -131,7 +131,7 @@ def labelled(library: Path, root: Path, clip: ClipConfig, views: ViewsConfig, **
     catalog = catalog_of_source(LOCAL, str(library))
     ledger = Ledger(LOCAL, str(root / "out"))
     ledger.pin_job(job_record(checkpoint=checkpoint, windows=views.windows))
-    plan = ledger.plan(catalog.digest, row_keys(catalog.table), 2)
+    plan = planned(ledger, catalog.digest, row_keys(catalog.table), 2)
     job = LabelJob(
         allow_factory=OWN_NETWORKS,
         storage=LOCAL,

@@ -25,14 +25,15 @@ import pyarrow as pa
 import ray
 import torch
 
-from kinoray.catalog.quarantine import Refusal, error_of, judge, refusals_of_columns
+from kinoray.catalog.quarantine import Refusal, error_of, judge
 from kinoray.config.shared import ResourcesConfig
 from kinoray.errors import MediaError
+from kinoray.label.job import LabelWorker
 from kinoray.label.open import Labelling
+from kinoray.label.plan import survey
 from kinoray.label.read import VideoReader
-from kinoray.label.stage import LabelJob, LabelUnits, pack_unit
+from kinoray.label.stage import LabelJob, pack_unit
 from kinoray.label.times import StageClock
-from kinoray.label.unit import row_keys
 from kinoray.label.verb import run_labelling
 from kinoray.network.checkpoint import load_model
 from kinoray.network.scorer import ClipScorer
@@ -296,26 +297,13 @@ class JobFigures:
     """What others took of the cores meanwhile."""
 
 
-class _Worker:
-    """The job's worker, as an actor."""
-
-    def __init__(self, job: LabelJob) -> None:
-        self.units = LabelUnits(job)
-
-    def label(self, unit: dict[str, Any]) -> tuple[dict[str, Any], Refusal | None]:
-        table = self.units(pa.Table.from_pylist([unit]))
-        (counts,) = table.to_pylist()
-        (failure,) = refusals_of_columns(table.to_pydict())
-        return dict(counts), failure
-
-
 def measure_start(labelling: Labelling, resources: ResourcesConfig) -> StartFigures:
     """Start the job's workers as plain actors, each on a unit of its own. Ray must run.
 
     Raises:
         KinorayError: what a worker reports.
     """
-    actor = ray.remote(num_cpus=resources.cpus_per_worker, num_gpus=resources.gpus_per_worker)(_Worker)
+    actor = ray.remote(num_cpus=resources.cpus_per_worker, num_gpus=resources.gpus_per_worker)(LabelWorker)
     packed = _packed(labelling)[: resources.num_workers]
     begin = time.perf_counter()
     workers = [actor.remote(labelling.job) for _ in packed]
@@ -334,9 +322,7 @@ def measure_start(labelling: Labelling, resources: ResourcesConfig) -> StartFigu
 
 def _packed(labelling: Labelling) -> list[dict[str, Any]]:
     """All units, as they are handed out."""
-    position = {key: row for row, key in enumerate(labelling.keys)}
-    table = labelling.catalog.table
-    return [pack_unit(unit, table.take([position[key] for key in unit.keys])) for unit in labelling.plan.units]
+    return [pack_unit(unit, rows) for unit, rows in labelling.work(labelling.plan.units)]
 
 
 def measure_job(labelling: Labelling, resources: ResourcesConfig) -> JobFigures:
@@ -371,9 +357,9 @@ def measure_job(labelling: Labelling, resources: ResourcesConfig) -> JobFigures:
 def driver_costs(labelling: Labelling) -> tuple[float, float]:
     """Seconds of the driver: a video, to name it and hand it out; a unit, to read it back at the end."""
     begin = time.perf_counter()
-    row_keys(labelling.catalog.table)
+    keys = survey(labelling.rows, labelling.scratch.folder).keys
     _packed(labelling)
-    plan_s = (time.perf_counter() - begin) / len(labelling.keys)
+    plan_s = (time.perf_counter() - begin) / len(keys)
     begin = time.perf_counter()
-    labelling.ledger.check(labelling.plan, labelling.keys)
+    labelling.ledger.check(labelling.plan, keys)
     return plan_s, (time.perf_counter() - begin) / len(labelling.plan.units)

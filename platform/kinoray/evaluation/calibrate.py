@@ -73,7 +73,7 @@ def _fit(labelling: Labelling, consensus: SegmentConsensus | None) -> Calibrated
     rows = [row for row in rows if row["status"] == "labelled"]
     if not rows:
         raise CatalogError(f"no video of the catalog could be read, so nothing was fitted; see {labelling.ledger.root}")
-    classes = dict(zip(labelling.keys, true_classes(labelling.catalog, labelling.meta.labels), strict=True))
+    classes = dict(zip(labelling.found.keys, true_classes(labelling.catalog, labelling.meta.labels), strict=True))
     truth = np.array([classes[row["row_key"]] for row in rows], np.int64)
     smallest = float(np.finfo(np.float32).tiny)
     logits = np.log(np.maximum(np.array([row["scores"] for row in rows], np.float64), smallest))

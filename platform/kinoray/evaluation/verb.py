@@ -6,6 +6,7 @@ a video that one member could not read must not be answered by the others alone,
 """
 
 import uuid
+from collections.abc import Iterable
 from dataclasses import asdict
 from typing import Any
 
@@ -14,7 +15,6 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from kinoray.catalog.table import Catalog
 from kinoray.config.scoring import ScoringConfig, shared_settings
 from kinoray.config.shared import digest
 from kinoray.console import many
@@ -35,8 +35,10 @@ from kinoray.evaluation.record import (
 from kinoray.label.config import LabelConfig
 from kinoray.label.ledger import Ledger
 from kinoray.label.open import Labelling, open_labelling
-from kinoray.label.unit import PREDICTION_SCHEMA, JobRecord, Plan, labelling_id, row_keys
+from kinoray.label.plan import survey, work_of
+from kinoray.label.unit import PREDICTION_SCHEMA, JobRecord, Unit, labelling_id
 from kinoray.label.verb import refuse_too_many_bad, run_labelling
+from kinoray.storage.leftovers import scratch_folder
 from kinoray.storage.objects import Storage, absolute, join
 from kinoray.storage.outputs import require_folder
 from kinoray.video.info import MAX_COUNT
@@ -158,10 +160,14 @@ def _ensemble(config: EvaluateConfig) -> EvaluationRecord:
             settings=settings,
         )
     )
-    keys = row_keys(catalog.table)
-    plan = ledger.plan(catalog.digest, keys, _UNIT_SIZE)
-    _commit(ledger, plan, catalog, members, weights / weights.sum(), origin)
-    ledger.finish(plan, ledger.check(plan, keys))
+    with scratch_folder("evaluate") as folder:
+        found = survey(catalog, folder)
+        plan = ledger.plan(found, _UNIT_SIZE, folder)
+        done = ledger.committed()
+        missing = [unit for unit in plan.units if unit.unit_id not in done]
+        work = work_of(catalog, found.keys, ledger.labelling_id, missing)
+        _commit(ledger, work, members, weights / weights.sum(), origin)
+        ledger.finish(plan, ledger.check(plan, found.keys))
 
     predictions = pa.concat_tables(ledger.read_units(plan.units, list(ANSWER_COLUMNS)))
     answers = join_answers(catalog, members[0].answers.truth, predictions, len(labels))
@@ -210,15 +216,12 @@ def _some(names: list[str]) -> str:
 
 def _commit(
     ledger: Ledger,
-    plan: Plan,
-    catalog: Catalog,
+    work: Iterable[tuple[Unit, pa.Table]],
     members: list[Evaluation],
     weights: NDArray[np.float64],
     origin: Origin,
 ) -> None:
-    """Write the units that are not there yet."""
-    done = ledger.committed()
-    row_of_key = {key: row for row, key in enumerate(row_keys(catalog.table))}
+    """Write these units."""
     rows_of = [
         {video_id: row for row, video_id in enumerate(member.predictions.column("video_id").to_pylist())}
         for member in members
@@ -230,10 +233,7 @@ def _commit(
         "model_digest": origin.model_digest,
         "config_digest": origin.config_digest,
     }
-    for unit in plan.units:
-        if unit.unit_id in done:
-            continue
-        rows = catalog.table.take([row_of_key[key] for key in unit.keys])
+    for unit, rows in work:
         parts = [
             member.predictions.take([places[video_id] for video_id in rows.column("video_id").to_pylist()]).to_pylist()
             for member, places in zip(members, rows_of, strict=True)

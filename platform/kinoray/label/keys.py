@@ -19,12 +19,26 @@ from numpy.typing import NDArray
 from kinoray.errors import CatalogError
 from kinoray.storage.objects import Storage
 
-__all__ = ["KEY_BYTES", "KEY_COLUMNS", "Keys", "Numbers", "Tally", "key_numbers", "keys_in", "numbers_of", "row_keys"]
+__all__ = [
+    "KEY_BYTES",
+    "KEY_COLUMNS",
+    "KEY_PATTERN",
+    "Keys",
+    "Numbers",
+    "Tally",
+    "key_numbers",
+    "keys_in",
+    "numbers_of",
+    "row_keys",
+]
 
 KEY_COLUMNS = ("video_id", "uri", "offset", "length", "size_bytes", "sha256")
 """What a key is made of."""
 KEY_BYTES = 8
 """Of a key in a file, the most significant first."""
+
+KEY_PATTERN = "^k[0-9a-f]{16}$"
+"""Of a key as text."""
 
 Numbers = NDArray[np.uint64]
 _CHUNK = 2**18

@@ -5,9 +5,11 @@ a row is in `_Settings`, whose digest names the folder of the results.
 """
 
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+
+import pyarrow as pa
 
 from kinoray.catalog.pieces import Pieces, Rows
 from kinoray.catalog.table import Catalog, catalog_of_source, rows_of_source
@@ -18,9 +20,9 @@ from kinoray.errors import CatalogError, ConfigError, ObjectNotFound
 from kinoray.label.answers import AnswerRule, Calibrated, load_calibration
 from kinoray.label.config import LabelConfig
 from kinoray.label.ledger import Ledger, find_labellings
-from kinoray.label.plan import Plan, Survey, survey
-from kinoray.label.stage import LabelJob
-from kinoray.label.unit import JobRecord, labelling_id
+from kinoray.label.plan import Plan, Survey, survey, work_of
+from kinoray.label.stage import UNIT_COLUMNS, LabelJob
+from kinoray.label.unit import JobRecord, Unit, labelling_id
 from kinoray.network.build import VideoModel, check_clip, is_shipped, recipe_departures, trusted_network
 from kinoray.network.checkpoint import CheckpointMeta, find_checkpoint, load_meta, load_model
 from kinoray.network.forward import CPU_BATCH
@@ -53,6 +55,11 @@ class Labelling:
     """How the network makes one answer of its segments; None for one that sees them together, and with config.plan."""
     scratch: Scratch
     """Holds the keys, until it is closed or nobody has it."""
+
+    def work(self, units: Iterable[Unit]) -> Iterator[tuple[Unit, pa.Table]]:
+        """Units of the plan with their rows (UNIT_COLUMNS). Raises as `work_of`."""
+        for unit, rows in work_of(self.rows, self.found.keys, self.ledger.labelling_id, units):
+            yield unit, rows.select(list(UNIT_COLUMNS))
 
     @property
     def catalog(self) -> Catalog:
@@ -150,10 +157,11 @@ def _rows(
 ) -> Rows:
     """The rows of the split that is asked for: in memory where they are to be checked, else as a stream."""
     source = absolute(config.source)
-    whole = rows_of_source(storage, source) if check is None else catalog_of_source(storage, source)
+    whole: Rows = rows_of_source(storage, source) if check is None else catalog_of_source(storage, source)
     try:
         if isinstance(whole, Pieces):
             return whole.select(config.split, folder)
+        assert isinstance(whole, Catalog)
         rows = whole.select(config.split)
     except CatalogError as error:
         if check is not None and isinstance(whole, Catalog) and whole.table.column("label_id").null_count == len(whole):

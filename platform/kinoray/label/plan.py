@@ -10,7 +10,7 @@ come to the same plan.
 import io
 from collections import deque
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,17 @@ from kinoray.storage.pairs import Pairs, join_pairs
 from kinoray.storage.records import as_name
 from kinoray.storage.tables import parse_table
 
-__all__ = ["Plan", "Survey", "draft_plan", "gone_rows", "parse_units", "survey", "to_units", "work_of"]
+__all__ = [
+    "Plan",
+    "Survey",
+    "draft_plan",
+    "gone_rows",
+    "parse_units",
+    "survey",
+    "to_units",
+    "unfinished_keys",
+    "work_of",
+]
 
 _CHUNK = 2**18  # keys that are looked at at once; of whole bytes of bits
 _SHIFT = np.uint64(32)  # of a unit's number beside the place of a row in it
@@ -104,7 +114,7 @@ class Plan:
     """In the order of their first row in the catalog."""
     keys: Keys
     """Of all units, one after the other."""
-    path: Path | None = None
+    path: Path | None = field(default=None, compare=False)
     """Where they lie on this machine, for a plan that was just made."""
 
     @property
@@ -145,7 +155,7 @@ def draft_plan(
         def put(numbers: Numbers, *of_unit: Any) -> None:
             file.write(keys_in(numbers))
             ends.append((ends[-1] if ends else 0) + len(numbers))
-            about.append(of_unit)  # type: ignore[arg-type]
+            about.append(of_unit)
 
         for places, numbers in _cut(found.keys, free, unit_size):
             while taken and taken[0].first < places[0]:
@@ -250,6 +260,15 @@ def _groups(plan: Plan) -> Iterator[tuple[list[Unit], Numbers]]:
         yield group, plan.keys[begin:end].numbers()
 
 
+def unfinished_keys(plan: Plan, committed: Collection[str]) -> Numbers:
+    """The keys of the units that are not finished, uint64 [N]."""
+    found = [np.empty(0, np.uint64)]
+    for units, numbers in _groups(plan):
+        left = [unit.unit_id not in committed for unit in units]
+        found.append(numbers[np.repeat(left, [len(unit.keys) for unit in units])])
+    return np.concatenate(found)
+
+
 def _kept(unit: Unit) -> Places:
     """Which rows of a unit's part are in the plan's catalog, by their place in it."""
     assert unit.mask is not None
@@ -277,7 +296,7 @@ def _matches(units: Pairs, here: Pairs) -> Iterator[tuple[Numbers, Numbers, Plac
 
 
 def _is_free(free: NDArray[np.uint8], places: Places) -> NDArray[np.bool_]:
-    return (free[places >> 3] >> (places & 7).astype(np.uint8) & 1).astype(np.bool_)
+    return np.asarray(free[places >> 3] >> (places & 7).astype(np.uint8) & 1, np.bool_)
 
 
 def _take(free: NDArray[np.uint8], places: Places) -> None:
@@ -337,8 +356,9 @@ def _runs(rows: Pairs, names: Pairs) -> Iterator[tuple[int, Numbers, Places, Num
     held: tuple[Numbers, Places, Numbers] = (np.empty(0, np.uint64), np.empty(0, np.int64), np.empty(0, np.uint64))
     bits = rows.bits
     for (codes, places), (_, numbers) in zip(rows.buckets(bits), names.buckets(bits), strict=True):
-        columns = zip(held, (codes, places, numbers.view(np.uint64)), strict=True)
-        all_codes, all_places, all_numbers = (np.concatenate(pair) for pair in columns)
+        all_codes = np.concatenate([held[0], codes])
+        all_places = np.concatenate([held[1], places])
+        all_numbers = np.concatenate([held[2], numbers.view(np.uint64)])
         units = (all_codes >> _SHIFT).astype(np.int64)
         starts = [0, *(np.flatnonzero(units[1:] != units[:-1]) + 1).tolist()] if len(units) else []
         for start, end in pairwise(starts):  # the last may go on in the next bucket
@@ -358,8 +378,8 @@ def gone_rows(
     for (numbers, codes), (known, _) in join_pairs(older.finished, here):
         missing = ~np.isin(numbers, known)
         gone.add(codes[missing].view(np.uint64), codes[missing])
-    for unit, codes, *_ in _runs(gone, gone):
-        yield older.ids[unit], (codes & np.uint64(2**32 - 1)).astype(np.int64)
+    for unit, found, *_ in _runs(gone, gone):
+        yield older.ids[unit], (found & np.uint64(2**32 - 1)).astype(np.int64)
 
 
 # The work that a plan is
@@ -398,7 +418,8 @@ def _places(unit: Unit, keys: Keys, labelling_id: str) -> tuple[Numbers, Places]
         numbers = keys[unit.first : unit.last + 1].numbers()
         if unit_id_of(labelling_id, numbers) == unit.unit_id:  # so the stored keys need not be fetched
             return numbers, np.arange(unit.first, unit.last + 1)
-    wanted = Keys.numbers(unit.keys) if isinstance(unit.keys, Keys) else Keys.from_texts(unit.keys).numbers()
+    assert isinstance(unit.keys, Keys)
+    wanted = unit.keys.numbers()
     order = np.argsort(wanted)
     places = np.full(len(wanted), -1, np.int64)
     start = unit.first

@@ -25,7 +25,7 @@ import pyarrow.parquet as pq
 
 from kinoray.config.scoring import ScoreKind, WindowsConfig
 from kinoray.config.shared import ModelConfig, digest
-from kinoray.label.keys import Numbers, keys_in
+from kinoray.label.keys import KEY_PATTERN, Numbers, keys_in
 from kinoray.storage.records import as_name, as_seconds, parse_json, record_of
 from kinoray.storage.tables import parse_table
 
@@ -320,6 +320,8 @@ def _check_values(table: pa.Table, num_classes: int | None) -> None:
             column = pc.list_flatten(column)
             if column.null_count:
                 raise ValueError(f"column {field.name} holds a list with a null")
+        if field.name == "row_key":
+            _require(field.name, pc.match_substring_regex(column, KEY_PATTERN))
         if field.name in _SCORES:
             _require(field.name, pc.and_(pc.greater_equal(column, 0), pc.less_equal(column, 1)))
         elif field.name in _FINITE:

@@ -120,8 +120,7 @@ def run_labelling(labelling: Labelling, resources: WorkersConfig, task: str, *, 
         progress = Progress(plan.num_rows, task, "videos", already=already)
         with kept_if_interrupted(lambda: _kept(ledger, plan) if is_kept else "nothing is kept"):
             units = _rotated(missing, labelling.job.run_id)
-            work = work_of(labelling.rows, labelling.found.keys, ledger.labelling_id, units)
-            for result in run_units(labelling, work, len(units), resources, task, progress):
+            for result in run_units(labelling, labelling.work(units), len(units), resources, task, progress):
                 stages.update({stage: result[f"{stage}_s"] for stage in STAGES})
                 progress.note(f"bound by {bound_stage(stages)}")
                 progress.update(result["rows"], part=result["unit_id"], quarantined=result["quarantined"])
@@ -200,12 +199,12 @@ def preview(labelling: Labelling) -> Preview:
     num_to_do = sum(len(unit.keys) for unit in missing)
     size_bytes: int | None = 0
     empty, first_empty = 0, ""
-    for _, table in work_of(labelling.rows, labelling.found.keys, ledger.labelling_id, missing):
+    for _, rows in work_of(labelling.rows, labelling.found.keys, ledger.labelling_id, missing):
         if before:
-            to_do.add(_places_of(table), np.zeros(table.num_rows, np.int64))
-        sizes = table.column("size_bytes")
+            to_do.add(_places_of(rows), np.zeros(rows.num_rows, np.int64))
+        sizes = rows.column("size_bytes")
         size_bytes = None if size_bytes is None or sizes.null_count else size_bytes + pc.sum(sizes).as_py()
-        none = table.column("uri").filter(pc.fill_null(pc.equal(sizes, 0), False))
+        none = rows.column("uri").filter(pc.fill_null(pc.equal(sizes, 0), False))
         empty += len(none)
         first_empty = first_empty or (none[0].as_py() if len(none) else "")
     changed = 0

@@ -21,8 +21,8 @@ from kinoray.catalog.source import decode_text, parse_table_text
 from kinoray.catalog.table import CATALOG_SCHEMA, Catalog, catalog_of_source, save_catalog
 from kinoray.console import many
 from kinoray.errors import CatalogError
+from kinoray.label.keys import row_keys
 from kinoray.label.ledger import Ledger, open_ledger
-from kinoray.label.unit import row_keys
 from kinoray.library.config import CorrectConfig
 from kinoray.library.rows import BAD_VIDEO, class_names, scan, undefused
 from kinoray.pack.plan import drawn_to_val

@@ -24,7 +24,9 @@ from kinoray.evaluation.metrics import (
     class_counts,
     count_confusion,
 )
+from kinoray.label.keys import numbers_of
 from kinoray.label.ledger import open_ledger, read_predictions
+from kinoray.label.plan import unfinished_keys
 from kinoray.library.rows import first_item
 from kinoray.storage.objects import Storage
 
@@ -101,9 +103,8 @@ def read_result(storage: Storage, predictions: str) -> ResultTable:
             f"{predictions} holds no finished rows yet; run kinoray label, or wait for its first unit, then this"
         )
     plans = ledger.plans()
-    pending = {key for plan in plans for unit in plan.units if unit.unit_id not in committed for key in unit.keys}
-    if pending:
-        pending.difference_update(rows["row_key"].to_pylist())
+    pending = np.concatenate([np.empty(0, np.uint64), *(unfinished_keys(plan, committed) for plan in plans)])
+    pending = np.setdiff1d(pending, numbers_of(rows["row_key"]))
     return ResultTable(
         rows=rows,
         labels=ledger.job().labels,
