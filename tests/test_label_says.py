@@ -70,9 +70,8 @@ def label_here(config: LabelConfig) -> list[dict[str, Any]]:
     """All units that are missing, by a worker in this process, as label would; what it says of them."""
     labelling = open_labelling(config, "label")
     worker, done, said = LabelUnits(labelling.job), labelling.ledger.committed(), []
-    for unit, rows in labelling.work(labelling.plan.units):
-        if unit.unit_id not in done:
-            said += worker(pa.Table.from_pylist([pack_unit(unit, rows)])).to_pylist()
+    for unit, rows in labelling.work(unit for unit in labelling.plan.units if unit.unit_id not in done):
+        said += worker(pa.Table.from_pylist([pack_unit(unit, rows)])).to_pylist()
     return said
 
 
