@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.dataset as pads
 import pyarrow.parquet as pq
 import pytest
+from deltalake import DeltaTable
 
 from kinoray.catalog.table import Catalog, save_catalog
 from kinoray.config.scoring import WindowsConfig
@@ -376,6 +377,8 @@ def test_windows_are_rows_of_their_own(tmp_path: Path, capsys: pytest.CaptureFix
         for window in range(index + 1)
     ]
     assert written(config, tmp_path / "rows") == expected
+    labels(replace(config, format="delta", to=str(tmp_path / "table")))
+    assert DeltaTable(tmp_path / "table").to_pyarrow_table().to_pylist() == expected
     some = written(replace(config, label=("green",), status=("labelled",)), tmp_path / "rows")
     assert some == [row for row in expected if row["label"] == "green"]
     last = written(replace(config, sort="video_id", descending=True, limit=2), tmp_path / "rows")
