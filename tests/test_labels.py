@@ -15,7 +15,6 @@ import pyarrow as pa
 import pyarrow.dataset as pads
 import pyarrow.parquet as pq
 import pytest
-from deltalake import DeltaTable
 
 from kinoray.catalog.table import Catalog, save_catalog
 from kinoray.config.scoring import WindowsConfig
@@ -353,6 +352,8 @@ def test_wrong_settings_are_named(changes: Row, message: str) -> None:
 
 def test_windows_are_rows_of_their_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """v0000 has one window, v0001 two, v0002 three; the class of window n is that of the video with that number."""
+    from deltalake import DeltaTable
+
     ledger = Ledger(Storage(), str(tmp_path / "out"))
     ledger.pin_job(job_record(windows=WindowsConfig(length_s=2.0, stride_s=2.0)))
     catalog = library(3)
