@@ -11,7 +11,7 @@ setup: .venv/ready
 	@command -v $(PYTHON) >/dev/null || { echo "make: Python 3.11 or newer is needed; set PYTHON=/path/to/python3" >&2; exit 1; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	    { echo "make: Python 3.11 or newer is needed, found $$($(PYTHON) --version); set PYTHON=..." >&2; exit 1; }
-	@echo "setting up .venv (about 6.5 GB: the ordinary torch build; a few minutes)"
+	@echo "setting up .venv (about 7 GB: the ordinary torch build; a few minutes)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --editable '.[dev,s3-demo]'
 	@touch $@

@@ -353,6 +353,8 @@ def test_wrong_settings_are_named(changes: Row, message: str) -> None:
 
 def test_windows_are_rows_of_their_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """v0000 has one window, v0001 two, v0002 three; the class of window n is that of the video with that number."""
+    from deltalake import DeltaTable
+
     ledger = Ledger(Storage(), str(tmp_path / "out"))
     ledger.pin_job(job_record(windows=WindowsConfig(length_s=2.0, stride_s=2.0)))
     catalog = library(3)
@@ -377,6 +379,8 @@ def test_windows_are_rows_of_their_own(tmp_path: Path, capsys: pytest.CaptureFix
         for window in range(index + 1)
     ]
     assert written(config, tmp_path / "rows") == expected
+    labels(replace(config, format="delta", to=str(tmp_path / "table")))
+    assert DeltaTable(tmp_path / "table").to_pyarrow_table().to_pylist() == expected
     some = written(replace(config, label=("green",), status=("labelled",)), tmp_path / "rows")
     assert some == [row for row in expected if row["label"] == "green"]
     last = written(replace(config, sort="video_id", descending=True, limit=2), tmp_path / "rows")

@@ -48,6 +48,7 @@ RECORDS = {
     "train": "run.json",
     "tune": "sweep.json",
     "label": "0f/job.json",
+    "labels": "_by_kinoray.json",
     "correct": "corrections.json",
     "export": "quarantined.jsonl",
     "report": "data/site.js",

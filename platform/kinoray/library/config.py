@@ -30,13 +30,13 @@ def _check_share(name: str, value: float | None) -> None:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LabelsConfig(PredictionsConfig):
-    """Read predictions: filter them, join them with a catalog, and print them or write them to a file.
+    """Read predictions: filter them, join them with a catalog, and print them or write them to a file or a table.
 
     Example: kinoray labels labels/library --status labelled --margin 0 0.1 --sort margin --limit 20
 
     All filters must hold. Without --format it prints a table for the eyes, the first 50 rows unless --limit says more;
-    csv, jsonl and parquet have all rows. A CSV is safe to open in a spreadsheet: text that would be taken for a formula
-    starts with a quote sign.
+    all other formats have all rows. A CSV is safe to open in a spreadsheet: text that would be taken for a formula
+    starts with a quote sign. lance, iceberg and delta are tables, which each run replaces in one commit.
     """
 
     status: tuple[Literal["labelled", "quarantined", "skipped", "abstained"], ...] = ()
@@ -60,10 +60,10 @@ class LabelsConfig(PredictionsConfig):
     """Sort with the largest first."""
     limit: int | None = None
     """At most so many rows."""
-    format: Literal["table", "csv", "jsonl", "parquet"] = "table"
-    """What is printed or written."""
+    format: Literal["table", "csv", "jsonl", "parquet", "lance", "iceberg", "delta"] = "table"
+    """What is printed or written. lance, iceberg and delta each need an extra: pip install 'kinoray[delta]'."""
     to: str = ""
-    """File or s3:// object to write. Default: print it."""
+    """File or s3:// object to write; for lance, iceberg and delta a folder or s3:// prefix. Default: print it."""
     summary: bool = False
     """Say instead how many videos have each class, with which mean score, and where the labelling's time went: the
     start, what workers waited for, the slowest units. It may be asked while the job runs; --to then writes the units'
@@ -79,6 +79,8 @@ class LabelsConfig(PredictionsConfig):
         require(self.limit is None or self.limit >= 0, "limit", "at least 0", self.limit)
         require(not self.descending or bool(self.sort), "descending", "given with --sort only", self.descending)
         require(self.format != "parquet" or bool(self.to), "to", "a file with --format parquet", self.to)
+        is_printed = self.format in ("table", "csv", "jsonl", "parquet")
+        require(is_printed or bool(self.to), "to", f"a folder or s3:// prefix with --format {self.format}", self.to)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -20,6 +20,7 @@ from kinoray.errors import CatalogError, ConfigError, ObjectNotFound
 from kinoray.label.ledger import Ledger, find_labellings, open_ledger
 from kinoray.label.summary import summarise
 from kinoray.library.config import LabelsConfig
+from kinoray.library.lakehouse import TABLE_FORMATS, require_table, write_table
 from kinoray.library.rows import (
     LABEL_SCHEMA,
     WINDOW_LABEL_SCHEMA,
@@ -95,7 +96,9 @@ def labels(config: LabelsConfig) -> dict[str, Any]:
         KinorayError: the table cannot be read, or the file not be written.
     """
     storage = Storage(config.storage)
-    if config.to:
+    if config.format in TABLE_FORMATS and not config.summary:
+        require_table(storage, config.to, config.format)
+    elif config.to:
         require_file("to", config.to)
     if config.summary:
         return _summary(storage, config)
@@ -124,9 +127,7 @@ def labels(config: LabelsConfig) -> dict[str, Any]:
         more = "; --limit N shows more" if num_rows < seen.matched else ""
         print(f"labels: {num_rows:,} of {many(seen.matched, 'row')}{more}")
     else:
-        num_rows = _write(storage, config, tables, schema)
-        if joined:
-            joined.check()
+        num_rows = _write(storage, config, _checked(tables, joined), schema, ledger.root)
     if joined and joined.num_unmet:
         have = "has" if joined.num_unmet == 1 else "have"
         print(f"labels: {many(joined.num_unmet, 'row')} {have} no video in {joined.uri}", file=sys.stderr)
@@ -280,11 +281,22 @@ def _limited(tables: Iterator[pa.Table], limit: int | None, seen: _Seen) -> Iter
         yield table
 
 
-def _write(storage: Storage, config: LabelsConfig, tables: Iterator[pa.Table], schema: pa.Schema) -> int:
+def _checked(tables: Iterator[pa.Table], joined: _Joined | None) -> Iterator[pa.Table]:
+    """The tables; of a wrong catalog they end in an error, before a file or a table is there."""
+    yield from tables
+    if joined:
+        joined.check()
+
+
+def _write(storage: Storage, config: LabelsConfig, tables: Iterator[pa.Table], schema: pa.Schema, origin: str) -> int:
     kind: Literal["csv", "jsonl"] = "csv" if config.format == "csv" else "jsonl"
     if not config.to:
         return write_text(tables, schema.names, kind, exact_stdout())
     target = absolute(config.to)
+    if config.format in ("lance", "iceberg", "delta"):
+        num_rows, version = write_table(storage, target, config.format, tables, schema, origin)
+        print(f"labels: {many(num_rows, 'row')} in {target}, {version}", flush=True)
+        return num_rows
     with scratch_folder("labels") as folder:
         path = Path(folder) / "rows"
         if config.format == "parquet":

@@ -31,6 +31,7 @@ __all__ = [
     "LABEL_SCHEMA",
     "WINDOW_LABEL_SCHEMA",
     "Where",
+    "blocks",
     "class_names",
     "defused",
     "first_item",
@@ -51,6 +52,7 @@ _FIRST = {"label": "label_topk", "score": "score_topk"}
 _WINDOW = 256  # units that are prefetched, so that a slow one holds no whole table
 _FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n", "\uff1d", "\uff0b", "\uff0d", "\uff20")  # the last: full-width forms
 _ROW_GROUP = 65_536
+_BLOCK_BYTES = 64 * 2**20  # of rows with embeddings, which may take kilobytes each
 _NARROW: dict[pa.DataType, Callable[[float], Any]] = {pa.float16(): np.float16, pa.float32(): np.float32}
 
 
@@ -249,20 +251,27 @@ def _cell(value: Any) -> Any:
 def write_parquet(tables: Iterable[pa.Table], schema: pa.Schema, path: Path) -> int:
     """Write the rows as one Parquet file with row groups of a useful size, and return how many there were."""
     num_rows = 0
-    held = 0
-    waiting: list[pa.Table] = []
     with pq.ParquetWriter(path, schema, compression="zstd") as writer:
-        for table in tables:
-            waiting.append(table)
-            num_rows += len(table)
-            held += len(table)
-            if held >= _ROW_GROUP:
-                writer.write_table(pa.concat_tables(waiting).cast(schema), row_group_size=_ROW_GROUP)
-                waiting = []
-                held = 0
-        if waiting:
-            writer.write_table(pa.concat_tables(waiting).cast(schema), row_group_size=_ROW_GROUP)
+        for block in blocks(tables, schema):
+            writer.write_table(block, row_group_size=_ROW_GROUP)
+            num_rows += len(block)
     return num_rows
+
+
+def blocks(tables: Iterable[pa.Table], schema: pa.Schema) -> Iterator[pa.Table]:
+    """The rows as tables of this schema, as long as a row group should be, or as wide rows in memory allow."""
+    held: list[pa.Table] = []
+    num_rows = num_bytes = 0
+    for table in tables:
+        held.append(table)
+        num_rows += len(table)
+        num_bytes += table.nbytes
+        if num_rows >= _ROW_GROUP or num_bytes >= _BLOCK_BYTES:
+            yield pa.concat_tables(held).cast(schema)
+            held = []
+            num_rows = num_bytes = 0
+    if num_rows:
+        yield pa.concat_tables(held).cast(schema)
 
 
 def print_table(table: pa.Table) -> None:

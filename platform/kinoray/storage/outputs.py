@@ -18,14 +18,15 @@ from kinoray.storage.objects import Storage, absolute, is_s3, join
 
 __all__ = ["Writer", "require_file", "require_folder", "require_places"]
 
-Writer = Literal["pack", "train", "tune", "label", "correct", "export", "report", "import", "demo", "doctor"]
-"""Whose folder it is to be; `label` stands for all that label."""
+Writer = Literal["pack", "train", "tune", "label", "labels", "correct", "export", "report", "import", "demo", "doctor"]
+"""Whose folder it is to be; `label` stands for all that label, `labels` writes tables."""
 
 _OWN: Mapping[Writer, tuple[str, ...]] = {
     "pack": ("pack.json", "plan.json"),
     "train": ("run.json", "trial.json"),
     "tune": ("sweep.json",),
     "label": ("*/job.json", "evaluation.json", "calibration.json"),
+    "labels": ("_by_kinoray.json",),
     "correct": ("corrections.json",),
     "export": ("quarantined.jsonl",),
     "report": ("data/site.js",),
@@ -40,6 +41,7 @@ _WHAT = {
     "train": "a training run",
     "tune": "a sweep",
     "label": "labellings",
+    "labels": "a table of labels",
     "correct": "a corrected set",
     "export": "an export",
     "report": "a report",

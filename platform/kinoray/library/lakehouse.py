@@ -1,0 +1,306 @@
+"""Rows as a table of a lakehouse: Lance, Iceberg or Delta, written by the format's own library in one commit.
+
+A second write replaces all rows by one commit, too, and what the table held before stays readable as its last version;
+a write that is killed, or whose rows end in an error, commits nothing. Rows pass through in record batches, and files
+have up to a million rows or about 128 MB.
+
+What is easy to break: the libraries make one text of whatever ends the rows, so our own errors are kept aside; and they
+wait in native code where Ctrl-C is not heard, so they run in a thread.
+"""
+
+import importlib
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Any, Literal
+from uuid import uuid4
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from kinoray.errors import ConfigError, KinorayError, ObjectNotFound, StorageError
+from kinoray.library.rows import blocks
+from kinoray.storage.objects import Storage, absolute, arrow_filesystem, is_s3, join
+from kinoray.storage.outputs import require_folder
+from kinoray.storage.s3 import endpoint_of
+
+__all__ = ["TABLE_FORMATS", "TableFormat", "require_table", "write_table"]
+
+TableFormat = Literal["lance", "iceberg", "delta"]
+
+TABLE_FORMATS: dict[str, str] = {"lance": "lance", "iceberg": "pyiceberg", "delta": "deltalake"}
+"""The formats, and the module of each that must be installed."""
+
+_RECORD = "_by_kinoray.json"  # "_": no reader takes it for data and no vacuum removes it; sorted before _delta_log/
+_FROM = "kinoray.predictions"  # names, in each version of a table, the labelling that its rows are of
+_FILE_BYTES = 128 * 2**20
+_FILE_ROWS = 2**20
+_ID = b"PARQUET:field_id"
+
+
+def require_table(storage: Storage, to: str, kind: str) -> None:
+    """Refuse what cannot become a table of this format; nothing is changed by asking.
+
+    Raises:
+        ConfigError: the format's library is not installed; or the folder holds what is not ours, or cannot be written.
+    """
+    try:
+        importlib.import_module(TABLE_FORMATS[kind])
+    except ModuleNotFoundError as error:
+        raise ConfigError(f"format {kind} needs {TABLE_FORMATS[kind]}: pip install 'kinoray[{kind}]'") from error
+    place = absolute(to).rstrip("/")
+    if any(letter in place for letter in "%?#"):
+        raise ConfigError(f"to {place}: choose a folder without % ? # in its name, which the libraries read as a URL's")
+    if kind != "iceberg" and is_s3(place) and storage.config.addressing == "virtual" and endpoint_of(storage.config):
+        raise ConfigError(f"storage.addressing must be path or auto for {kind} at an endpoint of its own, got virtual")
+    require_folder(storage, "to", to, "labels")
+    try:
+        found = storage.read(join(place, _RECORD))
+    except ObjectNotFound:
+        return
+    if found != _record_of(kind):
+        raise ConfigError(f"to {place} is a table of another format ({_RECORD}), not {kind}: choose an empty folder")
+
+
+def write_table(
+    storage: Storage, to: str, kind: TableFormat, tables: Iterable[pa.Table], schema: pa.Schema, origin: str
+) -> tuple[int, str]:
+    """Write the rows as all that the table holds, and return how many there were and the name of this version.
+
+    float16 becomes float32, since neither Iceberg nor Delta nor those who read Arrow for DuckDB know it.
+
+    Args:
+        to: folder or s3:// prefix that `require_table` has let pass.
+        origin: the labelling that the rows are of; the commit names it.
+
+    Raises:
+        ConfigError: the table that is there has other columns.
+        StorageError: it could not be written, or somebody else changed it meanwhile.
+        Else what the rows end in; nothing was committed then.
+    """
+    place = absolute(to).rstrip("/")
+    storage.put_if_absent(join(place, _RECORD), _record_of(kind))
+    schema = pa.schema([field.with_type(_widened(field.type)) for field in schema])
+    source = _Source(blocks(tables, schema))
+    target = _Target(storage, place, pa.RecordBatchReader.from_batches(schema, iter(source)), {_FROM: origin})
+    writers: dict[TableFormat, Callable[[_Target], str]] = {
+        "lance": _write_lance,
+        "iceberg": _write_iceberg,
+        "delta": _write_delta,
+    }
+    try:
+        with ThreadPoolExecutor(1, thread_name_prefix="write-table") as pool:
+            future = pool.submit(writers[kind], target)
+            try:
+                version = future.result()
+                return source.num_rows, version
+            except KeyboardInterrupt:
+                source.is_stopped = True
+                raise
+    except KinorayError:
+        raise
+    except Exception as error:
+        if source.error is not None:
+            raise source.error from None
+        lines = str(error).splitlines() or [type(error).__name__]
+        raise StorageError(f"{place}: the {kind} table could not be written: {lines[0]}") from error
+
+
+def _record_of(kind: str) -> bytes:
+    return f'{{"format": "{kind}"}}\n'.encode()
+
+
+def _widened(kind: pa.DataType) -> pa.DataType:
+    if pa.types.is_list(kind):
+        return pa.list_(_widened(kind.value_type))
+    return pa.float32() if pa.types.is_float16(kind) else kind
+
+
+class _Source:
+    """Record batches of blocks, how many rows have passed, and what ended them before their time."""
+
+    def __init__(self, tables: Iterable[pa.Table]) -> None:
+        self._tables = tables
+        self.num_rows = 0
+        self.error: Exception | None = None
+        self.is_stopped = False
+
+    def __iter__(self) -> Iterator[pa.RecordBatch]:
+        try:
+            for table in self._tables:
+                if self.is_stopped:
+                    raise InterruptedError("stopped")
+                self.num_rows += len(table)
+                yield from table.combine_chunks().to_batches()
+        except Exception as error:
+            self.error = error
+            raise
+
+
+@dataclass(frozen=True, slots=True)
+class _Target:
+    """What is written, and where."""
+
+    storage: Storage
+    place: str
+    rows: pa.RecordBatchReader
+    about: dict[str, str]
+
+    def require_columns(self, found: Iterable[tuple[str, Any]], expected: Iterable[tuple[str, Any]]) -> None:
+        """Refuse to replace a table by one of other columns: what reads it would break."""
+        there, ours = ([f"{name} {kind}" for name, kind in columns] for columns in (found, expected))
+        if there == ours:
+            return
+        missing = ", ".join(column for column in ours if column not in there)
+        more = ", ".join(column for column in there if column not in ours)
+        what = f"expected {missing or 'no other'}, found {more or 'none in their place'}"
+        raise ConfigError(
+            f"to {self.place} is a table of other columns, or in another order ({what}): choose an empty folder, or "
+            f"the --columns that it has"
+        )
+
+
+# Lance and Delta find their files by themselves, with the credentials of the usual AWS chain
+
+
+def _s3_options(target: _Target) -> dict[str, str]:
+    if not is_s3(target.place):
+        return {}
+    config = target.storage.config
+    endpoint = endpoint_of(config)
+    options = {"aws_virtual_hosted_style_request": str(config.addressing == "virtual").lower()}
+    if config.region:
+        options["aws_region"] = config.region
+    if endpoint:
+        options |= {"aws_endpoint": endpoint, "allow_http": str(endpoint.startswith("http://")).lower()}
+    return options
+
+
+def _write_lance(target: _Target) -> str:
+    import lance
+
+    options = _s3_options(target)
+    is_there = any(target.storage.list(f"{target.place}/_versions/"))
+    if is_there:
+        there = lance.dataset(target.place, storage_options=options).schema
+        target.require_columns(
+            *(((field.name, field.type) for field in schema) for schema in (there, target.rows.schema))
+        )
+    made = lance.write_dataset(
+        target.rows,
+        target.place,
+        mode="overwrite" if is_there else "create",
+        max_rows_per_file=_FILE_ROWS,
+        max_bytes_per_file=_FILE_BYTES,
+        storage_options=options,
+        transaction_properties=target.about,
+    )
+    return f"version {made.version}"
+
+
+def _write_delta(target: _Target) -> str:
+    from deltalake import CommitProperties, DeltaTable, Schema, WriterProperties, write_deltalake
+
+    options = _s3_options(target)
+    uri = target.place if is_s3(target.place) else Path(target.place).as_uri()
+    there = DeltaTable(uri, storage_options=options) if DeltaTable.is_deltatable(uri, options) else None
+    if there:
+        schemas = (there.schema(), Schema.from_arrow(target.rows.schema))
+        target.require_columns(*(((field.name, field.type) for field in schema.fields) for schema in schemas))
+    write_deltalake(
+        there or uri,
+        target.rows,
+        mode="overwrite" if there else "error",
+        storage_options=options,
+        target_file_size=_FILE_BYTES,
+        writer_properties=WriterProperties(compression="ZSTD", max_row_group_size=65_536),
+        commit_properties=CommitProperties(custom_metadata=target.about),
+    )
+    return f"version {(there or DeltaTable(uri, storage_options=options)).version()}"
+
+
+# Iceberg leaves it to a catalog which metadata are the table's. Ours is the folder itself, as Hadoop tables have it:
+# metadata/vN.metadata.json with the highest N, of which the first to write it wins; version-hint.text says where to
+# begin looking.
+
+
+def _write_iceberg(target: _Target) -> str:
+    from pyiceberg.catalog.noop import NoopCatalog
+    from pyiceberg.io.pyarrow import PyArrowFileIO, parquet_file_to_data_file, pyarrow_to_schema
+    from pyiceberg.partitioning import UNPARTITIONED_PARTITION_SPEC
+    from pyiceberg.serializers import FromInputFile
+    from pyiceberg.table import Table
+    from pyiceberg.table.metadata import new_table_metadata
+    from pyiceberg.table.sorting import UNSORTED_SORT_ORDER
+
+    io = PyArrowFileIO()
+    if is_s3(target.place):
+        filesystem, _ = arrow_filesystem(target.storage.config, target.place)
+        io.fs_by_scheme = lambda scheme, netloc: filesystem
+    arrow_schema = _numbered(target.rows.schema)
+    schema = pyarrow_to_schema(arrow_schema)
+    version = _iceberg_version(target)
+    if version:
+        metadata = FromInputFile.table_metadata(io.new_input(_iceberg_metadata(target, version)))
+        columns = (((field.name, field.field_type) for field in known.fields) for known in (metadata.schema(), schema))
+        target.require_columns(*columns)
+    else:
+        metadata = new_table_metadata(schema, UNPARTITIONED_PARTITION_SPEC, UNSORTED_SORT_ORDER, target.place)
+    table = Table(("labels",), metadata, _iceberg_metadata(target, version), io, NoopCatalog("folder"))
+    transaction = table.transaction()
+    with transaction.update_snapshot(snapshot_properties=target.about).overwrite() as snapshot:
+        for task in table.scan().plan_files():
+            snapshot.delete_data_file(task.file)
+        for uri in _write_parquet_files(target, arrow_schema, io):
+            snapshot.append_data_file(parquet_file_to_data_file(io, metadata, uri))
+    made = transaction.table_metadata
+    ours = _iceberg_metadata(target, version + 1)
+    if not target.storage.put_if_absent(ours, made.model_dump_json().encode()):
+        raise StorageError(f"{ours} was written by somebody else meanwhile, so nothing was changed; run it again")
+    target.storage.put(join(target.place, "metadata", "version-hint.text"), str(version + 1).encode())
+    return f"snapshot {made.current_snapshot_id}"
+
+
+def _iceberg_metadata(target: _Target, version: int) -> str:
+    return join(target.place, "metadata", f"v{version}.metadata.json")
+
+
+def _iceberg_version(target: _Target) -> int:
+    """The latest; 0 if there is none."""
+    try:
+        version = int(target.storage.read(join(target.place, "metadata", "version-hint.text")))
+    except ObjectNotFound:
+        version = 0
+    while target.storage.exists(_iceberg_metadata(target, version + 1)):  # its writer was killed before the hint
+        version += 1
+    return version
+
+
+def _numbered(schema: pa.Schema) -> pa.Schema:
+    """The schema with Iceberg's ids: columns first, then what is inside of lists, as Iceberg itself gives them out."""
+    fields = []
+    inner = len(schema)
+    for number, field in enumerate(schema, 1):
+        kind = field.type
+        if pa.types.is_list(kind):
+            inner += 1
+            kind = pa.list_(pa.field("element", kind.value_type, metadata={_ID: str(inner)}))
+        fields.append(pa.field(field.name, kind, field.nullable, {_ID: str(number)}))
+    return pa.schema(fields)
+
+
+def _write_parquet_files(target: _Target, schema: pa.Schema, io: Any) -> Iterator[str]:
+    """Write the rows as files of a useful size, and say where each is."""
+    batches = iter(target.rows)
+    for first in batches:
+        uri = join(target.place, "data", f"{uuid4().hex}.parquet")
+        num_rows = 0
+        with io.new_output(uri).create() as sink, pq.ParquetWriter(sink, schema, compression="zstd") as writer:
+            for batch in chain((first,), batches):
+                writer.write_table(pa.Table.from_batches([batch]).cast(schema))
+                num_rows += len(batch)
+                if num_rows >= _FILE_ROWS or sink.tell() >= _FILE_BYTES:
+                    break
+        yield uri
