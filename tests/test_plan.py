@@ -1,0 +1,339 @@
+"""Plans of libraries larger than memory: keys in files, catalogs in many files, what is taken over and read."""
+
+import hashlib
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kinoray.catalog.pieces import Pieces, find_pieces
+from kinoray.catalog.table import CATALOG_SCHEMA, Catalog, load_catalog, rows_of_source, save_catalog
+from kinoray.config.shared import StorageConfig
+from kinoray.errors import CatalogError, IncompleteOutput, ObjectNotFound
+from kinoray.label import plan as plan_module
+from kinoray.label.keys import Keys, Tally, numbers_of, row_keys
+from kinoray.label.plan import Plan, Survey, draft_plan, gone_rows, survey, work_of
+from kinoray.storage import pairs as pairs_module
+from kinoray.storage.objects import Storage
+from kinoray.storage.pairs import Pairs, join_pairs
+from small_tables import drafted, library
+
+LOCAL = Storage()
+LABELLING = "labelling"
+
+
+@pytest.fixture
+def small_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So few are held at once that a handful of rows are many runs, buckets and chunks."""
+    monkeypatch.setattr(pairs_module, "_RUN", 8)
+    monkeypatch.setattr(plan_module, "_CHUNK", 16)
+    monkeypatch.setattr(plan_module, "_SPREAD_ROWS", 2)
+    monkeypatch.setattr(plan_module, "_SPREAD", 2)
+
+
+# Numbers that are sorted on disk
+
+
+@settings(deadline=None, derandomize=True)
+@given(numbers=st.lists(st.integers(0, 2**64 - 1) | st.integers(0, 9), max_size=100), cut=st.integers(1, 20))
+def test_pairs_come_back_sorted_and_equal_keys_in_the_order_in_which_they_came(
+    numbers: list[int], cut: int, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pairs_module, "_RUN", 8)
+        pairs = Pairs(tmp_path_factory.getbasetemp())
+        keys = np.array(numbers, np.uint64)
+        for start in range(0, len(keys), cut):
+            part = keys[start : start + cut]
+            pairs.add(part, np.arange(start, start + len(part)))
+        order = np.argsort(keys, kind="stable")
+        for bits in (None, 0, 3):
+            found = list(pairs.buckets(bits))
+            assert np.concatenate([bucket for bucket, _ in found]).tolist() == keys[order].tolist()
+            assert np.concatenate([places for _, places in found]).tolist() == order.tolist()
+        assert len(pairs) == len(numbers)
+        several = {number for number in numbers if numbers.count(number) > 1}
+        assert {key for bucket, _ in pairs.repeated() for key in bucket.tolist()} == several
+
+
+def test_two_sets_are_joined_bucket_by_bucket(small_runs: None, tmp_path: Path) -> None:
+    random = np.random.default_rng(0)
+    left, right = random.integers(2**64, size=(2, 300), dtype=np.uint64)
+    right[:100] = left[:100]
+    one, other = Pairs(tmp_path), Pairs(tmp_path)
+    one.add(left, np.arange(300))
+    other.add(right[::-1], np.arange(300))
+    met = [np.intersect1d(a, b) for (a, _), (b, _) in join_pairs(one, other)]
+    assert np.concatenate(met).tolist() == sorted(left[:100].tolist())
+
+
+# Keys
+
+
+@settings(deadline=None, derandomize=True)
+@given(st.lists(st.integers(0, 2**64 - 1), max_size=20))
+def test_keys_are_the_same_as_numbers_and_as_texts(numbers: list[int]) -> None:
+    keys = Keys.of(np.array(numbers, np.uint64))
+    texts = [f"k{number:016x}" for number in numbers]
+    assert list(keys) == texts == keys.texts().to_pylist()
+    assert numbers_of(pa.array(texts, pa.string())).tolist() == numbers
+    assert Keys.from_texts(texts) == keys
+    assert keys[3:9] == texts[3:9]
+
+
+@pytest.mark.parametrize(
+    "text", ["", "k", "0" * 17, "K" + "0" * 16, "k" + "0" * 15, "k" + "G" * 16, "k\u00e9" + "0" * 14]
+)
+def test_what_is_no_key_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="is not `k` and 16 hex digits"):
+        numbers_of(pa.array(["k" + "0" * 16, text, "k" + "1" * 16]))
+
+
+def test_a_tally_tells_collections_apart_and_not_their_orders() -> None:
+    keys = np.random.default_rng(0).integers(2**64, size=1000, dtype=np.uint64)
+
+    def tally(*parts: Any) -> Tally:
+        found = Tally()
+        for part in parts:
+            found.add(np.asarray(part, np.uint64))
+        return found
+
+    assert tally(keys) == tally(keys[500:], keys[:500][::-1])
+    assert tally(keys) != tally(keys[1:])
+    assert tally(keys) != tally(keys[1:], keys[1:2])
+    assert tally([1, 4]) != tally([2, 3])
+
+
+# Plans, against the plainest way to make them
+
+
+def plain_plan(
+    keys: Sequence[str], unit_size: int, older: Sequence[Plan], committed: Collection[str]
+) -> list[tuple[list[str], int]]:
+    """Keys and rows of each unit, with everything in memory, as docs/guarantees.md has it."""
+    position = {key: row for row, key in enumerate(keys)}
+    free = set(keys)
+    taken: dict[str, tuple[list[str], int]] = {}
+    units = [unit for plan in older for unit in plan.units]
+    for finished in (True, False):
+        for unit in units:
+            mine = [key for key in unit.keys if key in free]
+            rows = sorted(position[key] for key in mine)
+            near = not rows or rows[-1] - rows[0] < 2 * unit.num_rows + 2
+            fits = unit.unit_id in committed if finished else len(mine) == unit.num_rows and near
+            if mine and fits and unit.unit_id not in taken:
+                taken[unit.unit_id] = (mine, unit.num_rows)
+                free.difference_update(mine)
+    new = [key for key in keys if key in free]
+    found = [*taken.values(), *((new[at : at + unit_size], 0) for at in range(0, len(new), unit_size))]
+    found.sort(key=lambda unit: min(position[key] for key in unit[0]))
+    return [(mine, num_rows or len(mine)) for mine, num_rows in found]
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(
+    catalogs=st.lists(st.lists(st.integers(0, 80), unique=True, min_size=1), min_size=1, max_size=4),
+    unit_size=st.integers(1, 20),
+    finished=st.sets(st.integers(0, 60)),
+)
+def test_plans_are_those_that_are_made_in_memory(
+    catalogs: list[list[int]], unit_size: int, finished: set[int], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    folder = tmp_path_factory.getbasetemp()
+    with pytest.MonkeyPatch.context() as patch:
+        for module, name, value in (
+            (pairs_module, "_RUN", 8),
+            (plan_module, "_CHUNK", 16),
+            (plan_module, "_SPREAD", 2),
+            (plan_module, "_SPREAD_ROWS", 2),
+        ):
+            patch.setattr(module, name, value)
+        plans: list[Plan] = []
+        committed: set[str] = set()
+        for number, catalog in enumerate(catalogs):
+            keys = [f"k{hashlib.sha256(b'%d' % row).hexdigest()[:16]}" for row in catalog]
+            plan = drafted(LABELLING, str(number), keys, unit_size, older=plans, committed=committed)
+            expected = plain_plan(keys, unit_size, plans, committed)
+            assert [(list(unit.keys), unit.num_rows) for unit in plan.units] == expected
+            for unit in plan.units:
+                places = [keys.index(key) for key in unit.keys]
+                assert (unit.first, unit.last) == (min(places), max(places))
+                assert (unit.mask is None) == unit.is_whole
+            gone = {
+                (unit_id, row)
+                for unit_id, rows in gone_rows(Keys.from_texts(keys), plans, committed, folder)
+                for row in rows.tolist()
+            }
+            made = {unit.unit_id: unit for older in reversed(plans) for unit in older.units if unit.is_whole}
+            assert gone == {
+                (unit_id, row) for unit_id in committed for row, key in enumerate(made[unit_id].keys) if key not in keys
+            }
+            plans.append(plan)
+            committed |= {unit.unit_id for at, unit in enumerate(plan.units) if unit.is_whole and at in finished}
+
+
+# Catalogs of many files
+
+
+def cut_in_files(catalog: Catalog, folder: Path, sizes: Sequence[int], group_rows: int = 7) -> str:
+    """The catalog as files; the address of all of them."""
+    folder.mkdir()
+    start = 0
+    for number, size in enumerate(sizes):
+        part = Catalog(catalog.table.slice(start, size), catalog.labels)
+        save_catalog(LOCAL, str(folder / f"part-{number}.parquet"), part)
+        table = pq.read_table(folder / f"part-{number}.parquet")
+        pq.write_table(table, folder / f"part-{number}.parquet", row_group_size=group_rows)
+        start += size
+    assert start == len(catalog)
+    return str(folder / "*.parquet")
+
+
+def test_a_catalog_of_many_files_is_the_one_that_they_make(tmp_path: Path) -> None:
+    whole = library(50)
+    source = cut_in_files(whole, tmp_path / "parts", (20, 0, 1, 29))
+    assert load_catalog(LOCAL, source).table.equals(whole.table)
+    rows = rows_of_source(LOCAL, source)
+    assert isinstance(rows, Pieces)
+    found = survey(rows, tmp_path)
+    assert (found.digest, found.keys) == (whole.digest, row_keys(whole.table))
+    for begin in (0, 6, 7, 19, 20, 21, 49):
+        assert pa.concat_tables(rows.batches(begin)).equals(whole.table.slice(begin))
+    assert list(rows.batches(50)) == []
+
+
+def test_files_of_a_catalog_in_a_bucket(bucket: str, s3_config: StorageConfig, tmp_path: Path) -> None:
+    storage, whole = Storage(s3_config), library(30)
+    for number in range(3):
+        part = replace(whole, table=whole.table.slice(10 * number, 10))
+        save_catalog(storage, f"{bucket}/c/part-{number}.parquet", part)
+    save_catalog(storage, f"{bucket}/c/deeper/part-9.parquet", whole)
+    storage.put(f"{bucket}/c/part-list.txt", b"x")
+    assert len(find_pieces(storage, f"{bucket}/c/*.parquet")) == 3
+    assert survey(rows_of_source(storage, f"{bucket}/c/part-*.parquet"), tmp_path).digest == whole.digest
+    with pytest.raises(ObjectNotFound, match=r"d\*.parquet: no file there has such a name"):
+        find_pieces(storage, f"{bucket}/c/d*.parquet")
+
+
+def test_what_two_files_of_a_catalog_both_hold_is_refused(small_runs: None, tmp_path: Path) -> None:
+    twice = pa.concat_tables([library(40).table, library(1, first=17).table])
+    folder = tmp_path / "parts"
+    folder.mkdir()
+    pq.write_table(twice.slice(0, 30), folder / "a.parquet")
+    pq.write_table(twice.slice(30), folder / "b.parquet")
+    with pytest.raises(CatalogError, match="video_id 'v0017' is used 2 times"):
+        survey(rows_of_source(LOCAL, str(folder / "*.parquet")), tmp_path)
+
+
+def test_a_bad_row_of_a_file_is_named(tmp_path: Path) -> None:
+    table = library(10).table
+    bad = table.set_column(
+        1, CATALOG_SCHEMA.field("uri").with_nullable(True), pa.array([None, *["u"] * 9], pa.string())
+    )
+    source = cut_in_files(library(5), tmp_path / "parts", (5,))
+    bad = bad.replace_schema_metadata(pq.read_schema(tmp_path / "parts" / "part-0.parquet").metadata)
+    pq.write_table(bad, tmp_path / "parts" / "x.parquet")
+    with pytest.raises(CatalogError, match=r"x\.parquet: uri may not be null: 1 row without it"):
+        survey(rows_of_source(LOCAL, source), tmp_path)
+    (tmp_path / "parts" / "x.parquet").write_bytes(b"PAR1")
+    with pytest.raises(CatalogError, match=r"x\.parquet is not a catalog"):
+        rows_of_source(LOCAL, source)
+    pq.write_table(table.drop_columns(["uri"]), tmp_path / "parts" / "x.parquet")
+    with pytest.raises(CatalogError, match=r"x\.parquet lacks the column uri"):
+        rows_of_source(LOCAL, source)
+
+
+def test_files_of_one_catalog_name_the_same_classes(tmp_path: Path) -> None:
+    source = cut_in_files(library(5), tmp_path / "parts", (5,))
+    save_catalog(LOCAL, str(tmp_path / "parts" / "z.parquet"), replace(library(3, first=9), labels=("a",)))
+    with pytest.raises(CatalogError, match="names other classes than"):
+        rows_of_source(LOCAL, source)
+
+
+def test_a_split_of_a_stream_is_that_of_the_table(tmp_path: Path) -> None:
+    table = library(30).table
+    splits = pa.array([(None, "train", "val")[row % 3] for row in range(30)])
+    whole = Catalog(table.set_column(6, CATALOG_SCHEMA.field("split"), splits))
+    rows = rows_of_source(LOCAL, cut_in_files(whole, tmp_path / "parts", (11, 19)))
+    assert isinstance(rows, Pieces)
+    assert pa.concat_tables(rows.select("val", tmp_path).batches()).equals(whole.select("val").table)
+    with pytest.raises(CatalogError, match=r"no video of split 'test'; its splits are: none \(10\), train \(10\), val"):
+        rows.select("test", tmp_path)
+
+
+# Work
+
+
+class Watched(Storage):
+    """Counts what is read."""
+
+    spans: list[tuple[int, int]] = []  # noqa: RUF012
+
+    def read_range(self, uri: str, offset: int, length: int) -> bytes:
+        self.spans.append((offset, length))
+        return super().read_range(uri, offset, length)
+
+
+def test_what_is_left_of_a_library_is_all_that_is_read_of_its_catalog(tmp_path: Path) -> None:
+    whole = library(2000)
+    cut_in_files(whole, tmp_path / "parts", (2000,), group_rows=50)
+    path = tmp_path / "parts" / "part-0.parquet"
+    found = survey(whole, tmp_path)
+    plan = draft_plan(LABELLING, found, 50, tmp_path)
+    metadata = pq.read_metadata(path)
+    group_bytes = max(metadata.row_group(group).total_byte_size for group in range(40))
+    rows = Pieces(Watched(), [str(path)])
+    Watched.spans.clear()
+    ((unit, table),) = work_of(rows, found.keys, LABELLING, plan.units[30:31])
+    assert table.equals(whole.table.slice(1500, 50))
+    assert list(unit.keys) == list(plan.units[30].keys)
+    assert sum(length for _, length in Watched.spans) <= 2 * group_bytes < path.stat().st_size / 10
+
+
+def test_units_come_with_their_rows_in_any_order_also_where_they_lie_apart(small_runs: None, tmp_path: Path) -> None:
+    first = library(20)
+    order = np.random.default_rng(0).permutation(60)
+    grown = Catalog(pa.concat_tables([library(40, first=20).table, first.table]).take(pa.array(order)))
+    before = draft_plan(LABELLING, survey(first, tmp_path), 5, tmp_path)
+    found = survey(grown, tmp_path)
+    plan = draft_plan(LABELLING, found, 7, tmp_path, older=[before], committed={before.units[0].unit_id})
+    rows = rows_of_source(LOCAL, cut_in_files(grown, tmp_path / "parts", (33, 27)))
+    of_key = dict(zip(row_keys(grown.table), grown.table.to_pylist(), strict=True))
+    for unit, table in work_of(rows, found.keys, LABELLING, plan.units[::-1]):
+        assert table.to_pylist() == [of_key[key] for key in unit.keys]
+
+
+def test_a_catalog_that_changes_under_a_job_is_found(tmp_path: Path) -> None:
+    source = cut_in_files(library(20), tmp_path / "parts", (20,))
+    found = survey(rows_of_source(LOCAL, source), tmp_path)
+    plan = draft_plan(LABELLING, found, 4, tmp_path)
+    save_catalog(LOCAL, str(tmp_path / "parts" / "part-0.parquet"), library(20, uri="s3://other"))
+    with pytest.raises(CatalogError, match="the catalog has changed while it was read"):
+        list(work_of(rows_of_source(LOCAL, source), found.keys, LABELLING, plan.units))
+
+
+def test_a_finished_unit_whose_part_is_gone_is_not_labelled_by_halves(tmp_path: Path) -> None:
+    before = draft_plan(LABELLING, survey(library(4), tmp_path), 4, tmp_path)
+    found = survey(library(3), tmp_path)
+    plan = draft_plan(LABELLING, found, 4, tmp_path, older=[before], committed={before.units[0].unit_id})
+    with pytest.raises(IncompleteOutput, match="its part is gone"):
+        list(work_of(library(3), found.keys, LABELLING, plan.units))
+
+
+def units_of(plan: Plan) -> Iterator[tuple[str, ...]]:
+    for unit in plan.units:
+        yield tuple(unit.keys)
+
+
+def test_a_survey_is_what_a_plan_needs() -> None:
+    keys = row_keys(library(5).table)
+    plan = drafted(LABELLING, "one", keys, 2)
+    assert list(units_of(plan)) == [tuple(keys[0:2]), tuple(keys[2:4]), tuple(keys[4:5])]
+    assert Survey("one", keys).keys == plan.keys
