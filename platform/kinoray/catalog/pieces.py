@@ -31,6 +31,7 @@ from kinoray.storage.tables import TableFile
 __all__ = [
     "CATALOG_SCHEMA",
     "GROUP_ROWS",
+    "OF_FEW_VALUES",
     "Pieces",
     "Rows",
     "RowsDigest",
@@ -70,6 +71,9 @@ CATALOG_SCHEMA: pa.Schema = pa.schema(
 
 GROUP_ROWS = 65_536
 """Rows of a row group of what kinoray writes: what a reader holds at once."""
+
+OF_FEW_VALUES = ("label", "label_id", "split", "fps", "width", "height", "codec", "status", "reason")
+"""Columns that are written with a dictionary; for names it would be as large as they are."""
 
 _LABELS_KEY = b"kinoray.labels"
 
@@ -226,7 +230,9 @@ class Pieces:
             return self
         counts: Counter[str] = Counter()
         path = folder / "split.parquet"
-        with pq.ParquetWriter(path, schema_with(self.labels), compression="zstd") as writer:
+        with pq.ParquetWriter(
+            path, schema_with(self.labels), compression="zstd", use_dictionary=list(OF_FEW_VALUES)
+        ) as writer:
             for table in self.batches():
                 counts.update(splits_in(table))
                 chosen = table.filter(pc.fill_null(pc.equal(table.column("split"), split), False))

@@ -19,6 +19,7 @@ from kinoray.catalog.folders import is_video, no_video_among, said_of_others
 from kinoray.catalog.pieces import (
     CATALOG_SCHEMA,
     GROUP_ROWS,
+    OF_FEW_VALUES,
     Pieces,
     Rows,
     RowsDigest,
@@ -162,7 +163,7 @@ def save_catalog(storage: Storage, uri: str, catalog: Catalog) -> None:
     """Write the catalog as one Parquet object; the labels go into the schema's metadata."""
     sink = io.BytesIO()
     table = catalog.table.replace_schema_metadata(schema_with(catalog.labels).metadata)
-    pq.write_table(table, sink, compression="zstd", row_group_size=GROUP_ROWS)
+    pq.write_table(table, sink, compression="zstd", row_group_size=GROUP_ROWS, use_dictionary=list(OF_FEW_VALUES))
     storage.put(uri, sink.getvalue())
 
 

@@ -129,6 +129,7 @@ _CLIPS_BY_CROPS = re.compile(r"([1-9][0-9]{0,2})x(1|3|10)", re.ASCII)
 
 _UNIT_ROWS = 64
 _UNITS_A_WORKER = 4
+_MOST_UNITS = 2**16  # of a library: each is an object in the store, and takes memory of the driver
 
 
 def protocol_named(name: str) -> Protocol:
@@ -197,7 +198,10 @@ class ScoringConfig(JobConfig):
             return self.unit_size
         share = -(-num_rows // (_UNITS_A_WORKER * self.resources.num_workers))
         least = max(1, self.batch_size) if self.resources.gpus_per_worker else 1
-        return min(_UNIT_ROWS, max(share, least))
+        size = min(_UNIT_ROWS, max(share, least))
+        while num_rows > size * _MOST_UNITS:
+            size *= 2
+        return size
 
     @property
     def has_one_view(self) -> bool:

@@ -43,6 +43,7 @@ KEY_PATTERN = "^k[0-9a-f]{16}$"
 Numbers = NDArray[np.uint64]
 _CHUNK = 2**18
 _PLAIN = r"^[ !#-\[\]-~]*$"  # what JSON writes as it is
+_PLAIN_CHARS = bytes(char for char in range(32, 127) if char != ord("\\"))
 _KEY_CHARS = 17
 _HEX = np.full(256, 255, np.uint8)
 _HEX[np.frombuffer(b"0123456789abcdef", np.uint8)] = np.arange(16)
@@ -137,21 +138,28 @@ def key_numbers(table: pa.Table) -> Numbers:
     another input, and is labelled again.
     """
     columns = [table.column(name) for name in KEY_COLUMNS]
-    written = [pc.fill_null(_in_json(column), "null") for column in columns]
-    lines = pc.binary_join_element_wise("[", pc.binary_join_element_wise(*written, ","), "]", "")
+    video_id, uri, *numbers, sha256 = columns
+    written = [part for column in numbers for part in (_or_null(column, pc.cast(column, pa.string())), ",")]
+    digest = _or_null(sha256, pc.binary_join_element_wise('"', sha256, '"', ""))
+    lines = pc.binary_join_element_wise('["', video_id, '","', uri, '",', *written, digest, "]", "")
     rows = lines.cast(pa.binary()).to_pylist()
-    for place in np.flatnonzero(_is_odd(columns)).tolist():
-        row = [column[place].as_py() for column in columns]
-        rows[place] = json.dumps(row, separators=(",", ":")).encode()
+    if not _are_plain(rows, 4 * len(rows) + 2 * (len(rows) - sha256.null_count)):
+        for place in np.flatnonzero(_is_odd(columns)).tolist():
+            row = [column[place].as_py() for column in columns]
+            rows[place] = json.dumps(row, separators=(",", ":")).encode()
     digests = b"".join([hashlib.sha256(row).digest()[:KEY_BYTES] for row in rows])
     return np.frombuffer(digests, ">u8").astype(np.uint64)
 
 
-def _in_json(column: pa.ChunkedArray) -> pa.ChunkedArray:
-    """Numbers, and texts that JSON writes as they are."""
-    if pa.types.is_string(column.type):
-        return pc.binary_join_element_wise('"', column, '"', "")
-    return pc.cast(column, pa.string())
+def _or_null(column: pa.ChunkedArray, written: pa.ChunkedArray) -> pa.ChunkedArray | str:
+    """What a column is in JSON, where it has values."""
+    return "null" if column.null_count == len(column) else pc.fill_null(written, "null")
+
+
+def _are_plain(rows: Sequence[bytes], num_quotes: int) -> bool:
+    """Whether all texts of these lines are written in JSON as they are."""
+    text = b"".join(rows)
+    return not text.translate(None, _PLAIN_CHARS) and text.count(b'"') == num_quotes
 
 
 def _is_odd(columns: Sequence[pa.ChunkedArray]) -> NDArray[np.bool_]:

@@ -35,6 +35,7 @@ __all__ = [
     "draft_plan",
     "gone_rows",
     "parse_units",
+    "rows_in",
     "survey",
     "to_units",
     "unfinished_keys",
@@ -299,6 +300,10 @@ def _is_free(free: NDArray[np.uint8], places: Places) -> NDArray[np.bool_]:
     return np.asarray(free[places >> 3] >> (places & 7).astype(np.uint8) & 1, np.bool_)
 
 
+def _mark(bits: NDArray[np.uint8], places: Places) -> None:
+    np.bitwise_or.at(bits, places >> 3, np.uint8(1) << (places & 7).astype(np.uint8))
+
+
 def _take(free: NDArray[np.uint8], places: Places) -> None:
     np.bitwise_and.at(free, places >> 3, ~(np.uint8(1) << (places & 7).astype(np.uint8)))
 
@@ -410,6 +415,20 @@ def work_of(rows: Rows, keys: Keys, labelling_id: str, units: Iterable[Unit]) ->
         if len(table) != len(numbers) or (key_numbers(table.select(list(KEY_COLUMNS))) != numbers).any():
             raise CatalogError("the catalog has changed while it was read; run the same command again")
         yield Unit(unit.unit_id, tuple(Keys.of(numbers)), unit.num_rows), table
+
+
+def rows_in(rows: Rows, keys: Keys, labelling_id: str, units: Iterable[Unit]) -> Iterator[pa.Table]:
+    """The rows of all these units, in the order of the catalog, a few at a time; each must be whole."""
+    wanted = np.zeros(-(-len(keys) // 8), np.uint8)  # a bit a row
+    for unit in units:
+        together = unit.last - unit.first + 1 == len(unit.keys)
+        _mark(wanted, np.arange(unit.first, unit.last + 1) if together else _places(unit, keys, labelling_id)[1])
+    start = 0
+    for table in rows.batches():
+        places = np.flatnonzero(_is_free(wanted, np.arange(start, start + table.num_rows)))
+        start += table.num_rows
+        if len(places):
+            yield table if len(places) == table.num_rows else table.take(pa.array(places))
 
 
 def _places(unit: Unit, keys: Keys, labelling_id: str) -> tuple[Numbers, Places]:

@@ -22,7 +22,7 @@ from kinoray.errors import ConfigError, TooManyBad
 from kinoray.label.config import LabelConfig
 from kinoray.label.ledger import Ledger, Totals
 from kinoray.label.open import Labelling, open_labelling
-from kinoray.label.plan import Plan, gone_rows, work_of
+from kinoray.label.plan import Plan, gone_rows, rows_in
 from kinoray.label.predict import Model, is_one_video
 from kinoray.label.times import STAGES, bound_stage
 from kinoray.label.unit import Unit
@@ -199,7 +199,7 @@ def preview(labelling: Labelling) -> Preview:
     num_to_do = sum(len(unit.keys) for unit in missing)
     size_bytes: int | None = 0
     empty, first_empty = 0, ""
-    for _, rows in work_of(labelling.rows, labelling.found.keys, ledger.labelling_id, missing):
+    for rows in rows_in(labelling.rows, labelling.found.keys, ledger.labelling_id, missing):
         if before:
             to_do.add(_places_of(rows), np.zeros(rows.num_rows, np.int64))
         sizes = rows.column("size_bytes")

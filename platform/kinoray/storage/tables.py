@@ -6,6 +6,7 @@ in memory is counted from its pages first.
 """
 
 import io
+import struct
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -47,7 +48,7 @@ def parse_table(data: bytes, columns: Sequence[str] | None = None) -> pa.Table:
 
 
 # What reading a file raises that is no Parquet: a part of it is cut, or is something else than it should be.
-_DAMAGE = (OSError, ValueError, LookupError, TypeError, AttributeError, pa.ArrowException)
+_DAMAGE = (OSError, ValueError, struct.error, LookupError, TypeError, AttributeError, pa.ArrowException)
 
 
 class TableFile:
@@ -178,6 +179,7 @@ _VALUE_BYTES = 8
 _TEXT_BYTES = 256
 _PAGE_BYTES = 2**16
 _BYTE_ARRAY = 6
+_LENGTH = struct.Struct("<I")
 _CODECS = {1: "snappy", 2: "gzip", 4: "brotli", 6: "zstd", 7: "lz4_raw"}
 
 
@@ -258,8 +260,9 @@ def _longest(page: bytes, num_texts: int, size_bytes: int, codec: int) -> int:
         page = pa.decompress(page, size_bytes, _CODECS[codec], asbytes=True)
     at = longest = 0
     for _ in range(num_texts):
-        length = int.from_bytes(page[at : at + 4], "little")
-        longest = max(longest, length)
+        (length,) = _LENGTH.unpack_from(page, at)
+        if length > longest:
+            longest = length
         at += 4 + length
     return longest
 
