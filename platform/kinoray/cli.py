@@ -214,6 +214,7 @@ def _overview() -> str:
 
 
 _WITH_PRESETS = ("train", "tune")
+_WITH_DATA = ("train", "tune", "demo")  # Ray Data's, which are made of pandas, too
 
 
 def _presets() -> Mapping[str, Any]:
@@ -255,6 +256,8 @@ def _run(name: str, arguments: list[str]) -> int:
     config = _load("kinoray.network.resolve:with_places")(config)
     if verb.writes:
         _load("kinoray.storage.outputs:require_places")(config, verb.writes)
+    if name not in _WITH_DATA:
+        _load("kinoray.storage.records:leave_pandas_out")()
     result = _load(verb.function)(config)
     return int(result) if verb.gives_code else 0
 
