@@ -1,6 +1,6 @@
 """`kinoray <verb>`: parse one config tree, run one function, turn errors into one line and an exit code.
 
-Exit codes: 0 done, 1 it failed or something is not there, 2 a setting is wrong (nothing was started), 128 + signal.
+Exit codes: 0 done, 1 it failed or something is not there, 2 a setting is wrong (nothing was written), 128 + signal.
 """
 
 import contextlib

@@ -3,7 +3,7 @@
 What is easy to break: what is asked of an autoscaler must end with the job. `ray.autoscaler.sdk.request_resources` is
 one slot for the whole cluster: it would replace what others asked for, and hold paid nodes after a driver was killed. A
 placement group is the job's own, and goes with it. And Ray keeps the place of workers whose controller was killed until
-the whole job ends: `Lines.free_place` gives it back.
+the whole job ends: kinoray.cluster.lines gives it back.
 """
 
 import atexit
@@ -12,6 +12,7 @@ import logging
 import math
 import os
 import secrets
+import socket
 import sys
 import time
 import warnings
@@ -187,6 +188,10 @@ _SMALL = {
 }
 
 
+_AGENTS = ("metrics_agent_port", "runtime_env_agent_port", "dashboard_agent_listen_port")
+_PORTS = range(20_000, 32_000)
+
+
 @contextlib.contextmanager
 def _small() -> Iterator[None]:
     """Ray that is started here is small, and takes 127.0.0.1 for its node's address: no port of it listens elsewhere.
@@ -194,14 +199,16 @@ def _small() -> Iterator[None]:
     ray.init replaces a _node_ip_address of 127.0.0.1 by the machine's. The switch, which Ray itself turns off on macOS
     and Windows so that no firewall asks, is read from the environment when ray is imported, which has happened. And it
     starts a dashboard without pages, an autoscaler and a log monitor, whatever one asks it for: three processes that
-    nobody here needs, the first of which is waited for (half of ray.init's seconds).
+    nobody here needs, and waits for the first of them; and for two agents, unless their ports are given. Those are the
+    greater part of ray.init's seconds.
     """
     saved = {name: os.environ.get(name) for name in _SMALL}
     given = ray_constants.ENABLE_RAY_CLUSTER, services.start_api_server, parameter.RayParams
     os.environ.update(_SMALL)
     ray_constants.ENABLE_RAY_CLUSTER = False
     services.start_api_server = lambda *_, **__: (None, None)  # as where it does not start
-    parameter.RayParams = partial(parameter.RayParams, no_monitor=True, include_log_monitor=False)
+    ports = dict(zip(_AGENTS, _free_ports(len(_AGENTS)), strict=True))
+    parameter.RayParams = partial(parameter.RayParams, no_monitor=True, include_log_monitor=False, **ports)
     try:
         yield
     finally:
@@ -210,6 +217,17 @@ def _small() -> Iterator[None]:
             os.environ.pop(name)
             if value is not None:
                 os.environ[name] = value
+
+
+def _free_ports(count: int) -> list[int]:
+    """Ports of this machine that nobody listens at: below those that are given out to who asks for any."""
+    found: list[int] = []
+    while len(found) < count:
+        port = secrets.choice(_PORTS)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("", port))
+            found = [*(one for one in found if one != port), port]
+    return found
 
 
 def _makes_token() -> bool:
