@@ -569,6 +569,10 @@ def test_what_a_worker_cannot_do_ends_the_job_in_one_error(library: Path, ray_lo
     with pytest.raises(ModelError, match="NaN or infinite logits"):
         label(config_of(library, checkpoint, tmp_path / "out", resources=ONE))
     assert read_predictions(LOCAL, str(tmp_path / "out")).num_rows == 0
+    strict = make_checkpoint(LOCAL, str(tmp_path / "strict"), "label_models:two_segments")
+    with pytest.raises(ConfigError, match=r"protocol center: clip.sample.num_segments must be 2 for this model, got 1"):
+        label(config_of(library, strict, tmp_path / "refused", resources=ONE))
+    assert not list((tmp_path / "refused").rglob("*"))  # what only a worker finds comes before anything is written
     with pytest.raises(ClusterError, match=r"99 workers x 1 CPU = 99 CPU, but the cluster has 4"):
         label(config_of(library, checkpoint, tmp_path / "out", resources=ResourcesConfig(num_workers=99)))
     wait_until(lambda: ray.available_resources().get("CPU") == 4.0, 30, "the failed job's workers are given back")

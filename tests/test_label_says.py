@@ -20,7 +20,8 @@ import pyarrow as pa
 import pytest
 import ray
 
-from kinoray.cluster.connect import Kept, Lines, Teller
+from kinoray.cluster.connect import Kept
+from kinoray.cluster.lines import Lines, Teller
 from kinoray.config.shared import ClipConfig, ResourcesConfig, SampleConfig, StorageConfig, ViewConfig
 from kinoray.console import Progress
 from kinoray.demo.videos import class_names, make_demo_set
@@ -120,6 +121,52 @@ def test_a_plan_of_a_list_says_which_of_its_files_are_not_there(
     assert (found["new"], found["empty"]) == (2, 1)
     said = capsys.readouterr().out
     assert "label: 1 of them is not there, or without a byte, and would be quarantined: /not/there.mp4\n" in said
+
+
+IMPORTED = """
+import sys
+from kinoray.cli import main
+assert not main(sys.argv[2:])
+status = dict(line.split(":", 1) for line in open("/proc/self/status"))
+with open(sys.argv[1], "w") as file:
+    print(status["VmHWM"].split()[0], *sys.modules, file=file)
+"""
+
+
+def imported_by(tmp_path: Path, *arguments: str) -> tuple[set[str], float]:
+    """What a command imports into its own process, and the most memory that it had, in MB."""
+    found = tmp_path / "imported"
+    subprocess.run([sys.executable, "-c", IMPORTED, str(found), *arguments], check=True, timeout=200, cwd=tmp_path)
+    peak_kb, *names = found.read_text().split()
+    return set(names), int(peak_kb) / 1000
+
+
+@pytest.mark.parametrize("verb", ["--help", "label --help", "label", "labels", "runs"])
+def test_who_only_asks_waits_neither_for_torch_nor_for_ray(config: LabelConfig, tmp_path: Path, verb: str) -> None:
+    arguments = verb.split()
+    if verb == "label":
+        arguments += [config.source, "--checkpoint", config.checkpoint, "--out", config.out, "--plan"]
+        arguments += ["--allow-factory", "label_models:mixing"]
+    elif verb == "labels":
+        label_here(config)
+        arguments.append(config.out)
+    elif verb == "runs":
+        arguments.append(str(tmp_path))
+    names, peak_mb = imported_by(tmp_path, *arguments)
+    assert not names & {"torch", "ray", "boto3", "av", "cv2", "pandas", "matplotlib"}
+    assert ("pyarrow" in names) == ("help" not in verb)
+    assert peak_mb < 200
+
+
+@pytest.mark.ray
+def test_the_driver_of_a_labelling_imports_no_network(config: LabelConfig, tmp_path: Path) -> None:
+    """Its workers do; and what they find wrong with a network comes before anything is written."""
+    command = ["label", config.source, "--checkpoint", config.checkpoint, "--out", config.out]
+    command += ["--workers", "1", "--allow-factory", "label_models:mixing"]
+    names, peak_mb = imported_by(tmp_path, *command)
+    assert names.isdisjoint(("torch", "ray.data", "boto3", "av", "cv2", "pandas", "label_models"))
+    assert peak_mb < 400
+    assert read_predictions(LOCAL, config.out).num_rows == 13
 
 
 # While it runs

@@ -1,6 +1,6 @@
 """`kinoray <verb>`: parse one config tree, run one function, turn errors into one line and an exit code.
 
-Exit codes: 0 done, 1 it failed or something is not there, 2 a setting is wrong (nothing was started), 128 + signal.
+Exit codes: 0 done, 1 it failed or something is not there, 2 a setting is wrong (nothing was written), 128 + signal.
 """
 
 import contextlib
@@ -11,10 +11,9 @@ import io
 import os
 import shlex
 import sys
-import typing
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from kinoray import __version__, console
 from kinoray.config.files import local_path
@@ -44,7 +43,7 @@ class Verb:
 
     def config(self) -> type[Any]:
         """The class of its config tree."""
-        return typing.cast("type[Any]", _load(self.settings))
+        return cast("type[Any]", _load(self.settings))
 
 
 _LABELS, _NETWORK, _BEFORE, _CLUSTER, _TRY = (
@@ -217,7 +216,7 @@ _WITH_PRESETS = ("train", "tune")
 
 
 def _presets() -> Mapping[str, Any]:
-    return typing.cast("Mapping[str, Any]", _load("kinoray.train.config:PRESETS"))
+    return cast("Mapping[str, Any]", _load("kinoray.train.config:PRESETS"))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -227,8 +226,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     if argv is None:
         console.end_process(lambda: main(sys.argv[1:]))
-    arguments = list(argv)
-    name, rest = (arguments[0], arguments[1:]) if arguments else ("", [])
+    name, rest = (argv[0], list(argv[1:])) if argv else ("", [])
     return guarded(name, lambda: _run(name, rest))
 
 
@@ -255,6 +253,8 @@ def _run(name: str, arguments: list[str]) -> int:
     config = _load("kinoray.network.resolve:with_places")(config)
     if verb.writes:
         _load("kinoray.storage.outputs:require_places")(config, verb.writes)
+    if name not in (*_WITH_PRESETS, "demo"):  # those are Ray Data's, which has pandas all the same
+        _load("kinoray.storage.tables:leave_pandas_out")()
     result = _load(verb.function)(config)
     return int(result) if verb.gives_code else 0
 

@@ -307,6 +307,8 @@ def measure_start(labelling: Labelling, resources: ResourcesConfig) -> StartFigu
     packed = _packed(labelling)[: resources.num_workers]
     begin = time.perf_counter()
     workers = [actor.remote(labelling.job) for _ in packed]
+    for worker in workers:
+        worker.start.remote()
     answers = [worker.label.remote(unit) for worker, unit in zip(workers, packed, strict=True)]
     first, _ = ray.wait(answers, num_returns=1)
     first_s = time.perf_counter() - begin

@@ -85,7 +85,7 @@ def error_of(refusal: Refusal) -> KinorayError:
 
 
 def refusal_columns(refusals: Sequence[Refusal | None]) -> dict[str, np.ndarray]:
-    """Refusals as columns of a block of Ray Data, one row each; texts are empty where there is none."""
+    """Refusals as columns of a table, one row each; texts are empty where there is none."""
     return {
         name: np.array(["" if refusal is None else getattr(refusal, name) for refusal in refusals], dtype=str)
         for name in _COLUMNS

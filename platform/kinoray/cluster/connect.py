@@ -1,10 +1,9 @@
-"""The one place that starts or joins Ray, with the settings that every job shares; nodes that are waited for, and the
-lines that workers tell the driver.
+"""The one place that starts or joins Ray, with the settings that every job shares; and nodes that are waited for.
 
 What is easy to break: what is asked of an autoscaler must end with the job. `ray.autoscaler.sdk.request_resources` is
 one slot for the whole cluster: it would replace what others asked for, and hold paid nodes after a driver was killed. A
 placement group is the job's own, and goes with it. And Ray keeps the place of workers whose controller was killed until
-the whole job ends: `Lines.free_place` gives it back.
+the whole job ends: kinoray.cluster.lines gives it back.
 """
 
 import atexit
@@ -13,40 +12,36 @@ import logging
 import math
 import os
 import secrets
+import socket
 import sys
-import threading
 import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from types import TracebackType
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 import ray
-import ray.data
 from ray._common.utils import get_default_ray_temp_dir
-from ray._private import ray_constants
-from ray._raylet import PlacementGroupID
-from ray.core.generated.autoscaler_pb2 import AutoscalingState, GetClusterStatusReply, NodeStatus
-from ray.exceptions import GetTimeoutError, OutOfMemoryError, RayError
+from ray._private import parameter, ray_constants, services
+from ray.exceptions import OutOfMemoryError
 from ray.experimental.internal_kv import internal_kv_get_gcs_client
 from ray.job_config import JobConfig
-from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+from ray.util.placement_group import placement_group, remove_placement_group
 
 from kinoray.config.shared import WorkersConfig
-from kinoray.console import Notes, Progress, format_duration, keep_native_messages, many, visible
+from kinoray.console import format_duration, keep_native_messages, many, visible
 from kinoray.errors import ClusterError, ConfigError
 from kinoray.storage.leftovers import Claim, reap, sweep
+
+if TYPE_CHECKING:
+    from ray.core.generated.autoscaler_pb2 import AutoscalingState, GetClusterStatusReply
 
 __all__ = [
     "OUT_OF_MEMORY",
     "WORKER_ENV",
     "Kept",
-    "Lines",
-    "Teller",
-    "beside_me",
     "bring_nodes",
     "connect",
     "disconnect",
@@ -76,13 +71,19 @@ _claims: list[Claim] = []  # on the session folder of a Ray that was started her
 
 
 def quiet_ray() -> None:
-    """Keep Ray's own chatter out of a job's output: our progress lines and Ray's errors remain.
+    """Keep the chatter of Ray Data out of a job's output: our progress lines and Ray's errors remain.
 
     Call it in every process that builds a Dataset (the settings travel with that process's DataContext).
     """
+    import ray.data  # here: it takes a second, and pandas, which only a training needs
+
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
+    _quiet_loggers()
+
+
+def _quiet_loggers() -> None:
     for name in _LOGGERS:
         logging.getLogger(name).setLevel(logging.ERROR)
 
@@ -112,7 +113,7 @@ def connect(config: WorkersConfig) -> None:
         return
     os.environ.update({name: os.environ.get(name, value) for name, value in WORKER_ENV.items()})
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    quiet_ray()
+    _quiet_loggers()
     address = config.address or os.environ.get("RAY_ADDRESS", "")
     if not address and _makes_token():
         private_token_file()
@@ -131,7 +132,7 @@ def connect(config: WorkersConfig) -> None:
         else:  # "local", so that it never joins a stranger's cluster
             print(f"resources: starting Ray on this machine (local_cpus {config.local_cpus})", flush=True)
             reap("starting", f"{get_default_ray_temp_dir()}/session_*_{os.getpid()}")
-            with _on_loopback():
+            with _small():
                 ray.init(
                     address="local",
                     num_cpus=config.local_cpus,
@@ -146,7 +147,7 @@ def connect(config: WorkersConfig) -> None:
         reap("started", "")  # its folder has what went wrong
         doing = f"resources.address {address!r} cannot be joined" if address else "Ray does not start on this machine"
         raise ClusterError(f"{doing}: {error}") from error
-    quiet_ray()  # again: ray.init sets its loggers up anew
+    _quiet_loggers()  # again: ray.init sets its loggers up anew
     if node := ray._private.worker._global_node:  # none behind a Ray client's server
         _keep_messages(Path(node.get_logs_dir_path()))
         took = format_duration(time.monotonic() - begun)
@@ -181,23 +182,52 @@ class Kept:
             print(f"resources: a worker died, or Ray met other trouble; it is in {self._path}", flush=True)
 
 
-@contextlib.contextmanager
-def _on_loopback() -> Iterator[None]:
-    """Ray that is started here takes 127.0.0.1 for its node's address, and none of its ports listens elsewhere.
+_SMALL = {
+    ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR: "0",
+    "RAY_prestart_worker_first_driver": "0",  # of workers, as many as there are CPUs, beside those that are asked for
+}
 
-    ray.init replaces a _node_ip_address of 127.0.0.1 by the machine's. This switch, which Ray itself turns off on macOS
-    and Windows so that no firewall asks, is read from the environment when ray is imported, which has happened.
+
+_AGENTS = ("metrics_agent_port", "runtime_env_agent_port", "dashboard_agent_listen_port")
+_PORTS = range(20_000, 32_000)
+
+
+@contextlib.contextmanager
+def _small() -> Iterator[None]:
+    """Ray that is started here is small, and takes 127.0.0.1 for its node's address: no port of it listens elsewhere.
+
+    ray.init replaces a _node_ip_address of 127.0.0.1 by the machine's. The switch, which Ray itself turns off on macOS
+    and Windows so that no firewall asks, is read from the environment when ray is imported, which has happened. And it
+    starts a dashboard without pages, an autoscaler and a log monitor, whatever one asks it for: three processes that
+    nobody here needs, and waits for the first of them; and for two agents, unless their ports are given. Those are the
+    greater part of ray.init's seconds.
     """
-    name = ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR
-    saved, ray_constants.ENABLE_RAY_CLUSTER = (os.environ.get(name), ray_constants.ENABLE_RAY_CLUSTER), False
-    os.environ[name] = "0"
+    saved = {name: os.environ.get(name) for name in _SMALL}
+    given = ray_constants.ENABLE_RAY_CLUSTER, services.start_api_server, parameter.RayParams
+    os.environ.update(_SMALL)
+    ray_constants.ENABLE_RAY_CLUSTER = False
+    services.start_api_server = lambda *_, **__: (None, None)  # as where it does not start
+    ports = dict(zip(_AGENTS, _free_ports(len(_AGENTS)), strict=True))
+    parameter.RayParams = partial(parameter.RayParams, no_monitor=True, include_log_monitor=False, **ports)
     try:
         yield
     finally:
-        given, ray_constants.ENABLE_RAY_CLUSTER = saved
-        os.environ.pop(name)
-        if given is not None:
-            os.environ[name] = given
+        ray_constants.ENABLE_RAY_CLUSTER, services.start_api_server, parameter.RayParams = given
+        for name, value in saved.items():
+            os.environ.pop(name)
+            if value is not None:
+                os.environ[name] = value
+
+
+def _free_ports(count: int) -> list[int]:
+    """Ports of this machine that nobody listens at: below those that are given out to who asks for any."""
+    found: list[int] = []
+    while len(found) < count:
+        port = secrets.choice(_PORTS)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("", port))
+            found = [*(one for one in found if one != port), port]
+    return found
 
 
 def _makes_token() -> bool:
@@ -332,6 +362,8 @@ _REFUSED_S = 10.0  # a refusal that lasts: while nodes end, their places are not
 
 def has_autoscaler() -> bool:
     """Whether something starts and ends nodes of the joined cluster: such nodes carry an id of their provider."""
+    from ray.core.generated.autoscaler_pb2 import NodeStatus  # here: it takes a tenth of a second
+
     nodes = _status().cluster_resource_state.node_states
     return any(node.instance_id for node in nodes if node.status != NodeStatus.DEAD)
 
@@ -378,12 +410,12 @@ def _wait(claim: str, shortage: Callable[[], str], limit_s: float) -> str:
     return ""
 
 
-def refuses(state: AutoscalingState, claim: str) -> bool:
+def refuses(state: "AutoscalingState", claim: str) -> bool:
     """Whether the autoscaler has found that it may start no nodes that hold the placement group with this id."""
     return any(claim in request.details for request in state.infeasible_gang_resource_requests)
 
 
-def starting(state: AutoscalingState) -> str:
+def starting(state: "AutoscalingState") -> str:
     """What the autoscaler is about, in words: `2 decode starting`, `none starting, gpu failed: no capacity`."""
     types = Counter(node.ray_node_type_name for node in state.pending_instances)
     for request in state.pending_instance_requests:
@@ -399,86 +431,9 @@ def _others_work() -> bool:
     return any(free.get(kind, 0.0) < count for kind, count in ray.cluster_resources().items() if kind in ("CPU", "GPU"))
 
 
-def _status() -> GetClusterStatusReply:
+def _status() -> "GetClusterStatusReply":
+    from ray.core.generated.autoscaler_pb2 import GetClusterStatusReply
+
     reply = GetClusterStatusReply()
     reply.ParseFromString(internal_kv_get_gcs_client().get_cluster_status(timeout_s=_ANSWER_S))
     return reply
-
-
-_LINES_POLL_S = 0.5
-_LINES_WAIT_S = 2.0
-_MOST_A_SECOND = 200  # messages of all workers to one box
-
-
-def beside_me(actor: type, **options: Any) -> Any:
-    """A class as an actor without CPUs on the node of this process: elsewhere, the loss of any node could end the job.
-
-    Args:
-        options: of `ray.remote`.
-    """
-    here = NodeAffinitySchedulingStrategy(node_id=ray.get_runtime_context().get_node_id(), soft=False)
-    return ray.remote(num_cpus=0, scheduling_strategy=here, **options)(actor)
-
-
-class Lines:
-    """A context in which the driver prints what workers post: hand `box` to them and call `box.post.remote(line)`.
-
-    Workers call `box.settle.remote(id)` with their placement group's id in hex. What they count (see Teller) goes to
-    `progress`. Nothing depends on the box: without it the job goes on, and only this is lost.
-    """
-
-    def __init__(self, progress: Progress) -> None:
-        self.box: Any = beside_me(Notes).remote()
-        self._progress = progress
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._pump, name="lines", daemon=True)
-
-    def free_place(self) -> None:
-        """Remove the placement group of the workers, and what is left of them."""
-        if place := ray.get(self.box.place.remote()):
-            remove_placement_group(PlacementGroup(PlacementGroupID(bytes.fromhex(place))))
-
-    def __enter__(self) -> "Lines":
-        self._thread.start()
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self._stop.set()
-        self._thread.join()
-        ray.kill(self.box)
-
-    def _pump(self) -> None:
-        done = False
-        while not done:
-            done = self._stop.wait(_LINES_POLL_S)  # what was posted before the stop is still printed
-            try:
-                lines, counts = ray.get(self.box.take.remote(), timeout=_LINES_WAIT_S)
-            except GetTimeoutError:
-                lines, counts = [], {}  # it is still starting
-            except RayError as error:
-                print(f"what workers say is no longer shown: {loss_of(error)}", flush=True)
-                return
-            for line in lines:
-                print(visible(line), flush=True)
-            for part, count in counts.items():
-                self._progress.saw(part, count)
-            self._progress.tick()
-
-
-class Teller:
-    """A worker's way to say, through a box, how much of a part of its work is done; small, and picklable.
-
-    It says so now and then, waits for nothing, and does not mind if the box is gone.
-    """
-
-    def __init__(self, box: Any, num_workers: int) -> None:
-        self._box = box
-        self._every_s = max(_LINES_POLL_S, num_workers / _MOST_A_SECOND)
-        self._told_s = 0.0
-
-    def __call__(self, part: str, count: int) -> None:
-        """So much of a part is done."""
-        now_s = time.monotonic()
-        if now_s - self._told_s >= self._every_s:
-            self._told_s = now_s
-            self._box.tell.remote(part, count)

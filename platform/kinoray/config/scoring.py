@@ -22,13 +22,17 @@ from kinoray.config.shared import (
 from kinoray.errors import check_fraction
 
 __all__ = [
+    "CPU_BATCH",
     "NUM_CROPS",
     "PROTOCOLS",
     "Crops",
+    "EarlyExit",
     "LabelWorkConfig",
     "Protocol",
     "ScoreKind",
+    "ScorerConfig",
     "ScoringConfig",
+    "SegmentConsensus",
     "ViewAverage",
     "ViewsConfig",
     "WindowsConfig",
@@ -39,7 +43,11 @@ __all__ = [
 Crops = Literal["center", "three", "ten"]
 ScoreKind = Literal["softmax", "sigmoid"]
 ViewAverage = Literal["probs", "logits"]
+SegmentConsensus = Literal["logits", "probs"]
+"""What a network averages over its segments; those of which `segment_consensus` says so run on any part of them."""
 
+CPU_BATCH = 1
+"""Clips a forward pass on a CPU: no more, or its digits would depend on who is beside it, and where."""
 NUM_CROPS: Mapping[Crops, int] = {"center": 1, "three": 3, "ten": 10}
 """Crops of one frame: the centre; three along the longer side; four corners and the centre, each also mirrored."""
 
@@ -259,3 +267,39 @@ class LabelWorkConfig(ScoringConfig):
 def shared_settings(config: ScoringConfig, part: type[ScoringConfig]) -> dict[str, Any]:
     """The settings of `part`, upon which the config's class builds, by name: for another class that builds upon it."""
     return {item.name: getattr(config, item.name) for item in fields(part)}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EarlyExit:
+    """When a video may stop; part of a result's digest."""
+
+    margin: float | None = None
+    """Lead of the running answer's first probability above its second from which it counts as settled. None: only what
+    cannot change any more stops (exactly the full pass's top-1)."""
+
+    def __post_init__(self) -> None:
+        require(self.margin is None or 0 <= self.margin <= 1, "margin", "in 0 .. 1", self.margin)
+
+    def stages(self, num_segments: int) -> list[int]:
+        """Segments that have been seen at the end of each stage, rising, the last one all of them.
+
+        No lead can exceed the rest before more than half are seen; a margin is asked for from the second one on.
+        """
+        first = num_segments // 2 + 1 if self.margin is None else min(2, num_segments)
+        return list(range(min(first, num_segments), num_segments + 1))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ScorerConfig:
+    """What is run, and what is kept of it."""
+
+    batch_size: int = 8
+    """Clips a forward pass: 1 in a job on CPUs; 0 for what the first worker finds (kinoray.network.forward)."""
+    inference: InferenceConfig = field(default_factory=InferenceConfig)
+    """Precision and compiling."""
+    embeddings: bool = False
+    """Keep what goes into the classifiers."""
+    segment_logits: bool = False
+    """Keep the answer of each segment."""
+    early_exit: EarlyExit | None = None
+    """Segments in nested order until a clip is settled; None: all at once."""

@@ -20,6 +20,7 @@ from kinoray.evaluation.metrics import calibration_of, wilson_interval
 from kinoray.evaluation.record import true_classes
 from kinoray.label.answers import Calibrated, MarginPoint
 from kinoray.label.config import LabelConfig
+from kinoray.label.job import Workers
 from kinoray.label.open import Labelling, open_labelling
 from kinoray.label.verb import refuse_too_many_bad, run_labelling
 from kinoray.network.scorer import EarlyExit, RunningAnswer, SegmentConsensus, nested_order
@@ -47,19 +48,22 @@ def calibrate(config: CalibrateConfig) -> Calibrated:
         TooManyBad: more than max_bad_fraction were quarantined; calibration.json is written all the same.
         KinorayError: as `label`.
     """
-    labelling = open_labelling(
-        LabelConfig(
-            source=config.catalog,
-            out=config.out,
-            split=config.split,
-            all_scores=True,
-            **shared_settings(config, ScoringConfig),
-        ),
-        "calibrate",
-        check=lambda catalog, meta: true_classes(catalog, meta.labels),
-        segments=True,
+    asked = LabelConfig(
+        source=config.catalog,
+        out=config.out,
+        split=config.split,
+        all_scores=True,
+        **shared_settings(config, ScoringConfig),
     )
-    totals = run_labelling(labelling, config.resources, "calibrate")
+    with Workers(config.resources, "calibrate") as workers:
+        labelling = open_labelling(
+            asked,
+            "calibrate",
+            check=lambda catalog, meta: true_classes(catalog, meta.labels),
+            segments=True,
+            look=workers.look,
+        )
+        totals = run_labelling(labelling, config.resources, "calibrate", workers=workers)
     calibrated = _fit(labelling, labelling.consensus)
     uri = join(absolute(config.out), "calibration.json")
     Storage(config.storage).put(uri, calibrated.to_json())

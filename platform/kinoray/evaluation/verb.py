@@ -67,19 +67,21 @@ def evaluate(config: EvaluateConfig) -> EvaluationRecord:
     config.require_one()
     if config.ensemble:
         return _ensemble(config)
-    labelling = open_labelling(
-        LabelConfig(
-            source=config.catalog,
-            out=config.out,
-            split=config.split,
-            top_k=_TOP,
-            all_scores=True,
-            **shared_settings(config, ScoringConfig),
-        ),
-        "evaluate",
-        check=lambda catalog, meta: true_classes(catalog, meta.labels),
+    from kinoray.label.job import Workers  # here: it imports ray, which an ensemble need not wait for
+
+    asked = LabelConfig(
+        source=config.catalog,
+        out=config.out,
+        split=config.split,
+        top_k=_TOP,
+        all_scores=True,
+        **shared_settings(config, ScoringConfig),
     )
-    totals = run_labelling(labelling, config.resources, "evaluate")
+    with Workers(config.resources, "evaluate") as workers:
+        labelling = open_labelling(
+            asked, "evaluate", check=lambda catalog, meta: true_classes(catalog, meta.labels), look=workers.look
+        )
+        totals = run_labelling(labelling, config.resources, "evaluate", workers=workers)
     ledger = labelling.ledger
     labels = labelling.meta.labels
     predictions = pa.concat_tables(ledger.read_units(labelling.plan.units, list(ANSWER_COLUMNS)))

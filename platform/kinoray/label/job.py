@@ -6,9 +6,12 @@ And nothing here grows with the catalog: a unit is taken from its iterator when 
 
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
+from threading import Thread
+from types import TracebackType
 from typing import Any
 
 import pyarrow as pa
@@ -23,16 +26,18 @@ from ray.exceptions import (
     WorkerCrashedError,
 )
 
-from kinoray.catalog.quarantine import Refusal, error_of, refusals_of_columns
-from kinoray.cluster.connect import OUT_OF_MEMORY, Lines, Teller, connect, loss_of, require_fit
+from kinoray.catalog.quarantine import Refusal, error_of, refusals_of_columns, report
+from kinoray.cluster.connect import OUT_OF_MEMORY, connect, loss_of, require_fit
+from kinoray.cluster.lines import Lines, Teller
 from kinoray.config.shared import WorkersConfig
 from kinoray.console import Progress, format_duration, many, visible
-from kinoray.errors import ClusterError
+from kinoray.errors import ClusterError, KinorayError
 from kinoray.label.open import Labelling
-from kinoray.label.stage import LabelJob, LabelUnits, pack_unit
 from kinoray.label.unit import Unit
+from kinoray.label.work import LabelJob, NetworkFacts, pack_unit
+from kinoray.storage.tables import leave_pandas_out
 
-__all__ = ["LabelWorker", "run_units"]
+__all__ = ["LabelWorker", "Workers", "run_units"]
 
 _MAX_DEATHS = 5  # of workers at one unit, and of workers that should start one after the other
 _SAY_S = 30.0
@@ -46,6 +51,7 @@ def run_units(
     resources: WorkersConfig,
     task: str,
     progress: Progress,
+    workers: "Workers | None" = None,
 ) -> Iterator[dict[str, Any]]:
     """Label units: one row of counts for each, as they finish (see `LabelUnits`).
 
@@ -53,27 +59,46 @@ def run_units(
         work: each unit with its rows of the catalog (UNIT_COLUMNS); taken when a worker is about to be free for it.
         num_units: how many they are.
         progress: sees of a unit, by its id, how many of its videos are done; the units' rows are not added to it.
+        workers: of this labelling. Default: others, which end with it.
 
     Raises:
         ClusterError: the workers cannot be placed, or died again and again.
         KinorayError: a unit could not be labelled; what is committed stays.
     """
-    connect(resources)
-    require_fit(resources)
-    num_workers = min(resources.num_workers, num_units)
-    with Lines(progress) as lines:
-        print(f"{task}: {many(num_workers, 'worker')} load{'s' if num_workers == 1 else ''} the network", flush=True)
-        yield from _Pool(labelling.job, Teller(lines.box, num_workers), num_workers, resources, task).run(work)
+    if workers is None:
+        with Workers(resources, task) as own:
+            yield from own.run(labelling.job, work, num_units, progress)
+    else:
+        yield from workers.run(labelling.job, work, num_units, progress)
 
 
 class LabelWorker:
-    """A worker, as an actor."""
+    """A worker, as an actor. What it imports takes seconds, so that is left to `start`, for which nobody waits."""
 
-    def __init__(self, job: LabelJob, tell: Teller | None = None) -> None:
-        self._units = LabelUnits(job, tell) if tell else LabelUnits(job)
+    def __init__(self, job: LabelJob) -> None:
+        self._job = job
+        self._tell: Callable[[str, int], None] = lambda unit_id, done: None
+        self._units: Any = None
 
-    def start(self) -> None:
-        """Nothing: who hears that it is done knows that the worker has a place, and runs."""
+    def hear(self, tell: Callable[[str, int], None]) -> None:
+        """Whom to tell of each video that is done."""
+        self._tell = tell
+
+    def start(self) -> NetworkFacts | Refusal:
+        """Load the network; or why the job cannot go on."""
+        from kinoray.video.sandbox.pool import shared_sandbox
+
+        leave_pandas_out()
+        decoders = shared_sandbox(self._job.num_decoders)
+        Thread(target=decoders.warm, args=(self._job.clip.decode,), name="decoders", daemon=True).start()
+        from kinoray.label.stage import LabelUnits  # here: it imports torch, while a decoder starts
+
+        self._units = LabelUnits(self._job, lambda unit_id, done: self._tell(unit_id, done))
+        try:
+            facts: NetworkFacts = self._units.videos.load()
+        except KinorayError as error:
+            return report(error, "label")
+        return facts
 
     def label(self, unit: dict[str, Any]) -> tuple[dict[str, Any], Refusal | None]:
         """The counts of a unit (see `pack_unit`), or why the job cannot go on."""
@@ -104,38 +129,82 @@ class _Turn:
     """Of workers in its place that did not start."""
 
 
-class _Pool:
-    """Actors, each with one unit at most, so that no unit waits behind a slow one or for a worker without a place."""
+class Workers:
+    """A context in which the workers of one labelling run: actors, each with one unit at most.
 
-    def __init__(self, job: LabelJob, tell: Teller, num_workers: int, resources: WorkersConfig, task: str) -> None:
-        self._job, self._tell, self._num_workers, self._task = job, tell, num_workers, task
-        self._actor = ray.remote(
-            num_cpus=resources.cpus_per_worker,
-            num_gpus=resources.gpus_per_worker,
-            max_restarts=0,  # who is lost is replaced here: a unit may not wait for a restart that has no place
-            scheduling_strategy="SPREAD",
-        )(LabelWorker)
+    So no unit waits behind a slow one, or for a worker that has no place. They start with `look` or `run`.
+    """
+
+    def __init__(self, resources: WorkersConfig, task: str) -> None:
+        self._resources, self._task = resources, task
+        self._new: Callable[[], Any] | None = None
+        self._tell: Teller | None = None
+        self._facts: NetworkFacts | None = None
         self._turns: dict[Any, _Turn] = {}
         """By the reference to what the worker will say."""
         self._free: deque[Any] = deque()
         self._ahead: deque[_Given] = deque()
         """Units that come next: those of workers that died, and one of `work`."""
 
-    def run(self, work: Iterable[tuple[Unit, pa.Table]]) -> Iterator[dict[str, Any]]:
-        """The counts of each unit as they finish. Raises as `run_units`."""
+    def __enter__(self) -> "Workers":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        for worker in self._all():
+            ray.kill(worker)
+
+    def _all(self) -> list[Any]:
+        return [*self._free, *(turn.worker for turn in self._turns.values())]
+
+    def look(self, job: LabelJob, num_units: int) -> NetworkFacts:
+        """What only the network knows, as soon as one worker has loaded it. Raises as `run_units`.
+
+        Args:
+            num_units: how many will be labelled: there are no more workers than that.
+        """
+        self._begin(job, num_units)
+        while self._facts is None:
+            list(self._settle(self._wait()))
+        return self._facts
+
+    def run(
+        self, job: LabelJob, work: Iterable[tuple[Unit, pa.Table]], num_units: int, progress: Progress
+    ) -> Iterator[dict[str, Any]]:
+        """The counts of each unit as they finish. Arguments and errors as of `run_units`."""
         packed = (_Given(unit.unit_id, pack_unit(unit, rows)) for unit, rows in work)
-        try:
-            for _ in range(self._num_workers):
-                self._start()
+        is_new = self._new is None
+        if is_new:
+            self._begin(job, num_units)
+        with Lines(progress) as lines:
+            self._tell = Teller(lines.box, len(self._all()))
+            for worker in self._all():
+                worker.hear.remote(self._tell)
             while True:
                 while self._prefetch(packed) and self._free:
                     self._give(self._free.popleft(), self._ahead.popleft())
                 if not self._ahead and not self._at_work():
                     return
                 yield from self._settle(self._wait())
-        finally:
-            for worker in [*self._free, *(turn.worker for turn in self._turns.values())]:
-                ray.kill(worker)
+                if is_new and self._facts is not None:
+                    is_new = False
+                    for line in self._facts.advice:
+                        print(f"{self._task}: {visible(line)}", flush=True)
+
+    def _begin(self, job: LabelJob, num_units: int) -> None:
+        connect(self._resources)
+        require_fit(self._resources)
+        actor = ray.remote(
+            num_cpus=self._resources.cpus_per_worker,
+            num_gpus=self._resources.gpus_per_worker,
+            max_restarts=0,  # who is lost is replaced here: a unit may not wait for a restart that has no place
+            scheduling_strategy="SPREAD",
+        )(LabelWorker)
+        self._new = partial(actor.remote, job)
+        num_workers = min(self._resources.num_workers, num_units)
+        load = "worker loads" if num_workers == 1 else "workers load"
+        print(f"{self._task}: {num_workers} {load} the network", flush=True)
+        for _ in range(num_workers):
+            self._start()
 
     def _prefetch(self, packed: Iterator[_Given]) -> bool:
         """See to it that a unit is at hand; whether there is one."""
@@ -147,7 +216,10 @@ class _Pool:
         return any(turn.given is not None for turn in self._turns.values())
 
     def _start(self, num_deaths: int = 0) -> None:
-        worker = self._actor.remote(self._job, self._tell)
+        assert self._new is not None
+        worker = self._new()
+        if self._tell is not None:
+            worker.hear.remote(self._tell)
         self._turns[worker.start.remote()] = _Turn(worker, None, num_deaths)
 
     def _give(self, worker: Any, given: _Given) -> None:
@@ -162,7 +234,7 @@ class _Pool:
                 return ready[0]
             if not self._at_work():
                 waited = format_duration(time.monotonic() - begun_s)
-                print(f"{self._task}: no worker runs yet; the cluster has not started them in {waited}", flush=True)
+                print(f"{self._task}: no worker is ready yet after {waited}", flush=True)
 
     def _settle(self, reference: Any) -> Iterator[dict[str, Any]]:
         """Hear what a worker says: the counts of its unit, if it had one."""
@@ -172,16 +244,22 @@ class _Pool:
         except RayTaskError:
             raise  # a bug: its traceback is what is needed
         except _DEATHS as error:
+            if getattr(error, "actor_init_failed", False):
+                raise  # a bug, too
             self._replace(turn, error)
             return
         except RayError as error:
             raise ClusterError(f"the workers were lost: {loss_of(error)}; {_GO_ON}") from error
         self._free.append(turn.worker)
-        if turn.given is not None:
-            counts, failure = said
-            if failure is not None:
-                raise error_of(failure)
-            yield counts
+        if turn.given is None:
+            if isinstance(said, Refusal):
+                raise error_of(said)
+            self._facts = self._facts or said
+            return
+        counts, failure = said
+        if failure is not None:
+            raise error_of(failure)
+        yield counts
 
     def _replace(self, turn: _Turn, error: RayError) -> None:
         """Start another worker for one that is gone, and have its unit done again, before all others."""

@@ -1,7 +1,8 @@
-"""From a label config to everything that a labelling needs, found and checked before Ray starts.
+"""From a label config to everything that a labelling needs, found and checked before anything is written.
 
-`open_network` is the part that needs no source and no place for the result. What is easy to break: whatever can change
-a row is in `_Settings`, whose digest names the folder of the results.
+`open_network` is the part that needs no source and no place for the result. Only what loads a network imports torch:
+the driver of a labelling has that done by a worker, which needs the network anyway. What is easy to break: whatever can
+change a row is in `_Settings`, whose digest names the folder of the results.
 """
 
 import uuid
@@ -13,7 +14,14 @@ import pyarrow as pa
 
 from kinoray.catalog.pieces import Pieces, Rows
 from kinoray.catalog.table import Catalog, catalog_of_source, rows_of_source
-from kinoray.config.scoring import ViewsConfig, protocol_named
+from kinoray.config.scoring import (
+    CPU_BATCH,
+    EarlyExit,
+    ScorerConfig,
+    SegmentConsensus,
+    ViewsConfig,
+    protocol_named,
+)
 from kinoray.config.shared import ClipConfig, digest
 from kinoray.console import many, visible
 from kinoray.errors import CatalogError, ConfigError, ObjectNotFound
@@ -21,19 +29,16 @@ from kinoray.label.answers import AnswerRule, Calibrated, load_calibration
 from kinoray.label.config import LabelConfig
 from kinoray.label.ledger import Ledger, find_labellings
 from kinoray.label.plan import Plan, Survey, survey, work_of
-from kinoray.label.stage import UNIT_COLUMNS, LabelJob
 from kinoray.label.unit import JobRecord, Unit, labelling_id
-from kinoray.network.build import VideoModel, check_clip, is_shipped, recipe_departures, trusted_network
+from kinoray.label.work import UNIT_COLUMNS, LabelJob, NetworkFacts
+from kinoray.network.build import is_shipped, trusted_network
 from kinoray.network.checkpoint import CheckpointMeta, find_checkpoint, load_meta, load_model
-from kinoray.network.forward import CPU_BATCH
-from kinoray.network.prepare import compile_advice
 from kinoray.network.published import checkpoint_of
-from kinoray.network.scorer import EarlyExit, ScorerConfig, SegmentConsensus, check_scorer, segment_consensus
 from kinoray.storage.leftovers import Scratch
 from kinoray.storage.objects import Storage, absolute, join
 from kinoray.storage.outputs import require_folder
 
-__all__ = ["Labelling", "Opened", "Say", "open_labelling", "open_network"]
+__all__ = ["Labelling", "Opened", "Say", "look_here", "open_labelling", "open_network"]
 
 Say = Callable[[str], None]
 """Takes a line for people."""
@@ -52,7 +57,7 @@ class Labelling:
     ledger: Ledger
     plan: Plan
     consensus: SegmentConsensus | None
-    """How the network makes one answer of its segments; None for one that sees them together, and with config.plan."""
+    """How the network makes one answer of its segments, where their logits are stored."""
     scratch: Scratch
     """Holds the keys, until it is closed or nobody has it."""
 
@@ -70,14 +75,14 @@ class Labelling:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Opened:
-    """A network with the settings under which it labels."""
+    """What a checkpoint says of its network, and the settings under which it labels."""
 
-    model: VideoModel | None
-    """None with config.plan."""
     meta: CheckpointMeta
     job: LabelJob
     """Without a root."""
     record: JobRecord
+    consensus: SegmentConsensus | None
+    """As of a Labelling."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -93,6 +98,13 @@ class _Settings:
     """Of CPUs. Sums are split among threads, which rounds them otherwise: a ResNet-50's logits by 4e-5."""
 
 
+def look_here(job: LabelJob, num_units: int = 0) -> NetworkFacts:
+    """Load the network in this process to see what only it knows. Raises as `look_at` and `load_model`."""
+    from kinoray.label.stage import look_at  # here: it imports torch, which takes seconds
+
+    return look_at(*load_model(job.storage, job.checkpoint, job.allow_factory), job)
+
+
 def open_labelling(
     config: LabelConfig,
     task: str,
@@ -100,16 +112,19 @@ def open_labelling(
     check: Callable[[Catalog, CheckpointMeta], object] | None = None,
     segments: bool = False,
     quiet: bool = False,
+    look: Callable[[LabelJob, int], NetworkFacts] = look_here,
 ) -> Labelling:
-    """Find and check everything that a labelling needs, and pin its plan; Ray is not started.
+    """Find and check everything that a labelling needs, and pin its plan.
 
-    With config.plan no network is built, and what only the network knows is not checked.
+    What only the network knows is checked by `look`, before anything is written. That is not done again for a labelling
+    that is there, and not with config.plan: the workers do it, too.
 
     Args:
         task: the verb, for the lines that are printed.
         check: called before anything is written; raises what it finds wrong.
         segments: store the logits of each segment if the network sees them one by one.
         quiet: print nothing.
+        look: loads the network of a job, whose units will be so many, and checks it. Default: in this process.
 
     Raises:
         KinorayError: as `label`.
@@ -130,21 +145,30 @@ def open_labelling(
     found = survey(rows, scratch.folder)
     out = absolute(config.out).rstrip("/")
     ledger = Ledger(storage, join(out, labelling_id(record.model_digest, record.config_digest)))
-    if config.plan:
-        plan = ledger.draft(found, config.rows_a_unit(len(rows)), scratch.folder)
-    else:
-        if ledger.pin_job(record):
-            _say_others(storage, out, ledger.root, say)
-        plan = ledger.plan(found, config.rows_a_unit(len(rows)), scratch.folder)
-    job = replace(opened.job, root=ledger.root)
+    clips = -(-len(rows) // config.resources.num_workers) * opened.job.views.num_views
+    job = replace(opened.job, root=ledger.root, clips_a_worker=clips)
     say(f"{many(len(rows), 'video')}, {many(len(meta.labels), 'class')}, checkpoint {job.checkpoint}")
     if job.views.num_views > 1:
         say(f"protocol {config.protocol}, {job.views.num_views} views of each video")
-    clips = -(-len(rows) // config.resources.num_workers) * job.views.num_views
-    _say_advice(opened.model, job, config, clips, say)
-    consensus = None if opened.model is None else segment_consensus(opened.model)
+    unit_rows = config.rows_a_unit(len(rows))
+    if config.plan:
+        plan = ledger.draft(found, unit_rows, scratch.folder)
+    else:
+        if not storage.exists(join(ledger.root, "job.json")):  # else this network was looked at under these settings
+            for line in look(job, -(-len(rows) // unit_rows)).advice:
+                say(line)
+        if ledger.pin_job(record):
+            _say_others(storage, out, ledger.root, say)
+        plan = ledger.plan(found, unit_rows, scratch.folder)
     return Labelling(
-        rows=rows, found=found, meta=meta, job=job, ledger=ledger, plan=plan, consensus=consensus, scratch=scratch
+        rows=rows,
+        found=found,
+        meta=meta,
+        job=job,
+        ledger=ledger,
+        plan=plan,
+        consensus=opened.consensus,
+        scratch=scratch,
     )
 
 
@@ -174,7 +198,9 @@ def _rows(
 
 
 def open_network(config: LabelConfig, *, say: Say, warn: Say, segments: bool = False) -> Opened:
-    """Find and check the network and its settings; nothing is written, and config.source and config.out are not read.
+    """Find the network, and check its settings as far as it need not be built; nothing is written.
+
+    config.source and config.out are not read.
 
     Args:
         say: is told what is done.
@@ -187,18 +213,18 @@ def open_network(config: LabelConfig, *, say: Say, warn: Say, segments: bool = F
     storage = Storage(config.storage)
     named = checkpoint_of(config.checkpoint, "checkpoint", say, resources=config.resources)
     checkpoint = find_checkpoint(storage, named, warn=warn)
-    model, meta = _open_model(storage, checkpoint, config, say)
+    meta = _open_meta(storage, checkpoint, config, say)
+    consensus = None
     if segments:
-        config = replace(config, segment_scores=model is not None and segment_consensus(model) is not None)
+        from kinoray.network.scorer import segment_consensus  # here, as load_model: it imports torch
+
+        consensus = segment_consensus(load_model(storage, checkpoint, config.allow_factory)[0])
+        config = replace(config, segment_scores=consensus is not None)
     clip = _clip(config, meta.clip, warn)
     views = _views(config, clip)
     calibration = load_calibration(storage, config.calibration, meta.model_digest) if config.calibration else None
     answer = _answer_rule(config, len(meta.labels), calibration)
     scorer = _scorer_config(config, clip, calibration)
-    if model is not None:
-        _check_clip(config, model, clip)
-        check_scorer(model, scorer, len(meta.labels))
-        _say_departures(model, meta, clip, warn)
     on_gpu = config.resources.gpus_per_worker > 0
     torch_threads = max(1, int(config.resources.cpus_per_worker))
     settings = _Settings(
@@ -229,30 +255,24 @@ def open_network(config: LabelConfig, *, say: Say, warn: Say, segments: bool = F
         run_id=uuid.uuid4().hex[:16],
         clip=clip,
         views=views,
+        protocol=config.protocol,
         answer=answer,
         scorer=scorer,
         num_decoders=config.resources.decoders_per_worker,
         torch_threads=torch_threads,
         device="cuda" if on_gpu else "cpu",
     )
-    return Opened(model=model, meta=meta, job=job, record=record)
+    return Opened(meta=meta, job=job, record=record, consensus=consensus)
 
 
-def _open_model(
-    storage: Storage, checkpoint: str, config: LabelConfig, say: Say
-) -> tuple[VideoModel | None, CheckpointMeta]:
-    """The network, so that what is wrong with it is said before workers start; none with config.plan.
-
-    One that does not ship with kinoray is named before it is imported.
-    """
+def _open_meta(storage: Storage, checkpoint: str, config: LabelConfig, say: Say) -> CheckpointMeta:
+    """What the checkpoint says of itself; a network that does not ship with kinoray is named before it is imported."""
     meta = load_meta(storage, checkpoint)
     network = trusted_network(meta.model, checkpoint, config.allow_factory)
-    if config.plan:
-        return None, meta
-    if not is_shipped(network.factory):
+    if not (config.plan or is_shipped(network.factory)):
         options = f" with options {dict(network.options)!r:.500}" if network.options else ""
         say(f"imports {network.factory}{options}, which {checkpoint} names and you allow")
-    return load_model(storage, checkpoint, config.allow_factory)
+    return meta
 
 
 def _clip(config: LabelConfig, trained: ClipConfig, warn: Say) -> ClipConfig:
@@ -277,13 +297,6 @@ def _views(config: LabelConfig, clip: ClipConfig) -> ViewsConfig:
     """Where the views lie. Protocols that mean the same for this network share their results."""
     views = protocol_named(config.protocol).views(config.view_average, config.windows)
     return replace(views, placed=views.placed and clip.sample.is_dense)
-
-
-def _check_clip(config: LabelConfig, model: VideoModel, clip: ClipConfig) -> None:
-    try:
-        check_clip(model.input_spec, clip)
-    except ConfigError as error:
-        raise ConfigError(f"protocol {config.protocol}: {error}") from None
 
 
 def _answer_rule(config: LabelConfig, num_classes: int, calibration: Calibrated | None) -> AnswerRule:
@@ -316,22 +329,6 @@ def _scorer_config(config: LabelConfig, clip: ClipConfig, calibration: Calibrate
         segment_logits=config.segment_scores,
         early_exit=early_exit,
     )
-
-
-def _say_advice(model: VideoModel | None, job: LabelJob, config: LabelConfig, clips: int, say: Say) -> None:
-    """Whether compiling pays, where that is known."""
-    if model is None or job.device != "cpu":
-        return
-    if advice := compile_advice(model.input_spec, job.clip, config.inference, clips):
-        say(advice)
-
-
-def _say_departures(model: VideoModel, meta: CheckpointMeta, clip: ClipConfig, warn: Say) -> None:
-    """Whether a flag of this labelling contradicts what the network was made for; a training's own choice stands."""
-    if clip.sample == meta.clip.sample:
-        return
-    if departures := recipe_departures(model.input_spec, replace(clip, view=meta.clip.view)):
-        warn(f"warning: {meta.model.factory} is not fed as it was made to be: {departures}")
 
 
 def _say_others(storage: Storage, out: str, root: str, say: Say) -> None:

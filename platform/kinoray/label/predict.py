@@ -23,8 +23,10 @@ from kinoray.catalog.table import CATALOG_SCHEMA, catalog_of_source
 from kinoray.config.files import local_path, local_uri
 from kinoray.label.config import LabelConfig
 from kinoray.label.open import Say, open_network
-from kinoray.label.stage import UNIT_COLUMNS, LabelVideos, Outcome
+from kinoray.label.stage import LabelVideos, Outcome, look_at
 from kinoray.label.times import StageClock
+from kinoray.label.work import UNIT_COLUMNS
+from kinoray.network.checkpoint import load_model
 from kinoray.storage.objects import Storage, absolute, is_s3
 
 __all__ = ["Model", "Prediction", "is_one_video"]
@@ -77,7 +79,7 @@ class Model:
 
     def __init__(self, config: LabelConfig, *, say: Say = _LOG.info, warn: Say = _LOG.warning) -> None:
         opened = open_network(config, say=say, warn=warn)
-        assert opened.model is not None  # only config.plan leaves it out
+        network = load_model(opened.job.storage, opened.job.checkpoint, opened.job.allow_factory)
         self.config = config
         self.checkpoint = opened.job.checkpoint
         """The checkpoint: of a run folder its best."""
@@ -86,7 +88,9 @@ class Model:
         self._warn = warn
         self._job = opened.job
         self._lock = threading.Lock()
-        self._videos = LabelVideos(opened.job, StageClock(), (opened.model, opened.meta))
+        self._videos = LabelVideos(opened.job, StageClock(), network)
+        for line in look_at(*network, opened.job).advice:
+            warn(line)
 
     def __repr__(self) -> str:
         return f"Model({self.checkpoint!r}, {len(self.labels)} classes)"

@@ -19,73 +19,34 @@ import pyarrow as pa
 import torch
 
 from kinoray.catalog.quarantine import Refusal, error_of, judge, refusal_columns, report
-from kinoray.catalog.table import REFERENCE_COLUMNS
-from kinoray.config.scoring import ViewsConfig
-from kinoray.config.shared import ClipConfig
+from kinoray.config.scoring import CPU_BATCH
 from kinoray.console import log_event
 from kinoray.errors import (
     AccessDenied,
     BucketNotFound,
     CheckpointMismatch,
+    ConfigError,
     DecoderCrashed,
     KinorayError,
     MediaError,
 )
-from kinoray.label.answers import AnswerRule, average_logits, top_predictions
+from kinoray.label.answers import average_logits, top_predictions
 from kinoray.label.ledger import Ledger
 from kinoray.label.read import VideoReader
 from kinoray.label.times import STAGES, LabelMetrics, StageClock, UnitTimes
 from kinoray.label.unit import PREDICTION_SCHEMA, WINDOW_SCHEMA, Unit
-from kinoray.network.build import VideoModel
+from kinoray.label.work import UNIT_COLUMNS, LabelJob, NetworkFacts, pack_unit
+from kinoray.network.build import VideoModel, check_clip, recipe_departures
 from kinoray.network.checkpoint import CheckpointMeta, load_model
-from kinoray.network.forward import CPU_BATCH, agreed_batch_size, auto_batch_size
-from kinoray.network.scorer import ClipAnswer, ClipScorer, ScorerConfig
-from kinoray.storage.objects import Storage
+from kinoray.network.forward import agreed_batch_size, auto_batch_size
+from kinoray.network.prepare import compile_advice
+from kinoray.network.scorer import ClipAnswer, ClipScorer, check_scorer, segment_consensus
 from kinoray.video.frames import Frames
 from kinoray.video.info import MAX_COUNT
 
-__all__ = ["UNIT_COLUMNS", "LabelJob", "LabelUnits", "LabelVideos", "Outcome", "pack_unit"]
-
-UNIT_COLUMNS = ("video_id", *REFERENCE_COLUMNS)
-"""Columns of a catalog that a worker needs."""
+__all__ = ["UNIT_COLUMNS", "LabelJob", "LabelUnits", "LabelVideos", "Outcome", "look_at", "pack_unit"]
 
 Saw = Callable[[int], None]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class LabelJob:
-    """What all workers of a job share; small, since it is pickled to each."""
-
-    storage: Storage
-    root: str
-    """Folder of the labelling, where units are committed; "" where nothing is to be kept."""
-    checkpoint: str
-    model_digest: str
-    config_digest: str
-    run_id: str
-    clip: ClipConfig
-    num_decoders: int
-    """Decoder processes of each worker."""
-    torch_threads: int
-    scorer: ScorerConfig = field(default_factory=ScorerConfig)
-    answer: AnswerRule = field(default_factory=AnswerRule)
-    views: ViewsConfig = field(default_factory=ViewsConfig)
-    device: str = "cpu"
-    allow_factory: tuple[str, ...] = ()
-    """Networks that do not ship with kinoray, and that the checkpoint may name."""
-
-
-def pack_unit(unit: Unit, rows: pa.Table) -> dict[str, Any]:
-    """A unit as one row of a Dataset: references, never bytes of videos.
-
-    Args:
-        rows: the unit's rows of the catalog, in its order.
-    """
-    table = rows.select(list(UNIT_COLUMNS)).combine_chunks()
-    sink = pa.BufferOutputStream()
-    with pa.ipc.new_stream(sink, table.schema) as writer:
-        writer.write_table(table)
-    return {"unit_id": unit.unit_id, "keys": list(unit.keys), "rows": sink.getvalue().to_pybytes()}
 
 
 @dataclass(slots=True)
@@ -138,6 +99,27 @@ class _Place(NamedTuple):
     window: int
 
 
+def look_at(model: VideoModel, meta: CheckpointMeta, job: LabelJob) -> NetworkFacts:
+    """What is to be known of a network before it labels.
+
+    Raises:
+        ConfigError: the settings ask for what it does not take, or cannot give.
+    """
+    try:
+        check_clip(model.input_spec, job.clip)
+    except ConfigError as error:
+        raise ConfigError(f"protocol {job.protocol}: {error}") from None
+    check_scorer(model, job.scorer, len(meta.labels))
+    advice, departures = [], ""
+    if job.clip.sample != meta.clip.sample:  # a training's own choice stands
+        departures = recipe_departures(model.input_spec, replace(job.clip, view=meta.clip.view))
+    if departures:
+        advice.append(f"warning: {meta.model.factory} is not fed as it was made to be: {departures}")
+    if job.device == "cpu" and job.clips_a_worker:
+        advice.append(compile_advice(model.input_spec, job.clip, job.scorer.inference, job.clips_a_worker))
+    return NetworkFacts(consensus=segment_consensus(model), advice=tuple(filter(None, advice)))
+
+
 class LabelVideos:
     """Videos in, what became of each and their rows out, in one process; nothing is written.
 
@@ -151,7 +133,14 @@ class LabelVideos:
         self._clock, self._network = clock, network
         self._scorer: ClipScorer[_Place] | None = None
         self._labels: tuple[str, ...] = ()
+        self._facts: NetworkFacts | None = None
         self.reader = self._reader(job.scorer.batch_size or CPU_BATCH)
+
+    def load(self) -> NetworkFacts:
+        """Load the network, unless it is loaded. Raises as `look_at` and `load_model`."""
+        self._load()
+        assert self._facts is not None
+        return self._facts
 
     def label(self, rows: pa.Table, saw: Saw = lambda done: None) -> list[Outcome]:
         """One outcome for each row (UNIT_COLUMNS), in order.
@@ -233,7 +222,7 @@ class LabelVideos:
                     f"{job.checkpoint} was replaced while the job ran: model {meta.model_digest}, "
                     f"expected {job.model_digest}; run the command again"
                 )
-            self._labels = meta.labels
+            self._labels, self._facts = meta.labels, look_at(model, meta, job)
             job = self.job = replace(job, clip=job.clip.for_network(model.input_spec.flow_channels))
             batch_size = self._batch_size(model)
             self.reader = self._reader(batch_size)

@@ -8,7 +8,7 @@ import time
 from collections import Counter
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -23,11 +23,13 @@ from kinoray.label.config import LabelConfig
 from kinoray.label.ledger import Ledger, Totals
 from kinoray.label.open import Labelling, open_labelling
 from kinoray.label.plan import Plan, gone_rows, rows_in
-from kinoray.label.predict import Model, is_one_video
 from kinoray.label.times import STAGES, bound_stage
 from kinoray.label.unit import Unit
 from kinoray.storage.objects import Storage, absolute
 from kinoray.storage.pairs import Pairs, join_pairs
+
+if TYPE_CHECKING:
+    from kinoray.label.job import Workers
 
 __all__ = ["Preview", "answer", "label", "preview", "refuse_too_many_bad", "run_labelling"]
 
@@ -49,10 +51,13 @@ def label(config: LabelConfig) -> dict[str, Any]:
     if not config.out:
         return answer(config)
     start = time.monotonic()
-    labelling = open_labelling(config, "label")
     if config.plan:
-        return _say_plan(labelling)
-    totals = run_labelling(labelling, config.resources, "label")
+        return _say_plan(open_labelling(config, "label"))
+    from kinoray.label.job import Workers  # here: it imports ray, which a plan need not wait for
+
+    with Workers(config.resources, "label") as workers:
+        labelling = open_labelling(config, "label", look=workers.look)
+        totals = run_labelling(labelling, config.resources, "label", workers=workers)
     print(f"label: complete in {format_duration(time.monotonic() - start)}; the table is in {labelling.ledger.root}")
     print(f"label: look at it with: kinoray report {labelling.ledger.root}", flush=True)
     refuse_too_many_bad(totals, config.max_bad_fraction, labelling.ledger.root)
@@ -76,6 +81,8 @@ def answer(config: LabelConfig) -> dict[str, Any]:
         KinorayError: the checkpoint or the store cannot be used.
     """
 
+    from kinoray.label.predict import Model, is_one_video  # here: it imports torch, which a plan need not wait for
+
     def say(line: str) -> None:
         print(f"label: {visible(line)}", flush=True)
 
@@ -97,16 +104,24 @@ def answer(config: LabelConfig) -> dict[str, Any]:
     return {"uri": found.uri, "top": found.top, "abstained": found.abstained}
 
 
-def run_labelling(labelling: Labelling, resources: WorkersConfig, task: str, *, is_kept: bool = True) -> Totals:
+def run_labelling(
+    labelling: Labelling,
+    resources: WorkersConfig,
+    task: str,
+    *,
+    is_kept: bool = True,
+    workers: "Workers | None" = None,
+) -> Totals:
     """Label the units that are missing, check the whole table, declare it complete and print what it holds.
 
     Args:
+        workers: of this labelling, which may have started. Default: others.
         is_kept: its folder stays, so that people may look into it.
 
     Raises:
         KinorayError: as `label`, but for TooManyBad.
     """
-    from kinoray.label.job import run_units  # here: importing ray.data takes seconds, for which `answer` need not wait
+    from kinoray.label.job import run_units
 
     ledger, plan = labelling.ledger, labelling.plan
     began, start, stages = datetime.now(UTC), time.monotonic(), Counter[str]()
@@ -120,7 +135,8 @@ def run_labelling(labelling: Labelling, resources: WorkersConfig, task: str, *, 
         progress = Progress(plan.num_rows, task, "videos", already=already)
         with kept_if_interrupted(lambda: _kept(ledger, plan) if is_kept else "nothing is kept"):
             units = _rotated(missing, labelling.job.run_id)
-            for result in run_units(labelling, labelling.work(units), len(units), resources, task, progress):
+            work = labelling.work(units)
+            for result in run_units(labelling, work, len(units), resources, task, progress, workers):
                 stages.update({stage: result[f"{stage}_s"] for stage in STAGES})
                 progress.note(f"bound by {bound_stage(stages)}")
                 progress.update(result["rows"], part=result["unit_id"], quarantined=result["quarantined"])

@@ -10,18 +10,18 @@ import math
 import re
 import sys
 from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import replace
 from types import ModuleType
-from typing import Any, Protocol, cast
-
-import torch
-from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from kinoray.config.shared import ClipConfig, ModelConfig, SampleConfig, ViewConfig
 from kinoray.errors import CheckpointCorrupt, ConfigError, ModelError
 from kinoray.network.resolve import SHORT_NAMES
 from kinoray.network.spec import ClipRecipe, InputSpec, PublishedNetwork
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
 __all__ = [
     "SHORT_NAMES",
@@ -83,9 +83,9 @@ class VideoModel(Protocol):
 
     @property
     def input_spec(self) -> InputSpec: ...
-    def __call__(self, *, rgb: Tensor | None, flow: Tensor | None) -> Tensor: ...
-    def state_dict(self) -> dict[str, Tensor]: ...
-    def parameters(self) -> Iterator[nn.Parameter]: ...
+    def __call__(self, *, rgb: "Tensor | None", flow: "Tensor | None") -> "Tensor": ...
+    def state_dict(self) -> "dict[str, Tensor]": ...
+    def parameters(self) -> "Iterator[nn.Parameter]": ...
 
 
 def is_shipped(factory: str) -> bool:
@@ -216,27 +216,39 @@ def build_model(config: ModelConfig, num_classes: int) -> VideoModel:
     return cast(VideoModel, model)
 
 
-class _WithoutStart(TorchFunctionMode):
-    """Draws no numbers to start weights with: without memory there is nothing to fill, and torch would load dynamo."""
+def _without_memory() -> AbstractContextManager[object]:
+    """Networks that are built inside take no memory, and draw no numbers to start weights with.
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        named = kwargs or {}
-        if func in (Tensor.normal_, Tensor.uniform_) or getattr(func, "__module__", "") == nn.init.__name__:
-            return args[0] if args else named["tensor"]
-        return func(*args, **named)
+    Without memory there is nothing to fill, and torch would load dynamo for it.
+    """
+    import torch
+    from torch.overrides import TorchFunctionMode
+
+    class WithoutStart(TorchFunctionMode):
+        def __torch_function__(
+            self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+        ) -> Any:
+            named = kwargs or {}
+            draws = func in (torch.Tensor.normal_, torch.Tensor.uniform_)
+            if draws or getattr(func, "__module__", "") == torch.nn.init.__name__:
+                return args[0] if args else named["tensor"]
+            return func(*args, **named)
+
+    stack = ExitStack()
+    stack.enter_context(WithoutStart())
+    stack.enter_context(torch.device("meta"))
+    return stack
 
 
-def build_outline(config: ModelConfig, num_classes: int) -> nn.Module:
+def build_outline(config: ModelConfig, num_classes: int) -> "nn.Module":
     """A network that ships, without memory: names and shapes of its weights, whatever their size.
 
     Raises:
         ConfigError, ModelError: it cannot be built with these options.
     """
     try:
-        with _WithoutStart(), torch.device("meta"):
-            return cast(nn.Module, build_model(config, num_classes))
+        with _without_memory():
+            return cast("nn.Module", build_model(config, num_classes))
     except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError) as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         raise ModelError(f"{config.factory} cannot be built with options {dict(config.options)}: {reason}") from error
@@ -364,7 +376,7 @@ def clip_on(model: ModelConfig, clip: ClipConfig, made_for: ModelConfig) -> Clip
     )
 
 
-def backbone_parts(model: VideoModel | nn.Module) -> tuple[str, ...]:
+def backbone_parts(model: "VideoModel | nn.Module") -> tuple[str, ...]:
     """Names of the submodules that the network calls its backbones; none if it does not say.
 
     Its forward calls them. Of a network that names none, all but the classifier counts as backbone.
@@ -372,7 +384,7 @@ def backbone_parts(model: VideoModel | nn.Module) -> tuple[str, ...]:
     return tuple(getattr(model, "backbone_parts", ()))
 
 
-def depths(model: nn.Module) -> dict[str, int]:
+def depths(model: "nn.Module") -> dict[str, int]:
     """How deep each parameter lies: 1 in the last of the network's depth_parts, their number in the first, else 0.
 
     Raises:
@@ -401,6 +413,8 @@ def classifier_names(model: VideoModel, config: ModelConfig, num_classes: int) -
 
     The classifier needs no name: it is whatever the number of classes shapes.
     """
+    import torch
+
     with torch.random.fork_rng(devices=[]):  # building draws weights: leave the caller's generator as it is
         other = build_model(without_start_weights(config), num_classes + 1).state_dict()
     return frozenset(
@@ -410,7 +424,7 @@ def classifier_names(model: VideoModel, config: ModelConfig, num_classes: int) -
 
 def backbone_names(model: VideoModel, config: ModelConfig, num_classes: int) -> frozenset[str]:
     """Parameters of the backbones."""
-    names = [name for name, _ in cast(nn.Module, model).named_parameters()]
+    names = [name for name, _ in cast("nn.Module", model).named_parameters()]
     if parts := backbone_parts(model):
         return frozenset(name for name in names if name.startswith(tuple(f"{part}." for part in parts)))
     return frozenset(names) - classifier_names(model, config, num_classes)

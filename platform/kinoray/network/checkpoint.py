@@ -18,10 +18,7 @@ import logging
 import math
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
-from typing import Any, cast
-
-import safetensors.torch
-from torch import Tensor, nn
+from typing import TYPE_CHECKING, Any, cast
 
 from kinoray.config.shared import digest
 from kinoray.errors import CheckpointCorrupt, CheckpointError, CheckpointMismatch, CheckpointNotFound
@@ -42,6 +39,9 @@ from kinoray.network.checkpoint_files import (
 )
 from kinoray.storage.leftovers import scratch_folder
 from kinoray.storage.objects import Storage, join
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
 __all__ = [
     "META_FILE",
@@ -74,7 +74,9 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _write_tensors(storage: Storage, uri: str, state: Mapping[str, Tensor], folder: Path) -> dict[str, Any]:
+def _write_tensors(storage: Storage, uri: str, state: "Mapping[str, Tensor]", folder: Path) -> dict[str, Any]:
+    import safetensors.torch
+
     # Clones: safetensors refuses tensors that share memory (tied weights).
     tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in state.items()}
     path = folder / "tensors"
@@ -89,9 +91,9 @@ def save_checkpoint(
     storage: Storage,
     uri: str,
     *,
-    model_state: Mapping[str, Tensor],
+    model_state: "Mapping[str, Tensor]",
     meta: CheckpointMeta,
-    train_state: Mapping[str, Tensor] | None = None,
+    train_state: "Mapping[str, Tensor] | None" = None,
 ) -> CheckpointMeta:
     """Write a checkpoint under uri and return its meta with model_digest filled in.
 
@@ -125,12 +127,12 @@ def weight_shapes(storage: Storage, uri: str) -> dict[str, Shaped]:
     return read_shapes(storage, read_document(storage, uri), MODEL_FILE)
 
 
-def load_model_state(storage: Storage, uri: str) -> dict[str, Tensor]:
+def load_model_state(storage: Storage, uri: str) -> "dict[str, Tensor]":
     """The weights, on the CPU. Raises CheckpointNotFound, CheckpointCorrupt."""
     return read_tensors(storage, read_document(storage, uri), MODEL_FILE)
 
 
-def load_train_state(storage: Storage, uri: str) -> dict[str, Tensor]:
+def load_train_state(storage: Storage, uri: str) -> "dict[str, Tensor]":
     """What was saved as train_state, on the CPU.
 
     Raises:
@@ -144,13 +146,13 @@ def _some(names: list[str]) -> str:
     return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
 
 
-def load_weights(module: nn.Module, state: Mapping[str, Tensor], what: str) -> None:
+def load_weights(module: "nn.Module", state: "Mapping[str, Tensor]", what: str) -> None:
     """Copy the weights into the module, all of them or none. Raises as require_weights."""
     require_weights(module, state, what)
     module.load_state_dict(dict(state))
 
 
-def require_weights(module: nn.Module, state: Mapping[str, Shaped], what: str) -> None:
+def require_weights(module: "nn.Module", state: Mapping[str, Shaped], what: str) -> None:
     """Check that the weights are the module's, by name and shape.
 
     Raises:
@@ -192,7 +194,7 @@ def load_model(storage: Storage, uri: str, allowed: Collection[str] = ()) -> tup
     if is_shipped(config.factory):  # the memory that its options ask for must be that of the weights in the file
         require_weights(build_outline(config, num_classes), shapes, uri)
     model = build_model(config, num_classes)
-    module = cast(nn.Module, model)
+    module = cast("nn.Module", model)
     require_weights(module, shapes, uri)
     load_weights(module, read_tensors(storage, document, MODEL_FILE), uri)
     module.eval()

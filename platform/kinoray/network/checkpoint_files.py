@@ -1,5 +1,6 @@
 """The files of a checkpoint, read as data of a stranger: every type, size and digest is compared before it is used.
 
+torch is imported where tensors are read, since who asks only what a checkpoint says of itself need not wait for it.
 What is easy to break: sizes come before reading, and the header of a safetensors file before its tensors, so that none
 is read or hashed that is not one, and none takes more memory than it has bytes (of which holes are none: config.files).
 """
@@ -10,12 +11,10 @@ import math
 import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
-import safetensors.torch
 import tyro
 from safetensors import SafetensorError
-from torch import Tensor
 
 from kinoray.config.file import config_from_mapping
 from kinoray.config.shared import ClipConfig, ModelConfig, digest
@@ -30,6 +29,9 @@ from kinoray.errors import (
 )
 from kinoray.storage.objects import Storage, join
 from kinoray.storage.records import parse_record
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 __all__ = [
     "FORMAT",
@@ -326,8 +328,10 @@ def _header(header: dict[str, Any]) -> dict[str, Shaped]:
     return shapes
 
 
-def read_tensors(storage: Storage, document: Document, name: str) -> dict[str, Tensor]:
+def read_tensors(storage: Storage, document: Document, name: str) -> "dict[str, Tensor]":
     """The tensors in a file of the checkpoint, on the CPU, its digest compared. Raises as read_shapes."""
+    import safetensors.torch
+
     read_shapes(storage, document, name)
     where, entry = document.file(name)
     with _sized():

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from kinoray.config.scoring import CPU_BATCH
 from kinoray.config.shared import ClipConfig, InferenceConfig
 from kinoray.errors import ConfigError, ModelError, ObjectNotFound
 from kinoray.network.batch import FLOW_CHANNELS, Feeder, RawBatch, VideoBatch, collate, collate_raw, model_inputs
@@ -47,8 +48,6 @@ __all__ = [
 Collate = Callable[[Sequence["Clip"]], VideoBatch]
 """How clips become a batch."""
 
-CPU_BATCH = 1
-"""Clips a forward pass on a CPU: no more, or its digits would depend on who is beside it, and where."""
 _MOST = 64  # clips; a GPU is full before
 _SHARE = 0.8  # of the memory that is free: recorded calls and the next batch's inputs come on top
 

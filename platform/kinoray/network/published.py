@@ -12,9 +12,7 @@ import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from kinoray.config.shared import ModelConfig, WorkersConfig, digest
 from kinoray.errors import CheckpointMismatch, ConfigError, ModelError, StorageUnavailable
@@ -33,6 +31,9 @@ from kinoray.network.spec import InputSpec, PublishedNetwork
 from kinoray.storage.leftovers import Claim, scratch_folder, sweep
 from kinoray.storage.objects import Storage, absolute, join
 from kinoray.storage.records import parse_json
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 __all__ = ["cache_folder", "checkpoint_of", "import_source"]
 
@@ -225,7 +226,7 @@ def _require_network(source: Source, model: ModelConfig) -> None:
     require_known_model(model)
 
 
-def _num_classes(state: Mapping[str, Tensor], model: ModelConfig, where: str) -> int:
+def _num_classes(state: "Mapping[str, Tensor]", model: ModelConfig, where: str) -> int:
     """How many classes the weights know: the size that only the number of classes decides."""
     few, more = (build_outline(model, number).state_dict() for number in (2, 3))
     for name, tensor in few.items():

@@ -13,15 +13,16 @@ What is easy to break: segments come in nested order, so that those seen first a
 import math
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
-from typing import Any, Generic, Literal, TypeVar, cast
+from dataclasses import dataclass, replace
+from typing import Any, Generic, TypeVar, cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from kinoray.config.shared import ClipConfig, InferenceConfig, require
+from kinoray.config.scoring import EarlyExit, ScorerConfig, SegmentConsensus
+from kinoray.config.shared import ClipConfig
 from kinoray.errors import ConfigError, ModelError
 from kinoray.network.batch import DeviceInput
 from kinoray.network.build import VideoModel
@@ -43,30 +44,7 @@ __all__ = [
 
 Ticket = TypeVar("Ticket")
 
-SegmentConsensus = Literal["logits", "probs"]
-"""What a network averages over its segments; those of which `segment_consensus` says so run on any part of them."""
-
 _ROUNDING = 1e-5  # a lead by less than this, in segments, is not taken for one: other batches round otherwise
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class EarlyExit:
-    """When a video may stop; part of a result's digest."""
-
-    margin: float | None = None
-    """Lead of the running answer's first probability above its second from which it counts as settled. None: only what
-    cannot change any more stops (exactly the full pass's top-1)."""
-
-    def __post_init__(self) -> None:
-        require(self.margin is None or 0 <= self.margin <= 1, "margin", "in 0 .. 1", self.margin)
-
-    def stages(self, num_segments: int) -> list[int]:
-        """Segments that have been seen at the end of each stage, rising, the last one all of them.
-
-        No lead can exceed the rest before more than half are seen; a margin is asked for from the second one on.
-        """
-        first = num_segments // 2 + 1 if self.margin is None else min(2, num_segments)
-        return list(range(min(first, num_segments), num_segments + 1))
 
 
 def nested_order(num_segments: int) -> np.ndarray:
@@ -116,22 +94,6 @@ class RunningAnswer:
         if rule.margin is not None:
             return self.lead >= rule.margin
         return self.consensus == "probs" and self.seen * self.lead > left + _ROUNDING
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ScorerConfig:
-    """What is run, and what is kept of it."""
-
-    batch_size: int = 8
-    """Clips a forward pass: 1 in a job on CPUs; 0 for what the first worker finds (kinoray.network.forward)."""
-    inference: InferenceConfig = field(default_factory=InferenceConfig)
-    """Precision and compiling."""
-    embeddings: bool = False
-    """Keep what goes into the classifiers."""
-    segment_logits: bool = False
-    """Keep the answer of each segment."""
-    early_exit: EarlyExit | None = None
-    """Segments in nested order until a clip is settled; None: all at once."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,8 @@ from typing import Any
 import ray
 from ray.exceptions import RayError, RayTaskError
 
-from kinoray.cluster.connect import Lines, Teller, connect, loss_of, require_fit
+from kinoray.cluster.connect import connect, loss_of, require_fit
+from kinoray.cluster.lines import Lines, Teller
 from kinoray.config.shared import WorkersConfig
 from kinoray.console import Progress
 from kinoray.errors import JobError, KinorayError, StorageUnavailable

@@ -10,6 +10,7 @@ import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 from urllib.parse import urlparse
 
 import pyarrow.fs as pafs
@@ -18,7 +19,9 @@ from kinoray.config.files import FILE_SCHEME, foreign, local_path, local_uri
 from kinoray.config.shared import StorageConfig
 from kinoray.errors import ConfigError, ObjectNotFound
 from kinoray.storage.folder import FolderStore, Skipped
-from kinoray.storage.s3 import S3Store, endpoint_of
+
+if TYPE_CHECKING:
+    from kinoray.storage.s3 import S3Store
 
 __all__ = [
     "MAX_RECORD_BYTES",
@@ -85,15 +88,17 @@ def absolute(uri: str) -> str:
 
 
 # One S3 client a process and config: making one costs 0.1 s, and one must not be carried through a fork or a pickle.
-_stores: dict[tuple[int, StorageConfig], S3Store] = {}
+_stores: "dict[tuple[int, StorageConfig], S3Store]" = {}
 _stores_lock = threading.Lock()
 _folder = FolderStore()
 
 
-def _s3_store(config: StorageConfig) -> S3Store:
+def _s3_store(config: StorageConfig) -> "S3Store":
     key = (os.getpid(), config)
     with _stores_lock:
         if key not in _stores:
+            from kinoray.storage.s3 import S3Store  # here: boto3 takes a fifth of a second, of which folders need none
+
             _stores[key] = S3Store(config)
         return _stores[key]
 
@@ -181,7 +186,7 @@ class Storage:
         if isinstance(store, FolderStore):
             store.sweep(name, before_s)
 
-    def _locate(self, uri: str, *, is_prefix: bool = False) -> tuple[S3Store | FolderStore, str]:
+    def _locate(self, uri: str, *, is_prefix: bool = False) -> "tuple[S3Store | FolderStore, str]":
         """The store that holds the uri, and its name there: a path, or `bucket/key`."""
         if not is_s3(uri):
             if problem := foreign(uri):
@@ -204,6 +209,8 @@ def arrow_filesystem(config: StorageConfig, uri: str) -> tuple[pafs.FileSystem, 
     """
     if not is_s3(uri):
         return pafs.LocalFileSystem(), absolute(uri)
+    from kinoray.storage.s3 import endpoint_of
+
     endpoint = endpoint_of(config)
     options: dict[str, object] = {
         "region": config.region or os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION") or "us-east-1",

@@ -29,6 +29,7 @@ __all__ = [
 
 T = TypeVar("T")
 
+
 _MAX_DEPTH = 64  # lists and objects inside each other; ours have five
 _MAX_CONTAINERS = 4_000_000  # each takes 60 to 200 bytes of memory, and may be two bytes of text
 _MAX_SECONDS = 2**35  # a thousand years

@@ -32,8 +32,9 @@ from ray.train.v2._internal.callbacks.placement_group_callback import PlacementG
 from ray.util.placement_group import PlacementGroup, get_current_placement_group, remove_placement_group
 
 from kinoray.catalog.table import Catalog
-from kinoray.cluster.connect import OUT_OF_MEMORY, Lines, Teller, beside_me, connect, loss_of, quiet_ray, require_fit
+from kinoray.cluster.connect import OUT_OF_MEMORY, connect, loss_of, quiet_ray, require_fit
 from kinoray.cluster.environment import commits
+from kinoray.cluster.lines import Lines, Teller, beside_me
 from kinoray.console import Progress, many
 from kinoray.errors import (
     CatalogError,

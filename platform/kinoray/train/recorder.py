@@ -17,14 +17,10 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from types import TracebackType
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import ray
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_svg import FigureCanvasSVG
-from matplotlib.figure import Figure
 from ray.util.metrics import Counter, Gauge
-from tensorboardX import SummaryWriter
 from torch import Tensor
 
 from kinoray.catalog.quarantine import QuarantineRow
@@ -39,6 +35,9 @@ from kinoray.train.recipe import learning_rate
 from kinoray.train.runfolder import EpochRow, RunFolder, StepRow, run_digest
 from kinoray.train.state import Snapshot
 from kinoray.train.step import Replica
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 __all__ = ["Pace", "Recorder", "TrainMetrics", "Uploader", "draw_curves", "epoch_line", "write_events"]
 
@@ -166,6 +165,8 @@ def write_events(folder: RunFolder, row: EpochRow, steps: Sequence[StepRow] = ()
 
     Those are by epoch; loss and rate of the steps are by step, in step/.
     """
+    from tensorboardX import SummaryWriter  # here, as what draws: a second, which a training's start need not wait for
+
     with scratch_folder("events") as place:
         with SummaryWriter(place) as writer:
             for name, number in row.record().items():
@@ -187,6 +188,9 @@ def _tag(name: str) -> str:
 
 def draw_curves(folder: RunFolder) -> None:
     """Draw the learning curves: loss of steps and epochs, accuracy, rate; nothing before the first step's loss."""
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure
+
     epochs = folder.epochs()
     steps = folder.steps()
     if not steps:
@@ -221,7 +225,7 @@ def draw_curves(folder: RunFolder) -> None:
     folder.storage.put(folder.curves_uri, content.getvalue())
 
 
-def _line(axes: Axes, rows: Sequence[EpochRow], name: str, colour: str, label: str) -> None:
+def _line(axes: "Axes", rows: Sequence[EpochRow], name: str, colour: str, label: str) -> None:
     """The metric of the epochs that have it, each at its end."""
     known = [(row.epoch, getattr(row, name)) for row in rows if getattr(row, name) is not None]
     if known:

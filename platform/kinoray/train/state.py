@@ -11,23 +11,20 @@ A checkpoint holds whole tensors, so a run may go on with another number of work
 
 No generator's state is in it: `seed_step` seeds them anew for each step, from numbers that a resumed run has, too.
 
-Easy to break: making a whole tensor of a sharded one is a collective, so all ranks must do it, in the same order.
+Easy to break: making a whole tensor of a sharded one is a collective, so all ranks must do it, in the same order. And
+what shards is imported where something is: it takes each process a second and more, which most trainings need not wait.
 """
 
 import hashlib
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import TYPE_CHECKING, TypeGuard, cast
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, manual_seed, nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from kinoray.config.shared import ModelConfig
 from kinoray.errors import CheckpointMismatch
@@ -43,11 +40,16 @@ from kinoray.network.checkpoint import (
 from kinoray.storage.objects import Storage
 from kinoray.train.recipe import trained_parameters
 
+if TYPE_CHECKING:
+    from torch.distributed.fsdp import FSDPModule
+    from torch.distributed.tensor import DTensor
+
 __all__ = [
     "HISTORY",
     "Average",
     "Snapshot",
     "TrainState",
+    "is_sharded",
     "load_optimizer_state",
     "optimizer_state",
     "seed_step",
@@ -60,7 +62,6 @@ _OPTIMIZER = "optimizer/"
 _LIVE = "live/"
 _UPDATES = "average/updates"
 _SCALER = {"scaler/scale": "scale", "scaler/growth_tracker": "_growth_tracker"}
-_WHOLE = StateDictOptions(full_state_dict=True)
 
 
 # Where a run starts from
@@ -109,6 +110,9 @@ def seed_step(seed: int, epoch: int, step: int, rank: int) -> None:
 
 def shard(module: nn.Module, device_type: str) -> None:
     """Spread the parameters of a network over all ranks: each of its backbone_parts a unit, the rest another one."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
     mesh = init_device_mesh(device_type, (dist.get_world_size(),))
     for name in backbone_parts(module):
         fully_shard(module.get_submodule(name), mesh=mesh)
@@ -175,9 +179,8 @@ class TrainState:
 
     def weights(self) -> dict[str, Tensor]:
         """What is scored and saved: the moving average if there is one, else the module's state; whole."""
-        if self.average is None:
-            return get_model_state_dict(self.module, options=_WHOLE)  # type: ignore[return-value]  # all are tensors
-        return {name: _whole(value) for name, value in self.average.values.items()}
+        values = self.module.state_dict() if self.average is None else self.average.values
+        return {name: _whole(value) for name, value in values.items()}
 
     def share_buffers(self) -> None:
         """Give all ranks the buffers (BatchNorm's statistics) of rank 0, whose they are in a checkpoint."""
@@ -262,21 +265,33 @@ def load_optimizer_state(module: nn.Module, optimizer: torch.optim.Optimizer, st
 
 def _set_weights(module: nn.Module, weights: Mapping[str, Tensor]) -> None:
     """Copy whole tensors into the network; names and shapes must be its own."""
-    set_model_state_dict(module, dict(weights), options=_WHOLE)
+    own = module.state_dict()
+    module.load_state_dict({name: _spread_like(own[name], value) for name, value in weights.items()})
 
 
 def _under(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
 
 
+def is_sharded(module: nn.Module) -> "TypeGuard[FSDPModule]":
+    """Whether it is one that `shard` was called for."""
+    return hasattr(module, "set_requires_gradient_sync")
+
+
+def _is_shard(tensor: Tensor) -> "TypeGuard[DTensor]":
+    return hasattr(tensor, "full_tensor")
+
+
 def _whole(tensor: Tensor) -> Tensor:
     """The whole of a sharded tensor; any other as it is."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return tensor.full_tensor() if _is_shard(tensor) else tensor
 
 
 def _spread_like(parameter: Tensor, value: Tensor) -> Tensor:
     """A whole tensor of the parameter's shape, sharded as the parameter is; any other tensor as it is."""
-    if isinstance(parameter, DTensor) and value.shape == parameter.shape:
+    if _is_shard(parameter) and value.shape == parameter.shape:
+        from torch.distributed.tensor import distribute_tensor
+
         return distribute_tensor(value.to(parameter.device), parameter.device_mesh, parameter.placements)
     return value
 
@@ -284,7 +299,7 @@ def _spread_like(parameter: Tensor, value: Tensor) -> Tensor:
 def _copies(state: Mapping[str, Tensor], keep: bool) -> dict[str, Tensor]:
     """Whole tensors on the CPU, gathered one after another; none where they are not kept.
 
-    torch's get_model_state_dict would hand out the tensors themselves where they are on the CPU already.
+    To the CPU alone would hand out the tensors themselves where they are there already.
     """
     copied = {}
     for name, value in state.items():

@@ -15,7 +15,6 @@ from typing import Any, cast
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
 from kinoray.errors import CheckpointCorrupt, ConfigError, ModelError
@@ -32,7 +31,7 @@ from kinoray.train.recipe import (
     set_rate,
     trained_parameters,
 )
-from kinoray.train.state import HISTORY, Average, Snapshot, TrainState, shard
+from kinoray.train.state import HISTORY, Average, Snapshot, TrainState, is_sharded, shard
 
 __all__ = ["Replica", "Totals"]
 
@@ -147,7 +146,7 @@ class Replica:
 
         `clips` holds the readable videos ([B, ...], B may be 0; None is no video at all), `labels` int64 [B] theirs.
         """
-        if isinstance(self.module, FSDPModule):
+        if is_sharded(self.module):
             self.state.share_buffers()  # as DistributedDataParallel does before each step
         num_videos = torch.tensor(float(len(labels)), dtype=torch.float64, device=self.device)
         global_videos = self._exchange(num_videos)
@@ -180,12 +179,12 @@ class Replica:
     def _parts(self, count: int) -> list[slice]:
         """Into which the rank's videos are cut for optim.accumulate; under FSDP, equally many on all ranks."""
         size = max(1, -(-count // self._optim.accumulate))
-        number = self._optim.accumulate if isinstance(self.module, FSDPModule) else max(1, -(-count // size))
+        number = self._optim.accumulate if is_sharded(self.module) else max(1, -(-count // size))
         return [slice(index * size, (index + 1) * size) for index in range(number)]
 
     def _synchronised(self, last: bool) -> AbstractContextManager[Any]:
         """Ranks add up their gradients with the last part only."""
-        if isinstance(self.module, FSDPModule):
+        if is_sharded(self.module):
             self.module.set_requires_gradient_sync(last)
         elif isinstance(self._parallel, DistributedDataParallel) and not last:
             return self._parallel.no_sync()

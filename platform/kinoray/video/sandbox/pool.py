@@ -10,13 +10,13 @@ import threading
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
 from kinoray.config.shared import ClipConfig, DecodeConfig
-from kinoray.errors import MediaError
+from kinoray.errors import KinorayError, MediaError
 from kinoray.video.frames import Frames, check_answer, decode
 from kinoray.video.info import VideoInfo
 from kinoray.video.media import check_size_bytes
@@ -76,6 +76,11 @@ class Sandbox:
         """Ids of the processes that are reading a video now."""
         with self._lock:
             return sorted(process.pid for process in self._busy)
+
+    def warm(self, config: DecodeConfig) -> None:
+        """Start a process for whoever decodes first; what goes wrong is his to hear."""
+        with suppress(KinorayError), self._process(config, 0, new=False):
+            pass
 
     def close(self) -> None:
         """End the idle processes. Those at work end their video first; a later request starts new ones."""
