@@ -1,6 +1,7 @@
 """Listings by several requests at once: each key once, whatever the keys are like and whichever answer comes first."""
 
 import bisect
+import itertools
 import random
 import threading
 import time
@@ -47,7 +48,7 @@ class Server:
 def keys_of(stretches: list[Stretch]) -> list[str]:
     """Their keys in order; stretches fit together without a gap."""
     ordered = sorted(stretches, key=lambda stretch: (stretch.after, stretch.until is None, stretch.until or ""))
-    for one, other in zip(ordered, ordered[1:], strict=False):
+    for one, other in itertools.pairwise(ordered):
         assert one.until == other.after
     return [entry[0] for stretch in ordered for entry in stretch.entries]
 

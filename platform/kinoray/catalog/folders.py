@@ -16,6 +16,7 @@ __all__ = [
     "HEAD_BYTES",
     "VIDEO_EXTENSIONS",
     "class_name",
+    "ending_shown",
     "extension",
     "is_hidden",
     "is_other",
@@ -23,8 +24,10 @@ __all__ = [
     "is_video",
     "is_video_head",
     "no_video_among",
+    "no_video_of_endings",
     "place_problem",
     "places_in_folders",
+    "said_of_endings",
     "said_of_others",
     "set_problems",
     "split_named",
@@ -154,7 +157,11 @@ def is_video_head(head: bytes) -> bool:
 
 def said_of_others(names: Iterable[str]) -> str:
     """`12 files are no videos (.json 6, .vtt 4, hidden 2)`."""
-    counts = _by_ending(names)
+    return said_of_endings(Counter(map(ending_shown, names)))
+
+
+def said_of_endings(counts: Counter[str]) -> str:
+    """`said_of_others` of files that were counted by `ending_shown`."""
     are = "1 file is no video" if counts.total() == 1 else f"{counts.total()} files are no videos"
     return f"{are} ({_shown(counts)})"
 
@@ -165,7 +172,11 @@ def no_video_among(source: str, names: Iterable[str], expected: str) -> str:
     Args:
         expected: what to do, where they are not pictures.
     """
-    counts = _by_ending(names)
+    return no_video_of_endings(source, Counter(map(ending_shown, names)), expected)
+
+
+def no_video_of_endings(source: str, counts: Counter[str], expected: str) -> str:
+    """`no_video_among` of files that were counted by `ending_shown`."""
     if not counts:
         return f"{source}: found nothing; {expected}"
     if all(ending in _PICTURES for ending in counts):
@@ -178,8 +189,9 @@ def no_video_among(source: str, names: Iterable[str], expected: str) -> str:
     return f"{source}: found {many(counts.total(), 'file')}, {none} ({_shown(counts)}); {expected}"
 
 
-def _by_ending(names: Iterable[str]) -> Counter[str]:
-    return Counter("hidden" if is_hidden(name.split("/")) else extension(name) or "no ending" for name in names)
+def ending_shown(name: str) -> str:
+    """What a file that is no video is counted as."""
+    return "hidden" if is_hidden(name.split("/")) else extension(name) or "no ending"
 
 
 def _shown(counts: Counter[str]) -> str:

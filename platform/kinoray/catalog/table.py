@@ -18,6 +18,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from kinoray.catalog.folders import is_video, no_video_among, said_of_others
+from kinoray.catalog.inventory import is_manifest, newest_manifest
+from kinoray.catalog.listing import CATALOG_SCHEMA, NOT_OTHERS, spool_listing
 from kinoray.catalog.read import Reference, read_video, read_videos, time_problem
 from kinoray.catalog.source import SourceFile, find_files, unique_ids, warn
 from kinoray.config.files import local_path, local_uri
@@ -29,6 +31,7 @@ from kinoray.errors import (
     StorageError,
     StorageUnavailable,
 )
+from kinoray.storage.leftovers import scratch_folder
 from kinoray.storage.objects import MAX_TABLE_BYTES, Storage, absolute, is_s3, join
 from kinoray.storage.records import parse_json, parse_record, parse_table
 
@@ -47,31 +50,6 @@ __all__ = [
     "references",
     "save_catalog",
 ]
-
-CATALOG_SCHEMA: pa.Schema = pa.schema(
-    [
-        pa.field("video_id", pa.string(), nullable=False),
-        pa.field("uri", pa.string(), nullable=False),
-        pa.field("offset", pa.int64()),
-        pa.field("length", pa.int64()),
-        pa.field("label", pa.string()),
-        pa.field("label_id", pa.int32()),
-        pa.field("split", pa.string()),
-        pa.field("size_bytes", pa.int64()),
-        pa.field("sha256", pa.string()),
-        pa.field("time_start_s", pa.float64()),
-        pa.field("time_end_s", pa.float64()),
-        pa.field("duration_s", pa.float64()),
-        pa.field("fps", pa.float64()),
-        pa.field("num_frames", pa.int64()),
-        pa.field("width", pa.int32()),
-        pa.field("height", pa.int32()),
-        pa.field("codec", pa.string()),
-        pa.field("status", pa.string()),
-        pa.field("reason", pa.string()),
-    ]
-)
-"""Columns of a catalog. offset and length are null for a whole object; status is `packed` (probed) or `listed`."""
 
 REFERENCE_COLUMNS = ("uri", "offset", "length", "sha256", "time_start_s", "time_end_s")
 """What `references` needs of a table."""
@@ -240,6 +218,8 @@ def save_catalog(storage: Storage, uri: str, catalog: Catalog) -> None:
 def catalog_of_source(storage: Storage, source: str, *, say: Callable[[str], None] = warn) -> Catalog:
     """A catalog of what a user points at: a pack's folder, a .parquet, a .csv, a folder or prefix of videos, or one.
 
+    Or an S3 Inventory: its manifest.json, or its folder.
+
     Videos in a folder are known by their names or first bytes and stay where they are; their rows are `listed`, not
     probed, and have no checksum. `say` is told what is left out.
 
@@ -249,13 +229,23 @@ def catalog_of_source(storage: Storage, source: str, *, say: Callable[[str], Non
     """
     if is_catalog(storage, source, say=say):
         return load_catalog(storage, source)
+    if is_manifest(source):
+        return _spooled(storage, source, say)
     files = find_files(storage, source, say=say)
+    if not any(file.is_video for file in files) and newest_manifest({file.name for file in files}):
+        return _spooled(storage, source, say)
     catalog = catalog_of_files(source, files)
-    told = ("catalog.parquet", _PACK_RECORD)  # by is_catalog
-    others = [file.name for file in files if not file.is_video and file.name not in told]
+    others = [file.name for file in files if not file.is_video and file.name not in NOT_OTHERS]
     if others:
         say(f"{source}: {said_of_others(others)}, and left out")
     return catalog
+
+
+def _spooled(storage: Storage, source: str, say: Callable[[str], None]) -> Catalog:
+    """The catalog of an S3 Inventory."""
+    with scratch_folder("listing") as folder:
+        paths = spool_listing(storage, source, folder, say=say)
+        return Catalog(pa.concat_tables([pq.read_table(path) for path in paths]))
 
 
 def is_catalog(storage: Storage, source: str, *, say: Callable[[str], None] = warn) -> bool:

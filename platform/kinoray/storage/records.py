@@ -9,9 +9,11 @@ holds one must be refused before any value of it is looked at.
 
 import json
 import math
+import mmap
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 import pyarrow as pa
@@ -26,6 +28,7 @@ __all__ = [
     "as_name",
     "as_seconds",
     "is_name",
+    "iter_table",
     "parse_json",
     "parse_lines",
     "parse_record",
@@ -39,6 +42,8 @@ T = TypeVar("T")
 _MAX_DEPTH = 64  # lists and objects inside each other; ours have five
 _MAX_CONTAINERS = 4_000_000  # each takes 60 to 200 bytes of memory, and may be two bytes of text
 _TABLE_BYTES = 2**28
+_GROUP_BYTES = 2**30  # of a row group, where one is read at a time
+_BATCH_ROWS = 2**12
 _TABLE_EXPANSION = 1024  # a table of 100 million names in a row, of 2 bytes each in the file, is 200 times as large
 _MAX_SECONDS = 2**35  # a thousand years
 _NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,199}")
@@ -202,6 +207,38 @@ def parse_table(data: bytes, columns: Sequence[str] | None = None) -> pa.Table:
         raise pa.ArrowInvalid(" ".join(str(error).split())) from error
 
 
+def iter_table(path: Path, columns: Sequence[str], *, needed: Collection[str]) -> Iterator[pa.RecordBatch]:
+    """The rows of a Parquet file of any size, with those of these columns that it has; as `parse_table`, but in pieces.
+
+    Raises:
+        pyarrow.ArrowInvalid: as `parse_table`; or a row group would take more memory than 1 GiB, or a needed column is
+            not there.
+    """
+    try:
+        with (
+            path.open("rb") as source,
+            mmap.mmap(source.fileno(), 0, access=mmap.ACCESS_READ) as data,
+            pq.ParquetFile(path, page_checksum_verification=True, buffer_size=2**20, pre_buffer=False) as file,
+        ):
+            names = file.schema_arrow.names
+            if missing := [name for name in needed if name not in names]:
+                raise pa.ArrowInvalid(f"it has no column {missing[0]}; found {names!r:.200}")
+            found = [name for name in columns if name in names]
+            if wrong := [name for name in found if names.count(name) != 1]:
+                raise pa.ArrowInvalid(f"column {wrong[0]} is there {names.count(wrong[0])} times; once is right")
+            for field in file.schema_arrow:
+                if _is_foreign(field.type) or (field.name in found and pa.types.is_nested(field.type)):
+                    raise pa.ArrowInvalid(
+                        f"column {field.name} has the type {field.type}, whose values are not plain data"
+                    )
+            _check_groups(data, found)
+            for batch in file.iter_batches(_BATCH_ROWS, columns=found):
+                batch.validate(full=True)
+                yield batch
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, pa.ArrowException) as error:
+        raise pa.ArrowInvalid(" ".join(str(error).split())) from error
+
+
 def _is_foreign(kind: pa.DataType) -> bool:
     """Whether a type, or one inside it, is an extension in Python: its values are made by somebody's code."""
     if isinstance(kind, pa.ExtensionType):
@@ -227,22 +264,41 @@ _CODECS = {1: "snappy", 2: "gzip", 4: "brotli", 6: "zstd", 7: "lz4_raw"}
 
 
 def _check_size(data: bytes, columns: Sequence[str] | None) -> None:
-    """Refuse a file of a few bytes that becomes gigabytes. Raises ValueError or LookupError where it cannot be told.
+    """Refuse a file of a few bytes that becomes gigabytes. Raises ValueError or LookupError where it cannot be told."""
+    room = _TABLE_BYTES + _TABLE_EXPANSION * len(data)
+    for chunks in _row_groups(data, columns):
+        for path, chunk, width in chunks:
+            room -= _chunk_bytes(data, path, chunk, width, room)
+
+
+def _check_groups(data: mmap.mmap, columns: Sequence[str]) -> None:
+    """As `_check_size`, of a file that is read in row groups."""
+    for chunks in _row_groups(data, columns):
+        room = _GROUP_BYTES
+        for path, chunk, width in chunks:
+            room -= _chunk_bytes(data, path, chunk, width, room)
+
+
+def _row_groups(
+    data: bytes | mmap.mmap, columns: Sequence[str] | None
+) -> Iterator[list[tuple[str, dict[int, Any], int]]]:
+    """The name, the entry in the footer and the width of each of these columns, by row groups.
 
     The footer is read here, too: Arrow ends the process where it is asked for a column whose entry was changed.
     """
-    room = _TABLE_BYTES + _TABLE_EXPANSION * len(data)
     footer, _ = _thrift(data[-8 - int.from_bytes(data[-8:-4], "little") : -8], 0)
     widths = [leaf.get(2, 0) for leaf in footer[2] if not leaf.get(5)]  # of what is not a group of columns
     for group in footer[4]:
+        chunks = []
         for width, entry in zip(widths, group[1], strict=True):
             chunk = entry[3]
             path = b".".join(chunk[3]).decode()
             if columns is None or any(path == name or path.startswith(f"{name}.") for name in columns):
-                room -= _chunk_bytes(data, path, chunk, width, room)
+                chunks.append((path, chunk, width))
+        yield chunks
 
 
-def _chunk_bytes(data: bytes, path: str, chunk: dict[int, Any], width: int, room: int) -> int:
+def _chunk_bytes(data: bytes | mmap.mmap, path: str, chunk: dict[int, Any], width: int, room: int) -> int:
     """Memory that a column of a row group takes, at most; ValueError where that is more than `room`."""
     is_text, codec, wanted = chunk[1] == _BYTE_ARRAY, chunk[4], chunk[5]
     at, dictionary = chunk[9], chunk.get(11, 0)
@@ -288,7 +344,7 @@ def _longest(page: bytes, num_texts: int, size_bytes: int, codec: int) -> int:
     return longest
 
 
-def _thrift(data: bytes, at: int, depth: int = 0) -> tuple[dict[int, Any], int]:
+def _thrift(data: bytes | mmap.mmap, at: int, depth: int = 0) -> tuple[dict[int, Any], int]:
     """A struct in Thrift's compact protocol by the numbers of its fields, and where it ends."""
     fields: dict[int, Any] = {}
     field = 0
@@ -306,7 +362,7 @@ def _thrift(data: bytes, at: int, depth: int = 0) -> tuple[dict[int, Any], int]:
     return fields, at + 1
 
 
-def _thrift_value(data: bytes, at: int, kind: int, depth: int) -> tuple[Any, int]:
+def _thrift_value(data: bytes | mmap.mmap, at: int, kind: int, depth: int) -> tuple[Any, int]:
     if kind in (1, 2, 3):
         return data[at], at + 1
     if kind in (4, 5, 6):
@@ -333,12 +389,12 @@ def _thrift_value(data: bytes, at: int, kind: int, depth: int) -> tuple[Any, int
     raise ValueError("a part of the file is not as Parquet writes it")
 
 
-def _zigzag(data: bytes, at: int) -> tuple[int, int]:
+def _zigzag(data: bytes | mmap.mmap, at: int) -> tuple[int, int]:
     value, at = _varint(data, at)
     return value >> 1 ^ -(value & 1), at
 
 
-def _varint(data: bytes, at: int) -> tuple[int, int]:
+def _varint(data: bytes | mmap.mmap, at: int) -> tuple[int, int]:
     value = 0
     for shift in range(0, 70, 7):
         value |= (data[at] & 0x7F) << shift

@@ -119,9 +119,9 @@ class S3Store:
         bucket, token = _split(prefix)[0], None
         while True:
             page = self._page(prefix, "", token)
-            for key, *about in page.entries:
-                if not is_marker(key, about[0]):
-                    yield f"{bucket}/{key}", *about
+            for key, size_bytes, modified_s, etag in page.entries:
+                if not is_marker(key, size_bytes):
+                    yield f"{bucket}/{key}", size_bytes, modified_s, etag
             if page.token is None:
                 return
             token = page.token

@@ -1,8 +1,8 @@
-"""Listing a bucket by several requests at once: the keys are cut into ranges, and a range in two where a thread is free.
+"""Listing a bucket by several requests at once: keys are cut into ranges, and a range in two where a thread is free.
 
 S3 gives 1,000 keys an answer, in order, from any text on. So the next text that differs from the present key at an
-early character is asked for: what comes is the first page of a range of its own, and nothing was asked in vain. It needs
-no folders in the keys, and holds no more than an answer a thread.
+early character is asked for: what comes is the first page of a range of its own, and nothing was asked in vain. It
+needs no folders in the keys, and holds no more than an answer a thread.
 
 What is easy to break: each key comes once, whatever the texts are at which ranges are cut, and however late an answer.
 """
