@@ -28,7 +28,7 @@ STORAGE = Storage()
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Sizes at which a few thousand files are many."""
-    for name, value in {"ROW_GROUP_ROWS": 64, "FILE_ROWS": 256, "_RUN_ROWS": 50, "_RUN_GROUP_ROWS": 16}.items():
+    for name, value in {"ROW_GROUP_ROWS": 64, "FILE_ROWS": 256, "_RUN_ROWS": 50, "_BATCH_ROWS": 16}.items():
         monkeypatch.setattr(f"kinoray.catalog.listing.{name}", value)
     monkeypatch.setattr("kinoray.catalog.listing._MAX_RUNS", 5)
     monkeypatch.setattr("kinoray.catalog.source._MAX_LOOKS", 20)

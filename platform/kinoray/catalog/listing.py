@@ -23,7 +23,16 @@ import pyarrow.parquet as pq
 from kinoray.catalog.folders import ending_shown, no_video_of_endings, said_of_endings
 from kinoray.catalog.inventory import inventory_rows, is_manifest, newest_manifest, open_inventory
 from kinoray.catalog.kept import Kept, Piece
-from kinoray.catalog.source import MAX_ID_LEVEL, Judgement, SkippedFolders, SourceFile, find_files, id_at, warn
+from kinoray.catalog.source import (
+    MAX_ID_LEVEL,
+    Judgement,
+    SkippedFolders,
+    SourceFile,
+    find_files,
+    id_at,
+    is_unknown,
+    warn,
+)
 from kinoray.config.files import local_path, local_uri
 from kinoray.errors import CatalogError
 from kinoray.storage.objects import Storage, absolute, is_s3, join
@@ -64,7 +73,8 @@ NOT_OTHERS = ("catalog.parquet", "pack.json")
 
 _RUN_SCHEMA = pa.schema([pa.field("name", pa.binary(), nullable=False), pa.field("size_bytes", pa.int64())])
 _RUN_ROWS = 100_000
-_RUN_GROUP_ROWS = 2**12  # of which one of each open run is in memory
+_RUN_OPTIONS = pa.ipc.IpcWriteOptions(compression="zstd")
+_BATCH_ROWS = 512  # of each open run are in memory
 _MAX_RUNS = 64  # that are merged at once
 _MAX_ENDINGS = 10_000  # that are told apart among what is left out
 _MAX_MANIFESTS = 10_000  # names of inventories that are kept: one a day for 27 years
@@ -203,7 +213,7 @@ class _Spool:
 
     def write(self, storage: Storage, source: str, say: Callable[[str], None]) -> list[Path]:
         """The catalog's files; none where nothing is a video. The runs are gone then."""
-        self._judgement.look(storage, source, self._files(), say)
+        self._judgement.look(storage, source, self._unknown(), say)
         ids = _Ids(self._folder / "ids", self.num_files, self._name_of)
         paths: list[Path] = []
         groups = _batched(self._videos(), ROW_GROUP_ROWS)
@@ -226,10 +236,11 @@ class _Spool:
             expected = f"name the table itself to use it: {join(source, 'catalog.parquet')}"
         raise CatalogError(no_video_of_endings(source, self._others, expected))
 
-    def _files(self) -> Iterator[SourceFile]:
+    def _unknown(self) -> Iterator[SourceFile]:
         for raw, size_bytes in self.runs.merged():
             name = _text_of(raw)
-            yield SourceFile(name, local_uri(self.prefix + name), -1 if size_bytes is None else size_bytes)
+            if is_unknown(name):
+                yield SourceFile(name, local_uri(self.prefix + name), -1 if size_bytes is None else size_bytes)
 
     def _videos(self) -> Iterator[Row]:
         for row in self.runs.merged():
@@ -343,16 +354,12 @@ class _Runs:
                 runs.clear()
 
     def _write(self, rows: Iterable[Row]) -> _Run:
-        path = self.new_path()
+        path = self.new_path().with_suffix(".arrow")
         first = b""
-        with _writer(path, _RUN_SCHEMA) as writer:
-            for number, batch in enumerate(_batched(rows, _RUN_GROUP_ROWS)):
+        with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, _RUN_SCHEMA, options=_RUN_OPTIONS) as writer:
+            for number, batch in enumerate(_batched(rows, _BATCH_ROWS)):
                 first = first if number else batch[0][0]
-                arrays = [
-                    pa.array(column, field.type)
-                    for column, field in zip(zip(*batch, strict=True), _RUN_SCHEMA, strict=True)
-                ]
-                writer.write_batch(pa.record_batch(arrays, schema=_RUN_SCHEMA))
+                writer.write_batch(pa.record_batch(list(zip(*batch, strict=True)), schema=_RUN_SCHEMA))
         return _Run(first, path)
 
     def _merge(self, runs: list[_Run], *, repeat: bool = False) -> Iterator[Row]:
@@ -379,8 +386,14 @@ class _Runs:
 
 
 def _rows_of(path: Path) -> Iterator[Row]:
+    """The rows of a run, or of a piece of a listing."""
+    if path.suffix == ".arrow":
+        with pa.OSFile(str(path)) as source, pa.ipc.open_stream(source) as batches:
+            for batch in batches:
+                yield from zip(batch.column(0).to_pylist(), batch.column(1).to_pylist(), strict=True)
+        return
     with pq.ParquetFile(path) as file:
-        for batch in file.iter_batches(_RUN_GROUP_ROWS):
+        for batch in file.iter_batches(_BATCH_ROWS):
             yield from zip(batch.column(0).to_pylist(), batch.column(1).to_pylist(), strict=True)
 
 

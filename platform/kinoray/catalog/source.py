@@ -53,6 +53,7 @@ __all__ = [
     "decode_text",
     "find_files",
     "id_at",
+    "is_unknown",
     "parse_records",
     "parse_table_text",
     "stat_size",
@@ -307,7 +308,7 @@ def find_files(storage: Storage, source: str, *, say: Callable[[str], None] = wa
         judgement = Judgement()
         for file in files:
             judgement.count(file.name)
-        judgement.look(storage, source, files, say)
+        judgement.look(storage, source, (file for file in files if is_unknown(file.name)), say)
         return [file if judgement.is_video(file.name) else replace(file, is_video=False) for file in files]
     name = source.rstrip("/").rpartition("/")[2]
     if is_s3(source):
@@ -350,6 +351,11 @@ class SkippedFolders:
             say(f"{self._num_more} more folders below {source} are left out")
 
 
+def is_unknown(name: str) -> bool:
+    """Whether a name does not say if a file is a video."""
+    return not is_video(name) and not is_other(name)
+
+
 class Judgement:
     """Which files of a source are videos: by their names, or where those do not say it by the first bytes of some.
 
@@ -365,13 +371,13 @@ class Judgement:
 
     def count(self, name: str) -> None:
         """Take note of a file; in any order."""
-        if not is_video(name) and not is_other(name):
+        if is_unknown(name):
             ending = extension(name)
             is_counted = ending in self._counts or len(self._counts) < _MAX_COUNTED
             self._counts[ending if is_counted else _OTHER] += 1
 
     def look(self, storage: Storage, source: str, files: Iterable[SourceFile], say: Callable[[str], None]) -> None:
-        """Look at some of the files that were counted; they come in the order of their names.
+        """Look at some of the files that were counted: all whose names say nothing come, in the order of their names.
 
         `say` is told where some speak for the others.
         """
@@ -384,11 +390,10 @@ class Judgement:
         seen: Counter[str] = Counter()
         chosen: dict[str, list[SourceFile]] = {group: [] for group in sizes}
         for file in files:
-            if not is_video(file.name) and not is_other(file.name):
-                group = self._group(file.name)
-                if seen[group] % (-(-sizes[group] // _MAX_LOOKS) or 1) == 0:
-                    chosen[group].append(file)
-                seen[group] += 1
+            group = self._group(file.name)
+            if seen[group] % (-(-sizes[group] // _MAX_LOOKS) or 1) == 0:
+                chosen[group].append(file)
+            seen[group] += 1
         with ThreadPoolExecutor(_STAT_THREADS) as pool:
             for group, looked in chosen.items():
                 found = list(pool.map(partial(_is_video_inside, storage), looked))
