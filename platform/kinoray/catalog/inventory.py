@@ -31,7 +31,6 @@ _DATE = re.compile(r"\d{4}-\d\d-\d\dT\d\d-\d\dZ")
 _MAX_MANIFEST_BYTES = 2**26
 _READ_BYTES = 2**24
 _MAX_LINE_BYTES = 2**16  # a key has 1,024 bytes, three times as many characters at most, and 20 other cells
-_EXPANSION = 1024  # bytes of text for each of a .csv.gz; 20 is usual
 _MAX_KEY_BYTES = 1024
 _COLUMNS = {
     "bucket": "Bucket",
@@ -250,23 +249,24 @@ def _csv_rows(inventory: Inventory, file: _File, path: Path) -> Iterator[_Row]:
 
 
 def _lines(file: _File, path: Path) -> Iterator[str]:
-    """The lines of a .csv.gz (or .csv), decompressed bit by bit."""
+    """The lines of a .csv.gz (or .csv), decompressed as they are asked for."""
     is_packed = file.uri.endswith(".gz")
     unpack = zlib.decompressobj(31)
-    rest, room = b"", _EXPANSION * file.size_bytes
-    number = 0
+    rest, number = b"", 0
     with path.open("rb") as source:
         while data := source.read(2**16):
             while data:
-                text = unpack.decompress(data, _READ_BYTES) if is_packed else data
+                try:
+                    text = unpack.decompress(data, _READ_BYTES) if is_packed else data
+                except zlib.error as error:
+                    raise CatalogError(f"{file.uri} behind line {number} is damaged, or no gzip ({error})") from error
                 data = unpack.unconsumed_tail or unpack.unused_data if is_packed else b""
                 if unpack.eof and data:  # another member
                     unpack = zlib.decompressobj(31)
-                room -= len(text)
                 *lines, rest = (rest + text).split(b"\n")
-                if len(rest) > _MAX_LINE_BYTES or room < 0:
+                if len(rest) > _MAX_LINE_BYTES:
                     raise CatalogError(
-                        f"{file.uri} behind line {number}: more text than an inventory has in a line or file"
+                        f"{file.uri} line {number + len(lines) + 1} has more text than a line of an inventory"
                     )
                 for line in lines:
                     number += 1
