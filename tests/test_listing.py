@@ -15,8 +15,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from faulty_s3 import FaultyS3, faulty_s3
+from kinoray.catalog.ids import unique_ids
 from kinoray.catalog.listing import CATALOG_SCHEMA, spool_listing
-from kinoray.catalog.source import find_files, unique_ids
+from kinoray.catalog.source import find_files
 from kinoray.catalog.table import catalog_of_source
 from kinoray.config.shared import StorageConfig
 from kinoray.errors import AccessDenied, BucketNotFound
@@ -28,14 +29,15 @@ STORAGE = Storage()
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Sizes at which a few thousand files are many."""
-    for name, value in {"ROW_GROUP_ROWS": 64, "FILE_ROWS": 256, "_RUN_ROWS": 50, "_BATCH_ROWS": 16}.items():
+    for name, value in {"ROW_GROUP_ROWS": 64, "FILE_ROWS": 256, "_PARTITION_ROWS": 100}.items():
         monkeypatch.setattr(f"kinoray.catalog.listing.{name}", value)
-    monkeypatch.setattr("kinoray.catalog.listing._MAX_RUNS", 5)
+    for name, value in {"_RUN_ROWS": 50, "_BATCH_ROWS": 16, "_MAX_RUNS": 5}.items():
+        monkeypatch.setattr(f"kinoray.catalog.runs.{name}", value)
     monkeypatch.setattr("kinoray.catalog.source._MAX_LOOKS", 20)
-    monkeypatch.setattr("kinoray.catalog.listing._PARTITION_ROWS", 100)
     monkeypatch.setattr("kinoray.catalog.kept._PIECE_ROWS", 40)
     monkeypatch.setattr("kinoray.storage.s3._PAGE_KEYS", 10)
     monkeypatch.setattr("kinoray.storage.stretches._PAGES_ALONE", 2)
+    monkeypatch.setattr("kinoray.storage.stretches._THREADS", 4)
 
 
 def odd_names(count: int) -> list[str]:
@@ -230,7 +232,7 @@ def test_pieces_of_yesterday_and_pieces_that_lie_are_not_taken(
     monkeypatch.setattr("kinoray.catalog.kept.Kept.clear", lambda self: None)
     spool_listing(storage, library, tmp_path / "first", keep=keep)
     monkeypatch.undo()
-    pieces = sorted((tmp_path / "keep").glob("*/*.parquet"))
+    pieces = sorted((tmp_path / "keep").glob("*/*.parquet"), key=lambda path: -pq.read_table(path).num_rows)
     assert len(pieces) > 5
     for number, change in enumerate(("until", "after", "prefix", "order")):
         table = pq.read_table(pieces[number])

@@ -8,7 +8,7 @@ import functools
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from kinoray.console import many
 from kinoray.errors import CatalogError
@@ -16,6 +16,7 @@ from kinoray.errors import CatalogError
 __all__ = [
     "HEAD_BYTES",
     "VIDEO_EXTENSIONS",
+    "SkippedFolders",
     "class_name",
     "ending_shown",
     "extension",
@@ -96,6 +97,7 @@ _SPLITS = {
 _SPLIT_OF = {name: split for split, names in _SPLITS.items() for name in names}
 
 _SHOWN_ENDINGS = 8
+_SHOWN_FOLDERS = 10
 
 _LEFT_BY_SYSTEMS = frozenset(  # besides what begins with a dot, such as ._a.mp4, .Trash-1000 and .snapshot
     {"__macosx", "@eadir", "#recycle", "#snapshot", "$recycle.bin", "system volume information", "lost+found"}
@@ -107,6 +109,28 @@ _PROBLEMS = {
 }
 _FEW_TO_VALIDATE = 10
 _MAX_CLASS = 2**12  # characters of a name, as in a checkpoint
+
+
+class SkippedFolders:
+    """Counts the folders that a listing leaves out, and keeps what is said of the first ones."""
+
+    def __init__(self) -> None:
+        self._texts: list[str] = []
+        self._num_more = 0
+
+    def add(self, folder: str, why: str) -> None:
+        """Another one."""
+        if len(self._texts) < _SHOWN_FOLDERS:
+            self._texts.append(f"{folder} is left out: {why}")
+        else:
+            self._num_more += 1
+
+    def tell(self, source: str, say: Callable[[str], None]) -> None:
+        """Say which, and how many more."""
+        for text in self._texts:
+            say(text)
+        if self._num_more:
+            say(f"{self._num_more} more folders below {source} are left out")
 
 
 def extension(name: str) -> str:

@@ -7,12 +7,10 @@ here may hold something for each file, so what is not a count or a bounded sampl
 
 import contextlib
 import hashlib
-import heapq
 import itertools
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,19 +18,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from kinoray.catalog.folders import ending_shown, no_video_of_endings, said_of_endings
+from kinoray.catalog.folders import SkippedFolders, ending_shown, no_video_of_endings, said_of_endings
+from kinoray.catalog.ids import MAX_ID_LEVEL, id_at
 from kinoray.catalog.inventory import inventory_rows, is_manifest, newest_manifest, open_inventory
 from kinoray.catalog.kept import Kept, Piece
-from kinoray.catalog.source import (
-    MAX_ID_LEVEL,
-    Judgement,
-    SkippedFolders,
-    SourceFile,
-    find_files,
-    id_at,
-    is_unknown,
-    warn,
-)
+from kinoray.catalog.runs import Row, Runs, batched, rows_of
+from kinoray.catalog.source import Judgement, SourceFile, find_files, is_unknown, warn
 from kinoray.config.files import local_path, local_uri
 from kinoray.errors import CatalogError
 from kinoray.storage.objects import Storage, absolute, is_s3, join
@@ -71,18 +62,11 @@ FILE_ROWS = 2**20
 NOT_OTHERS = ("catalog.parquet", "pack.json")
 """What lies in a folder and is not said to be left out: `is_catalog` has spoken of it."""
 
-_RUN_SCHEMA = pa.schema([pa.field("name", pa.binary(), nullable=False), pa.field("size_bytes", pa.int64())])
-_RUN_ROWS = 100_000
-_RUN_OPTIONS = pa.ipc.IpcWriteOptions(compression="zstd")
-_BATCH_ROWS = 512  # of each open run are in memory
-_MAX_RUNS = 64  # that are merged at once
 _MAX_ENDINGS = 10_000  # that are told apart among what is left out
 _MAX_MANIFESTS = 10_000  # names of inventories that are kept: one a day for 27 years
 _PARTITION_ROWS = 2**18
 
 _Words = np.ndarray[Any, np.dtype[np.uint64]]
-Row = tuple[bytes, int | None]
-"""A name, and a size where it is known. Names are UTF-8, surrogates too: their order is that of Python's texts."""
 
 
 def spool_listing(
@@ -182,7 +166,7 @@ class _Spool:
 
     def __init__(self, folder: Path, prefix: str) -> None:
         self.prefix = prefix
-        self.runs = _Runs(folder / "unsorted")
+        self.runs = Runs(folder / "unsorted")
         self.num_files = 0
         self.manifests: set[str] = set()
         """Names below the source that an inventory's manifest and its checksum may have."""
@@ -204,7 +188,7 @@ class _Spool:
     def adopt(self, path: Path) -> None:
         """A run of files that was written there."""
         first = None
-        for name, _ in _rows_of(path):
+        for name, _ in rows_of(path):
             first = name if first is None else first
             self._judgement.count(_text_of(name))
             self.num_files += 1
@@ -216,7 +200,7 @@ class _Spool:
         self._judgement.look(storage, source, self._unknown(), say)
         ids = _Ids(self._folder / "ids", self.num_files, self._name_of)
         paths: list[Path] = []
-        groups = _batched(self._videos(), ROW_GROUP_ROWS)
+        groups = batched(self._videos(), ROW_GROUP_ROWS)
         while group := next(groups, None):
             paths.append(self._folder / f"{len(paths):06d}.parquet")
             with _writer(paths[-1]) as writer:
@@ -287,114 +271,6 @@ def _text_of(name: bytes) -> str:
 
 def _writer(path: Path, schema: pa.Schema = CATALOG_SCHEMA) -> pq.ParquetWriter:
     return pq.ParquetWriter(path, schema, compression="zstd")
-
-
-def _batched(rows: Iterable[Row], size: int) -> Iterator[list[Row]]:
-    rows = iter(rows)
-    while batch := list(itertools.islice(rows, size)):
-        yield batch
-
-
-# --- sorted runs
-
-
-@dataclass(frozen=True, slots=True)
-class _Run:
-    """A sorted file of rows."""
-
-    first: bytes
-    path: Path
-
-
-class _Runs:
-    """Rows in any order, and in that of their names."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.num_repeated = 0
-        """Rows that `merged` left out last time, since their name had come before."""
-        self._levels: list[list[_Run]] = [[]]  # those of a level were merged as often
-        self._adopted: list[_Run] = []
-        self._rows: list[Row] = []
-        self._number = itertools.count()
-        folder.mkdir(parents=True)
-
-    def new_path(self) -> Path:
-        """Where a run may be written."""
-        return self.folder / f"{next(self._number):08d}.parquet"
-
-    def add(self, row: Row) -> None:
-        """A row; in any order."""
-        self._rows.append(row)
-        if len(self._rows) == _RUN_ROWS:
-            self._flush()
-
-    def adopt(self, path: Path, first: bytes) -> None:
-        """A run that was written elsewhere, whose rows lie between those of other ones."""
-        self._adopted.append(_Run(first, path))
-
-    def merged(self) -> Iterator[Row]:
-        """All rows by their names, and each name once."""
-        if self._rows:
-            self._flush()
-        self.num_repeated = 0
-        yield from self._merge([*itertools.chain(*self._levels), *self._adopted])
-
-    def _flush(self) -> None:
-        self._rows.sort(key=lambda row: row[0])
-        self._levels[0].append(self._write(self._rows))
-        self._rows = []
-        for level, runs in enumerate(self._levels):
-            if len(runs) == _MAX_RUNS:
-                if level + 1 == len(self._levels):
-                    self._levels.append([])
-                self._levels[level + 1].append(self._write(self._merge(runs, repeat=True)))
-                for run in runs:
-                    run.path.unlink()
-                runs.clear()
-
-    def _write(self, rows: Iterable[Row]) -> _Run:
-        path = self.new_path().with_suffix(".arrow")
-        first = b""
-        with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, _RUN_SCHEMA, options=_RUN_OPTIONS) as writer:
-            for number, batch in enumerate(_batched(rows, _BATCH_ROWS)):
-                first = first if number else batch[0][0]
-                writer.write_batch(pa.record_batch(list(zip(*batch, strict=True)), schema=_RUN_SCHEMA))
-        return _Run(first, path)
-
-    def _merge(self, runs: list[_Run], *, repeat: bool = False) -> Iterator[Row]:
-        """Rows in order; a run is opened when its turn comes, so of runs that lie one behind the other one is open."""
-        waiting = sorted(runs, key=lambda run: run.first, reverse=True)
-        opened: list[tuple[bytes, int, int | None, Iterator[Row]]] = []
-        before = None
-        while waiting or opened:
-            while waiting and (not opened or waiting[-1].first <= opened[0][0]):
-                rows = _rows_of(waiting.pop().path)
-                name, size_bytes = next(rows)
-                heapq.heappush(opened, (name, len(waiting), size_bytes, rows))
-            name, number, size_bytes, rows = opened[0]
-            if name != before or repeat:
-                yield name, size_bytes
-            else:
-                self.num_repeated += 1
-            before = name
-            following = next(rows, None)
-            if following is None:
-                heapq.heappop(opened)
-            else:
-                heapq.heapreplace(opened, (following[0], number, following[1], rows))
-
-
-def _rows_of(path: Path) -> Iterator[Row]:
-    """The rows of a run, or of a piece of a listing."""
-    if path.suffix == ".arrow":
-        with pa.OSFile(str(path)) as source, pa.ipc.open_stream(source) as batches:
-            for batch in batches:
-                yield from zip(batch.column(0).to_pylist(), batch.column(1).to_pylist(), strict=True)
-        return
-    with pq.ParquetFile(path) as file:
-        for batch in file.iter_batches(_BATCH_ROWS):
-            yield from zip(batch.column(0).to_pylist(), batch.column(1).to_pylist(), strict=True)
 
 
 # --- ids

@@ -7,11 +7,9 @@ since a guess loses rows or classes in silence; what is odd is an error with its
 from its bytes. A record is a line.
 """
 
-import hashlib
 import os
 import re
 import sys
-import unicodedata
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -20,6 +18,7 @@ from functools import partial
 
 from kinoray.catalog.folders import (
     HEAD_BYTES,
+    SkippedFolders,
     class_name,
     extension,
     is_other,
@@ -41,24 +40,20 @@ from kinoray.errors import (
 from kinoray.storage.objects import MAX_TABLE_BYTES, Storage, absolute, is_s3, join
 
 __all__ = [
-    "MAX_ID_LEVEL",
     "UNLABELLED_SPLITS",
     "Judgement",
     "Record",
-    "SkippedFolders",
     "SourceFile",
     "TextTable",
     "cells_of",
     "check_names",
     "decode_text",
     "find_files",
-    "id_at",
     "is_unknown",
     "parse_records",
     "parse_table_text",
     "stat_size",
     "text_lines",
-    "unique_ids",
     "unquoted",
     "warn",
 ]
@@ -247,16 +242,11 @@ def _refuse_mixed(where: str, names: Sequence[str], delimiter: str) -> None:
         )
 
 
-_SHOWN_FOLDERS = 10
 _STAT_THREADS = 16
 _MAX_LOOKS = 400  # at files of one ending
 _MAX_COUNTED = 100_000  # endings that are counted; where there are more of them, they are none
 _OTHER = "/"  # stands for all endings that are rare; none holds it
 _MAX_ENDINGS = 20  # that are looked at by themselves: digests behind a dot are no endings
-_MAX_ID_BYTES = 180  # leaves room for an extension in the 255 bytes of a file name
-_MAX_ID_CHARS = 1024  # that are looked at for it, and become more than those bytes: accents in a row take long
-_DIGEST_CHARS = (0, 10, 64)  # of a name's SHA-256 in its video_id: none, enough against chance, enough against intent
-MAX_ID_LEVEL = len(_DIGEST_CHARS) - 1
 UNLABELLED_SPLITS = frozenset({"test", "holdout", "unlabelled"})
 """Splits whose videos may have no label."""
 
@@ -327,28 +317,6 @@ def find_files(storage: Storage, source: str, *, say: Callable[[str], None] = wa
             ".parquet"
         )
     return [file]
-
-
-class SkippedFolders:
-    """Counts the folders that a listing leaves out, and keeps what is said of the first ones."""
-
-    def __init__(self) -> None:
-        self._texts: list[str] = []
-        self._num_more = 0
-
-    def add(self, folder: str, why: str) -> None:
-        """Another one."""
-        if len(self._texts) < _SHOWN_FOLDERS:
-            self._texts.append(f"{folder} is left out: {why}")
-        else:
-            self._num_more += 1
-
-    def tell(self, source: str, say: Callable[[str], None]) -> None:
-        """Say which, and how many more."""
-        for text in self._texts:
-            say(text)
-        if self._num_more:
-            say(f"{self._num_more} more folders below {source} are left out")
 
 
 def is_unknown(name: str) -> bool:
@@ -430,54 +398,6 @@ def _is_video_inside(storage: Storage, file: SourceFile) -> bool:
         raise
     except StorageError:
         return True
-
-
-def unique_ids(names: Sequence[str]) -> list[str]:
-    """A video_id for each (unique) name: the path without its extension, in letters, digits, `_` and `-`.
-
-    `bus/a.b.mp4` -> `bus__a_b`: a key that every WebDataset reader splits at the same dot. Names that come out equal,
-    or too long, all get a digest of the name at the end, whatever their order; a whole one where names were chosen so
-    that they come out equal all the same.
-    """
-    plain = [_sanitise(name) for name in names]
-    lengths = [int(len(video_id.encode()) > _MAX_ID_BYTES) for video_id in plain]  # places in _DIGEST_CHARS
-    ids = list(map(_with_digest, plain, names, lengths))
-    while True:
-        counts = Counter(ids)
-        equal = [place for place, video_id in enumerate(ids) if counts[video_id] > 1]
-        longer = [place for place in equal if lengths[place] < MAX_ID_LEVEL]
-        if not longer:
-            return ids
-        for place in longer:
-            lengths[place] += 1
-            ids[place] = _with_digest(plain[place], names[place], lengths[place])
-
-
-def id_at(name: str, level: int) -> tuple[str, int]:
-    """The video_id of a name that `level` rounds of `unique_ids` found equal to another one, and what level that is.
-
-    It is 1 at least for a long name, and at most MAX_ID_LEVEL.
-    """
-    plain = _sanitise(name)
-    level = max(level, int(len(plain.encode()) > _MAX_ID_BYTES))
-    return _with_digest(plain, name, level), level
-
-
-def _sanitise(name: str) -> str:
-    folder, slash, base = name.rpartition("/")
-    stem = base.rpartition(".")[0] or base
-    text = unicodedata.normalize("NFC", f"{folder}{slash}{stem}"[:_MAX_ID_CHARS])
-    return re.sub(r"[^\w-]", "_", text.replace("/", "__"))
-
-
-def _with_digest(video_id: str, name: str, length: int) -> str:
-    """The id with so much of the name's digest (a place in _DIGEST_CHARS), cut to leave room for it."""
-    num_chars = _DIGEST_CHARS[length]
-    if not num_chars:
-        return video_id
-    digest = hashlib.sha256(name.encode(errors="surrogatepass")).hexdigest()[:num_chars]
-    room_bytes = _MAX_ID_BYTES + _DIGEST_CHARS[1] - num_chars
-    return f"{video_id.encode()[:room_bytes].decode(errors='ignore')}-{digest}"
 
 
 def _read_csv(storage: Storage, source: str) -> list[SourceFile]:

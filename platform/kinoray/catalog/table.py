@@ -18,10 +18,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from kinoray.catalog.folders import is_video, no_video_among, said_of_others
+from kinoray.catalog.ids import unique_ids
 from kinoray.catalog.inventory import is_manifest, newest_manifest
 from kinoray.catalog.listing import CATALOG_SCHEMA, NOT_OTHERS, spool_listing
 from kinoray.catalog.read import Reference, read_video, read_videos, time_problem
-from kinoray.catalog.source import SourceFile, find_files, unique_ids, warn
+from kinoray.catalog.source import SourceFile, find_files, warn
 from kinoray.config.files import local_path, local_uri
 from kinoray.console import many
 from kinoray.errors import (
