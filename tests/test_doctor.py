@@ -17,7 +17,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from kinoray import errors
-from kinoray.catalog.source import find_files, unique_ids
+from kinoray.catalog.ids import unique_ids
+from kinoray.catalog.source import find_files
 from kinoray.catalog.table import CATALOG_SCHEMA, Catalog, Reference, catalog_of_source
 from kinoray.cli import main
 from kinoray.config.shared import ClipConfig, DecodeConfig, FlowConfig, SampleConfig, StorageConfig, ViewConfig

@@ -4,10 +4,11 @@ What is easy to break: `pack`, `label` and `doctor` must say the same of one fol
 itself.
 """
 
+import functools
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from kinoray.console import many
 from kinoray.errors import CatalogError
@@ -15,7 +16,9 @@ from kinoray.errors import CatalogError
 __all__ = [
     "HEAD_BYTES",
     "VIDEO_EXTENSIONS",
+    "SkippedFolders",
     "class_name",
+    "ending_shown",
     "extension",
     "is_hidden",
     "is_other",
@@ -23,8 +26,10 @@ __all__ = [
     "is_video",
     "is_video_head",
     "no_video_among",
+    "no_video_of_endings",
     "place_problem",
     "places_in_folders",
+    "said_of_endings",
     "said_of_others",
     "set_problems",
     "split_named",
@@ -92,6 +97,7 @@ _SPLITS = {
 _SPLIT_OF = {name: split for split, names in _SPLITS.items() for name in names}
 
 _SHOWN_ENDINGS = 8
+_SHOWN_FOLDERS = 10
 
 _LEFT_BY_SYSTEMS = frozenset(  # besides what begins with a dot, such as ._a.mp4, .Trash-1000 and .snapshot
     {"__macosx", "@eadir", "#recycle", "#snapshot", "$recycle.bin", "system volume information", "lost+found"}
@@ -103,6 +109,28 @@ _PROBLEMS = {
 }
 _FEW_TO_VALIDATE = 10
 _MAX_CLASS = 2**12  # characters of a name, as in a checkpoint
+
+
+class SkippedFolders:
+    """Counts the folders that a listing leaves out, and keeps what is said of the first ones."""
+
+    def __init__(self) -> None:
+        self._texts: list[str] = []
+        self._num_more = 0
+
+    def add(self, folder: str, why: str) -> None:
+        """Another one."""
+        if len(self._texts) < _SHOWN_FOLDERS:
+            self._texts.append(f"{folder} is left out: {why}")
+        else:
+            self._num_more += 1
+
+    def tell(self, source: str, say: Callable[[str], None]) -> None:
+        """Say which, and how many more."""
+        for text in self._texts:
+            say(text)
+        if self._num_more:
+            say(f"{self._num_more} more folders below {source} are left out")
 
 
 def extension(name: str) -> str:
@@ -121,14 +149,26 @@ def is_hidden(path: Sequence[str]) -> bool:
     return any(part.startswith(".") or part.lower() in _LEFT_BY_SYSTEMS for part in path)
 
 
+@functools.lru_cache(4096)
+def _is_hidden_folder(folder: str) -> bool:
+    return is_hidden(folder.split("/"))
+
+
+def _is_hidden_name(name: str) -> bool:
+    """`is_hidden` of a path as text; of files in one folder quick."""
+    folder, slash, base = name.rpartition("/")
+    is_hidden_base = base.startswith(".") or base.lower() in _LEFT_BY_SYSTEMS
+    return is_hidden_base or (bool(slash) and _is_hidden_folder(folder))
+
+
 def is_video(name: str) -> bool:
     """Whether a file below a source is a video by its name."""
-    return extension(name) in VIDEO_EXTENSIONS and not is_hidden(name.split("/"))
+    return extension(name) in VIDEO_EXTENSIONS and not _is_hidden_name(name)
 
 
 def is_other(name: str) -> bool:
     """Whether a file below a source is none by its name; of most endings, and without one, nothing is known."""
-    return extension(name) in _OTHER_EXTENSIONS or is_hidden(name.split("/"))
+    return extension(name) in _OTHER_EXTENSIONS or _is_hidden_name(name)
 
 
 def is_video_head(head: bytes) -> bool:
@@ -154,7 +194,11 @@ def is_video_head(head: bytes) -> bool:
 
 def said_of_others(names: Iterable[str]) -> str:
     """`12 files are no videos (.json 6, .vtt 4, hidden 2)`."""
-    counts = _by_ending(names)
+    return said_of_endings(Counter(map(ending_shown, names)))
+
+
+def said_of_endings(counts: Counter[str]) -> str:
+    """`said_of_others` of files that were counted by `ending_shown`."""
     are = "1 file is no video" if counts.total() == 1 else f"{counts.total()} files are no videos"
     return f"{are} ({_shown(counts)})"
 
@@ -165,7 +209,11 @@ def no_video_among(source: str, names: Iterable[str], expected: str) -> str:
     Args:
         expected: what to do, where they are not pictures.
     """
-    counts = _by_ending(names)
+    return no_video_of_endings(source, Counter(map(ending_shown, names)), expected)
+
+
+def no_video_of_endings(source: str, counts: Counter[str], expected: str) -> str:
+    """`no_video_among` of files that were counted by `ending_shown`."""
     if not counts:
         return f"{source}: found nothing; {expected}"
     if all(ending in _PICTURES for ending in counts):
@@ -178,8 +226,9 @@ def no_video_among(source: str, names: Iterable[str], expected: str) -> str:
     return f"{source}: found {many(counts.total(), 'file')}, {none} ({_shown(counts)}); {expected}"
 
 
-def _by_ending(names: Iterable[str]) -> Counter[str]:
-    return Counter("hidden" if is_hidden(name.split("/")) else extension(name) or "no ending" for name in names)
+def ending_shown(name: str) -> str:
+    """What a file that is no video is counted as."""
+    return "hidden" if _is_hidden_name(name) else extension(name) or "no ending"
 
 
 def _shown(counts: Counter[str]) -> str:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from kinoray.catalog.folders import VIDEO_EXTENSIONS, is_hidden
-from kinoray.catalog.source import unique_ids
+from kinoray.catalog.ids import unique_ids
 
 __all__ = [
     "OFFICIAL_CLASSES",

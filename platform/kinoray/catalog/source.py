@@ -7,19 +7,18 @@ since a guess loses rows or classes in silence; what is odd is an error with its
 from its bytes. A record is a line.
 """
 
-import hashlib
 import os
 import re
 import sys
-import unicodedata
-from collections import Counter, defaultdict
-from collections.abc import Callable, Collection, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 
 from kinoray.catalog.folders import (
     HEAD_BYTES,
+    SkippedFolders,
     class_name,
     extension,
     is_other,
@@ -42,6 +41,7 @@ from kinoray.storage.objects import MAX_TABLE_BYTES, Storage, absolute, is_s3, j
 
 __all__ = [
     "UNLABELLED_SPLITS",
+    "Judgement",
     "Record",
     "SourceFile",
     "TextTable",
@@ -49,11 +49,11 @@ __all__ = [
     "check_names",
     "decode_text",
     "find_files",
+    "is_unknown",
     "parse_records",
     "parse_table_text",
     "stat_size",
     "text_lines",
-    "unique_ids",
     "unquoted",
     "warn",
 ]
@@ -242,13 +242,11 @@ def _refuse_mixed(where: str, names: Sequence[str], delimiter: str) -> None:
         )
 
 
-_SHOWN_FOLDERS = 10
 _STAT_THREADS = 16
 _MAX_LOOKS = 400  # at files of one ending
+_MAX_COUNTED = 100_000  # endings that are counted; where there are more of them, they are none
+_OTHER = "/"  # stands for all endings that are rare; none holds it
 _MAX_ENDINGS = 20  # that are looked at by themselves: digests behind a dot are no endings
-_MAX_ID_BYTES = 180  # leaves room for an extension in the 255 bytes of a file name
-_MAX_ID_CHARS = 1024  # that are looked at for it, and become more than those bytes: accents in a row take long
-_DIGEST_CHARS = (0, 10, 64)  # of a name's SHA-256 in its video_id: none, enough against chance, enough against intent
 UNLABELLED_SPLITS = frozenset({"test", "holdout", "unlabelled"})
 """Splits whose videos may have no label."""
 
@@ -262,7 +260,7 @@ class SourceFile:
     uri: str
     """Absolute address; of a name that is not UTF-8 percent-encoded, so that it can be written to a table."""
     size_bytes: int
-    """Size in the listing; 0 if the file is not there, or cannot be looked at."""
+    """Size in the listing; 0 if the file is not there, or cannot be looked at; -1 where an inventory does not tell."""
     label: str | None = None
     """Class name, from a CSV."""
     split: str | None = None
@@ -292,15 +290,16 @@ def find_files(storage: Storage, source: str, *, say: Callable[[str], None] = wa
     if source.lower().endswith(".csv"):
         return _read_csv(storage, source)
     prefix = local_path(absolute(source)).rstrip("/") + "/"
-    skipped: list[str] = []
-    infos = storage.list(prefix, skipped=lambda folder, why: skipped.append(f"{folder} is left out: {why}"))
+    skipped = SkippedFolders()
+    infos = sorted(storage.list_unsorted(prefix, skipped=skipped.add), key=lambda info: info.uri)
     files = [SourceFile(info.uri[len(prefix) :], local_uri(info.uri), info.size_bytes) for info in infos]
-    for text in skipped[:_SHOWN_FOLDERS]:
-        say(text)
-    if len(skipped) > _SHOWN_FOLDERS:
-        say(f"{len(skipped) - _SHOWN_FOLDERS} more folders below {source} are left out")
+    skipped.tell(source, say)
     if files:
-        return _judged(storage, source, files, say)
+        judgement = Judgement()
+        for file in files:
+            judgement.count(file.name)
+        judgement.look(storage, source, (file for file in files if is_unknown(file.name)), say)
+        return [file if judgement.is_video(file.name) else replace(file, is_video=False) for file in files]
     name = source.rstrip("/").rpartition("/")[2]
     if is_s3(source):
         is_one = not source.endswith("/") and "/" in source.removeprefix("s3://") and storage.exists(source)
@@ -320,78 +319,85 @@ def find_files(storage: Storage, source: str, *, say: Callable[[str], None] = wa
     return [file]
 
 
-def _judged(storage: Storage, source: str, files: Sequence[SourceFile], say: Callable[[str], None]) -> list[SourceFile]:
-    """The files, with whether they are videos; a bounded number of them is looked at."""
-    unknown: dict[str, list[SourceFile]] = defaultdict(list)
-    for file in files:
-        if not is_video(file.name) and not is_other(file.name):
-            unknown[extension(file.name)].append(file)
-    frequent = sorted(unknown, key=lambda ending: -len(unknown[ending]))[:_MAX_ENDINGS]
-    groups = [(f"{ending} files" if ending else "files without an ending", unknown.pop(ending)) for ending in frequent]
-    groups.append(("files of other endings", [file for group in unknown.values() for file in group]))
-    videos: set[str] = set()
-    with ThreadPoolExecutor(_STAT_THREADS) as pool:
-        for what, group in groups:
-            looked = group[:: -(-len(group) // _MAX_LOOKS) or 1]
-            found = list(pool.map(partial(_is_video_inside, storage), looked))
-            videos.update(file.name for file, is_one in zip(looked, found, strict=True) if is_one)
-            if len(looked) < len(group):
-                rest = set(group).difference(looked) if any(found) else ()
-                videos.update(file.name for file in rest)
-                say(
-                    f"{source}: of {len(group)} {what} {len(looked)} were looked at and {sum(found)} of them are "
-                    f"videos, so the others are taken for {'videos, too' if rest else 'none'}; to choose, list them in "
-                    "a .csv"
-                )
-    return [file if is_video(file.name) or file.name in videos else replace(file, is_video=False) for file in files]
+def is_unknown(name: str) -> bool:
+    """Whether a name does not say if a file is a video."""
+    return not is_video(name) and not is_other(name)
+
+
+class Judgement:
+    """Which files of a source are videos: by their names, or where those do not say it by the first bytes of some.
+
+    All names are counted first; then `look` reads a bounded number of files; then `is_video` knows. It holds what it
+    looked at, and how many files each ending has, but no list of files.
+    """
+
+    def __init__(self) -> None:
+        self._counts: Counter[str] = Counter()
+        self._frequent: tuple[str, ...] = ()
+        self._looked: dict[str, bool] = {}
+        self._rest: dict[str, bool] = {}  # by group: whether those are videos that were not looked at
+
+    def count(self, name: str) -> None:
+        """Take note of a file; in any order."""
+        if is_unknown(name):
+            ending = extension(name)
+            is_counted = ending in self._counts or len(self._counts) < _MAX_COUNTED
+            self._counts[ending if is_counted else _OTHER] += 1
+
+    def look(self, storage: Storage, source: str, files: Iterable[SourceFile], say: Callable[[str], None]) -> None:
+        """Look at some of the files that were counted: all whose names say nothing come, in the order of their names.
+
+        `say` is told where some speak for the others.
+        """
+        if not self._counts:
+            return
+        endings = sorted(self._counts.keys() - {_OTHER}, key=lambda ending: (-self._counts[ending], ending))
+        self._frequent = tuple(endings[:_MAX_ENDINGS])
+        sizes = {ending: self._counts[ending] for ending in self._frequent}
+        sizes[_OTHER] = self._counts.total() - sum(sizes.values())
+        seen: Counter[str] = Counter()
+        chosen: dict[str, list[SourceFile]] = {group: [] for group in sizes}
+        for file in files:
+            group = self._group(file.name)
+            if seen[group] % (-(-sizes[group] // _MAX_LOOKS) or 1) == 0:
+                chosen[group].append(file)
+            seen[group] += 1
+        with ThreadPoolExecutor(_STAT_THREADS) as pool:
+            for group, looked in chosen.items():
+                found = list(pool.map(partial(_is_video_inside, storage), looked))
+                self._looked.update((file.name, is_one) for file, is_one in zip(looked, found, strict=True))
+                self._rest[group] = any(found)
+                if len(looked) < sizes[group]:
+                    what = f"{group} files" if group else "files without an ending"
+                    say(
+                        f"{source}: of {sizes[group]} {'files of other endings' if group == _OTHER else what} "
+                        f"{len(looked)} were looked at and {sum(found)} of them are videos, so the others are taken "
+                        f"for {'videos, too' if any(found) else 'none'}; to choose, list them in a .csv"
+                    )
+
+    def is_video(self, name: str) -> bool:
+        """Whether a file is one."""
+        if is_video(name):
+            return True
+        if is_other(name):
+            return False
+        looked = self._looked.get(name)
+        return self._rest.get(self._group(name), False) if looked is None else looked
+
+    def _group(self, name: str) -> str:
+        ending = extension(name)
+        return ending if ending in self._frequent else _OTHER
 
 
 def _is_video_inside(storage: Storage, file: SourceFile) -> bool:
     """Whether its first bytes are those of a video; what cannot be read counts as one: its reader will say why."""
     try:
-        return is_video_head(storage.read_range(file.uri, 0, min(file.size_bytes, HEAD_BYTES)))
+        size_bytes = storage.stat(file.uri).size_bytes if file.size_bytes < 0 else file.size_bytes
+        return is_video_head(storage.read_range(file.uri, 0, min(size_bytes, HEAD_BYTES)))
     except (StorageUnavailable, BadCredentials):
         raise
     except StorageError:
         return True
-
-
-def unique_ids(names: Sequence[str]) -> list[str]:
-    """A video_id for each (unique) name: the path without its extension, in letters, digits, `_` and `-`.
-
-    `bus/a.b.mp4` -> `bus__a_b`: a key that every WebDataset reader splits at the same dot. Names that come out equal,
-    or too long, all get a digest of the name at the end, whatever their order; a whole one where names were chosen so
-    that they come out equal all the same.
-    """
-    plain = [_sanitise(name) for name in names]
-    lengths = [int(len(video_id.encode()) > _MAX_ID_BYTES) for video_id in plain]  # places in _DIGEST_CHARS
-    ids = list(map(_with_digest, plain, names, lengths))
-    while True:
-        counts = Counter(ids)
-        equal = [place for place, video_id in enumerate(ids) if counts[video_id] > 1]
-        longer = [place for place in equal if lengths[place] < len(_DIGEST_CHARS) - 1]
-        if not longer:
-            return ids
-        for place in longer:
-            lengths[place] += 1
-            ids[place] = _with_digest(plain[place], names[place], lengths[place])
-
-
-def _sanitise(name: str) -> str:
-    folder, slash, base = name.rpartition("/")
-    stem = base.rpartition(".")[0] or base
-    text = unicodedata.normalize("NFC", f"{folder}{slash}{stem}"[:_MAX_ID_CHARS])
-    return re.sub(r"[^\w-]", "_", text.replace("/", "__"))
-
-
-def _with_digest(video_id: str, name: str, length: int) -> str:
-    """The id with so much of the name's digest (a place in _DIGEST_CHARS), cut to leave room for it."""
-    num_chars = _DIGEST_CHARS[length]
-    if not num_chars:
-        return video_id
-    digest = hashlib.sha256(name.encode(errors="surrogatepass")).hexdigest()[:num_chars]
-    room_bytes = _MAX_ID_BYTES + _DIGEST_CHARS[1] - num_chars
-    return f"{video_id.encode()[:room_bytes].decode(errors='ignore')}-{digest}"
 
 
 def _read_csv(storage: Storage, source: str) -> list[SourceFile]:

@@ -10,12 +10,16 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from kinoray.catalog.folders import is_video, no_video_among, said_of_others
+from kinoray.catalog.ids import unique_ids
+from kinoray.catalog.inventory import is_manifest, newest_manifest
+from kinoray.catalog.listing import NOT_OTHERS, spool_listing
 from kinoray.catalog.pieces import (
     CATALOG_SCHEMA,
     GROUP_ROWS,
@@ -32,7 +36,7 @@ from kinoray.catalog.pieces import (
     splits_in,
 )
 from kinoray.catalog.read import Reference, read_video, read_videos, time_problem
-from kinoray.catalog.source import SourceFile, find_files, unique_ids, warn
+from kinoray.catalog.source import SourceFile, find_files, warn
 from kinoray.config.files import local_uri
 from kinoray.errors import (
     AccessDenied,
@@ -41,6 +45,7 @@ from kinoray.errors import (
     StorageError,
     StorageUnavailable,
 )
+from kinoray.storage.leftovers import scratch_folder
 from kinoray.storage.objects import Storage, absolute, is_s3, join
 from kinoray.storage.records import parse_record
 
@@ -170,6 +175,8 @@ def save_catalog(storage: Storage, uri: str, catalog: Catalog) -> None:
 def catalog_of_source(storage: Storage, source: str, *, say: Callable[[str], None] = warn) -> Catalog:
     """A catalog of what a user points at: a pack's folder, a .parquet, a .csv, a folder or prefix of videos, or one.
 
+    Or an S3 Inventory: its manifest.json, or its folder.
+
     Videos in a folder are known by their names or first bytes and stay where they are; their rows are `listed`, not
     probed, and have no checksum. `say` is told what is left out.
 
@@ -179,20 +186,41 @@ def catalog_of_source(storage: Storage, source: str, *, say: Callable[[str], Non
     """
     if is_catalog(storage, source, say=say):
         return load_catalog(storage, source)
+    if is_manifest(source):
+        return _spooled(storage, source, say)
     files = find_files(storage, source, say=say)
+    if not any(file.is_video for file in files) and newest_manifest({file.name for file in files}):
+        return _spooled(storage, source, say)
     catalog = catalog_of_files(source, files)
-    told = ("catalog.parquet", _PACK_RECORD)  # by is_catalog
-    others = [file.name for file in files if not file.is_video and file.name not in told]
+    others = [file.name for file in files if not file.is_video and file.name not in NOT_OTHERS]
     if others:
         say(f"{source}: {said_of_others(others)}, and left out")
     return catalog
 
 
-def rows_of_source(storage: Storage, source: str, *, say: Callable[[str], None] = warn) -> Rows:
-    """As `catalog_of_source`, but what lies in Parquet files is a stream, of which few rows are in memory."""
+def rows_of_source(
+    storage: Storage, source: str, folder: Path, *, keep: str = "", say: Callable[[str], None] = warn
+) -> Rows:
+    """As `catalog_of_source`, but as a stream, of which few rows are in memory; a list (.csv) is, whole.
+
+    Args:
+        folder: of this machine; holds what is listed as long as the rows are used.
+        keep: where the listing of a large prefix leaves what it has (see `spool_listing`).
+    """
     if is_catalog(storage, source, say=say):
         return open_pieces(storage, source)
-    return catalog_of_source(storage, source, say=say)
+    if source.lower().endswith(".csv"):
+        return catalog_of_source(storage, source, say=say)
+    listed = folder / "listing"
+    listed.mkdir()
+    return Pieces(Storage(), [str(path) for path in spool_listing(storage, source, listed, keep=keep, say=say)])
+
+
+def _spooled(storage: Storage, source: str, say: Callable[[str], None]) -> Catalog:
+    """The catalog of an S3 Inventory."""
+    with scratch_folder("listing") as folder:
+        paths = spool_listing(storage, source, folder, say=say)
+        return Catalog(pa.concat_tables([pq.read_table(path) for path in paths]))
 
 
 def is_catalog(storage: Storage, source: str, *, say: Callable[[str], None] = warn) -> bool:

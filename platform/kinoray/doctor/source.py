@@ -15,7 +15,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from kinoray.catalog.folders import extension, places_in_folders, said_of_others, set_problems
-from kinoray.catalog.source import UNLABELLED_SPLITS, SourceFile, find_files, unique_ids
+from kinoray.catalog.ids import unique_ids
+from kinoray.catalog.source import UNLABELLED_SPLITS, SourceFile, find_files
 from kinoray.catalog.table import (
     Catalog,
     catalog_of_files,

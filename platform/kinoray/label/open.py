@@ -181,7 +181,11 @@ def _rows(
 ) -> Rows:
     """The rows of the split that is asked for: in memory where they are to be checked, else as a stream."""
     source = absolute(config.source)
-    whole: Rows = rows_of_source(storage, source) if check is None else catalog_of_source(storage, source)
+    if check is None:
+        keep = join(absolute(config.out), "listing")
+        whole: Rows = rows_of_source(storage, source, folder, keep="" if config.plan else keep)
+    else:
+        whole = catalog_of_source(storage, source)
     try:
         if isinstance(whole, Pieces):
             return whole.select(config.split, folder)

@@ -23,9 +23,10 @@ from kinoray.catalog.folders import (
     places_in_folders,
     set_problems,
 )
+from kinoray.catalog.ids import unique_ids
 from kinoray.catalog.quarantine import QuarantineRow, Refusal
 from kinoray.catalog.read import Reference, time_problem
-from kinoray.catalog.source import UNLABELLED_SPLITS, SourceFile, find_files, stat_size, unique_ids, warn
+from kinoray.catalog.source import UNLABELLED_SPLITS, SourceFile, find_files, stat_size, warn
 from kinoray.catalog.table import Catalog, is_catalog, load_catalog
 from kinoray.config.shared import digest
 from kinoray.console import many

@@ -10,7 +10,7 @@ import os
 import shutil
 import stat
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import BinaryIO
@@ -69,14 +69,11 @@ class FolderStore:
 
     def list(self, prefix: str, skipped: Skipped | None) -> Iterator[tuple[str, int, float, str]]:
         """(path, size, time, "") of all files whose path starts with prefix, sorted by path; each folder's once."""
-        folder = prefix[: prefix.rfind("/") + 1]
-        with translated(folder):
-            there = os.path.isdir(folder or ".")
-        paths = [path for path in _walk(folder, skipped) if path.startswith(prefix)] if there else []
-        for path in sorted(paths):
-            found = _size_and_time(path)
-            if found is not None:
-                yield path, *found, ""
+        return _described(sorted(_paths(prefix, skipped)))
+
+    def list_unsorted(self, prefix: str, skipped: Skipped | None) -> Iterator[tuple[str, int, float, str]]:
+        """As `list`, in no order; holds in memory what folders there are, but not what files."""
+        return _described(_paths(prefix, skipped))
 
     def stat(self, path: str) -> tuple[int, float, str]:
         """(size, time, "") of a regular file."""
@@ -97,6 +94,21 @@ class FolderStore:
                     temp = os.path.join(place, name)
                     if name.startswith(_TEMP_PREFIX) and _is_older(temp, before_s):
                         Path(temp).unlink(missing_ok=True)
+
+
+def _paths(prefix: str, skipped: Skipped | None) -> Iterator[str]:
+    folder = prefix[: prefix.rfind("/") + 1]
+    with translated(folder):
+        there = os.path.isdir(folder or ".")
+    if there:
+        yield from (path for path in _walk(folder, skipped) if path.startswith(prefix))
+
+
+def _described(paths: Iterable[str]) -> Iterator[tuple[str, int, float, str]]:
+    for path in paths:
+        found = _size_and_time(path)
+        if found is not None:
+            yield path, *found, ""
 
 
 def _is_older(path: str, before_s: float) -> bool:
@@ -152,8 +164,17 @@ def _walk(root: str, skipped: Skipped | None) -> Iterator[str]:
                     if skipped:
                         skipped(folder, "it is listed under another name, too")
                     continue
+                seen.add(place)
+                inside: list[str] = []
                 with os.scandir(folder or ".") as entries:
-                    found = sorted(entries, key=lambda entry: entry.name)
+                    for entry in entries:  # not kept: there may be millions
+                        if not _is_folder(entry):
+                            if not entry.name.startswith(_TEMP_PREFIX):
+                                yield folder + entry.name
+                        elif entry.is_symlink():
+                            heapq.heappush(links, f"{folder}{entry.name}/")
+                        else:
+                            inside.append(f"{folder}{entry.name}/")
         except StorageError as error:
             if folder != root and isinstance(error, ObjectNotFound):
                 continue  # deleted since its name was read
@@ -161,15 +182,7 @@ def _walk(root: str, skipped: Skipped | None) -> Iterator[str]:
                 raise
             skipped(folder, str(error))
             continue
-        seen.add(place)
-        for entry in reversed(found):  # so that the first one is the next that is popped
-            if not _is_folder(entry):
-                if not entry.name.startswith(_TEMP_PREFIX):
-                    yield folder + entry.name
-            elif entry.is_symlink():
-                heapq.heappush(links, f"{folder}{entry.name}/")
-            else:
-                folders.append((f"{folder}{entry.name}/", is_linked))
+        folders += [(name, is_linked) for name in sorted(inside, reverse=True)]  # the first is the next that is popped
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:

@@ -7,8 +7,8 @@ prefix ends in "/".
 
 import os
 import threading
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urlparse
@@ -19,6 +19,7 @@ from kinoray.config.files import FILE_SCHEME, foreign, local_path, local_uri
 from kinoray.config.shared import StorageConfig
 from kinoray.errors import ConfigError, ObjectNotFound
 from kinoray.storage.folder import FolderStore, Skipped
+from kinoray.storage.stretches import WHOLE, Gap, Stretch, is_marker
 
 if TYPE_CHECKING:
     from kinoray.storage.s3 import S3Store
@@ -160,6 +161,27 @@ class Storage:
         start = prefix[: len(prefix) - len(name)]
         for found, size_bytes, modified_s, etag in store.list(name, skipped):
             yield ObjectInfo(start + found, size_bytes, modified_s, etag)
+
+    def list_unsorted(self, prefix: str, *, skipped: Skipped | None = None) -> Iterator[ObjectInfo]:
+        """As `list`, in no order: a large bucket by several requests at once, and a folder as it is walked."""
+        store, name = self._locate(prefix, is_prefix=True)
+        if isinstance(store, FolderStore):
+            for path, size_bytes, modified_s, etag in store.list_unsorted(name, skipped):
+                yield ObjectInfo(prefix[: len(prefix) - len(name)] + path, size_bytes, modified_s, etag)
+            return
+        start = f"{_SCHEME}{name.partition('/')[0]}/"
+        for stretch in self.stretches(prefix):
+            for key, size_bytes, modified_s, etag in stretch.entries:
+                yield ObjectInfo(start + key, size_bytes, modified_s, etag)
+
+    def stretches(self, prefix: str, gaps: Iterable[Gap] = WHOLE) -> Iterator[Stretch]:
+        """The objects below an s3:// prefix whose keys lie in the gaps, by several requests at once, in no order."""
+        store, name = self._locate(prefix, is_prefix=True)
+        if isinstance(store, FolderStore):
+            raise ValueError(f"{prefix} is a folder, whose files have no keys")
+        for stretch in store.stretches(name, gaps):
+            entries = [entry for entry in stretch.entries if not is_marker(entry[0], entry[1])]
+            yield replace(stretch, entries=entries)
 
     def exists(self, uri: str) -> bool:
         """Whether the object is there (False for a folder, and in a bucket that does not exist)."""

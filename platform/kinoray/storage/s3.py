@@ -9,8 +9,9 @@ import contextlib
 import hashlib
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar, cast
@@ -19,8 +20,10 @@ from uuid import uuid4
 
 import boto3
 import botocore.exceptions as aws
+import botocore.session
 from botocore import UNSIGNED
 from botocore.config import Config
+from botocore.parsers import DEFAULT_TIMESTAMP_PARSER
 
 from kinoray.config.files import open_file, translated
 from kinoray.config.shared import Access, StorageConfig
@@ -35,6 +38,7 @@ from kinoray.errors import (
 )
 from kinoray.storage.folder import Skipped
 from kinoray.storage.s3_requests import DIGEST_CODES, Retries, code_of, pauses, read_object, status_of
+from kinoray.storage.stretches import Gap, Page, Stretch, in_stretches, is_marker
 
 __all__ = ["S3Store", "agree_to_pay", "endpoint_of"]
 
@@ -112,18 +116,34 @@ class S3Store:
 
     def list(self, prefix: str, skipped: Skipped | None = None) -> Iterator[tuple[str, int, float, str]]:
         """(bucket/key, size, time, etag) of all objects below `bucket/prefix`, in the order of their keys."""
-        bucket, key = _split(prefix)
-        more: dict[str, str] = {}
+        bucket, token = _split(prefix)[0], None
         while True:
-            target = {"Bucket": bucket, "Prefix": key, "MaxKeys": _PAGE_KEYS, **more}
-            page = self._guard(prefix, partial(self._run, prefix, "list_objects_v2", target))
-            for item in page.get("Contents", ()):
-                if not (item["Key"].endswith("/") and item["Size"] == 0):  # the marker of an empty "folder"
-                    etag = item["ETag"].strip('"')
-                    yield f"{bucket}/{item['Key']}", item["Size"], item["LastModified"].timestamp(), etag
-            if not page.get("IsTruncated"):
+            page = self._page(prefix, "", token)
+            for key, size_bytes, modified_s, etag in page.entries:
+                if not is_marker(key, size_bytes):
+                    yield f"{bucket}/{key}", size_bytes, modified_s, etag
+            if page.token is None:
                 return
-            more = {"ContinuationToken": page["NextContinuationToken"]}
+            token = page.token
+
+    def stretches(self, prefix: str, gaps: Iterable[Gap]) -> Iterator[Stretch]:
+        """The objects below `bucket/prefix` whose keys lie in the gaps, by several requests at once, in no order."""
+        return in_stretches(partial(self._page, prefix), _split(prefix)[1], gaps)
+
+    def _page(self, prefix: str, after: str, token: str | None) -> Page:
+        """The next keys below `bucket/prefix`: those that a token stands for, or the first ones behind `after`."""
+        bucket, key = _split(prefix)
+        target = {"Bucket": bucket, "Prefix": key, "MaxKeys": _PAGE_KEYS}
+        if token is not None:
+            target["ContinuationToken"] = token
+        elif after:
+            target["StartAfter"] = after
+        page = self._guard(prefix, partial(self._run, prefix, "list_objects_v2", target))
+        entries = [
+            (item["Key"], item["Size"], item["LastModified"].timestamp(), item["ETag"].strip('"'))
+            for item in page.get("Contents", ())
+        ]
+        return Page(entries, page["NextContinuationToken"] if page.get("IsTruncated") else None)
 
     def stat(self, name: str) -> tuple[int, float, str]:
         """(size, time, etag) of one object."""
@@ -314,6 +334,15 @@ def _is_aws(url: str) -> bool:
     return host.endswith((".amazonaws.com", ".amazonaws.com.cn", ".api.aws"))
 
 
+def _time_of(value: Any) -> datetime:
+    """A time in an answer. Those of listings are read here: botocore takes 80 us for each, four times all the rest."""
+    try:
+        found = datetime.fromisoformat(value)
+    except (TypeError, ValueError):
+        return cast(datetime, DEFAULT_TIMESTAMP_PARSER(value))
+    return found if found.tzinfo else found.replace(tzinfo=UTC)
+
+
 def agree_to_pay(client: Any) -> None:
     """Have every request of a boto3 client say that the requester pays; no parameter of each call can be forgotten."""
 
@@ -326,7 +355,9 @@ def agree_to_pay(client: Any) -> None:
 def _make_client(config: StorageConfig, access: Access) -> Any:
     """A boto3 client of its own session, since sessions are not safe to share between threads."""
     try:
-        session = boto3.Session()
+        core = botocore.session.Session()
+        core.get_component("response_parser_factory").set_parser_defaults(timestamp_parser=_time_of)
+        session = boto3.Session(botocore_session=core)
 
         def client(checksums: str) -> Any:
             return session.client(

@@ -8,8 +8,9 @@ in memory is counted from its pages first.
 import io
 import struct
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from importlib.abc import MetaPathFinder
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -17,7 +18,7 @@ import pyarrow.parquet as pq
 
 from kinoray.storage.objects import Storage
 
-__all__ = ["TableFile", "leave_pandas_out", "parse_table"]
+__all__ = ["TableFile", "iter_table", "leave_pandas_out", "parse_table"]
 
 _TABLE_BYTES = 2**28
 _TABLE_EXPANSION = 1024  # a table of 100 million names in a row, of 2 bytes each in the file, is 200 times as large
@@ -119,6 +120,23 @@ class TableFile:
             raise pa.ArrowInvalid(" ".join(str(error).split())) from error
         finally:
             self._bytes.hold(0, 0)
+
+
+def iter_table(path: Path, columns: Sequence[str], *, needed: Collection[str]) -> Iterator[pa.Table]:
+    """The rows of a file of this machine, with those of these columns that it has, a few at a time.
+
+    Raises:
+        pyarrow.ArrowInvalid: as `TableFile`; or a needed column is not there, or a column holds lists or the like.
+    """
+    file = TableFile(Storage(), str(path))
+    if missing := [name for name in needed if name not in file.schema.names]:
+        raise pa.ArrowInvalid(f"it has no column {missing[0]}; found {file.schema.names!r:.200}")
+    found = [name for name in columns if name in file.schema.names]
+    for name in found:
+        if pa.types.is_nested(kind := file.schema.field(name).type):
+            raise pa.ArrowInvalid(f"column {name} has the type {kind}, whose values are not plain data")
+    for group in range(len(file.group_rows)):
+        yield from file.batches(group, found)
 
 
 class _Stored(io.RawIOBase):
