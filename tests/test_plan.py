@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kinoray.catalog.pieces import Pieces, find_pieces
-from kinoray.catalog.table import CATALOG_SCHEMA, Catalog, load_catalog, rows_of_source, save_catalog
+from kinoray.catalog.table import CATALOG_SCHEMA, Catalog, load_catalog, open_pieces, save_catalog
 from kinoray.config.shared import StorageConfig
 from kinoray.errors import CatalogError, IncompleteOutput, ObjectNotFound
 from kinoray.label import plan as plan_module
@@ -200,7 +200,7 @@ def test_a_catalog_of_many_files_is_the_one_that_they_make(tmp_path: Path) -> No
     whole = library(50)
     source = cut_in_files(whole, tmp_path / "parts", (20, 0, 1, 29))
     assert load_catalog(LOCAL, source).table.equals(whole.table)
-    rows = rows_of_source(LOCAL, source)
+    rows = open_pieces(LOCAL, source)
     assert isinstance(rows, Pieces)
     found = survey(rows, tmp_path)
     assert (found.digest, found.keys) == (whole.digest, row_keys(whole.table))
@@ -217,7 +217,7 @@ def test_files_of_a_catalog_in_a_bucket(bucket: str, s3_config: StorageConfig, t
     save_catalog(storage, f"{bucket}/c/deeper/part-9.parquet", whole)
     storage.put(f"{bucket}/c/part-list.txt", b"x")
     assert len(find_pieces(storage, f"{bucket}/c/*.parquet")) == 3
-    assert survey(rows_of_source(storage, f"{bucket}/c/part-*.parquet"), tmp_path).digest == whole.digest
+    assert survey(open_pieces(storage, f"{bucket}/c/part-*.parquet"), tmp_path).digest == whole.digest
     with pytest.raises(ObjectNotFound, match=r"d\*.parquet: no file there has such a name"):
         find_pieces(storage, f"{bucket}/c/d*.parquet")
 
@@ -229,7 +229,7 @@ def test_what_two_files_of_a_catalog_both_hold_is_refused(small_runs: None, tmp_
     pq.write_table(twice.slice(0, 30), folder / "a.parquet")
     pq.write_table(twice.slice(30), folder / "b.parquet")
     with pytest.raises(CatalogError, match="video_id 'v0017' is used 2 times"):
-        survey(rows_of_source(LOCAL, str(folder / "*.parquet")), tmp_path)
+        survey(open_pieces(LOCAL, str(folder / "*.parquet")), tmp_path)
 
 
 def test_a_bad_row_of_a_file_is_named(tmp_path: Path) -> None:
@@ -241,27 +241,27 @@ def test_a_bad_row_of_a_file_is_named(tmp_path: Path) -> None:
     bad = bad.replace_schema_metadata(pq.read_schema(tmp_path / "parts" / "part-0.parquet").metadata)
     pq.write_table(bad, tmp_path / "parts" / "x.parquet")
     with pytest.raises(CatalogError, match=r"x\.parquet: uri may not be null: 1 row without it"):
-        survey(rows_of_source(LOCAL, source), tmp_path)
+        survey(open_pieces(LOCAL, source), tmp_path)
     (tmp_path / "parts" / "x.parquet").write_bytes(b"PAR1")
     with pytest.raises(CatalogError, match=r"x\.parquet is not a catalog"):
-        rows_of_source(LOCAL, source)
+        open_pieces(LOCAL, source)
     pq.write_table(table.drop_columns(["uri"]), tmp_path / "parts" / "x.parquet")
     with pytest.raises(CatalogError, match=r"x\.parquet lacks the column uri"):
-        rows_of_source(LOCAL, source)
+        open_pieces(LOCAL, source)
 
 
 def test_files_of_one_catalog_name_the_same_classes(tmp_path: Path) -> None:
     source = cut_in_files(library(5), tmp_path / "parts", (5,))
     save_catalog(LOCAL, str(tmp_path / "parts" / "z.parquet"), replace(library(3, first=9), labels=("a",)))
     with pytest.raises(CatalogError, match="names other classes than"):
-        rows_of_source(LOCAL, source)
+        open_pieces(LOCAL, source)
 
 
 def test_a_split_of_a_stream_is_that_of_the_table(tmp_path: Path) -> None:
     table = library(30).table
     splits = pa.array([(None, "train", "val")[row % 3] for row in range(30)])
     whole = Catalog(table.set_column(6, CATALOG_SCHEMA.field("split"), splits))
-    rows = rows_of_source(LOCAL, cut_in_files(whole, tmp_path / "parts", (11, 19)))
+    rows = open_pieces(LOCAL, cut_in_files(whole, tmp_path / "parts", (11, 19)))
     assert isinstance(rows, Pieces)
     assert pa.concat_tables(rows.select("val", tmp_path).batches()).equals(whole.select("val").table)
     with pytest.raises(CatalogError, match=r"no video of split 'test'; its splits are: none \(10\), train \(10\), val"):
@@ -304,7 +304,7 @@ def test_units_come_with_their_rows_in_any_order_also_where_they_lie_apart(small
     before = draft_plan(LABELLING, survey(first, tmp_path), 5, tmp_path)
     found = survey(grown, tmp_path)
     plan = draft_plan(LABELLING, found, 7, tmp_path, older=[before], committed={before.units[0].unit_id})
-    rows = rows_of_source(LOCAL, cut_in_files(grown, tmp_path / "parts", (33, 27)))
+    rows = open_pieces(LOCAL, cut_in_files(grown, tmp_path / "parts", (33, 27)))
     of_key = dict(zip(row_keys(grown.table), grown.table.to_pylist(), strict=True))
     for unit, table in work_of(rows, found.keys, LABELLING, plan.units[::-1]):
         assert table.to_pylist() == [of_key[key] for key in unit.keys]
@@ -312,11 +312,11 @@ def test_units_come_with_their_rows_in_any_order_also_where_they_lie_apart(small
 
 def test_a_catalog_that_changes_under_a_job_is_found(tmp_path: Path) -> None:
     source = cut_in_files(library(20), tmp_path / "parts", (20,))
-    found = survey(rows_of_source(LOCAL, source), tmp_path)
+    found = survey(open_pieces(LOCAL, source), tmp_path)
     plan = draft_plan(LABELLING, found, 4, tmp_path)
     save_catalog(LOCAL, str(tmp_path / "parts" / "part-0.parquet"), library(20, uri="s3://other"))
     with pytest.raises(CatalogError, match="the catalog has changed while it was read"):
-        list(work_of(rows_of_source(LOCAL, source), found.keys, LABELLING, plan.units))
+        list(work_of(open_pieces(LOCAL, source), found.keys, LABELLING, plan.units))
 
 
 def test_a_finished_unit_whose_part_is_gone_is_not_labelled_by_halves(tmp_path: Path) -> None:
