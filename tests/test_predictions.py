@@ -22,7 +22,8 @@ from kinoray.config.shared import StorageConfig
 from kinoray.errors import CatalogError, ChecksumMismatch, ConfigError, IncompleteOutput, ObjectNotFound
 from kinoray.label.keys import Keys, row_keys
 from kinoray.label.ledger import Ledger, read_predictions
-from kinoray.label.plan import Plan, parse_units, to_units
+from kinoray.label.plan import Plan
+from kinoray.label.planfile import parse_units, to_units
 from kinoray.label.unit import (
     PREDICTION_SCHEMA,
     WINDOW_SCHEMA,

@@ -120,6 +120,11 @@ class StorageConfig:
         buckets = [item.partition("=")[0] for item in self.access]
         require(len(set(buckets)) == len(buckets), "storage.access", "one way for each bucket", " ".join(self.access))
 
+    @property
+    def endpoint(self) -> str | None:
+        """The address that this or the environment gives, or None for AWS and what a profile says."""
+        return self.endpoint_url or os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or None
+
     def access_of(self, bucket: str) -> Access:
         """How requests to a bucket are made."""
         return cast(Access, dict(item.split("=") for item in self.access).get(bucket, "signed"))

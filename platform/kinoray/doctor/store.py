@@ -29,7 +29,7 @@ from kinoray.console import many
 from kinoray.doctor.section import Check, Section, checked, clock_check
 from kinoray.errors import ChecksumMismatch, KinorayError, ObjectNotFound, StorageError
 from kinoray.storage.objects import Storage, absolute, arrow_filesystem, is_s3, join
-from kinoray.storage.s3 import agree_to_pay, endpoint_of
+from kinoray.storage.s3 import agree_to_pay
 
 __all__ = ["server_checks", "store_section"]
 
@@ -252,7 +252,7 @@ def server_checks(config: StorageConfig, uri: str) -> Iterator[Check]:
         return
     client = boto3.Session().client(
         "s3",
-        endpoint_url=endpoint_of(config),
+        endpoint_url=config.endpoint,
         region_name=config.region or boto3.Session().region_name or "us-east-1",
         config=Config(
             s3={"addressing_style": config.addressing},

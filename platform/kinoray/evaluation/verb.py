@@ -35,9 +35,10 @@ from kinoray.evaluation.record import (
 from kinoray.label.config import LabelConfig
 from kinoray.label.ledger import Ledger
 from kinoray.label.open import Labelling, open_labelling
-from kinoray.label.plan import survey, work_of
+from kinoray.label.plan import survey
 from kinoray.label.unit import PREDICTION_SCHEMA, JobRecord, Unit, labelling_id
 from kinoray.label.verb import refuse_too_many_bad, run_labelling
+from kinoray.label.work import work_of
 from kinoray.storage.leftovers import scratch_folder
 from kinoray.storage.objects import Storage, absolute, join
 from kinoray.storage.outputs import require_folder

@@ -3,7 +3,7 @@
 Under OUT, one folder for each (model, settings), named `labelling_id`:
 
     job.json                      the model, the settings and the class names that all rows share
-    plans/<catalog digest>.json   which rows of that catalog are in which unit (see plan.py): it names two files
+    plans/<catalog digest>.json   which rows of that catalog are in which unit (see planfile.py): it names two files
         beside it, <catalog digest>-<digest>.parquet, the units, and .keys, the keys of all of them
     parts/<unit>.parquet          the rows of a finished unit; its metadata says who wrote them, when, and how many
     windows/<unit>-<digest>.parquet   rows of the windows of its long videos, where the settings ask for them
@@ -21,7 +21,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
@@ -31,8 +31,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from kinoray.errors import ChecksumMismatch, ConfigError, IncompleteOutput, ObjectNotFound
-from kinoray.label.keys import KEY_BYTES, Keys, Tally, numbers_of
-from kinoray.label.plan import Plan, Survey, draft_plan, parse_units, to_units
+from kinoray.label.keys import Keys, Tally, numbers_of
+from kinoray.label.plan import Plan, Survey, draft_plan
+from kinoray.label.planfile import StoredPlans
 from kinoray.label.unit import (
     PLACE,
     PREDICTION_SCHEMA,
@@ -41,6 +42,7 @@ from kinoray.label.unit import (
     JobEnd,
     JobRecord,
     Times,
+    Totals,
     Unit,
     leave_out_seen,
     parse_commit,
@@ -51,11 +53,10 @@ from kinoray.label.unit import (
     unit_id_of,
 )
 from kinoray.storage.objects import MAX_RECORD_BYTES, MAX_TABLE_BYTES, Storage, join
-from kinoray.storage.records import as_name, is_name, read_record, record_of
+from kinoray.storage.records import is_name, read_record, record_of
 
 __all__ = [
     "Ledger",
-    "Totals",
     "find_labellings",
     "open_ledger",
     "read_predictions",
@@ -69,40 +70,9 @@ _NUM_EXAMPLES = 10
 _TAIL_BYTES = 2**18  # of a part: more than its footer, whose statistics have at most 8 kB a column
 _DAY_S = 86400.0
 _SUFFIX = ".parquet"
-_KEYS = ".keys"
 _TOTAL_COLUMNS = ["video_id", "row_key", "status", "error_class", "error_text", "frames_corrupt", "frames_missing"]
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Totals:
-    """What became of a catalog: labelled + quarantined + skipped = inputs."""
-
-    inputs: int
-    labelled: int
-    quarantined: int
-    skipped: int
-    reasons: dict[str, int]
-    """Quarantined rows by error class."""
-    damaged: int
-    """Labelled videos of which some frames would not decode."""
-    examples: tuple[tuple[str, str], ...]
-    """The first quarantined rows: video_id, and reason as text."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _PlanHead:
-    """plans/<catalog digest>.json."""
-
-    catalog_digest: str
-    unit_size: int
-    sequence: int
-    num_rows: int
-    units: str
-    """SHA-256 of the file with the units."""
-    keys: str
-    """And of that with their keys."""
 
 
 class Ledger:
@@ -112,6 +82,7 @@ class Ledger:
         self.storage = storage
         self.root = root
         self.labelling_id = root.rpartition("/")[2]
+        self._plans = StoredPlans(storage, join(root, "plans"))
 
     def pin_job(self, record: JobRecord) -> bool:
         """Say what this labelling is; the first writer's record stays. Whether this was the first."""
@@ -128,20 +99,10 @@ class Ledger:
 
     def plan(self, found: Survey, unit_size: int, folder: Path) -> Plan:
         """The plan of a catalog, made and stored at the first call: later calls, and jobs at once, get the same one."""
-        uri = self._plan_uri(found.digest, ".json")
         try:
-            return self._read_plan(uri)
-        except ObjectNotFound:
-            pass  # the first job on this catalog
-        plan = self.draft(found, unit_size, folder)
-        head = self._put_plan(plan)
-        if self.storage.put_if_absent(uri, _to_json(asdict(head))):
-            return plan
-        standing = self._read(uri, record_of(_PlanHead))
-        for ours, other, kind in ((head.units, standing.units, _SUFFIX), (head.keys, standing.keys, _KEYS)):
-            if ours != other:
-                self.storage.delete(self._plan_uri(plan.catalog_digest, kind, ours))
-        return self._read_plan(uri)
+            return self._plans.read(found.digest)
+        except ObjectNotFound:  # the first job on this catalog
+            return self._plans.put_if_absent(self.draft(found, unit_size, folder))
 
     def draft(self, found: Survey, unit_size: int, folder: Path) -> Plan:
         """The plan that `plan` would store now; nothing is written but to a folder of this machine."""
@@ -149,28 +110,8 @@ class Ledger:
 
     def plans(self) -> list[Plan]:
         """All plans, oldest first."""
-        uris = [info.uri for info in self.storage.list(self._uri("plans") + "/") if info.uri.endswith(".json")]
-        plans = list(_in_threads(self._read_plan, uris))
+        plans = list(_in_threads(self._plans.read, self._plans.names()))
         return sorted(plans, key=lambda plan: (plan.sequence, plan.catalog_digest))
-
-    def _put_plan(self, plan: Plan) -> "_PlanHead":
-        """Write the files that a plan's head will name. Their digests are in their names, so that writers that do not
-        agree do not meet."""
-        assert plan.path is not None  # it was just made
-        units = to_units(plan)
-        with plan.path.open("rb") as file:
-            keys_sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-        units_sha256 = hashlib.sha256(units).hexdigest()
-        self.storage.put(self._plan_uri(plan.catalog_digest, _SUFFIX, units_sha256), units)
-        self.storage.put_file(self._plan_uri(plan.catalog_digest, _KEYS, keys_sha256), plan.path)
-        return _PlanHead(
-            catalog_digest=plan.catalog_digest,
-            unit_size=plan.unit_size,
-            sequence=plan.sequence,
-            num_rows=plan.num_rows,
-            units=units_sha256,
-            keys=keys_sha256,
-        )
 
     def committed(self) -> set[str]:
         """Ids of all finished units."""
@@ -403,28 +344,6 @@ class Ledger:
 
     def _windows_uri(self, unit_id: str, sha256: str) -> str:
         return self._uri("windows", f"{unit_id}-{sha256[:16]}{_SUFFIX}")
-
-    def _plan_uri(self, catalog_digest: str, kind: str, sha256: str = "") -> str:
-        return self._uri("plans", f"{catalog_digest}{'-' if sha256 else ''}{sha256[:16]}{kind}")
-
-    def _read_plan(self, uri: str) -> Plan:
-        head = self._read(uri, record_of(_PlanHead))
-        if uri != self._plan_uri(head.catalog_digest, ".json"):
-            raise ChecksumMismatch(f"{uri} is the plan of another catalog ({head.catalog_digest}); remove it")
-        try:
-            keys = self._plan_uri(head.catalog_digest, _KEYS, as_name(head.keys, "keys"))
-            units = self._plan_uri(head.catalog_digest, _SUFFIX, as_name(head.units, "units"))
-            data = self.storage.read(units, max_bytes=MAX_TABLE_BYTES)
-            if hashlib.sha256(data).hexdigest() != head.units:
-                raise ValueError("its units are not those that were written")
-            if self.storage.stat(keys).size_bytes != head.num_rows * KEY_BYTES:
-                raise ValueError(f"it is of {head.num_rows:,} rows, and {keys} is not")
-            all_keys = Keys.in_object(self.storage, keys, head.num_rows)
-            found = parse_units(data, all_keys)
-        except (ValueError, TypeError, ObjectNotFound, pa.ArrowException) as error:
-            reason = " ".join(str(error).split())[:200]
-            raise ChecksumMismatch(f"{uri} is not what was written: {reason}; remove it, and label again") from error
-        return Plan(head.catalog_digest, head.unit_size, head.sequence, found, all_keys)
 
     def _read(self, uri: str, make: Callable[[dict[str, Any]], _Result]) -> _Result:
         return read_record(self.storage, uri, make, MAX_RECORD_BYTES)

@@ -28,9 +28,9 @@ from kinoray.errors import CatalogError, ConfigError, ObjectNotFound
 from kinoray.label.answers import AnswerRule, Calibrated, load_calibration
 from kinoray.label.config import LabelConfig
 from kinoray.label.ledger import Ledger, find_labellings
-from kinoray.label.plan import Plan, Survey, survey, work_of
+from kinoray.label.plan import Plan, Survey, survey
 from kinoray.label.unit import JobRecord, Unit, labelling_id
-from kinoray.label.work import UNIT_COLUMNS, LabelJob, NetworkFacts
+from kinoray.label.work import UNIT_COLUMNS, LabelJob, NetworkFacts, work_of
 from kinoray.network.build import is_shipped, trusted_network
 from kinoray.network.checkpoint import CheckpointMeta, find_checkpoint, load_meta, load_model
 from kinoray.network.published import checkpoint_of
@@ -182,7 +182,7 @@ def _rows(
     """The rows of the split that is asked for: in memory where they are to be checked, else as a stream."""
     source = absolute(config.source)
     if check is None:
-        keep = join(absolute(config.out), "listing")
+        keep = join(absolute(config.out), ".listing")
         whole: Rows = rows_of_source(storage, source, folder, keep="" if config.plan else keep)
     else:
         whole = catalog_of_source(storage, source)

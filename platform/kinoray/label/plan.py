@@ -7,7 +7,6 @@ two jobs at once, share the units they have in common instead of labelling their
 come to the same plan.
 """
 
-import io
 from collections import deque
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -17,29 +16,24 @@ from typing import Any
 from uuid import uuid4
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from kinoray.catalog.pieces import Rows, RowsDigest
-from kinoray.errors import CatalogError, IncompleteOutput
+from kinoray.errors import CatalogError
 from kinoray.label.keys import KEY_BYTES, KEY_COLUMNS, Keys, Numbers, key_numbers, keys_in
 from kinoray.label.unit import Unit, unit_id_of
 from kinoray.storage.pairs import Pairs, join_pairs
-from kinoray.storage.records import as_name
-from kinoray.storage.tables import parse_table
 
 __all__ = [
+    "Places",
     "Plan",
     "Survey",
+    "are_set",
     "draft_plan",
     "gone_rows",
-    "parse_units",
-    "rows_in",
     "survey",
-    "to_units",
     "unfinished_keys",
-    "work_of",
+    "units_of",
 ]
 
 _CHUNK = 2**18  # keys that are looked at at once; of whole bytes of bits
@@ -167,10 +161,13 @@ def draft_plan(
         for unit in taken:
             put(unit.numbers(), unit.unit_id, unit.num_rows, unit.first, unit.last, unit.mask)
     keys = Keys.in_file(path)
-    return Plan(found.digest, unit_size, len(older), tuple(_units(keys, ends, about)), keys, path)
+    return Plan(found.digest, unit_size, len(older), tuple(units_of(keys, ends, about)), keys, path)
 
 
-def _units(keys: Keys, ends: Iterable[int], about: Iterable[tuple[str, int, int, int, bytes | None]]) -> Iterator[Unit]:
+def units_of(
+    keys: Keys, ends: Iterable[int], about: Iterable[tuple[str, int, int, int, bytes | None]]
+) -> Iterator[Unit]:
+    """Units by where their keys end, and what else they are."""
     begin = 0
     for end, (unit_id, num_rows, first, last, mask) in zip(ends, about, strict=True):
         yield Unit(unit_id, keys[begin:end], num_rows, first, last, mask)
@@ -296,12 +293,9 @@ def _matches(units: Pairs, here: Pairs) -> Iterator[tuple[Numbers, Numbers, Plac
         yield keys[met], codes[met], places[at[met]]
 
 
-def _is_free(free: NDArray[np.uint8], places: Places) -> NDArray[np.bool_]:
-    return np.asarray(free[places >> 3] >> (places & 7).astype(np.uint8) & 1, np.bool_)
-
-
-def _mark(bits: NDArray[np.uint8], places: Places) -> None:
-    np.bitwise_or.at(bits, places >> 3, np.uint8(1) << (places & 7).astype(np.uint8))
+def are_set(bits: NDArray[np.uint8], places: Places) -> NDArray[np.bool_]:
+    """Whether the bits at these places are set."""
+    return np.asarray(bits[places >> 3] >> (places & 7).astype(np.uint8) & 1, np.bool_)
 
 
 def _take(free: NDArray[np.uint8], places: Places) -> None:
@@ -323,7 +317,7 @@ def _take_over(
     count = np.zeros(len(older.ids), np.int64)
     lowest, highest = np.full(len(count), len(keys), np.int64), np.zeros(len(count), np.int64)
     for numbers, codes, places in _matches(older.open, here):
-        left = _is_free(free, places)
+        left = are_set(free, places)
         unit = (codes[left] >> _SHIFT).astype(np.int64)
         np.add.at(count, unit, 1)
         np.minimum.at(lowest, unit, places[left])
@@ -385,161 +379,3 @@ def gone_rows(
         gone.add(codes[missing].view(np.uint64), codes[missing])
     for unit, found, *_ in _runs(gone, gone):
         yield older.ids[unit], (found & np.uint64(2**32 - 1)).astype(np.int64)
-
-
-# The work that a plan is
-
-
-def work_of(rows: Rows, keys: Keys, labelling_id: str, units: Iterable[Unit]) -> Iterator[tuple[Unit, pa.Table]]:
-    """Units with their keys at hand, and with their rows (CATALOG_SCHEMA), in the order of the unit.
-
-    Row groups of the catalog in which no unit has a row are not read.
-
-    Args:
-        rows: the catalog.
-        keys: of the catalog, from its `survey`.
-
-    Raises:
-        IncompleteOutput: a unit holds videos that have left the catalog.
-        CatalogError: the catalog is another one than when it was surveyed.
-    """
-    cursor = _Cursor(rows)
-    for unit in units:
-        if not unit.is_whole:
-            raise IncompleteOutput(
-                f"unit {unit.unit_id} was finished and its part is gone, with rows of videos that have left the "
-                "catalog; label into another --out"
-            )
-        numbers, places = _places(unit, keys, labelling_id)
-        table = cursor.take(places)
-        if len(table) != len(numbers) or (key_numbers(table.select(list(KEY_COLUMNS))) != numbers).any():
-            raise CatalogError("the catalog has changed while it was read; run the same command again")
-        yield Unit(unit.unit_id, tuple(Keys.of(numbers)), unit.num_rows), table
-
-
-def rows_in(rows: Rows, keys: Keys, labelling_id: str, units: Iterable[Unit]) -> Iterator[pa.Table]:
-    """The rows of all these units, in the order of the catalog, a few at a time; each must be whole."""
-    wanted = np.zeros(-(-len(keys) // 8), np.uint8)  # a bit a row
-    for unit in units:
-        together = unit.last - unit.first + 1 == len(unit.keys)
-        _mark(wanted, np.arange(unit.first, unit.last + 1) if together else _places(unit, keys, labelling_id)[1])
-    start = 0
-    for table in rows.batches():
-        places = np.flatnonzero(_is_free(wanted, np.arange(start, start + table.num_rows)))
-        start += table.num_rows
-        if len(places):
-            yield table if len(places) == table.num_rows else table.take(pa.array(places))
-
-
-def _places(unit: Unit, keys: Keys, labelling_id: str) -> tuple[Numbers, Places]:
-    """The keys of a unit, and its rows in the catalog."""
-    if unit.last - unit.first + 1 == len(unit.keys):
-        numbers = keys[unit.first : unit.last + 1].numbers()
-        if unit_id_of(labelling_id, numbers) == unit.unit_id:  # so the stored keys need not be fetched
-            return numbers, np.arange(unit.first, unit.last + 1)
-    assert isinstance(unit.keys, Keys)
-    wanted = unit.keys.numbers()
-    order = np.argsort(wanted)
-    places = np.full(len(wanted), -1, np.int64)
-    start = unit.first
-    for chunk in keys[unit.first : unit.last + 1].chunks(_CHUNK):
-        at = np.minimum(np.searchsorted(wanted, chunk, sorter=order), len(wanted) - 1)
-        met = wanted[order[at]] == chunk
-        places[order[at[met]]] = np.flatnonzero(met) + start
-        start += len(chunk)
-    return wanted, places[places >= 0]
-
-
-class _Cursor:
-    """Rows by their number; going on is cheap, going back starts anew."""
-
-    def __init__(self, rows: Rows) -> None:
-        self._rows = rows
-        self._batches: Iterator[pa.Table] = iter(())
-        self._table: pa.Table | None = None
-        self._begin = 0
-
-    def take(self, places: Places) -> pa.Table:
-        """The rows at these places, in their order."""
-        order = np.argsort(places, kind="stable")
-        ascending = places[order]
-        parts: list[pa.Table] = []
-        at = 0
-        while at < len(ascending):
-            table = self._at(int(ascending[at]))
-            end = int(np.searchsorted(ascending, self._begin + table.num_rows))
-            parts.append(table.take(pa.array(ascending[at:end] - self._begin)))
-            at = end
-        back = np.empty_like(order)
-        back[order] = np.arange(len(order))
-        return pa.concat_tables(parts).combine_chunks().take(pa.array(back))
-
-    def _at(self, place: int) -> pa.Table:
-        """The batch that holds a row."""
-        table = self._table
-        if table is None or not self._begin <= place:
-            table = self._open(place)
-        elif place >= self._begin + table.num_rows:
-            self._begin += table.num_rows
-            following = next(self._batches, None)
-            table = self._table = following
-            if table is None or place >= self._begin + table.num_rows:
-                table = self._open(place)
-        return table
-
-    def _open(self, place: int) -> pa.Table:
-        self._begin, self._batches = place, self._rows.batches(place)
-        self._table = next(self._batches)
-        return self._table
-
-
-# Units as they are stored
-
-_UNITS_SCHEMA = pa.schema(
-    [
-        pa.field("unit_id", pa.string(), nullable=False),
-        pa.field("num_rows", pa.int64(), nullable=False),
-        pa.field("num_keys", pa.int64(), nullable=False),
-        pa.field("first", pa.int64(), nullable=False),
-        pa.field("last", pa.int64(), nullable=False),
-        pa.field("mask", pa.binary()),
-    ]
-)
-
-
-def to_units(plan: Plan) -> bytes:
-    """The units of a plan as Parquet; their keys are apart."""
-    units = plan.units
-    columns = [
-        pa.array([unit.unit_id for unit in units], pa.string()),
-        pa.array([unit.num_rows for unit in units], pa.int64()),
-        pa.array([len(unit.keys) for unit in units], pa.int64()),
-        pa.array([unit.first for unit in units], pa.int64()),
-        pa.array([unit.last for unit in units], pa.int64()),
-        pa.array([unit.mask for unit in units], pa.binary()),
-    ]
-    sink = io.BytesIO()
-    pq.write_table(pa.table(columns, schema=_UNITS_SCHEMA), sink, compression="zstd", write_page_checksum=True)
-    return sink.getvalue()
-
-
-def parse_units(data: bytes, keys: Keys) -> tuple[Unit, ...]:
-    """What `to_units` made. Raises ValueError, TypeError or pyarrow.ArrowException: it is something else."""
-    table = parse_table(data)
-    if not table.schema.equals(_UNITS_SCHEMA) or any(
-        table.column(field.name).null_count for field in list(_UNITS_SCHEMA)[:-1]
-    ):
-        raise ValueError(f"its columns are {table.schema.names}")
-    columns = [table.column(name).to_pylist() for name in _UNITS_SCHEMA.names]
-    num_rows, num_keys = (np.array(column, np.int64) for column in columns[1:3])
-    masked = np.array([mask is not None for mask in columns[5]], np.bool_)
-    if (num_keys < 1).any() or (num_rows < num_keys).any() or ((num_rows > num_keys) != masked).any():
-        raise ValueError("a unit has other rows than keys")
-    if int(num_keys.sum()) != len(keys):
-        raise ValueError(f"its units have {int(num_keys.sum()):,} keys, and there are {len(keys):,}")
-    for unit_id, rows, kept, mask in zip(columns[0], columns[1], columns[2], columns[5], strict=True):
-        as_name(unit_id, "unit_id")
-        if mask is not None and (len(mask) != -(-rows // 8) or int.from_bytes(mask, "little").bit_count() != kept):
-            raise ValueError(f"the mask of unit {unit_id} is not of its rows")
-    ends = np.cumsum(num_keys).tolist()
-    return tuple(_units(keys, ends, zip(columns[0], columns[1], *columns[3:], strict=True)))

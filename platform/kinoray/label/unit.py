@@ -38,6 +38,7 @@ __all__ = [
     "JobEnd",
     "JobRecord",
     "Times",
+    "Totals",
     "Unit",
     "labelling_id",
     "leave_out_seen",
@@ -186,6 +187,22 @@ class JobEnd:
             began_s=as_seconds(datetime.fromisoformat(record["began"]).timestamp(), "began"),
             wall_s=as_seconds(record["wall_s"], "wall_s"),
         )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Totals:
+    """What became of a catalog: labelled + quarantined + skipped = inputs."""
+
+    inputs: int
+    labelled: int
+    quarantined: int
+    skipped: int
+    reasons: dict[str, int]
+    """Quarantined rows by error class."""
+    damaged: int
+    """Labelled videos of which some frames would not decode."""
+    examples: tuple[tuple[str, str], ...]
+    """The first quarantined rows: video_id, and reason as text."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -24,7 +24,6 @@ from kinoray.errors import ConfigError, KinorayError, ObjectNotFound, StorageErr
 from kinoray.library.rows import blocks
 from kinoray.storage.objects import Storage, absolute, arrow_filesystem, is_s3, join
 from kinoray.storage.outputs import require_folder
-from kinoray.storage.s3 import endpoint_of
 
 __all__ = ["TABLE_FORMATS", "TableFormat", "require_table", "write_table"]
 
@@ -53,7 +52,7 @@ def require_table(storage: Storage, to: str, kind: str) -> None:
     place = absolute(to).rstrip("/")
     if any(letter in place for letter in "%?#"):
         raise ConfigError(f"to {place}: choose a folder without % ? # in its name, which the libraries read as a URL's")
-    if kind != "iceberg" and is_s3(place) and storage.config.addressing == "virtual" and endpoint_of(storage.config):
+    if kind != "iceberg" and is_s3(place) and storage.config.addressing == "virtual" and storage.config.endpoint:
         raise ConfigError(f"storage.addressing must be path or auto for {kind} at an endpoint of its own, got virtual")
     require_folder(storage, "to", to, "labels")
     try:
@@ -169,7 +168,7 @@ def _s3_options(target: _Target) -> dict[str, str]:
     if not is_s3(target.place):
         return {}
     config = target.storage.config
-    endpoint = endpoint_of(config)
+    endpoint = config.endpoint
     options = {"aws_virtual_hosted_style_request": str(config.addressing == "virtual").lower()}
     if config.region:
         options["aws_region"] = config.region

@@ -231,9 +231,7 @@ def arrow_filesystem(config: StorageConfig, uri: str) -> tuple[pafs.FileSystem, 
     """
     if not is_s3(uri):
         return pafs.LocalFileSystem(), absolute(uri)
-    from kinoray.storage.s3 import endpoint_of
-
-    endpoint = endpoint_of(config)
+    endpoint = config.endpoint
     options: dict[str, object] = {
         "region": config.region or os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION") or "us-east-1",
         "connect_timeout": 5,

@@ -40,7 +40,7 @@ from kinoray.storage.folder import Skipped
 from kinoray.storage.s3_requests import DIGEST_CODES, Retries, code_of, pauses, read_object, status_of
 from kinoray.storage.stretches import Gap, Page, Stretch, in_stretches, is_marker
 
-__all__ = ["S3Store", "agree_to_pay", "endpoint_of"]
+__all__ = ["S3Store", "agree_to_pay"]
 
 T = TypeVar("T")
 
@@ -67,11 +67,6 @@ _CREDENTIAL_ERRORS = (
 _EXPIRED_CODES = {"ExpiredToken", "ExpiredTokenException", "RequestExpired", "TokenRefreshRequired"}
 _ARCHIVED = "InvalidObjectState"  # a 403 of one object in Glacier, which says nothing of the credentials
 _BAD_CODES = _EXPIRED_CODES | {"InvalidToken", "InvalidAccessKeyId", "SignatureDoesNotMatch", "RequestTimeTooSkewed"}
-
-
-def endpoint_of(config: StorageConfig) -> str | None:
-    """The address that the config or the environment gives, or None for AWS and what a profile says."""
-    return config.endpoint_url or os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or None
 
 
 class S3Store:
@@ -380,7 +375,7 @@ def _make_client(config: StorageConfig, access: Access) -> Any:
         if not _is_aws(made.meta.endpoint_url):  # older servers refuse checksum trailers, or store them as content
             made = client("when_required")
     except ValueError as error:
-        raise ConfigError(f"storage.endpoint_url {endpoint_of(config)!r} is not an address: {error}") from error
+        raise ConfigError(f"storage.endpoint_url {config.endpoint!r} is not an address: {error}") from error
     except aws.BotoCoreError as error:
         raise BadCredentials(f"AWS settings cannot be used: {error}") from error
     if access == "requester_pays":

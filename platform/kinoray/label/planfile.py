@@ -1,0 +1,166 @@
+"""Plans as they are stored: a head, and two files that it names.
+
+    <catalog digest>.json              the head; who writes it first has made the plan
+    <catalog digest>-<digest>.parquet  its units
+    <catalog digest>-<digest>.keys     the keys of all units, one after the other, read where they are needed
+
+What is easy to break: the head is the commit. The files that it names have to be there before, and have their digests
+in their names, so that writers that do not agree do not meet.
+"""
+
+import hashlib
+import io
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from kinoray.errors import ChecksumMismatch, ObjectNotFound
+from kinoray.label.keys import KEY_BYTES, Keys
+from kinoray.label.plan import Plan, units_of
+from kinoray.label.unit import Unit
+from kinoray.storage.objects import MAX_RECORD_BYTES, MAX_TABLE_BYTES, Storage, join
+from kinoray.storage.records import as_name, read_record, record_of
+from kinoray.storage.tables import parse_table
+
+__all__ = ["StoredPlans", "parse_units", "to_units"]
+
+_HEAD, _UNITS, _KEYS = ".json", ".parquet", ".keys"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Head:
+    """plans/<catalog digest>.json."""
+
+    catalog_digest: str
+    unit_size: int
+    sequence: int
+    num_rows: int
+    units: str
+    """SHA-256 of the file with the units."""
+    keys: str
+    """And of that with their keys."""
+
+
+class StoredPlans:
+    """The folder of the plans of one labelling. All methods raise StorageError."""
+
+    def __init__(self, storage: Storage, root: str) -> None:
+        self._storage, self._root = storage, root
+
+    def names(self) -> Iterator[str]:
+        """The digests of the catalogs that have a plan."""
+        prefix = self._root + "/"
+        for info in self._storage.list(prefix):
+            if info.uri.endswith(_HEAD):
+                yield info.uri.removeprefix(prefix).removesuffix(_HEAD)
+
+    def put_if_absent(self, plan: Plan) -> Plan:
+        """Store a plan that was just made, unless another writer was first; returns the one that stands."""
+        assert plan.path is not None
+        units = to_units(plan)
+        with plan.path.open("rb") as file:
+            keys_sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        head = _Head(
+            catalog_digest=plan.catalog_digest,
+            unit_size=plan.unit_size,
+            sequence=plan.sequence,
+            num_rows=plan.num_rows,
+            units=hashlib.sha256(units).hexdigest(),
+            keys=keys_sha256,
+        )
+        self._storage.put(self._uri(plan.catalog_digest, _UNITS, head.units), units)
+        self._storage.put_file(self._uri(plan.catalog_digest, _KEYS, head.keys), plan.path)
+        uri = self._uri(plan.catalog_digest, _HEAD)
+        if self._storage.put_if_absent(uri, json.dumps(asdict(head), indent=1).encode()):
+            return plan
+        standing = self._read_head(uri)
+        for ours, other, kind in ((head.units, standing.units, _UNITS), (head.keys, standing.keys, _KEYS)):
+            if ours != other:
+                self._storage.delete(self._uri(plan.catalog_digest, kind, ours))
+        return self.read(plan.catalog_digest)
+
+    def read(self, catalog_digest: str) -> Plan:
+        """The plan of a catalog; its keys stay where they are.
+
+        Raises:
+            ObjectNotFound: there is none.
+            ChecksumMismatch: it is not what was written.
+        """
+        uri = self._uri(catalog_digest, _HEAD)
+        head = self._read_head(uri)
+        if head.catalog_digest != catalog_digest:
+            raise ChecksumMismatch(f"{uri} is the plan of another catalog ({head.catalog_digest}); remove it")
+        try:
+            units = self._uri(catalog_digest, _UNITS, as_name(head.units, "units"))
+            keys = self._uri(catalog_digest, _KEYS, as_name(head.keys, "keys"))
+            data = self._storage.read(units, max_bytes=MAX_TABLE_BYTES)
+            if hashlib.sha256(data).hexdigest() != head.units:
+                raise ValueError("its units are not those that were written")
+            if self._storage.stat(keys).size_bytes != head.num_rows * KEY_BYTES:
+                raise ValueError(f"it is of {head.num_rows:,} rows, and {keys} is not")
+            all_keys = Keys.in_object(self._storage, keys, head.num_rows)
+            found = parse_units(data, all_keys)
+        except (ValueError, TypeError, ObjectNotFound, pa.ArrowException) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise ChecksumMismatch(f"{uri} is not what was written: {reason}; remove it, and label again") from error
+        return Plan(head.catalog_digest, head.unit_size, head.sequence, found, all_keys)
+
+    def _read_head(self, uri: str) -> _Head:
+        return read_record(self._storage, uri, record_of(_Head), MAX_RECORD_BYTES)
+
+    def _uri(self, catalog_digest: str, kind: str, sha256: str = "") -> str:
+        return join(self._root, f"{catalog_digest}{'-' if sha256 else ''}{sha256[:16]}{kind}")
+
+
+_UNITS_SCHEMA = pa.schema(
+    [
+        pa.field("unit_id", pa.string(), nullable=False),
+        pa.field("num_rows", pa.int64(), nullable=False),
+        pa.field("num_keys", pa.int64(), nullable=False),
+        pa.field("first", pa.int64(), nullable=False),
+        pa.field("last", pa.int64(), nullable=False),
+        pa.field("mask", pa.binary()),
+    ]
+)
+
+
+def to_units(plan: Plan) -> bytes:
+    """The units of a plan as Parquet; their keys are apart."""
+    units = plan.units
+    columns = [
+        pa.array([unit.unit_id for unit in units], pa.string()),
+        pa.array([unit.num_rows for unit in units], pa.int64()),
+        pa.array([len(unit.keys) for unit in units], pa.int64()),
+        pa.array([unit.first for unit in units], pa.int64()),
+        pa.array([unit.last for unit in units], pa.int64()),
+        pa.array([unit.mask for unit in units], pa.binary()),
+    ]
+    sink = io.BytesIO()
+    pq.write_table(pa.table(columns, schema=_UNITS_SCHEMA), sink, compression="zstd", write_page_checksum=True)
+    return sink.getvalue()
+
+
+def parse_units(data: bytes, keys: Keys) -> tuple[Unit, ...]:
+    """What `to_units` made. Raises ValueError, TypeError or pyarrow.ArrowException: it is something else."""
+    table = parse_table(data)
+    if not table.schema.equals(_UNITS_SCHEMA) or any(
+        table.column(field.name).null_count for field in list(_UNITS_SCHEMA)[:-1]
+    ):
+        raise ValueError(f"its columns are {table.schema.names}")
+    columns = [table.column(name).to_pylist() for name in _UNITS_SCHEMA.names]
+    num_rows, num_keys = (np.array(column, np.int64) for column in columns[1:3])
+    masked = np.array([mask is not None for mask in columns[5]], np.bool_)
+    if (num_keys < 1).any() or (num_rows < num_keys).any() or ((num_rows > num_keys) != masked).any():
+        raise ValueError("a unit has other rows than keys")
+    if int(num_keys.sum()) != len(keys):
+        raise ValueError(f"its units have {int(num_keys.sum()):,} keys, and there are {len(keys):,}")
+    for unit_id, rows, kept, mask in zip(columns[0], columns[1], columns[2], columns[5], strict=True):
+        as_name(unit_id, "unit_id")
+        if mask is not None and (len(mask) != -(-rows // 8) or int.from_bytes(mask, "little").bit_count() != kept):
+            raise ValueError(f"the mask of unit {unit_id} is not of its rows")
+    ends = np.cumsum(num_keys).tolist()
+    return tuple(units_of(keys, ends, zip(columns[0], columns[1], *columns[3:], strict=True)))
