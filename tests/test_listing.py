@@ -30,7 +30,7 @@ STORAGE = Storage()
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Sizes at which a few thousand files are many."""
-    for name, value in {"ROW_GROUP_ROWS": 16, "FILE_ROWS": 64, "_PARTITION_ROWS": 100}.items():
+    for name, value in {"GROUP_ROWS": 16, "FILE_ROWS": 64, "_PARTITION_ROWS": 100}.items():
         monkeypatch.setattr(f"kinoray.catalog.listing.{name}", value)
     for name, value in {"_RUN_ROWS": 50, "_BATCH_ROWS": 16, "_MAX_RUNS": 5}.items():
         monkeypatch.setattr(f"kinoray.catalog.runs.{name}", value)
