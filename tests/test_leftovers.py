@@ -185,7 +185,7 @@ def test_a_killed_command_leaves_neither_processes_nor_folders(to_group: bool, t
             family = {pid: started(pid) for pid in descendants(process.pid)}
             names = {Path(f"/proc/{pid}/comm").read_text().strip() for pid in family}
             assert {"raylet", "gcs_server"} <= names
-            assert len(family) > 8
+            assert len(family) > 6  # of Ray four, a worker, its decoder, and who cleans up
             assert any(Path(temp).glob("kinoray-worker-*"))
         finally:
             os.killpg(process.pid, signal.SIGKILL) if to_group else process.kill()

@@ -24,8 +24,9 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 import ray
 from ray._common.utils import get_default_ray_temp_dir
-from ray._private import parameter, ray_constants, services
-from ray.exceptions import OutOfMemoryError
+from ray._private import parameter, ray_constants, services, utils
+from ray._raylet import GcsClient  # type: ignore[attr-defined]
+from ray.exceptions import OutOfMemoryError, RayError
 from ray.experimental.internal_kv import internal_kv_get_gcs_client
 from ray.job_config import JobConfig
 from ray.util.placement_group import placement_group, remove_placement_group
@@ -190,6 +191,14 @@ _SMALL = {
 
 _AGENTS = ("metrics_agent_port", "runtime_env_agent_port", "dashboard_agent_listen_port")
 _PORTS = range(20_000, 32_000)
+_PATCHED = (
+    (ray_constants, "ENABLE_RAY_CLUSTER"),
+    (services, "start_api_server"),
+    (services, "get_node"),
+    (utils, "get_dashboard_dependency_error"),
+    (parameter, "RayParams"),
+)
+_REGISTERS_S, _LOOK_S = 10.0, 0.02
 
 
 @contextlib.contextmanager
@@ -199,24 +208,37 @@ def _small() -> Iterator[None]:
     ray.init replaces a _node_ip_address of 127.0.0.1 by the machine's. The switch, which Ray itself turns off on macOS
     and Windows so that no firewall asks, is read from the environment when ray is imported, which has happened. And it
     starts a dashboard without pages, an autoscaler and a log monitor, whatever one asks it for: three processes that
-    nobody here needs, and waits for the first of them; and for two agents, unless their ports are given. Those are the
-    greater part of ray.init's seconds.
+    nobody here needs, and waits for the first of them; and for two agents, unless their ports are given; and imports
+    the dashboard's packages to see whether they are there, as kinoray asks for them; and looks once a second whether
+    the node is there. Those are more than half of ray.init's seconds.
     """
     saved = {name: os.environ.get(name) for name in _SMALL}
-    given = ray_constants.ENABLE_RAY_CLUSTER, services.start_api_server, parameter.RayParams
+    given = [(module, name, getattr(module, name)) for module, name in _PATCHED]
     os.environ.update(_SMALL)
     ray_constants.ENABLE_RAY_CLUSTER = False
     services.start_api_server = lambda *_, **__: (None, None)  # as where it does not start
+    services.get_node = partial(_get_node, services.get_node)
+    utils.get_dashboard_dependency_error = lambda: None
     ports = dict(zip(_AGENTS, _free_ports(len(_AGENTS)), strict=True))
     parameter.RayParams = partial(parameter.RayParams, no_monitor=True, include_log_monitor=False, **ports)
     try:
         yield
     finally:
-        ray_constants.ENABLE_RAY_CLUSTER, services.start_api_server, parameter.RayParams = given
+        for module, name, value in given:
+            setattr(module, name, value)
         for name, value in saved.items():
             os.environ.pop(name)
             if value is not None:
                 os.environ[name] = value
+
+
+def _get_node(get_node: Callable[[str, str], Any], gcs_address: str, node_id: str) -> Any:
+    """Ray's own `get_node`, as soon as it has something to say."""
+    client, end_s = GcsClient(address=gcs_address), time.monotonic() + _REGISTERS_S
+    with contextlib.suppress(RayError):  # which it meets, too
+        while not client.get_all_node_info(timeout=_REGISTERS_S) and time.monotonic() < end_s:
+            time.sleep(_LOOK_S)
+    return get_node(gcs_address, node_id)
 
 
 def _free_ports(count: int) -> list[int]:
