@@ -194,6 +194,20 @@ def test_the_table_is_aligned_shows_50_rows_and_counts_the_rest(
     assert "labels: 60 of 70 rows" in capsys.readouterr().out
 
 
+def test_a_few_rows_are_shown_and_the_rest_counted_without_reading_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    label_library(ledger_in(Storage(), tmp_path), library(200), unit_size=2)
+    for path in sorted(tmp_path.rglob("parts/*.parquet"))[:3]:
+        path.unlink()  # and unfinished units do not count
+    monkeypatch.setattr("kinoray.library.labels.Storage", Counting)
+    Counting.seen.clear()
+    totals = labels(LabelsConfig(predictions=str(tmp_path), limit=10))
+    assert (totals["rows"], totals["matched"]) == (10, 194)
+    assert "labels: 10 of 194 rows" in capsys.readouterr().out
+    assert len([uri for uri in Counting.seen if "/parts/" in uri]) <= 50
+
+
 def test_an_empty_result_is_a_header(out: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = LabelsConfig(predictions=out, video_id="nothing")
     capsys.readouterr()

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import get_args
 
@@ -14,12 +15,13 @@ from kinoray.catalog.table import catalog_of_source
 from kinoray.cli import main
 from kinoray.config.shared import StorageConfig
 from kinoray.doctor.source import open_source
-from kinoray.errors import ConfigError
+from kinoray.errors import ConfigError, ObjectNotFound
+from kinoray.label.config import LabelConfig
 from kinoray.library.config import CorrectConfig, ReportConfig
 from kinoray.library.correct import correct
 from kinoray.library.report import report
 from kinoray.storage.objects import Storage, join
-from kinoray.storage.outputs import Writer, require_file, require_folder
+from kinoray.storage.outputs import Writer, require_file, require_folder, require_places
 from small_sets import catalog_of, save_as_pack
 from small_tables import label_library, ledger_in, library
 from test_found_catalogs import as_nobody
@@ -254,6 +256,14 @@ def test_videos_beside_a_pack_are_told(tmp_path: Path, capsys: pytest.CaptureFix
 
 GPU = ["--resources.gpus-per-worker", "1"]
 HERE = ["label", "{there}", "--checkpoint", "i3d", "--out", "{there}/new"]
+
+
+def test_files_that_are_named_together_are_looked_for_in_their_folder(tmp_path: Path) -> None:
+    place = str(tmp_path / "*.parquet")
+    config = LabelConfig(source=place, checkpoint="run", out=str(tmp_path / "new"))
+    require_places(config, "label")
+    with pytest.raises(ObjectNotFound, match=r"absent/\*\.parquet: no such folder or video"):
+        require_places(replace(config, source=str(tmp_path / "absent" / "*.parquet")), "label")
 
 
 @pytest.mark.parametrize(

@@ -26,6 +26,7 @@ from kinoray.library.rows import (
     WINDOW_LABEL_SCHEMA,
     Where,
     class_names,
+    count_rows,
     is_multi_label,
     print_table,
     scan,
@@ -119,8 +120,13 @@ def labels(config: LabelsConfig) -> dict[str, Any]:
     if config.format == "table":
         table = pa.concat_tables([schema.empty_table(), *tables])
         num_rows = len(table)
-        for _ in seen.rest:
-            pass  # to say how many more there are
+        is_plain = where == Where() and not (joined or config.windows or config.sort)
+        total = count_rows(ledger) if is_plain else None
+        if total is None:
+            for _ in seen.rest:
+                pass  # to say how many more there are
+        else:
+            seen.matched = total
         if joined:
             joined.check()
         print_table(table)

@@ -95,7 +95,9 @@ def require_places(config: Any, writes: Writer | Literal["file"]) -> None:
             Storage(storage if isinstance(storage, StorageConfig) else StorageConfig()), "out", config.out, writes
         )
     source = "" if writes == "import" else getattr(config, "catalog", "") or getattr(config, "source", "")
-    if source and not is_s3(source) and not os.path.lexists(local_path(absolute(source))):
+    place, _, name = source.rpartition("/")
+    looked = (place or ".") if "*" in name else source  # the files of a catalog in pieces are named together
+    if source and not is_s3(source) and not os.path.lexists(local_path(absolute(looked))):
         packed = "file; expected a folder that `kinoray pack` finished, or a .parquet"
         raise ObjectNotFound(
             f"{absolute(source)}: no such {packed if writes in ('train', 'tune') else 'folder or video'}"
