@@ -12,7 +12,7 @@ import fnmatch
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TextIO
 
@@ -24,7 +24,8 @@ import pyarrow.parquet as pq
 from kinoray import console
 from kinoray.errors import ConfigError
 from kinoray.label.ledger import Ledger
-from kinoray.label.unit import PLACE, PREDICTION_SCHEMA, WINDOW_SCHEMA, leave_out_seen
+from kinoray.label.plan import Plan
+from kinoray.label.unit import PLACE, PREDICTION_SCHEMA, WINDOW_SCHEMA, Unit
 
 __all__ = [
     "BAD_VIDEO",
@@ -144,14 +145,52 @@ def scan(ledger: Ledger, columns: Sequence[str], where: Where | None = None) -> 
     several = len(plans) > 1
     wanted = dict.fromkeys([*columns, *where.columns, *(PLACE if several else ())])
     stored = list(dict.fromkeys(_FIRST.get(name, name) for name in wanted)) or ["row_key"]
-    places: set[tuple[Any, ...]] = set()
-    for plan in reversed(plans):
-        units = [unit for unit in plan.units if unit.unit_id in done]
-        for start in range(0, len(units), _WINDOW):
-            for table in ledger.read_units(units[start : start + _WINDOW], stored):
-                if several:
-                    table = leave_out_seen(table, places)
-                yield _select(table, columns, where)
+    older = _older_units(plans, done)
+    hidden_by_none = _places(ledger, older) if older else set()
+    newest = [unit for plan in plans[-1:] for unit in plan.units if unit.unit_id in done]
+    for table in _read(ledger, newest, stored):
+        if hidden_by_none:
+            hidden_by_none.difference_update(_places_of(table))
+        yield _select(table, columns, where)
+    for table in _read(ledger, older if hidden_by_none else [], stored):
+        shown = []
+        for place in _places_of(table):
+            shown.append(place in hidden_by_none)
+            hidden_by_none.discard(place)
+        yield _select(table.filter(pa.array(shown, pa.bool_())), columns, where)
+
+
+def _older_units(plans: Sequence[Plan], done: set[str]) -> list[Unit]:
+    """Finished units with rows that the newest plan does not have, the newest first, cut to those rows."""
+    found: list[Unit] = []
+    shown: dict[str, int] = {}  # a bit a row
+    for number, plan in enumerate(reversed(plans)):
+        for unit in plan.units:
+            if unit.unit_id not in done:
+                continue
+            all_rows = (1 << unit.num_rows) - 1
+            rows = all_rows if unit.mask is None else int.from_bytes(unit.mask, "little")
+            left = rows & ~shown.get(unit.unit_id, 0)
+            shown[unit.unit_id] = shown.get(unit.unit_id, 0) | rows
+            if number and left:
+                mask = left.to_bytes(-(-unit.num_rows // 8), "little")
+                found.append(replace(unit, mask=None if left == all_rows else mask))
+    return found
+
+
+def _read(ledger: Ledger, units: Sequence[Unit], columns: list[str]) -> Iterator[pa.Table]:
+    for start in range(0, len(units), _WINDOW):
+        yield from ledger.read_units(units[start : start + _WINDOW], columns)
+
+
+def _places_of(table: pa.Table) -> Iterator[tuple[Any, ...]]:
+    """Where the video of each row lies."""
+    return zip(*(table.column(name).to_pylist() for name in PLACE), strict=True)
+
+
+def _places(ledger: Ledger, units: Sequence[Unit]) -> set[tuple[Any, ...]]:
+    """Of all rows of these units."""
+    return {place for table in _read(ledger, units, list(PLACE)) for place in _places_of(table)}
 
 
 def count_rows(ledger: Ledger) -> int | None:
