@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from faulty_s3 import faulty_s3
-from kinoray.catalog.ids import unique_ids
+from kinoray.catalog.folders import unique_ids
 from kinoray.catalog.source import SourceFile, find_files
 from kinoray.catalog.table import (
     CATALOG_SCHEMA,

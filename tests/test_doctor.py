@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from kinoray import errors
-from kinoray.catalog.ids import unique_ids
+from kinoray.catalog.folders import unique_ids
 from kinoray.catalog.source import find_files
 from kinoray.catalog.table import CATALOG_SCHEMA, Catalog, Reference, catalog_of_source
 from kinoray.cli import main

@@ -16,7 +16,7 @@ import pytest
 
 from conftest import bucket_at
 from faulty_s3 import FaultyS3, faulty_s3
-from kinoray.catalog.ids import unique_ids
+from kinoray.catalog.folders import unique_ids
 from kinoray.catalog.listing import CATALOG_SCHEMA, spool_listing
 from kinoray.catalog.source import find_files
 from kinoray.catalog.table import catalog_of_source
@@ -35,7 +35,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {"_RUN_ROWS": 50, "_BATCH_ROWS": 16, "_MAX_RUNS": 5}.items():
         monkeypatch.setattr(f"kinoray.catalog.runs.{name}", value)
     monkeypatch.setattr("kinoray.catalog.source._MAX_LOOKS", 20)
-    monkeypatch.setattr("kinoray.catalog.kept._PIECE_ROWS", 40)
+    monkeypatch.setattr("kinoray.catalog.runs._PIECE_ROWS", 40)
     monkeypatch.setattr("kinoray.storage.s3._PAGE_KEYS", 10)
     monkeypatch.setattr("kinoray.storage.stretches._PAGES_ALONE", 2)
     monkeypatch.setattr("kinoray.storage.stretches._THREADS", 4)
@@ -231,7 +231,7 @@ def test_pieces_of_yesterday_and_pieces_that_lie_are_not_taken(
 ) -> None:
     storage, keep = Storage(s3_config), str(tmp_path / "keep")
     expected, _, _ = spooled(storage, library, tmp_path / "whole")
-    monkeypatch.setattr("kinoray.catalog.kept.Kept.clear", lambda self: None)
+    monkeypatch.setattr("kinoray.catalog.runs.Kept.clear", lambda self: None)
     spool_listing(storage, library, tmp_path / "first", keep=keep)
     monkeypatch.undo()
     pieces = sorted((tmp_path / "keep").glob("*/*.parquet"), key=lambda path: -pq.read_table(path).num_rows)

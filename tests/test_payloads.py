@@ -41,7 +41,7 @@ from kinoray.evaluation.record import read_evaluation
 from kinoray.label.answers import load_calibration
 from kinoray.label.keys import row_keys
 from kinoray.label.ledger import read_predictions
-from kinoray.label.summary import summarise
+from kinoray.label.times import summarise
 from kinoray.label.unit import PREDICTION_SCHEMA
 from kinoray.library.config import LabelsConfig
 from kinoray.library.correct import read_corrections

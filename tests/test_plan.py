@@ -17,13 +17,12 @@ from kinoray.catalog.pieces import Pieces, find_pieces
 from kinoray.catalog.table import CATALOG_SCHEMA, Catalog, load_catalog, open_pieces, save_catalog
 from kinoray.config.shared import StorageConfig
 from kinoray.errors import CatalogError, IncompleteOutput, ObjectNotFound
+from kinoray.label import keys as pairs_module
 from kinoray.label import plan as plan_module
-from kinoray.label.keys import Keys, Tally, numbers_of, row_keys
+from kinoray.label.keys import Keys, Pairs, Tally, join_pairs, numbers_of, row_keys
 from kinoray.label.plan import Plan, Survey, draft_plan, gone_rows, survey
 from kinoray.label.work import work_of
-from kinoray.storage import pairs as pairs_module
 from kinoray.storage.objects import Storage
-from kinoray.storage.pairs import Pairs, join_pairs
 from small_tables import drafted, library
 
 LOCAL = Storage()

@@ -12,7 +12,7 @@ from kinoray.cli import main
 from kinoray.config.shared import ModelConfig, OptimConfig, StorageConfig
 from kinoray.label.keys import row_keys
 from kinoray.label.ledger import Ledger
-from kinoray.label.summary import Span, covered_s, summarise, trace_events
+from kinoray.label.times import Span, covered_s, summarise, trace_events
 from kinoray.label.unit import Times
 from kinoray.library.config import LabelsConfig
 from kinoray.library.labels import labels

@@ -11,8 +11,7 @@ from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from kinoray.catalog.folders import VIDEO_EXTENSIONS, is_hidden
-from kinoray.catalog.ids import unique_ids
+from kinoray.catalog.folders import VIDEO_EXTENSIONS, is_hidden, unique_ids
 
 __all__ = [
     "OFFICIAL_CLASSES",

@@ -18,12 +18,17 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from kinoray.catalog.folders import SkippedFolders, ending_shown, no_video_of_endings, said_of_endings
-from kinoray.catalog.ids import MAX_ID_LEVEL, id_at
+from kinoray.catalog.folders import (
+    MAX_ID_LEVEL,
+    SkippedFolders,
+    ending_shown,
+    id_at,
+    no_video_of_endings,
+    said_of_endings,
+)
 from kinoray.catalog.inventory import inventory_rows, is_manifest, newest_manifest, open_inventory
-from kinoray.catalog.kept import Kept, Piece
 from kinoray.catalog.pieces import CATALOG_SCHEMA, GROUP_ROWS, OF_FEW_VALUES
-from kinoray.catalog.runs import Row, Runs, batched, rows_of
+from kinoray.catalog.runs import Kept, Piece, Row, Runs, batched, rows_of
 from kinoray.catalog.source import Judgement, SourceFile, find_files, is_unknown, warn
 from kinoray.config.files import local_path, local_uri
 from kinoray.errors import CatalogError

@@ -16,8 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from kinoray.catalog.folders import is_video, no_video_among, said_of_others
-from kinoray.catalog.ids import unique_ids
+from kinoray.catalog.folders import is_video, no_video_among, said_of_others, unique_ids
 from kinoray.catalog.inventory import is_manifest, newest_manifest
 from kinoray.catalog.listing import NOT_OTHERS, spool_listing
 from kinoray.catalog.pieces import (

@@ -14,8 +14,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from kinoray.catalog.folders import extension, places_in_folders, said_of_others, set_problems
-from kinoray.catalog.ids import unique_ids
+from kinoray.catalog.folders import extension, places_in_folders, said_of_others, set_problems, unique_ids
 from kinoray.catalog.source import UNLABELLED_SPLITS, SourceFile, find_files
 from kinoray.catalog.table import (
     Catalog,

@@ -20,9 +20,8 @@ from numpy.typing import NDArray
 
 from kinoray.catalog.pieces import Rows, RowsDigest
 from kinoray.errors import CatalogError
-from kinoray.label.keys import KEY_BYTES, KEY_COLUMNS, Keys, Numbers, key_numbers, keys_in
+from kinoray.label.keys import KEY_BYTES, KEY_COLUMNS, Keys, Numbers, Pairs, join_pairs, key_numbers, keys_in
 from kinoray.label.unit import Unit, unit_id_of
-from kinoray.storage.pairs import Pairs, join_pairs
 
 __all__ = [
     "Places",

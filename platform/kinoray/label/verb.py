@@ -20,6 +20,7 @@ from kinoray.config.shared import WorkersConfig
 from kinoray.console import Progress, format_duration, kept_if_interrupted, many, table, visible
 from kinoray.errors import ConfigError, TooManyBad
 from kinoray.label.config import LabelConfig
+from kinoray.label.keys import Pairs, join_pairs
 from kinoray.label.ledger import Ledger
 from kinoray.label.open import Labelling, open_labelling
 from kinoray.label.plan import Plan, gone_rows
@@ -27,7 +28,6 @@ from kinoray.label.times import STAGES, bound_stage
 from kinoray.label.unit import Totals, Unit
 from kinoray.label.work import rows_in
 from kinoray.storage.objects import Storage, absolute
-from kinoray.storage.pairs import Pairs, join_pairs
 
 if TYPE_CHECKING:
     from kinoray.label.job import Workers

@@ -18,7 +18,7 @@ from kinoray.catalog.table import CATALOG_SCHEMA, catalog_of_source
 from kinoray.console import exact_stdout, many
 from kinoray.errors import CatalogError, ConfigError, ObjectNotFound
 from kinoray.label.ledger import Ledger, find_labellings, open_ledger
-from kinoray.label.summary import summarise
+from kinoray.label.times import summarise
 from kinoray.library.config import LabelsConfig
 from kinoray.library.lakehouse import TABLE_FORMATS, require_table, write_table
 from kinoray.library.rows import (

@@ -22,8 +22,8 @@ from kinoray.catalog.folders import (
     place_problem,
     places_in_folders,
     set_problems,
+    unique_ids,
 )
-from kinoray.catalog.ids import unique_ids
 from kinoray.catalog.quarantine import QuarantineRow, Refusal
 from kinoray.catalog.read import Reference, time_problem
 from kinoray.catalog.source import UNLABELLED_SPLITS, SourceFile, find_files, stat_size, warn

@@ -19,7 +19,7 @@ from typing import Any, Literal
 from kinoray.config.files import local_path
 from kinoray.console import format_duration, many, shortened, table, visible
 from kinoray.errors import ChecksumMismatch, KinorayError, ObjectNotFound, StorageError, StorageUnavailable
-from kinoray.label.summary import Span, bar_line, clock, covered_s
+from kinoray.label.times import Span, bar_line, clock, covered_s
 from kinoray.storage.objects import Storage, absolute, is_s3, join
 from kinoray.storage.records import as_seconds, parse_json, parse_lines, read_record
 from kinoray.train.config import RunsConfig
