@@ -1,9 +1,9 @@
 """More rows than fit in memory, in the order of their names: sorted runs on the disk, and a merge of them.
 
 What is easy to break: a run is opened when its turn comes, and of an open one a small batch is in memory. So of runs
-that lie one behind the other, as pieces of a listing do, thousands may be merged; of others so many are merged at once. And pieces of a listing that is under way are kept in a
-store, so that one that was interrupted goes on: a piece may be damaged or a stranger's, and counts for what it says
-only where its rows agree.
+that lie one behind the other, as pieces of a listing do, thousands may be merged; of others so many are merged at once.
+And pieces of a listing that is under way are kept in a store, so that one that was interrupted goes on: a piece may be
+damaged or a stranger's, and counts for what it says only where its rows agree.
 """
 
 import hashlib
