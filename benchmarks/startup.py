@@ -19,7 +19,6 @@ import json
 import math
 import os
 import re
-import resource
 import subprocess
 import sys
 import tempfile
@@ -40,6 +39,8 @@ ROOT = Path(__file__).resolve().parents[1]
 _POLL_S = 0.02
 _LEFT_S = 30.0
 _PEAK = re.compile(r"^VmHWM:\s*(\d+) kB", re.MULTILINE)
+_LOOK_S = 0.2
+_TICKS = os.sysconf("SC_CLK_TCK")
 _PR_SET_CHILD_SUBREAPER = 36
 
 
@@ -88,7 +89,7 @@ class Run:
 
 def run(tree: Path, cwd: Path, out: Path, *arguments: str) -> Run:
     """Run a command of a tree to its end, and all that it leaves behind to theirs."""
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    watch = CpuWatch()
     command = [sys.executable, "-m", "kinoray", *arguments]
     first_s, driver_mb, begun = math.nan, 0.0, time.monotonic()
     with (cwd / "said").open("wb") as said:
@@ -99,17 +100,59 @@ def run(tree: Path, cwd: Path, out: Path, *arguments: str) -> Run:
         with contextlib.suppress(OSError):  # it has just ended
             status = Path(f"/proc/{process.pid}/status").read_text()
             driver_mb = max([driver_mb, *(int(size) / 1000 for size in _PEAK.findall(status))])
+        watch.look()
         time.sleep(_POLL_S)
     whole_s = time.monotonic() - begun
     if process.returncode:
         raise SystemExit(f"{' '.join(command)} ended with {process.returncode}: {(cwd / 'said').read_text()[-4000:]}")
     _reap()
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return Run(whole_s, first_s, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, driver_mb)
+    return Run(whole_s, first_s, watch.cpu_s, driver_mb)
+
+
+class CpuWatch:
+    """CPU seconds of all processes below this one that began after it, as far as it looked.
+
+    They are asked while they run: Ray does not wait for its workers, so that no parent has their seconds in the end.
+    """
+
+    def __init__(self) -> None:
+        self._before = set(self._below())
+        self._seen: dict[tuple[int, int], float] = {}
+        self._looked_s = 0.0
+
+    @property
+    def cpu_s(self) -> float:
+        """The sum."""
+        return sum(self._seen.values())
+
+    def look(self) -> None:
+        """Ask all of them, unless that has just been done."""
+        if time.monotonic() - self._looked_s >= _LOOK_S:
+            self._seen |= {one: cpu_s for one, cpu_s in self._below().items() if one not in self._before}
+            self._looked_s = time.monotonic()
+
+    @staticmethod
+    def _below() -> dict[tuple[int, int], float]:
+        """(Id, start) of all processes below this one -> CPU seconds."""
+        parents: dict[int, int] = {}
+        found: dict[tuple[int, int], float] = {}
+        for pid in filter(str.isdigit, os.listdir("/proc")):
+            with contextlib.suppress(OSError):  # it has just ended
+                fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+                parents[int(pid)] = int(fields[1])
+                found[int(pid), int(fields[19])] = (int(fields[11]) + int(fields[12])) / _TICKS
+        ours = {os.getpid()}
+        for pid in parents:
+            line = [pid]
+            while line[-1] in parents and line[-1] not in ours:
+                line.append(parents[line[-1]])
+            if line[-1] in ours:
+                ours.update(line)
+        return {(pid, start): cpu_s for (pid, start), cpu_s in found.items() if pid in ours and pid != os.getpid()}
 
 
 def _adopt() -> None:
-    """Be the parent of whatever a command leaves behind, so that its CPU seconds are counted here, too."""
+    """Be the parent of whatever a command leaves behind, so that it is seen and waited for."""
     if ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0):
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_CHILD_SUBREAPER)")
 

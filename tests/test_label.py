@@ -466,9 +466,9 @@ def test_a_killed_driver_loses_nothing_and_repeats_only_what_was_in_flight(
 def test_a_killed_worker_is_replaced(library: Path, undisturbed: tuple[dict[str, Any], Path], tmp_path: Path) -> None:
     held = Held(tmp_path, hold_after=6 * UNIT_SIZE)
     killer = held.when_held(6 * UNIT_SIZE + 1, lambda: os.kill(held.batches()[-1], signal.SIGKILL))
-    label(config_of(library, held.checkpoint, tmp_path / "out"))
+    label(config_of(library, held.checkpoint, tmp_path / "out", resources=ONE))
     killer.join()
-    assert len(set(held.batches())) == 3  # two workers, and the one that took the place of the killed one
+    assert len(set(held.batches())) == 2  # the worker, and the one that took its place
     assert NUM_LABELLED < len(held.batches()) <= NUM_LABELLED + UNIT_SIZE
     table = read_predictions(LOCAL, str(tmp_path / "out"))
     assert same_for_all(table) == same_for_all(read_predictions(LOCAL, str(undisturbed[1])))
