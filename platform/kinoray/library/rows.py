@@ -142,10 +142,9 @@ def scan(ledger: Ledger, columns: Sequence[str], where: Where | None = None) -> 
     """
     where = where or Where()
     plans, done = ledger.plans(), ledger.committed()
-    several = len(plans) > 1
-    wanted = dict.fromkeys([*columns, *where.columns, *(PLACE if several else ())])
-    stored = list(dict.fromkeys(_FIRST.get(name, name) for name in wanted)) or ["row_key"]
     older = _older_units(plans, done)
+    wanted = dict.fromkeys([*columns, *where.columns, *(PLACE if older else ())])
+    stored = list(dict.fromkeys(_FIRST.get(name, name) for name in wanted)) or ["row_key"]
     hidden_by_none = _places(ledger, older) if older else set()
     newest = [unit for plan in plans[-1:] for unit in plan.units if unit.unit_id in done]
     for table in _read(ledger, newest, stored):
@@ -194,11 +193,11 @@ def _places(ledger: Ledger, units: Sequence[Unit]) -> set[tuple[Any, ...]]:
 
 
 def count_rows(ledger: Ledger) -> int | None:
-    """How many rows `scan` gives, all of them, where that is known without reading any: of one catalog."""
+    """How many rows `scan` gives, all of them; None where parts would have to be read to know."""
     plans, done = ledger.plans(), ledger.committed()
-    if len(plans) > 1:
+    if _older_units(plans, done):
         return None  # a newer row may hide an older one of its place
-    return sum(len(unit.keys) for plan in plans for unit in plan.units if unit.unit_id in done)
+    return sum(len(unit.keys) for plan in plans[-1:] for unit in plan.units if unit.unit_id in done)
 
 
 def scan_windows(ledger: Ledger, columns: Sequence[str], where: Where | None = None) -> Iterator[pa.Table]:
