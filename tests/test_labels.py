@@ -297,7 +297,7 @@ def test_of_a_library_that_grew_no_part_is_read_twice_and_no_row_is_remembered(
     ledger = ledger_in(Storage(), tmp_path)
     for size in (8, 20, 32):
         label_library(ledger, library(size), unit_size=4)
-    monkeypatch.delattr("kinoray.library.rows._places_of.leave_out_seen")
+    monkeypatch.delattr("kinoray.library.rows._places_of")
     Counting.seen.clear()
     counted = Ledger(Counting(), ledger.root)
     assert count_rows(counted) == 32
