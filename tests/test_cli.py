@@ -289,6 +289,18 @@ def test_what_verbs_share_is_checked_alike(
     assert message in one_line(capsys)
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [["report", "x", "--out", "o"], ["export", "x", "--format", "csv", "--to", "o"], ["compare", "x", "y"]],
+    ids=lambda arguments: arguments[0],
+)
+def test_who_looks_at_a_few_frames_refuses_a_gpu_before_anything_is_read(
+    arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*arguments, "--decode.device", "cuda"]) == 2
+    assert "decode.device must be cpu for so few frames, got 'cuda'" in one_line(capsys)
+
+
 def test_print_config_round_trips(tmp_path: Path) -> None:
     config = TrainConfig(catalog="s3://b/set", out="run", resources=TrainResourcesConfig(num_workers=3))
     path = tmp_path / "c.yaml"

@@ -108,4 +108,5 @@ class CompareConfig(StoreConfig):
     """Limits of what is decoded of a video for it."""
 
     def __post_init__(self) -> None:
+        require(self.decode.device == "cpu", "decode.device", "cpu for so few frames", self.decode.device)
         require(0 <= self.frames_per_video <= 16, "frames_per_video", "in 0 .. 16", self.frames_per_video)

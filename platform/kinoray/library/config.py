@@ -110,6 +110,9 @@ class ExportConfig(PredictionsConfig):
     decode: DecodeConfig = field(default_factory=DecodeConfig)
     """Limits of what is decoded of a video for it."""
 
+    def __post_init__(self) -> None:
+        require(self.decode.device == "cpu", "decode.device", "cpu for so few frames", self.decode.device)
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CorrectConfig(PredictionsConfig):
@@ -172,6 +175,7 @@ class ReportConfig(PredictionsConfig):
     def __post_init__(self) -> None:
         require(self.max_videos >= 0, "max_videos", "at least 0", self.max_videos)
         require(self.max_strips >= 0, "max_strips", "at least 0", self.max_strips)
+        require(self.decode.device == "cpu", "decode.device", "cpu for so few frames", self.decode.device)
         require(bool(self.out), "out", "a folder or s3:// prefix", self.out)
         is_page = self.out.rstrip("/").lower().endswith((".html", ".htm"))
         require(not is_page, "out", "a folder or s3:// prefix (the report is a site now, no single page)", self.out)
