@@ -8,6 +8,7 @@ the whole job ends: kinoray.cluster.lines gives it back.
 
 import atexit
 import contextlib
+import inspect
 import logging
 import math
 import os
@@ -210,17 +211,20 @@ def _small() -> Iterator[None]:
     starts a dashboard without pages, an autoscaler and a log monitor, whatever one asks it for: three processes that
     nobody here needs, and waits for the first of them; and for two agents, unless their ports are given; and imports
     the dashboard's packages to see whether they are there, as kinoray asks for them; and looks once a second whether
-    the node is there. Those are more than half of ray.init's seconds.
+    the node is there. Those are more than half of ray.init's seconds. A Ray that is made otherwise starts as it does.
     """
     saved = {name: os.environ.get(name) for name in _SMALL}
-    given = [(module, name, getattr(module, name)) for module, name in _PATCHED]
+    given = [(module, name, getattr(module, name)) for module, name in _PATCHED if hasattr(module, name)]
     os.environ.update(_SMALL)
     ray_constants.ENABLE_RAY_CLUSTER = False
-    services.start_api_server = lambda *_, **__: (None, None)  # as where it does not start
-    services.get_node = partial(_get_node, services.get_node)
-    utils.get_dashboard_dependency_error = lambda: None
-    ports = dict(zip(_AGENTS, _free_ports(len(_AGENTS)), strict=True))
-    parameter.RayParams = partial(parameter.RayParams, no_monitor=True, include_log_monitor=False, **ports)
+    switches = {"no_monitor": True, "include_log_monitor": False}
+    known = inspect.signature(parameter.RayParams).parameters
+    if len(given) == len(_PATCHED) and known.keys() >= {*switches, *_AGENTS}:
+        services.start_api_server = lambda *_, **__: (None, None)  # as where it does not start
+        services.get_node = partial(_get_node, services.get_node)
+        utils.get_dashboard_dependency_error = lambda: None
+        ports = dict(zip(_AGENTS, _free_ports(len(_AGENTS)), strict=True))
+        parameter.RayParams = partial(parameter.RayParams, **switches, **ports)
     try:
         yield
     finally:
