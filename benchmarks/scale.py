@@ -35,12 +35,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from kinoray.catalog.pieces import CATALOG_SCHEMA, GROUP_ROWS, OF_FEW_VALUES
-from kinoray.catalog.table import rows_of_source
+from kinoray.catalog.table import open_pieces
 from kinoray.cli import main as kinoray
 from kinoray.label.config import LabelConfig
 from kinoray.label.ledger import Ledger
-from kinoray.label.plan import survey, work_of
+from kinoray.label.plan import survey
 from kinoray.label.unit import PREDICTION_SCHEMA, JobRecord, Unit
+from kinoray.label.work import work_of
 from kinoray.storage.leftovers import scratch_folder
 from kinoray.storage.objects import Storage
 
@@ -169,7 +170,7 @@ class Opened:
         self._begin = time.perf_counter()
         self.took: dict[str, float] = {}
         storage = Counted()
-        self.rows = rows_of_source(storage, catalog_in(folder))
+        self.rows = open_pieces(storage, catalog_in(folder))
         self.found = survey(self.rows, scratch)
         self.note("survey")
         self.ledger = Ledger(storage, ledger_root(folder))
