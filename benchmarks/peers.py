@@ -12,10 +12,10 @@ All have the same VideoMAE of random weights, as save_pretrained writes it, 8 fr
 equal slots (pipeline: 8 frames as it chooses), and scale and crop them alike. The clips are the films of --videos,
 looped and cut to ten seconds at 256 px, or generated ones; each is in the folder many times, under other names.
 
-CPU seconds are of all processes of a command. "a clip" is the difference of two sizes over that of their clips, so
-without the start; "whole" is the larger size with it. Bars, of medians over the turns, for clips per CPU second without
-the start over those of the best of the others: 1.5, and with --model-bound (a larger network) 0.95, which then is the
-bar of clips per second, too.
+CPU seconds are of all processes of a command, Ray's too. "a clip" is the difference of two sizes over that of their
+clips, so without the start; "whole" is the larger size with it. Bars, of medians over the turns, for clips per CPU
+second without the start over those of the best of the others: 1.5, and with --model-bound (a larger network) 0.95,
+which then is the bar of clips per second, too.
 """
 
 import argparse
