@@ -374,7 +374,7 @@ def test_hostile_names_stay_names(quiet: Page, tmp_path: Path) -> None:
     rows = {item["row_key"]: item for item in read_csv(path)}
     assert len(rows) == len(HOSTILE)
     for index, name in enumerate(HOSTILE):
-        item = rows[f"key{2 * index}"]
+        item = rows[f"k{2 * index:016x}"]
         assert (item["video_id"], item["uri"]) == (name, f"/{name}")
         assert (item["predicted"], item["label"]) == (name, HOSTILE[(index + 1) % len(HOSTILE)])
     with path.open(encoding="utf-8", newline="") as file:

@@ -68,9 +68,10 @@ class Labelling:
 
     @property
     def catalog(self) -> Catalog:
-        """The rows in memory, of a labelling with a `check`: such sets are small."""
-        assert isinstance(self.rows, Catalog)
-        return self.rows
+        """All rows in memory, for whoever needs them at once: of sets that are evaluated, or measured."""
+        if isinstance(self.rows, Catalog):
+            return self.rows
+        return Catalog(pa.concat_tables(self.rows.batches()), self.rows.labels)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
