@@ -68,8 +68,9 @@ def one_line(capsys: pytest.CaptureFixture[str]) -> str:
         (["label", "--hlep"], "there is no --hlep; did you mean --help?"),
         (
             ["label", "x", "y.mp4", "z.mp4", "--checkpoint", "c"],
-            "'y.mp4' is one too many: SOURCE is a folder or s3:// prefix of videos, a CSV that lists them, a catalog "
-            "(a pack's folder, or .parquet), or one video; put quotes around what holds spaces",
+            "'y.mp4' is one too many: SOURCE is a folder or s3:// prefix of videos, a CSV that lists them, an S3 "
+            "Inventory (its manifest.json), a catalog (a pack's folder, a .parquet, or several as 'PLACE/*.parquet'), "
+            "or one video; put quotes around what holds spaces",
         ),
         (
             ["label", "x", "--checkpoint", "c", "--out", "my", "videos"],

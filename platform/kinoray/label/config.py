@@ -25,7 +25,7 @@ class LabelConfig(LabelWorkConfig):
 
     source: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")]
     """A folder or s3:// prefix of videos, a CSV that lists them, an S3 Inventory (its manifest.json), a catalog (a
-    pack's folder, a .parquet, or many: 'PLACE/*.parquet'), or one video."""
+    pack's folder, a .parquet, or several as 'PLACE/*.parquet'), or one video."""
     out: str = ""
     """Folder or s3:// prefix for the result table. Without it the answer for one video is printed, and nothing is
     written."""
