@@ -4,6 +4,7 @@ What is easy to break: a fault must look to the client as it does in the field, 
 on the wire, below the client's own checks.
 """
 
+import contextlib
 import http.client
 import random
 import socket
@@ -94,6 +95,9 @@ class FaultyS3:
     released: threading.Event = field(default_factory=threading.Event)
     """Ends all stalls."""
     lock: threading.Lock = field(default_factory=threading.Lock)
+    conditional: threading.Lock = field(default_factory=threading.Lock)
+    """Held for a PUT with If-None-Match: moto looks whether the object is there, and then writes it, where S3 does both
+    at once."""
 
     def gets(self) -> list[Request]:
         """The reads of objects."""
@@ -162,10 +166,12 @@ class _Handler(BaseHTTPRequestHandler):
         if fault == "whole":
             headers.pop("Range")
         connection = http.client.HTTPConnection(urlparse(self.upstream).netloc, timeout=60)
+        turn = self.state.conditional if "If-None-Match" in headers else contextlib.nullcontext()
         try:
-            connection.request(self.command, self.path, body=body, headers=headers)
-            answer = connection.getresponse()
-            data = answer.read()
+            with turn:
+                connection.request(self.command, self.path, body=body, headers=headers)
+                answer = connection.getresponse()
+                data = answer.read()
         finally:
             connection.close()
         return answer.status, {name.lower(): value for name, value in answer.getheaders()}, data
