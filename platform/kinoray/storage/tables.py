@@ -60,7 +60,7 @@ def parse_table(data: bytes, columns: Sequence[str] | None = None) -> pa.Table:
     try:
         file = pq.ParquetFile(pa.BufferReader(data), page_checksum_verification=True)
         _check_schema(file.schema_arrow, columns)
-        footer = _footer(data, len(data))
+        footer, _ = _thrift(_raw_footer(data, len(data)), 0)
         room = _TABLE_BYTES + _TABLE_EXPANSION * len(data)
         for group in footer[4]:
             room -= _group_bytes(data, footer, group, columns, room)
@@ -87,8 +87,10 @@ class TableFile:
         """
         self.uri = uri
         self._bytes = _Stored(storage, uri)
+        self._footer: dict[int, Any] | None = None
         try:
-            self._footer = _footer(self._bytes, len(self._bytes))
+            self._raw_footer = _raw_footer(self._bytes, len(self._bytes))
+            _thrift(self._raw_footer, 0)
             self._file = pq.ParquetFile(pa.PythonFile(self._bytes, "r"), page_checksum_verification=True)
             self.schema: pa.Schema = self._file.schema_arrow
             _check_schema(self.schema, None)
@@ -96,12 +98,16 @@ class TableFile:
             self.group_rows = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
         except _DAMAGE as error:
             raise pa.ArrowInvalid(" ".join(str(error).split())) from error
+        finally:
+            self._bytes.hold(0, 0)
         self.num_rows = sum(self.group_rows)
         """Of all groups."""
 
     def batches(self, group: int, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
         """The rows of one row group with these columns, at most 65,536 at a time. Raises as `parse_table`."""
         try:
+            if self._footer is None:  # it takes a megabyte: only that of a file that is being read is kept
+                self._footer, _ = _thrift(self._raw_footer, 0)
             entry = self._footer[4][group]
             begin, end = _span(entry)
             if end - begin > _GROUP_BYTES:
@@ -120,6 +126,8 @@ class TableFile:
             raise pa.ArrowInvalid(" ".join(str(error).split())) from error
         finally:
             self._bytes.hold(0, 0)
+            if group == len(self.group_rows) - 1:
+                self._footer = None
 
 
 def iter_table(path: Path, columns: Sequence[str], *, needed: Collection[str]) -> Iterator[pa.Table]:
@@ -224,13 +232,12 @@ _LENGTH = struct.Struct("<I")
 _CODECS = {1: "snappy", 2: "gzip", 4: "brotli", 6: "zstd", 7: "lz4_raw"}
 
 
-def _footer(data: Any, size_bytes: int) -> dict[int, Any]:
+def _raw_footer(data: Any, size_bytes: int) -> bytes:
     """Read here, too: Arrow ends the process where it is asked for a column whose entry was changed."""
     length = int.from_bytes(data[size_bytes - 8 : size_bytes - 4], "little")
     if length > min(_FOOTER_BYTES, size_bytes):
         raise ValueError(f"its footer would have {length:,} bytes")
-    footer, _ = _thrift(data[size_bytes - 8 - length : size_bytes - 8], 0)
-    return footer
+    return bytes(data[size_bytes - 8 - length : size_bytes - 8])
 
 
 def _span(group: dict[int, Any]) -> tuple[int, int]:
