@@ -319,8 +319,8 @@ def _thrift(data: bytes, at: int, depth: int = 0) -> tuple[dict[int, Any], int]:
     """A struct in Thrift's compact protocol by the numbers of its fields, and where it ends."""
     fields: dict[int, Any] = {}
     field = 0
-    while data[at]:
-        step, kind = divmod(data[at], 16)
+    while head := data[at]:
+        step, kind = head >> 4, head & 15
         at += 1
         if step:
             field += step
@@ -334,10 +334,10 @@ def _thrift(data: bytes, at: int, depth: int = 0) -> tuple[dict[int, Any], int]:
 
 
 def _thrift_value(data: bytes, at: int, kind: int, depth: int) -> tuple[Any, int]:
-    if kind in (1, 2, 3):
-        return data[at], at + 1
     if kind in (4, 5, 6):
         return _zigzag(data, at)
+    if kind in (1, 2, 3):
+        return data[at], at + 1
     if kind == 7 and at + 8 <= len(data):
         return None, at + 8  # a number with a point: none is asked for
     if kind == 8:
@@ -361,6 +361,9 @@ def _thrift_value(data: bytes, at: int, kind: int, depth: int) -> tuple[Any, int
 
 
 def _zigzag(data: bytes, at: int) -> tuple[int, int]:
+    value = data[at]
+    if value < 0x80:  # most are short
+        return value >> 1 ^ -(value & 1), at + 1
     value, at = _varint(data, at)
     return value >> 1 ^ -(value & 1), at
 
