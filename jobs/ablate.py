@@ -82,7 +82,8 @@ def ablate(config: AblateConfig) -> str:
         config = replace(config, seeds=config.seeds[:1], num_videos=min(96, config.num_videos), optim=quick)
     storage = Storage(config.storage)
     if config.generate and not storage.exists(join(config.catalog, "catalog.parquet")):
-        with scratch_folder("ablate") as videos:
+        with scratch_folder("ablate") as folder:
+            videos = folder / "videos"
             make_binding_set(videos, config.num_videos)
             pack(PackConfig(source=str(videos), out=config.catalog, storage=config.storage, resources=config.resources))
     trials = study_trials(config.model.options, config.seeds)
