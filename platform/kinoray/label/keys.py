@@ -130,10 +130,6 @@ class Keys(Sequence[str]):
         for begin in range(self._begin, self._end, size):
             yield self._read(begin, min(begin + size, self._end))
 
-    def texts(self) -> pa.Array:
-        """All of them as a column."""
-        return pa.array(iter(self), pa.string())
-
 
 def key_numbers(table: pa.Table) -> Numbers:
     """The key of each row of a table with KEY_COLUMNS, uint64 [N]: the first 64 bits of a digest of these values.
