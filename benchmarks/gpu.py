@@ -41,8 +41,7 @@ from kinoray.network.build import VideoModel
 from kinoray.network.cost import describe
 from kinoray.network.flow_tvl1 import tvl1_flow
 from kinoray.network.forward import collate_for
-from kinoray.network.graphs import Repeated
-from kinoray.network.prepare import BF16_TOLERANCE, FP32_TOLERANCE, prepare_for_inference
+from kinoray.network.prepare import BF16_TOLERANCE, FP32_TOLERANCE, Repeated, prepare_for_inference
 from kinoray.network.scorer import ClipScorer, ScorerConfig
 from kinoray.video.frames import Clip, decode
 from kinoray.video.info import VideoInfo

@@ -33,9 +33,8 @@ from kinoray.demo.videos import make_video
 from kinoray.network.build import build_model
 from kinoray.storage.objects import Storage
 from kinoray.train.config import TrainConfig
-from kinoray.tune.results import TrialRow
+from kinoray.tune.results import ROWS, Row, TrialRow, study_page, study_trials
 from kinoray.tune.space import apply, trial_id
-from kinoray.tune.study import ROWS, Row, study_page, study_trials
 from kinoray.video.frames import decode
 from kinoray.video.request import Sampled
 from small_sets import set_in
@@ -303,7 +302,7 @@ def test_the_settings_are_printed_as_a_file_that_is_read_back(
 def test_the_study_of_a_packed_set_runs_and_resumes(
     job: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("kinoray.tune.study.ROWS", (TSN, NEITHER))  # single stream and two; all rows are in `slow`
+    monkeypatch.setattr("kinoray.tune.results.ROWS", (TSN, NEITHER))  # single stream and two; all rows are in `slow`
     (tmp_path / "set").mkdir()
     flags = [
         *(set_in(tmp_path / "set", train=12, val=6), "--out", str(tmp_path / "out"), "--quick"),

@@ -18,14 +18,13 @@ from kinoray.config.shared import ClipConfig, DecodeConfig, FlowConfig, SampleCo
 from kinoray.demo.videos import make_video
 from kinoray.errors import ConfigError, UndecodableVideo
 from kinoray.video import media as decode_media
-from kinoray.video.flow_dis import dis_flow
 from kinoray.video.frames import Clip, decode, probe
 from kinoray.video.plan import PacketBits
 from kinoray.video.pyav import PyavVideo
 from kinoray.video.request import Sampled, Thumbnails
 from kinoray.video.sample import clip_rng, segment_indices
 from kinoray.video.transcode import open_output, transcode
-from kinoray.video.transform import test_view, train_view
+from kinoray.video.transform import dis_flow, test_view, train_view
 
 NUM_FRAMES = 90
 X265 = "log-level=none:"

@@ -24,10 +24,9 @@ from kinoray.config.scoring import ViewsConfig, WindowsConfig
 from kinoray.config.shared import ClipConfig, DecodeConfig, SampleConfig, ViewConfig
 from kinoray.demo.videos import make_video
 from kinoray.errors import ConfigError, MediaOverBudget
-from kinoray.video.dense import dense_indices, dense_reach
 from kinoray.video.frames import decode
 from kinoray.video.request import Sampled, Views
-from kinoray.video.sample import clip_rng, cut_windows, segment_indices
+from kinoray.video.sample import clip_rng, cut_windows, dense_indices, dense_reach, segment_indices
 
 LENGTHS = (1, 2, 7, 31, 32, 33, 63, 64, 65, 100, 128, 250, 299, 300, 1000)
 RATES = (24.0, 25.0, 30000 / 1001, 30.0, 50.0, 60.0)

@@ -35,18 +35,17 @@ from kinoray.network.checkpoint import find_checkpoint, load_meta, load_model
 from kinoray.network.flow_tvl1 import tvl1_flow
 from kinoray.network.scorer import ClipScorer, EarlyExit, ScorerConfig
 from kinoray.storage.objects import Storage
-from kinoray.train.augment import Augmenter
 from kinoray.train.config import TrainConfig
 from kinoray.train.decoding import DecodeTask
+from kinoray.train.recipe import Augmenter
 from kinoray.train.runfolder import RunFolder
 from kinoray.train.verb import train
 from kinoray.video.cache import FrameCache
-from kinoray.video.flow_dis import quantise
 from kinoray.video.frames import Clip, decode
 from kinoray.video.request import Sampled, Views
 from kinoray.video.sample import clip_rng, segment_indices
 from kinoray.video.sandbox.pool import Sandbox
-from kinoray.video.transform import train_view
+from kinoray.video.transform import quantise, train_view
 from label_models import save_untrained
 from small_sets import set_in
 from tiny_models import OWN_NETWORKS

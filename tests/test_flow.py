@@ -13,7 +13,7 @@ import cv2
 import numpy as np
 import pytest
 
-from kinoray.video.flow_dis import dis_flow, quantise
+from kinoray.video.transform import dis_flow, quantise
 
 
 def textured(height: int, width: int, seed: int = 0) -> np.ndarray:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from kinoray.network.flow_tvl1 import tvl1_flow
-from kinoray.video.flow_dis import dis_flow
+from kinoray.video.transform import dis_flow
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 SIDE, MARGIN = 256, 42

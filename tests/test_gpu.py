@@ -20,9 +20,8 @@ from kinoray.network.batch import VideoBatch, collate, model_inputs
 from kinoray.network.build import VideoModel, build_model
 from kinoray.network.flow_tvl1 import tvl1_flow
 from kinoray.network.forward import auto_batch_size
-from kinoray.network.graphs import Repeated
 from kinoray.network.pointwise import _launcher, pointwise
-from kinoray.network.prepare import BF16_TOLERANCE, FP32_TOLERANCE, prepare_for_inference
+from kinoray.network.prepare import BF16_TOLERANCE, FP32_TOLERANCE, Repeated, prepare_for_inference
 from kinoray.network.scorer import ClipScorer, ScorerConfig
 from kinoray.train.config import TrainConfig
 from kinoray.train.step import Replica

@@ -25,8 +25,8 @@ from kinoray.network.build import build_model
 from kinoray.network.pointwise import fuse_pointwise
 from kinoray.network.prepare import fold_batch_norms, prepare_for_inference
 from kinoray.train import augment
-from kinoray.train.augment import PHOTOMETRIC, Mix, colour_clip, mix_inputs
 from kinoray.train.config import TrainConfig
+from kinoray.train.recipe import PHOTOMETRIC, Mix, colour_clip, mix_inputs
 from kinoray.train.step import Replica
 from stand_ins import LeavesDevice, moved, on_device, stand_ins
 from vcm_sdd.backbone import build_backbone

@@ -16,8 +16,8 @@ from kinoray.config.shared import ClipConfig, DecodeConfig, digest
 from kinoray.demo.videos import make_broken, make_video
 from kinoray.errors import ConfigError, MediaOverBudget, UndecodableVideo
 from kinoray.video.frames import decode
-from kinoray.video.nvdec import read_on_device, require_nvdec
 from kinoray.video.pyav import PyavVideo
+from kinoray.video.readers import read_on_device, require_nvdec
 from kinoray.video.request import Sampled
 from kinoray.video.sandbox.pool import DeviceDecoder, Sandbox
 from test_torchcodec import needs_torchcodec
@@ -63,7 +63,7 @@ def test_the_device_is_part_of_the_digest() -> None:
 def test_a_decoder_process_refuses_and_does_not_load_torch() -> None:
     script = (
         "import sys\n"
-        "from kinoray.video.nvdec import require_nvdec\n"
+        "from kinoray.video.readers import require_nvdec\n"
         "try:\n    require_nvdec()\n"
         "except ValueError as error:\n    print(error)\n"
         "assert 'torch' not in sys.modules\n"
@@ -97,7 +97,7 @@ def test_the_frames_are_the_wanted_ones(codec: str, gop: int, options: dict[str,
 def test_large_frames_come_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     data = make_video(moving(20), fps=30, gop=12)
     at_once = frames_of(data, list(range(20)))
-    monkeypatch.setattr("kinoray.video.nvdec._CHUNK_BYTES", 3 * 64 * 96 * 7)
+    monkeypatch.setattr("kinoray.video.readers._CHUNK_BYTES", 3 * 64 * 96 * 7)
     in_parts = frames_of(data, list(range(20)))
     assert at_once.keys() == in_parts.keys()
     assert all(np.array_equal(at_once[number], in_parts[number]) for number in at_once)

@@ -21,7 +21,7 @@ from kinoray.library.config import CorrectConfig, ReportConfig
 from kinoray.library.correct import correct
 from kinoray.library.report import report
 from kinoray.storage.objects import Storage, join
-from kinoray.storage.outputs import Writer, require_file, require_folder, require_places
+from kinoray.storage.records import Writer, require_file, require_folder, require_places
 from small_sets import catalog_of, save_as_pack
 from small_tables import label_library, ledger_in, library
 from test_found_catalogs import as_nobody

@@ -16,9 +16,8 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 from torchvision.models.resnet import Bottleneck
 
-from kinoray.network.graphs import Compiled
 from kinoray.network.pointwise import Pointwise, fuse_pointwise, pointwise
-from kinoray.network.prepare import fold_batch_norms
+from kinoray.network.prepare import Compiled, fold_batch_norms
 from vcm_sdd.network import vcm_sdd
 
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="this torch comes without Triton")

@@ -26,12 +26,11 @@ from kinoray.network.build import build_model
 from kinoray.network.checkpoint import load_meta
 from kinoray.network.scorer import ScorerConfig
 from kinoray.storage.objects import Storage
-from kinoray.video.flow_dis import dis_flow, quantise
 from kinoray.video.frames import Clip, Frames, decode
 from kinoray.video.request import Sampled, Views
 from kinoray.video.sample import view_indices
 from kinoray.video.sandbox.pool import Sandbox
-from kinoray.video.transform import crop_views
+from kinoray.video.transform import crop_views, dis_flow, quantise
 from label_models import save_untrained
 from small_tables import job_record, planned
 from tiny_models import OWN_NETWORKS

@@ -18,9 +18,20 @@ from kinoray.config.shared import AugmentConfig, ClipConfig, ModelConfig, OptimC
 from kinoray.errors import ConfigError
 from kinoray.network.batch import VideoBatch, model_inputs
 from kinoray.network.build import backbone_names, build_model, build_outline, classifier_names, depths
-from kinoray.train.augment import PHOTOMETRIC, Augmenter, Mix, colour_clip, mix_inputs
 from kinoray.train.config import TrainConfig
-from kinoray.train.recipe import class_weights, freeze, learning_rate, loss_sum, make_optimizer, set_rate
+from kinoray.train.recipe import (
+    PHOTOMETRIC,
+    Augmenter,
+    Mix,
+    class_weights,
+    colour_clip,
+    freeze,
+    learning_rate,
+    loss_sum,
+    make_optimizer,
+    mix_inputs,
+    set_rate,
+)
 from kinoray.train.runfolder import stopped_early
 from kinoray.train.state import seed_step
 from kinoray.train.step import Replica

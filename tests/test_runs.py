@@ -14,13 +14,12 @@ from typing import Any, cast
 import pytest
 
 from kinoray.cli import main
-from kinoray.cluster.environment import commits, git_commit, host, software
 from kinoray.config.file import load_config
 from kinoray.config.shared import ModelConfig, OptimConfig, StorageConfig
 from kinoray.errors import ClusterError, StorageError, TooManyBad
 from kinoray.storage.objects import Storage, join
 from kinoray.train.config import RunsConfig, TrainConfig
-from kinoray.train.recorder import draw_curves
+from kinoray.train.recorder import commits, draw_curves, git_commit, host, software
 from kinoray.train.runfolder import RunFolder, StepRow
 from kinoray.train.runs import Heartbeat, RunSummary, find_runs, runs
 from ports import wait_until

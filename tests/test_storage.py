@@ -33,7 +33,7 @@ from kinoray.errors import (
     StorageUnavailable,
 )
 from kinoray.storage.objects import Storage, absolute, arrow_filesystem, is_s3, join
-from kinoray.storage.outputs import require_folder
+from kinoray.storage.records import require_folder
 from kinoray.storage.s3 import S3Store
 
 Place = tuple[Storage, str]

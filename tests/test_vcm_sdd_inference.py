@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from kinoray.network import InputSpec
-from kinoray.network.graphs import Repeated
 from kinoray.network.prepare import (
     BF16_TOLERANCE,
     FP32_TOLERANCE,
+    Repeated,
     compile_pays,
     fold_batch_norms,
     prepare_for_inference,

@@ -36,7 +36,7 @@ class Verb:
     main: tuple[str, ...] = ()
     """Settings that `--help` explains besides those that are needed; `--help-all` explains all."""
     writes: str = ""
-    """What its `out` is, as kinoray.storage.outputs calls it: verbs that import torch or Ray have it and their source
+    """What its `out` is, as kinoray.storage.records calls it: verbs that import torch or Ray have it and their source
     looked at before they are imported, which takes seconds."""
     gives_code: bool = False
     """The function returns the exit code."""
@@ -93,7 +93,7 @@ VERBS: Mapping[str, Verb] = {
     ),
     "import": Verb(
         wish=_NETWORK,
-        settings="kinoray.network.config:ImportConfig",
+        settings="kinoray.network.verb:ImportConfig",
         function="kinoray.network.verb:import_network",
         summary="networks: what there is, what one costs; published -> checkpoint",
         writes="import",
@@ -252,7 +252,7 @@ def _run(name: str, arguments: list[str]) -> int:
     console.draw_step(f"{name}: starting")
     config = _load("kinoray.network.resolve:with_places")(config)
     if verb.writes:
-        _load("kinoray.storage.outputs:require_places")(config, verb.writes)
+        _load("kinoray.storage.records:require_places")(config, verb.writes)
     if name not in (*_WITH_PRESETS, "demo"):  # those are Ray Data's, which has pandas all the same
         _load("kinoray.storage.tables:leave_pandas_out")()
     result = _load(verb.function)(config)
@@ -358,16 +358,16 @@ def _parse(name: str, cls: type[Any], arguments: list[str]) -> tuple[Any, bool]:
             _require_own_word(name, arguments, default, f"--config {path} is of a run, by its name or its folder, and")
     elif preset:
         _require_trains(name, "--preset")
-        default = _load("kinoray.train.defaults:preset_of")(cls, preset)
+        default = _load("kinoray.train.config:preset_of")(cls, preset)
     elif run:
         _require_trains(name, "--like")
-        default = _load("kinoray.train.defaults:like")(cls, run, parse)
+        default = _load("kinoray.train.config:like")(cls, run, parse)
         _require_own_word(name, arguments, default, f"--like {run}")
     else:
         default = None
     config = parse(default)
     if name in _WITH_PRESETS:
-        config = _load("kinoray.train.defaults:on_its_network")(cls, config, default, parse, is_preset=bool(preset))
+        config = _load("kinoray.train.config:on_its_network")(cls, config, default, parse, is_preset=bool(preset))
     return config, print_only
 
 

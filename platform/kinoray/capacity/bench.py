@@ -31,7 +31,6 @@ from kinoray.capacity.job import (
 )
 from kinoray.catalog.table import Catalog, catalog_of_source, save_catalog
 from kinoray.cluster.connect import connect, require_fit
-from kinoray.cluster.environment import host
 from kinoray.config.scoring import LabelWorkConfig, shared_settings
 from kinoray.console import many, table
 from kinoray.errors import ConfigError, TooManyBad
@@ -40,7 +39,8 @@ from kinoray.label.open import Labelling, open_labelling
 from kinoray.network.checkpoint import load_model
 from kinoray.storage.leftovers import scratch_folder
 from kinoray.storage.objects import Storage, absolute, join
-from kinoray.storage.outputs import require_file
+from kinoray.storage.records import require_file
+from kinoray.train.recorder import host
 
 __all__ = ["Bounds", "advice", "bench", "bounds_of", "print_bench", "refuse_too_many_bad"]
 

@@ -19,8 +19,7 @@ from kinoray.catalog.table import Catalog, catalog_of_source
 from kinoray.console import format_duration, many, table
 from kinoray.errors import ConfigError, JobError
 from kinoray.storage.objects import Storage, absolute
-from kinoray.storage.outputs import require_file
-from kinoray.storage.records import parse_json
+from kinoray.storage.records import parse_json, require_file
 
 __all__ = [
     "TFLOPS",

@@ -73,7 +73,7 @@ class ViewsConfig:
 
     temporal: int = 1
     """Clips along time: of spread clips interleaved samplings of the whole video (kinoray.video.sample.view_indices),
-    of dense clips so many stretches of it (kinoray.video.dense)."""
+    of dense clips so many stretches of it (kinoray.video.sample)."""
     placed: bool = False
     """Whether a single dense clip lies where its sampler puts one, and not in the middle."""
     crops: Crops = "center"

@@ -39,8 +39,7 @@ from kinoray.library.report import report
 from kinoray.pack.config import PackConfig
 from kinoray.pack.verb import pack
 from kinoray.storage.objects import Storage, absolute, join
-from kinoray.storage.outputs import require_folder
-from kinoray.storage.records import parse_json
+from kinoray.storage.records import parse_json, require_folder
 from kinoray.train.config import PRESETS, TrainConfig
 from kinoray.train.verb import train
 

@@ -25,7 +25,7 @@ from kinoray.doctor.store import store_section
 from kinoray.doctor.videos import bad_section, probe_section, said_of_bad
 from kinoray.errors import JobError, TooManyBad
 from kinoray.storage.objects import Storage, absolute, join
-from kinoray.storage.outputs import require_folder
+from kinoray.storage.records import require_folder
 
 __all__ = ["doctor"]
 

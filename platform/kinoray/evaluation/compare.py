@@ -21,7 +21,7 @@ from kinoray.evaluation.metrics import ScoreSummary, wilson_interval
 from kinoray.evaluation.record import Evaluation, Origin, read_evaluation
 from kinoray.page.render import render_page
 from kinoray.storage.objects import Storage, absolute
-from kinoray.storage.outputs import require_file
+from kinoray.storage.records import require_file
 from kinoray.video.strips import Strip, contact_strips
 
 __all__ = [

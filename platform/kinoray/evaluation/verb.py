@@ -41,7 +41,7 @@ from kinoray.label.verb import refuse_too_many_bad, run_labelling
 from kinoray.label.work import work_of
 from kinoray.storage.leftovers import scratch_folder
 from kinoray.storage.objects import Storage, absolute, join
-from kinoray.storage.outputs import require_folder
+from kinoray.storage.records import require_folder
 from kinoray.video.info import MAX_COUNT
 
 __all__ = ["evaluate"]

@@ -36,7 +36,7 @@ from kinoray.network.checkpoint import CheckpointMeta, find_checkpoint, load_met
 from kinoray.network.published import checkpoint_of
 from kinoray.storage.leftovers import Scratch
 from kinoray.storage.objects import Storage, absolute, join
-from kinoray.storage.outputs import require_folder
+from kinoray.storage.records import require_folder
 
 __all__ = ["Labelling", "Opened", "Say", "look_here", "open_labelling", "open_network"]
 

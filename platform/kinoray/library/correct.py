@@ -27,7 +27,7 @@ from kinoray.library.config import CorrectConfig
 from kinoray.library.rows import BAD_VIDEO, class_names, scan, undefused
 from kinoray.pack.plan import drawn_to_val
 from kinoray.storage.objects import MAX_TABLE_BYTES, Storage, absolute, join
-from kinoray.storage.outputs import require_folder
+from kinoray.storage.records import require_folder
 
 __all__ = ["Correction", "correct", "read_corrections"]
 

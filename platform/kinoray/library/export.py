@@ -36,8 +36,7 @@ from kinoray.label.ledger import Ledger, open_ledger
 from kinoray.library.config import ExportConfig
 from kinoray.library.rows import BAD_VIDEO, LABEL_SCHEMA, class_names, is_multi_label, rows_of, scan, write_text
 from kinoray.storage.objects import Storage, absolute, is_s3
-from kinoray.storage.outputs import require_folder
-from kinoray.storage.records import as_name
+from kinoray.storage.records import as_name, require_folder
 from kinoray.video.sandbox.pool import shared_sandbox
 
 __all__ = ["Datumaro", "FiftyOne", "Format", "LabelStudio", "Source", "copied_videos", "export", "named_videos"]

@@ -36,7 +36,7 @@ from kinoray.library.rows import (
 )
 from kinoray.storage.leftovers import scratch_folder
 from kinoray.storage.objects import Storage, absolute
-from kinoray.storage.outputs import require_file
+from kinoray.storage.records import require_file
 
 __all__ = ["labels"]
 

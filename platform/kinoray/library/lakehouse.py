@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 from kinoray.errors import ConfigError, KinorayError, ObjectNotFound, StorageError
 from kinoray.library.rows import blocks
 from kinoray.storage.objects import Storage, absolute, arrow_filesystem, is_s3, join
-from kinoray.storage.outputs import require_folder
+from kinoray.storage.records import require_folder
 
 __all__ = ["TABLE_FORMATS", "TableFormat", "require_table", "write_table"]
 

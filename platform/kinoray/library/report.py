@@ -21,7 +21,7 @@ from kinoray.library.config import ReportConfig
 from kinoray.library.numbers import Confusion, Numbers, ResultTable, choose, count, join_truth, read_result
 from kinoray.library.site import Site, add_places, collect_names, site_record
 from kinoray.storage.objects import Storage, absolute, join
-from kinoray.storage.outputs import require_folder
+from kinoray.storage.records import require_folder
 
 __all__ = ["HISTOGRAM_HEIGHT", "histogram_bars", "report"]
 

@@ -269,7 +269,7 @@ def sent(batch: VideoBatch, feed: Feeder) -> VideoBatch:
 
 
 def quantised(flow: Tensor, bound_px: float) -> Tensor:
-    """Flow in pixels to int8, clipped to +- bound_px, which becomes +- 127: as video.flow_dis.quantise does it."""
+    """Flow in pixels to int8, clipped to +- bound_px, which becomes +- 127: as video.transform.quantise does it."""
     return (flow * (FLOW_SCALE / bound_px)).round().clamp(-FLOW_SCALE, FLOW_SCALE).to(torch.int8)
 
 

@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kinoray.network.graphs import Recording
+from kinoray.network.prepare import Recording
 
 __all__ = ["tvl1_flow"]
 

@@ -1,17 +1,46 @@
 """`kinoray import`: weights that somebody published become a checkpoint; without a source, what there is to import."""
 
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
+from typing import Annotated
+
+import tyro
 
 from kinoray.config.clip import ClipConfig
 from kinoray.config.files import read_file, translated
+from kinoray.config.shared import ModelConfig, StoreConfig
 from kinoray.console import table
 from kinoray.errors import ConfigError, StorageError
-from kinoray.network.config import ImportConfig
 from kinoray.network.resolve import SHORT_NAMES, Source, is_published, parse_source, torchvision_weights
 
-__all__ = ["import_network"]
+__all__ = [
+    "ImportConfig",
+    "import_network",
+]
 
 _MAX_LABELS_BYTES = 2**24
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ImportConfig(StoreConfig):
+    """Make a checkpoint of a network that somebody published: weights, classes, how it was fed, where it is from.
+
+    Example: kinoray import torchvision:mvit_v2_s --out networks/mvit
+
+    Without SOURCE it lists the networks that ship and what can be imported. With the name of one that ships, or
+    `package:function`, and without --out it says what that one costs, part by part. `label`, `evaluate`, `calibrate`
+    and `bench` take a SOURCE as --checkpoint, `train` and `tune` as --init-from, and import it by themselves; import it
+    to s3:// for a cluster. No code of a source runs: weights are read as data, and the networks are those that ship.
+    """
+
+    source: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="[SOURCE]")] = ""
+    """torchvision:NAME[:WEIGHTS], i3d, hf:FOLDER, hf:OWNER/NAME[@REVISION], or a .safetensors or .pth file with
+    model.factory; or a network to describe. Default: list them."""
+    out: str = ""
+    """Folder or s3:// prefix of the new checkpoint."""
+    labels: str = ""
+    """Text file of class names, one a line in the order of the network's logits. Default: the source's own."""
+    model: ModelConfig = field(default_factory=lambda: ModelConfig(factory=""))
+    """The network that a file of weights is of, other sources say it themselves; options of one to describe."""
 
 
 def import_network(config: ImportConfig) -> None:
@@ -48,7 +77,7 @@ def _import(source: Source, config: ImportConfig, labels: tuple[str, ...]) -> No
     from kinoray.network.checkpoint import META_FILE  # torch, which takes seconds
     from kinoray.network.published import import_source
     from kinoray.storage.objects import Storage, absolute, join
-    from kinoray.storage.outputs import require_folder
+    from kinoray.storage.records import require_folder
 
     storage, out = Storage(config.storage), absolute(config.out)
     require_folder(storage, "out", config.out, "import")

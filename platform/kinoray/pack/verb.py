@@ -39,8 +39,7 @@ from kinoray.pack.kinetics import (
 from kinoray.pack.plan import Plan, PlannedVideo, plan_source
 from kinoray.pack.unit import Commit, PackSettings, quarantine_row, read_commit
 from kinoray.storage.objects import Storage, absolute, join
-from kinoray.storage.outputs import require_folder
-from kinoray.storage.records import parse_json
+from kinoray.storage.records import parse_json, require_folder
 from kinoray.video.transcode import TRANSCODE
 
 __all__ = ["pack", "pin_plan"]

@@ -33,7 +33,6 @@ from ray.util.placement_group import PlacementGroup, get_current_placement_group
 
 from kinoray.catalog.table import Catalog
 from kinoray.cluster.connect import OUT_OF_MEMORY, connect, loss_of, quiet_ray, require_fit
-from kinoray.cluster.environment import commits
 from kinoray.cluster.lines import Lines, Teller, beside_me
 from kinoray.console import Progress, many
 from kinoray.errors import (
@@ -51,6 +50,7 @@ from kinoray.errors import (
 from kinoray.storage.objects import arrow_filesystem
 from kinoray.train.config import TrainConfig
 from kinoray.train.loop import TrainLoop
+from kinoray.train.recorder import commits
 from kinoray.train.runfolder import EpochRow, RunFolder, run_digest
 
 __all__ = ["Desk", "Gate", "TrainJob", "open_desk", "run_workers"]

@@ -18,7 +18,6 @@ from torch import Tensor
 
 from kinoray.catalog.quarantine import QuarantineRow
 from kinoray.catalog.table import Catalog, load_catalog
-from kinoray.cluster.environment import host, software
 from kinoray.console import log_event
 from kinoray.errors import (
     CatalogError,
@@ -31,11 +30,10 @@ from kinoray.errors import (
 from kinoray.network.build import VideoModel, backbone_names, build_model, without_start_weights
 from kinoray.network.checkpoint import CheckpointMeta, load_model_state, load_train_state
 from kinoray.storage.objects import Storage
-from kinoray.train.augment import Augmenter
 from kinoray.train.config import TrainConfig
 from kinoray.train.input import Feed, Part, Samples, epoch_order, rank_steps, run_length
-from kinoray.train.recipe import class_weights, learning_rate
-from kinoray.train.recorder import Pace, Recorder, TrainMetrics, Uploader, epoch_line
+from kinoray.train.recipe import Augmenter, class_weights, learning_rate
+from kinoray.train.recorder import Pace, Recorder, TrainMetrics, Uploader, epoch_line, host, software
 from kinoray.train.runfolder import EpochRow, RunFolder, run_digest, stopped_early
 from kinoray.train.state import seed_step, start_from
 from kinoray.train.step import Replica, Totals

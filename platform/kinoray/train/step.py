@@ -20,13 +20,14 @@ from torch.nn.parallel import DistributedDataParallel
 from kinoray.errors import CheckpointCorrupt, ConfigError, ModelError
 from kinoray.network.batch import FLOW_CHANNELS, VideoBatch, model_inputs
 from kinoray.network.build import VideoModel
-from kinoray.train.augment import Mix, mix_inputs
 from kinoray.train.config import TrainConfig
 from kinoray.train.recipe import (
+    Mix,
     batch_norms,
     freeze,
     loss_sum,
     make_optimizer,
+    mix_inputs,
     recompute,
     set_rate,
     trained_parameters,

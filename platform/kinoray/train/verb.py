@@ -25,7 +25,7 @@ from kinoray.network.checkpoint import CheckpointMeta, best_of, load_meta
 from kinoray.network.published import checkpoint_of
 from kinoray.network.resolve import Source, is_whole, parse_source
 from kinoray.storage.objects import Storage, absolute
-from kinoray.storage.outputs import require_folder
+from kinoray.storage.records import require_folder
 from kinoray.train.config import TrainConfig
 from kinoray.train.job import Gate, run_workers
 from kinoray.train.recipe import rate_factors

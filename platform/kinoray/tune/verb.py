@@ -25,8 +25,7 @@ from kinoray.config.shared import CacheConfig, TrainResourcesConfig, digest
 from kinoray.console import Progress, format_duration, kept_if_interrupted, many, visible
 from kinoray.errors import ClusterError, ConfigError, JobError
 from kinoray.storage.objects import Storage, absolute, arrow_filesystem, join
-from kinoray.storage.outputs import require_folder
-from kinoray.storage.records import parse_json, read_record
+from kinoray.storage.records import parse_json, read_record, require_folder
 from kinoray.train.config import TrainConfig
 from kinoray.train.job import open_desk
 from kinoray.train.runfolder import run_settings

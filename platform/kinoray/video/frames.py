@@ -20,7 +20,7 @@ from kinoray.video.info import VideoInfo, check_counts
 from kinoray.video.pyav import PyavVideo
 from kinoray.video.readers import read_frames
 from kinoray.video.request import Rate, Request, Thumbnails
-from kinoray.video.sink import Empty, FrameArrays, mirror, new_array
+from kinoray.video.transform import Empty, FrameArrays, mirror, new_array
 
 __all__ = ["Clip", "Frames", "check_answer", "decode", "probe"]
 

@@ -13,8 +13,7 @@ import numpy as np
 from kinoray.config.scoring import NUM_CROPS, ViewsConfig, WindowsConfig
 from kinoray.config.shared import ClipConfig, SampleConfig
 from kinoray.errors import UndecodableVideo
-from kinoray.video.dense import dense_reach
-from kinoray.video.sample import clip_indices, cut_by_time, cut_windows, segment_indices, window_indices
+from kinoray.video.sample import clip_indices, cut_by_time, cut_windows, dense_reach, segment_indices, window_indices
 from kinoray.video.transform import Cut, WholeFrame, crop_views, test_view, train_view
 
 __all__ = ["Choice", "Rate", "Request", "Sampled", "Thumbnails", "Views"]

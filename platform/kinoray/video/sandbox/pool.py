@@ -20,7 +20,7 @@ from kinoray.errors import KinorayError, MediaError
 from kinoray.video.frames import Frames, check_answer, decode
 from kinoray.video.info import VideoInfo
 from kinoray.video.media import check_size_bytes
-from kinoray.video.nvdec import NotForNvdec, not_in_sandbox, require_nvdec
+from kinoray.video.readers import NotForNvdec, not_in_sandbox, require_nvdec
 from kinoray.video.request import Request, Sampled
 from kinoray.video.sandbox.child import Decoded
 from kinoray.video.sandbox.process import NONSENSE, Answer, DecoderLost, DecoderProcess, makes_no_sense, start_decoder
