@@ -73,15 +73,16 @@ def test_the_five_verbs_on_s3(
     videos: Path, bucket: str, s3_server: str, ray_local: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     s3 = ["--storage.endpoint-url", s3_server, "--storage.addressing", "path"]
+    one = ["--workers", "1", *s3]  # each worker takes seconds to import torch
     out = tmp_path / "report"
     storage = Storage(StorageConfig(endpoint_url=s3_server, addressing="path"))
     for path in sorted(videos.rglob("*.mp4")):
         storage.put(f"{bucket}/library/{path.relative_to(videos)}", path.read_bytes())
     commands = [
-        ["pack", str(videos), "--out", f"{bucket}/set", "--shard-mb", "1", "--val-fraction", "0.25", *s3],
-        ["train", f"{bucket}/set", "--out", f"{bucket}/run", *TINY, *s3],
-        ["evaluate", f"{bucket}/set", "--checkpoint", f"{bucket}/run", "--out", f"{bucket}/eval", *s3],
-        ["label", f"{bucket}/library/", "--checkpoint", f"{bucket}/run", "--out", f"{bucket}/labels", *s3],
+        ["pack", str(videos), "--out", f"{bucket}/set", "--shard-mb", "1", "--val-fraction", "0.25", *one],
+        ["train", f"{bucket}/set", "--out", f"{bucket}/run", *TINY, *one],
+        ["evaluate", f"{bucket}/set", "--checkpoint", f"{bucket}/run", "--out", f"{bucket}/eval", *one],
+        ["label", f"{bucket}/library/", "--checkpoint", f"{bucket}/run", "--out", f"{bucket}/labels", *one],
         ["report", f"{bucket}/labels", "--out", str(out), *s3],
     ]
     for command in commands:

@@ -19,7 +19,7 @@ import pytest
 
 from conftest import wait_until
 from decode_reference import moving
-from kinoray.config.shared import ClipConfig, DecodeConfig, SampleConfig, ViewConfig
+from kinoray.config.shared import ClipConfig, DecodeConfig, ResourcesConfig, SampleConfig, ViewConfig
 from kinoray.demo.videos import BROKEN_KINDS, make_broken, make_video
 from kinoray.errors import (
     ConfigError,
@@ -467,6 +467,7 @@ def test_a_labelling_with_poison_labels_every_good_video(
             out=str(tmp_path / "out"),
             max_bad_fraction=0.5,
             decode=DecodeConfig(max_memory_mb=MEMORY_MB),
+            resources=ResourcesConfig(num_workers=1),
         )
     )
     rows = read_predictions(Storage(), str(tmp_path / "out")).to_pylist()

@@ -52,12 +52,13 @@ class DecodeTask:
         count = block.num_rows
         size = self.clip.view.crop_px
         grid = (count, self.clip.sample.num_segments, self.clip.sample.frames_per_segment)
-        decoded = {"rgb": np.zeros((*grid, 3, size, size), np.uint8)}
+        # Not zeros: numpy asks the kernel for large pages for these, and all that is wanted of them is written.
+        decoded = {"rgb": np.empty((*grid, 3, size, size), np.uint8)}
         if self.clip.flow_on_device:
-            decoded["partners"] = np.zeros((*grid, 1, size, size), np.uint8)
-            decoded["last"] = np.zeros(grid, bool)
+            decoded["partners"] = np.empty((*grid, 1, size, size), np.uint8)
+            decoded["last"] = np.empty(grid, bool)
         elif self.clip.flow.estimator != "none":
-            decoded["flow"] = np.zeros((*grid, FLOW_CHANNELS, size, size), np.int8)
+            decoded["flow"] = np.empty((*grid, FLOW_CHANNELS, size, size), np.int8)
         refusals: list[Refusal | None] = [None] * count
         sandbox = shared_sandbox(1)  # a worker runs one task at a time, and keeps its decoder for the next
         begin_s = time.process_time() + sandbox.cpu_s
@@ -83,7 +84,7 @@ class DecodeTask:
             for index in left:
                 refusals[index] = report(outage, "read")
         for place, refusal in zip(places, refusals, strict=True):
-            if refusal is not None:
+            if refusal is not None:  # nothing, or a part of a clip, was written there
                 for array in place.values():
                     array.fill(0)
         cpu_s = np.zeros(count)

@@ -48,7 +48,7 @@ Rows = NDArray[np.int64]
 _WINDOW_ROWS = 4096  # rows that are mixed with each other: several shards of 256 MB
 _MAX_RUN = 8  # neighbours that stay together
 _BLOCK_BYTES = 96 * 2**20  # decoded clips that one task hands over at a time
-_BLOCK_ROWS = 8
+_BLOCK_ROWS = 16  # between two tasks a worker waits for 25 ms
 _STORE_SHARE = 0.5  # of the object store, for the clips of all ranks that wait to be used
 
 

@@ -351,5 +351,9 @@ def dis_flow(prev: np.ndarray, next: np.ndarray, preset: str) -> np.ndarray:
 
 def quantise(flow: np.ndarray, bound_px: float) -> np.ndarray:
     """Flow in pixels, float [H, W, 2], to int8 [2, H, W]: clipped to +- bound_px, which becomes +- 127; 0 stays 0."""
+    height, width, _ = flow.shape
     scaled = cv2.addWeighted(flow, 127.0 / bound_px, flow, 0.0, 0.0, dtype=cv2.CV_8S)  # rounds half to even, saturates
-    return np.stack(cv2.split(np.maximum(scaled, -127)))
+    scaled = cv2.max(scaled.reshape(height, -1), -127.0).reshape(height, width, 2)  # numpy takes five times as long
+    out = np.empty((2, height, width), np.int8)
+    cv2.split(scaled, [out[0], out[1]])
+    return out
