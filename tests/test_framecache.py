@@ -20,7 +20,7 @@ from kinoray.video.sample import clip_rng
 from kinoray.video.sandbox.pool import Sandbox
 from small_sets import colour_video
 
-VIEW = ViewConfig(resize_px=40, crop_px=32)
+VIEW = ViewConfig(resize_px=80, crop_px=64)  # frames of several of the blocks that checksums are sums of
 GRIDS = tuple(SampleConfig(num_segments=count, frames_per_segment=2) for count in (1, 2, 4))
 NAMES = tuple(grid_name(sample) for sample in GRIDS)
 
@@ -166,7 +166,7 @@ def test_a_damaged_file_is_found_out_and_made_again(tmp_path: Path, videos: list
 
 def test_the_cache_stays_within_its_size_and_what_is_there_stays(tmp_path: Path, videos: list[bytes]) -> None:
     block = block_of(tmp_path, [videos[0]] * 4)
-    size = 8 * 32 * 32 * 5 / 1e9  # a file holds up to 8 frames and as much flow
+    size = 8 * 64 * 64 * 5 / 1e9  # a file holds up to 8 frames and as much flow
     cache = CacheConfig(gb=2.5 * size, folder=str(tmp_path / "cache"))
     task = task_of(cache, GRIDS[2])
     first, second = task(block), task(block)

@@ -440,7 +440,7 @@ def test_answers_are_not_believed_without_a_look(sandbox: Sandbox, good: bytes) 
     (process,) = sandbox._idle
     for place in ([0, "|O", [1]], [-1, "|u1", [1]], [0, "|u1", [2**40]], [2**50, "|u1", [1]], [0, "|u1", [1.5]]):
         with pytest.raises(ValueError, match="array of"):
-            process._read_array(*place, room_bytes=2**60)
+            process._read_array("frames", *place, room_bytes=2**60)
 
 
 # A job

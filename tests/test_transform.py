@@ -1,9 +1,11 @@
 """Views: geometry by hand, and against cutting first and resizing afterwards."""
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import cv2
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from PIL import Image
@@ -19,7 +21,7 @@ from kinoray.network.build import clip_for
 from kinoray.video import transform
 from kinoray.video.frames import decode
 from kinoray.video.request import Views
-from kinoray.video.transform import View, crop_views, train_view
+from kinoray.video.transform import ReusedMemory, View, crop_views, train_view
 from vcm_sdd.preprocess import preprocess
 
 STRETCH = ViewConfig()
@@ -228,3 +230,26 @@ def test_a_cut_outside_the_frame_is_refused(top: int, left: int) -> None:
 def test_an_empty_frame_is_refused() -> None:
     with pytest.raises(ValueError, match="got 0 x 5"):
         transform.test_view(STRETCH, 0, 5)
+
+
+@pytest.mark.parametrize(
+    "hold",
+    [lambda array: array, lambda array: array[1:2], torch.from_numpy, pa.array, memoryview],
+    ids=["array", "view", "tensor", "arrow", "buffer"],
+)
+def test_memory_is_used_again_only_once_nobody_looks_at_it(hold: Callable[[np.ndarray], object]) -> None:
+    memory = ReusedMemory()
+    first = memory.empty("frames", [4], np.int64)
+    first[:] = 1, 2, 3, 4
+    place, held = first.ctypes.data, hold(first)
+    del first
+    other = memory.empty("frames", [4], np.int64)
+    other[:] = 0
+    assert other.ctypes.data != place
+    kept = np.asarray(held)
+    assert kept.tolist() == ([2] if len(kept) == 1 else [1, 2, 3, 4])
+
+    place = other.ctypes.data
+    del other
+    assert memory.empty("frames", [2, 2], np.int32).ctypes.data == place
+    assert memory.empty("flow", [4], np.int8).ctypes.data != place

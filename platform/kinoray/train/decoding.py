@@ -18,10 +18,12 @@ from kinoray.video.frames import Clip
 from kinoray.video.request import Sampled
 from kinoray.video.sample import clip_rng
 from kinoray.video.sandbox.pool import Sandbox, shared_sandbox
+from kinoray.video.transform import ReusedMemory
 
 __all__ = ["DecodeTask"]
 
 FLOW_CHANNELS = 2
+_memory = ReusedMemory()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -52,13 +54,12 @@ class DecodeTask:
         count = block.num_rows
         size = self.clip.view.crop_px
         grid = (count, self.clip.sample.num_segments, self.clip.sample.frames_per_segment)
-        # Not zeros: numpy asks the kernel for large pages for these, and all that is wanted of them is written.
-        decoded = {"rgb": np.empty((*grid, 3, size, size), np.uint8)}
+        decoded = {"rgb": _memory.empty("rgb", (*grid, 3, size, size), np.uint8)}
         if self.clip.flow_on_device:
-            decoded["partners"] = np.empty((*grid, 1, size, size), np.uint8)
+            decoded["partners"] = _memory.empty("partners", (*grid, 1, size, size), np.uint8)
             decoded["last"] = np.empty(grid, bool)
         elif self.clip.flow.estimator != "none":
-            decoded["flow"] = np.empty((*grid, FLOW_CHANNELS, size, size), np.int8)
+            decoded["flow"] = _memory.empty("flow", (*grid, FLOW_CHANNELS, size, size), np.int8)
         refusals: list[Refusal | None] = [None] * count
         sandbox = shared_sandbox(1)  # a worker runs one task at a time, and keeps its decoder for the next
         begin_s = time.process_time() + sandbox.cpu_s

@@ -17,7 +17,7 @@ import os
 import struct
 import uuid
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -110,15 +110,16 @@ class FrameCache:
         text = os.pread(descriptor, min(length, 2**24), _HEAD.size)
         if magic != _MAGIC or len(text) != length or zlib.crc32(text) != checksum:
             return False
-        about = parse_json(text)
+        about = parse_json(text, bits=65)  # checksums have 64 bits, and no sign
         rows = frames.reshape(-1, *frames.shape[2:])
         flows = None if flow is None else flow.reshape(-1, *flow.shape[2:])
         size = rows[0].nbytes + (0 if flows is None else flows[0].nbytes)
         if about["frame_bytes"] != size:
             return False
         start = _HEAD.size + length
+        places = about["places"][grid_name(self.clip.sample)]
         first: dict[int, int] = {}
-        for row, place in enumerate(about["places"][grid_name(self.clip.sample)]):
+        for row, place in enumerate(places):
             if place in first:
                 rows[row] = rows[first[place]]
                 if flows is not None:
@@ -128,24 +129,22 @@ class FrameCache:
             parts = [rows[row]] if flows is None else [rows[row], flows[row]]
             if os.preadv(descriptor, [part.data for part in parts], start + place * size) != size:
                 return False
-            if _checksum(parts) != about["checksums"][place]:
-                return False
-        return True
+        found = _checksums([rows] if flows is None else [rows, flows])
+        return found == [about["checksums"][place] for place in places]
 
     def add(self, key: str, found: Frames) -> bool:
         """Keep the frames of all `samples`; False if there is no room for them. A reader sees a whole file or none."""
-        rows = found.frames[0]
-        flows = [None] * len(rows) if found.flow is None else found.flow[0]
-        parts = [[frame] if flow is None else [frame, flow] for frame, flow in zip(rows, flows, strict=True)]
+        arrays = [found.frames[0]] if found.flow is None else [found.frames[0], found.flow[0]]
+        arrays = [np.ascontiguousarray(array) for array in arrays]
         about = {
-            "frame_bytes": sum(part.nbytes for part in parts[0]),
-            "checksums": [_checksum(frame) for frame in parts],
+            "frame_bytes": sum(array[0].nbytes for array in arrays),
+            "checksums": _checksums(arrays),
             "places": {
                 grid_name(sample): places.tolist() for sample, places in zip(self.samples, found.places(), strict=True)
             },
         }
         text = json.dumps(about).encode()
-        size = _HEAD.size + len(text) + len(parts) * int(about["frame_bytes"])
+        size = _HEAD.size + len(text) + sum(array.nbytes for array in arrays)
         path = self._path(key)
         if not self._count(size):
             return False
@@ -154,9 +153,9 @@ class FrameCache:
             path.parent.mkdir(exist_ok=True)
             with temp.open("wb") as file:
                 file.write(_HEAD.pack(_MAGIC, len(text), zlib.crc32(text)) + text)
-                for frame in parts:
-                    for part in frame:
-                        file.write(np.ascontiguousarray(part).data)
+                for parts in zip(*arrays, strict=True):
+                    for part in parts:
+                        file.write(part.data)
             temp.replace(path)  # not flushed: after a power cut the checksums tell
         except OSError:  # the disk is full, although the cache is not
             temp.unlink(missing_ok=True)
@@ -228,16 +227,19 @@ class FrameCache:
         return self._root / key[:2] / f"{key}.frames"
 
 
-def _checksum(parts: list[np.ndarray]) -> list[int]:
-    """Two sums over 64-bit words, the second by place, as in Fletcher's checksum: an eighth of the time of a CRC.
+def _checksums(parts: Sequence[np.ndarray]) -> list[list[int]]:
+    """Of each of N frames, whose parts are [N, ...]: two sums over 64-bit words, the second by place, as in Fletcher's
+    checksum: an eighth of the time of a CRC.
 
     Any flipped bit, lost stretch or swapped block of 4 KiB changes one of them.
     """
-    plain = placed = 0
+    plain = np.zeros(len(parts[0]), np.uint64)
+    placed = plain.copy()
     for part in parts:
-        raw = np.ascontiguousarray(part).reshape(-1).view(np.uint8)
-        whole = len(raw) // _CHECKED_BYTES * _CHECKED_BYTES
-        sums = raw[:whole].view(np.uint64).reshape(-1, _CHECKED_BYTES // 8).sum(axis=1)  # modulo 2^64, as all of it
-        plain += int(sums.sum()) + zlib.crc32(raw[whole:].data)
-        placed += plain + int((sums * np.arange(1, len(sums) + 1, dtype=np.uint64)).sum())
-    return [plain % 2**64, placed % 2**64]
+        raw = np.ascontiguousarray(part).reshape(len(part), -1).view(np.uint8)
+        whole = raw.shape[1] // _CHECKED_BYTES * _CHECKED_BYTES
+        words = raw[:, :whole].view(np.uint64).reshape(len(raw), -1, _CHECKED_BYTES // 8)
+        sums = words.sum(axis=2)  # modulo 2^64, as all of it
+        plain += sums.sum(axis=1) + np.array([zlib.crc32(row[whole:].data) for row in raw], np.uint64)
+        placed += plain + (sums * np.arange(1, sums.shape[1] + 1, dtype=np.uint64)).sum(axis=1)
+    return [[int(one), int(other)] for one, other in zip(plain, placed, strict=True)]

@@ -33,6 +33,7 @@ from kinoray.config.shared import DecodeConfig
 from kinoray.errors import ConfigError, DecoderCrashed, DecoderStartFailed, DecodeTimeout, MediaError, MediaOverBudget
 from kinoray.storage.records import parse_json
 from kinoray.video.sandbox.wire import DTYPES, MESSAGE_BYTES
+from kinoray.video.transform import ReusedMemory
 
 __all__ = ["NONSENSE", "Answer", "DecoderLost", "DecoderProcess", "makes_no_sense", "room_for", "start_decoder"]
 
@@ -152,6 +153,7 @@ class DecoderProcess:
         self.layers: dict[str, str] = {}
         """Layer of its jail (jail.LAYERS) -> why it is not in force here; "" where it is."""
         self._owner = os.getpid()
+        self._memory = ReusedMemory()
         self._input, self._output = os.memfd_create("kinoray-video"), _output_file()
         self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._stderr, their_stderr = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)  # full: what is written is dropped
@@ -270,11 +272,11 @@ class DecoderProcess:
         """Copies of the arrays that an answer names; a decoder may not fill this process's memory."""
         arrays = {}
         for name, place in places.items():
-            arrays[name] = self._read_array(*place, room_bytes=room_bytes)
+            arrays[name] = self._read_array(name, *place, room_bytes=room_bytes)
             room_bytes -= arrays[name].nbytes
         return arrays
 
-    def _read_array(self, offset: int, dtype: str, shape: list[int], *, room_bytes: int) -> np.ndarray:
+    def _read_array(self, name: str, offset: int, dtype: str, shape: list[int], *, room_bytes: int) -> np.ndarray:
         if dtype not in DTYPES or not all(isinstance(side, int) and side >= 0 for side in (offset, *shape)):
             raise ValueError(f"array of dtype {dtype} and shape {shape} at {offset}")
         size_bytes = math.prod(shape) * np.dtype(dtype).itemsize
@@ -282,7 +284,7 @@ class DecoderProcess:
             raise ValueError(f"array of shape {shape} at {offset} ends behind the shared file")
         if size_bytes > room_bytes:
             raise ValueError(f"array of shape {shape}, where {room_bytes} bytes are left of decode.max_memory_mb")
-        array = np.empty(shape, dtype)
+        array = self._memory.empty(name, shape, dtype)
         view, done = array.data.cast("B"), 0
         while done < size_bytes:
             done += os.preadv(self._output, [view[done:]], offset + done)
