@@ -344,6 +344,8 @@ def test_a_compiled_network_takes_the_same_step() -> None:
         ({"step_epochs": (0, 2)}, "rising whole numbers"),
         ({"compile": True, "recompute": "all"}, "none with optim.compile"),
         ({"class_balance": 2.0}, "in 0 .. 1"),
+        ({"seed": -1}, "in 0 .. 2"),
+        ({"seed": 2**63}, "in 0 .. 2"),
     ],
 )
 def test_what_cannot_be_is_refused(settings: dict[str, Any], message: str) -> None:

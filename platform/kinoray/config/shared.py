@@ -252,6 +252,7 @@ class OptimConfig:
         require(self.batch_size >= 1, "optim.batch_size", "at least 1", self.batch_size)
         require(self.lr > 0, "optim.lr", "greater than 0", self.lr)
         require(self.weight_decay >= 0, "optim.weight_decay", "at least 0", self.weight_decay)
+        require(0 <= self.seed < 2**63, "optim.seed", "in 0 .. 2^63 - 1", self.seed)
         rising = self.step_epochs == tuple(sorted(set(self.step_epochs))) and all(x >= 1 for x in self.step_epochs)
         require(rising, "optim.step_epochs", "rising whole numbers of at least 1", self.step_epochs)
         require(0 <= self.warmup_fraction < 1, "optim.warmup_fraction", "in 0 .. 1", self.warmup_fraction)

@@ -35,7 +35,16 @@ from kinoray.storage.records import parse_json
 from kinoray.video.sandbox.wire import DTYPES, MESSAGE_BYTES
 from kinoray.video.transform import ReusedMemory
 
-__all__ = ["NONSENSE", "Answer", "DecoderLost", "DecoderProcess", "makes_no_sense", "room_for", "start_decoder"]
+__all__ = [
+    "CHILD_ENV",
+    "NONSENSE",
+    "Answer",
+    "DecoderLost",
+    "DecoderProcess",
+    "makes_no_sense",
+    "room_for",
+    "start_decoder",
+]
 
 _PYTHON = os.path.abspath(sys.executable)  # relative where PATH is, and a decoder starts in /
 _START_TRIES = 3
@@ -45,13 +54,14 @@ _STDERR_BYTES = 2**16
 _LEAST_FILE_BYTES = 2**26
 _INHERITED = ("PATH", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "PYTHONHOME", "PYTHONPYCACHEPREFIX", "TMPDIR")
 """What a decoder sees of the environment: no credentials."""
-_CHILD_ENV = {
+CHILD_ENV = {
     "OMP_NUM_THREADS": "1",
     "OPENBLAS_NUM_THREADS": "1",
     # Else glibc gives the memory of each frame's flow back to the kernel, and takes it again: 30 % more CPU.
     "MALLOC_MMAP_THRESHOLD_": str(2**25),
     "MALLOC_TRIM_THRESHOLD_": str(2**26),
 }
+"""What it has there besides."""
 
 NONSENSE = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError)
 """What is raised where an answer is not what an operation gives: its process is replaced, and the video refused."""
@@ -175,7 +185,7 @@ class DecoderProcess:
     def _popen(self, theirs: socket.socket, stderr: int) -> "subprocess.Popen[bytes]":
         descriptors = (theirs.fileno(), self._input, self._output)
         env = {name: os.environ[name] for name in _INHERITED if name in os.environ}
-        env |= _CHILD_ENV | {"PYTHONPATH": os.pathsep.join(_import_path(self.backend))}
+        env |= CHILD_ENV | {"PYTHONPATH": os.pathsep.join(_import_path(self.backend))}
         return subprocess.Popen(
             [
                 _PYTHON,
