@@ -24,7 +24,7 @@ from kinoray.network.batch import DeviceInput, RawBatch, VideoBatch, model_input
 from kinoray.network.build import build_model
 from kinoray.network.pointwise import fuse_pointwise
 from kinoray.network.prepare import fold_batch_norms, prepare_for_inference
-from kinoray.train import augment
+from kinoray.train import recipe
 from kinoray.train.config import TrainConfig
 from kinoray.train.recipe import PHOTOMETRIC, Mix, colour_clip, mix_inputs
 from kinoray.train.step import Replica
@@ -136,7 +136,7 @@ def test_what_torchvision_sends_from_the_host() -> None:
         model(**inputs_of(model.input_spec))
     clip = cuda(2, 3, 3, SIZE, SIZE, dtype=torch.uint8)
     with on_device(), pytest.raises(LeavesDevice):
-        augment._randaugment(clip[0, 0], "sharpness", 9, 1.0, SIZE)
+        recipe._randaugment(clip[0, 0], "sharpness", 9, 1.0, SIZE)
 
 
 @pytest.mark.parametrize("name", ["vcm_sdd", "tsn", "tsm"])
@@ -183,7 +183,7 @@ def test_flow_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("operation", [name for name in PHOTOMETRIC if name != "sharpness"])
 def test_colours(operation: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(augment, "PHOTOMETRIC", (operation,))
+    monkeypatch.setattr(recipe, "PHOTOMETRIC", (operation,))
     config = AugmentConfig(colour_jitter=0.4, randaugment_ops=2, randaugment_magnitude=9)
     clip = cuda(2, 3, 3, SIZE, SIZE, dtype=torch.uint8)
     with on_device():

@@ -448,9 +448,9 @@ def test_jitter_is_torchvisions_with_one_draw_for_all_frames() -> None:
 
 @pytest.mark.parametrize("name", PHOTOMETRIC)
 def test_randaugments_operations_treat_the_clip_as_one_picture(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from kinoray.train import augment
+    from kinoray.train import recipe
 
-    monkeypatch.setattr(augment, "PHOTOMETRIC", (name,))
+    monkeypatch.setattr(recipe, "PHOTOMETRIC", (name,))
     clip = a_clip()
     config = AugmentConfig(randaugment_ops=1, randaugment_magnitude=15)
     frames = clip.flatten(0, 1).numpy().astype(np.int64)
