@@ -424,7 +424,7 @@ def test_four_trials_run_where_two_have_room_and_the_best_can_be_trained_again(
     again = train(best)["metrics"]
     for row, expected in zip(again, rows[lines[0]["trial"]], strict=True):
         for name in ("loss", "top1", "val_loss", "val_top1", "lr"):
-            assert row[name] == expected[name], name  # bit for bit, without the cache
+            assert row[name] == getattr(expected, name), name  # bit for bit, without the cache
 
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "sweep" / "trials").rglob("*") if path.is_file()}
     assert tune(config)["best"] == summary["best"]
