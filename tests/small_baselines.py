@@ -22,5 +22,9 @@ SMALL: dict[str, tuple[str, dict[str, Any], tuple[int, int], int]] = {
     "swin3d_t": ("swin3d_t", {"crop_px": 32}, (1, 4), 32),
     "eco": ("eco", {}, (4, 1), 32),
     "eco lite": ("eco", {"lite": True}, (4, 1), 32),
+    "artnet": ("artnet", {}, (1, 4), 32),
+    "stcnet": ("stcnet", {"backbone": "resnext50_32x4d", "frames": 4}, (1, 4), 32),
+    "stnet": ("stnet", {"backbone": "resnet18", "frames": 2}, (3, 2), 32),
+    "lgd3d": ("lgd3d", {"backbone": "resnet50"}, (1, 8), 32),
 }
 """Case: name of the factory, its options, (segments, frames), side of the crop in pixels."""

@@ -11,7 +11,7 @@ from torchvision.ops import StochasticDepth
 import video_baselines as vb
 from small_baselines import SMALL
 
-QUICK = {"tsn rgb", "tsn flow", "tsn two-stream", "tsm", "tsm online", "i3d_nl", "slowfast", "swin3d_t"}
+QUICK = {"tsn rgb", "tsn flow", "tsn two-stream", "tsm", "tsm online", "i3d_nl", "slowfast", "stnet", "swin3d_t"}
 LEARNING_RATE = {"mvit_v2_s": 2e-4}  # 1e-3 throws this one about; the others take it
 
 

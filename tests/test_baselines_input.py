@@ -99,9 +99,16 @@ def test_clips_of_a_length_that_a_network_cannot_take_are_refused() -> None:
     with torch.device("meta"):
         slowfast, s3d = vb.slowfast(num_classes=2, backbone="resnet18"), vb.s3d(num_classes=2, crop_px=32)
         mvit = vb.mvit_v2_s(num_classes=2, crop_px=32, frames=4)
+        lgd3d, stnet = vb.lgd3d(num_classes=2, backbone="resnet50"), vb.stnet(num_classes=2, backbone="resnet18")
         rgb = torch.zeros(1, 1, 6, 3, 32, 32)
     with pytest.raises(ValueError, match="multiple of alpha=4 frames a segment, got 6"):
         slowfast(rgb=rgb, flow=None)
+    with pytest.raises(ValueError, match="multiple of stride=4 frames a segment, got 6"):
+        lgd3d(rgb=rgb, flow=None)
+    with pytest.raises(
+        ValueError, match=r"rgb must be float \[videos, segments, 5, 3, height, width\].*got shape \[1, 1, 6"
+    ):
+        stnet(rgb=rgb, flow=None)
     with pytest.raises(ValueError, match="s3d needs at least 5 frames a segment, got 4"):
         s3d(rgb=rgb[:, :, :4], flow=None)
     with pytest.raises(
@@ -140,6 +147,9 @@ def test_clips_of_a_length_that_a_network_cannot_take_are_refused() -> None:
             "weights must be kinetics400, KINETICS400_V1, DEFAULT or a file, got 'imagenet'",
         ),
         ("eco", {"dropout": "no"}, "dropout must be a number"),
+        ("lgd3d", {"backbone": "resnet18"}, "backbone must be one of resnet50, resnet101, resnet152, got 'resnet18'"),
+        ("stcnet", {"reduction": 0}, "reduction must be a whole number of at least 1, got 0"),
+        ("stnet", {"backbone": "tiny"}, "backbone must be one of resnet18, .*, got 'tiny'"),
         ("tsn", {"backbon": "tiny"}, "backbon is not an option of tsn; known: backbone, "),
     ],
 )

@@ -41,6 +41,10 @@ FED: dict[str, tuple[dict[str, Any], SampleConfig, tuple[str, int, int, int]]] =
     "s3dg": ({}, dense(64, 1, 25.0, "even", "loop"), ("short_side", 256, 0, 224)),
     "mvit_v2_s": ({}, dense(16, 1, 7.5, "torchvision", "repeat_last"), ("short_side", 256, 0, 224)),
     "swin3d_t": ({}, dense(32, 1, 15.0, "torchvision", "repeat_last"), ("short_side", 256, 0, 224)),
+    "artnet": ({}, dense(16, 1, 0.0, "mmaction2", "loop"), ("stretch", 128, 170, 112)),
+    "lgd3d": ({}, dense(16, 1, 0.0, "mmaction2", "loop"), ("short_side", 256, 0, 224)),
+    "stcnet": ({}, dense(32, 1, 0.0, "mmaction2", "loop"), ("short_side", 112, 0, 112)),
+    "stnet": ({}, SampleConfig(num_segments=7, frames_per_segment=5), ("short_side", 256, 0, 224)),
     "tsm": ({}, SampleConfig(num_segments=8, frames_per_segment=1), ("short_side", 256, 0, 224)),
 }
 
@@ -53,8 +57,8 @@ def test_published_networks_are_fed_as_their_papers_do(name: str) -> None:
     view = clip.view
     assert (view.resize, view.resize_px, view.resize_width_px, view.crop_px) == (resize, height, width, crop)
     assert view.interpolation == "bilinear"
-    # torchvision and PySlowFast resize without antialiasing
-    assert view.antialias == (name in ("i3d", "s3dg"))
+    # torchvision, PySlowFast and OpenCV resize without antialiasing, Pillow with it
+    assert view.antialias == (name in ("i3d", "s3dg", "lgd3d", "stcnet", "stnet"))
 
 
 @pytest.mark.parametrize("name", ["vcm_sdd", "vcm_sdd_r101", "tsn", "eco"])

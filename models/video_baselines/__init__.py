@@ -5,10 +5,14 @@ Every factory returns a module with an `input_spec` (kinoray.network.InputSpec) 
 docs/models.md says what each is, what it costs, and what was published of it.
 """
 
+from video_baselines.artnet import artnet
 from video_baselines.eco import eco
 from video_baselines.huggingface import huggingface
 from video_baselines.i3d import i3d, i3d_nl, s3dg, two_stream_i3d
+from video_baselines.lgd3d import lgd3d
 from video_baselines.slowfast import slowfast, slowfast_nl
+from video_baselines.stcnet import stcnet
+from video_baselines.stnet import stnet
 from video_baselines.streams import ClipClassifier
 from video_baselines.torchvision_video import (
     mc3_18,
@@ -26,10 +30,12 @@ from video_baselines.tsn import tsm, tsn
 
 __all__ = [
     "ClipClassifier",
+    "artnet",
     "eco",
     "huggingface",
     "i3d",
     "i3d_nl",
+    "lgd3d",
     "mc3_18",
     "mvit_v1_b",
     "mvit_v2_s",
@@ -40,6 +46,8 @@ __all__ = [
     "s3dg",
     "slowfast",
     "slowfast_nl",
+    "stcnet",
+    "stnet",
     "swin3d_b",
     "swin3d_s",
     "swin3d_t",

@@ -50,11 +50,12 @@ class TimeConv3d(nn.Conv3d):
         time: int = 1,
         space: int = 1,
         stride: tuple[int, int] = (1, 1),
+        groups: int = 1,
         replicate: bool = False,
     ) -> None:
         padding = (0 if replicate else time // 2, space // 2, space // 2)
         kernel, strides = (time, space, space), (stride[0], stride[1], stride[1])
-        super().__init__(inputs, outputs, kernel, stride=strides, padding=padding, bias=False)
+        super().__init__(inputs, outputs, kernel, stride=strides, padding=padding, groups=groups, bias=False)
         self.edge = time // 2 if replicate else 0
         nn.init.kaiming_normal_(self.weight, mode="fan_out", nonlinearity="relu")
 
