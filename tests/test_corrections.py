@@ -139,7 +139,15 @@ def test_what_the_labelled_catalog_knows_is_kept(ledger: Ledger, tmp_path: Path)
         correct(replace(config, catalog=other))
 
 
-def test_new_classes_come_last_and_videos_without_a_split_are_shared_out(ledger: Ledger, tmp_path: Path) -> None:
+def test_new_classes_come_last_and_videos_without_a_split_are_shared_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The videos are files without checksums, of four contents: copies are on one side."""
+    storage, folder = Storage(), tmp_path / "videos"
+    for index in range(20):
+        storage.put(str(folder / f"v{index:04d}.mp4"), bytes([index % 4]) * 10)
+    ledger = ledger_in(storage, tmp_path / "out")
+    label_library(ledger, library(20, uri=str(folder)))
     file = write_csv(ledger, tmp_path / "c.csv", {"v0000": "a new one", "v0001": "red"})
     config = CorrectConfig(
         predictions=ledger.root,
@@ -152,7 +160,11 @@ def test_new_classes_come_last_and_videos_without_a_split_are_shared_out(ledger:
     totals = correct(config)
     catalog = load_catalog(Storage(), str(tmp_path / "set" / "catalog.parquet"))
     assert catalog.labels == (*LABELS, "a new one")
-    assert rows_in(tmp_path / "set")["v0000"]["label_id"] == 3
+    rows = rows_in(tmp_path / "set")
+    assert rows["v0000"]["label_id"] == 3
+    sides = {(int(video_id[1:]) % 4, row["split"]) for video_id, row in rows.items()}
+    assert sorted(content for content, _ in sides) == [0, 1, 2, 3]
+    assert "to validate on, for 4 classes: each is" in capsys.readouterr().err
     assert set(totals["splits"]) == {"train", "val"}
     assert sum(totals["splits"].values()) == 16
 

@@ -113,6 +113,7 @@ _PROBLEMS = {
     "UnusableName": "its name is not UTF-8; rename it",
 }
 _FEW_TO_VALIDATE = 10
+_SHOWN_CLASSES = 5
 _MAX_CLASS = 2**12  # characters of a name, as in a checkpoint
 
 
@@ -303,6 +304,12 @@ def set_problems(places: Mapping[tuple[str | None, str | None], int]) -> list[tu
         what = f"{many(num_val, 'video')} to validate on, for {many(len(labels), 'class')}"
         text = f"{what}: each is {100 / num_val:.0f} % of a top-1"
         found.append((text, "accuracies on so few say little; add videos to val"))
+    trained = {label for label, split in places if split == "train" and label is not None}
+    lacking = sorted(trained - {label for label, split in places if split == "val"})
+    if num_val and lacking:
+        text = f"{many(len(lacking), 'class')} without a video to validate on: {', '.join(lacking[:_SHOWN_CLASSES])}"
+        text += ", ..." if len(lacking) > _SHOWN_CLASSES else ""
+        found.append((text, "no accuracy speaks for them; add videos of them to val"))
     return found
 
 

@@ -10,22 +10,23 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-from kinoray.catalog.folders import class_name
-from kinoray.catalog.source import decode_text, parse_table_text
-from kinoray.catalog.table import CATALOG_SCHEMA, Catalog, catalog_of_source, save_catalog
+from kinoray.catalog.folders import class_name, set_problems
+from kinoray.catalog.source import decode_text, parse_table_text, stat_size, warn
+from kinoray.catalog.table import CATALOG_SCHEMA, Catalog, Reference, catalog_of_source, save_catalog
 from kinoray.console import many
 from kinoray.errors import CatalogError
 from kinoray.label.keys import row_keys
 from kinoray.label.ledger import Ledger, open_ledger
 from kinoray.library.config import CorrectConfig
 from kinoray.library.rows import BAD_VIDEO, class_names, scan, undefused
-from kinoray.pack.plan import drawn_to_val
+from kinoray.pack.plan import Candidate, contents_of, draw_splits
 from kinoray.storage.objects import MAX_TABLE_BYTES, Storage, absolute, join
 from kinoray.storage.records import require_folder
 
@@ -34,6 +35,7 @@ __all__ = ["Correction", "correct", "read_corrections"]
 _COLUMNS = ("video_id", "uri", "offset", "length", "row_key", "status", "label", "score")
 _NUMBER = re.compile(r"\s*[-+]?(\d+(\.\d*)?|\.\d+)(e[-+]?\d+)?\s*", re.ASCII | re.IGNORECASE)
 _MAX_NUMBER = 40  # characters
+_STAT_THREADS = 16
 _Row = dict[str, Any]
 
 
@@ -83,11 +85,10 @@ def correct(config: CorrectConfig) -> dict[str, Any]:
             f"no video of {ledger.root} has a label now: give --corrections with classes, or a lower --accept-score"
         )
     ids = {name: index for index, name in enumerate(labels)}
-    free = [(row["video_id"], row["label"], row.get("sha256")) for row in rows if not row["split"]]
-    validating = drawn_to_val(free, config.val_fraction)
+    splits = _splits(storage, ledger.root, rows, config.val_fraction)
     for row in rows:
         row["label_id"] = ids[row["label"]]
-        row["split"] = row["split"] or ("val" if row["video_id"] in validating else "train")
+        row["split"] = splits[row["video_id"]]
     arrays = [pa.array([row.get(field.name) for row in rows], field.type) for field in CATALOG_SCHEMA]
     catalog = Catalog(pa.table(arrays, schema=CATALOG_SCHEMA), labels)
     out = absolute(config.out)
@@ -96,6 +97,25 @@ def correct(config: CorrectConfig) -> dict[str, Any]:
     save_catalog(storage, join(out, "catalog.parquet"), catalog)
     _report(out, totals)
     return totals
+
+
+def _splits(storage: Storage, source: str, rows: Sequence[_Row], val_fraction: float) -> dict[str, str]:
+    """video_id -> split, as `pack` finds it; what is odd of it is said."""
+    contents = [row.get("sha256") for row in rows]
+    if val_fraction:
+        places = [Reference(row["uri"], row["offset"], row["length"], row.get("sha256")) for row in rows]
+        sizes = [row["length"] if row["length"] is not None else row.get("size_bytes") for row in rows]
+        with ThreadPoolExecutor(_STAT_THREADS) as pool:
+            known = list(pool.map(lambda place, size: size or stat_size(storage, place.uri), places, sizes))
+        contents = contents_of(storage, list(zip(places, known, strict=True)))
+    candidates = [
+        Candidate(row["video_id"], (row["label"],), row["split"], content)
+        for row, content in zip(rows, contents, strict=True)
+    ]
+    splits = draw_splits(source, candidates, val_fraction)
+    for problem, remedy in set_problems(Counter((row["label"], splits[row["video_id"]]) for row in rows)):
+        warn(f"{source}: {problem}; {remedy}")
+    return splits
 
 
 def _classes(ledger: Ledger, config: CorrectConfig, known: Catalog) -> tuple[str, ...]:

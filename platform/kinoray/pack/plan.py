@@ -2,10 +2,12 @@
 
 A plan is a pure function of the listing, so that every run comes to the same one. A shard holds one split, and its
 files are drawn from all classes by a hash of their names: any shard is a fair sample. What is easy to break: which
-videos validate is drawn class by class in the order of that hash, so that a grown source moves few of them.
+videos validate is drawn class by class in the order of that hash, so that a grown source moves few of them; and equal
+contents are one video there, whatever each of them is called, or a network is scored on what it has learnt by heart.
 """
 
 import hashlib
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -27,7 +29,7 @@ from kinoray.catalog.folders import (
 from kinoray.catalog.quarantine import QuarantineRow, Refusal
 from kinoray.catalog.read import Reference, time_problem
 from kinoray.catalog.source import UNLABELLED_SPLITS, SourceFile, find_files, stat_size, warn
-from kinoray.catalog.table import Catalog, is_catalog, load_catalog
+from kinoray.catalog.table import Catalog, is_catalog, load_catalog, references
 from kinoray.config.shared import digest
 from kinoray.console import many
 from kinoray.errors import BadCredentials, CatalogError, StorageError, StorageUnavailable
@@ -35,12 +37,14 @@ from kinoray.pack.config import PackConfig
 from kinoray.storage.objects import Storage, join
 
 __all__ = [
+    "Candidate",
     "FileVerdict",
     "Plan",
     "PlannedVideo",
     "Unit",
+    "contents_of",
     "cut_evenly",
-    "drawn_to_val",
+    "draw_splits",
     "make_plan",
     "plan_of_catalog",
     "plan_source",
@@ -52,6 +56,20 @@ T = TypeVar("T")
 
 _STAT_THREADS = 16
 _TAIL_BYTES = 64 * 2**10
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A video that a split is found for."""
+
+    name: str
+    """Unique; its hash is its place in the draw."""
+    labels: tuple[str, ...]
+    """Its classes; none of an unlabelled video."""
+    split: str | None = None
+    """Where the source says that it belongs."""
+    content: str | None = None
+    """Equal to that of its copies; None where it has none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,17 +216,28 @@ def plan_source(storage: Storage, config: PackConfig) -> Plan:
     shard_bytes, source = config.shard_mb * 2**20, config.source
     if is_catalog(storage, source):
         catalog = _with_sizes(storage, load_catalog(storage, source))
-        plan = plan_of_catalog(source, catalog, shard_bytes=shard_bytes, val_fraction=config.val_fraction)
+        contents = {}
+        if config.val_fraction:
+            places = zip(references(catalog.table), catalog.table["size_bytes"].to_pylist(), strict=True)
+            found = contents_of(storage, [(place, size_bytes or 0) for place, size_bytes in places])
+            contents = dict(zip(catalog.table["video_id"].to_pylist(), found, strict=True))
+        plan = plan_of_catalog(
+            source, catalog, shard_bytes=shard_bytes, val_fraction=config.val_fraction, contents=contents
+        )
     else:
         files = find_files(storage, source)
-        tails = _tails(storage, files) if config.val_fraction else {}
-        plan = make_plan(source, files, shard_bytes=shard_bytes, val_fraction=config.val_fraction, contents=tails)
-    places: Counter[tuple[str | None, str | None]] = Counter(
+        contents = {}
+        if config.val_fraction:
+            videos = [file for file in files if file.is_video]
+            found = contents_of(storage, [(Reference(file.uri), file.size_bytes) for file in videos])
+            contents = dict(zip((file.uri for file in videos), found, strict=True))
+        plan = make_plan(source, files, shard_bytes=shard_bytes, val_fraction=config.val_fraction, contents=contents)
+    splits: Counter[tuple[str | None, str | None]] = Counter(
         (file.label, file.split) for unit in plan.units for file in unit.files if isinstance(file, PlannedVideo)
     )
-    for found, remedy in set_problems(places):
-        warn(f"{source}: {found}; {remedy}")
-    if config.val_fraction and all(split != "val" for _, split in places):
+    for problem, remedy in set_problems(splits):
+        warn(f"{source}: {problem}; {remedy}")
+    if config.val_fraction and all(split != "val" for _, split in splits):
         warn(f"{source}: val_fraction {config.val_fraction:g} sent no video to val: no class has two without a split")
     return plan
 
@@ -219,7 +248,7 @@ def make_plan(
     *,
     shard_bytes: int,
     val_fraction: float,
-    contents: Mapping[str, str] = MappingProxyType({}),
+    contents: Mapping[str, str | None] = MappingProxyType({}),
 ) -> Plan:
     """Sort the files of `source` into shards of about `shard_bytes`.
 
@@ -227,7 +256,7 @@ def make_plan(
     train, val or test, or by another usual name of these. Without splits, `val_fraction` of each class goes to val.
 
     Args:
-        contents: uri -> a digest, of files whose contents may be those of others.
+        contents: uri -> `contents_of`.
 
     Raises:
         CatalogError: no file has a class, or a row of a CSV has none.
@@ -254,8 +283,11 @@ def make_plan(
         if not files:
             raise CatalogError(no_video_among(source, others, expected))
         raise CatalogError(f"{source}: found {many(len(files), 'video')}, but none in a class folder; {expected}")
-    free = [(file.name, label, contents.get(file.uri)) for file, label, split in kept if not split]
-    validating = drawn_to_val(free, val_fraction)
+    candidates = [
+        Candidate(file.name, () if label is None else (label,), split, contents.get(file.uri))
+        for file, label, split in kept
+    ]
+    splits = draw_splits(source, candidates, val_fraction)
     labels = tuple(sorted({label for _, label, _ in kept if label is not None}))
     label_ids = {label: index for index, label in enumerate(labels)}
     videos = [
@@ -266,17 +298,27 @@ def make_plan(
             size_bytes=file.size_bytes,
             label=label,
             label_id=None if label is None else label_ids[label],
-            split=split or ("val" if file.name in validating else "train"),
+            split=splits[file.name],
         )
-        for file, label, split in kept
+        for file, label, _ in kept
     ]
     return replace(_plan_of(labels, videos, refused, shard_bytes, val_fraction), others=others)
 
 
-def plan_of_catalog(source: str, catalog: Catalog, *, shard_bytes: int, val_fraction: float) -> Plan:
+def plan_of_catalog(
+    source: str,
+    catalog: Catalog,
+    *,
+    shard_bytes: int,
+    val_fraction: float,
+    contents: Mapping[str, str | None] = MappingProxyType({}),
+) -> Plan:
     """Sort the rows of a catalog into shards of about `shard_bytes`: its classes, their order and its splits stay.
 
     Rows without a split go to train, and `val_fraction` of each class of them to val.
+
+    Args:
+        contents: video_id -> `contents_of`.
 
     Raises:
         CatalogError: it has no row, or some rows of a split have a class and others none.
@@ -285,8 +327,16 @@ def plan_of_catalog(source: str, catalog: Catalog, *, shard_bytes: int, val_frac
     if not rows:
         raise CatalogError(f"{source}: the catalog is empty, there is nothing to pack")
     keys = unique_ids([f"{row['video_id']}.x" for row in rows])  # as they are, where they are such names already
-    free = [(row["video_id"], row["label"], row["sha256"]) for row in rows if not row["split"]]
-    validating = drawn_to_val(free, val_fraction)
+    candidates = [
+        Candidate(
+            name=row["video_id"],
+            labels=() if row["label"] is None else (row["label"],),
+            split=row["split"],
+            content=contents.get(row["video_id"]) or row["sha256"],
+        )
+        for row in rows
+    ]
+    splits = draw_splits(source, candidates, val_fraction)
     videos = [
         PlannedVideo(
             video_id=key,
@@ -295,7 +345,7 @@ def plan_of_catalog(source: str, catalog: Catalog, *, shard_bytes: int, val_frac
             size_bytes=max(0, row["length"] if row["length"] is not None else row["size_bytes"] or 0),
             label=row["label"],
             label_id=row["label_id"],
-            split=row["split"] or ("val" if row["video_id"] in validating else "train"),
+            split=splits[row["video_id"]],
             offset=row["offset"],
             length=row["length"],
             sha256=row["sha256"],
@@ -330,26 +380,35 @@ def _with_sizes(storage: Storage, catalog: Catalog) -> Catalog:
     return Catalog(table.set_column(place, table.schema.field(place), sizes), catalog.labels)
 
 
-def _tails(storage: Storage, files: Sequence[SourceFile]) -> dict[str, str]:
-    """uri -> a digest of the size and the last bytes, of files that have as many bytes as others.
+def contents_of(storage: Storage, videos: Sequence[tuple[Reference, int]]) -> list[str | None]:
+    """What is equal of copies and of nothing else that is likely, for each video and its size; None where none is.
 
-    Copies have equal ones. Others may, too: then they are on one side, which does no harm.
+    The checksum, where all videos of that size have one; else a digest of the last bytes. Videos that are alike in size
+    and end are then on one side of a split, copies or not, which does no harm.
+
+    Raises:
+        StorageUnavailable, BadCredentials: the store cannot be asked. Of what else cannot be read its reader will tell.
     """
-    sizes = Counter(file.size_bytes for file in files if file.is_video)
+    sizes = [place.length or size_bytes for place, size_bytes in videos]
+    counts = Counter(sizes)
+    bare = {size for (place, _), size in zip(videos, sizes, strict=True) if place.sha256 is None}
 
-    def tail(file: SourceFile) -> str:
-        length = min(file.size_bytes, _TAIL_BYTES)
+    def content(place: Reference, size_bytes: int) -> str | None:
+        if size_bytes not in bare:
+            return place.sha256
+        if size_bytes <= 0 or counts[size_bytes] < 2 or place.problem:
+            return None
+        length = min(size_bytes, _TAIL_BYTES)
         try:
-            data = storage.read_range(file.uri, file.size_bytes - length, length)
+            data = storage.read_range(place.uri, (place.offset or 0) + size_bytes - length, length)
         except (StorageUnavailable, BadCredentials):
             raise
-        except StorageError:  # its reader will say so
-            return file.uri
-        return f"{file.size_bytes}:{hashlib.sha256(data).hexdigest()}"
+        except StorageError:
+            return None
+        return f"{size_bytes}:{hashlib.sha256(data).hexdigest()}"
 
-    alike = [file for file in files if file.is_video and file.size_bytes and sizes[file.size_bytes] > 1]
     with ThreadPoolExecutor(_STAT_THREADS) as pool:
-        return dict(zip((file.uri for file in alike), pool.map(tail, alike), strict=True))
+        return list(pool.map(content, (place for place, _ in videos), sizes))
 
 
 def _places_from_rows(source: str, files: Sequence[SourceFile]) -> list[tuple[str | None, str | None] | str]:
@@ -384,30 +443,80 @@ def _by_split(videos: Sequence[PlannedVideo]) -> dict[str, list[PlannedVideo]]:
     return splits
 
 
-def drawn_to_val(videos: Sequence[tuple[str, str | None, str | None]], fraction: float) -> set[str]:
-    """Names of the videos, given as (name, class, content or None), that validate: that share of each class.
+def draw_splits(source: str, candidates: Sequence[Candidate], fraction: float) -> dict[str, str]:
+    """name -> split of each video: what the source says; else that of a copy; else val for `fraction` of each class.
 
-    Of a class with two videos or more at least one validates and one does not. Which ones is a matter of their names:
-    those whose hashes come first. What is left of the fractions of all classes goes to the largest remainders. Videos
-    of equal content are one here, of the class of the first of them.
+    Of a class with two contents or more at least one validates and one does not. Which ones is a matter of their names:
+    those whose hashes come first. What is left of the fractions of all classes goes to the largest remainders. Copies
+    are one here, of the classes of all of them. What the source itself puts on both sides is named in a warning.
+    """
+    splits = {video.name: video.split for video in candidates if video.split}
+    said: dict[str, set[str]] = {}
+    for video in candidates:
+        if video.split and video.content and video.labels:  # a split without labels scores nothing
+            said.setdefault(video.content, set()).add(video.split)
+    leaks = [
+        video.name
+        for video in candidates
+        if video.split == "train" and video.content and said.get(video.content, {"train"}) != {"train"}
+    ]
+    if leaks:
+        warn(
+            f"{source}: {many(len(leaks), 'video')} of split train with the same content as one of another split, such "
+            f"as {leaks[0]}; they stay where the source says, and scores of that split are too good: leave them out"
+        )
+    free: dict[str, list[Candidate]] = {}
+    for video in sorted(candidates, key=lambda video: (share("val", video.name), video.name)):
+        if video.split:
+            continue
+        if video.content in said:
+            others = said[video.content]
+            splits[video.name] = min(others - {"train"} or others)  # rather scored than learnt
+            continue
+        free.setdefault(f"content {video.content}" if video.content else f"name {video.name}", []).append(video)
+    classes: dict[str, list[str]] = {}
+    for key, videos in free.items():
+        for label in sorted({label for video in videos for label in video.labels or ("",)}):
+            classes.setdefault(label, []).append(key)
+    validating = _drawn(classes, fraction)
+    for key, videos in free.items():
+        splits |= dict.fromkeys((video.name for video in videos), "val" if key in validating else "train")
+    return splits
+
+
+def _drawn(classes: Mapping[str, Sequence[str]], fraction: float) -> set[str]:
+    """Which keys validate, of those of each class in the order in which they are drawn; a key may have many classes.
+
+    Rare classes draw first, and what they drew counts for the others. No class gives its last one.
     """
     if not 0 < fraction < 1:
-        return {name for name, _, _ in videos if fraction}
-    same: dict[str, list[str]] = {}
-    classes: dict[str | None, list[str]] = {}
-    for name, label, content in sorted(videos, key=lambda video: (share("val", video[0]), video[0])):
-        key = f"content {content}" if content else f"name {name}"
-        if key not in same:
-            classes.setdefault(label, []).append(key)
-        same.setdefault(key, []).append(name)
-    classes = {label: keys for label, keys in classes.items() if len(keys) > 1}
-    quotas = {label: fraction * len(keys) for label, keys in classes.items()}
+        return {key for keys in classes.values() for key in keys if fraction}
+    several = {label: keys for label, keys in classes.items() if len(keys) > 1}
+    quotas = {label: fraction * len(keys) for label, keys in several.items()}
     counts = {label: int(quota) for label, quota in quotas.items()}
     missing = round(sum(quotas.values())) - sum(counts.values())
-    for label in sorted(quotas, key=lambda label: (counts[label] - quotas[label], label or ""))[: max(0, missing)]:
+    for label in sorted(quotas, key=lambda label: (counts[label] - quotas[label], label))[: max(0, missing)]:
         counts[label] += 1
-    chosen = [key for label, keys in classes.items() for key in keys[: min(max(counts[label], 1), len(keys) - 1)]]
-    return {name for key in chosen for name in same[key]}
+    classes_of: dict[str, list[str]] = {}
+    for label, keys in classes.items():
+        for key in keys:
+            classes_of.setdefault(key, []).append(label)
+    wanted = {label: max(counts[label], 1) if label in counts else 0 for label in classes}
+    room = {label: len(keys) - 1 for label, keys in classes.items()}  # that it can still give
+    chosen: set[str] = set()
+    for label, keys in sorted(several.items(), key=lambda item: (len(item[1]), item[0])):
+        for spare in (0, -math.inf):  # first those that no other class has enough of
+            for key in keys:
+                if wanted[label] <= 0:
+                    break
+                mine = classes_of[key]
+                if key in chosen or any(room[other] == 0 or wanted[other] <= spare for other in mine):
+                    continue
+                chosen.add(key)
+                for other in mine:
+                    room[other] -= 1
+                    wanted[other] -= 1
+    return chosen
 
 
 def share(purpose: str, name: str) -> float:

@@ -1,11 +1,13 @@
 """`kinoray train`: check everything that can be checked without a cluster, run the workers, say what came of it."""
 
 import time
+from collections import Counter
 from dataclasses import fields, is_dataclass, replace
 from typing import Any, TypeVar, cast
 
 from torch import nn
 
+from kinoray.catalog.folders import set_problems
 from kinoray.catalog.table import Catalog, load_catalog
 from kinoray.config.shared import ClipConfig, ModelConfig, OptimConfig, require
 from kinoray.console import draw_step, format_duration, kept_if_interrupted, many, visible
@@ -78,6 +80,7 @@ def train(config: TrainConfig, gate: Gate | None = None) -> dict[str, Any]:
     if newest is None or not _is_finished(folder, config, newest):
         sizes = f"{many(num_train, 'video')}, {num_val} to score, {many(len(catalog.labels), 'class')}"
         print(f"train: {sizes}, {many(config.optim.epochs, 'epoch')}, to {config.out}", flush=True)
+        _say_problems(config, catalog)
         newest = _train_on(folder, config, catalog, gate)  # its first worker says what is broken
     else:
         for line in broken:
@@ -247,6 +250,15 @@ def _check_model(config: TrainConfig, catalog: Catalog) -> None:
         )
 
 
+def _say_problems(config: TrainConfig, catalog: Catalog) -> None:
+    """What is poor about the set: few videos to score make a high accuracy by chance."""
+    roles = {config.split: "train", config.val_split: "val"}
+    rows = zip(catalog.table["label"].to_pylist(), catalog.table["split"].to_pylist(), strict=True)
+    places = Counter((label, roles[split]) for label, split in rows if split and split in roles)
+    for problem, remedy in set_problems(places):
+        print(f"train: warning: {visible(problem)}; {remedy}", flush=True)
+
+
 def _say_departures(config: TrainConfig) -> None:
     """Whether the network is fed otherwise than its authors did; it may well be meant so."""
     if not is_shipped(config.model.factory):
@@ -289,7 +301,10 @@ def _result(folder: RunFolder, last: Checkpoint, num_before: int, took_s: float)
         "metrics": [row.record() for row in folder.epochs()],
         "took_s": took_s,
     }
-    scored = f", val top-1 {totals['val_top1']:.3f}" if totals["val_top1"] is not None else ""
+    scored = ""
+    if totals["val_top1"] is not None:
+        of = many(int(best.metrics.get("val_videos", 0)), "video")
+        scored = f", val top-1 {totals['val_top1']:.3f} of {of}"
     done = ", ".join((many(newest.epoch, "epoch"), many(newest.step, "step"), many(newest.samples, "video")))
     num_now = newest.samples - num_before
     now = f", {num_now:,} of them now" if num_before and num_now else ""
