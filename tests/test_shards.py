@@ -15,13 +15,13 @@ import pytest
 from kinoray.catalog.folders import is_other, said_of_others
 from kinoray.catalog.quarantine import QuarantineRow, Refusal, count_reasons, load_quarantine, save_quarantine
 from kinoray.catalog.source import SourceFile, find_files
-from kinoray.catalog.table import CATALOG_SCHEMA, Catalog, catalog_of_files, save_catalog
+from kinoray.catalog.table import CATALOG_SCHEMA, Catalog, catalog_of_files, load_catalog, save_catalog
 from kinoray.config.files import local_uri
 from kinoray.config.shared import DecodeConfig
 from kinoray.demo.videos import make_broken, make_demo_set
 from kinoray.errors import CatalogError, ObjectNotFound
 from kinoray.pack.config import PackConfig
-from kinoray.pack.plan import Candidate, Plan, PlannedVideo, Unit, draw_splits, make_plan, plan_source
+from kinoray.pack.plan import Candidate, Plan, PlannedVideo, Unit, draw_splits, make_plan, plan_of_catalog, plan_source
 from kinoray.pack.tars import write_tar
 from kinoray.pack.unit import PackSettings, pack_unit, read_commit
 from kinoray.storage.objects import Storage
@@ -228,6 +228,44 @@ def test_copies_are_on_one_side_of_a_split(tmp_path: Path) -> None:
     assert Counter(split for _, split in sides) == {"val": 2, "train": 4}
 
 
+def test_a_list_may_give_each_video_several_classes(tmp_path: Path) -> None:
+    for name in ("a.mp4", "b.mp4", "c.mp4", "d.mp4"):
+        (tmp_path / name).write_bytes(name.encode())
+    source = tmp_path / "list.csv"
+    source.write_text("path,labels,split\na.mp4, round |red|round,train\nb.mp4,|,train\nc.mp4,red,val\nd.mp4,,test\n")
+    files = find_files(STORAGE, str(source))
+    plan = make_plan(str(source), files, shard_bytes=100, val_fraction=0.0)
+    videos = {video.name: video for unit in plan.units for video in unit.files if isinstance(video, PlannedVideo)}
+    assert plan.labels == ("red", "round")
+    assert {name: video.label_ids for name, video in videos.items()} == {
+        "a.mp4": (0, 1),
+        "b.mp4": (),
+        "c.mp4": (0,),
+        "d.mp4": None,
+    }
+    assert videos["a.mp4"].labels == ("red", "round")
+    assert {(video.label, video.label_id) for video in videos.values()} == {(None, None)}
+    catalog = catalog_of_files(str(source), files)
+    assert catalog.table["label_ids"].to_pylist() == [[0, 1], [], [0], None]
+    assert (catalog.is_multilabel, catalog.class_names()) == (True, [("red", "round"), (), ("red",), ()])
+    uri = str(tmp_path / "catalog.parquet")
+    save_catalog(STORAGE, uri, catalog)
+    again = load_catalog(STORAGE, uri)
+    assert (again.digest, again.table.equals(catalog.table)) == (catalog.digest, True)
+    packed = plan_of_catalog(uri, again.select("train"), shard_bytes=100, val_fraction=0.0)
+    assert {video.video_id: video.label_ids for unit in packed.units for video in unit.files} == {"a": (0, 1), "b": ()}
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as tar:
+        write_tar(tar, videos["a.mp4"], b"x")
+    assert b'"labels": ["red", "round"], "label_ids": [0, 1]}' in buffer.getvalue()
+    source.write_text("path,label,labels\na.mp4,red,red\n")
+    with pytest.raises(CatalogError, match="line 1: there are the columns label and labels; keep label where each"):
+        find_files(STORAGE, str(source))
+    source.write_text("path,labels\na.mp4,red\nb.mp4,\n")
+    with pytest.raises(CatalogError, match=r"b\.mp4 has no label.*as in a\.mp4,red\|round, and \| alone for none"):
+        make_plan(str(source), find_files(STORAGE, str(source)), shard_bytes=100, val_fraction=0.0)
+
+
 def draw(*rows: tuple[str, str, str | None, str | None], fraction: float = 0.5) -> dict[str, str]:
     """Splits of (name, classes divided by a comma, split, content)."""
     videos = [Candidate(name, tuple(labels.split(",")), split, content) for name, labels, split, content in rows]
@@ -337,6 +375,8 @@ def test_the_plan_is_a_function_of_the_listing() -> None:
     assert plan_of(*names).digest == plan_of(*names).digest
     others = [plan_of(*names, "a/new.mp4"), plan_of(*names, size_bytes=999), plan_of(*names, val_fraction=0.5)]
     assert len({plan_of(*names).digest, *(other.digest for other in others)}) == 4
+    quarter = plan_of(*names, shard_bytes=10_000, val_fraction=0.25)
+    assert quarter.digest == "b2c6b7915626c70e"  # as it was before a video could have several classes
 
 
 # --- the tar

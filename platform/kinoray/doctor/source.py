@@ -54,8 +54,8 @@ class Inventory:
     """Files whose video_id carries a digest, since it would be too long or another file's, too."""
     notes: tuple[str, ...] = ()
     """What was left out of the listing, and why."""
-    places: Mapping[tuple[str | None, str | None], int]
-    """(label, split) -> videos: the catalog's, or what `pack` would make of a folder; empty if nothing is labelled."""
+    places: Mapping[tuple[tuple[str, ...], str | None], int]
+    """(classes, split) -> videos: the catalog's, or what `pack` would make of a folder; empty if none is labelled."""
 
 
 def open_source(storage: Storage, source: str) -> Inventory:
@@ -92,19 +92,19 @@ def open_source(storage: Storage, source: str) -> Inventory:
     )
 
 
-def _places_of(catalog: Catalog) -> Counter[tuple[str | None, str | None]]:
-    labels, splits = (catalog.table.column(name) for name in ("label", "split"))
-    if labels.null_count == splits.null_count == len(catalog):
+def _places_of(catalog: Catalog) -> Counter[tuple[tuple[str, ...], str | None]]:
+    splits = catalog.table.column("split")
+    if splits.null_count == len(catalog) and not any(catalog.class_names()):
         return Counter()
-    return Counter(zip(labels.to_pylist(), splits.to_pylist(), strict=True))
+    return Counter(zip(catalog.class_names(), splits.to_pylist(), strict=True))
 
 
-def _places_of_folders(videos: Sequence[SourceFile]) -> Counter[tuple[str | None, str | None]]:
+def _places_of_folders(videos: Sequence[SourceFile]) -> Counter[tuple[tuple[str, ...], str | None]]:
     """What `kinoray pack` would take for class and split; nothing if there are no class folders."""
     places = places_in_folders([video.name for video in videos])
     if all(isinstance(place, str) for place in places):
         return Counter()
-    return Counter((None, None) if isinstance(place, str) else place for place in places)
+    return Counter(((), None) if isinstance(place, str) else ((place[0],), place[1]) for place in places)
 
 
 def choose_sample(catalog: Catalog, count: int) -> list[int]:

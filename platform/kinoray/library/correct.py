@@ -113,7 +113,7 @@ def _splits(storage: Storage, source: str, rows: Sequence[_Row], val_fraction: f
         for row, content in zip(rows, contents, strict=True)
     ]
     splits = draw_splits(source, candidates, val_fraction)
-    for problem, remedy in set_problems(Counter((row["label"], splits[row["video_id"]]) for row in rows)):
+    for problem, remedy in set_problems(Counter(((row["label"],), splits[row["video_id"]]) for row in rows)):
         warn(f"{source}: {problem}; {remedy}")
     return splits
 

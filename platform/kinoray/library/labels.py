@@ -57,6 +57,8 @@ class _Joined:
         self.uri = uri
         table = catalog_of_source(storage, absolute(uri)).table
         names = [name for name in CATALOG_SCHEMA.names if name not in _PLACE]
+        if table["label_ids"].null_count == len(table):
+            names.remove("label_ids")
         self.ids = table["video_id"].combine_chunks()
         self.table = table.select(names).rename_columns([_PREFIX + name for name in names]).combine_chunks()
         self.num_met = 0

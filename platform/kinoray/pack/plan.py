@@ -106,11 +106,20 @@ class PlannedVideo:
     """Kinetics: where the clip begins in its source."""
     time_end_s: float | None = None
     """Kinetics: where it ends; what is much shorter is refused."""
+    labels: tuple[str, ...] | None = None
+    """All its classes, in a set whose videos may have several; label and label_id are None there."""
+    label_ids: tuple[int, ...] | None = None
+    """Their indices, rising."""
 
     @property
     def key(self) -> str:
         """What it is known by while it is packed."""
         return self.clip or self.video_id
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Its classes; none of an unlabelled video."""
+        return (self.label,) if self.label is not None else self.labels or ()
 
     @property
     def source(self) -> str:
@@ -201,9 +210,13 @@ class Plan:
     @property
     def digest(self) -> str:
         """16 hex digits of all of it: which files, how large, of which class and split, in which unit."""
-        return digest(
-            [self.labels, [asdict(unit) for unit in self.units], [asdict(row) for row in self.refused], self.others]
-        )
+        units = [asdict(unit) for unit in self.units]
+        for unit in units:
+            for file in unit["files"]:
+                for name in ("labels", "label_ids"):
+                    if file.get(name, ()) is None:  # of one class a video: the digest that such a plan always had
+                        del file[name]
+        return digest([self.labels, units, [asdict(row) for row in self.refused], self.others])
 
 
 def plan_source(storage: Storage, config: PackConfig) -> Plan:
@@ -232,8 +245,8 @@ def plan_source(storage: Storage, config: PackConfig) -> Plan:
             found = contents_of(storage, [(Reference(file.uri), file.size_bytes) for file in videos])
             contents = dict(zip((file.uri for file in videos), found, strict=True))
         plan = make_plan(source, files, shard_bytes=shard_bytes, val_fraction=config.val_fraction, contents=contents)
-    splits: Counter[tuple[str | None, str | None]] = Counter(
-        (file.label, file.split) for unit in plan.units for file in unit.files if isinstance(file, PlannedVideo)
+    splits: Counter[tuple[tuple[str, ...], str | None]] = Counter(
+        (file.class_names, file.split) for unit in plan.units for file in unit.files if isinstance(file, PlannedVideo)
     )
     for problem, remedy in set_problems(splits):
         warn(f"{source}: {problem}; {remedy}")
@@ -284,11 +297,11 @@ def make_plan(
             raise CatalogError(no_video_among(source, others, expected))
         raise CatalogError(f"{source}: found {many(len(files), 'video')}, but none in a class folder; {expected}")
     candidates = [
-        Candidate(file.name, () if label is None else (label,), split, contents.get(file.uri))
+        Candidate(file.name, file.labels or (() if label is None else (label,)), split, contents.get(file.uri))
         for file, label, split in kept
     ]
     splits = draw_splits(source, candidates, val_fraction)
-    labels = tuple(sorted({label for _, label, _ in kept if label is not None}))
+    labels = tuple(sorted({label for candidate in candidates for label in candidate.labels}))
     label_ids = {label: index for index, label in enumerate(labels)}
     videos = [
         PlannedVideo(
@@ -299,6 +312,8 @@ def make_plan(
             label=label,
             label_id=None if label is None else label_ids[label],
             split=splits[file.name],
+            labels=file.labels,
+            label_ids=None if file.labels is None else tuple(sorted(map(label_ids.__getitem__, file.labels))),
         )
         for file, label, _ in kept
     ]
@@ -327,14 +342,15 @@ def plan_of_catalog(
     if not rows:
         raise CatalogError(f"{source}: the catalog is empty, there is nothing to pack")
     keys = unique_ids([f"{row['video_id']}.x" for row in rows])  # as they are, where they are such names already
+    class_names = catalog.class_names()
     candidates = [
         Candidate(
             name=row["video_id"],
-            labels=() if row["label"] is None else (row["label"],),
+            labels=names,
             split=row["split"],
             content=contents.get(row["video_id"]) or row["sha256"],
         )
-        for row in rows
+        for row, names in zip(rows, class_names, strict=True)
     ]
     splits = draw_splits(source, candidates, val_fraction)
     videos = [
@@ -350,11 +366,13 @@ def plan_of_catalog(
             length=row["length"],
             sha256=row["sha256"],
             row_problem=time_problem(row["time_start_s"], row["time_end_s"]),
+            labels=None if row["label_ids"] is None else names,
+            label_ids=None if row["label_ids"] is None else tuple(row["label_ids"]),
         )
-        for row, key in zip(rows, keys, strict=True)
+        for row, key, names in zip(rows, keys, class_names, strict=True)
     ]
     for split, members in _by_split(videos).items():
-        missing = [video.video_id for video in members if video.label_id is None]
+        missing = [video.video_id for video in members if video.label_id is None and video.label_ids is None]
         if 0 < len(missing) < len(members):
             raise CatalogError(
                 f"{source}: {len(missing)} of the {len(members)} videos of split {split!r} have no class, {missing[0]} "
@@ -414,10 +432,11 @@ def contents_of(storage: Storage, videos: Sequence[tuple[Reference, int]]) -> li
 def _places_from_rows(source: str, files: Sequence[SourceFile]) -> list[tuple[str | None, str | None] | str]:
     places: list[tuple[str | None, str | None] | str] = []
     for file in files:
-        if file.label is None and file.split not in UNLABELLED_SPLITS:
+        if file.label is None and file.labels is None and file.split not in UNLABELLED_SPLITS:
             raise CatalogError(
                 f"{source}: {file.name} has no label; expected the columns path,label[,split], and a label in each row "
-                f"whose split is not {' or '.join(sorted(UNLABELLED_SPLITS))}"
+                f"whose split is not {' or '.join(sorted(UNLABELLED_SPLITS))}; where videos may have several classes, "
+                "path,labels[,split], as in a.mp4,red|round, and | alone for none of them"
             )
         places.append((file.label, file.split) if is_text(file.name) else "UnusableName")
     return places

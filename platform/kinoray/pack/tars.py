@@ -450,6 +450,8 @@ def write_tar(tar: tarfile.TarFile, video: PlannedVideo, data: bytes) -> int:
         "split": video.split,
         "source": video.uri,
     }
+    if video.labels is not None:
+        about |= {"labels": video.labels, "label_ids": video.label_ids}
     tar.addfile(_header(f"{video.video_id}.{extension}", len(data)), io.BytesIO(data))
     offset = tar.offset - -(-len(data) // _BLOCK_BYTES) * _BLOCK_BYTES
     text = json.dumps(about, ensure_ascii=False).encode()

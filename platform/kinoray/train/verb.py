@@ -253,8 +253,8 @@ def _check_model(config: TrainConfig, catalog: Catalog) -> None:
 def _say_problems(config: TrainConfig, catalog: Catalog) -> None:
     """What is poor about the set: few videos to score make a high accuracy by chance."""
     roles = {config.split: "train", config.val_split: "val"}
-    rows = zip(catalog.table["label"].to_pylist(), catalog.table["split"].to_pylist(), strict=True)
-    places = Counter((label, roles[split]) for label, split in rows if split and split in roles)
+    rows = zip(catalog.class_names(), catalog.table["split"].to_pylist(), strict=True)
+    places = Counter((names, roles[split]) for names, split in rows if split and split in roles)
     for problem, remedy in set_problems(places):
         print(f"train: warning: {visible(problem)}; {remedy}", flush=True)
 
