@@ -210,6 +210,7 @@ def check_training(config: TrainConfig, catalog: Catalog) -> tuple[int, int]:
     """
     require_known_model(config.model)
     sizes = _check_splits(config, catalog)
+    _check_recipe(config, catalog)
     _check_model(config, catalog)
     return sizes
 
@@ -226,7 +227,7 @@ def _check_splits(config: TrainConfig, catalog: Catalog) -> tuple[int, int]:
         except CatalogError as error:
             hint = '; val_split "" trains without scoring' if name == "val_split" else ""
             raise CatalogError(f"{config.catalog}: {error} ({name} is {split!r}{hint})") from error
-        unlabelled = part.table.column("label_id").null_count
+        unlabelled = part.table.column("label_ids" if catalog.is_multilabel else "label_id").null_count
         if unlabelled:
             raise CatalogError(
                 f"{config.catalog}: {unlabelled} of {len(part)} videos of {name} {split!r} have no label; pack class "
@@ -234,6 +235,13 @@ def _check_splits(config: TrainConfig, catalog: Catalog) -> tuple[int, int]:
             )
         counts.append(len(part))
     return counts[0], counts[1]
+
+
+def _check_recipe(config: TrainConfig, catalog: Catalog) -> None:
+    """What is set for label lists must meet some."""
+    kind = config.optim.multilabel_loss
+    expected = f"bce with {config.catalog}, whose videos have one class each: their loss is the cross entropy"
+    require(catalog.is_multilabel or kind == "bce", "optim.multilabel_loss", expected, kind)
 
 
 def _check_model(config: TrainConfig, catalog: Catalog) -> None:
@@ -305,6 +313,9 @@ def _result(folder: RunFolder, last: Checkpoint, num_before: int, took_s: float)
     if totals["val_top1"] is not None:
         of = many(int(best.metrics.get("val_videos", 0)), "video")
         scored = f", val top-1 {totals['val_top1']:.3f} of {of}"
+    if "val_map" in best.metrics:
+        totals["val_map"] = best.metrics["val_map"]
+        scored = f", val mAP {totals['val_map']:.3f} of {of}"
     done = ", ".join((many(newest.epoch, "epoch"), many(newest.step, "step"), many(newest.samples, "video")))
     num_now = newest.samples - num_before
     now = f", {num_now:,} of them now" if num_before and num_now else ""
