@@ -322,7 +322,7 @@ def test_a_poor_set_is_named_with_its_numbers(tmp_path: Path, capsys: pytest.Cap
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "only.mp4").write_bytes(b"one")
     plan_source(STORAGE, PackConfig(source=str(tmp_path), out="o", val_fraction=0.2))
-    assert "1 class without a video to validate on: run; no accuracy speaks for them" in capsys.readouterr().err
+    assert "1 class without a video in val: run; their accuracy stays unknown" in capsys.readouterr().err
 
 
 def test_copies_that_a_catalog_has_no_checksum_of_are_on_one_side(tmp_path: Path) -> None:

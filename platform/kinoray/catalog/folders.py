@@ -26,11 +26,13 @@ __all__ = [
     "ending_shown",
     "extension",
     "id_at",
+    "in_label_list",
     "is_hidden",
     "is_other",
     "is_text",
     "is_video",
     "is_video_head",
+    "label_list",
     "no_video_among",
     "no_video_of_endings",
     "place_problem",
@@ -286,6 +288,16 @@ def class_names(text: str, where: str) -> tuple[str, ...] | None:
     return tuple(sorted(names - {""}))
 
 
+def label_list(names: Iterable[str]) -> str:
+    """Classes in one text, `red|round`; those of equal classes are equal, and `|` is none."""
+    return BETWEEN_CLASSES.join(sorted(set(names))) or BETWEEN_CLASSES
+
+
+def in_label_list(text: str) -> tuple[str, ...]:
+    """The classes of a `label_list`."""
+    return tuple(name for name in text.split(BETWEEN_CLASSES) if name)
+
+
 def places_in_folders(names: Sequence[str]) -> list[tuple[str, str | None] | str]:
     """(class, split or None) of each video by its path below a source, or the error_class of its refusal.
 
@@ -320,12 +332,11 @@ def set_problems(places: Mapping[tuple[tuple[str, ...], str | None], int]) -> li
         what = f"{many(num_val, 'video')} to validate on, for {many(len(labels), 'class')}"
         text = f"{what}: each is {100 / num_val:.0f} % of a top-1"
         found.append((text, "accuracies on so few say little; add videos to val"))
-    trained = {label for names, split in places if split == "train" for label in names}
-    lacking = sorted(trained - {label for names, split in places if split == "val" for label in names})
-    if num_val and lacking:
-        text = f"{many(len(lacking), 'class')} without a video to validate on: {', '.join(lacking[:_SHOWN_CLASSES])}"
-        text += ", ..." if len(lacking) > _SHOWN_CLASSES else ""
-        found.append((text, "no accuracy speaks for them; add videos of them to val"))
+    absent = sorted(labels - {label for names, split in places if split == "val" for label in names})
+    if num_val and absent:
+        text = f"{many(len(absent), 'class')} without a video in val: {', '.join(absent[:_SHOWN_CLASSES])}"
+        text += f" and {len(absent) - _SHOWN_CLASSES} more" if len(absent) > _SHOWN_CLASSES else ""
+        found.append((text, "their accuracy stays unknown; move some videos to val"))
     return found
 
 

@@ -17,7 +17,8 @@ from kinoray.catalog.table import Catalog
 from kinoray.console import many, table, visible
 from kinoray.errors import CatalogError, CheckpointMismatch
 from kinoray.evaluation.metrics import average_precisions, f1_of, mean_precision, resampled_precisions, wilson_interval
-from kinoray.evaluation.record import Origin
+from kinoray.evaluation.record import MULTILABEL, Origin, true_classes
+from kinoray.network.checkpoint import CheckpointMeta
 
 __all__ = [
     "SET_COLUMNS",
@@ -25,6 +26,7 @@ __all__ = [
     "MultilabelRecord",
     "multilabel_record",
     "print_multilabel",
+    "require_truth",
     "true_sets",
 ]
 
@@ -95,7 +97,7 @@ class MultilabelRecord:
         """The file's bytes; `kind` says that it is no evaluation of one class a video."""
         tree = asdict(self)
         origin = {name: value for name, value in tree.pop("origin").items() if value is not None}
-        return json.dumps({"kind": "multilabel", **tree, **origin}, indent=1).encode()
+        return json.dumps({"kind": MULTILABEL, **tree, **origin}, indent=1).encode()
 
 
 def true_sets(catalog: Catalog, labels: Sequence[str]) -> Flags:
@@ -124,6 +126,11 @@ def true_sets(catalog: Catalog, labels: Sequence[str]) -> Flags:
     for row, found in enumerate(names):
         flags[row, [number[name] for name in found]] = True
     return flags
+
+
+def require_truth(catalog: Catalog, meta: CheckpointMeta) -> None:
+    """Check that the catalog says of each video what the network is to say. Raises as `true_sets`, `true_classes`."""
+    (true_sets if meta.scores == "sigmoid" else true_classes)(catalog, meta.labels)
 
 
 def multilabel_record(

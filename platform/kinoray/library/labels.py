@@ -220,9 +220,11 @@ def _where(config: LabelsConfig, ledger: Ledger) -> Where:
             if name not in known:
                 some = ", ".join(known[:20]) + (f" and {len(known) - 20} more" if len(known) > 20 else "")
                 raise ConfigError(f"label: the model knows no class {name!r}; it knows {some}")
+    several = is_multi_label(ledger)
     return Where(
         status=config.status,
-        label=config.label,
+        label=() if several else config.label,
+        named=config.label if several else (),
         score=config.score,
         margin=config.margin,
         video_id=config.video_id,

@@ -443,7 +443,7 @@ def write_tar(tar: tarfile.TarFile, video: PlannedVideo, data: bytes) -> int:
     extension = re.sub(r"[^a-z0-9]", "", ending.lower())[:8] if stem else ""
     if extension in ("", "json"):  # .json is the other member
         extension = "video"
-    about = {
+    about: dict[str, object] = {
         "video_id": video.video_id,
         "label": video.label,
         "label_id": video.label_id,

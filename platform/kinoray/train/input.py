@@ -160,7 +160,7 @@ class Part:
         self.catalog = catalog.select(name)
         self.name = name
         self.labels = _labels_of(self.catalog)
-        """int64 [N]; where videos may have several, float32 [N, C] of 0 and 1."""
+        """int64 [N]; where videos may have several, uint8 [N, C] of 0 and 1."""
         self.refusals: list[QuarantineRow] = []
 
     def __len__(self) -> int:
@@ -177,9 +177,9 @@ class Part:
 def _labels_of(catalog: Catalog) -> torch.Tensor:
     if not catalog.is_multilabel:
         return torch.from_numpy(catalog.table.column("label_id").to_numpy().astype(np.int64))
-    flags = torch.zeros(len(catalog), len(catalog.labels))
+    flags = torch.zeros(len(catalog), len(catalog.labels), dtype=torch.uint8)
     for row, ids in enumerate(catalog.table.column("label_ids").to_pylist()):
-        flags[row, ids] = 1.0
+        flags[row, ids] = 1
     return flags
 
 

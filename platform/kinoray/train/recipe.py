@@ -152,9 +152,12 @@ def class_weights(labels: Tensor, num_classes: int, power: float) -> Tensor:
     A class without a video has weight 0.
 
     Args:
-        labels: int64 [N], or float [N, C] of 0 and 1 where videos may have several.
+        labels: int64 [N], or [N, C] of 0 and 1 where videos may have several.
     """
-    counts = torch.bincount(labels, minlength=num_classes).double() if labels.dim() == 1 else labels.double().sum(dim=0)
+    if labels.dim() == 1:
+        counts = torch.bincount(labels, minlength=num_classes).double()
+    else:
+        counts = labels.sum(dim=0, dtype=torch.float64)
     weights = torch.where(counts > 0, counts.clamp(min=1.0) ** -power, 0.0)
     return (weights * counts.sum() / (weights * counts).sum()).float()
 
@@ -196,7 +199,7 @@ def multilabel_loss_sum(
     smoothing: float = 0.0,
     weights: Tensor | None = None,
 ) -> Tensor:
-    """Sum over videos and classes of the binary losses of logits float [B, C] with labels float [B, C], 0 or 1.
+    """Sum over videos and classes of the binary losses of logits float [B, C] with labels [B, C], 0 or 1.
 
     q          = share * labels + (1 - share) * partners;  y = (1 - smoothing) q + smoothing / 2
     loss       = sum of weights_c (y has_c + (1 - y) lacks_c),  p = sigmoid(logits)

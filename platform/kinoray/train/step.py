@@ -148,7 +148,7 @@ class Replica:
         """One optimizer step at rate lr on this rank's part of a global batch.
 
         `clips` holds the readable videos ([B, ...], B may be 0; None is no video at all), `labels` theirs: int64 [B],
-        or float [B, C] of 0 and 1.
+        or [B, C] of 0 and 1.
         """
         if is_sharded(self.module):
             self.state.share_buffers()  # as DistributedDataParallel does before each step
@@ -212,15 +212,16 @@ class Replica:
         self._pending[1] += quarantined
 
     def scored(self) -> tuple[Tensor, Tensor]:
-        """Logits and labels, float [N, C] each, of what all ranks scored since `reset`; all ranks must call it.
+        """Logits and labels, [N, C] each, of what all ranks scored since `reset`; all ranks must call it.
 
         Of videos that may have several classes; the order depends on the number of ranks.
         """
         parts: list[Any] = [None] * self._world_size
         dist.all_gather_object(parts, self._scored)
         pairs = [pair for part in parts for pair in part]
-        empty = torch.zeros(0, self._num_classes)
-        return torch.cat([empty, *(logits for logits, _ in pairs)]), torch.cat([empty, *(found for _, found in pairs)])
+        if not pairs:
+            return torch.zeros(0, self._num_classes), torch.zeros(0, self._num_classes, dtype=torch.uint8)
+        return torch.cat([logits for logits, _ in pairs]), torch.cat([found for _, found in pairs])
 
     def halt(self) -> None:
         """Tell all ranks, with the next training step or `finish`, that this one cannot go on."""

@@ -260,7 +260,7 @@ def _check_model(config: TrainConfig, catalog: Catalog) -> None:
 
 def _say_problems(config: TrainConfig, catalog: Catalog) -> None:
     """What is poor about the set: few videos to score make a high accuracy by chance."""
-    roles = {config.split: "train", config.val_split: "val"}
+    roles: dict[str, str | None] = {config.split: "train", config.val_split: "val"}
     rows = zip(catalog.class_names(), catalog.table["split"].to_pylist(), strict=True)
     places = Counter((names, roles[split]) for names, split in rows if split and split in roles)
     for problem, remedy in set_problems(places):
