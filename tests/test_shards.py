@@ -7,6 +7,7 @@ import os
 import re
 import tarfile
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa
@@ -437,6 +438,22 @@ def test_offsets_lead_to_the_original_bytes(videos: Path, tmp_path: Path) -> Non
             }
     assert [row["offset"] for row in commit.rows] == sorted(row["offset"] for row in commit.rows)
     assert {(row["width"], row["height"], row["codec"]) for row in commit.rows} == {(96, 96, "h264")}
+
+
+def test_the_classes_of_a_video_that_has_several_are_in_its_row_and_beside_it(videos: Path, tmp_path: Path) -> None:
+    shard = only_shard(videos)
+    files = [
+        replace(video, label=None, label_id=None, labels=("mixed", "odd"), label_ids=(0, 1))
+        for video in shard.files
+        if isinstance(video, PlannedVideo) and "odd_name" in video.video_id
+    ]
+    commit = pack_unit(STORAGE, str(tmp_path), replace(shard, files=tuple(files)), PackSettings())
+    assert read_commit(STORAGE, str(tmp_path), shard.name) == commit
+    assert [row["label_ids"] for row in commit.rows] == [(0, 1)] * len(files)
+    with tarfile.open(commit.tars[0].uri) as tar:
+        about = tar.extractfile(f"{files[0].video_id}.json")
+        assert about is not None
+        assert json.load(about)["labels"] == ["mixed", "odd"]
 
 
 def test_webdataset_groups_the_members_by_key(videos: Path, tmp_path: Path) -> None:
