@@ -321,14 +321,14 @@ def test_classes_are_taken_away_and_added_where_a_video_may_have_several(quiet: 
         "",
         "",
     ]
-    pressed = "[...document.querySelectorAll('#videos li:nth-child(1) [aria-pressed=true]')].length"
+    pressed = "[...document.querySelectorAll('#videos > li:nth-child(1) [aria-pressed=true]')].length"
     assert quiet.js(pressed) == 2
-    quiet.click("#videos li:nth-child(1) [data-answer='1']")
+    quiet.click("#videos > li:nth-child(1) [data-answer='1']")
     assert quiet.js(pressed) == 1
-    quiet.fill("#videos li:nth-child(2) input", "yoga")
+    quiet.fill("#videos > li:nth-child(2) input", "yoga")
     quiet.press("Enter")
-    quiet.click("#videos li:nth-child(3) [data-confirm]")
-    quiet.click("#videos li:nth-child(4) h3")
+    quiet.click("#videos > li:nth-child(3) [data-confirm]")
+    quiet.click("#videos > li:nth-child(4) h3")
     quiet.press("1", "2", "j", "y")  # none is left of the fourth; the fifth is right
     shown = "[...document.querySelectorAll('#videos .said')].map((said) => said.firstChild.textContent)"
     assert quiet.js(shown) == [
