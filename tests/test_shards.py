@@ -22,7 +22,8 @@ from kinoray.config.shared import DecodeConfig
 from kinoray.demo.videos import make_broken, make_demo_set
 from kinoray.errors import CatalogError, ObjectNotFound
 from kinoray.pack.config import PackConfig
-from kinoray.pack.plan import Candidate, Plan, PlannedVideo, Unit, draw_splits, make_plan, plan_of_catalog, plan_source
+from kinoray.pack.plan import Plan, PlannedVideo, Unit, make_plan, plan_of_catalog, plan_source
+from kinoray.pack.splits import Candidate, draw_splits
 from kinoray.pack.tars import write_tar
 from kinoray.pack.unit import PackSettings, pack_unit, read_commit
 from kinoray.storage.objects import Storage

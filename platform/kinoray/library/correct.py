@@ -28,7 +28,7 @@ from kinoray.label.keys import row_keys
 from kinoray.label.ledger import Ledger, open_ledger
 from kinoray.library.config import CorrectConfig
 from kinoray.library.rows import BAD_VIDEO, class_names, is_multi_label, scan, undefused
-from kinoray.pack.plan import Candidate, contents_of, draw_splits
+from kinoray.pack.splits import Candidate, contents_of, draw_splits
 from kinoray.storage.objects import MAX_TABLE_BYTES, Storage, absolute, join
 from kinoray.storage.records import parse_json, require_folder
 
