@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kinoray.config.scoring import ScoreKind
 from kinoray.config.shared import ClipConfig, ModelConfig
 from kinoray.network.build import build_model
 from kinoray.network.checkpoint import CheckpointMeta, save_checkpoint
@@ -55,12 +56,19 @@ def mixing(num_classes: int, journal: str = "", hold_after: int = 10**9) -> Mixi
 
 
 def save_untrained(
-    storage: Storage, uri: str, labels: tuple[str, ...], clip: ClipConfig, factory: str, **options: Any
+    storage: Storage,
+    uri: str,
+    labels: tuple[str, ...],
+    clip: ClipConfig,
+    factory: str,
+    *,
+    scores: ScoreKind = "softmax",
+    **options: Any,
 ) -> str:
     """A checkpoint with the same random weights every time; returns its uri."""
     torch.manual_seed(7)
     model = ModelConfig(factory=factory, options=options)
-    meta = CheckpointMeta(model=model, clip=clip, labels=labels, epoch=1, step=1, samples=1)
+    meta = CheckpointMeta(model=model, clip=clip, labels=labels, epoch=1, step=1, samples=1, scores=scores)
     save_checkpoint(storage, uri, model_state=build_model(model, len(labels)).state_dict(), meta=meta)
     return uri
 

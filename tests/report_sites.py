@@ -124,10 +124,21 @@ def catalog_of(truth: Truth, labels: tuple[str, ...] = CLASSES) -> Catalog:
     return Catalog(pa.Table.from_pylist(rows, schema=CATALOG_SCHEMA), labels)
 
 
-def write_predictions(folder: Path, table: pa.Table, unit_size: int = 3, *, num_units: int | None = None) -> str:
+def lists_of(truth: list[tuple[str, list[int] | None]], labels: tuple[str, ...] = CLASSES) -> Catalog:
+    """A catalog of label lists, all of split val."""
+    rows = [
+        {"video_id": video_id, "uri": f"/nowhere/{video_id}.mp4", "label_ids": ids, "split": "val"}
+        for video_id, ids in truth
+    ]
+    return Catalog(pa.Table.from_pylist(rows, schema=CATALOG_SCHEMA), labels)
+
+
+def write_predictions(
+    folder: Path, table: pa.Table, unit_size: int = 3, *, num_units: int | None = None, several: bool = False
+) -> str:
     """A labelling, as `label` leaves it; with num_units, one that has got so far."""
     ledger = Ledger(Storage(), str(folder / digest(table["video_id"].to_pylist())))
-    ledger.pin_job(job_record(labels=()))
+    ledger.pin_job(job_record(labels=(), scores="sigmoid" if several else "softmax"))
     plan = planned(ledger, "catalog", table["row_key"].to_pylist(), unit_size)
     for number, unit in enumerate(plan.units[:num_units]):
         ledger.commit(unit, table.slice(number * unit_size, unit_size), "run-1")
@@ -212,12 +223,16 @@ class _Reader(HTMLParser):
         raise AssertionError(f"a comment in the page: {data!r}")
 
 
-def make_site(folder: Path, rows: list[dict[str, Any]], catalog: Catalog | None = None, **settings: Any) -> Site:
+def make_site(
+    folder: Path, rows: list[dict[str, Any]], catalog: Catalog | None = None, *, several: bool = False, **settings: Any
+) -> Site:
     """Write the rows as a labelling, and its report; both in `folder`."""
     if catalog:
         save_catalog(Storage(), str(folder / "set" / "catalog.parquet"), catalog)
     config = ReportConfig(
-        predictions=write_predictions(folder / "labels", predictions(rows), unit_size=max(3, len(rows) // 5)),
+        predictions=write_predictions(
+            folder / "labels", predictions(rows), unit_size=max(3, len(rows) // 5), several=several
+        ),
         out=str(folder / "report"),
         catalog=str(folder / "set" / "catalog.parquet") if catalog else "",
         **settings,

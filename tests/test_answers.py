@@ -1,6 +1,7 @@
 """What a row says, against loops over single numbers."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -43,6 +44,25 @@ def test_sigmoid_scores_stand_alone_and_only_those_above_the_threshold_are_named
         entropy = -sum(x * math.log(x) + (1 - x) * math.log(1 - x) for x in p)
         assert answer["entropy"] == pytest.approx(entropy)
     assert {answer["abstained"] for answer in top_predictions(LOGITS - 4, LABELS, rule)} == {True, False}
+
+
+def test_each_class_may_have_a_threshold_of_its_own() -> None:
+    """A class is named though one with a higher score is not; a row without any is marked."""
+    scores = np.array([[0.9, 0.6, 0.3], [0.7, 0.4, 0.2], [0.95, 0.1, 0.29]])
+    logits = np.log(scores / (1 - scores))
+    rule = AnswerRule(scores="sigmoid", thresholds=(0.92, 0.5, 0.25), top_k=3)
+    answers = top_predictions(logits, ["a", "b", "c"], rule)
+    assert [answer["label_topk"] for answer in answers] == [["b", "c"], [], ["a", "c"]]
+    assert answers[0]["score_topk"] == pytest.approx([0.6, 0.3])
+    assert [answer["abstained"] for answer in answers] == [False, True, False]
+    assert [answer["margin"] for answer in answers] == pytest.approx([0.3, 0.3, 0.66])
+    (first, *_) = top_predictions(logits, ["a", "b", "c"], replace(rule, top_k=1))
+    assert first["label_topk"] == ["b"]
+    assert "thresholds" not in AnswerRule().record
+    assert rule.record["thresholds"] == (0.92, 0.5, 0.25)
+    for changes in ({"scores": "softmax"}, {"threshold": 0.5}, {"thresholds": (0.5, 1.5, 0.5)}):
+        with pytest.raises(ConfigError, match=r"thresholds must be in 0 \.\. 1, one for each class, with sigmoid"):
+            replace(rule, **changes)  # type: ignore[arg-type]
 
 
 def test_a_row_abstains_below_the_threshold_or_the_margin() -> None:

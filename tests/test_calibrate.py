@@ -11,9 +11,22 @@ import pytest
 from kinoray.catalog.table import catalog_of_source, save_catalog
 from kinoray.config.shared import ClipConfig, SampleConfig, StorageConfig, ViewConfig
 from kinoray.demo.videos import class_names, make_demo_set
-from kinoray.errors import CheckpointMismatch, ConfigError
-from kinoray.evaluation.calibrate import calibrate, doubts, fit_margins, fit_temperature
-from kinoray.evaluation.config import CalibrateConfig
+from kinoray.errors import CatalogError, CheckpointMismatch, ConfigError
+from kinoray.evaluation.calibrate import (
+    best_threshold,
+    binary_likelihood_and_error,
+    calibrate,
+    doubts,
+    fit_binary_temperature,
+    fit_margins,
+    fit_temperature,
+    logits_of,
+)
+from kinoray.evaluation.config import CalibrateConfig, EvaluateConfig
+from kinoray.evaluation.metrics import average_precisions, f1_of
+from kinoray.evaluation.multilabel import MultilabelRecord
+from kinoray.evaluation.record import read_evaluation
+from kinoray.evaluation.verb import evaluate
 from kinoray.label.answers import Calibrated, load_calibration
 from kinoray.label.config import LabelConfig
 from kinoray.label.ledger import read_predictions
@@ -136,3 +149,102 @@ def test_a_fit_that_is_not_to_be_trusted_is_doubted() -> None:
     assert "the calibration error has grown" in worse
     (low,) = doubts(replace(good, temperature=0.05))
     assert "at its limit" in low
+
+
+# Several classes a video
+
+
+def test_the_threshold_of_a_class_is_that_of_its_highest_f1() -> None:
+    rng = np.random.default_rng(3)
+    for _ in range(40):
+        scores = rng.integers(0, 12, 15) / 12
+        truth = rng.random(15) < scores
+        if not truth.any():
+            assert best_threshold(scores, truth) == 0.5
+            continue
+
+        def f1(least: float, scores: np.ndarray = scores, truth: np.ndarray = truth) -> float:
+            called = scores >= least
+            return f1_of(int(truth.sum()), int(called.sum()), int((truth & called).sum()))[0] or 0.0
+
+        found = best_threshold(scores, truth)
+        best = max(f1(level) for level in np.unique(scores))
+        assert f1(found) == best
+        assert found not in scores
+        assert all(f1(level) < best for level in np.unique(scores) if level > found and f1(level) != f1(found))
+
+
+def test_the_temperature_of_label_lists_has_the_lowest_cross_entropy() -> None:
+    rng = np.random.default_rng(4)
+    logits = rng.normal(0, 4, (300, 5))
+    truth = rng.random((300, 5)) < 1 / (1 + np.exp(-logits / 2.5))
+    found = fit_binary_temperature(logits, truth)
+    assert found == pytest.approx(2.5, rel=0.15)
+    best, error = binary_likelihood_and_error(logits, truth, found)
+    p = 1 / (1 + np.exp(-logits / found))
+    assert best == pytest.approx(-np.where(truth, np.log(p), np.log(1 - p)).mean(), rel=1e-9)
+    assert error < binary_likelihood_and_error(logits, truth, 1.0)[1]
+    for other in (found * 0.99, found * 1.01):
+        assert binary_likelihood_and_error(logits, truth, other)[0] > best
+    np.testing.assert_allclose(logits_of((1 / (1 + np.exp(-logits))).astype(np.float32)), logits, atol=0.2)
+    assert np.isfinite(logits_of(np.array([0.0, 1.0], np.float32))).all()
+
+
+def test_label_lists_are_scored_calibrated_and_labelled_with_a_threshold_a_class(
+    config: CalibrateConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Counted again from the stored scores; labelling with the file names what its thresholds say."""
+    names = ("moves", "round", "square")
+    paths = sorted((tmp_path / "videos").rglob("*.mp4"))
+    sets = [[name for bit, name in enumerate(names) if index >> bit & 1] for index in range(len(paths))]
+    lines = [f"{path},{'|'.join(found) or '|'},val" for path, found in zip(paths, sets, strict=True)]
+    (tmp_path / "list.csv").write_text("\n".join(["path,labels,split", *lines]))
+    save_catalog(LOCAL, config.catalog, catalog_of_source(LOCAL, str(tmp_path / "list.csv")))
+    options = {"backbone": "tiny", "heads": 4}
+    run = save_untrained(LOCAL, str(tmp_path / "several"), names, CLIP, "vcm_sdd", scores="sigmoid", **options)
+    config = replace(config, checkpoint=run)
+    commit_here(labelling_of(config))
+    (ledger,) = (path for path in (tmp_path / "calibration").iterdir() if path.is_dir())
+    ask = EvaluateConfig(catalog=config.catalog, checkpoint=run, out=config.out)
+    record = evaluate(ask)
+    assert isinstance(record, MultilabelRecord)
+    rows = read_predictions(LOCAL, config.out).to_pylist()
+    of_video = {path.stem: found for path, found in zip(paths, sets, strict=True)}
+    truth = np.array([[name in of_video[row["video_id"].rpartition("__")[2]] for name in names] for row in rows])
+    scores = np.array([row["scores"] for row in rows])
+    assert [row["label_topk"] == [] for row in rows] == [bool((row["scores"] < np.array(0.5)).all()) for row in rows]
+    known = average_precisions(scores, truth)
+    assert [item.ap for item in record.classes] == pytest.approx(known.tolist())
+    assert record.map == pytest.approx(known.mean())
+    assert record.map_interval[0] < record.map < record.map_interval[1]
+    called = scores >= 0.5
+    assert record.exact == pytest.approx((called == truth).all(axis=1).mean())
+    assert [item.right for item in record.classes] == (called & truth).sum(axis=0).tolist()
+    assert (record.evaluated, record.coverage, record.total) == (18, 1.0, 18)
+    assert json.loads((ledger / "evaluation.json").read_text())["kind"] == "multilabel"
+    with pytest.raises(ConfigError, match="this takes evaluations of one class a video"):
+        read_evaluation(LOCAL, config.out)
+
+    found = calibrate(config)
+    file = str(tmp_path / "calibration" / "calibration.json")
+    assert load_calibration(LOCAL, file, found.model_digest) == found
+    assert (len(found.thresholds), found.margins) == (3, ())
+    assert found.macro_f1 is not None
+    assert found.macro_f1[1] >= found.macro_f1[0]
+    labels = LabelConfig(source=config.catalog, checkpoint=run, out=str(tmp_path / "labels"), calibration=file)
+    commit_here(labels)
+    for row in read_predictions(LOCAL, labels.out).to_pylist():
+        (before,) = (np.array(old["scores"]) for old in rows if old["row_key"] == row["row_key"])
+        cooled = 1 / (1 + np.exp(-np.log(before / (1 - before)) / found.temperature))
+        expected = [name for name, p, least in zip(names, cooled, found.thresholds, strict=True) if p >= least]
+        assert sorted(row["label_topk"]) == expected
+        assert row["abstained"] == (not expected)
+    said = capsys.readouterr().out
+    assert "evaluate: mAP " in said
+    assert "one a class: mean F1 " in said
+    with pytest.raises(ConfigError, match="early_exit must be off with sigmoid scores"):
+        open_labelling(replace(labels, calibration="", early_exit="exact", num_segments=2), "label")
+    plain = save_untrained(LOCAL, str(tmp_path / "plain"), names, CLIP, "vcm_sdd", **options)
+    with pytest.raises(CatalogError, match="the videos have label lists, and this checkpoint gives each one class"):
+        evaluate(replace(ask, checkpoint=plain))
+    assert "scores" not in json.loads((tmp_path / "plain" / "checkpoint.json").read_text())["meta"]

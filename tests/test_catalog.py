@@ -105,6 +105,21 @@ def test_the_digest_changes_with_the_content(change: Callable[[Catalog], Catalog
     assert change(catalog).digest != catalog.digest
 
 
+def test_label_lists_are_in_the_digest_and_catalogs_without_them_keep_theirs() -> None:
+    assert make_catalog(10).digest == "4cdd3530823fc268"
+    lists = {"label": [None] * 4, "label_id": [None] * 4, "label_ids": [[0, 1], None, [], [1]]}
+    catalog = make_catalog(4, **lists)
+    cut = pa.concat_tables([catalog.table.slice(0, 1), catalog.table.slice(1, 2), catalog.table.slice(3)])
+    assert Catalog(cut, catalog.labels).digest == catalog.digest
+    others = [[[0, 1], [], None, [1]], [[0], [1], [], [1]], [[0, 1], None, [], [0]], [None] * 4]
+    digests = {make_catalog(4, **{**lists, "label_ids": ids}).digest for ids in [lists["label_ids"], *others]}
+    assert len(digests) == 5
+    with pytest.raises(CatalogError, match="some rows have a label_id and others label_ids"):
+        make_catalog(4, label_id=[0, None, None, None], label_ids=[None, [1], None, None])
+    with pytest.raises(CatalogError, match="label_ids 2 has no name: the catalog names 2 classes"):
+        make_catalog(4, **{**lists, "label_ids": [[2], None, None, None]})
+
+
 def test_select_keeps_the_rows_of_a_split() -> None:
     catalog = make_catalog(10)
     assert catalog.select("val").table.column("video_id").to_pylist() == ["v0", "v4", "v8"]

@@ -34,7 +34,7 @@ from kinoray.storage.objects import Storage, join
 from kinoray.train.config import TrainConfig
 from label_models import save_untrained
 from small_sets import LABELS, catalog_of, colour_set, colour_video
-from small_tables import job_record, label_library, ledger_in, library
+from small_tables import job_record, label_library, ledger_in, library, planned, rows_for
 from tiny_models import OWN_NETWORKS
 
 CATALOG = library(20)
@@ -139,7 +139,67 @@ def test_what_the_labelled_catalog_knows_is_kept(ledger: Ledger, tmp_path: Path)
         correct(replace(config, catalog=other))
 
 
-def test_new_classes_come_last_and_videos_without_a_split_are_shared_out(ledger: Ledger, tmp_path: Path) -> None:
+def test_corrections_of_label_lists_become_label_lists(
+    tmp_path: Path,
+) -> None:
+    """Of each video the model names two classes; a catalog has lists of some."""
+    storage = Storage()
+    ledger = Ledger(storage, join(str(tmp_path / "out"), "several"))
+    ledger.pin_job(job_record(scores="sigmoid"))
+    catalog = library(8)
+    plan = planned(ledger, catalog.digest, row_keys(catalog.table), 8)
+    ledger.commit(plan.units[0], rows_for(catalog, plan.units[0].keys), "run")
+    names = {video_id: sorted(row["label_topk"] or ()) for video_id, row in said(ledger).items()}
+    changes = {
+        "v0000": "red| blue ",
+        "v0001": "|",
+        "v0002": '{"choices": ["green", "a new one"]}',
+        "v0003": "__bad__",
+        "v0005": "|".join(names["v0005"]),
+    }
+    file = write_csv(ledger, tmp_path / "c.csv", changes)
+    known = [{**row, "label_ids": [2]} for row in catalog.table.to_pylist() if row["video_id"] in ("v0005", "v0006")]
+    save_catalog(storage, str(tmp_path / "known.parquet"), catalog_of(known))
+    config = CorrectConfig(
+        predictions=ledger.root,
+        corrections=(file,),
+        catalog=str(tmp_path / "known.parquet"),
+        new_classes=("a new one",),
+        accept_score=0.0,
+        out=str(tmp_path / "set"),
+    )
+    totals = correct(config)
+    assert (totals["corrected"], totals["changed"], totals["kept"], totals["accepted"]) == (4, 3, 1, 1)
+    assert (totals["bad"], totals["quarantined"]) == (1, 1)
+    found = load_catalog(storage, str(tmp_path / "set" / "catalog.parquet"))
+    assert found.is_multilabel
+    assert dict(zip(found.table["video_id"].to_pylist(), found.class_names(), strict=True)) == {
+        "v0000": ("blue", "red"),
+        "v0001": (),
+        "v0002": ("green", "a new one"),
+        "v0005": tuple(names["v0005"]),
+        "v0006": ("red",),
+        "v0007": tuple(names["v0007"]),
+    }
+    reasons = dict(zip(found.table["video_id"].to_pylist(), found.table["reason"].to_pylist(), strict=True))
+    assert reasons["v0001"] == f"corrected; the model said {'|'.join(names['v0001'])}"
+    file = write_csv(ledger, tmp_path / "odd.csv", {"v0000": "red|pink"})
+    with pytest.raises(CatalogError, match=r"odd\.csv line 2, column label: there is no class 'red\|pink'"):
+        correct(replace(config, corrections=(file,)))
+    save_catalog(storage, str(tmp_path / "one.parquet"), catalog_of([{**known[0], "label_ids": None, "label": "red"}]))
+    with pytest.raises(CatalogError, match=r"has one class a video, the predictions label lists"):
+        correct(replace(config, catalog=str(tmp_path / "one.parquet")))
+
+
+def test_new_classes_come_last_and_videos_without_a_split_are_shared_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The videos are files without checksums, of four contents: copies are on one side."""
+    storage, folder = Storage(), tmp_path / "videos"
+    for index in range(20):
+        storage.put(str(folder / f"v{index:04d}.mp4"), bytes([index % 4]) * 10)
+    ledger = ledger_in(storage, tmp_path / "out")
+    label_library(ledger, library(20, uri=str(folder)))
     file = write_csv(ledger, tmp_path / "c.csv", {"v0000": "a new one", "v0001": "red"})
     config = CorrectConfig(
         predictions=ledger.root,
@@ -152,7 +212,11 @@ def test_new_classes_come_last_and_videos_without_a_split_are_shared_out(ledger:
     totals = correct(config)
     catalog = load_catalog(Storage(), str(tmp_path / "set" / "catalog.parquet"))
     assert catalog.labels == (*LABELS, "a new one")
-    assert rows_in(tmp_path / "set")["v0000"]["label_id"] == 3
+    rows = rows_in(tmp_path / "set")
+    assert rows["v0000"]["label_id"] == 3
+    sides = {(int(video_id[1:]) % 4, row["split"]) for video_id, row in rows.items()}
+    assert sorted(content for content, _ in sides) == [0, 1, 2, 3]
+    assert "to validate on, for 4 classes: each is" in capsys.readouterr().err
     assert set(totals["splits"]) == {"train", "val"}
     assert sum(totals["splits"].values()) == 16
 

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from kinoray.catalog.quarantine import Refusal
-from kinoray.catalog.table import save_catalog
+from kinoray.catalog.table import load_catalog, save_catalog
 from kinoray.config.shared import DecodeConfig, StorageConfig
 from kinoray.errors import ConfigError
 from kinoray.label.keys import row_keys
@@ -178,6 +178,8 @@ def test_any_number_of_classes_is_handed_over(tmp_path: Path) -> None:
     assert [[one["label_id"] for one in item["annotations"]] for item in items] == [[0, 1], [1, 2], [], []]
     totals = correct(CorrectConfig(predictions=ledger.root, accept_score=0.0, out=str(tmp_path / "set")))
     assert (totals["accepted"], totals["unlabelled"]) == (2, 2)
+    catalog = load_catalog(Storage(), str(tmp_path / "set" / "catalog.parquet"))
+    assert catalog.class_names() == [("blue", "green"), ("green", "red")]
 
 
 def test_what_label_studio_exports_comes_back_as_corrections(out: str, tmp_path: Path) -> None:

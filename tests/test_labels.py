@@ -97,6 +97,22 @@ def test_abstained_rows_are_found_and_are_labelled_ones_too(tmp_path: Path) -> N
         assert [row["video_id"] for row in found] == ["v0000", "v0001", "v0002", "v0003"]
 
 
+def test_a_filter_finds_any_class_that_was_named_where_there_may_be_several(tmp_path: Path) -> None:
+    ledger = Ledger(Storage(), join(str(tmp_path), "several"))
+    ledger.pin_job(job_record(scores="sigmoid"))
+    catalog = library(12)
+    plan = planned(ledger, catalog.digest, row_keys(catalog.table), 5)
+    for unit in plan.units:
+        ledger.commit(unit, rows_for(catalog, unit.keys), "run")
+    rows = read_predictions(Storage(), ledger.root).to_pylist()
+    for wanted in (("red",), ("blue", "green")):
+        found = written(LabelsConfig(predictions=ledger.root, label=wanted), tmp_path / "rows")
+        assert [row["video_id"] for row in found] == [
+            row["video_id"] for row in rows if set(wanted) & set(row["label_topk"] or ())
+        ]
+        assert 0 < len(found) < 12
+
+
 @pytest.mark.parametrize("name", ["score", "margin", "entropy", "video_id"])
 @pytest.mark.parametrize("descending", [False, True])
 @pytest.mark.parametrize("limit", [None, 7])

@@ -10,7 +10,18 @@ import numpy as np
 import pytest
 
 from kinoray.evaluation.compare import Paired, mcnemar_p, pair
-from kinoray.evaluation.metrics import Calibration, Scores, calibration_of, class_counts, score, wilson_interval
+from kinoray.evaluation.metrics import (
+    Calibration,
+    Scores,
+    average_precisions,
+    calibration_of,
+    class_counts,
+    f1_of,
+    mean_precision,
+    resampled_precisions,
+    score,
+    wilson_interval,
+)
 
 
 def random_predictions(num_videos: int, num_classes: int, k: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -250,3 +261,66 @@ def test_pairs_are_counted_by_who_was_right() -> None:
     assert found.difference == pytest.approx(b.mean() - a.mean(), abs=1e-15)
     with pytest.raises(ValueError, match=r"\[200\] and \[199\]"):
         pair(a, b[1:])
+
+
+# Several classes a video
+
+
+def slow_precision(scores: list[float], truth: list[bool]) -> float | None:
+    """Average precision as a sum over thresholds."""
+    if not any(truth):
+        return None
+    total, before = Fraction(0), Fraction(0)
+    for level in sorted(set(scores), reverse=True):
+        called = [flag for value, flag in zip(scores, truth, strict=True) if value >= level]
+        recall = Fraction(sum(called), sum(truth))
+        total += (recall - before) * Fraction(sum(called), len(called))
+        before = recall
+    return float(total)
+
+
+@pytest.mark.parametrize("levels", [3, 1000])
+def test_average_precision_equals_a_sum_over_thresholds_in_any_order(levels: int) -> None:
+    """Few levels mean many equal scores."""
+    rng = np.random.default_rng(levels)
+    scores = rng.integers(0, levels, (40, 6)) / levels
+    truth = rng.random((40, 6)) < [0.5, 0.1, 0.9, 0.3, 0.0, 1.0]
+    found = average_precisions(scores, truth)
+    expected = [slow_precision(scores[:, c].tolist(), truth[:, c].tolist()) for c in range(6)]
+    assert [None if math.isnan(value) else value for value in found.tolist()] == pytest.approx(expected, rel=1e-12)
+    known = [value for value in expected if value is not None]
+    assert len(known) == truth.any(axis=0).sum() >= 4
+    assert mean_precision(found) == pytest.approx(sum(known) / len(known), rel=1e-12)
+    order = rng.permutation(40)
+    np.testing.assert_array_equal(average_precisions(scores[order], truth[order]), found)
+    assert np.isnan(average_precisions(np.empty((0, 2)), np.empty((0, 2), bool))).all()
+    assert math.isnan(mean_precision(np.array([math.nan])))
+
+
+def test_resampled_precisions_are_those_of_the_videos_that_were_drawn() -> None:
+    rng = np.random.default_rng(1)
+    scores, truth = rng.integers(0, 9, (25, 2)) / 9, rng.random((25, 2)) < 0.4
+    found = resampled_precisions(scores, truth)
+    drawn = (np.random.PCG64(0).random_raw(200 * 25) % np.uint64(25)).astype(int).reshape(200, 25)
+    for row in range(200):
+        rows = drawn[row]
+        expected = [slow_precision(scores[rows, c].tolist(), truth[rows, c].tolist()) for c in range(2)]
+        assert found[row].tolist() == pytest.approx(expected, rel=1e-12)
+    assert 0.05 < found[:, 0].std() < 0.2
+
+
+def test_f1_has_the_interval_of_the_share_that_is_both() -> None:
+    value, (low, high) = f1_of(videos=30, called=20, right=15)
+    assert value == pytest.approx(2 * 0.75 * 0.5 / 1.25)
+    assert low < value < high
+    shares = wilson_interval(15, 35)
+    assert (low, high) == pytest.approx(tuple(2 * share / (1 + share) for share in shares))
+    assert f1_of(0, 0, 0) == (None, (0.0, 1.0))
+    assert f1_of(3, 0, 0)[0] == 0.0
+    inside = 0
+    rng = np.random.default_rng(2)
+    for _ in range(400):  # of 60 videos that are in it or called so, 0.5 are both: F1 is 2/3
+        right = int((rng.random(60) < 0.5).sum())
+        low, high = f1_of(right, 60, right)[1]
+        inside += low <= 2 / 3 <= high
+    assert 0.92 <= inside / 400 <= 0.98

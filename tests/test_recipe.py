@@ -4,7 +4,7 @@ import dataclasses
 import math
 from collections.abc import Iterator
 from functools import partial
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import numpy as np
 import pytest
@@ -30,6 +30,7 @@ from kinoray.train.recipe import (
     loss_sum,
     make_optimizer,
     mix_inputs,
+    multilabel_loss_sum,
     set_rate,
 )
 from kinoray.train.runfolder import stopped_early
@@ -250,12 +251,69 @@ def test_the_loss_is_what_its_docstring_says(smoothing: float, weighted: bool, m
     assert found.item() == pytest.approx(expected, rel=1e-12)
 
 
+@pytest.mark.parametrize("kind", ["bce", "focal", "asymmetric"])
+@pytest.mark.parametrize(("share", "smoothing"), [(1.0, 0.0), (0.75, 0.2)])
+def test_the_loss_of_several_labels_equals_its_formula(
+    kind: Literal["bce", "focal", "asymmetric"], share: float, smoothing: float
+) -> None:
+    rng = np.random.default_rng(0)
+    logits = torch.from_numpy(rng.normal(0, 3, (5, 4)))
+    labels, partners = (torch.from_numpy(rng.integers(0, 2, (5, 4)).astype(float)) for _ in range(2))
+    weights = torch.tensor([0.5, 1.0, 2.0, 1.0], dtype=torch.float64)
+    found = multilabel_loss_sum(
+        logits, labels, kind, partners=partners, share=share, smoothing=smoothing, weights=weights
+    )
+    expected = 0.0
+    for video in range(5):
+        for c in range(4):
+            q = share * labels[video, c].item() + (1 - share) * partners[video, c].item()
+            y = (1 - smoothing) * q + smoothing / 2
+            p = 1 / (1 + math.exp(-logits[video, c].item()))
+            has, lacks = {
+                "bce": (-math.log(p), -math.log(1 - p)),
+                "focal": (-((1 - p) ** 2) * math.log(p), -(p**2) * math.log(1 - p)),
+                "asymmetric": (-math.log(p), -(max(p - 0.05, 0) ** 4) * math.log(1 - max(p - 0.05, 0))),
+            }[kind]
+            expected += weights[c].item() * (y * has + (1 - y) * lacks)
+    assert found.item() == pytest.approx(expected, rel=1e-12)
+    plain = F.binary_cross_entropy_with_logits(logits, labels, reduction="sum").item()
+    if kind == "bce":
+        assert multilabel_loss_sum(logits, labels, kind).item() == pytest.approx(plain, rel=1e-12)
+
+
+def test_a_step_learns_several_labels_and_scores_are_kept_for_the_mean_precision() -> None:
+    replica = make_replica(config_of(COLOUR))
+    clips, _ = some_clips(6)
+    labels = torch.tensor([[1, 1, 0], [0, 0, 0], [0, 1, 0], [1, 1, 1], [0, 0, 1], [1, 0, 0]], dtype=torch.uint8)
+    replica.eval()
+    replica.score(clips, labels, 0)
+    before = replica.finish()
+    logits, truth = replica.scored()
+    assert torch.equal(truth, labels)
+    expected = F.binary_cross_entropy_with_logits(logits.double(), labels.double(), reduction="sum").item()
+    assert before.loss_sum == pytest.approx(expected, rel=1e-6)
+    assert before.top1_hits == sum(labels[row, int(logits[row].argmax())] for row in range(6))
+    assert before.top5_hits == 5  # one video has no class
+    replica.reset()
+    replica.train()
+    for step in range(30):
+        seed_step(0, 1, step, 0)
+        replica.train_step(clips, labels, 0, 0.05)
+    replica.reset()
+    replica.eval()
+    replica.score(clips, labels, 0)
+    assert len(replica.scored()[0]) == 6
+    assert replica.finish().loss < 0.95 * before.loss
+
+
 def test_class_weights_have_mean_one_and_balance_the_classes() -> None:
     labels = torch.tensor([0] * 8 + [1] * 2 + [3] * 4)  # no video of class 2
     for power, expected in [(0.0, [1, 1, 0, 1]), (1.0, [14 / 24, 14 / 6, 0, 14 / 12])]:
         weights = class_weights(labels, 4, power)
         assert weights.tolist() == pytest.approx(expected)
         assert weights[labels].mean().item() == pytest.approx(1.0)
+    lists = torch.tensor([[1.0, 1, 0]] * 3 + [[1, 0, 0]])
+    assert class_weights(lists, 3, 1.0).tolist() == pytest.approx([7 / 8, 7 / 6, 0])
     half = class_weights(labels, 4, 0.5)
     assert (half[1] / half[0]).item() == pytest.approx(2.0)
 

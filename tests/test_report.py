@@ -31,6 +31,7 @@ from report_sites import (
     Truth,
     catalog_of,
     hostile_site,
+    lists_of,
     make_site,
     predictions,
     refused,
@@ -85,6 +86,50 @@ def test_a_row_without_any_class_has_no_answer_and_lowers_the_accuracy_of_all() 
     assert numbers.confusion.counts.tolist() == [[1, 1, 0], [0, 0, 0], [0, 0, 0]]
     assert numbers.calibration is not None
     assert numbers.calibration.videos.sum() == 2
+
+
+def test_videos_of_several_classes_count_for_each_of_them() -> None:
+    rows = [
+        row("a", label_topk=["dog", "cat"], score_topk=[0.9, 0.6]),
+        row("b", label_topk=["dog"], score_topk=[0.8]),
+        row("c", label_topk=[], score_topk=[]),
+        row("d", label_topk=["emu"], score_topk=[0.7]),
+        row("e", label_topk=["emu"], score_topk=[0.5]),
+        refused("f"),
+    ]
+    truth = [("a", [0, 1]), ("b", [0, 1]), ("c", []), ("d", [2]), ("e", None), ("f", [0])]
+    numbers = count(join_truth(predictions(rows), lists_of(truth), several=True), CLASSES, several=True)
+    assert CLASSES == ("cat", "dog", "emu")
+    assert numbers.accuracy is not None
+    top1 = numbers.accuracy.top1
+    assert (top1.right, top1.evaluated, top1.quarantined, top1.missing) == (3, 4, 1, 0)  # c has no class, and says so
+    assert [(row.counts.videos, row.counts.called, row.counts.right) for row in numbers.classes] == [
+        (2, 1, 1),
+        (2, 2, 2),
+        (1, 1, 1),
+    ]
+    assert [row.num_predicted for row in numbers.classes] == [1, 2, 2]
+    assert [row.mean_score for row in numbers.classes] == pytest.approx([0.6, 0.85, 0.6])
+    assert (numbers.confusion, numbers.calibration) == (None, None)
+    with pytest.raises(CatalogError, match="no labels to compare with; it has label lists, the predictions one class"):
+        join_truth(predictions(rows), lists_of(truth))
+
+
+def test_the_site_of_label_lists_says_what_is_right_as_a_whole(tmp_path: Path) -> None:
+    rows = [
+        row("a", label_topk=["dog", "cat"], score_topk=[0.9, 0.6]),
+        row("b", label_topk=["dog"], score_topk=[0.8]),
+        row("c", label_topk=[], score_topk=[]),
+    ]
+    site = make_site(tmp_path, rows, lists_of([("a", [0, 1]), ("b", [0, 1]), ("c", None)]), several=True)
+    assert site.totals["top1"] == 0.5
+    assert "All classes right, and no other, split val 50.0%" in site.text
+    about, columns = site.data("site"), site.data("rows-0")
+    assert about["truths"] == ["cat|dog"]
+    assert about["labels"] == ["cat", "dog", "emu"]
+    found = dict(zip(columns["id"], zip(columns["truth"], columns["right"], strict=True), strict=True))
+    assert found == {"a": (0, 1), "b": (0, 0), "c": (-1, -1)}
+    assert [item["true"] for item in about["classes"]] == [2, 2, 0]
 
 
 def test_numbers_equal_plain_loops() -> None:

@@ -17,7 +17,7 @@ import pytest
 from browser import Page, find_chromium, open_page
 from kinoray.console import visible
 from kinoray.demo.videos import make_clip, make_video
-from report_sites import HOSTILE, Site, Truth, catalog_of, hostile_site, make_site, refused, row
+from report_sites import HOSTILE, Site, Truth, catalog_of, hostile_site, lists_of, make_site, refused, row
 
 pytestmark = [
     pytest.mark.ray,
@@ -300,6 +300,65 @@ def test_corrections_are_made_kept_listed_and_downloaded(quiet: Page, site: Site
     assert quiet.js("document.getElementById('num-corrections').textContent") == "3"
     quiet.js("kinoray.app.corrections.clear()")
     assert quiet.js("localStorage.getItem(kinoray.app.corrections.place)") == "[]"
+
+
+def test_classes_are_taken_away_and_added_where_a_video_may_have_several(quiet: Page, tmp_path: Path) -> None:
+    rows = [
+        row("a", label_topk=["yoga", "archery"], score_topk=[0.9, 0.6], margin=0.1),
+        row("b", label_topk=["sailing"], score_topk=[0.8], margin=0.2),
+        row("c", label_topk=[], score_topk=[], margin=0.3),
+        row("d", label_topk=["bowling", "yoga"], score_topk=[0.8, 0.7], margin=0.4),
+        row("e", label_topk=["bowling"], score_topk=[0.8], margin=0.5),
+    ]
+    truth = [("a", [0, 4]), ("b", [3, 4]), ("c", []), ("d", None), ("e", None)]
+    site = make_site(tmp_path, rows, lists_of(truth, NAMES), several=True)
+    visit(quiet, site, "#view=videos")
+    badges = "[...document.querySelectorAll('#videos .badges')].map((badges) => badges.textContent)"
+    assert [text.removeprefix("labelled").partition("split")[0] for text in quiet.js(badges)] == [
+        "right",
+        "wrong",
+        "right",
+        "",
+        "",
+    ]
+    pressed = "[...document.querySelectorAll('#videos > li:nth-child(1) [aria-pressed=true]')].length"
+    assert quiet.js(pressed) == 2
+    quiet.click("#videos > li:nth-child(1) [data-answer='1']")
+    assert quiet.js(pressed) == 1
+    quiet.fill("#videos > li:nth-child(2) input", "yoga")
+    quiet.press("Enter")
+    quiet.click("#videos > li:nth-child(3) [data-confirm]")
+    quiet.click("#videos > li:nth-child(4) h3")
+    quiet.press("1", "2", "j", "y")  # none is left of the fourth; the fifth is right
+    shown = "[...document.querySelectorAll('#videos .said')].map((said) => said.firstChild.textContent)"
+    assert quiet.js(shown) == [
+        "You say: yoga",
+        "You say: sailing|yoga",
+        "Confirmed: none of the classes",
+        "You say: none of the classes",
+        "Confirmed: bowling",
+    ]
+    said = [(line["video_id"], line["predicted"], line["label"]) for line in read_csv(downloaded(quiet))]
+    assert sorted(said) == [
+        ("a", "archery|yoga", "yoga"),
+        ("b", "sailing", "sailing|yoga"),
+        ("c", "|", "|"),
+        ("d", "bowling|yoga", "|"),
+        ("e", "bowling", "bowling"),
+    ]
+    quiet.js("location.hash = '#label=yoga'")
+    quiet.wait("document.querySelectorAll('#videos h3').length === 2")
+    assert ids_shown(quiet) == ["a", "d"]
+    quiet.js("location.hash = '#verdict=wrong'")
+    quiet.wait("document.querySelectorAll('#videos h3').length === 1")
+    assert ids_shown(quiet) == ["b"]
+    quiet.js("kinoray.app.corrections.clear()")
+
+
+def downloaded(page: Page) -> Path:
+    page.js("location.hash = '#view=corrections'")
+    page.wait("!document.querySelector('[data-section=corrections]').hidden")
+    return page.download("#download")
 
 
 def test_the_keyboard_alone_does_it(quiet: Page, site: Site, table: tuple[Rows, Truth]) -> None:

@@ -7,20 +7,23 @@ import os
 import re
 import tarfile
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 
 from kinoray.catalog.folders import is_other, said_of_others
 from kinoray.catalog.quarantine import QuarantineRow, Refusal, count_reasons, load_quarantine, save_quarantine
 from kinoray.catalog.source import SourceFile, find_files
-from kinoray.catalog.table import catalog_of_files
+from kinoray.catalog.table import CATALOG_SCHEMA, Catalog, catalog_of_files, load_catalog, save_catalog
 from kinoray.config.files import local_uri
 from kinoray.config.shared import DecodeConfig
 from kinoray.demo.videos import make_broken, make_demo_set
 from kinoray.errors import CatalogError, ObjectNotFound
 from kinoray.pack.config import PackConfig
-from kinoray.pack.plan import Plan, PlannedVideo, Unit, make_plan, plan_source
+from kinoray.pack.plan import Plan, PlannedVideo, Unit, make_plan, plan_of_catalog, plan_source
+from kinoray.pack.splits import Candidate, draw_splits
 from kinoray.pack.tars import write_tar
 from kinoray.pack.unit import PackSettings, pack_unit, read_commit
 from kinoray.storage.objects import Storage
@@ -227,6 +230,89 @@ def test_copies_are_on_one_side_of_a_split(tmp_path: Path) -> None:
     assert Counter(split for _, split in sides) == {"val": 2, "train": 4}
 
 
+def test_a_list_may_give_each_video_several_classes(tmp_path: Path) -> None:
+    for name in ("a.mp4", "b.mp4", "c.mp4", "d.mp4"):
+        (tmp_path / name).write_bytes(name.encode())
+    source = tmp_path / "list.csv"
+    source.write_text("path,labels,split\na.mp4, round |red|round,train\nb.mp4,|,train\nc.mp4,red,val\nd.mp4,,test\n")
+    files = find_files(STORAGE, str(source))
+    plan = make_plan(str(source), files, shard_bytes=100, val_fraction=0.0)
+    videos = {video.name: video for unit in plan.units for video in unit.files if isinstance(video, PlannedVideo)}
+    assert plan.labels == ("red", "round")
+    assert {name: video.label_ids for name, video in videos.items()} == {
+        "a.mp4": (0, 1),
+        "b.mp4": (),
+        "c.mp4": (0,),
+        "d.mp4": None,
+    }
+    assert videos["a.mp4"].labels == ("red", "round")
+    assert {(video.label, video.label_id) for video in videos.values()} == {(None, None)}
+    catalog = catalog_of_files(str(source), files)
+    assert catalog.table["label_ids"].to_pylist() == [[0, 1], [], [0], None]
+    assert (catalog.is_multilabel, catalog.class_names()) == (True, [("red", "round"), (), ("red",), ()])
+    uri = str(tmp_path / "catalog.parquet")
+    save_catalog(STORAGE, uri, catalog)
+    again = load_catalog(STORAGE, uri)
+    assert (again.digest, again.table.equals(catalog.table)) == (catalog.digest, True)
+    packed = plan_of_catalog(uri, again.select("train"), shard_bytes=100, val_fraction=0.0)
+    assert {video.video_id: video.label_ids for unit in packed.units for video in unit.files} == {"a": (0, 1), "b": ()}
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as tar:
+        write_tar(tar, videos["a.mp4"], b"x")
+    assert b'"labels": ["red", "round"], "label_ids": [0, 1]}' in buffer.getvalue()
+    source.write_text("path,label,labels\na.mp4,red,red\n")
+    with pytest.raises(CatalogError, match="line 1: there are the columns label and labels; keep label where each"):
+        find_files(STORAGE, str(source))
+    source.write_text("path,labels\na.mp4,red\nb.mp4,\n")
+    with pytest.raises(CatalogError, match=r"b\.mp4 has no label.*as in a\.mp4,red\|round, and \| alone for none"):
+        make_plan(str(source), find_files(STORAGE, str(source)), shard_bytes=100, val_fraction=0.0)
+
+
+def draw(*rows: tuple[str, str, str | None, str | None], fraction: float = 0.5) -> dict[str, str]:
+    """Splits of (name, classes divided by a comma, split, content)."""
+    videos = [Candidate(name, tuple(labels.split(",")), split, content) for name, labels, split, content in rows]
+    return draw_splits("set", videos, fraction)
+
+
+def test_a_copy_goes_where_the_source_says_that_its_original_is(capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [("a", "x", "val", "1"), ("b", "x", "train", "2"), ("c", "y", "test", "3"), ("d", "y", "train", "3")]
+    free = [(f"{name}{copy}", label, None, name) for name, label in zip("123", "xxy", strict=True) for copy in range(9)]
+    found = draw(*rows, *free)
+    assert {(name[0], split) for name, split in found.items() if name[0].isdigit()} == {
+        ("1", "val"),
+        ("2", "train"),
+        ("3", "test"),
+    }
+    said = capsys.readouterr().err
+    assert "set: 1 video of split train with the same content as one of another split, such as d;" in said
+
+
+def test_each_class_validates_though_a_copy_of_one_of_its_videos_is_called_otherwise() -> None:
+    """Two contents a class; the one that they share may be drawn for one of them, and then counts for both."""
+    for seed in range(50):
+        rows = [(f"{seed}a", "x", None, "1"), (f"{seed}b", "y", None, "1")]
+        rows += [(f"{seed}c", "x", None, None), (f"{seed}d", "y", None, None)]
+        found = draw(*rows)
+        assert found[f"{seed}a"] == found[f"{seed}b"]
+        assert found[f"{seed}a"] != found[f"{seed}c"]
+        assert found[f"{seed}c"] == found[f"{seed}d"]
+    assert set(draw(("a", "x", None, "1"), ("b", "y", None, "1")).values()) == {"train"}
+
+
+def test_videos_of_several_classes_give_each_class_its_share() -> None:
+    rows = [(f"{i}", f"c{i % 4},d{i % 9},e{i % 25}", None, None) for i in range(900)]
+    found = draw(*rows, fraction=0.2)
+    shares = {
+        (kind, number): [found[f"{i}"] == "val" for i in range(900) if i % size == number]
+        for kind, size in (("c", 4), ("d", 9), ("e", 25))
+        for number in range(size)
+    }
+    assert all(0.19 < sum(drawn) / len(drawn) < 0.28 for drawn in shares.values())
+    assert {name: split for name, split in found.items() if split == "val"} == {
+        name: split for name, split in draw(*reversed(rows), fraction=0.2).items() if split == "val"
+    }
+
+
 def test_a_poor_set_is_named_with_its_numbers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "walk").mkdir()
     for index in range(10):
@@ -235,6 +321,33 @@ def test_a_poor_set_is_named_with_its_numbers(tmp_path: Path, capsys: pytest.Cap
     said = capsys.readouterr().err
     assert "WARNING: " + str(tmp_path) + ": all 10 labelled videos are of one class, 'walk'; a network learns" in said
     assert "2 videos to validate on, for 1 class: each is 50 % of a top-1" in said
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "only.mp4").write_bytes(b"one")
+    plan_source(STORAGE, PackConfig(source=str(tmp_path), out="o", val_fraction=0.2))
+    assert "1 class without a video in val: run; their accuracy stays unknown" in capsys.readouterr().err
+
+
+def test_copies_that_a_catalog_has_no_checksum_of_are_on_one_side(tmp_path: Path) -> None:
+    """Some rows have a checksum, others have none, and one is a member of a shard: their bytes tell them apart."""
+    shard = tmp_path / "shard.tar"
+    shard.write_bytes(bytes(512) + bytes([3]) * 50)
+    rows: list[dict[str, object]] = [
+        {"video_id": "member", "uri": str(shard), "offset": 512, "length": 50, "label": "a", "label_id": 0},
+    ]
+    for index in range(40):
+        data = bytes([index % 8]) * 50
+        path = tmp_path / f"{index}.mp4"
+        path.write_bytes(data)
+        known = {"sha256": hashlib.sha256(data).hexdigest()} if index % 3 == 0 else {}
+        rows.append({"video_id": f"v{index}", "uri": str(path), "label": "a", "label_id": 0, **known})
+    arrays = [pa.array([row.get(field.name) for row in rows], field.type) for field in CATALOG_SCHEMA]
+    uri = str(tmp_path / "list.parquet")
+    save_catalog(STORAGE, uri, Catalog(pa.table(arrays, schema=CATALOG_SCHEMA), ("a",)))
+    plan = plan_source(STORAGE, PackConfig(source=uri, out="o", val_fraction=0.25))
+    split_of = {video.video_id: video.split for unit in plan.units for video in unit.files}
+    sides = {(int(name[1:]) % 8, split) for name, split in split_of.items() if name != "member"}
+    assert Counter(split for _, split in sides) == {"val": 2, "train": 6}
+    assert (3, split_of["member"]) in sides
 
 
 def test_shards_hold_one_split_are_of_like_size_and_mix_the_classes() -> None:
@@ -264,6 +377,8 @@ def test_the_plan_is_a_function_of_the_listing() -> None:
     assert plan_of(*names).digest == plan_of(*names).digest
     others = [plan_of(*names, "a/new.mp4"), plan_of(*names, size_bytes=999), plan_of(*names, val_fraction=0.5)]
     assert len({plan_of(*names).digest, *(other.digest for other in others)}) == 4
+    quarter = plan_of(*names, shard_bytes=10_000, val_fraction=0.25)
+    assert quarter.digest == "b2c6b7915626c70e"  # as it was before a video could have several classes
 
 
 # --- the tar
@@ -324,6 +439,22 @@ def test_offsets_lead_to_the_original_bytes(videos: Path, tmp_path: Path) -> Non
             }
     assert [row["offset"] for row in commit.rows] == sorted(row["offset"] for row in commit.rows)
     assert {(row["width"], row["height"], row["codec"]) for row in commit.rows} == {(96, 96, "h264")}
+
+
+def test_the_classes_of_a_video_that_has_several_are_in_its_row_and_beside_it(videos: Path, tmp_path: Path) -> None:
+    shard = only_shard(videos)
+    files = [
+        replace(video, label=None, label_id=None, labels=("mixed", "odd"), label_ids=(0, 1))
+        for video in shard.files
+        if isinstance(video, PlannedVideo) and "odd_name" in video.video_id
+    ]
+    commit = pack_unit(STORAGE, str(tmp_path), replace(shard, files=tuple(files)), PackSettings())
+    assert read_commit(STORAGE, str(tmp_path), shard.name) == commit
+    assert [row["label_ids"] for row in commit.rows] == [(0, 1)] * len(files)
+    with tarfile.open(commit.tars[0].uri) as tar:
+        about = tar.extractfile(f"{files[0].video_id}.json")
+        assert about is not None
+        assert json.load(about)["labels"] == ["mixed", "odd"]
 
 
 def test_webdataset_groups_the_members_by_key(videos: Path, tmp_path: Path) -> None:

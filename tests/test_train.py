@@ -137,6 +137,7 @@ def test_a_run_folder_is_resumed_only_with_the_settings_that_decide_the_result(s
         dataclasses.replace(config, keep_checkpoints=9, resources=TrainResourcesConfig(num_workers=1)), catalog
     )
     assert "keep_checkpoints: 2" in (tmp_path / "run" / "config.yaml").read_text()
+    assert "multilabel_loss" not in (tmp_path / "run" / "run.json").read_text()  # as before there was such a setting
 
     other = dataclasses.replace(config, optim=dataclasses.replace(config.optim, lr=0.5, epochs=9), val_split="")
     with pytest.raises(ConfigError) as caught:
@@ -241,6 +242,11 @@ def test_the_newest_checkpoints_and_the_best_one_are_kept(tmp_path: Path) -> Non
         ({"split": "test"}, CatalogError, r"no video of split 'test'.*train \(17\)"),
         ({"val_split": "test"}, CatalogError, 'val_split "" trains without scoring'),
         ({"model": ModelConfig(factory="tiny_models:nothing")}, ConfigError, "model.factory"),
+        (
+            {"optim": OptimConfig(multilabel_loss="focal")},
+            ConfigError,
+            r"optim\.multilabel_loss must be bce with .*whose videos have one class each",
+        ),
         (
             {"model": ModelConfig(factory="tiny_models:mean_colour", options={"x": 1})},
             ConfigError,

@@ -16,19 +16,23 @@ from kinoray.console import many
 from kinoray.errors import CatalogError
 
 __all__ = [
+    "BETWEEN_CLASSES",
     "HEAD_BYTES",
     "MAX_ID_LEVEL",
     "VIDEO_EXTENSIONS",
     "SkippedFolders",
     "class_name",
+    "class_names",
     "ending_shown",
     "extension",
     "id_at",
+    "in_label_list",
     "is_hidden",
     "is_other",
     "is_text",
     "is_video",
     "is_video_head",
+    "label_list",
     "no_video_among",
     "no_video_of_endings",
     "place_problem",
@@ -113,7 +117,10 @@ _PROBLEMS = {
     "UnusableName": "its name is not UTF-8; rename it",
 }
 _FEW_TO_VALIDATE = 10
+_SHOWN_CLASSES = 5
 _MAX_CLASS = 2**12  # characters of a name, as in a checkpoint
+BETWEEN_CLASSES = "|"
+"""Divides the classes of one video in a cell."""
 
 
 class SkippedFolders:
@@ -269,6 +276,28 @@ def class_name(text: str, where: str) -> str:
     return unicodedata.normalize("NFC", text)
 
 
+def class_names(text: str, where: str) -> tuple[str, ...] | None:
+    """The classes in a cell `red|round`, each once, sorted; None of an empty cell, none of them of `|`.
+
+    Raises:
+        CatalogError: as class_name.
+    """
+    if not text.strip():
+        return None
+    names = {class_name(part.strip(), where) for part in text.split(BETWEEN_CLASSES)}
+    return tuple(sorted(names - {""}))
+
+
+def label_list(names: Iterable[str]) -> str:
+    """Classes in one text, `red|round`; those of equal classes are equal, and `|` is none."""
+    return BETWEEN_CLASSES.join(sorted(set(names))) or BETWEEN_CLASSES
+
+
+def in_label_list(text: str) -> tuple[str, ...]:
+    """The classes of a `label_list`."""
+    return tuple(name for name in text.split(BETWEEN_CLASSES) if name)
+
+
 def places_in_folders(names: Sequence[str]) -> list[tuple[str, str | None] | str]:
     """(class, split or None) of each video by its path below a source, or the error_class of its refusal.
 
@@ -290,11 +319,11 @@ def places_in_folders(names: Sequence[str]) -> list[tuple[str, str | None] | str
     return places
 
 
-def set_problems(places: Mapping[tuple[str | None, str | None], int]) -> list[tuple[str, str]]:
-    """(what is odd, what to do) of a labelled set that is too poor to train on; `places`: (class, split) -> videos."""
+def set_problems(places: Mapping[tuple[tuple[str, ...], str | None], int]) -> list[tuple[str, str]]:
+    """(what is odd, what to do) of a labelled set too poor to train on; `places`: (classes, split) -> videos."""
     found: list[tuple[str, str]] = []
-    labels = {label for label, _ in places if label is not None}
-    num_labelled = sum(count for (label, _), count in places.items() if label is not None)
+    labels = {label for names, _ in places for label in names}
+    num_labelled = sum(count for (names, _), count in places.items() if names)
     if len(labels) == 1:
         text = f"all {num_labelled} labelled videos are of one class, {next(iter(labels))!r}"
         found.append((text, "a network learns nothing from one class; expected a folder, or a label, for each class"))
@@ -303,6 +332,11 @@ def set_problems(places: Mapping[tuple[str | None, str | None], int]) -> list[tu
         what = f"{many(num_val, 'video')} to validate on, for {many(len(labels), 'class')}"
         text = f"{what}: each is {100 / num_val:.0f} % of a top-1"
         found.append((text, "accuracies on so few say little; add videos to val"))
+    absent = sorted(labels - {label for names, split in places if split == "val" for label in names})
+    if num_val and absent:
+        text = f"{many(len(absent), 'class')} without a video in val: {', '.join(absent[:_SHOWN_CLASSES])}"
+        text += f" and {len(absent) - _SHOWN_CLASSES} more" if len(absent) > _SHOWN_CLASSES else ""
+        found.append((text, "their accuracy stays unknown; move some videos to val"))
     return found
 
 

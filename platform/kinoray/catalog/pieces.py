@@ -65,9 +65,14 @@ CATALOG_SCHEMA: pa.Schema = pa.schema(
         pa.field("codec", pa.string()),
         pa.field("status", pa.string()),
         pa.field("reason", pa.string()),
+        pa.field("label_ids", pa.list_(pa.int32())),
     ]
 )
-"""Columns of a catalog. offset and length are null for a whole object; status is `packed` (probed) or `listed`."""
+"""Columns of a catalog. offset and length are null for a whole object; status is `packed` (probed) or `listed`.
+
+A video of one class has label and label_id; where videos may have several, label_ids alone says which: rising, empty
+for none of the classes, null where it is not known. No catalog has both.
+"""
 
 GROUP_ROWS = 65_536
 """Rows of a row group of what kinoray writes: what a reader holds at once."""
@@ -76,6 +81,7 @@ OF_FEW_VALUES = ("label", "label_id", "split", "fps", "width", "height", "codec"
 """Columns that are written with a dictionary; for names it would be as large as they are."""
 
 _LABELS_KEY = b"kinoray.labels"
+_LISTS = "label_ids"
 
 
 class Rows(Protocol):
@@ -94,16 +100,24 @@ class Rows(Protocol):
 
 
 class RowsDigest:
-    """What names the rows of a catalog, in their order, and the names of its classes, however they are cut."""
+    """What names the rows of a catalog, in their order, and the names of its classes, however they are cut.
+
+    label_ids count where there are any: a catalog of one class a video has the digest that it had before them.
+    """
 
     def __init__(self, labels: Sequence[str]) -> None:
         self._labels = list(labels)
+        self._num_rows = 0
+        self._has_lists = False
         self._of_column = {field.name: (hashlib.sha256(), hashlib.sha256()) for field in CATALOG_SCHEMA}
 
     def update(self, table: pa.Table) -> None:
         """Add rows (CATALOG_SCHEMA)."""
         for field in CATALOG_SCHEMA:
             which, values = self._of_column[field.name]
+            if pa.types.is_list(field.type):
+                self._add_lists(table.column(field.name).combine_chunks())
+                continue
             for column in table.column(field.name).chunks:
                 if pa.types.is_string(field.type):
                     lengths = pc.fill_null(pc.binary_length(column), -1)
@@ -113,11 +127,25 @@ class RowsDigest:
                     which.update(pc.is_valid(column).to_numpy(zero_copy_only=False).tobytes())
                     numbers = pc.fill_null(column, 0).to_numpy(zero_copy_only=False)
                     values.update(numbers.astype(numbers.dtype.newbyteorder("<"), copy=False).tobytes())
+        self._num_rows += table.num_rows
+
+    def _add_lists(self, column: pa.Array) -> None:
+        """Which rows have a list, how long each is, and what is in them."""
+        if column.null_count == len(column):
+            return
+        self._has_lists = True
+        which, values = self._of_column[_LISTS]
+        rows = np.flatnonzero(column.is_valid().to_numpy(zero_copy_only=False))
+        lengths = pc.drop_null(pc.list_value_length(column)).to_numpy()
+        which.update(np.stack([rows + self._num_rows, lengths]).T.astype("<i8").tobytes())
+        values.update(pc.list_flatten(column).to_numpy(zero_copy_only=False).astype("<i4").tobytes())
 
     def hexdigest(self) -> str:
         """16 hex digits."""
         whole = hashlib.sha256(json.dumps(self._labels).encode())
         for name, (which, values) in self._of_column.items():
+            if name == _LISTS and not self._has_lists:
+                continue
             whole.update(name.encode() + which.digest() + values.digest())
         return whole.hexdigest()[:16]
 
@@ -135,7 +163,8 @@ def check_rows(table: pa.Table, num_labels: int) -> None:
     """Refuse rows that no catalog may hold.
 
     Raises:
-        CatalogError: the schema is another one, a row has no video_id or uri, or a label_id has no name.
+        CatalogError: the schema is another one, a row has no video_id or uri, a label_id has no name, or some rows have
+            a label_id and others a list of them.
     """
     if not table.schema.equals(CATALOG_SCHEMA):
         raise CatalogError(f"a catalog needs the columns {CATALOG_SCHEMA.names}, got {table.schema.names}")
@@ -143,11 +172,20 @@ def check_rows(table: pa.Table, num_labels: int) -> None:
         if table.column(name).null_count:
             num_null = many(table.column(name).null_count, "row")
             raise CatalogError(f"{name} may not be null: {num_null} without it")
-    label_ids = table.column("label_id")
-    if label_ids.null_count < len(label_ids):
-        span = pc.min_max(label_ids).as_py()
-        if not 0 <= span["min"] <= span["max"] < num_labels:
-            raise CatalogError(f"label_id {span['max']} has no name: the catalog names {many(num_labels, 'class')}")
+    label_ids, lists = table.column("label_id"), table.column(_LISTS)
+    one, several = label_ids.null_count < len(label_ids), lists.null_count < len(lists)
+    if one and several:
+        raise CatalogError(
+            "some rows have a label_id and others label_ids; in one catalog all have the one or the other"
+        )
+    for name, ids in (("label_id", label_ids), (_LISTS, pc.list_flatten(lists) if several else None)):
+        if ids is None or (name == "label_id" and not one):
+            continue
+        if name == _LISTS and ids.null_count:
+            raise CatalogError("label_ids holds a list with a null in it")
+        span = pc.min_max(ids).as_py()
+        if len(ids) and not 0 <= span["min"] <= span["max"] < num_labels:
+            raise CatalogError(f"{name} {span['max']} has no name: the catalog names {many(num_labels, 'class')}")
 
 
 class Pieces:

@@ -20,6 +20,7 @@ from kinoray.catalog.folders import (
     HEAD_BYTES,
     SkippedFolders,
     class_name,
+    class_names,
     extension,
     is_other,
     is_video,
@@ -263,6 +264,8 @@ class SourceFile:
     """Size in the listing; 0 if the file is not there, or cannot be looked at; -1 where an inventory does not tell."""
     label: str | None = None
     """Class name, from a CSV."""
+    labels: tuple[str, ...] | None = None
+    """All its classes, from a CSV whose column is called labels; perhaps none."""
     split: str | None = None
     """Split, from a CSV; `Validation` is called `val`, and so on."""
     is_video: bool = True
@@ -276,6 +279,8 @@ def warn(text: str) -> None:
 
 def find_files(storage: Storage, source: str, *, say: Callable[[str], None] = warn) -> list[SourceFile]:
     """All files of a folder or s3:// prefix at any depth, or of a .csv (columns path or uri, label?, split?), by name.
+
+    A list whose videos may have several classes has the column labels instead of label: `red|round`.
 
     The address of a video stands for that video. Paths in a CSV are relative to its folder, absolute, ~/, file:// or
     s3://. A folder that is empty gives an empty list. Folders that cannot be listed are left out and told to `say`.
@@ -408,6 +413,11 @@ def _read_csv(storage: Storage, source: str) -> list[SourceFile]:
         "there is no column path: the first line must be path,label[,split]",
     )
     column = "path" if "path" in table.columns else "uri"
+    if {"label", "labels"} <= set(table.columns):
+        raise CatalogError(
+            f"{source} line 1: there are the columns label and labels; keep label where each video has one class, "
+            "labels (red|round) where it may have several"
+        )
     folder = absolute(source).rpartition("/")[0]
     files: dict[str, SourceFile] = {}
     for record in table.records:
@@ -421,6 +431,7 @@ def _read_csv(storage: Storage, source: str) -> list[SourceFile]:
             uri=_uri_of(folder, name),
             size_bytes=0,
             label=class_name(record.cells.get("label", "").strip(), where) or None,
+            labels=class_names(record.cells.get("labels", ""), where),
             split=split_named(split) or split if split else None,
         )
         if file.uri in files:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -92,6 +93,18 @@ class Catalog:
         if len(ids.unique()) != len(ids):
             video_id, count = Counter(ids.to_pylist()).most_common(1)[0]
             raise CatalogError(f"video_id {video_id!r} is used {count} times; it must be unique in a catalog")
+
+    @property
+    def is_multilabel(self) -> bool:
+        """Whether a video may have several classes, or none: the rows have label_ids."""
+        lists = self.table.column("label_ids")
+        return bool(lists.null_count < len(lists))
+
+    def class_names(self) -> list[tuple[str, ...]]:
+        """The classes of each video, by name; none of an unlabelled one."""
+        if not self.is_multilabel:
+            return [() if label is None else (label,) for label in self.table.column("label").to_pylist()]
+        return [tuple(self.labels[index] for index in ids or ()) for ids in self.table.column("label_ids").to_pylist()]
 
     @cached_property
     def digest(self) -> str:
@@ -308,9 +321,11 @@ def catalog_of_files(source: str, files: list[SourceFile]) -> Catalog:
 
 
 def _listed(files: list[SourceFile]) -> Catalog:
-    labels = tuple(sorted({file.label for file in files if file.label is not None}))
+    labels = tuple(
+        sorted({label for file in files for label in (file.label, *(file.labels or ())) if label is not None})
+    )
     label_ids = {label: index for index, label in enumerate(labels)}
-    columns = {
+    columns: dict[str, list[Any]] = {
         "video_id": unique_ids([file.name for file in files]),
         "uri": [file.uri for file in files],
         "label": [file.label for file in files],
@@ -318,6 +333,9 @@ def _listed(files: list[SourceFile]) -> Catalog:
         "split": [file.split for file in files],
         "size_bytes": [file.size_bytes for file in files],
         "status": ["listed"] * len(files),
+        "label_ids": [
+            None if file.labels is None else sorted(map(label_ids.__getitem__, file.labels)) for file in files
+        ],
     }
     arrays = [pa.array(columns.get(field.name, [None] * len(files)), field.type) for field in CATALOG_SCHEMA]
     return Catalog(pa.table(arrays, schema=CATALOG_SCHEMA), labels)

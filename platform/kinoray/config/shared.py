@@ -228,6 +228,10 @@ class OptimConfig:
     """Gradients are scaled down to this norm; 0 turns it off."""
     label_smoothing: float = 0.0
     """Share of each label that is spread over all classes (0.1 is usual)."""
+    multilabel_loss: Literal["bce", "focal", "asymmetric"] = "bce"
+    """Loss of a set whose videos may have several classes, summed over the classes of a video: bce is the binary cross
+    entropy; focal weighs each term by (1 - p) ** 2, p that of the truth (Lin et al. 2017); asymmetric weighs those of
+    classes that a video lacks by p ** 4, p lowered by 0.05 (Ridnik et al. 2021): for many classes of which few hold."""
     class_balance: float = 0.0
     """Weigh the loss of a video by (videos of its class) ** -x, mean weight 1: 0 none, 1 as if all classes had equally
     many, 0.5 between. Videos are never drawn more or less often: each comes once an epoch."""

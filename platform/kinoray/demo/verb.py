@@ -30,6 +30,7 @@ from kinoray.demo.videos import BROKEN_KINDS, class_names, make_broken, make_dem
 from kinoray.errors import ConfigError, KinorayError
 from kinoray.evaluation.config import EvaluateConfig
 from kinoray.evaluation.metrics import ScoreSummary
+from kinoray.evaluation.record import EvaluationRecord
 from kinoray.evaluation.verb import evaluate
 from kinoray.label.config import LabelConfig
 from kinoray.label.predict import Model
@@ -302,6 +303,12 @@ def _upload(folder: Path, prefix: str, config: StorageConfig, steps: Steps) -> N
         result.append(many(len(paths), "file"))
 
 
+def _evaluate(config: EvaluateConfig) -> EvaluationRecord:
+    record = evaluate(config)
+    assert isinstance(record, EvaluationRecord), "a video of the demo has one class"
+    return record
+
+
 def _run(recipe: Recipe, steps: Steps) -> tuple[ScoreSummary, dict[str, Any], dict[str, Any]]:
     """pack, train, evaluate, label, report; returns what the last three gave."""
 
@@ -320,7 +327,7 @@ def _run(recipe: Recipe, steps: Steps) -> tuple[ScoreSummary, dict[str, Any], di
         lambda _: many(recipe.train.optim.epochs, "epoch"),
     )
     what = "score the videos that were held out"
-    scores = run("evaluate", evaluate, recipe.evaluate, what, lambda record: f"top-1 {record.scores.top1:.1%}").scores
+    scores = run("evaluate", _evaluate, recipe.evaluate, what, lambda record: f"top-1 {record.scores.top1:.1%}").scores
     what = "an answer or a reason for every file, where it lies"
     labelled = run("label", label, recipe.label, what, _show_label)
     page_config = dataclasses.replace(recipe.report, predictions=labelled["root"])

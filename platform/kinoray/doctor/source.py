@@ -54,8 +54,8 @@ class Inventory:
     """Files whose video_id carries a digest, since it would be too long or another file's, too."""
     notes: tuple[str, ...] = ()
     """What was left out of the listing, and why."""
-    places: Mapping[tuple[str | None, str | None], int]
-    """(label, split) -> videos: the catalog's, or what `pack` would make of a folder; empty if nothing is labelled."""
+    places: Mapping[tuple[tuple[str, ...], str | None], int]
+    """(classes, split) -> videos: the catalog's, or what `pack` would make of a folder; empty if none is labelled."""
 
 
 def open_source(storage: Storage, source: str) -> Inventory:
@@ -92,19 +92,19 @@ def open_source(storage: Storage, source: str) -> Inventory:
     )
 
 
-def _places_of(catalog: Catalog) -> Counter[tuple[str | None, str | None]]:
-    labels, splits = (catalog.table.column(name) for name in ("label", "split"))
-    if labels.null_count == splits.null_count == len(catalog):
+def _places_of(catalog: Catalog) -> Counter[tuple[tuple[str, ...], str | None]]:
+    splits = catalog.table.column("split")
+    if splits.null_count == len(catalog) and not any(catalog.class_names()):
         return Counter()
-    return Counter(zip(labels.to_pylist(), splits.to_pylist(), strict=True))
+    return Counter(zip(catalog.class_names(), splits.to_pylist(), strict=True))
 
 
-def _places_of_folders(videos: Sequence[SourceFile]) -> Counter[tuple[str | None, str | None]]:
+def _places_of_folders(videos: Sequence[SourceFile]) -> Counter[tuple[tuple[str, ...], str | None]]:
     """What `kinoray pack` would take for class and split; nothing if there are no class folders."""
     places = places_in_folders([video.name for video in videos])
     if all(isinstance(place, str) for place in places):
         return Counter()
-    return Counter((None, None) if isinstance(place, str) else place for place in places)
+    return Counter(((), None) if isinstance(place, str) else ((place[0],), place[1]) for place in places)
 
 
 def choose_sample(catalog: Catalog, count: int) -> list[int]:
@@ -188,14 +188,17 @@ def _labels(inventory: Inventory) -> dict[str, Any] | None:
     """Classes and splits; None where nothing is labelled."""
     if not inventory.places:
         return None
-    counts = Counter(inventory.places)  # 0 for what is not there
-    labels = sorted({label for label, _ in counts if label is not None})
+    counts: Counter[tuple[str, str | None]] = Counter()  # 0 for what is not there
+    for (names, split), count in inventory.places.items():
+        for label in names:
+            counts[label, split] += count
+    labels = sorted({label for label, _ in counts})
     splits: dict[str, Any] = {}
-    for split in sorted({name or "" for _, name in counts}):
+    for split in sorted({name or "" for _, name in inventory.places}):
         per_class = {label: counts[label, split or None] for label in labels if counts[label, split or None]}
         ranked = sorted(per_class.items(), key=lambda item: (item[1], item[0]))
         splits[split] = {
-            "num_videos": sum(count for (_, name), count in counts.items() if (name or "") == split),
+            "num_videos": sum(count for (_, name), count in inventory.places.items() if (name or "") == split),
             "num_classes": len(per_class),
             "fewest": ranked[0] if ranked else None,
             "most": ranked[-1] if ranked else None,
@@ -206,7 +209,7 @@ def _labels(inventory: Inventory) -> dict[str, Any] | None:
         "from": "folders, as kinoray pack reads them" if inventory.kind == "folder" else inventory.kind,
         "num_classes": len(labels),
         "num_unlabelled": sum(
-            count for (label, split), count in counts.items() if label is None and split not in UNLABELLED_SPLITS
+            count for (names, split), count in inventory.places.items() if not names and split not in UNLABELLED_SPLITS
         ),
         "splits": splits,
         "classes": {label: in_training[label] for label in labels},
@@ -292,9 +295,6 @@ def _label_warnings(labels: dict[str, Any]) -> list[Warn]:
     if absent := labels["not_in_train"]:
         text = f"{many(len(absent), 'class')} without a video in train: {_some(absent)}"
         found.append(Warn(text, "no network can learn them; move videos to train, or drop the classes"))
-    if absent := labels["not_in_val"]:
-        text = f"{many(len(absent), 'class')} without a video in val: {_some(absent)}"
-        found.append(Warn(text, "their accuracy stays unknown; move some videos to val"))
     if few := labels["few"]:
         text = f"{many(len(few), 'class')} with fewer than {_FEW_VIDEOS} videos to train on: {_some(few)}"
         found.append(Warn(text, "add videos, or train with --optim.class-balance 0.5"))

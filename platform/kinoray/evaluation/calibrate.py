@@ -1,11 +1,13 @@
 """`kinoray calibrate`: label a set whose classes are known, and fit on it what `label --calibration` takes.
 
-That is the temperature, and the margins at which a video may stop early; both are stated with what they gave on the
-set. What is easy to break: a margin is fitted by replaying exactly what labelling does, the same order of segments and
-the same rule.
+That is the temperature, and the margins at which a video may stop early; or, of a network that gives a video any number
+of classes, a threshold for each class. All are stated with what they gave on the set. What is easy to break: a margin
+is fitted by replaying exactly what labelling does, the same order of segments and the same rule; and a threshold lies
+between two scores of the set, so that rounding moves no video across it.
 """
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -16,7 +18,8 @@ from kinoray.config.scoring import ScoringConfig, shared_settings
 from kinoray.console import many
 from kinoray.errors import CatalogError
 from kinoray.evaluation.config import CalibrateConfig
-from kinoray.evaluation.metrics import calibration_of, wilson_interval
+from kinoray.evaluation.metrics import calibration_of, f1_of, wilson_interval
+from kinoray.evaluation.multilabel import require_truth, true_sets
 from kinoray.evaluation.record import true_classes
 from kinoray.label.answers import Calibrated, MarginPoint
 from kinoray.label.config import LabelConfig
@@ -26,7 +29,18 @@ from kinoray.label.verb import refuse_too_many_bad, run_labelling
 from kinoray.network.scorer import EarlyExit, RunningAnswer, SegmentConsensus, nested_order
 from kinoray.storage.objects import Storage, absolute, join
 
-__all__ = ["MAX_CHANGED", "calibrate", "doubts", "fit_margins", "fit_temperature", "likelihood_and_error"]
+__all__ = [
+    "MAX_CHANGED",
+    "best_threshold",
+    "binary_likelihood_and_error",
+    "calibrate",
+    "doubts",
+    "fit_binary_temperature",
+    "fit_margins",
+    "fit_temperature",
+    "likelihood_and_error",
+    "logits_of",
+]
 
 MAX_CHANGED = (0.0, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05)
 """Shares of changed labels for which a margin is looked for."""
@@ -59,12 +73,13 @@ def calibrate(config: CalibrateConfig) -> Calibrated:
         labelling = open_labelling(
             asked,
             "calibrate",
-            check=lambda catalog, meta: true_classes(catalog, meta.labels),
+            check=require_truth,
             segments=True,
             look=workers.look,
         )
         totals = run_labelling(labelling, config.resources, "calibrate", workers=workers)
-    calibrated = _fit(labelling, labelling.consensus)
+    fit = _fit_several if labelling.meta.scores == "sigmoid" else _fit
+    calibrated = fit(labelling)
     uri = join(absolute(config.out), "calibration.json")
     Storage(config.storage).put(uri, calibrated.to_json())
     _print(calibrated, uri)
@@ -72,11 +87,98 @@ def calibrate(config: CalibrateConfig) -> Calibrated:
     return calibrated
 
 
-def _fit(labelling: Labelling, consensus: SegmentConsensus | None) -> Calibrated:
+def _labelled_rows(labelling: Labelling) -> list[dict[str, Any]]:
+    """Raises CatalogError: there is none."""
     rows = pa.concat_tables(labelling.ledger.read_units(labelling.plan.units, _COLUMNS)).to_pylist()
     rows = [row for row in rows if row["status"] == "labelled"]
     if not rows:
         raise CatalogError(f"no video of the catalog could be read, so nothing was fitted; see {labelling.ledger.root}")
+    return rows
+
+
+def _fit_several(labelling: Labelling) -> Calibrated:
+    """Temperature and thresholds, where a video may have any number of classes."""
+    rows = _labelled_rows(labelling)
+    place = {key: index for index, key in enumerate(labelling.found.keys)}
+    truth = true_sets(labelling.catalog, labelling.meta.labels)[[place[row["row_key"]] for row in rows]]
+    logits = logits_of(np.array([row["scores"] for row in rows], np.float32))
+    temperature = fit_binary_temperature(logits, truth)
+    (nll_before, ece_before), (nll_after, ece_after) = (
+        binary_likelihood_and_error(logits, truth, value) for value in (1.0, temperature)
+    )
+    scores = np.exp(-np.logaddexp(0.0, -logits / temperature))
+    thresholds = tuple(best_threshold(scores[:, c], truth[:, c]) for c in range(truth.shape[1]))
+    known = truth.any(axis=0)
+    before, after = (_mean_f1(truth[:, known], (scores >= np.array(least))[:, known]) for least in (0.5, thresholds))
+    sample = labelling.job.clip.sample
+    return Calibrated(
+        model_digest=labelling.job.model_digest,
+        num_segments=sample.num_segments,
+        frames_per_segment=sample.frames_per_segment,
+        num_videos=len(rows),
+        temperature=temperature,
+        nll=(nll_before, nll_after),
+        ece=(ece_before, ece_after),
+        margins=(),
+        thresholds=thresholds,
+        macro_f1=(before, after),
+    )
+
+
+def logits_of(scores: NDArray[np.float32]) -> NDArray[np.float64]:
+    """What sigmoid made these scores of; 0 and 1, which float32 rounds to, become the nearest numbers that it has."""
+    p = np.clip(scores.astype(np.float64), float(np.finfo(np.float32).tiny), 1 - 2.0**-25)
+    return np.asarray(np.log(p) - np.log1p(-p))
+
+
+def fit_binary_temperature(logits: NDArray[np.float64], truth: NDArray[np.bool_]) -> float:
+    """As `fit_temperature`, of the binary cross entropies of all pairs of a video and a class, [N, C]."""
+
+    def slope(b: float) -> float:
+        p = np.exp(-np.logaddexp(0.0, -b * logits))
+        return float(((p - truth) * logits).mean())
+
+    return _coolest(slope)
+
+
+def binary_likelihood_and_error(
+    logits: NDArray[np.float64], truth: NDArray[np.bool_], temperature: float
+) -> tuple[float, float]:
+    """Mean binary cross entropy and expected calibration error, over all pairs of a video and a class, [N, C]."""
+    x = logits / temperature
+    nll = np.logaddexp(0.0, x) - truth * x
+    error = calibration_of(np.exp(-np.logaddexp(0.0, -x)).ravel(), truth.ravel()).error
+    return float(nll.mean()), error
+
+
+def best_threshold(scores: NDArray[np.float64], truth: NDArray[np.bool_]) -> float:
+    """The score from which on a class is best said to hold: that of the highest F1, float [N] and bool [N].
+
+    Half-way to the next lower score, of equally good ones the highest. 0.5 for a class without a video.
+    """
+    if not truth.any():
+        return 0.5
+    order = np.argsort(-scores, kind="stable")
+    ranked = scores[order]
+    ends = np.append(np.flatnonzero(np.diff(ranked)), len(ranked) - 1)
+    right = np.cumsum(truth[order])[ends]
+    f1 = 2 * right / (ends + 1 + truth.sum())
+    end = int(ends[int(f1.argmax())])
+    lower = ranked[end + 1] if end + 1 < len(ranked) else 0.0
+    return float((ranked[end] + lower) / 2)
+
+
+def _mean_f1(truth: NDArray[np.bool_], called: NDArray[np.bool_]) -> float:
+    values = [
+        f1_of(int(truth[:, c].sum()), int(called[:, c].sum()), int((truth & called)[:, c].sum()))[0] or 0.0
+        for c in range(truth.shape[1])
+    ]
+    return sum(values) / len(values) if values else 0.0
+
+
+def _fit(labelling: Labelling) -> Calibrated:
+    rows = _labelled_rows(labelling)
+    consensus = labelling.consensus
     classes = dict(zip(labelling.found.keys, true_classes(labelling.catalog, labelling.meta.labels), strict=True))
     truth = np.array([classes[row["row_key"]] for row in rows], np.int64)
     smallest = float(np.finfo(np.float32).tiny)
@@ -110,6 +212,12 @@ def _print(calibrated: Calibrated, uri: str) -> None:
     )
     for text in doubts(calibrated):
         print(f"calibrate: warning: {text}")
+    if calibrated.macro_f1:
+        before, after = calibrated.macro_f1
+        print(
+            f"calibrate: thresholds {min(calibrated.thresholds):.3f} .. {max(calibrated.thresholds):.3f}, one a class: "
+            f"mean F1 {before:.1%} with 0.5 -> {after:.1%}"
+        )
     points = {point.margin: point for point in calibrated.margins}  # the same margin may keep to several shares
     for point in points.values():
         print(
@@ -152,6 +260,11 @@ def fit_temperature(logits: NDArray[np.floating[Any]], truth: NDArray[np.int64])
         p /= p.sum(axis=1, keepdims=True)
         return float(((p * x).sum(axis=1) - right).mean())  # of the loss, rising in b
 
+    return _coolest(slope)
+
+
+def _coolest(slope: Callable[[float], float]) -> float:
+    """The temperature 1 / b at which a slope that rises in b is 0, by bisection."""
     low = math.log(1 / _HIGHEST)
     high = math.log(1 / _LOWEST)
     for _ in range(60):

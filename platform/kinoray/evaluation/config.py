@@ -29,6 +29,9 @@ class EvaluateConfig(TruthConfig):
 
     Example: kinoray evaluate s3://bucket/set --checkpoint s3://bucket/runs/first --out s3://bucket/eval
 
+    A network that was trained on label lists is scored on such: mAP, and of each class average precision and F1, with
+    95% intervals.
+
     It runs the labelling job, so every video counts exactly once, and videos that could not be read are named.
 
     With --ensemble it averages evaluations of the set that there are, video by video, and scores the result:
@@ -42,6 +45,9 @@ class EvaluateConfig(TruthConfig):
     checkpoint: str = ""
     """A checkpoint, or a run folder (its best checkpoint); or a published network as `kinoray import` lists them. Left
     out with ensemble."""
+    calibration: str = ""
+    """calibration.json of `kinoray calibrate`, made with this checkpoint on other videos: its temperature, and its
+    thresholds where videos may have several classes."""
     ensemble: tuple[str, ...] = ()
     """Evaluations to average, two or more, instead of a checkpoint: the --out of each, or the folder of one labelling
     in it."""
@@ -58,6 +64,7 @@ class EvaluateConfig(TruthConfig):
         require(fits, "weights", f"{len(self.ensemble)} numbers, one for each evaluation", self.weights)
         require(all(weight > 0 for weight in self.weights), "weights", "greater than 0", self.weights)
         require(self.split == "val", "split", "left out with ensemble: it is that of its members", self.split)
+        require(not self.calibration, "calibration", "left out with ensemble", self.calibration)
         left_out = shared_settings(ScoringConfig(checkpoint="", storage=self.storage), ScoringConfig)
         for name, value in left_out.items():
             given = getattr(self, name)
@@ -72,6 +79,8 @@ class EvaluateConfig(TruthConfig):
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CalibrateConfig(TruthConfig):
     """Fit on a labelled catalog what makes scores honest: a temperature, and margins at which labelling may stop early.
+
+    For a network that was trained on label lists: a temperature, and for each class the threshold of its highest F1.
 
     Example: kinoray calibrate s3://bucket/set --checkpoint s3://bucket/runs/first --out s3://bucket/calibration
 

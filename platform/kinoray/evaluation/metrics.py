@@ -1,4 +1,4 @@
-"""Counts of what a model got right: accuracy, per class, confusion, calibration.
+"""Counts of what a model got right: accuracy, per class, confusion, calibration; average precision and F1.
 
 Everything inside is an exact integer count, so numbers of parts add up to the numbers of the whole on any number of
 workers, in any order, digit by digit. Videos that could not be scored are counted here too: an accuracy is never shown
@@ -22,18 +22,25 @@ __all__ = [
     "Confused",
     "ScoreSummary",
     "Scores",
+    "average_precisions",
     "calibration_of",
     "class_counts",
     "confused_classes",
     "count_confusion",
+    "f1_of",
+    "mean_precision",
+    "resampled_precisions",
     "score",
     "wilson_interval",
 ]
 
 IntArray = NDArray[np.int64]
+FloatArray = NDArray[np.float64]
+BoolArray = NDArray[np.bool_]
 TOP = 5
 NUM_BINS = 15
 _Z95 = 1.959963984540054  # two-sided 95% point of the normal distribution
+_RESAMPLED = 200  # sets of videos that an interval is of
 _UNIT = 2**36
 """Scores are counted in 1 / _UNIT: exact for a float32 of at least 2^-13, which a first score is with 8192 classes."""
 
@@ -398,3 +405,66 @@ def calibration_of(scores: NDArray[np.floating[Any]], right: NDArray[np.bool_]) 
     videos = np.bincount(bins, minlength=NUM_BINS).astype(np.int64)
     hits = np.bincount(bins[right], minlength=NUM_BINS).astype(np.int64)
     return Calibration(videos, hits, sums)
+
+
+# Where a video may have any number of classes. Equal scores are one step of a precision-recall curve, so that nothing
+# depends on the order of the videos, or on how many workers had them.
+
+
+def average_precisions(scores: NDArray[np.floating[Any]], truth: BoolArray) -> FloatArray:
+    """Average precision of each class, float64 [C]; NaN of one without a video.
+
+        AP = sum over the distinct scores, the highest first, of (R_k - R_(k-1)) P_k
+
+    with precision P_k and recall R_k of the videos that score at least so high.
+
+    Args:
+        scores: float [N, C].
+        truth: bool [N, C].
+    """
+    ones = np.ones((1, len(scores)))
+    return np.array([_precisions(scores[:, place], truth[:, place], ones)[0] for place in range(scores.shape[1])])
+
+
+def mean_precision(precisions: FloatArray) -> float:
+    """mAP: their mean over the classes that have a video; NaN of none."""
+    known = precisions[~np.isnan(precisions)]
+    return float(known.mean()) if len(known) else math.nan
+
+
+def _precisions(scores_N: NDArray[np.floating[Any]], truth_N: BoolArray, weights_RN: FloatArray) -> FloatArray:
+    """Average precision of one class, float64 [R], where each video counts as often as a row of the weights says."""
+    if not len(scores_N):
+        return np.full(len(weights_RN), math.nan)
+    order = np.argsort(-scores_N, kind="stable")
+    ends = np.append(np.flatnonzero(np.diff(scores_N[order])), len(order) - 1)  # of runs of equal scores
+    called_RK = np.cumsum(weights_RN[:, order], axis=1)[:, ends]
+    right_RK = np.cumsum(weights_RN[:, order] * truth_N[order], axis=1)[:, ends]
+    gained_RK = np.diff(right_RK, axis=1, prepend=0.0)
+    precision_RK = right_RK / np.maximum(called_RK, 1.0)
+    total_R = right_RK[:, -1]
+    found: FloatArray = np.where(
+        total_R > 0, (gained_RK * precision_RK).sum(axis=1) / np.maximum(total_R, 1.0), math.nan
+    )
+    return found
+
+
+def resampled_precisions(scores: NDArray[np.floating[Any]], truth: BoolArray) -> FloatArray:
+    """Average precisions, float64 [R, C], of as many videos drawn with replacement; the draws are always the same."""
+    num_videos = len(scores)
+    raw = np.random.PCG64(0).random_raw(_RESAMPLED * num_videos).reshape(_RESAMPLED, num_videos)
+    drawn = (raw % np.uint64(num_videos)).astype(np.int64)
+    weights = np.stack([np.bincount(row, minlength=num_videos) for row in drawn]).astype(np.float64)
+    columns = [_precisions(scores[:, place], truth[:, place], weights) for place in range(scores.shape[1])]
+    return np.stack(columns, axis=1)
+
+
+def f1_of(videos: int, called: int, right: int) -> tuple[float | None, tuple[float, float]]:
+    """F1 = 2 right / (videos + called), and its 95% interval; None of neither.
+
+    Of the videos that are of the class or were called so, a share J = right / (videos + called - right) is both, and
+    F1 = 2 J / (1 + J) rises with J: its interval is Wilson's of J.
+    """
+    union = videos + called - right
+    low, high = wilson_interval(right, union)
+    return 2 * right / (videos + called) if union else None, (2 * low / (1 + low), 2 * high / (1 + high))

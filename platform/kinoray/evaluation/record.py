@@ -7,7 +7,7 @@ shown without its coverage.
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -35,6 +35,7 @@ from kinoray.storage.records import is_name, parse_json
 
 __all__ = [
     "ANSWER_COLUMNS",
+    "MULTILABEL",
     "Answers",
     "ClassRow",
     "Evaluation",
@@ -50,6 +51,9 @@ __all__ = [
 
 ANSWER_COLUMNS = ("video_id", "status", "id_topk", "score_topk")
 """Columns of predictions that `join_answers` needs."""
+
+MULTILABEL = "multilabel"
+"""`kind` of an evaluation of several classes a video (kinoray.evaluation.multilabel)."""
 
 _FILE_NAME = "evaluation.json"
 _TOP = 5
@@ -112,6 +116,11 @@ def true_classes(catalog: Catalog, labels: Sequence[str]) -> NDArray[np.int64]:
         CheckpointMismatch: a label that the model does not know.
     """
     label_ids = catalog.table.column("label_id").to_pylist()
+    if catalog.is_multilabel:
+        raise CatalogError(
+            "the videos have label lists, and this checkpoint gives each one class; train on the lists, or name a "
+            "catalog of one class a video"
+        )
     if None in label_ids:
         first = catalog.table.column("video_id")[label_ids.index(None)].as_py()
         raise CatalogError(
@@ -244,6 +253,10 @@ class EvaluationRecord:
             raise ConfigError(f"{uri} is not what evaluate wrote: {error}") from error
         if not isinstance(flat, dict):
             raise ConfigError(f"{uri} is not what evaluate wrote: it holds no object")
+        if flat.get("kind") == MULTILABEL:
+            raise ConfigError(
+                f"{uri} is of a network that gives videos several classes; this takes evaluations of one class a video"
+            )
         scores = {name: flat[name] for name in _names(ScoreSummary) if name in flat}
         origin = {name: flat[name] for name in _names(Origin) if name in flat}
         tree = {name: flat[name] for name in _names(cls) if name in flat}
@@ -291,7 +304,16 @@ def evaluation_record(answers: Answers, labels: Sequence[str], origin: Origin) -
     )
 
 
-def write_evaluation(storage: Storage, out: str, record: EvaluationRecord) -> str:
+class _Record(Protocol):
+    """What is known of a file, whatever it counts."""
+
+    @property
+    def origin(self) -> Origin: ...
+
+    def to_json(self) -> bytes: ...
+
+
+def write_evaluation(storage: Storage, out: str, record: _Record) -> str:
     """Write evaluation.json to `out`, where the newest evaluation is found, and beside its predictions.
 
     Returns:

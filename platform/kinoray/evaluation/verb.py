@@ -20,6 +20,13 @@ from kinoray.config.shared import digest
 from kinoray.console import many
 from kinoray.errors import CatalogError, CheckpointMismatch, ConfigError
 from kinoray.evaluation.config import EvaluateConfig
+from kinoray.evaluation.multilabel import (
+    SET_COLUMNS,
+    MultilabelRecord,
+    multilabel_record,
+    print_multilabel,
+    require_truth,
+)
 from kinoray.evaluation.record import (
     ANSWER_COLUMNS,
     Evaluation,
@@ -53,7 +60,7 @@ _COLUMNS = ("uri", "error_class", "error_text", "scores", *_COUNTS)
 _Row = dict[str, Any]
 
 
-def evaluate(config: EvaluateConfig) -> EvaluationRecord:
+def evaluate(config: EvaluateConfig) -> EvaluationRecord | MultilabelRecord:
     """Label the split, compare with its labels, print the scores and write OUT/evaluation.json.
 
     Returns:
@@ -74,26 +81,40 @@ def evaluate(config: EvaluateConfig) -> EvaluationRecord:
         source=config.catalog,
         out=config.out,
         split=config.split,
-        top_k=_TOP,
         all_scores=True,
+        calibration=config.calibration,
         **shared_settings(config, ScoringConfig),
     )
     with Workers(config.resources, "evaluate") as workers:
-        labelling = open_labelling(
-            asked, "evaluate", check=lambda catalog, meta: true_classes(catalog, meta.labels), look=workers.look
-        )
+        labelling = open_labelling(asked, "evaluate", check=require_truth, look=workers.look)
         totals = run_labelling(labelling, config.resources, "evaluate", workers=workers)
     ledger = labelling.ledger
-    labels = labelling.meta.labels
-    predictions = pa.concat_tables(ledger.read_units(labelling.plan.units, list(ANSWER_COLUMNS)))
-    truth = true_classes(labelling.catalog, labels)
-    answers = join_answers(labelling.catalog, truth, predictions, len(labels))
-    record = evaluation_record(answers, labels, _origin(config, labelling))
+    record: EvaluationRecord | MultilabelRecord
+    if labelling.meta.scores == "sigmoid":
+        record = _several_record(config, labelling)
+        print_multilabel("evaluate", record)
+    else:
+        record = _one_record(config, labelling)
+        print_evaluation("evaluate", record)
     uri = write_evaluation(ledger.storage, absolute(config.out), record)
-    print_evaluation("evaluate", record)
     print(f"evaluate: all numbers are in {uri}", flush=True)
     refuse_too_many_bad(totals, config.max_bad_fraction, ledger.root)
     return record
+
+
+def _one_record(config: EvaluateConfig, labelling: Labelling) -> EvaluationRecord:
+    labels = labelling.meta.labels
+    predictions = pa.concat_tables(labelling.ledger.read_units(labelling.plan.units, list(ANSWER_COLUMNS)))
+    truth = true_classes(labelling.catalog, labels)
+    answers = join_answers(labelling.catalog, truth, predictions, len(labels))
+    return evaluation_record(answers, labels, _origin(config, labelling))
+
+
+def _several_record(config: EvaluateConfig, labelling: Labelling) -> MultilabelRecord:
+    labels, rule = labelling.meta.labels, labelling.job.answer
+    predictions = pa.concat_tables(labelling.ledger.read_units(labelling.plan.units, list(SET_COLUMNS)))
+    thresholds = rule.thresholds or (rule.threshold,) * len(labels)
+    return multilabel_record(labelling.catalog, labels, predictions, thresholds, _origin(config, labelling))
 
 
 def _origin(config: EvaluateConfig, labelling: Labelling) -> Origin:

@@ -41,6 +41,8 @@ class AnswerRule:
     """Logits are divided by it before they become scores (Guo et al. 2017, section 4.2)."""
     threshold: float = 0.0
     """Where the first score is lower, the row is marked as abstained."""
+    thresholds: tuple[float, ...] = ()
+    """Of each class, instead of `threshold`; of sigmoid scores. A row without a class is marked as abstained."""
     min_margin: float = 0.0
     """Where the first score is less than this above the second, too."""
     all_scores: bool = False
@@ -51,6 +53,17 @@ class AnswerRule:
         require(self.temperature > 0, "temperature", "greater than 0", self.temperature)
         require(0 <= self.threshold <= 1, "threshold", "in 0 .. 1", self.threshold)
         require(0 <= self.min_margin <= 1, "min_margin", "in 0 .. 1", self.min_margin)
+        wanted = "in 0 .. 1, one for each class, with sigmoid scores and without threshold"
+        alone = self.scores == "sigmoid" and not self.threshold and all(0 <= value <= 1 for value in self.thresholds)
+        require(alone or not self.thresholds, "thresholds", wanted, self.thresholds)
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """As JSON: without thresholds, where there are none, as it was before there were any."""
+        tree = asdict(self)
+        if not self.thresholds:
+            del tree["thresholds"]
+        return tree
 
 
 def top_predictions(logits: np.ndarray, labels: Sequence[str], rule: AnswerRule) -> list[dict[str, Any]]:
@@ -62,13 +75,16 @@ def top_predictions(logits: np.ndarray, labels: Sequence[str], rule: AnswerRule)
     """
     scores, entropy = scores_of(logits, rule)
     order = np.argsort(-scores, axis=1, kind="stable")
+    least = np.array(rule.thresholds or [rule.threshold] * len(labels))
     answers = []
     for row, ids in enumerate(order):
         first = scores[row, ids[0]]
         margin = float(first - (scores[row, ids[1]] if len(ids) > 1 else 0.0))
-        best = ids[: rule.top_k]
+        abstained = first < rule.threshold
         if rule.scores == "sigmoid":
-            best = best[scores[row, best] >= rule.threshold]
+            ids = ids[scores[row, ids] >= least[ids]]
+            abstained = not len(ids)
+        best = ids[: rule.top_k]
         answers.append(
             {
                 "label_topk": [labels[index] for index in best],
@@ -76,7 +92,7 @@ def top_predictions(logits: np.ndarray, labels: Sequence[str], rule: AnswerRule)
                 "score_topk": scores[row, best].tolist(),
                 "margin": margin,
                 "entropy": float(entropy[row]),
-                "abstained": bool(first < rule.threshold or margin < rule.min_margin),
+                "abstained": bool(abstained or margin < rule.min_margin),
             }
             | ({"scores": scores[row]} if rule.all_scores else {})
         )
@@ -159,11 +175,18 @@ class Calibrated:
     ece: tuple[float, float]
     """Expected calibration error at temperature 1, and at this one."""
     margins: tuple[MarginPoint, ...]
-    """Empty for a network that does not see its segments one by one."""
+    """Empty for a network that does not see its segments one by one, or was trained on label lists."""
+    thresholds: tuple[float, ...] = ()
+    """Of a network that was trained on label lists: of each class the score with the highest F1 on the set."""
+    macro_f1: tuple[float, float] | None = None
+    """Mean F1 of the classes that the set has: with 0.5 for all, and with these."""
 
     def to_json(self) -> bytes:
-        """The file's bytes."""
-        return json.dumps(asdict(self), indent=1).encode()
+        """The file's bytes; what is of label lists only where there are any."""
+        tree = asdict(self)
+        if not self.thresholds:
+            del tree["thresholds"], tree["macro_f1"]
+        return json.dumps(tree, indent=1).encode()
 
     def margin_for(self, max_changed: float, clip: ClipConfig) -> float:
         """The margin at which at most this share of the calibration set changed its top-1.

@@ -31,15 +31,17 @@ class LabelConfig(LabelWorkConfig):
     written."""
     split: str = ""
     """Only this split of the catalog; empty for all of it."""
-    top_k: int = 5
-    """Classes named for each video; all, where the network has fewer."""
-    scores: ScoreKind = "softmax"
-    """`softmax`: one class a video. `sigmoid`: any number of classes, for a network that was trained so; those that
-    reach the threshold are named."""
+    top_k: int | None = None
+    """Classes named for each video; all, where the network has fewer. Default: 5; all that reach their threshold, where
+    the network was trained on label lists."""
+    scores: ScoreKind | None = None
+    """`softmax`: one class a video. `sigmoid`: any number of classes; those that reach the threshold are named.
+    Default: what the network was trained for."""
     temperature: float = 0.0
     """Logits are divided by it before they become scores. Default: the calibration's, else 1."""
     threshold: float = 0.0
-    """Rows whose first score is lower are marked `abstained`."""
+    """Rows whose first score is lower are marked `abstained`; with sigmoid, classes whose score is lower are not named.
+    Default: none; of a network that was trained on label lists those of the calibration, one a class, or 0.5."""
     min_margin: float = 0.0
     """Rows whose first score is less than this above the second are, too."""
     all_scores: bool = False
@@ -55,7 +57,7 @@ class LabelConfig(LabelWorkConfig):
             wanted = f"given, since {self.source} is not one video by its name (.mp4 and others)"
             require(is_video(self.source.rpartition("/")[2]), "out", wanted, self.out)
             require(not self.plan, "out", "given with plan", self.out)
-        require(self.top_k >= 1, "top_k", "at least 1", self.top_k)
+        require(self.top_k is None or self.top_k >= 1, "top_k", "at least 1", self.top_k)
         require(self.temperature >= 0, "temperature", "at least 0", self.temperature)
         check_fraction("threshold", self.threshold)
         check_fraction("min_margin", self.min_margin)

@@ -9,6 +9,7 @@ import uuid
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 
@@ -42,6 +43,9 @@ __all__ = ["Labelling", "Opened", "Say", "look_here", "open_labelling", "open_ne
 
 Say = Callable[[str], None]
 """Takes a line for people."""
+
+_TOP = 5
+_USUAL_THRESHOLD = 0.5  # of a network that was trained on label lists
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -97,6 +101,11 @@ class _Settings:
     labels: tuple[str, ...]
     torch_threads: int | None
     """Of CPUs. Sums are split among threads, which rounds them otherwise: a ResNet-50's logits by 4e-5."""
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """As JSON."""
+        return {**asdict(self), "answer": self.answer.record}
 
 
 def look_here(job: LabelJob, num_units: int = 0) -> NetworkFacts:
@@ -228,7 +237,12 @@ def open_network(config: LabelConfig, *, say: Say, warn: Say, segments: bool = F
     clip = _clip(config, meta.clip, warn)
     views = _views(config, clip)
     calibration = load_calibration(storage, config.calibration, meta.model_digest) if config.calibration else None
-    answer = _answer_rule(config, len(meta.labels), calibration)
+    answer = _answer_rule(config, meta, calibration)
+    if answer.scores == "sigmoid" and config.early_exit != "off":
+        raise ConfigError(
+            f"early_exit must be off with sigmoid scores, got {config.early_exit}: it stops when the first class of a "
+            "video is settled, and says nothing of the others"
+        )
     scorer = _scorer_config(config, clip, calibration)
     on_gpu = config.resources.gpus_per_worker > 0
     torch_threads = max(1, int(config.resources.cpus_per_worker))
@@ -243,12 +257,12 @@ def open_network(config: LabelConfig, *, say: Say, warn: Say, segments: bool = F
     record = JobRecord(
         checkpoint=checkpoint,
         model_digest=meta.model_digest,
-        config_digest=digest(settings),
+        config_digest=digest(settings.record),
         labels=meta.labels,
         scores=answer.scores,
         windows=views.windows,
         model=meta.model,
-        settings=asdict(settings),
+        settings=settings.record,
     )
     job = LabelJob(
         storage=storage,
@@ -304,12 +318,21 @@ def _views(config: LabelConfig, clip: ClipConfig) -> ViewsConfig:
     return replace(views, placed=views.placed and clip.sample.is_dense)
 
 
-def _answer_rule(config: LabelConfig, num_classes: int, calibration: Calibrated | None) -> AnswerRule:
+def _answer_rule(config: LabelConfig, meta: CheckpointMeta, calibration: Calibrated | None) -> AnswerRule:
+    """What the settings say, or else the calibration, or else what the network was trained for."""
+    num_classes = len(meta.labels)
+    kind = config.scores or meta.scores
+    is_trained_so = kind == meta.scores == "sigmoid"
+    thresholds = calibration.thresholds if calibration and kind == "sigmoid" and not config.threshold else ()
+    if thresholds and len(thresholds) != num_classes:
+        raise ConfigError(f"calibration: {config.calibration} has {len(thresholds)} thresholds, not {num_classes}")
+    usual = _USUAL_THRESHOLD if is_trained_so and not thresholds else 0.0
     return AnswerRule(
-        top_k=min(config.top_k, num_classes),
-        scores=config.scores,
+        top_k=min(config.top_k or (num_classes if is_trained_so else _TOP), num_classes),
+        scores=kind,
         temperature=config.temperature or (calibration.temperature if calibration else 1.0),
-        threshold=config.threshold,
+        threshold=config.threshold or usual,
+        thresholds=thresholds,
         min_margin=config.min_margin,
         all_scores=config.all_scores,
     )

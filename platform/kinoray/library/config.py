@@ -42,7 +42,7 @@ class LabelsConfig(PredictionsConfig):
     status: tuple[Literal["labelled", "quarantined", "skipped", "abstained"], ...] = ()
     """Only rows of these states; labelled has the rows that abstained, too."""
     label: tuple[str, ...] = ()
-    """Only rows whose first class is one of these."""
+    """Only rows whose first class is one of these; where videos may have several classes, any class."""
     score: Annotated[tuple[float, float] | None, tyro.conf.arg(metavar="FROM TO")] = None
     """Only rows whose first class has a score from the first number to the second one, such as 0 0.5."""
     margin: Annotated[tuple[float, float] | None, tyro.conf.arg(metavar="FROM TO")] = None
@@ -126,6 +126,9 @@ class CorrectConfig(PredictionsConfig):
     `__bad__` leaves the video out. A video is in the catalog if it was corrected, has a label in --catalog, or was
     labelled with at least --accept-score, in this order. Classes keep the model's order, so that a network can be
     trained on from where it is. `kinoray pack sets/second/catalog.parquet --out ...` copies the videos into shards.
+
+    Where videos may have several classes, a label is all of them: `red|round`, or `|` for none. Those that the model
+    named are accepted where the lowest of their scores is at least --accept-score.
     """
 
     out: str

@@ -3,6 +3,8 @@
 What is easy to break: a correction belongs to a row_key, which names the very file that was looked at; a key or a class
 that is not known is an error with its line, never a row that is left out in silence. Files come back from spreadsheets,
 which write 000001 as 1 and a date as another text: the key alone says which row is meant.
+
+Where a video may have several classes, a label is all of them: `red|round`, `|` for none, or what Label Studio writes.
 """
 
 import hashlib
@@ -10,30 +12,32 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-from kinoray.catalog.folders import class_name
-from kinoray.catalog.source import decode_text, parse_table_text
-from kinoray.catalog.table import CATALOG_SCHEMA, Catalog, catalog_of_source, save_catalog
+from kinoray.catalog.folders import BETWEEN_CLASSES, class_name, in_label_list, label_list, set_problems
+from kinoray.catalog.source import decode_text, parse_table_text, stat_size, warn
+from kinoray.catalog.table import CATALOG_SCHEMA, Catalog, Reference, catalog_of_source, save_catalog
 from kinoray.console import many
 from kinoray.errors import CatalogError
 from kinoray.label.keys import row_keys
 from kinoray.label.ledger import Ledger, open_ledger
 from kinoray.library.config import CorrectConfig
-from kinoray.library.rows import BAD_VIDEO, class_names, scan, undefused
-from kinoray.pack.plan import drawn_to_val
+from kinoray.library.rows import BAD_VIDEO, class_names, is_multi_label, scan, undefused
+from kinoray.pack.splits import Candidate, contents_of, draw_splits
 from kinoray.storage.objects import MAX_TABLE_BYTES, Storage, absolute, join
-from kinoray.storage.records import require_folder
+from kinoray.storage.records import parse_json, require_folder
 
 __all__ = ["Correction", "correct", "read_corrections"]
 
 _COLUMNS = ("video_id", "uri", "offset", "length", "row_key", "status", "label", "score")
 _NUMBER = re.compile(r"\s*[-+]?(\d+(\.\d*)?|\.\d+)(e[-+]?\d+)?\s*", re.ASCII | re.IGNORECASE)
 _MAX_NUMBER = 40  # characters
+_STAT_THREADS = 16
 _Row = dict[str, Any]
 
 
@@ -44,7 +48,7 @@ class Correction:
     row_key: str
     """Of the row, without its letter."""
     label: str
-    """A class, or BAD_VIDEO."""
+    """A class, or BAD_VIDEO; of a label list all its classes, in the order of their names, `red|round`."""
     video_id: str
     """As the file has it; empty where it has no such column."""
     predicted: str
@@ -73,9 +77,10 @@ def correct(config: CorrectConfig) -> dict[str, Any]:
     if config.catalog:
         known = catalog_of_source(storage, absolute(config.catalog))
     labels = _classes(ledger, config, known)
-    corrections, repeated = read_corrections(storage, config.corrections, labels)
+    several = _gives_lists(ledger, config, known, labels)
+    corrections, repeated = read_corrections(storage, config.corrections, labels, several=several)
     counts: Counter[str] = Counter()
-    rows = list(_labelled_rows(ledger, config, known, corrections, counts))
+    rows = list(_labelled_rows(ledger, config, known, corrections, counts, several=several))
     _require_used(corrections, counts, ledger)
     counts["respelled"] = _require_same_videos(corrections, ledger)
     if not rows:
@@ -83,11 +88,14 @@ def correct(config: CorrectConfig) -> dict[str, Any]:
             f"no video of {ledger.root} has a label now: give --corrections with classes, or a lower --accept-score"
         )
     ids = {name: index for index, name in enumerate(labels)}
-    free = [(row["video_id"], row["label"], row.get("sha256")) for row in rows if not row["split"]]
-    validating = drawn_to_val(free, config.val_fraction)
+    splits = _splits(storage, ledger.root, rows, config.val_fraction, several=several)
     for row in rows:
-        row["label_id"] = ids[row["label"]]
-        row["split"] = row["split"] or ("val" if row["video_id"] in validating else "train")
+        row["split"] = splits[row["video_id"]]
+        if several:
+            row["label_ids"] = sorted(ids[name] for name in in_label_list(row["label"]))
+            row["label"] = row["label_id"] = None
+        else:
+            row["label_id"] = ids[row["label"]]
     arrays = [pa.array([row.get(field.name) for row in rows], field.type) for field in CATALOG_SCHEMA]
     catalog = Catalog(pa.table(arrays, schema=CATALOG_SCHEMA), labels)
     out = absolute(config.out)
@@ -98,6 +106,45 @@ def correct(config: CorrectConfig) -> dict[str, Any]:
     return totals
 
 
+def _gives_lists(ledger: Ledger, config: CorrectConfig, known: Catalog, labels: Sequence[str]) -> bool:
+    """Whether a video may have several classes.
+
+    Raises:
+        CatalogError: the catalog says otherwise than the predictions, or a class cannot be written in a list.
+    """
+    several = is_multi_label(ledger)
+    if len(known) and any(known.class_names()) and known.is_multilabel != several:
+        lists, one = "label lists", "one class a video"
+        raise CatalogError(
+            f"catalog: {config.catalog} has {one if several else lists}, the predictions {lists if several else one}; "
+            "name the catalog that the network was trained for"
+        )
+    if several and (odd := [name for name in labels if BETWEEN_CLASSES in name]):
+        raise CatalogError(f"the class {odd[0]!r} holds {BETWEEN_CLASSES!r}, which divides classes; rename the class")
+    return several
+
+
+def _splits(
+    storage: Storage, source: str, rows: Sequence[_Row], val_fraction: float, *, several: bool
+) -> dict[str, str]:
+    """video_id -> split, as `pack` finds it; what is odd of it is said."""
+    contents = [row.get("sha256") for row in rows]
+    if val_fraction:
+        places = [Reference(row["uri"], row["offset"], row["length"], row.get("sha256")) for row in rows]
+        sizes = [row["length"] if row["length"] is not None else row.get("size_bytes") for row in rows]
+        with ThreadPoolExecutor(_STAT_THREADS) as pool:
+            known = list(pool.map(lambda place, size: size or stat_size(storage, place.uri), places, sizes))
+        contents = contents_of(storage, list(zip(places, known, strict=True)))
+    candidates = [
+        Candidate(row["video_id"], in_label_list(row["label"]) if several else (row["label"],), row["split"], content)
+        for row, content in zip(rows, contents, strict=True)
+    ]
+    splits = draw_splits(source, candidates, val_fraction)
+    for problem, remedy in set_problems(Counter((video.labels, splits[video.name]) for video in candidates)):
+        warn(f"{source}: {problem}; {remedy}")
+    return splits
+
+
 def _classes(ledger: Ledger, config: CorrectConfig, known: Catalog) -> tuple[str, ...]:
     """The model's classes in its order, then those that the catalog or the user add."""
     labels = dict.fromkeys([*class_names(ledger), *known.labels, *config.new_classes])
@@ -106,8 +153,13 @@ def _classes(ledger: Ledger, config: CorrectConfig, known: Catalog) -> tuple[str
     return tuple(labels)
 
 
-def read_corrections(storage: Storage, uris: Sequence[str], labels: Sequence[str]) -> tuple[dict[str, Correction], int]:
+def read_corrections(
+    storage: Storage, uris: Sequence[str], labels: Sequence[str], *, several: bool = False
+) -> tuple[dict[str, Correction], int]:
     """The corrections of all files by row_key, and how many lines said again what another one says.
+
+    Args:
+        several: whether a cell holds all classes of its video.
 
     Raises:
         CatalogError: a column is missing, a label is no class, or two lines disagree; with file, line and column.
@@ -115,7 +167,7 @@ def read_corrections(storage: Storage, uris: Sequence[str], labels: Sequence[str
     """
     found: dict[str, Correction] = {}
     repeated = 0
-    classes = _Classes(labels)
+    classes = _Lists(labels) if several else _Classes(labels)
     for uri in uris:
         for correction in _read_file(storage, uri, classes):
             before = found.setdefault(correction.row_key, correction)
@@ -146,6 +198,30 @@ class _Classes:
         number = _as_number(cell.strip())
         alike = [label for name, label in self._exact.items() if _as_number(name) == number]
         return alike[0] if len(alike) == 1 else None
+
+
+class _Lists(_Classes):
+    """Finds the classes that a cell means, where it may mean several: as one label list."""
+
+    def find(self, cell: str, where: str) -> str | None:
+        """The label list, or BAD_VIDEO; None if it names what is no class, or nothing at all."""
+        parts = self._parts(undefused(cell).strip())
+        found = [super(_Lists, self).find(part, where) for part in parts or ()]
+        if parts is None or None in found:
+            return None
+        if BAD_VIDEO in found:
+            return BAD_VIDEO if len(found) == 1 else None
+        return label_list(name for name in found if name)
+
+    def _parts(self, text: str) -> list[str] | None:
+        """What stands between the signs, or in Label Studio's {"choices": [...]}; None of an empty cell."""
+        if not text.startswith("{"):
+            return [part for part in text.split(BETWEEN_CLASSES) if part.strip()] if text else None
+        try:
+            choices = parse_json(text.encode())["choices"]
+        except (ValueError, KeyError, TypeError):
+            return None
+        return choices if isinstance(choices, list) and all(isinstance(name, str) for name in choices) else None
 
 
 def _as_number(text: str) -> str | float:
@@ -194,15 +270,22 @@ def _labelled_rows(
     known: Catalog,
     corrections: Mapping[str, Correction],
     counts: Counter[str],
+    *,
+    several: bool,
 ) -> Iterator[_Row]:
     """Catalog rows without label_id of every video that has a label now; `counts` says what became of each."""
     place = {key: row for row, key in enumerate(row_keys(known.table))}
     met = 0
-    for table in scan(ledger, _COLUMNS):
+    for table in scan(ledger, [*_COLUMNS, "label_topk", "score_topk"] if several else _COLUMNS):
         places = pa.array([place.get(key) for key in table["row_key"].to_pylist()], pa.int64())
         met += len(places) - places.null_count
         for said, before in zip(table.to_pylist(), known.table.take(places).to_pylist(), strict=True):
             before = before if before["video_id"] is not None else None
+            if several:
+                said["label"] = None if said["label_topk"] is None else label_list(said["label_topk"])
+                said["score"] = min(said["score_topk"] or (), default=None)  # sure of all that it names
+                if before and before["label_ids"] is not None:
+                    before["label"] = label_list(known.labels[index] for index in before["label_ids"])
             correction = corrections.get(_bare(said["row_key"]))
             if correction:
                 counts["used"] += 1
@@ -261,7 +344,8 @@ def _catalog_row(said: _Row, before: _Row | None, label: str, what: str) -> _Row
     row = dict(before) if before else {name: said[name] for name in ("video_id", "uri", "offset", "length")}
     row = {"status": "listed", "split": None, **row, "label": label}
     if what == "corrected":
-        before_it = "nothing" if said["label"] is None else f"{said['label']} ({said['score']:.3f})"
+        before_it = "nothing" if said["label"] is None else said["label"]
+        before_it += "" if said["label"] is None or "label_topk" in said else f" ({said['score']:.3f})"
         row["reason"] = f"corrected; the model said {before_it}"
     elif what == "accepted":
         row["reason"] = f"labelled by the model with {said['score']:.3f}"

@@ -57,6 +57,8 @@ class _Joined:
         self.uri = uri
         table = catalog_of_source(storage, absolute(uri)).table
         names = [name for name in CATALOG_SCHEMA.names if name not in _PLACE]
+        if table["label_ids"].null_count == len(table):
+            names.remove("label_ids")
         self.ids = table["video_id"].combine_chunks()
         self.table = table.select(names).rename_columns([_PREFIX + name for name in names]).combine_chunks()
         self.num_met = 0
@@ -218,9 +220,11 @@ def _where(config: LabelsConfig, ledger: Ledger) -> Where:
             if name not in known:
                 some = ", ".join(known[:20]) + (f" and {len(known) - 20} more" if len(known) > 20 else "")
                 raise ConfigError(f"label: the model knows no class {name!r}; it knows {some}")
+    several = is_multi_label(ledger)
     return Where(
         status=config.status,
-        label=config.label,
+        label=() if several else config.label,
+        named=config.label if several else (),
         score=config.score,
         margin=config.margin,
         video_id=config.video_id,

@@ -6,6 +6,7 @@ that the site lists, and accuracy is never counted over videos that the model wa
 another split.
 """
 
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -13,6 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from kinoray.catalog.folders import in_label_list, label_list
 from kinoray.catalog.table import Catalog
 from kinoray.config.shared import digest
 from kinoray.errors import CatalogError
@@ -27,7 +29,7 @@ from kinoray.evaluation.metrics import (
 from kinoray.label.keys import numbers_of
 from kinoray.label.ledger import open_ledger, read_predictions
 from kinoray.label.plan import unfinished_keys
-from kinoray.library.rows import first_item
+from kinoray.library.rows import first_item, is_multi_label
 from kinoray.storage.objects import Storage
 
 __all__ = [
@@ -80,6 +82,8 @@ class ResultTable:
     """Inputs that have no row yet."""
     digest: str
     """Names the labelling and its newest catalog; the same before and after it is finished."""
+    several: bool
+    """Whether a video may have several classes."""
 
     @property
     def num_inputs(self) -> int:
@@ -106,6 +110,7 @@ def read_result(storage: Storage, predictions: str) -> ResultTable:
     pending = np.concatenate([np.empty(0, np.uint64), *(unfinished_keys(plan, committed) for plan in plans)])
     pending = np.setdiff1d(pending, numbers_of(rows["row_key"]))
     return ResultTable(
+        several=is_multi_label(ledger),
         rows=rows,
         labels=ledger.job().labels,
         num_pending=len(pending),
@@ -194,21 +199,29 @@ class Numbers:
     """Over the videos that the accuracy counts."""
 
 
-def join_truth(table: pa.Table, catalog: Catalog | None) -> pa.Table:
+def join_truth(table: pa.Table, catalog: Catalog | None, *, several: bool = False) -> pa.Table:
     """Add `top1` and `score` (the first answer), `true_label`, `split` and `right` (null where unknown) to predictions.
+
+    Where a video may have several classes, `top1` and `true_label` are all of them in one text, `red|round`, so that an
+    answer is right if it names these and no other; `score` is that of the first.
 
     Raises:
         CatalogError: the catalog has no labels, or none for any of these videos.
     """
-    table = table.append_column("top1", first_item(table["label_topk"]))
+    top1 = _as_lists(table["label_topk"].to_pylist()) if several else first_item(table["label_topk"])
+    table = table.append_column("top1", top1)
     table = table.append_column("score", first_item(table["score_topk"]))
     truth, split = pa.nulls(len(table), pa.string()), pa.nulls(len(table), pa.string())
     if catalog is not None:
         place = pc.index_in(table["video_id"], value_set=catalog.table["video_id"].combine_chunks())
-        truth = pc.take(catalog.table["label"].combine_chunks(), place)
+        known = _true_lists(catalog) if several else catalog.table["label"].combine_chunks()
+        truth = pc.take(known, place)
         split = pc.take(catalog.table["split"].combine_chunks(), place)
-        if pc.count(catalog.table["label"]).as_py() == 0:
-            raise CatalogError("the catalog has no labels to compare with; leave --catalog out, or name a labelled one")
+        if pc.count(known).as_py() == 0:
+            why = "; it has label lists, the predictions one class a video" if catalog.is_multilabel else ""
+            raise CatalogError(
+                f"the catalog has no labels to compare with{why}; leave --catalog out, or name a labelled one"
+            )
         if pc.count(truth).as_py() == 0:
             raise CatalogError(
                 f"none of the {len(table)} videos in the predictions has a label in the catalog of {len(catalog)}; "
@@ -218,13 +231,32 @@ def join_truth(table: pa.Table, catalog: Catalog | None) -> pa.Table:
     return table.append_column("right", pc.equal(table["top1"], table["true_label"]))
 
 
-def count(rows: pa.Table, labels: Sequence[str]) -> Numbers:
-    """Count what `join_truth` gave. `labels`: class names in the catalog's order (may be empty)."""
+def _as_lists(lists: Sequence[Sequence[str] | None]) -> pa.Array:
+    """Each list of classes as one text; those of equal classes are equal."""
+    return pa.array([None if names is None else label_list(names) for names in lists], pa.string())
+
+
+def _true_lists(catalog: Catalog) -> pa.Array:
+    """The classes of each video as one text; null where they are not known."""
+    column = catalog.table["label_ids" if catalog.is_multilabel else "label"]
+    known = column.is_valid().to_pylist()
+    return _as_lists([names if is_one else None for names, is_one in zip(catalog.class_names(), known, strict=True)])
+
+
+def count(rows: pa.Table, labels: Sequence[str], *, several: bool = False) -> Numbers:
+    """Count what `join_truth` gave. `labels`: class names in the catalog's order (may be empty).
+
+    Where a video may have several classes, each class is counted by itself, and there is no confusion of two.
+    """
     status = rows["status"]
     labelled = rows.filter(pc.equal(status, "labelled"))
     counted, accuracy, splits = _accuracies(rows)
-    names = _class_names(labelled, counted, labels)
-    confusion = _confusion(counted, names) if accuracy else None
+    if several:
+        classes, confusion = _list_rows(labelled, counted, labels), None
+    else:
+        names = _class_names(labelled, counted, labels)
+        confusion = _confusion(counted, names) if accuracy else None
+        classes = _class_rows(labelled, names, confusion)
     return Numbers(
         num_videos=len(rows),
         num_labelled=len(labelled),
@@ -234,11 +266,11 @@ def count(rows: pa.Table, labels: Sequence[str]) -> Numbers:
         mean_margin=pc.mean(labelled["margin"]).as_py(),
         histogram=_histogram(labelled, "score"),
         margin_histogram=_histogram(labelled, "margin"),
-        classes=_class_rows(labelled, names, confusion),
+        classes=classes,
         accuracy=accuracy,
         splits=splits,
         confusion=confusion,
-        calibration=_calibration(counted) if accuracy else None,
+        calibration=_calibration(counted) if accuracy and not several else None,
     )
 
 
@@ -296,6 +328,33 @@ def _class_rows(labelled: pa.Table, names: tuple[str, ...], confusion: Confusion
             counts=of_class,
         )
         for place, of_class in enumerate(class_counts(counts, names))
+    )
+
+
+def _list_rows(labelled: pa.Table, counted: pa.Table, labels: Sequence[str]) -> tuple[ClassRow, ...]:
+    """The classes in their order, then those that only a row names; a video counts for each class that it has."""
+    named: Counter[str] = Counter()
+    scores: defaultdict[str, float] = defaultdict(float)
+    for names, values in zip(labelled["label_topk"].to_pylist(), labelled["score_topk"].to_pylist(), strict=True):
+        for name, value in zip(names or (), values or (), strict=True):
+            named[name] += 1
+            scores[name] += value
+    true: Counter[str] = Counter()
+    called: Counter[str] = Counter()
+    right: Counter[str] = Counter()
+    for text, names in zip(counted["true_label"].to_pylist(), counted["label_topk"].to_pylist(), strict=True):
+        found = in_label_list(text)
+        true.update(found)
+        called.update(names or ())
+        right.update(set(found).intersection(names or ()))
+    others = sorted((named.keys() | true.keys()) - set(labels))
+    return tuple(
+        ClassRow(
+            num_predicted=named[name],
+            mean_score=scores[name] / named[name] if named[name] else None,
+            counts=ClassCounts(label=name, videos=true[name], called=called[name], right=right[name], within_top5=None),
+        )
+        for name in (*labels, *others)
     )
 
 

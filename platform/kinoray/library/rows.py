@@ -80,6 +80,8 @@ class Where:
     """labelled, quarantined, skipped, or abstained (rows with that flag)."""
     label: tuple[str, ...] = ()
     """Names of the first class."""
+    named: tuple[str, ...] = ()
+    """Names of any class that was named; of a labelling whose videos may have several."""
     score: tuple[float, float] | None = None
     """Least and greatest."""
     margin: tuple[float, float] | None = None
@@ -91,7 +93,7 @@ class Where:
     def columns(self) -> list[str]:
         """Columns that `mask` looks at."""
         used = [name for name in ("score", "margin", "label", "video_id") if getattr(self, name)]
-        return used + (["status", "abstained"] if self.status else [])
+        return used + (["status", "abstained"] if self.status else []) + (["label_topk"] if self.named else [])
 
     def mask(self, table: pa.Table) -> pa.ChunkedArray | pa.Array:
         """True where a row is wanted."""
@@ -101,6 +103,8 @@ class Where:
             keep = pc.or_(said, table["abstained"]) if "abstained" in self.status else said
         if self.label:
             keep = pc.and_(keep, pc.is_in(table["label"], value_set=pa.array(self.label, pa.string())))
+        if self.named:
+            keep = pc.and_(keep, pa.array(_holds(table["label_topk"], self.named), pa.bool_()))
         for name in ("score", "margin"):
             span = getattr(self, name)
             if span is not None:
@@ -112,6 +116,15 @@ class Where:
             ids = table["video_id"].to_pylist()
             keep = pc.and_(keep, pa.array([fits(video_id) is not None for video_id in ids], pa.bool_()))
         return pc.fill_null(keep, False)
+
+
+def _holds(lists: pa.ChunkedArray, names: Sequence[str]) -> np.ndarray:
+    """bool [N]: whether a list has one of the names in it."""
+    found = np.zeros(len(lists), bool)
+    column = lists.combine_chunks()
+    is_one = pc.is_in(pc.list_flatten(column), value_set=pa.array(names, pa.string())).to_numpy(zero_copy_only=False)
+    found[pc.list_parent_indices(column).to_numpy()[is_one]] = True
+    return found
 
 
 def class_names(ledger: Ledger) -> tuple[str, ...]:

@@ -72,16 +72,23 @@ class Names:
     """Those of the numbers in their order, then those that are never a first answer."""
     reasons: tuple[str, ...]
     splits: tuple[str, ...]
+    truths: tuple[str, ...] | None
+    """Where a video may have several classes: what they are, `red|round`; None where a truth is a label."""
 
 
-def collect_names(listed: pa.Table, numbers: Numbers) -> Names:
+def collect_names(listed: pa.Table, numbers: Numbers, *, several: bool = False) -> Names:
     """All names of the listed rows."""
     labels = dict.fromkeys(row.counts.label for row in numbers.classes)
-    labels.update(
-        dict.fromkeys(sorted(_distinct(pc.list_flatten(listed["label_topk"])) | _distinct(listed["true_label"])))
-    )
+    truths = _distinct(listed["true_label"])
+    found = _distinct(pc.list_flatten(listed["label_topk"]))
+    labels.update(dict.fromkeys(sorted(found if several else found | truths)))
     reasons = pc.coalesce(listed["error_class"], listed["status"]).filter(pc.not_equal(listed["status"], "labelled"))
-    return Names(tuple(labels), tuple(sorted(_distinct(reasons))), tuple(sorted(_distinct(listed["split"]))))
+    return Names(
+        labels=tuple(labels),
+        reasons=tuple(sorted(_distinct(reasons))),
+        splits=tuple(sorted(_distinct(listed["split"]))),
+        truths=tuple(sorted(truths)) if several else None,
+    )
 
 
 def _distinct(column: pa.ChunkedArray) -> set[str]:
@@ -111,9 +118,10 @@ def _row_columns(rows: pa.Table, names: Names) -> dict[str, list[Any]]:
         "margin": _rounded(rows["margin"]),
         "entropy": _rounded(rows["entropy"]),
         "abstained": [int(value) for value in rows["abstained"].to_pylist()],
-        "truth": _places(rows["true_label"], names.labels),
+        "truth": _places(rows["true_label"], names.labels if names.truths is None else names.truths),
         "split": _places(rows["split"], names.splits),
         "strip": rows["strip"].to_pylist(),
+        **({} if names.truths is None else {"right": _as_verdicts(rows["right"])}),
     }
 
 
@@ -125,6 +133,11 @@ def _coded(column: pa.ChunkedArray) -> tuple[list[str], list[int]]:
 def _places(column: pa.ChunkedArray, names: Sequence[str]) -> list[int]:
     found: list[int] = pc.fill_null(pc.index_in(column, value_set=pa.array(names, pa.string())), -1).to_pylist()
     return found
+
+
+def _as_verdicts(column: pa.ChunkedArray) -> list[int]:
+    """1 for right, 0 for wrong, -1 where it is not known."""
+    return [-1 if value is None else int(value) for value in column.to_pylist()]
 
 
 def _rounded(column: pa.ChunkedArray) -> list[float | None]:
@@ -160,6 +173,7 @@ def site_record(numbers: Numbers, names: Names, listed: pa.Table, title: str, ta
         "rows": -(-len(listed) // ROWS_PER_FILE),
         "perStripFile": STRIPS_PER_FILE,
         "truth": numbers.accuracy is not None,
+        **({} if names.truths is None else {"truths": names.truths}),
     }
 
 

@@ -105,7 +105,10 @@ def save_checkpoint(
         if train_state is not None:
             files[TRAIN_FILE] = _write_tensors(storage, join(uri, TRAIN_FILE), train_state, folder)
     saved = dataclasses.replace(meta, model_digest=model_digest(files[MODEL_FILE]["sha256"], meta.model))
-    body = {"format": FORMAT, "files": files, "meta": dataclasses.asdict(saved)}
+    about = dataclasses.asdict(saved)
+    if saved.scores == "softmax":
+        del about["scores"]  # which older versions do not know; it is what it is where nothing is said
+    body = {"format": FORMAT, "files": files, "meta": about}
     text = json.dumps({**body, "digest": digest(body)}, indent=1, sort_keys=True)
     storage.put(join(uri, META_FILE), text.encode())
     return saved
@@ -241,7 +244,9 @@ def list_checkpoints(storage: Storage, run: str) -> list[tuple[str, CheckpointMe
 
 
 def best_of(checkpoints: list[tuple[str, CheckpointMeta]]) -> tuple[str, CheckpointMeta]:
-    """The one with the highest val_top1; the newest of equals, and of all if none was scored. The list is not empty.
+    """The one with the highest val_map, or else val_top1; the newest of equals, and of all if none was scored.
+
+    The list is not empty.
 
     A checkpoint inside an epoch comes after all others: it was not scored, and is there to go on from.
     """
@@ -250,7 +255,8 @@ def best_of(checkpoints: list[tuple[str, CheckpointMeta]]) -> tuple[str, Checkpo
 
 def _rank(item: tuple[str, CheckpointMeta]) -> tuple[bool, float, int, int]:
     meta = item[1]
-    return meta.epoch_steps == 0, meta.metrics.get("val_top1", -math.inf), meta.epoch, meta.step
+    score = meta.metrics.get("val_map", meta.metrics.get("val_top1", -math.inf))
+    return meta.epoch_steps == 0, score, meta.epoch, meta.step
 
 
 def choose_checkpoint(
@@ -296,7 +302,7 @@ def newest_checkpoint(storage: Storage, run: str, warn: Callable[[str], object] 
 
 
 def find_checkpoint(storage: Storage, uri: str, warn: Callable[[str], object] = _LOG.warning) -> str:
-    """The checkpoint at uri itself, or the best (by val_top1, else the newest) of the run folder at uri.
+    """The checkpoint at uri itself, or the best (by val_map or val_top1, else the newest) of the run folder at uri.
 
     In a run folder broken ones are left out, and `warn` is told.
 

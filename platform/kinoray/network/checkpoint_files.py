@@ -17,6 +17,7 @@ import tyro
 from safetensors import SafetensorError
 
 from kinoray.config.file import config_from_mapping
+from kinoray.config.scoring import ScoreKind
 from kinoray.config.shared import ClipConfig, ModelConfig, digest
 from kinoray.errors import (
     CheckpointCorrupt,
@@ -107,7 +108,9 @@ class CheckpointMeta:
     samples: int
     """Videos trained on, counted over all epochs; unreadable ones not counted."""
     metrics: dict[str, float] = dataclasses.field(default_factory=dict)
-    """Metrics of the last epoch; val_top1 decides which checkpoint is best."""
+    """Metrics of the last epoch; val_map, or else val_top1, decides which checkpoint is best."""
+    scores: ScoreKind = "softmax"
+    """What it was trained for: sigmoid where a video may have several classes."""
     catalog_digest: str = ""
     """Catalog that it was trained on."""
     run_digest: str = ""

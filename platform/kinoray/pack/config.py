@@ -17,6 +17,8 @@ class PackConfig(JobConfig):
 
     Example: kinoray pack videos/ --out s3://bucket/set
 
+    Where a video may have several classes, or none, the CSV has a column labels instead: a.mp4,red|round and b.mp4,|
+
     Every file that is found is either packed or listed in quarantine.parquet with a reason, but for what is no video by
     its name (.json, .vtt, .jpg, hidden, ...), or by its first bytes where the name does not say: that is counted. The
     same command again goes on where a killed run stopped.
@@ -37,8 +39,8 @@ class PackConfig(JobConfig):
     """
 
     source: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")]
-    """Folder or s3:// prefix of class folders (or of train/, val/ with class folders), a CSV path,label[,split],
-    or a catalog (a pack's folder, or .parquet), whose videos are packed anew."""
+    """Folder or s3:// prefix of class folders (or of train/, val/ with class folders), a CSV path,label[,split]
+    (or path,labels[,split]), or a catalog (a pack's folder, or .parquet), whose videos are packed anew."""
     out: str
     """Folder or s3:// prefix for shards/, catalog.parquet, labels.json, quarantine.parquet (and verdicts.parquet)."""
     kinetics: Literal["k400", "k600", "k700"] | None = None

@@ -31,7 +31,8 @@ from kinoray.config.shared import digest
 from kinoray.console import many, visible
 from kinoray.errors import CatalogError, ConfigError, IncompleteOutput, TooManyBad
 from kinoray.pack.config import PackConfig
-from kinoray.pack.plan import FileVerdict, Plan, PlannedVideo, Unit, cut_evenly, share
+from kinoray.pack.plan import FileVerdict, Plan, PlannedVideo, Unit, cut_evenly
+from kinoray.pack.splits import share
 from kinoray.pack.tars import Member, is_archive
 from kinoray.pack.unit import Commit, Packed
 from kinoray.storage.objects import Storage, absolute, is_s3, join

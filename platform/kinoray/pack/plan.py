@@ -1,11 +1,10 @@
 """What is to be packed: units of work, and the planners of folders, lists and catalogs; kinetics.py has another one.
 
 A plan is a pure function of the listing, so that every run comes to the same one. A shard holds one split, and its
-files are drawn from all classes by a hash of their names: any shard is a fair sample. What is easy to break: which
-videos validate is drawn class by class in the order of that hash, so that a grown source moves few of them.
+files are drawn from all classes by a hash of their names: any shard is a fair sample. What is easy to break: classes,
+their order and their splits are the source's; which split a video without one gets is found in kinoray.pack.splits.
 """
 
-import hashlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -27,11 +26,12 @@ from kinoray.catalog.folders import (
 from kinoray.catalog.quarantine import QuarantineRow, Refusal
 from kinoray.catalog.read import Reference, time_problem
 from kinoray.catalog.source import UNLABELLED_SPLITS, SourceFile, find_files, stat_size, warn
-from kinoray.catalog.table import Catalog, is_catalog, load_catalog
+from kinoray.catalog.table import Catalog, is_catalog, load_catalog, references
 from kinoray.config.shared import digest
 from kinoray.console import many
-from kinoray.errors import BadCredentials, CatalogError, StorageError, StorageUnavailable
+from kinoray.errors import CatalogError
 from kinoray.pack.config import PackConfig
+from kinoray.pack.splits import Candidate, contents_of, draw_splits, share
 from kinoray.storage.objects import Storage, join
 
 __all__ = [
@@ -40,18 +40,15 @@ __all__ = [
     "PlannedVideo",
     "Unit",
     "cut_evenly",
-    "drawn_to_val",
     "make_plan",
     "plan_of_catalog",
     "plan_source",
-    "share",
     "split_name",
 ]
 
 T = TypeVar("T")
 
 _STAT_THREADS = 16
-_TAIL_BYTES = 64 * 2**10
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,11 +85,20 @@ class PlannedVideo:
     """Kinetics: where the clip begins in its source."""
     time_end_s: float | None = None
     """Kinetics: where it ends; what is much shorter is refused."""
+    labels: tuple[str, ...] | None = None
+    """All its classes, in a set whose videos may have several; label and label_id are None there."""
+    label_ids: tuple[int, ...] | None = None
+    """Their indices, rising."""
 
     @property
     def key(self) -> str:
         """What it is known by while it is packed."""
         return self.clip or self.video_id
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Its classes; none of an unlabelled video."""
+        return (self.label,) if self.label is not None else self.labels or ()
 
     @property
     def source(self) -> str:
@@ -183,9 +189,13 @@ class Plan:
     @property
     def digest(self) -> str:
         """16 hex digits of all of it: which files, how large, of which class and split, in which unit."""
-        return digest(
-            [self.labels, [asdict(unit) for unit in self.units], [asdict(row) for row in self.refused], self.others]
-        )
+        units = [asdict(unit) for unit in self.units]
+        for unit in units:
+            for file in unit["files"]:
+                for name in ("labels", "label_ids"):
+                    if file.get(name, ()) is None:  # of one class a video: the digest that such a plan always had
+                        del file[name]
+        return digest([self.labels, units, [asdict(row) for row in self.refused], self.others])
 
 
 def plan_source(storage: Storage, config: PackConfig) -> Plan:
@@ -198,17 +208,28 @@ def plan_source(storage: Storage, config: PackConfig) -> Plan:
     shard_bytes, source = config.shard_mb * 2**20, config.source
     if is_catalog(storage, source):
         catalog = _with_sizes(storage, load_catalog(storage, source))
-        plan = plan_of_catalog(source, catalog, shard_bytes=shard_bytes, val_fraction=config.val_fraction)
+        contents = {}
+        if config.val_fraction:
+            places = zip(references(catalog.table), catalog.table["size_bytes"].to_pylist(), strict=True)
+            found = contents_of(storage, [(place, size_bytes or 0) for place, size_bytes in places])
+            contents = dict(zip(catalog.table["video_id"].to_pylist(), found, strict=True))
+        plan = plan_of_catalog(
+            source, catalog, shard_bytes=shard_bytes, val_fraction=config.val_fraction, contents=contents
+        )
     else:
         files = find_files(storage, source)
-        tails = _tails(storage, files) if config.val_fraction else {}
-        plan = make_plan(source, files, shard_bytes=shard_bytes, val_fraction=config.val_fraction, contents=tails)
-    places: Counter[tuple[str | None, str | None]] = Counter(
-        (file.label, file.split) for unit in plan.units for file in unit.files if isinstance(file, PlannedVideo)
+        contents = {}
+        if config.val_fraction:
+            videos = [file for file in files if file.is_video]
+            found = contents_of(storage, [(Reference(file.uri), file.size_bytes) for file in videos])
+            contents = dict(zip((file.uri for file in videos), found, strict=True))
+        plan = make_plan(source, files, shard_bytes=shard_bytes, val_fraction=config.val_fraction, contents=contents)
+    splits: Counter[tuple[tuple[str, ...], str | None]] = Counter(
+        (file.class_names, file.split) for unit in plan.units for file in unit.files if isinstance(file, PlannedVideo)
     )
-    for found, remedy in set_problems(places):
-        warn(f"{source}: {found}; {remedy}")
-    if config.val_fraction and all(split != "val" for _, split in places):
+    for problem, remedy in set_problems(splits):
+        warn(f"{source}: {problem}; {remedy}")
+    if config.val_fraction and all(split != "val" for _, split in splits):
         warn(f"{source}: val_fraction {config.val_fraction:g} sent no video to val: no class has two without a split")
     return plan
 
@@ -219,7 +240,7 @@ def make_plan(
     *,
     shard_bytes: int,
     val_fraction: float,
-    contents: Mapping[str, str] = MappingProxyType({}),
+    contents: Mapping[str, str | None] = MappingProxyType({}),
 ) -> Plan:
     """Sort the files of `source` into shards of about `shard_bytes`.
 
@@ -227,7 +248,7 @@ def make_plan(
     train, val or test, or by another usual name of these. Without splits, `val_fraction` of each class goes to val.
 
     Args:
-        contents: uri -> a digest, of files whose contents may be those of others.
+        contents: uri -> `contents_of`.
 
     Raises:
         CatalogError: no file has a class, or a row of a CSV has none.
@@ -254,9 +275,12 @@ def make_plan(
         if not files:
             raise CatalogError(no_video_among(source, others, expected))
         raise CatalogError(f"{source}: found {many(len(files), 'video')}, but none in a class folder; {expected}")
-    free = [(file.name, label, contents.get(file.uri)) for file, label, split in kept if not split]
-    validating = drawn_to_val(free, val_fraction)
-    labels = tuple(sorted({label for _, label, _ in kept if label is not None}))
+    candidates = [
+        Candidate(file.name, file.labels or (() if label is None else (label,)), split, contents.get(file.uri))
+        for file, label, split in kept
+    ]
+    splits = draw_splits(source, candidates, val_fraction)
+    labels = tuple(sorted({label for candidate in candidates for label in candidate.labels}))
     label_ids = {label: index for index, label in enumerate(labels)}
     videos = [
         PlannedVideo(
@@ -266,17 +290,29 @@ def make_plan(
             size_bytes=file.size_bytes,
             label=label,
             label_id=None if label is None else label_ids[label],
-            split=split or ("val" if file.name in validating else "train"),
+            split=splits[file.name],
+            labels=file.labels,
+            label_ids=None if file.labels is None else tuple(sorted(map(label_ids.__getitem__, file.labels))),
         )
-        for file, label, split in kept
+        for file, label, _ in kept
     ]
     return replace(_plan_of(labels, videos, refused, shard_bytes, val_fraction), others=others)
 
 
-def plan_of_catalog(source: str, catalog: Catalog, *, shard_bytes: int, val_fraction: float) -> Plan:
+def plan_of_catalog(
+    source: str,
+    catalog: Catalog,
+    *,
+    shard_bytes: int,
+    val_fraction: float,
+    contents: Mapping[str, str | None] = MappingProxyType({}),
+) -> Plan:
     """Sort the rows of a catalog into shards of about `shard_bytes`: its classes, their order and its splits stay.
 
     Rows without a split go to train, and `val_fraction` of each class of them to val.
+
+    Args:
+        contents: video_id -> `contents_of`.
 
     Raises:
         CatalogError: it has no row, or some rows of a split have a class and others none.
@@ -285,8 +321,17 @@ def plan_of_catalog(source: str, catalog: Catalog, *, shard_bytes: int, val_frac
     if not rows:
         raise CatalogError(f"{source}: the catalog is empty, there is nothing to pack")
     keys = unique_ids([f"{row['video_id']}.x" for row in rows])  # as they are, where they are such names already
-    free = [(row["video_id"], row["label"], row["sha256"]) for row in rows if not row["split"]]
-    validating = drawn_to_val(free, val_fraction)
+    class_names = catalog.class_names()
+    candidates = [
+        Candidate(
+            name=row["video_id"],
+            labels=names,
+            split=row["split"],
+            content=contents.get(row["video_id"]) or row["sha256"],
+        )
+        for row, names in zip(rows, class_names, strict=True)
+    ]
+    splits = draw_splits(source, candidates, val_fraction)
     videos = [
         PlannedVideo(
             video_id=key,
@@ -295,16 +340,18 @@ def plan_of_catalog(source: str, catalog: Catalog, *, shard_bytes: int, val_frac
             size_bytes=max(0, row["length"] if row["length"] is not None else row["size_bytes"] or 0),
             label=row["label"],
             label_id=row["label_id"],
-            split=row["split"] or ("val" if row["video_id"] in validating else "train"),
+            split=splits[row["video_id"]],
             offset=row["offset"],
             length=row["length"],
             sha256=row["sha256"],
             row_problem=time_problem(row["time_start_s"], row["time_end_s"]),
+            labels=None if row["label_ids"] is None else names,
+            label_ids=None if row["label_ids"] is None else tuple(row["label_ids"]),
         )
-        for row, key in zip(rows, keys, strict=True)
+        for row, key, names in zip(rows, keys, class_names, strict=True)
     ]
     for split, members in _by_split(videos).items():
-        missing = [video.video_id for video in members if video.label_id is None]
+        missing = [video.video_id for video in members if video.label_id is None and video.label_ids is None]
         if 0 < len(missing) < len(members):
             raise CatalogError(
                 f"{source}: {len(missing)} of the {len(members)} videos of split {split!r} have no class, {missing[0]} "
@@ -330,35 +377,14 @@ def _with_sizes(storage: Storage, catalog: Catalog) -> Catalog:
     return Catalog(table.set_column(place, table.schema.field(place), sizes), catalog.labels)
 
 
-def _tails(storage: Storage, files: Sequence[SourceFile]) -> dict[str, str]:
-    """uri -> a digest of the size and the last bytes, of files that have as many bytes as others.
-
-    Copies have equal ones. Others may, too: then they are on one side, which does no harm.
-    """
-    sizes = Counter(file.size_bytes for file in files if file.is_video)
-
-    def tail(file: SourceFile) -> str:
-        length = min(file.size_bytes, _TAIL_BYTES)
-        try:
-            data = storage.read_range(file.uri, file.size_bytes - length, length)
-        except (StorageUnavailable, BadCredentials):
-            raise
-        except StorageError:  # its reader will say so
-            return file.uri
-        return f"{file.size_bytes}:{hashlib.sha256(data).hexdigest()}"
-
-    alike = [file for file in files if file.is_video and file.size_bytes and sizes[file.size_bytes] > 1]
-    with ThreadPoolExecutor(_STAT_THREADS) as pool:
-        return dict(zip((file.uri for file in alike), pool.map(tail, alike), strict=True))
-
-
 def _places_from_rows(source: str, files: Sequence[SourceFile]) -> list[tuple[str | None, str | None] | str]:
     places: list[tuple[str | None, str | None] | str] = []
     for file in files:
-        if file.label is None and file.split not in UNLABELLED_SPLITS:
+        if file.label is None and file.labels is None and file.split not in UNLABELLED_SPLITS:
             raise CatalogError(
                 f"{source}: {file.name} has no label; expected the columns path,label[,split], and a label in each row "
-                f"whose split is not {' or '.join(sorted(UNLABELLED_SPLITS))}"
+                f"whose split is not {' or '.join(sorted(UNLABELLED_SPLITS))}; where videos may have several classes, "
+                "path,labels[,split], as in a.mp4,red|round, and | alone for none of them"
             )
         places.append((file.label, file.split) if is_text(file.name) else "UnusableName")
     return places
@@ -382,39 +408,6 @@ def _by_split(videos: Sequence[PlannedVideo]) -> dict[str, list[PlannedVideo]]:
     for video in videos:
         splits[video.split].append(video)
     return splits
-
-
-def drawn_to_val(videos: Sequence[tuple[str, str | None, str | None]], fraction: float) -> set[str]:
-    """Names of the videos, given as (name, class, content or None), that validate: that share of each class.
-
-    Of a class with two videos or more at least one validates and one does not. Which ones is a matter of their names:
-    those whose hashes come first. What is left of the fractions of all classes goes to the largest remainders. Videos
-    of equal content are one here, of the class of the first of them.
-    """
-    if not 0 < fraction < 1:
-        return {name for name, _, _ in videos if fraction}
-    same: dict[str, list[str]] = {}
-    classes: dict[str | None, list[str]] = {}
-    for name, label, content in sorted(videos, key=lambda video: (share("val", video[0]), video[0])):
-        key = f"content {content}" if content else f"name {name}"
-        if key not in same:
-            classes.setdefault(label, []).append(key)
-        same.setdefault(key, []).append(name)
-    classes = {label: keys for label, keys in classes.items() if len(keys) > 1}
-    quotas = {label: fraction * len(keys) for label, keys in classes.items()}
-    counts = {label: int(quota) for label, quota in quotas.items()}
-    missing = round(sum(quotas.values())) - sum(counts.values())
-    for label in sorted(quotas, key=lambda label: (counts[label] - quotas[label], label or ""))[: max(0, missing)]:
-        counts[label] += 1
-    chosen = [key for label, keys in classes.items() for key in keys[: min(max(counts[label], 1), len(keys) - 1)]]
-    return {name for key in chosen for name in same[key]}
-
-
-def share(purpose: str, name: str) -> float:
-    """A number in [0, 1) that looks random but belongs to the name."""
-    return (
-        int.from_bytes(hashlib.sha256(f"{purpose}:{name}".encode(errors="surrogatepass")).digest()[:7], "big") / 2**56
-    )
 
 
 def cut_evenly(items: Sequence[T], sizes: Sequence[int], part_bytes: int) -> list[list[T]]:

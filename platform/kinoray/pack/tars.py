@@ -443,13 +443,15 @@ def write_tar(tar: tarfile.TarFile, video: PlannedVideo, data: bytes) -> int:
     extension = re.sub(r"[^a-z0-9]", "", ending.lower())[:8] if stem else ""
     if extension in ("", "json"):  # .json is the other member
         extension = "video"
-    about = {
+    about: dict[str, object] = {
         "video_id": video.video_id,
         "label": video.label,
         "label_id": video.label_id,
         "split": video.split,
         "source": video.uri,
     }
+    if video.labels is not None:
+        about |= {"labels": video.labels, "label_ids": video.label_ids}
     tar.addfile(_header(f"{video.video_id}.{extension}", len(data)), io.BytesIO(data))
     offset = tar.offset - -(-len(data) // _BLOCK_BYTES) * _BLOCK_BYTES
     text = json.dumps(about, ensure_ascii=False).encode()

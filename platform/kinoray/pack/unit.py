@@ -86,6 +86,8 @@ class Packed:
     codec: str
     reason: str | None
     """What the catalog says of it, if anything."""
+    label_ids: tuple[int, ...] | None = None
+    """Of a video that may have several classes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -350,6 +352,7 @@ class _Packer:
                 height=info.height,
                 codec=info.codec,
                 reason=examined.note,
+                label_ids=video.label_ids,
             )
         )
         self._keys.add(video.key)

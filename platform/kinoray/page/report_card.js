@@ -17,10 +17,8 @@
   const badges = (table, row) => {
     const status = table.statuses[table.status[row]];
     const made = [make("span", { class: `badge ${status === "labelled" ? "plain" : "bad"}` }, status)];
-    if (table.truth[row] >= 0 && table.label[row] >= 0) {
-      const verdict = table.truth[row] === table.label[row] ? "right" : "wrong";
-      made.push(make("span", { class: `badge ${verdict}` }, verdict));
-    }
+    const verdict = table.verdict(row);
+    if (verdict) made.push(make("span", { class: `badge ${verdict}` }, verdict));
     if (table.abstained[row]) made.push(make("span", { class: "badge bad" }, "abstained"));
     if (table.split[row] >= 0) made.push(make("span", { class: "badge plain" }, "split ", name(table.site.splits[table.split[row]])));
     return make("p", { class: "badges" }, ...made);
@@ -29,7 +27,7 @@
   const facts = (table, row) => {
     const made = [];
     const add = (title, ...value) => made.push(make("div", {}, make("dt", {}, title), make("dd", {}, ...value)));
-    if (table.truth[row] >= 0) add("True label", name(table.site.labels[table.truth[row]]));
+    if (table.truth[row] >= 0) add("True label", name(kinoray.spoken(table.truths[table.truth[row]])));
     if (!Number.isNaN(table.margin[row])) add("Margin", table.margin[row].toFixed(2));
     if (!Number.isNaN(table.entropy[row])) add("Entropy", table.entropy[row].toFixed(2));
     return make("dl", { class: "facts" }, ...made);
@@ -46,13 +44,15 @@
       );
       return make("li", {}, button);
     });
-    return make("ol", { class: "answers", "aria-label": "Answers; choose the right one" }, ...items);
+    const what = table.site.truths ? "Classes; take away what is wrong" : "Answers; choose the right one";
+    return make("ol", { class: "answers", "aria-label": what }, ...items);
   };
 
-  const correction = () =>
+  const correction = (several) =>
     make(
       "div",
       { class: "correction" },
+      ...(several ? [make("button", { type: "button", "data-confirm": true, title: "These classes and no other (key: y)" }, "Right as it is")] : []),
       make("input", { type: "text", list: "all-labels", placeholder: "another class", "aria-label": "Another class", autocomplete: "off", spellcheck: "false" }),
       make("button", { type: "button", "data-bad": true, "aria-pressed": "false", title: "Leave it out of training (key: b)" }, "Bad video"),
       make("p", { class: "said", hidden: true }, make("span"), " ", make("button", { type: "button", "data-undo": true, class: "plain" }, "Undo")),
@@ -98,7 +98,7 @@
     const article = make("article", { tabindex: "-1", "aria-labelledby": title.id, "data-row": String(row) });
     const parts = [strip(table, row), title, badges(table, row)];
     if (table.top[row].length) parts.push(answers(table, row));
-    parts.push(facts(table, row), correction());
+    parts.push(facts(table, row), correction(Boolean(table.site.truths)));
     parts.push(make("details", {}, make("summary", {}, "Where"), make("code", {}, name(where(table, row)))));
     article.append(...parts.filter((part) => part !== null));
     return make("li", {}, article);
@@ -108,16 +108,18 @@
   kinoray.showChoice = (table, article, corrections) => {
     const row = Number(article.dataset.row);
     const chosen = corrections.chosen(table.key[row]);
+    const several = Boolean(table.site.truths);
+    const now = several && chosen !== kinoray.BAD ? kinoray.inList(chosen ?? table.said(row) ?? "|") : [chosen];
     for (const button of article.querySelectorAll("[data-answer]")) {
       const label = table.site.labels[table.top[row][Number(button.dataset.answer)]];
-      button.setAttribute("aria-pressed", String(chosen === label));
+      button.setAttribute("aria-pressed", String(now.includes(label)));
     }
     article.querySelector("[data-bad]").setAttribute("aria-pressed", String(chosen === kinoray.BAD));
     article.classList.toggle("corrected", chosen !== null);
     const said = article.querySelector(".said");
     said.hidden = chosen === null;
     if (chosen === null) return;
-    const confirms = table.label[row] >= 0 && chosen === table.site.labels[table.label[row]];
+    const confirms = chosen === table.said(row);
     said.firstChild.replaceChildren(confirms ? "Confirmed: " : "You say: ", make("bdi", {}, kinoray.spoken(chosen)));
   };
 })();

@@ -65,7 +65,7 @@
     }
 
     choose(table, row, label) {
-      const predicted = table.label[row] < 0 ? "" : table.site.labels[table.label[row]];
+      const predicted = table.said(row) ?? "";
       const record = { video_id: table.id[row], row_key: table.key[row], uri: table.uri[row], predicted, label };
       record.offset = table.offset[row];
       record.length = table.length[row];
@@ -98,5 +98,5 @@
   kinoray.BAD = BAD;
   kinoray.Corrections = Corrections;
   // What a chosen label is called on the page.
-  kinoray.spoken = (label) => (label === BAD ? "bad video" : kinoray.visible(label));
+  kinoray.spoken = (label) => (label === BAD ? "bad video" : label === "|" ? "none of the classes" : kinoray.visible(label));
 })();

@@ -48,14 +48,32 @@ const kinoray = {};
     table.uri = chunks.flatMap((chunk) => chunk.uri.map((place) => chunk.uris[place]));
     for (const name of ["rank", "reason", "truth", "split", "strip"]) table[name] = numbers(chunks, name, Int32Array);
     for (const name of ["status", "abstained"]) table[name] = numbers(chunks, name, Uint8Array);
+    // Where a video may have several classes (site.truths): whether they are the true ones, 1, 0 or -1 for not known.
+    if (site.truths) table.right = numbers(chunks, "right", Int8Array);
     for (const name of ["margin", "entropy"]) table[name] = numbers(chunks, name, Float64Array);
     table.size = table.id.length;
     table.label = Int32Array.from(table.top, (top) => (top.length ? top[0] : -1));
     table.score = Float64Array.from(table.scores, (scores) => (scores.length ? scores[0] : NaN));
     table.lower = table.id.map((id) => id.toLowerCase());
     table.statuses = ["labelled", "quarantined", "skipped"];
+    table.truths = site.truths ?? site.labels;
+    table.verdict = (row) => {
+      if (table.right) return ["wrong", "right"][table.right[row]] ?? null;
+      if (table.truth[row] < 0 || table.label[row] < 0) return null;
+      return table.truth[row] === table.label[row] ? "right" : "wrong";
+    };
+    // What the model said, as a correction says it; null where it said nothing.
+    table.said = (row) => {
+      if (!site.truths) return table.label[row] < 0 ? null : site.labels[table.label[row]];
+      if (table.statuses[table.status[row]] !== "labelled") return null;
+      return kinoray.asList(table.top[row].map((label) => site.labels[label]));
+    };
     return table;
   };
+
+  // Classes of a video in one text, and back: "red|round", "|" for none.
+  kinoray.asList = (names) => [...new Set(names)].sort().join("|") || "|";
+  kinoray.inList = (text) => text.split("|").filter((name) => name !== "");
 
   // Contact strips, a file of several at once; the last files stay in memory.
   const MOST_FILES = 80;

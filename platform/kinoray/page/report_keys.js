@@ -33,12 +33,20 @@
     if (/^[1-9]$/.test(key)) {
       const button = article.querySelector(`[data-answer="${Number(key) - 1}"]`);
       if (!button) return true;
+      if (kinoray.app.site.truths) {
+        button.click();
+        return true; // others of the video may be wrong, too
+      }
       if (button.getAttribute("aria-pressed") !== "true") button.click();
       move(1);
     } else if (key === "b") {
       kinoray.choose(article, kinoray.BAD);
       move(1);
     } else if (key === "u") kinoray.undo(article);
+    else if (key === "y" && kinoray.app.site.truths) {
+      article.querySelector("[data-confirm]").click();
+      move(1);
+    }
     else if (key === "c") article.querySelector("input").focus();
     else return false;
     return true;

@@ -58,8 +58,11 @@
       const place = names.indexOf(query[field]);
       made.push((row) => place >= 0 && column[row] === place);
     };
-    named("label", site.labels, table.label);
-    named("true", site.labels, table.truth);
+    if (site.truths && query.label !== "") {
+      const place = site.labels.indexOf(query.label);
+      made.push((row) => table.top[row].includes(place));
+    } else named("label", site.labels, table.label);
+    named("true", table.truths, table.truth);
     named("split", site.splits, table.split);
     named("reason", site.reasons, table.reason);
     if (query.status === "abstained") made.push((row) => table.abstained[row] === 1);
@@ -71,8 +74,7 @@
       made.push((row) => values[row] >= low && values[row] <= high);
     }
     if (query.verdict !== "") {
-      const wanted = query.verdict === "right";
-      made.push((row) => table.truth[row] >= 0 && table.label[row] >= 0 && (table.truth[row] === table.label[row]) === wanted);
+      made.push((row) => table.verdict(row) === query.verdict);
     }
     if (query.corrected !== "") {
       const wanted = query.corrected === "yes";

@@ -5,10 +5,12 @@
   const share = (right, total) => (total ? `${percent(right / total)}` : "none");
 
   const classTiles = (table, record, label) => {
-    const listed = table.label.reduce((sum, place) => sum + (place === label), 0);
+    const listed = table.site.truths
+      ? table.top.filter((top) => top.includes(label)).length
+      : table.label.reduce((sum, place) => sum + (place === label), 0);
     const tiles = [
       ["Videos called so", count(record.predicted), listed < record.predicted ? `${count(listed)} of them listed` : "all of them listed"],
-      ["Mean score", record.meanScore === null ? "none" : percent(record.meanScore), "of the first answer"],
+      ["Mean score", record.meanScore === null ? "none" : percent(record.meanScore), table.site.truths ? "of this class" : "of the first answer"],
     ];
     if (table.site.truth) {
       tiles.push(["Precision", share(record.right, record.called), `${count(record.right)} right of ${count(record.called)} called so`]);

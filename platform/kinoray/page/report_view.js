@@ -75,7 +75,7 @@
 
   const fillChoices = (site) => {
     const option = (value) => make("option", { value }, kinoray.visible(value));
-    for (const [field, names] of [["label", site.labels], ["true", site.labels], ["split", site.splits], ["reason", site.reasons]]) {
+    for (const [field, names] of [["label", site.labels], ["true", site.truths ?? site.labels], ["split", site.splits], ["reason", site.reasons]]) {
       form.elements[field]?.append(...names.map(option));
     }
     for (const label of site.labels) {
@@ -158,6 +158,14 @@
     kinoray.say(`${kinoray.visible(app.table.id[row])}: ${kinoray.spoken(label)}`);
   };
 
+  // Add a class to those of a video that may have several, or take it away.
+  kinoray.toggle = (article, label) => {
+    const row = Number(article.dataset.row);
+    const chosen = app.corrections.chosen(app.table.key[row]);
+    const now = kinoray.inList(chosen === null || chosen === kinoray.BAD ? app.table.said(row) ?? "|" : chosen);
+    kinoray.choose(article, kinoray.asList(now.includes(label) ? now.filter((name) => name !== label) : [...now, label]));
+  };
+
   kinoray.undo = (article) => app.corrections.undo(app.table.key[Number(article.dataset.row)]);
 
   const clicked = (event) => {
@@ -166,7 +174,10 @@
     if (!button || !article) return;
     const row = Number(article.dataset.row);
     const isPressed = button.getAttribute("aria-pressed") === "true";
-    if (button.dataset.undo !== undefined || isPressed) kinoray.undo(article);
+    if (app.site.truths && button.dataset.answer) {
+      kinoray.toggle(article, app.site.labels[app.table.top[row][Number(button.dataset.answer)]]);
+    } else if (button.dataset.confirm !== undefined) kinoray.choose(article, app.table.said(row) ?? "|");
+    else if (button.dataset.undo !== undefined || isPressed) kinoray.undo(article);
     else if (button.dataset.bad !== undefined) kinoray.choose(article, kinoray.BAD);
     else if (button.dataset.answer) kinoray.choose(article, app.site.labels[app.table.top[row][Number(button.dataset.answer)]]);
   };
@@ -181,7 +192,8 @@
       input.reportValidity();
       return;
     }
-    kinoray.choose(article, label);
+    if (app.site.truths) kinoray.toggle(article, label);
+    else kinoray.choose(article, label);
     input.value = "";
   };
 

@@ -62,6 +62,9 @@ def run_length(catalog: Catalog, batch_size: int) -> int:
     listed class by class), since a batch would see few classes.
     """
     labels = catalog.table.column("label_id").to_numpy()
+    if catalog.is_multilabel:
+        codes: dict[tuple[str, ...], int] = {}
+        labels = np.array([codes.setdefault(names, len(codes)) for names in catalog.class_names()])
     if len(labels) < 2:
         return 1
     same = float(np.mean(labels[1:] == labels[:-1]))
@@ -156,7 +159,8 @@ class Part:
     def __init__(self, catalog: Catalog, name: str) -> None:
         self.catalog = catalog.select(name)
         self.name = name
-        self.labels = torch.from_numpy(self.catalog.table.column("label_id").to_numpy().astype(np.int64))
+        self.labels = _labels_of(self.catalog)
+        """int64 [N]; where videos may have several, uint8 [N, C] of 0 and 1."""
         self.refusals: list[QuarantineRow] = []
 
     def __len__(self) -> int:
@@ -168,6 +172,15 @@ class Part:
             row = self.catalog.table.select(["video_id", "uri", "offset", "length"]).slice(item.row, 1).to_pylist()[0]
             stage = f"train on {self.name or 'all'}"
             self.refusals.append(QuarantineRow(**row, refusal=replace(item.refusal, stage=stage)))
+
+
+def _labels_of(catalog: Catalog) -> torch.Tensor:
+    if not catalog.is_multilabel:
+        return torch.from_numpy(catalog.table.column("label_id").to_numpy().astype(np.int64))
+    flags = torch.zeros(len(catalog), len(catalog.labels), dtype=torch.uint8)
+    for row, ids in enumerate(catalog.table.column("label_ids").to_pylist()):
+        flags[row, ids] = 1
+    return flags
 
 
 class Feed:

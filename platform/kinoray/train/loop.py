@@ -27,6 +27,7 @@ from kinoray.errors import (
     TooManyBad,
     TrainingDiverged,
 )
+from kinoray.evaluation.metrics import average_precisions, mean_precision
 from kinoray.network.build import VideoModel, backbone_names, build_model, without_start_weights
 from kinoray.network.checkpoint import CheckpointMeta, load_model_state, load_train_state
 from kinoray.storage.objects import Storage
@@ -201,7 +202,7 @@ class TrainLoop:
         if self.val is not None and (epoch % self.config.eval_every == 0 or epoch == self.optim.epochs):
             scored = self._evaluate(self.val)
         decoding = self.feed.spent(self.replica.device)
-        has_top5 = len(self.labels) > 5  # of five classes it is 1, whatever the network says
+        has_top5 = len(self.labels) > 5 and self.train.labels.dim() == 1  # of five classes it is 1, whatever is said
         row = EpochRow(
             epoch=epoch,
             step=epoch * self.num_steps,
@@ -214,6 +215,7 @@ class TrainLoop:
             val_loss=_measured(scored.loss) if scored else None,
             val_top1=_measured(scored.top1) if scored else None,
             val_top5=_measured(scored.top5) if scored and has_top5 else None,
+            val_map=self._mean_precision() if scored and self.train.labels.dim() == 2 else None,
             val_videos=scored.videos if scored else None,
             val_quarantined=scored.quarantined if scored else None,
             videos_per_s=num_videos / train_s,
@@ -308,6 +310,11 @@ class TrainLoop:
         totals = self.replica.finish()
         self._require_stores()
         return totals
+
+    def _mean_precision(self) -> float | None:
+        """mAP of what was just scored."""
+        logits, labels = self.replica.scored()
+        return _measured(mean_precision(average_precisions(logits.numpy(), labels.numpy() > 0)))
 
     # Whether it is of use to go on
 

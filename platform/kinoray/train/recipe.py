@@ -41,6 +41,7 @@ __all__ = [
     "loss_sum",
     "make_optimizer",
     "mix_inputs",
+    "multilabel_loss_sum",
     "rate_factors",
     "recompute",
     "set_rate",
@@ -146,11 +147,17 @@ def trained_parameters(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
 
 
 def class_weights(labels: Tensor, num_classes: int, power: float) -> Tensor:
-    """Weights float32 [C], (videos of the class) ** -power, such that the mean over `labels` (int64 [N]) is 1.
+    """Weights float32 [C], (videos of the class) ** -power, such that the mean over `labels` is 1.
 
     A class without a video has weight 0.
+
+    Args:
+        labels: int64 [N], or [N, C] of 0 and 1 where videos may have several.
     """
-    counts = torch.bincount(labels, minlength=num_classes).double()
+    if labels.dim() == 1:
+        counts = torch.bincount(labels, minlength=num_classes).double()
+    else:
+        counts = labels.sum(dim=0, dtype=torch.float64)
     weights = torch.where(counts > 0, counts.clamp(min=1.0) ** -power, 0.0)
     return (weights * counts.sum() / (weights * counts).sum()).float()
 
@@ -175,6 +182,43 @@ def loss_sum(
 
     own = part(labels)
     return own if partners is None else share * own + (1.0 - share) * part(partners)
+
+
+_FOCUS = 2.0  # gamma of the focal loss
+_FOCUS_LACKING = 4.0  # gamma- of the asymmetric loss; its gamma+ is 0
+_SHIFT = 0.05  # its m
+
+
+def multilabel_loss_sum(
+    logits: Tensor,
+    labels: Tensor,
+    kind: Literal["bce", "focal", "asymmetric"],
+    *,
+    partners: Tensor | None = None,
+    share: float = 1.0,
+    smoothing: float = 0.0,
+    weights: Tensor | None = None,
+) -> Tensor:
+    """Sum over videos and classes of the binary losses of logits float [B, C] with labels [B, C], 0 or 1.
+
+    q          = share * labels + (1 - share) * partners;  y = (1 - smoothing) q + smoothing / 2
+    loss       = sum of weights_c (y has_c + (1 - y) lacks_c),  p = sigmoid(logits)
+    bce          has = -log p                  lacks = -log(1 - p)
+    focal        has = -(1 - p)^2 log p        lacks = -p^2 log(1 - p)            Lin et al. 2017, eq. 4
+    asymmetric   has = -log p                  lacks = -s^4 log(1 - s)            Ridnik et al. 2021, eq. 4 to 7
+                 with s = max(p - 0.05, 0)
+    """
+    targets = labels if partners is None else share * labels + (1.0 - share) * partners
+    targets = (1.0 - smoothing) * targets + smoothing / 2
+    has, lacks = -F.logsigmoid(logits), -F.logsigmoid(-logits)
+    if kind == "focal":
+        p = torch.sigmoid(logits)
+        has, lacks = (1 - p) ** _FOCUS * has, p**_FOCUS * lacks
+    elif kind == "asymmetric":
+        shifted = (torch.sigmoid(logits) - _SHIFT).clamp(min=0.0)
+        lacks = shifted**_FOCUS_LACKING * -torch.log1p(-shifted)
+    terms = targets * has + (1 - targets) * lacks
+    return (terms if weights is None else weights * terms).sum()
 
 
 class Recomputed:

@@ -69,7 +69,7 @@ _TRAIN_COLOUR = "#4c78a8"
 _VAL_COLOUR = "#e45756"
 _PROGRESS_S = 5.0
 _SURE_STEPS = 3  # before which a rate is an accident
-_SCORES = ("loss", "top1", "lr", "val_loss", "val_top1", "val_top5")
+_SCORES = ("loss", "top1", "lr", "val_loss", "val_top1", "val_top5", "val_map")
 _TRAIN_SCALARS = ("loss", "top1", "top5", "lr")
 
 _PACKAGES = ("ray", "torch", "torchvision", "av", "decord", "numpy", "pyarrow", "opencv-python-headless", "safetensors")
@@ -135,6 +135,7 @@ class Recorder:
             samples=0,
             catalog_digest=catalog.digest,
             run_digest=run_digest(config, catalog),
+            scores="sigmoid" if catalog.is_multilabel else "softmax",
         )
         self._drawn_s = time.monotonic()
 
@@ -231,10 +232,11 @@ def draw_curves(folder: RunFolder) -> None:
     loss.plot(places, values, color=_TRAIN_COLOUR, alpha=0.35, linewidth=0.8, label="train, steps")
     _line(loss, epochs, "loss", _TRAIN_COLOUR, "train")
     _line(loss, epochs, "val_loss", _VAL_COLOUR, "val")
-    loss.set_ylabel("cross entropy")
+    loss.set_ylabel("loss" if any(row.val_map is not None for row in epochs) else "cross entropy")
     _line(accuracy, epochs, "top1", _TRAIN_COLOUR, "train top-1")
     _line(accuracy, epochs, "val_top1", _VAL_COLOUR, "val top-1")
     _line(accuracy, epochs, "val_top5", "#f2a29b", "val top-5")
+    _line(accuracy, epochs, "val_map", "#b279a2", "val mAP")
     accuracy.set_ylabel("accuracy")
     accuracy.set_ylim(0, 1)
     places, values = _thinned(at, [row.lr for row in steps])
@@ -309,6 +311,7 @@ def epoch_line(row: EpochRow, epochs: int) -> str:
     if row.val_videos is not None:
         numbers = f"loss {_shown(row.val_loss)}, top-1 {_shown(row.val_top1)}"
         numbers += "" if row.val_top5 is None else f", top-5 {_shown(row.val_top5)}"
+        numbers += "" if row.val_map is None else f", mAP {_shown(row.val_map)}"
         parts.append(f"val {numbers} ({many(row.val_videos, 'video')})")
     parts.append(f"{row.videos_per_s:.1f} videos/s, {row.decode_wait:.0%} of it waiting for decoders")
     bad = row.quarantined + (row.val_quarantined or 0)

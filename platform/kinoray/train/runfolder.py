@@ -71,6 +71,9 @@ class EpochRow:
     """The same of val_split, in epochs that are scored."""
     val_top1: float | None = None
     val_top5: float | None = None
+    val_map: float | None = None
+    """Mean average precision, where videos may have several classes; top1 is then the share of first answers that
+    hold."""
     val_videos: int | None = None
     """Videos that were scored."""
     val_quarantined: int | None = None
@@ -92,6 +95,11 @@ class EpochRow:
     def record(self) -> dict[str, float | int]:
         """As JSON: without what was not measured."""
         return _record(self)
+
+    @property
+    def score(self) -> float | None:
+        """What says which epoch is best."""
+        return self.val_top1 if self.val_map is None else self.val_map
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -277,8 +285,8 @@ class RunFolder:
 
 
 def stopped_early(epochs: Sequence[EpochRow], config: TrainConfig) -> bool:
-    """Whether the last config.patience scorings in these epochs brought no higher val_top1."""
-    scores = [row.val_top1 for row in epochs if row.val_top1 is not None]
+    """Whether the last config.patience scorings in these epochs brought no higher val_top1 (or val_map)."""
+    scores = [row.score for row in epochs if row.score is not None]
     if not config.patience or not scores:
         return False
     return len(scores) - 1 - scores.index(max(scores)) >= config.patience
@@ -294,6 +302,8 @@ def run_settings(config: TrainConfig, catalog: Catalog) -> dict[str, Any]:
     flat = {name: tree[name] for name in ("split", "val_split", "init_from")}
     for name in ("model", "clip", "augment", "optim"):
         flat.update(_flatten(tree[name], f"{name}."))
+    if not catalog.is_multilabel:
+        del flat["optim.multilabel_loss"]  # it decides nothing there
     flat["catalog.digest"] = catalog.digest
     settings: dict[str, Any] = parse_json(json.dumps(flat))  # tuples become lists, as they come back from run.json
     return settings

@@ -57,7 +57,7 @@ class RunSummary:
     epochs: int
     """Epochs that were asked for."""
     best: str
-    """The best metric: val_top1, or loss where nothing is scored; empty before the first epoch."""
+    """The best metric: val_map or val_top1, or loss where nothing is scored; empty before the first epoch."""
     best_value: float | None
     """Its value."""
     best_epoch: int | None
@@ -186,10 +186,10 @@ def _with_progress(run: RunSummary, rows: Sequence[dict[str, Any]]) -> RunSummar
     """With the epochs done and the best metric, by these rows of metrics.jsonl; of equal ones the newest."""
     rows = [numbers(row) for row in rows]
     run = replace(run, epochs_done=len(rows))
-    scored = [row for row in rows if "val_top1" in row]
+    name = "val_map" if any("val_map" in row for row in rows) else "val_top1"
+    scored = [row for row in rows if name in row]
     losses = [row for row in rows if "loss" in row]
     if scored:
-        name = "val_top1"
         best = max(scored, key=lambda row: (row[name], row["epoch"]))
     elif losses:
         name = "loss"
@@ -226,7 +226,7 @@ def _table(found: Sequence[RunSummary], prefix: str) -> str:
 def _best(run: RunSummary) -> str:
     if run.best_value is None:
         return ""
-    name = {"val_top1": "val top-1", "loss": "loss"}[run.best]
+    name = {"val_map": "val mAP", "val_top1": "val top-1", "loss": "loss"}[run.best]
     value = f"{run.best_value:.3f}" if abs(run.best_value) < 1e6 else f"{run.best_value:.3g}"
     return f"{name} {value} (epoch {run.best_epoch})"
 

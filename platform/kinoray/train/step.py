@@ -28,6 +28,7 @@ from kinoray.train.recipe import (
     loss_sum,
     make_optimizer,
     mix_inputs,
+    multilabel_loss_sum,
     recompute,
     set_rate,
     trained_parameters,
@@ -50,7 +51,7 @@ class Totals:
     loss_sum: float
     """Sum of their losses: cross entropies, in training smoothed, weighted and mixed as the recipe says."""
     top1_hits: int
-    """Videos whose label came first."""
+    """Videos whose label came first; of a video that has several, one of them."""
     top5_hits: int
     """Videos whose label was among the first 5."""
 
@@ -113,6 +114,7 @@ class Replica:
         self._pending = torch.zeros(5, dtype=torch.float64, device=device)
         self._totals = torch.zeros(5, dtype=torch.float64, device=device)
         self._history: list[Tensor] = []  # of training steps, over all ranks
+        self._scored: list[tuple[Tensor, Tensor]] = []  # logits and labels, of videos that may have several
         self._stepped = False  # whether what is pending is a training step's
         self._halts = torch.zeros(1, dtype=torch.float64, device=device)  # of this rank, not yet told
         self._halted = torch.zeros(1, dtype=torch.float64, device=device)  # over all ranks
@@ -145,7 +147,8 @@ class Replica:
     ) -> None:
         """One optimizer step at rate lr on this rank's part of a global batch.
 
-        `clips` holds the readable videos ([B, ...], B may be 0; None is no video at all), `labels` int64 [B] theirs.
+        `clips` holds the readable videos ([B, ...], B may be 0; None is no video at all), `labels` theirs: int64 [B],
+        or [B, C] of 0 and 1.
         """
         if is_sharded(self.module):
             self.state.share_buffers()  # as DistributedDataParallel does before each step
@@ -203,8 +206,22 @@ class Replica:
         if len(clips):
             labels = labels.to(self.device, non_blocking=True)
             logits = self._logits(self._scorer, model_inputs(clips, self._spec, self.device), len(clips))
-            self._count(logits, labels, loss_sum(logits, labels))
+            self._count(logits, labels, self._loss(logits, labels))
+            if labels.dim() == 2:
+                self._scored.append((logits.cpu(), labels.cpu()))
         self._pending[1] += quarantined
+
+    def scored(self) -> tuple[Tensor, Tensor]:
+        """Logits and labels, [N, C] each, of what all ranks scored since `reset`; all ranks must call it.
+
+        Of videos that may have several classes; the order depends on the number of ranks.
+        """
+        parts: list[Any] = [None] * self._world_size
+        dist.all_gather_object(parts, self._scored)
+        pairs = [pair for part in parts for pair in part]
+        if not pairs:
+            return torch.zeros(0, self._num_classes), torch.zeros(0, self._num_classes, dtype=torch.uint8)
+        return torch.cat([logits for logits, _ in pairs]), torch.cat([found for _, found in pairs])
 
     def halt(self) -> None:
         """Tell all ranks, with the next training step or `finish`, that this one cannot go on."""
@@ -264,6 +281,7 @@ class Replica:
         self._pending.zero_()
         self._totals.zero_()
         self._history.clear()
+        self._scored.clear()
         self._stepped = False
 
     def _exchange(self, videos_now: Tensor) -> Tensor:
@@ -291,13 +309,23 @@ class Replica:
             mixing = {"partners": labels[mine.partners].to(self.device, non_blocking=True), "share": mine.share}
         logits = self._logits(self._parallel, inputs, len(part))
         smoothing = self._optim.label_smoothing
-        total = loss_sum(logits, part, smoothing=smoothing, weights=self._weights, **mixing)
+        total = self._loss(logits, part, smoothing=smoothing, weights=self._weights, **mixing)
         self._count(logits, part, total)
         return total
 
+    def _loss(self, logits: Tensor, labels: Tensor, **recipe: Any) -> Tensor:
+        if labels.dim() == 1:
+            return loss_sum(logits, labels, **recipe)
+        return multilabel_loss_sum(logits, labels, self._optim.multilabel_loss, **recipe)
+
     @torch.no_grad()
     def _count(self, logits: Tensor, labels: Tensor, total: Tensor) -> None:
-        hits = logits.topk(min(5, self._num_classes), dim=1).indices == labels[:, None]
+        first = logits.topk(min(5, self._num_classes), dim=1).indices
+        if labels.dim() == 1:
+            hits = first == labels[:, None]
+        else:
+            hits = labels.gather(1, first) > 0
+            hits = hits & (hits.cumsum(dim=1) == 1)  # a video counts once, with the first that it has
         counts = [torch.full_like(total, len(labels)), torch.zeros_like(total), total.detach()]
         self._pending += torch.stack([*counts, hits[:, 0].sum(), hits.sum()]).double()
 

@@ -1,11 +1,13 @@
 """`kinoray train`: check everything that can be checked without a cluster, run the workers, say what came of it."""
 
 import time
+from collections import Counter
 from dataclasses import fields, is_dataclass, replace
 from typing import Any, TypeVar, cast
 
 from torch import nn
 
+from kinoray.catalog.folders import set_problems
 from kinoray.catalog.table import Catalog, load_catalog
 from kinoray.config.shared import ClipConfig, ModelConfig, OptimConfig, require
 from kinoray.console import draw_step, format_duration, kept_if_interrupted, many, visible
@@ -78,6 +80,7 @@ def train(config: TrainConfig, gate: Gate | None = None) -> dict[str, Any]:
     if newest is None or not _is_finished(folder, config, newest):
         sizes = f"{many(num_train, 'video')}, {num_val} to score, {many(len(catalog.labels), 'class')}"
         print(f"train: {sizes}, {many(config.optim.epochs, 'epoch')}, to {config.out}", flush=True)
+        _say_problems(config, catalog)
         newest = _train_on(folder, config, catalog, gate)  # its first worker says what is broken
     else:
         for line in broken:
@@ -207,6 +210,7 @@ def check_training(config: TrainConfig, catalog: Catalog) -> tuple[int, int]:
     """
     require_known_model(config.model)
     sizes = _check_splits(config, catalog)
+    _check_recipe(config, catalog)
     _check_model(config, catalog)
     return sizes
 
@@ -223,7 +227,7 @@ def _check_splits(config: TrainConfig, catalog: Catalog) -> tuple[int, int]:
         except CatalogError as error:
             hint = '; val_split "" trains without scoring' if name == "val_split" else ""
             raise CatalogError(f"{config.catalog}: {error} ({name} is {split!r}{hint})") from error
-        unlabelled = part.table.column("label_id").null_count
+        unlabelled = part.table.column("label_ids" if catalog.is_multilabel else "label_id").null_count
         if unlabelled:
             raise CatalogError(
                 f"{config.catalog}: {unlabelled} of {len(part)} videos of {name} {split!r} have no label; pack class "
@@ -231,6 +235,13 @@ def _check_splits(config: TrainConfig, catalog: Catalog) -> tuple[int, int]:
             )
         counts.append(len(part))
     return counts[0], counts[1]
+
+
+def _check_recipe(config: TrainConfig, catalog: Catalog) -> None:
+    """What is set for label lists must meet some."""
+    kind = config.optim.multilabel_loss
+    expected = f"bce with {config.catalog}, whose videos have one class each: their loss is the cross entropy"
+    require(catalog.is_multilabel or kind == "bce", "optim.multilabel_loss", expected, kind)
 
 
 def _check_model(config: TrainConfig, catalog: Catalog) -> None:
@@ -245,6 +256,15 @@ def _check_model(config: TrainConfig, catalog: Catalog) -> None:
         raise ConfigError(
             f"model.options: the network wants {spec.flow_channels} flow channels, but decoding gives {FLOW_CHANNELS}"
         )
+
+
+def _say_problems(config: TrainConfig, catalog: Catalog) -> None:
+    """What is poor about the set: few videos to score make a high accuracy by chance."""
+    roles: dict[str, str | None] = {config.split: "train", config.val_split: "val"}
+    rows = zip(catalog.class_names(), catalog.table["split"].to_pylist(), strict=True)
+    places = Counter((names, roles[split]) for names, split in rows if split and split in roles)
+    for problem, remedy in set_problems(places):
+        print(f"train: warning: {visible(problem)}; {remedy}", flush=True)
 
 
 def _say_departures(config: TrainConfig) -> None:
@@ -289,7 +309,13 @@ def _result(folder: RunFolder, last: Checkpoint, num_before: int, took_s: float)
         "metrics": [row.record() for row in folder.epochs()],
         "took_s": took_s,
     }
-    scored = f", val top-1 {totals['val_top1']:.3f}" if totals["val_top1"] is not None else ""
+    scored = ""
+    if totals["val_top1"] is not None:
+        of = many(int(best.metrics.get("val_videos", 0)), "video")
+        scored = f", val top-1 {totals['val_top1']:.3f} of {of}"
+    if "val_map" in best.metrics:
+        totals["val_map"] = best.metrics["val_map"]
+        scored = f", val mAP {totals['val_map']:.3f} of {of}"
     done = ", ".join((many(newest.epoch, "epoch"), many(newest.step, "step"), many(newest.samples, "video")))
     num_now = newest.samples - num_before
     now = f", {num_now:,} of them now" if num_before and num_now else ""

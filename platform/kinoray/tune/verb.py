@@ -147,6 +147,11 @@ def _combinations(axes: Sequence[Axis]) -> list[Settings]:
 
 def _check_trials(base: TrainConfig, tried: Sequence[Settings], catalog: Catalog) -> None:
     """Refuse what some trial would fail of, before anything starts."""
+    if catalog.is_multilabel:
+        raise ConfigError(
+            f"{base.catalog}: its videos may have several classes, and trials are compared by top-1, which says little "
+            "of such; train it with each of the settings"
+        )
     checked: set[str] = set()
     for settings in tried:
         config = apply(base, settings)
