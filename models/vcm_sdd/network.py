@@ -136,10 +136,19 @@ class VCMSDD(nn.Module):
 
         Scaling as in kinoray.network.InputSpec. Raises ValueError stating expected and received.
         """
+        return self.from_features(self.to_features(rgb=rgb, flow=flow))
+
+    def to_features(self, *, rgb: Tensor | None, flow: Tensor | None) -> dict[str, Tensor]:
+        """Return the feature grids of both streams, [B, S, T, H, W, D] each: all that the backbones do."""
         rgb, flow = self._checked(rgb, flow)
-        rgb_MND, grid = self.nodes(self.rgb_backbone, rgb)
-        flow_MND, _ = self.nodes(self.flow_backbone, flow)
-        return cast(Tensor, self.head(rgb_MND, flow_MND, grid=grid, num_segments=rgb.shape[1]))
+        return {"rgb": _grids(self.rgb_backbone, rgb), "flow": _grids(self.flow_backbone, flow)}
+
+    def from_features(self, features: Mapping[str, Tensor]) -> Tensor:
+        """Return logits [B, C] for what to_features gives: all that the head does."""
+        _, num_segments, *grid, num_channels = features["rgb"].shape
+        num_nodes = math.prod(grid)
+        rgb_MND, flow_MND = (features[name].reshape(-1, num_nodes, num_channels) for name in ("rgb", "flow"))
+        return cast(Tensor, self.head(rgb_MND, flow_MND, grid=tuple(grid), num_segments=num_segments))
 
     @property
     def depth_parts(self) -> tuple[tuple[str, ...], ...]:
@@ -154,16 +163,6 @@ class VCMSDD(nn.Module):
     def segment_consensus(self) -> Literal["logits", "probs"]:
         """What the answer is the mean of, over segments that do not see each other: any part of them may be run."""
         return self.head.options.consensus
-
-    @staticmethod
-    def nodes(backbone: Backbone, x_BSTCYX: Tensor) -> tuple[Tensor, Grid]:
-        """Return a backbone's features as nodes [B*S, N, D] in the order t, y, x, and their grid (T, H, W)."""
-        num_frames = x_BSTCYX.shape[2]
-        features_FDHW = backbone(x_BSTCYX.flatten(0, 2))
-        grid = (num_frames, features_FDHW.shape[2], features_FDHW.shape[3])
-        # In channels_last memory this permutation moves nothing.
-        nodes_FHWD = features_FDHW.permute(0, 2, 3, 1)
-        return nodes_FHWD.reshape(-1, grid[0] * grid[1] * grid[2], nodes_FHWD.shape[-1]), grid
 
     def cost_note(self, segment_macs: Mapping[str, int], num_frames: int) -> str:
         """Say what the paper's tables call GFLOPs: MACs of one RGB segment, ImageNet classifier on each frame."""
@@ -180,6 +179,14 @@ class VCMSDD(nn.Module):
                 f"got rgb {tuple(rgb.shape)} and flow {tuple(flow.shape)}"
             )
         return rgb, flow
+
+
+def _grids(backbone: Backbone, x_BSTCYX: Tensor) -> Tensor:
+    """A backbone's features as [B, S, T, H, W, D]."""
+    features_FDHW = backbone(x_BSTCYX.flatten(0, 2))
+    # In channels_last memory this permutation moves nothing.
+    nodes_FHWD = features_FDHW.permute(0, 2, 3, 1)
+    return nodes_FHWD.reshape(*x_BSTCYX.shape[:3], *nodes_FHWD.shape[1:])
 
 
 def _checked_input(name: str, x: Tensor | None, channels: int) -> Tensor:

@@ -5,7 +5,7 @@ A network here maps clips [M, T, C, Y, X] to logits [M, K]; ClipClassifier makes
 Shapes: B videos, S segments, T frames a segment, C channels, Y X pixels, M clips, K classes
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Literal, cast
 
@@ -103,19 +103,28 @@ class ClipClassifier(nn.Module):
 
         A modality that the model does not use is not looked at. Raises ValueError stating expected and received.
         """
-        logits = []
-        if self.rgb_net is not None:
-            logits.append(self._average(self.rgb_net, self._checked("rgb", rgb, 3)))
-        if self.flow_net is not None:
-            logits.append(self._average(self.flow_net, self._checked("flow", flow, self.input_spec.flow_channels)))
-        if len(logits) == 1:
-            return logits[0]
-        if logits[0].shape != logits[1].shape:
+        logits = [self._average(net, x) for net, x in self.streams(rgb, flow).values()]
+        if len({stream.shape for stream in logits}) > 1:
             assert rgb is not None
             assert flow is not None
             raise ValueError(
                 f"rgb and flow must hold the same videos, got rgb {tuple(rgb.shape)} and flow {tuple(flow.shape)}"
             )
+        return self.joined(logits)
+
+    def streams(self, rgb: Tensor | None, flow: Tensor | None) -> dict[str, tuple[nn.Module, Tensor]]:
+        """The network of each stream and what it is fed, by the stream's name; checked as forward says."""
+        found: dict[str, tuple[nn.Module, Tensor]] = {}
+        if self.rgb_net is not None:
+            found["rgb"] = self.rgb_net, self._checked("rgb", rgb, 3)
+        if self.flow_net is not None:
+            found["flow"] = self.flow_net, self._checked("flow", flow, self.input_spec.flow_channels)
+        return found
+
+    def joined(self, logits: Sequence[Tensor]) -> Tensor:
+        """The answer of the streams, of which there are one or two (RGB first)."""
+        if len(logits) == 1:
+            return logits[0]
         return (logits[0] + self.flow_weight * logits[1]) / (1 + self.flow_weight)
 
     def _average(self, net: nn.Module, x_BSTCYX: Tensor) -> Tensor:
@@ -149,12 +158,13 @@ def build_streams(
     flow_channels: int = 2,
     grouping: Literal["segment", "video"] = "segment",
     flow_weight: float = 1.0,
+    join: type[ClipClassifier] = ClipClassifier,
 ) -> ClipClassifier:
     """Build one network a stream with `make` and join them; `spec` is the RGB model's, its modalities are set here."""
     require_choice("modality", modality, ("rgb", "flow", "two_stream"))
     require_count("flow_channels", flow_channels)
     wants_rgb, wants_flow = modality != "flow", modality != "rgb"
-    return ClipClassifier(
+    return join(
         replace(spec, rgb=wants_rgb, flow_channels=flow_channels if wants_flow else 0),
         rgb_net=make("rgb") if wants_rgb else None,
         flow_net=make("flow") if wants_flow else None,

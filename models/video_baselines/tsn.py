@@ -3,6 +3,7 @@
 Shapes: M clips, T frames of a clip, F = M*T frames, C channels, Y X pixels, D features, H W feature grid, K classes
 """
 
+from collections.abc import Mapping
 from typing import Literal, cast
 
 import torch
@@ -199,14 +200,40 @@ class FrameClassifier(nn.Module):
 
     def forward(self, clips_MTCYX: Tensor) -> Tensor:
         """Return logits [M, K] for clips [M, T, C, Y, X]."""
+        return self.from_features(self.to_features(clips_MTCYX))
+
+    def to_features(self, clips_MTCYX: Tensor) -> Tensor:
+        """Return the mean over each frame's grid, [M, T, D]."""
         num_frames = clips_MTCYX.shape[1]
         frames_FCYX = clips_MTCYX.flatten(0, 1)
         if isinstance(self.backbone, (ShiftedGrid, ShiftedTimm)):
             grid_FDHW = self.backbone(frames_FCYX, num_frames)
         else:
             grid_FDHW = self.backbone(frames_FCYX)
-        logits_FK: Tensor = self.classifier(self.dropout(grid_FDHW.mean(dim=(2, 3))))
+        frames_FD: Tensor = grid_FDHW.mean(dim=(2, 3))
+        return frames_FD.reshape(-1, num_frames, frames_FD.shape[1])
+
+    def from_features(self, frames_MTD: Tensor) -> Tensor:
+        """Return logits [M, K] for what to_features gives."""
+        num_frames = frames_MTD.shape[1]
+        logits_FK: Tensor = self.classifier(self.dropout(frames_MTD.flatten(0, 1)))
         return logits_FK.reshape(-1, num_frames, logits_FK.shape[1]).mean(dim=1)
+
+
+class _FrameStreams(ClipClassifier):
+    """FrameClassifiers of whole videos, in two halves: the backbones with the pool, and the rest."""
+
+    def to_features(self, *, rgb: Tensor | None, flow: Tensor | None) -> dict[str, Tensor]:
+        """Return a vector of each frame, [B, S*T, D], by stream."""
+        return {
+            name: cast(FrameClassifier, net).to_features(x_BSTCYX.flatten(1, 2))
+            for name, (net, x_BSTCYX) in self.streams(rgb, flow).items()
+        }
+
+    def from_features(self, features: Mapping[str, Tensor]) -> Tensor:
+        """Return logits [B, K] for what to_features gives."""
+        nets = {"rgb": self.rgb_net, "flow": self.flow_net}
+        return self.joined([cast(FrameClassifier, nets[name]).from_features(x) for name, x in features.items()])
 
 
 def _backbones(name: str, modality: Modality, flow_channels: int, weights: str | None) -> dict[str, Backbone]:
@@ -299,5 +326,11 @@ def _frame_model(
     recipe = ClipRecipe() if shift is None else _TSM_RECIPE
     spec = InputSpec(rgb_mean=first.rgb_mean, rgb_std=first.rgb_std, recipe=recipe)
     return build_streams(
-        modality, make, spec=spec, flow_channels=flow_channels, grouping="video", flow_weight=flow_weight
+        modality,
+        make,
+        spec=spec,
+        flow_channels=flow_channels,
+        grouping="video",
+        flow_weight=flow_weight,
+        join=_FrameStreams,
     )

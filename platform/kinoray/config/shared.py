@@ -132,14 +132,17 @@ class StorageConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CacheConfig:
-    """Decoded frames on the disk of each node, for runs that see the same frames (the trials of a sweep).
+    """Decoded frames, or features, on the disk of each node, for runs that see the same (the trials of a sweep).
 
-    What is kept is what the network is fed, so a run gives the same numbers with and without it. Every epoch draws
-    other frames and crops, so one run alone gains only where videos are scored, which it sees alike in every epoch.
+    A run gives the same numbers with and without it. Every epoch draws other frames and crops, so one run alone gains
+    only where videos are scored, which it sees alike in every epoch, and where augment.num_views lets epochs repeat.
     """
 
     gb: float = 0.0
     """Size on each node, in GB; 0 for no cache. What does not fit is decoded."""
+    keep: Literal["frames", "features"] = "frames"
+    """`features`: what frozen backbones (optim.backbone_lr_factor 0) make of the frames, in place of these: an epoch
+    that finds them costs the head only. For vcm_sdd, tsn, tsm, and other networks with to_features."""
     folder: str = ""
     """Where. Default: a folder of this user's in the node's temporary folder."""
     grids: tuple[str, ...] = ()
@@ -148,6 +151,8 @@ class CacheConfig:
 
     def __post_init__(self) -> None:
         require(self.gb >= 0, "cache.gb", "at least 0", self.gb)
+        has_place = self.keep == "frames" or self.gb > 0
+        require(has_place, "cache.gb", f"greater than 0 with cache.keep {self.keep}", self.gb)
         is_grid = all(re.fullmatch(r"[1-9][0-9]{0,3}x[1-9][0-9]{0,3}(/[1-9][0-9]{0,3})?", name) for name in self.grids)
         require(is_grid, "cache.grids", "like 8x6 (segments x frames) or 1x16/4 (every fourth frame)", self.grids)
 
@@ -184,6 +189,9 @@ class AugmentConfig:
     cutmix_alpha: float = 0.0
     """CutMix: a box of each frame comes from another clip, its area from Beta(alpha, alpha), the label in proportion
     (1.0 is usual). With both, each step draws one of the two."""
+    num_views: int = 0
+    """So many epochs draw frames, crops, flips and colours; the later ones see these views again, in turn. 0: each
+    epoch draws its own."""
 
     def __post_init__(self) -> None:
         require(0 <= self.colour_jitter <= 1, "augment.colour_jitter", "in 0 .. 1", self.colour_jitter)
@@ -192,11 +200,21 @@ class AugmentConfig:
         require(0 <= magnitude <= 30, "augment.randaugment_magnitude", "in 0 .. 30", magnitude)
         require(self.mixup_alpha >= 0, "augment.mixup_alpha", "at least 0", self.mixup_alpha)
         require(self.cutmix_alpha >= 0, "augment.cutmix_alpha", "at least 0", self.cutmix_alpha)
+        require(self.num_views >= 0, "augment.num_views", "at least 0", self.num_views)
 
     @property
     def changes_colours(self) -> bool:
         """Whether RGB is changed at all."""
         return self.colour_jitter > 0 or self.randaugment_ops > 0
+
+    @property
+    def mixes(self) -> bool:
+        """Whether clips are mixed with each other."""
+        return self.mixup_alpha > 0 or self.cutmix_alpha > 0
+
+    def view_of(self, epoch: int) -> int:
+        """The epoch, from 1, that drew what this one sees."""
+        return (epoch - 1) % self.num_views + 1 if self.num_views else epoch
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -217,8 +235,9 @@ class OptimConfig:
     warmup_fraction: float = 0.1
     """Share of all steps over which the rate rises linearly."""
     backbone_lr_factor: float = 1.0
-    """The backbones' rate as a multiple of lr; less than 1 spares pretrained weights, 0 freezes them. A network says
-    what its backbones are; of others it is all but the classifier."""
+    """The backbones' rate as a multiple of lr; less than 1 spares pretrained weights. 0 freezes the backbones: weights
+    and statistics stay, and they compute as in scoring, clip by clip. A network says what its backbones are; of others
+    it is all but the classifier."""
     layer_decay: float = 1.0
     """Each block's rate as a multiple of the rate of the block behind it, towards the input: x ** depth, times
     backbone_lr_factor (fine-tuned transformers: 0.65 to 0.9). 1 for one rate; a network names its blocks."""

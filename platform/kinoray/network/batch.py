@@ -6,7 +6,7 @@ device (TV-L1) is found there: what comes out is the batch that decoding on the 
 estimator. What is easy to break: flow is found before colours are changed, and nothing here may wait for the device.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -25,6 +25,7 @@ __all__ = [
     "FLOW_CHANNELS",
     "FLOW_SCALE",
     "DeviceInput",
+    "FeatureBatch",
     "Feeder",
     "RawBatch",
     "VideoBatch",
@@ -103,6 +104,26 @@ class VideoBatch:
         """Some of the videos, by place, with a tensor on the clips' device; a slice copies nothing."""
         rgb, flow = (None if x is None else x[videos] for x in (self.rgb, self.flow))
         return VideoBatch(rgb=rgb, flow=flow)
+
+
+@dataclass(frozen=True, slots=True)
+class FeatureBatch:
+    """What a network's backbones made of clips (kinoray.network.build.SplitModel): never empty of names."""
+
+    tensors: Mapping[str, Tensor]
+    """[B, ...] each, by the network's own names."""
+
+    def __len__(self) -> int:
+        """Number of videos."""
+        return len(next(iter(self.tensors.values())))
+
+    def select(self, videos: slice) -> "FeatureBatch":
+        """Some of the videos, without a copy."""
+        return FeatureBatch({name: x[videos] for name, x in self.tensors.items()})
+
+    def to(self, device: torch.device) -> dict[str, Tensor]:
+        """The tensors on the device."""
+        return {name: x.to(device, non_blocking=True) for name, x in self.tensors.items()}
 
 
 @dataclass(frozen=True, slots=True)

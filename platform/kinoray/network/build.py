@@ -13,7 +13,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import replace
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, Protocol, TypeGuard, cast
 
 from kinoray.config.shared import ClipConfig, ModelConfig, SampleConfig, ViewConfig
 from kinoray.errors import CheckpointCorrupt, ConfigError, ModelError
@@ -27,6 +27,7 @@ __all__ = [
     "SHORT_NAMES",
     "SOURCE_READERS",
     "START_OPTIONS",
+    "SplitModel",
     "VideoModel",
     "backbone_names",
     "backbone_parts",
@@ -40,6 +41,7 @@ __all__ = [
     "depths",
     "factory_options",
     "is_shipped",
+    "is_split",
     "recipe_departures",
     "require_known_model",
     "source_reader",
@@ -86,6 +88,18 @@ class VideoModel(Protocol):
     def __call__(self, *, rgb: "Tensor | None", flow: "Tensor | None") -> "Tensor": ...
     def state_dict(self) -> "dict[str, Tensor]": ...
     def parameters(self) -> "Iterator[nn.Parameter]": ...
+
+
+class SplitModel(VideoModel, Protocol):
+    """One whose forward is from_features(to_features(...)); see kinoray.network.spec."""
+
+    def to_features(self, *, rgb: "Tensor | None", flow: "Tensor | None") -> "dict[str, Tensor]": ...
+    def from_features(self, features: "Mapping[str, Tensor]") -> "Tensor": ...
+
+
+def is_split(model: "VideoModel | nn.Module") -> "TypeGuard[SplitModel]":
+    """Whether the network says which half of it is its backbones."""
+    return all(callable(getattr(model, name, None)) for name in ("to_features", "from_features"))
 
 
 def is_shipped(factory: str) -> bool:

@@ -4,6 +4,10 @@ A network is a torch module with an `input_spec` and `forward(*, rgb, flow) -> l
 the attributes of InputSpec will do. It may also say, as attributes of the module:
 
     backbone_parts         submodules that training may freeze, recompute and shard (kinoray.network.build)
+    to_features, from_features
+                           forward in two halves: to_features(*, rgb, flow) -> {name: [B, ...]} is what the backbones
+                           make of clips, each by itself, and from_features(features) -> logits is all the rest; so
+                           that frozen backbones need see a clip only once (kinoray.train.features)
     depth_parts            groups of submodules or parameters in order from input to answer, one for each depth, such as
                            (("stem",), ("blocks.0",), ("blocks.1",)); training may let the rate fall with the depth
     segment_consensus      "logits" or "probs": what the answer is the mean of, over segments that do not see each other

@@ -94,7 +94,7 @@ class TrainConfig(JobConfig):
     optim: OptimConfig = field(default_factory=OptimConfig)
     """The recipe."""
     cache: CacheConfig = field(default_factory=CacheConfig)
-    """Decoded frames on disk; off by default."""
+    """Decoded frames, or features of frozen backbones, on disk; off by default."""
     parallel: Literal["ddp", "fsdp"] = "ddp"
     """How several workers share the network: a copy each, or weights, gradients and moments in shards (FSDP2: less
     memory, more traffic). Checkpoints are the same, so a run may go on with the other one."""
@@ -119,9 +119,15 @@ class TrainConfig(JobConfig):
         decoder = self.clip.decode.device
         expected = "cpu in training; label and evaluate have --decode.device"
         require(decoder == "cpu", "clip.decode.device", expected, decoder)
-        on_device = self.clip.flow_on_device
+        on_device = self.clip.flow_on_device and self.cache.keep == "frames"
         expected = f"0 with clip.flow.estimator {self.clip.flow.estimator}"
         require(not (self.cache.gb and on_device), "cache.gb", expected, self.cache.gb)
+        if self.cache.keep == "features":
+            frozen, expected = self.optim.backbone_lr_factor == 0, "frames unless optim.backbone_lr_factor is 0"
+            require(frozen, "cache.keep", expected, self.cache.keep)
+            expected = "frames with augment.mixup_alpha or cutmix_alpha, which mix pixels"
+            require(not self.augment.mixes, "cache.keep", expected, self.cache.keep)
+            require(self.parallel == "ddp", "cache.keep", "frames with parallel fsdp", self.cache.keep)
         if self.parallel == "fsdp":
             require(precision != "fp16", "optim.precision", "fp32 or bf16 with parallel fsdp", precision)
             require(not self.optim.compile, "optim.compile", "off with parallel fsdp", self.optim.compile)

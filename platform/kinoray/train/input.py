@@ -10,6 +10,7 @@ the rank says so in `outage` and stays with them until all can end together.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -24,9 +25,9 @@ from ray.data.collate_fn import NumpyBatchCollateFn
 
 from kinoray.catalog.quarantine import QuarantineRow, Refusal, error_of, refusals_of_columns
 from kinoray.catalog.table import REFERENCE_COLUMNS, Catalog
-from kinoray.config.shared import ClipConfig
+from kinoray.config.shared import CacheConfig, ClipConfig
 from kinoray.errors import JobError, StorageUnavailable
-from kinoray.network.batch import DeviceInput, Feeder, RawBatch, VideoBatch, sent
+from kinoray.network.batch import DeviceInput, FeatureBatch, Feeder, RawBatch, VideoBatch, sent
 from kinoray.storage.objects import Storage
 from kinoray.train.config import TrainConfig
 from kinoray.train.decoding import DecodeTask
@@ -133,14 +134,14 @@ class Samples:
 
     rows: Rows
     """Row in the catalog of each clip, int64 [B]."""
-    clips: VideoBatch
-    """The clips; B may be 0."""
+    clips: VideoBatch | FeatureBatch
+    """The clips, or what frozen backbones made of them (kinoray.train.features); B may be 0."""
     quarantined: tuple[NoClip, ...]
     """What is not among them; never replaced by another video."""
     decode_cpu_s: float
     """CPU seconds that decode tasks spent on what arrived with this batch, reading included."""
     cached: int
-    """Videos that came from the cache of decoded frames."""
+    """Videos that came from the cache, of frames or features."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,7 +151,7 @@ class DecodeCost:
     cpu_s: float
     """CPU seconds of decode tasks, reading included."""
     cached: int | None
-    """Videos that came from the cache of decoded frames; None without one."""
+    """Videos that came from the cache; None without one."""
 
 
 class Part:
@@ -197,7 +198,12 @@ class Feed:
         self._feeder = Feeder(device) if device.type == "cuda" and not clip.flow_on_device else None
         self._rank = dist.get_rank()
         self._world_size = dist.get_world_size()
+        self._frames = config.cache if config.cache.keep == "frames" else CacheConfig()
         self._spent = torch.zeros(2, dtype=torch.float64)  # CPU seconds, videos from the cache
+
+    def turn(self, part: Part, steps: Sequence[Rows], epoch: int | None) -> AbstractContextManager[None]:
+        """What the batches of these arguments are taken in; all ranks must enter it together."""
+        return nullcontext()
 
     def batches(self, part: Part, steps: Sequence[Rows], epoch: int | None) -> Iterator[Samples]:
         """The steps of a part that have any row, in order, with the random frames of an epoch (None: the middle).
@@ -212,7 +218,7 @@ class Feed:
             clip=self._clip,
             seed=self._config.optim.seed,
             epoch=epoch,
-            cache=self._config.cache,
+            cache=self._frames,
         )
         share = rank_part(self._config.resources.decode_tasks, self._rank, self._world_size)
         decode_tasks = max(1, share.stop - share.start)
@@ -227,13 +233,15 @@ class Feed:
             ):
                 self._spent += torch.tensor([samples.decode_cpu_s, samples.cached], dtype=torch.float64)
                 part.quarantine(samples.quarantined)
-                yield samples if self._feeder is None else self._sent(samples, self._feeder)
+                yield self._sent(samples)
         except StorageUnavailable as error:
             self.outage = error
 
-    def _sent(self, samples: Samples, feeder: Feeder) -> Samples:
+    def _sent(self, samples: Samples) -> Samples:
         """On the device: they get there while it computes the step before."""
-        return replace(samples, clips=sent(samples.clips, feeder)) if len(samples.clips) else samples
+        if self._feeder is None or not len(samples.clips) or isinstance(samples.clips, FeatureBatch):
+            return samples
+        return replace(samples, clips=sent(samples.clips, self._feeder))
 
     def check(self) -> None:
         """Raise this rank's outage, if there is one."""

@@ -7,7 +7,7 @@ that stopped. `_agreed` and `_from_first` are how they decide; every rank must c
 import math
 import socket
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, TypeVar
 
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from kinoray.catalog.quarantine import QuarantineRow
 from kinoray.catalog.table import Catalog, load_catalog
+from kinoray.config.shared import ClipConfig
 from kinoray.console import log_event
 from kinoray.errors import (
     CatalogError,
@@ -28,11 +29,13 @@ from kinoray.errors import (
     TrainingDiverged,
 )
 from kinoray.evaluation.metrics import average_precisions, mean_precision
+from kinoray.network.batch import FeatureBatch, VideoBatch
 from kinoray.network.build import VideoModel, backbone_names, build_model, without_start_weights
 from kinoray.network.checkpoint import CheckpointMeta, load_model_state, load_train_state
 from kinoray.storage.objects import Storage
 from kinoray.train.config import TrainConfig
-from kinoray.train.input import Feed, Part, Samples, epoch_order, rank_steps, run_length
+from kinoray.train.features import FeatureFeed
+from kinoray.train.input import Feed, Part, Rows, Samples, epoch_order, rank_steps, run_length
 from kinoray.train.recipe import Augmenter, class_weights, learning_rate
 from kinoray.train.recorder import Pace, Recorder, TrainMetrics, Uploader, epoch_line, host, software
 from kinoray.train.runfolder import EpochRow, RunFolder, run_digest, stopped_early
@@ -90,8 +93,6 @@ class TrainLoop:
 
         newest = _from_first(self._newest)
         model = _agreed(lambda: self._model(fresh=newest is None))
-        flow_channels = model.input_spec.flow_channels
-        self.feed = _agreed(lambda: Feed(config, config.clip.for_network(flow_channels), self.storage, device=device))
         self.replica = _agreed(lambda: self._replica(model, device))
         self.augmenter = Augmenter(config.augment, self.optim.seed, device)
         self._check_steps = 1 if device.type == "cpu" else _GPU_CHECK_STEPS
@@ -103,6 +104,7 @@ class TrainLoop:
         """Videos trained on in whole epochs."""
         if newest is not None:
             _agreed(lambda: self._resume(*newest))
+        self.feed = _agreed(lambda: self._feed(config.clip.for_network(model.input_spec.flow_channels)))
         self._source = newest[0] if newest else ""
         self._pace = Pace(self.optim, self.num_steps)
         self._run = config.out.rstrip("/").rpartition("/")[2]
@@ -143,6 +145,13 @@ class TrainLoop:
         if self.optim.class_balance:
             weights = class_weights(self.train.labels, num_classes, self.optim.class_balance)
         return Replica(model, num_classes, self.config, device, backbone=backbone, class_weights=weights)
+
+    def _feed(self, clip: ClipConfig) -> Feed:
+        """What gives the batches; the features that it may keep are those of the weights that are here now."""
+        device = self.replica.device
+        if self.config.cache.keep == "frames":
+            return Feed(self.config, clip, self.storage, device=device)
+        return FeatureFeed(self.config, clip, self.storage, self.replica, self._coloured)
 
     def _resume(self, uri: str, meta: CheckpointMeta) -> None:
         if meta.run_digest != self.run_digest:
@@ -249,15 +258,23 @@ class TrainLoop:
     def _train_epoch(self, epoch: int) -> tuple[Totals, float]:
         """Train what is left of an epoch; its totals over all ranks, and the seconds that this rank waited for it."""
         first = self.epoch_steps
-        every = self.config.checkpoint_every_steps
         order = epoch_order(self.train.catalog, seed=self.optim.seed, epoch=epoch, run=self.run_length)
         steps = rank_steps(
             order, batch_size=self.optim.batch_size, rank=self.rank, world_size=self.world_size, first_step=first
         )
-        batches = self.feed.batches(self.train, steps, epoch)
         if not first:
             self.replica.reset()
         self.replica.train()
+        view = self.config.augment.view_of(epoch)
+        with self.feed.turn(self.train, steps, view):
+            wait_s = self._take_steps(epoch, first, steps, self.feed.batches(self.train, steps, view))
+        totals = self.replica.finish()
+        self._require_sound(totals, epoch)
+        return totals, wait_s
+
+    def _take_steps(self, epoch: int, first: int, steps: Sequence[Rows], batches: Iterator[Samples]) -> float:
+        """The epoch's steps from `first` on; the seconds that this rank waited for their batches."""
+        every = self.config.checkpoint_every_steps
         wait_s = 0.0
         for index, rows in enumerate(steps, start=first):
             asked_s = time.monotonic()
@@ -274,9 +291,7 @@ class TrainLoop:
                 self._save_in_epoch(epoch, num_done)
             elif (index + 1) % self._check_steps == 0:
                 self._require_sound(self.replica.totals(), epoch)
-        totals = self.replica.finish()
-        self._require_sound(totals, epoch)
-        return totals, wait_s
+        return wait_s
 
     def _train_step(self, epoch: int, index: int, samples: Samples | None) -> None:
         """Step `index` of the epoch on this rank's part of its batch; None is no video at all."""
@@ -287,15 +302,21 @@ class TrainLoop:
             self.replica.train_step(None, self.train.labels[:0], 0, rate)
             return
         labels = self.train.labels[samples.rows]
-        video_ids = self.train.catalog.table["video_id"].take(samples.rows).to_pylist()
-        self._metrics.step(len(video_ids), samples.quarantined)
+        self._metrics.step(len(labels), samples.quarantined)
         for item in samples.quarantined:
             name = self.train.catalog.table["video_id"][item.row].as_py()
             about = {"reason": item.refusal.error_class, "text": item.refusal.error_text}
             log_event("quarantined", {"run": self._run, "epoch": epoch, "video": name, **about}, bad=True)
-        clips = self.augmenter.colour(samples.clips, video_ids, epoch)
+        clips = self._coloured(self.train, samples, self.config.augment.view_of(epoch))
         mix = self.augmenter.mix(len(labels), self.config.clip.view.crop_px, epoch, index)
         self.replica.train_step(clips, labels, len(samples.quarantined), rate, mix)
+
+    def _coloured(self, part: Part, samples: Samples, view: int | None) -> VideoBatch | FeatureBatch:
+        """The clips as the backbones see them; of features that has been done."""
+        if view is None or isinstance(samples.clips, FeatureBatch):
+            return samples.clips
+        video_ids = part.catalog.table["video_id"].take(samples.rows).to_pylist()
+        return self.augmenter.colour(samples.clips, video_ids, view)
 
     def _evaluate(self, part: Part) -> Totals:
         """Score the model on every video of the part, each on one rank; totals over all ranks."""
@@ -303,8 +324,9 @@ class TrainLoop:
         steps = rank_steps(order, batch_size=self.optim.batch_size, rank=self.rank, world_size=self.world_size)
         self.replica.reset()
         self.replica.eval()
-        for samples in self.feed.batches(part, steps, None):
-            self.replica.score(samples.clips, part.labels[samples.rows], len(samples.quarantined))
+        with self.feed.turn(part, steps, None):
+            for samples in self.feed.batches(part, steps, None):
+                self.replica.score(samples.clips, part.labels[samples.rows], len(samples.quarantined))
         if self.feed.outage is not None:
             self.replica.halt()
         totals = self.replica.finish()

@@ -45,6 +45,7 @@ __all__ = [
     "rate_factors",
     "recompute",
     "set_rate",
+    "still_parts",
     "trained_parameters",
 ]
 
@@ -96,6 +97,27 @@ def freeze(module: nn.Module, config: OptimConfig, backbone: Collection[str]) ->
         for name, parameter in module.named_parameters():
             if name in backbone:
                 parameter.requires_grad_(False)
+
+
+def still_parts(module: nn.Module, config: OptimConfig) -> list[nn.Module]:
+    """What computes in training as it does in scoring; call it after `freeze`.
+
+    With freeze_bn the batch norms. With a backbone_lr_factor of 0 the largest submodules that have parameters, but none
+    that is trained: their dropout and stochastic depth stand still, too.
+    """
+    parts: list[nn.Module] = [*batch_norms(module)] if config.freeze_bn else []
+    if config.backbone_lr_factor == 0:
+        parts += _untrained(module)
+    return parts
+
+
+def _untrained(module: nn.Module) -> Iterator[nn.Module]:
+    for child in module.children():
+        trained = {parameter.requires_grad for parameter in child.parameters()}
+        if trained == {False}:
+            yield child
+        elif True in trained:
+            yield from _untrained(child)
 
 
 def rate_factors(module: nn.Module, config: OptimConfig, backbone: Collection[str] = ()) -> dict[str, float]:

@@ -80,13 +80,13 @@ class EpochRow:
     videos_per_s: float
     """Of this start of the workers, while training."""
     decode_wait: float
-    """Share of train_s that rank 0 waited for decoders."""
+    """Share of train_s that rank 0 waited for clips, or for their features."""
     train_s: float
     """Seconds of training steps."""
     decode_cpu_s: float
     """CPU seconds of decoding."""
     cached: int | None = None
-    """Videos that came from the cache of decoded frames, where there is one."""
+    """Videos that came from the cache, of frames or features, where there is one."""
     epoch_s: float
     """Seconds in all, scoring included."""
     time_s: float

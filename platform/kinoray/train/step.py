@@ -3,11 +3,14 @@
 The loss of a rank is the sum over its readable videos times world size / readable videos of the global batch: the mean
 that DistributedDataParallel (and FSDP) takes over the ranks is then the mean over the global batch, however it is
 divided. Easy to break: every rank must make the same calls in the same order, also one that has no readable video.
+
+Frozen backbones that the network parts from its head are given one clip at a time. What they make of it then depends on
+nothing else of the batch, and may as well come from a file (kinoray.train.features): bit for bit the same loss.
 """
 
 import copy
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, cast
@@ -18,8 +21,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from kinoray.errors import CheckpointCorrupt, ConfigError, ModelError
-from kinoray.network.batch import FLOW_CHANNELS, VideoBatch, model_inputs
-from kinoray.network.build import VideoModel
+from kinoray.network.batch import FLOW_CHANNELS, FeatureBatch, VideoBatch, model_inputs
+from kinoray.network.build import SplitModel, VideoModel, is_split
 from kinoray.train.config import TrainConfig
 from kinoray.train.recipe import (
     Mix,
@@ -31,6 +34,7 @@ from kinoray.train.recipe import (
     multilabel_loss_sum,
     recompute,
     set_rate,
+    still_parts,
     trained_parameters,
 )
 from kinoray.train.state import HISTORY, Average, Snapshot, TrainState, is_sharded, shard
@@ -71,6 +75,17 @@ class Totals:
         return self.top5_hits / self.videos if self.videos else math.nan
 
 
+class _Head(nn.Module):
+    """A split network as a step trains it: features in, logits out."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, **features: Tensor) -> Tensor:
+        return cast(SplitModel, self.network).from_features(features)
+
+
 class Replica:
     """The model and its optimizer on this rank's device. Needs an initialised process group, also for one rank.
 
@@ -97,13 +112,25 @@ class Replica:
         self._weights = None if class_weights is None else class_weights.to(device)
         self._world_size = dist.get_world_size()
         freeze(self.module, config.optim, backbone)
+        self._still = still_parts(self.module, config.optim)
+        for part in self._still:
+            part.eval()
+        # Shards are gathered by a forward pass of the whole.
+        split = is_split(self.module) and config.optim.backbone_lr_factor == 0 and config.parallel != "fsdp"
         averages = config.optim.ema_decay > 0
         # What is scored where the module itself cannot be: shards make every forward pass a collective.
         self._scorer = copy.deepcopy(self.module) if averages or config.parallel == "fsdp" else self.module
         self._recomputed = recompute(self.module, config.optim.recompute)
+        whole: nn.Module = _Head(self.module) if split else self.module
+        own = _Head(self._scorer) if split else self._scorer
+        self._scored = whole if self._scorer is self.module else own
+        self._to_features: Callable[..., dict[str, Tensor]] | None = None
+        if split:
+            self._to_features = cast(SplitModel, self.module).to_features
         if config.optim.compile:
-            self.module.compile()
-        self._parallel = self._spread(config)
+            whole.compile()
+            self._to_features = self._to_features and torch.compile(self._to_features)
+        self._parallel = self._spread(whole, config)
         self.state = TrainState(
             module=self.module,
             average=Average(self.module, config.optim.ema_decay) if averages else None,
@@ -114,27 +141,26 @@ class Replica:
         self._pending = torch.zeros(5, dtype=torch.float64, device=device)
         self._totals = torch.zeros(5, dtype=torch.float64, device=device)
         self._history: list[Tensor] = []  # of training steps, over all ranks
-        self._scored: list[tuple[Tensor, Tensor]] = []  # logits and labels, of videos that may have several
+        self._answers: list[tuple[Tensor, Tensor]] = []  # logits and labels, of videos that may have several
         self._stepped = False  # whether what is pending is a training step's
         self._halts = torch.zeros(1, dtype=torch.float64, device=device)  # of this rank, not yet told
         self._halted = torch.zeros(1, dtype=torch.float64, device=device)  # over all ranks
         self._order_buckets()
 
-    def _spread(self, config: TrainConfig) -> nn.Module:
+    def _spread(self, whole: nn.Module, config: TrainConfig) -> nn.Module:
         if config.parallel == "fsdp":
             shard(self.module, self.device.type)
             return self.module
         if self._world_size == 1:
-            return self.module
+            return whole
         # Gradients lie in the buckets that are sent, not beside them: a copy of all parameters less.
-        return DistributedDataParallel(self.module, gradient_as_bucket_view=True)
+        return DistributedDataParallel(whole, gradient_as_bucket_view=True)
 
     def train(self) -> None:
         """Get ready for training steps."""
         self.module.train()
-        if self._optim.freeze_bn:
-            for norm in batch_norms(self.module):
-                norm.eval()
+        for part in self._still:
+            part.eval()
 
     def eval(self) -> None:
         """Get ready to `score` the weights as they are now; all ranks must call it."""
@@ -143,12 +169,17 @@ class Replica:
         self._scorer.eval()
 
     def train_step(
-        self, clips: VideoBatch | None, labels: Tensor, quarantined: int, lr: float, mix: Mix | None = None
+        self,
+        clips: VideoBatch | FeatureBatch | None,
+        labels: Tensor,
+        quarantined: int,
+        lr: float,
+        mix: Mix | None = None,
     ) -> None:
         """One optimizer step at rate lr on this rank's part of a global batch.
 
-        `clips` holds the readable videos ([B, ...], B may be 0; None is no video at all), `labels` theirs: int64 [B],
-        or [B, C] of 0 and 1.
+        `clips` holds the readable videos, or their `features` ([B, ...], B may be 0; None is no video at all), `labels`
+        theirs: int64 [B], or [B, C] of 0 and 1. Features cannot be mixed.
         """
         if is_sharded(self.module):
             self.state.share_buffers()  # as DistributedDataParallel does before each step
@@ -201,14 +232,14 @@ class Replica:
             )
 
     @torch.no_grad()
-    def score(self, clips: VideoBatch, labels: Tensor, quarantined: int) -> None:
+    def score(self, clips: VideoBatch | FeatureBatch, labels: Tensor, quarantined: int) -> None:
         """Count the model's predictions on clips; call `eval` first. Ranks may call it unequally often."""
         if len(clips):
             labels = labels.to(self.device, non_blocking=True)
-            logits = self._logits(self._scorer, model_inputs(clips, self._spec, self.device), len(clips))
+            logits = self._logits(self._scored, self._inputs(clips), len(clips))
             self._count(logits, labels, self._loss(logits, labels))
             if labels.dim() == 2:
-                self._scored.append((logits.cpu(), labels.cpu()))
+                self._answers.append((logits.cpu(), labels.cpu()))
         self._pending[1] += quarantined
 
     def scored(self) -> tuple[Tensor, Tensor]:
@@ -217,11 +248,28 @@ class Replica:
         Of videos that may have several classes; the order depends on the number of ranks.
         """
         parts: list[Any] = [None] * self._world_size
-        dist.all_gather_object(parts, self._scored)
+        dist.all_gather_object(parts, self._answers)
         pairs = [pair for part in parts for pair in part]
         if not pairs:
             return torch.zeros(0, self._num_classes), torch.zeros(0, self._num_classes, dtype=torch.uint8)
         return torch.cat([logits for logits, _ in pairs]), torch.cat([found for _, found in pairs])
+
+    def features(self, clips: VideoBatch) -> FeatureBatch:
+        """What the frozen backbones make of clips; a step or a score on it is one on the clips, to the last bit.
+
+        Raises:
+            ModelError: something in this half of the network is trained.
+        """
+        tensors = self._features(model_inputs(clips, self._spec, self.device))
+        if any(x.requires_grad for x in tensors.values()):
+            raise ModelError(
+                f"{type(self.module).__name__}.to_features uses weights that are trained; it must be its backbones only"
+            )
+        return FeatureBatch(tensors)
+
+    def probe(self) -> FeatureBatch:
+        """The features of a clip of noise, the same for all replicas."""
+        return self.features(self._noise(1))
 
     def halt(self) -> None:
         """Tell all ranks, with the next training step or `finish`, that this one cannot go on."""
@@ -281,7 +329,7 @@ class Replica:
         self._pending.zero_()
         self._totals.zero_()
         self._history.clear()
-        self._scored.clear()
+        self._answers.clear()
         self._stepped = False
 
     def _exchange(self, videos_now: Tensor) -> Tensor:
@@ -297,15 +345,15 @@ class Replica:
         self._halted += numbers[-1:]
         return numbers[0]
 
-    def _train_part(self, clips: VideoBatch, labels: Tensor, videos: slice, mix: Mix | None) -> Tensor:
+    def _train_part(self, clips: VideoBatch | FeatureBatch, labels: Tensor, videos: slice, mix: Mix | None) -> Tensor:
         """Sum of the losses of some of the clips; counts them."""
-        inputs = model_inputs(_select(clips, videos), self._spec, self.device)
         part = labels[videos].to(self.device, non_blocking=True)
         mixing: dict[str, Any] = {}
-        if mix is not None:
+        if isinstance(clips, FeatureBatch) or mix is None:
+            inputs = self._inputs(clips.select(videos))
+        else:
             mine = mix.part(videos)
-            others = model_inputs(_select(clips, mine.partners), self._spec, self.device)
-            inputs = mix_inputs(inputs, others, mine)
+            inputs = self._mixed(clips, videos, mine)
             mixing = {"partners": labels[mine.partners].to(self.device, non_blocking=True), "share": mine.share}
         logits = self._logits(self._parallel, inputs, len(part))
         smoothing = self._optim.label_smoothing
@@ -318,6 +366,33 @@ class Replica:
             return loss_sum(logits, labels, **recipe)
         return multilabel_loss_sum(logits, labels, self._optim.multilabel_loss, **recipe)
 
+    def _inputs(self, clips: VideoBatch | FeatureBatch) -> dict[str, Any]:
+        """What `_parallel` and `_scored` are called with."""
+        if isinstance(clips, FeatureBatch):
+            return clips.to(self.device)
+        inputs = model_inputs(clips, self._spec, self.device)
+        return self._features(inputs) if self._to_features else inputs
+
+    def _mixed(self, clips: VideoBatch, videos: slice, mix: Mix) -> dict[str, Any]:
+        """The same for some of the clips, mixed with others."""
+        own = model_inputs(clips.select(videos), self._spec, self.device)
+        partners = clips.select(mix.partners.to(clips.device, non_blocking=True))
+        inputs = mix_inputs(own, model_inputs(partners, self._spec, self.device), mix)
+        return self._features(inputs) if self._to_features else inputs
+
+    def _features(self, inputs: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
+        """What the backbones make of a model's inputs, clip by clip."""
+        assert self._to_features is not None
+        count = next(len(x) for x in inputs.values() if x is not None)
+        parts = [{name: None if x is None else x[i : i + 1] for name, x in inputs.items()} for i in range(count)]
+        with self._autocast():
+            each = [self._to_features(**part) for part in parts]
+        return {name: torch.cat([one[name].contiguous() for one in each]) for name in each[0]}
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        precision = self._optim.precision
+        return torch.autocast(self.device.type, dtype=_AUTOCAST[precision], enabled=precision != "fp32")
+
     @torch.no_grad()
     def _count(self, logits: Tensor, labels: Tensor, total: Tensor) -> None:
         first = logits.topk(min(5, self._num_classes), dim=1).indices
@@ -329,9 +404,8 @@ class Replica:
         counts = [torch.full_like(total, len(labels)), torch.zeros_like(total), total.detach()]
         self._pending += torch.stack([*counts, hits[:, 0].sum(), hits.sum()]).double()
 
-    def _logits(self, module: nn.Module, inputs: dict[str, Tensor | None], count: int) -> Tensor:
-        precision = self._optim.precision
-        with torch.autocast(self.device.type, dtype=_AUTOCAST[precision], enabled=precision != "fp32"):
+    def _logits(self, module: nn.Module, inputs: Mapping[str, Any], count: int) -> Tensor:
+        with self._autocast():
             logits: Tensor = module(**inputs)
         if logits.shape != (count, self._num_classes):
             expected = [count, self._num_classes]
@@ -358,17 +432,8 @@ class Replica:
         statistics = {id(buffer) for norm in momenta for buffer in (norm.running_mean, norm.running_var)}
         others = [buffer for buffer in self.module.buffers() if id(buffer) not in statistics]
         before = [buffer.clone() for buffer in others]
-        sample = self._clip.sample
-        size = self._clip.view.crop_px
-        shape = (2, sample.num_segments, sample.frames_per_segment)  # BatchNorm refuses a single value a channel
-        # Noise, since a norm has no gradient at zero, and 0 * NaN is NaN.
-        noise = torch.Generator().manual_seed(0)
-        rgb = torch.randint(0, 256, (*shape, 3, size, size), generator=noise, dtype=torch.uint8)
-        flow = None
-        if self._spec.flow_channels:
-            flow = torch.randint(-127, 128, (*shape, FLOW_CHANNELS, size, size), generator=noise, dtype=torch.int8)
-        inputs = model_inputs(VideoBatch(rgb=rgb, flow=flow), self._spec, self.device)
-        zero = self._logits(self._parallel, inputs, 2).sum() * 0.0
+        # Noise, since a norm has no gradient at zero, and 0 * NaN is NaN; BatchNorm refuses a single value a channel.
+        zero = self._logits(self._parallel, self._inputs(self._noise(2)), 2).sum() * 0.0
         for norm, momentum in momenta.items():
             norm.momentum = momentum
         with torch.no_grad():
@@ -377,7 +442,14 @@ class Replica:
                     buffer.copy_(value)
         return zero
 
-
-def _select(clips: VideoBatch, videos: slice | Tensor) -> VideoBatch:
-    """Some of the clips; a slice without a copy."""
-    return clips.select(videos if isinstance(videos, slice) else videos.to(clips.device, non_blocking=True))
+    def _noise(self, count: int) -> VideoBatch:
+        """Clips of the same noise each time."""
+        sample = self._clip.sample
+        size = self._clip.view.crop_px
+        shape = (count, sample.num_segments, sample.frames_per_segment)
+        noise = torch.Generator().manual_seed(0)
+        rgb = torch.randint(0, 256, (*shape, 3, size, size), generator=noise, dtype=torch.uint8)
+        flow = None
+        if self._spec.flow_channels:
+            flow = torch.randint(-127, 128, (*shape, FLOW_CHANNELS, size, size), generator=noise, dtype=torch.int8)
+        return VideoBatch(rgb=rgb, flow=flow)

@@ -19,6 +19,7 @@ from kinoray.network.build import (
     build_outline,
     check_clip,
     is_shipped,
+    is_split,
     recipe_departures,
     require_known_model,
     without_start_weights,
@@ -248,6 +249,11 @@ def _check_model(config: TrainConfig, catalog: Catalog) -> None:
     """Build the network once, here, where a wrong option is one clear line and not a dead worker group."""
     model = build_model(config.model, len(catalog.labels))
     rate_factors(cast(nn.Module, model), config.optim)
+    if config.cache.keep == "features" and not is_split(model):
+        raise ConfigError(
+            f"cache.keep must be frames for {config.model.factory}, which does not part its backbones from its head "
+            "(to_features and from_features, kinoray.network.spec); vcm_sdd, tsn and tsm do"
+        )
     spec = model.input_spec
     check_clip(spec, config.clip)
     changes_colours = config.augment.changes_colours

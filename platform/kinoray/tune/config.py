@@ -67,7 +67,7 @@ class TuneConfig(TrainConfig):
     """
 
     cache: CacheConfig = field(default_factory=lambda: CacheConfig(gb=20.0))
-    """Decoded frames on disk; --cache.gb 0 decodes for each trial anew."""
+    """Decoded frames, or features of frozen backbones, on disk; --cache.gb 0 decodes for each trial anew."""
 
     space: SpaceEntries = field(default_factory=default_space)
     """What differs between trials."""

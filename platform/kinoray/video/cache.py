@@ -17,9 +17,10 @@ import os
 import struct
 import uuid
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from kinoray.errors import StorageError
 from kinoray.storage.records import parse_json
 from kinoray.video.frames import Frames
 
-__all__ = ["FrameCache", "cache_folder", "grid_name"]
+__all__ = ["CacheFolder", "FrameCache", "cache_folder", "checksums", "grid_name"]
 
 _MAGIC = b"kinofrm2"
 _HEAD = struct.Struct("<8sII")  # magic, length and checksum of the description
@@ -50,130 +51,64 @@ def cache_folder(config: CacheConfig) -> Path:
 
 
 @dataclass(frozen=True, slots=True)
-class FrameCache:
-    """Reads and writes the cache; small, and picklable to decode tasks."""
+class CacheFolder:
+    """Files that processes of this node share: each is whole or absent, all together take at most config.gb."""
 
     config: CacheConfig
-    clip: ClipConfig
-    """What the clips of this run are; clips of other grids in the same file differ from them in their grid alone."""
     _root: Path = field(init=False)
 
     def __post_init__(self) -> None:
-        estimator = self.clip.flow.estimator
-        require(not self.clip.flow_on_device, "cache.gb", f"0 with flow.estimator {estimator}", self.config.gb)
         object.__setattr__(self, "_root", cache_folder(self.config))
 
-    @property
-    def samples(self) -> list[SampleConfig]:
-        """The samplings that a file serves: config.grids, and this run's own."""
-        own = grid_name(self.clip.sample)
-        names = sorted({*self.config.grids, own}) if own in self.config.grids else [own]
-        return [self._sample(name) for name in names]
+    def path(self, key: str, kind: str) -> Path:
+        """Where the file of a key (hex digits) lies."""
+        return self._root / key[:2] / f"{key}.{kind}"
 
-    def key(self, video: Mapping[str, Any], seed: int, epoch: int | None) -> str:
-        """Names the frames: 32 hex digits of all that decides their bytes. `video` is a row of references."""
-        clip = asdict(self.clip)
-        del clip["sample"]
-        draw = None if epoch is None else [seed, epoch, video["video_id"]]
-        reference = [video[name] for name in ("uri", "offset", "length", "sha256")]
-        sample = self.clip.sample
-        grids = [grid_name(each) for each in self.samples]
-        if any(each.is_dense for each in self.samples):
-            grids += [f"{sample.fps} {sample.placement} {sample.short}"]
-        parts = [reference, clip, draw, grids]
-        return digest(parts) + digest([*parts, "second half"])
-
-    def load(self, key: str, frames: np.ndarray, flow: np.ndarray | None) -> bool:
-        """Read this run's clip into frames and flow, shaped as Clip has them; False: it is not there.
-
-        A file that is not what was written is deleted; what the arrays hold is then undefined.
-        """
-        path = self._path(key)
-        try:
-            descriptor = os.open(path, os.O_RDONLY)
-        except OSError:
-            return False
-        try:
-            with suppress(ValueError, LookupError, TypeError):  # a description that is none of ours
-                if self._read(descriptor, frames, flow):
-                    return True
-        finally:
-            os.close(descriptor)
-        self._remove(path)
-        return False
-
-    def _read(self, descriptor: int, frames: np.ndarray, flow: np.ndarray | None) -> bool:
-        head = os.pread(descriptor, _HEAD.size, 0)
-        if len(head) < _HEAD.size:
-            return False
-        magic, length, checksum = _HEAD.unpack(head)
-        text = os.pread(descriptor, min(length, 2**24), _HEAD.size)
-        if magic != _MAGIC or len(text) != length or zlib.crc32(text) != checksum:
-            return False
-        about = parse_json(text, bits=65)  # checksums have 64 bits, and no sign
-        rows = frames.reshape(-1, *frames.shape[2:])
-        flows = None if flow is None else flow.reshape(-1, *flow.shape[2:])
-        size = rows[0].nbytes + (0 if flows is None else flows[0].nbytes)
-        if about["frame_bytes"] != size:
-            return False
-        start = _HEAD.size + length
-        places = about["places"][grid_name(self.clip.sample)]
-        first: dict[int, int] = {}
-        for row, place in enumerate(places):
-            if place in first:
-                rows[row] = rows[first[place]]
-                if flows is not None:
-                    flows[row] = flows[first[place]]
-                continue
-            first[place] = row
-            parts = [rows[row]] if flows is None else [rows[row], flows[row]]
-            if os.preadv(descriptor, [part.data for part in parts], start + place * size) != size:
-                return False
-        found = _checksums([rows] if flows is None else [rows, flows])
-        return found == [about["checksums"][place] for place in places]
-
-    def add(self, key: str, found: Frames) -> bool:
-        """Keep the frames of all `samples`; False if there is no room for them. A reader sees a whole file or none."""
-        arrays = [found.frames[0]] if found.flow is None else [found.frames[0], found.flow[0]]
-        arrays = [np.ascontiguousarray(array) for array in arrays]
-        about = {
-            "frame_bytes": sum(array[0].nbytes for array in arrays),
-            "checksums": _checksums(arrays),
-            "places": {
-                grid_name(sample): places.tolist() for sample, places in zip(self.samples, found.places(), strict=True)
-            },
-        }
-        text = json.dumps(about).encode()
-        size = _HEAD.size + len(text) + sum(array.nbytes for array in arrays)
-        path = self._path(key)
-        if not self._count(size):
+    def put(self, path: Path, size_bytes: int, parts: Iterable[bytes | memoryview]) -> bool:
+        """Write a file of `size_bytes`; False if there is no room for it. A reader sees a whole file or none."""
+        if not self._count(size_bytes):
             return False
         temp = path.with_name(f"{path.name}.{uuid.uuid4().hex}.part")
         try:
             path.parent.mkdir(exist_ok=True)
             with temp.open("wb") as file:
-                file.write(_HEAD.pack(_MAGIC, len(text), zlib.crc32(text)) + text)
-                for parts in zip(*arrays, strict=True):
-                    for part in parts:
-                        file.write(part.data)
+                for part in parts:
+                    file.write(part)
             temp.replace(path)  # not flushed: after a power cut the checksums tell
         except OSError:  # the disk is full, although the cache is not
             temp.unlink(missing_ok=True)
-            self._count(-size)
+            self._count(-size_bytes)
             return False
         return True
 
-    def has_room(self) -> bool:
-        """Whether one more video fits, as far as one can tell before it is decoded."""
-        most = max(sample.num_frames for sample in self.samples)
-        return self._count(0, most * self.clip.frame_bytes)
+    def has_room(self, size_bytes: int) -> bool:
+        """Whether so many bytes still fit."""
+        return self._count(0, size_bytes)
 
     @contextmanager
-    def lock(self, key: str) -> Iterator[None]:
-        """Held by whoever decodes for this key: others wait for it, and then find the file."""
+    def lock(self, name: str) -> Iterator[None]:
+        """Held by one process at a time; the kernel lets it go if that dies."""
         self._prepare()
-        with self._locked(f"lock-{int(key[:8], 16) % _LOCKS:03d}"):
+        with self._locked(name):
             yield
+
+    def try_lock(self, name: str) -> int | None:
+        """The same without waiting: a descriptor to close in the end; None where another process holds it."""
+        self._prepare()
+        descriptor = os.open(self._root / name, os.O_RDWR | os.O_CREAT, 0o600)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(descriptor)
+            return None
+        return descriptor
+
+    def remove(self, path: Path) -> None:
+        """Delete a file that is not what was written."""
+        with suppress(OSError):  # another process was faster
+            path.unlink()
+        with self._locked("used") as descriptor:  # it may be shorter than what was counted for it
+            os.pwrite(descriptor, f"{self._measured():32d}".encode(), 0)
 
     @contextmanager
     def _locked(self, name: str) -> Iterator[int]:
@@ -206,11 +141,115 @@ class FrameCache:
         """Bytes of the files there, of writers that died as well."""
         return sum(path.stat().st_size for path in self._root.glob("??/*"))
 
-    def _remove(self, path: Path) -> None:
-        with suppress(OSError):  # another process was faster
-            path.unlink()
-        with self._locked("used") as descriptor:  # it may be shorter than what was counted for it
-            os.pwrite(descriptor, f"{self._measured():32d}".encode(), 0)
+
+@dataclass(frozen=True, slots=True)
+class FrameCache:
+    """Reads and writes the cache; small, and picklable to decode tasks."""
+
+    config: CacheConfig
+    clip: ClipConfig
+    """What the clips of this run are; clips of other grids in the same file differ from them in their grid alone."""
+    _folder: CacheFolder = field(init=False)
+
+    def __post_init__(self) -> None:
+        estimator = self.clip.flow.estimator
+        require(not self.clip.flow_on_device, "cache.gb", f"0 with flow.estimator {estimator}", self.config.gb)
+        object.__setattr__(self, "_folder", CacheFolder(self.config))
+
+    @property
+    def samples(self) -> list[SampleConfig]:
+        """The samplings that a file serves: config.grids, and this run's own."""
+        own = grid_name(self.clip.sample)
+        names = sorted({*self.config.grids, own}) if own in self.config.grids else [own]
+        return [self._sample(name) for name in names]
+
+    def key(self, video: Mapping[str, Any], seed: int, epoch: int | None) -> str:
+        """Names the frames: 32 hex digits of all that decides their bytes. `video` is a row of references."""
+        clip = asdict(self.clip)
+        del clip["sample"]
+        draw = None if epoch is None else [seed, epoch, video["video_id"]]
+        reference = [video[name] for name in ("uri", "offset", "length", "sha256")]
+        sample = self.clip.sample
+        grids = [grid_name(each) for each in self.samples]
+        if any(each.is_dense for each in self.samples):
+            grids += [f"{sample.fps} {sample.placement} {sample.short}"]
+        parts = [reference, clip, draw, grids]
+        return digest(parts) + digest([*parts, "second half"])
+
+    def load(self, key: str, frames: np.ndarray, flow: np.ndarray | None) -> bool:
+        """Read this run's clip into frames and flow, shaped as Clip has them; False: it is not there.
+
+        A file that is not what was written is deleted; what the arrays hold is then undefined.
+        """
+        path = self._folder.path(key, "frames")
+        try:
+            descriptor = os.open(path, os.O_RDONLY)
+        except OSError:
+            return False
+        try:
+            with suppress(ValueError, LookupError, TypeError):  # a description that is none of ours
+                if self._read(descriptor, frames, flow):
+                    return True
+        finally:
+            os.close(descriptor)
+        self._folder.remove(path)
+        return False
+
+    def _read(self, descriptor: int, frames: np.ndarray, flow: np.ndarray | None) -> bool:
+        head = os.pread(descriptor, _HEAD.size, 0)
+        if len(head) < _HEAD.size:
+            return False
+        magic, length, crc = _HEAD.unpack(head)
+        text = os.pread(descriptor, min(length, 2**24), _HEAD.size)
+        if magic != _MAGIC or len(text) != length or zlib.crc32(text) != crc:
+            return False
+        about = parse_json(text, bits=65)  # checksums have 64 bits, and no sign
+        rows = frames.reshape(-1, *frames.shape[2:])
+        flows = None if flow is None else flow.reshape(-1, *flow.shape[2:])
+        size = rows[0].nbytes + (0 if flows is None else flows[0].nbytes)
+        if about["frame_bytes"] != size:
+            return False
+        start = _HEAD.size + length
+        places = about["places"][grid_name(self.clip.sample)]
+        first: dict[int, int] = {}
+        for row, place in enumerate(places):
+            if place in first:
+                rows[row] = rows[first[place]]
+                if flows is not None:
+                    flows[row] = flows[first[place]]
+                continue
+            first[place] = row
+            parts = [rows[row]] if flows is None else [rows[row], flows[row]]
+            if os.preadv(descriptor, [part.data for part in parts], start + place * size) != size:
+                return False
+        found = checksums([rows] if flows is None else [rows, flows])
+        return found == [about["checksums"][place] for place in places]
+
+    def add(self, key: str, found: Frames) -> bool:
+        """Keep the frames of all `samples`; False if there is no room for them. A reader sees a whole file or none."""
+        arrays = [found.frames[0]] if found.flow is None else [found.frames[0], found.flow[0]]
+        arrays = [np.ascontiguousarray(array) for array in arrays]
+        about = {
+            "frame_bytes": sum(array[0].nbytes for array in arrays),
+            "checksums": checksums(arrays),
+            "places": {
+                grid_name(sample): places.tolist() for sample, places in zip(self.samples, found.places(), strict=True)
+            },
+        }
+        text = json.dumps(about).encode()
+        size = _HEAD.size + len(text) + sum(array.nbytes for array in arrays)
+        head = _HEAD.pack(_MAGIC, len(text), zlib.crc32(text)) + text
+        pieces = (part.data for parts in zip(*arrays, strict=True) for part in parts)
+        return self._folder.put(self._folder.path(key, "frames"), size, chain([head], pieces))
+
+    def has_room(self) -> bool:
+        """Whether one more video fits, as far as one can tell before it is decoded."""
+        most = max(sample.num_frames for sample in self.samples)
+        return self._folder.has_room(most * self.clip.frame_bytes)
+
+    def lock(self, key: str) -> AbstractContextManager[None]:
+        """Held by whoever decodes for this key: others wait for it, and then find the file."""
+        return self._folder.lock(f"lock-{int(key[:8], 16) % _LOCKS:03d}")
 
     def _sample(self, name: str) -> SampleConfig:
         grid, _, stride = name.partition("/")
@@ -223,12 +262,9 @@ class FrameCache:
             fps=self.clip.sample.fps if stride else 0.0,
         )
 
-    def _path(self, key: str) -> Path:
-        return self._root / key[:2] / f"{key}.frames"
 
-
-def _checksums(parts: Sequence[np.ndarray]) -> list[list[int]]:
-    """Of each of N frames, whose parts are [N, ...]: two sums over 64-bit words, the second by place, as in Fletcher's
+def checksums(parts: Sequence[np.ndarray]) -> list[list[int]]:
+    """Of each of N things, whose parts are [N, ...]: two sums over 64-bit words, the second by place, as in Fletcher's
     checksum: an eighth of the time of a CRC.
 
     Any flipped bit, lost stretch or swapped block of 4 KiB changes one of them.
