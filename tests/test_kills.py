@@ -241,7 +241,7 @@ def kill_and_check(
         gate.open_to(10**9)
         driver.close()
         reader.stop()
-    assert f"{len(library.catalog)} inputs = " in said
+    assert f"{len(library.catalog):,} inputs = " in said
     ledger = assert_exactly_once(storage, config.out, library)
     assert_same(storage, config, calm)
     reads = member_reads(proxy, library.members)
