@@ -26,9 +26,8 @@ from kinoray.pack.verb import pack
 from kinoray.storage.leftovers import scratch_folder
 from kinoray.storage.objects import Storage, join
 from kinoray.train.config import TrainConfig
-from kinoray.tune.config import TuneConfig
+from kinoray.tune.config import TuneConfig, trial_id
 from kinoray.tune.results import read_trial, study_page, study_trials
-from kinoray.tune.space import trial_id
 from kinoray.tune.verb import tune
 
 __all__ = ["AblateConfig", "ablate"]

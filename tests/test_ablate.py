@@ -33,8 +33,8 @@ from kinoray.demo.videos import make_video
 from kinoray.network.build import build_model
 from kinoray.storage.objects import Storage
 from kinoray.train.config import TrainConfig
+from kinoray.tune.config import apply, trial_id
 from kinoray.tune.results import ROWS, Row, TrialRow, study_page, study_trials
-from kinoray.tune.space import apply, trial_id
 from kinoray.video.frames import decode
 from kinoray.video.request import Sampled
 from small_sets import set_in

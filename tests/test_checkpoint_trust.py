@@ -32,8 +32,8 @@ from kinoray.network.build import SHORT_NAMES, build_model
 from kinoray.network.checkpoint import CheckpointMeta, load_meta, load_model, load_model_state, save_checkpoint
 from kinoray.storage.objects import Storage
 from kinoray.train.config import TrainConfig
+from kinoray.tune.config import parse_space
 from kinoray.tune.results import require_own_trials
-from kinoray.tune.space import parse_space
 from small_sets import COLOURS, colour_video
 
 LOCAL = Storage()

@@ -24,10 +24,9 @@ from kinoray.cli import main
 from kinoray.config.shared import ClipConfig, DecodeConfig, FlowConfig, SampleConfig, StorageConfig, ViewConfig
 from kinoray.console import many
 from kinoray.demo.videos import make_broken, make_video
-from kinoray.doctor.config import DoctorConfig
+from kinoray.doctor.config import DoctorConfig, format_bytes
 from kinoray.doctor.decode import cost_class, estimate_total, spread_over_classes
 from kinoray.doctor.probe import Video, probe_all
-from kinoray.doctor.section import format_bytes
 from kinoray.doctor.source import choose_sample, open_source
 from kinoray.doctor.verb import doctor
 from kinoray.doctor.videos import _REMEDIES

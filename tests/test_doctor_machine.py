@@ -16,10 +16,9 @@ from packaging.specifiers import SpecifierSet
 
 from kinoray.cli import main
 from kinoray.demo.videos import make_video
-from kinoray.doctor.config import DoctorConfig
+from kinoray.doctor.config import Check, DoctorConfig, checked, clock_check, over_nodes
 from kinoray.doctor.host import PACKAGES, host_facts, ray_temp_folder
 from kinoray.doctor.machine import _decoder_check, host_checks, required_versions, version_checks
-from kinoray.doctor.section import Check, checked, clock_check, over_nodes
 from kinoray.doctor.verb import doctor
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -9,8 +9,7 @@ import pytest
 
 from conftest import bucket_at, config_at
 from kinoray.config.shared import StorageConfig
-from kinoray.doctor.config import DoctorConfig
-from kinoray.doctor.section import Check
+from kinoray.doctor.config import Check, DoctorConfig
 from kinoray.doctor.store import _PROMISES, _removed, _tried, store_section
 from kinoray.errors import ConfigError
 from kinoray.storage.folder import Skipped

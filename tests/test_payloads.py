@@ -66,8 +66,8 @@ from kinoray.train.config import TrainConfig
 from kinoray.train.runfolder import RunFolder
 from kinoray.train.runs import Heartbeat, find_runs
 from kinoray.train.state import start_from
+from kinoray.tune.config import parse_space
 from kinoray.tune.results import known_trials, read_outcome
-from kinoray.tune.space import parse_space
 from kinoray.video.cache import FrameCache
 from kinoray.video.request import Sampled
 from kinoray.video.sandbox.pool import shared_sandbox

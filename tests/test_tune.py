@@ -33,10 +33,18 @@ from kinoray.storage.objects import Storage, join
 from kinoray.train.config import TrainConfig
 from kinoray.train.runfolder import RunFolder
 from kinoray.train.verb import train
-from kinoray.tune.config import TuneConfig, train_config
+from kinoray.tune.config import (
+    Settings,
+    TuneConfig,
+    apply,
+    draw_trials,
+    grid_trials,
+    parse_space,
+    train_config,
+    trial_id,
+)
 from kinoray.tune.job import optuna_searcher, planned_trials, shared_cache, trial_run, trials_at_once
 from kinoray.tune.results import TrialRow, best_row, heat_map, ranked, read_trial, tune_page, write_outcome
-from kinoray.tune.space import Settings, apply, draw_trials, grid_trials, parse_space, trial_id
 from kinoray.tune.verb import tune
 from ports import wait_until
 from small_sets import colour_set, epoch_row, set_in

@@ -17,9 +17,9 @@ from uuid import uuid4
 from kinoray import __version__
 from kinoray.cluster.client import Attempt, JobsClient, find_token, find_url, is_here, is_open
 from kinoray.console import many
+from kinoray.doctor.config import Check, Section, checked, clock_check, over_nodes
 from kinoray.doctor.host import MARK, host_facts
 from kinoray.doctor.machine import host_checks, version_checks
-from kinoray.doctor.section import Check, Section, checked, clock_check, over_nodes
 from kinoray.errors import ClusterError, ConfigError
 from kinoray.storage.leftovers import scratch_folder
 from kinoray.storage.records import parse_record

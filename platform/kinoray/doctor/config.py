@@ -1,13 +1,34 @@
 """Config tree of the verb `doctor`."""
 
-from dataclasses import dataclass, field
-from typing import Annotated
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Annotated, Any, Literal
 
+import numpy as np
 import tyro
 
 from kinoray.config.shared import ClipConfig, JobConfig, require
+from kinoray.console import many
 
-__all__ = ["DoctorConfig"]
+__all__ = [
+    "Check",
+    "DoctorConfig",
+    "Section",
+    "Status",
+    "Warn",
+    "checked",
+    "clock_check",
+    "format_bytes",
+    "over_nodes",
+    "spread",
+]
+
+Status = Literal["ok", "warning", "wrong"]
+_RISING: tuple[Status, ...] = ("ok", "warning", "wrong")
+_SHOWN_NODES = 3
+_SKEW_S = 5.0
+_MOST_SKEW_S = 60.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,3 +71,105 @@ class DoctorConfig(JobConfig):
         require(is_known, "bucket", "s3://bucket/prefix or a folder", self.bucket)
         for name in ("sample", "decode_sample"):
             require(getattr(self, name) >= 0, name, "at least 0", getattr(self, name))
+
+
+@dataclass(frozen=True, slots=True)
+class Warn:
+    """Something that a user should know before a job is started."""
+
+    found: str
+    """What was found, with numbers."""
+    remedy: str
+    """What to do about it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One thing that was tried, and what came of it."""
+
+    name: str
+    """What was tried."""
+    status: Status
+    """`warning`: jobs run, but worse than they could; `wrong`: they fail, or lose what kinoray promises."""
+    found: str
+    """What was found, with numbers."""
+    remedy: str = ""
+    """What to do about it; empty where all is well."""
+
+    def __str__(self) -> str:
+        return f"{self.status:<9}{self.name}: {self.found}" + (f"; {self.remedy}" if self.remedy else "")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Section:
+    """What one check found."""
+
+    name: str
+    """Its key in doctor.json."""
+    values: dict[str, Any]
+    """The numbers, as JSON."""
+    lines: tuple[str, ...] = ()
+    """The same for people."""
+    warnings: tuple[Warn, ...] = ()
+    """What needs attention."""
+    checks: tuple[Check, ...] = ()
+    """What was tried; the wrong ones fail the checkup."""
+
+
+def checked(name: str, checks: Sequence[Check], **values: Any) -> Section:
+    """A section of checks: a line each, and in its values the list `checks` beside those given."""
+    lines = tuple(map(str, checks))
+    return Section(name=name, values={**values, "checks": [*map(asdict, checks)]}, lines=lines, checks=tuple(checks))
+
+
+def clock_check(said_s: float, before_s: float, after_s: float) -> Check:
+    """Whether a clock that said `said_s` was right, if it was asked between two times of another clock."""
+    skew_s = min(0.0, said_s - before_s) or max(0.0, said_s - after_s)
+    if not skew_s:
+        return Check("clock", "ok", "agrees with this machine's")
+    status = _RISING[(abs(skew_s) > _SKEW_S) + (abs(skew_s) > _MOST_SKEW_S)]
+    text = f"{abs(skew_s):.0f} s {'ahead of' if skew_s > 0 else 'behind'} this machine's"
+    remedy = "set all clocks by NTP: `runs` and signed requests compare the times of machines"
+    return Check("clock", status, text, "" if status == "ok" else remedy)
+
+
+def over_nodes(nodes: Mapping[str, Sequence[Check]]) -> list[Check]:
+    """The same checks on many nodes (name -> checks) as one line each: the worst, and where that is."""
+    by_name: dict[str, list[tuple[str, Check]]] = {}
+    for node, checks in nodes.items():
+        for check in checks:
+            by_name.setdefault(check.name, []).append((node, check))
+    merged = []
+    for name, found in by_name.items():
+        status = max((check.status for _, check in found), key=_RISING.index)
+        worst = [(node, check) for node, check in found if check.status == status]
+        if status == "ok":
+            text, count = Counter(check.found for _, check in found).most_common(1)[0]
+            same = "" if count == len(found) else f"such as {text}"
+            merged.append(Check(name, status, f"{many(len(found), 'node')}: {same or text}"))
+            continue
+        shown = ", ".join(f"{node}: {check.found}" for node, check in worst[:_SHOWN_NODES])
+        more = ", ..." if len(worst) > _SHOWN_NODES else ""
+        text = f"{len(worst)} of {many(len(found), 'node')} ({shown}{more})"
+        merged.append(Check(name, status, text, worst[0][1].remedy))
+    return merged
+
+
+def format_bytes(size_bytes: float) -> str:
+    """`123 B`, `4.6 MB`, `7.8 TB`: decimal, as stores bill it."""
+    size = float(size_bytes)
+    for unit in ("B", "kB", "MB", "GB"):
+        if abs(size) < 1000:
+            return f"{size:.0f} B" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1000
+    return f"{size:,.1f} TB"
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """Count, minimum, median, mean, 95th percentile, maximum and sum; of nothing: only the count."""
+    if not len(values):
+        return {"count": 0}
+    array = np.asarray(values, np.float64)
+    low, median, p95, high = np.percentile(array, [0, 50, 95, 100])
+    numbers = {"min": low, "median": median, "mean": array.mean(), "p95": p95, "max": high, "sum": array.sum()}
+    return {"count": len(array), **{name: float(number) for name, number in numbers.items()}}

@@ -15,8 +15,8 @@ import numpy as np
 
 from kinoray.config.shared import ClipConfig
 from kinoray.console import format_duration, many, table
+from kinoray.doctor.config import Section, Warn, spread
 from kinoray.doctor.probe import DecodeCost, Probed
-from kinoray.doctor.section import Section, Warn, spread
 from kinoray.video.info import VideoInfo
 from kinoray.video.transcode import TRANSCODE
 

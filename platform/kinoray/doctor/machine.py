@@ -16,8 +16,8 @@ from packaging.specifiers import SpecifierSet
 from kinoray.config.shared import ClipConfig, DecodeConfig, SampleConfig, ViewConfig
 from kinoray.console import many
 from kinoray.demo.videos import make_video
+from kinoray.doctor.config import Check, Section, Status, checked, format_bytes
 from kinoray.doctor.host import PACKAGES, host_facts
-from kinoray.doctor.section import Check, Section, Status, checked, format_bytes
 from kinoray.errors import ConfigError, DecoderStartFailed, MediaError
 from kinoray.video.request import Sampled
 from kinoray.video.sandbox.jail import SETUID_CAPABILITIES

@@ -25,7 +25,7 @@ from kinoray.catalog.table import (
 )
 from kinoray.config.shared import DecodeConfig
 from kinoray.console import many, table
-from kinoray.doctor.section import Section, Warn, format_bytes
+from kinoray.doctor.config import Section, Warn, format_bytes
 from kinoray.errors import CatalogError
 from kinoray.storage.objects import Storage
 

@@ -26,7 +26,7 @@ from botocore.exceptions import BotoCoreError, ClientError
 from kinoray.catalog.table import Reference, read_video
 from kinoray.config.shared import StorageConfig
 from kinoray.console import many
-from kinoray.doctor.section import Check, Section, checked, clock_check
+from kinoray.doctor.config import Check, Section, checked, clock_check
 from kinoray.errors import ChecksumMismatch, KinorayError, ObjectNotFound, StorageError
 from kinoray.storage.objects import Storage, absolute, arrow_filesystem, is_s3, join
 from kinoray.storage.s3 import agree_to_pay

@@ -15,11 +15,10 @@ from typing import Any
 from kinoray.catalog.quarantine import QuarantineRow, Refusal, count_reasons, save_quarantine
 from kinoray.catalog.table import references
 from kinoray.console import format_duration, many, visible
-from kinoray.doctor.config import DoctorConfig
+from kinoray.doctor.config import DoctorConfig, Section
 from kinoray.doctor.decode import choose_decoded, choose_transcoded, decode_section
 from kinoray.doctor.machine import machine_section
 from kinoray.doctor.probe import Probed, Video, measure, probe_all
-from kinoray.doctor.section import Section
 from kinoray.doctor.source import Inventory, choose_sample, open_source, source_section
 from kinoray.doctor.store import store_section
 from kinoray.doctor.videos import bad_section, probe_section, said_of_bad

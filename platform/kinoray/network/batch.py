@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from kinoray.errors import ModelError
+from kinoray.network import InputSpec
 from kinoray.network.flow_tvl1 import tvl1_flow
-from kinoray.network.spec import InputSpec
 
 if TYPE_CHECKING:
     from kinoray.video.frames import Clip

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeGuard, cast
 
 from kinoray.config.shared import ClipConfig, ModelConfig, SampleConfig, ViewConfig
 from kinoray.errors import CheckpointCorrupt, ConfigError, ModelError
+from kinoray.network import ClipRecipe, InputSpec, PublishedNetwork
 from kinoray.network.resolve import SHORT_NAMES
-from kinoray.network.spec import ClipRecipe, InputSpec, PublishedNetwork
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -91,7 +91,7 @@ class VideoModel(Protocol):
 
 
 class SplitModel(VideoModel, Protocol):
-    """One whose forward is from_features(to_features(...)); see kinoray.network.spec."""
+    """One whose forward is from_features(to_features(...)); see kinoray.network."""
 
     def to_features(self, *, rgb: "Tensor | None", flow: "Tensor | None") -> "dict[str, Tensor]": ...
     def from_features(self, features: "Mapping[str, Tensor]") -> "Tensor": ...
@@ -408,7 +408,7 @@ def depths(model: "nn.Module") -> dict[str, int]:
     if not parts:
         raise ConfigError(
             f"optim.layer_decay must be 1 for {type(model).__name__}, which names no depth_parts "
-            "(kinoray.network.spec); optim.backbone_lr_factor gives all but its classifier a rate of their own"
+            "(kinoray.network); optim.backbone_lr_factor gives all but its classifier a rate of their own"
         )
     found = {}
     for name, _ in model.named_parameters():

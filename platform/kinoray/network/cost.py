@@ -19,8 +19,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from kinoray.config.shared import ModelConfig
 from kinoray.console import table
 from kinoray.errors import ConfigError
+from kinoray.network import ClipRecipe, InputSpec
 from kinoray.network.build import build_model, clip_for, factory_options, without_start_weights
-from kinoray.network.spec import ClipRecipe, InputSpec
 
 __all__ = ["ModelCost", "PartCost", "count_macs", "describe", "describe_model"]
 

@@ -24,10 +24,10 @@ from torch import Tensor, nn
 from kinoray.config.scoring import CPU_BATCH
 from kinoray.config.shared import ClipConfig, InferenceConfig
 from kinoray.errors import ConfigError, ModelError, ObjectNotFound
+from kinoray.network import InputSpec
 from kinoray.network.batch import FLOW_CHANNELS, Feeder, RawBatch, VideoBatch, collate, collate_raw, model_inputs
 from kinoray.network.build import VideoModel
 from kinoray.network.prepare import prepare_model
-from kinoray.network.spec import InputSpec
 from kinoray.storage.objects import Storage, join
 from kinoray.storage.records import read_record
 

@@ -20,8 +20,8 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from kinoray.config.shared import ClipConfig, InferenceConfig
 from kinoray.console import many
 from kinoray.errors import ModelError
+from kinoray.network import InputSpec
 from kinoray.network.build import VideoModel
-from kinoray.network.spec import InputSpec
 
 __all__ = [
     "BF16_TOLERANCE",

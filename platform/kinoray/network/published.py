@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from kinoray.config.shared import ModelConfig, WorkersConfig, digest
 from kinoray.errors import CheckpointMismatch, ConfigError, ModelError, StorageUnavailable
+from kinoray.network import InputSpec, PublishedNetwork
 from kinoray.network.build import (
     build_outline,
     clip_for,
@@ -27,7 +28,6 @@ from kinoray.network.build import (
 from kinoray.network.checkpoint import META_FILE, CheckpointMeta, Origin, require_weights, save_checkpoint
 from kinoray.network.checkpoint_files import MAX_CLASSES, MAX_LABEL
 from kinoray.network.resolve import Source, parse_source
-from kinoray.network.spec import InputSpec, PublishedNetwork
 from kinoray.storage.leftovers import Claim, scratch_folder, sweep
 from kinoray.storage.objects import Storage, absolute, join
 from kinoray.storage.records import parse_json

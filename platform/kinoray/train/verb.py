@@ -252,7 +252,7 @@ def _check_model(config: TrainConfig, catalog: Catalog) -> None:
     if config.cache.keep == "features" and not is_split(model):
         raise ConfigError(
             f"cache.keep must be frames for {config.model.factory}, which does not part its backbones from its head "
-            "(to_features and from_features, kinoray.network.spec); vcm_sdd, tsn and tsm do"
+            "(to_features and from_features, kinoray.network); vcm_sdd, tsn and tsm do"
         )
     spec = model.input_spec
     check_clip(spec, config.clip)

@@ -36,9 +36,8 @@ from kinoray.train.config import TrainConfig
 from kinoray.train.job import Gate
 from kinoray.train.runfolder import EpochRow, RunFolder
 from kinoray.train.verb import train
-from kinoray.tune.config import TuneConfig
-from kinoray.tune.space import Axis, Settings, apply, draw_trials, grid_trials
-from kinoray.tune.space import trial_id as settings_id
+from kinoray.tune.config import Axis, Settings, TuneConfig, apply, draw_trials, grid_trials
+from kinoray.tune.config import trial_id as settings_id
 from kinoray.video.cache import cache_folder, grid_name
 
 __all__ = [

@@ -24,8 +24,8 @@ from kinoray.page.render import render_page
 from kinoray.storage.objects import Storage, join
 from kinoray.storage.records import parse_json, read_record
 from kinoray.train.runfolder import RunFolder
+from kinoray.tune.config import Axis, Settings, require_of_space, trial_id
 from kinoray.tune.job import trial_run
-from kinoray.tune.space import Axis, Settings, require_of_space, trial_id
 
 __all__ = [
     "REPEATED",

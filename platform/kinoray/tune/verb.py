@@ -30,7 +30,7 @@ from kinoray.train.config import TrainConfig
 from kinoray.train.job import open_desk
 from kinoray.train.runfolder import run_settings
 from kinoray.train.verb import check_training, with_start
-from kinoray.tune.config import TuneConfig, train_config
+from kinoray.tune.config import Axis, Settings, TuneConfig, apply, grid_trials, parse_space, train_config, trial_id
 from kinoray.tune.job import (
     METRIC,
     TrialContext,
@@ -57,7 +57,6 @@ from kinoray.tune.results import (
     write_outcome,
     write_table,
 )
-from kinoray.tune.space import Axis, Settings, apply, grid_trials, parse_space, trial_id
 
 __all__ = ["tune"]
 
