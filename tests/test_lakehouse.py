@@ -237,19 +237,26 @@ def test_a_wrong_catalog_to_join_is_told_before_the_commit(out: str, tmp_path: P
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_of_two_writers_at_once_the_table_is_the_one_or_the_other(kind: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("before", [None, (), ("a",)], ids=["nothing", "no rows", "a row"])
+def test_of_two_writers_at_once_the_table_is_the_one_or_the_other(
+    kind: Any, before: tuple[str, ...] | None, tmp_path: Path
+) -> None:
     place = tmp_path / "table"
-    write(kind, place, [rows_of("a")])
+    if before is not None:
+        write(kind, place, [rows_of(*before)])
 
     def late() -> Iterator[pa.Table]:
         yield rows_of("late", "later")
         write(kind, place, [rows_of("early")])
 
-    if kind == "lance":  # an overwrite does not depend on what it replaces, so it comes second
-        write(kind, place, late())
+    if kind == "lance" and before is not None:  # an overwrite does not depend on what it replaces: it comes second
+        _, said = write(kind, place, late())
         expected = ["late", "later"]
+        assert said == f"version {versions(kind, str(place))[-1]}"
     else:
-        with pytest.raises(StorageError, match=rf"{place}.*(deleted data this operation read|somebody else)"):
+        with pytest.raises(
+            StorageError, match=rf"^{place}: somebody else wrote .* so nothing was changed; run it again"
+        ):
             write(kind, place, late())
         expected = ["early"]
     assert [row["video_id"] for row in rows_in(read(kind, str(place)))] == expected

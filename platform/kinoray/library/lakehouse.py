@@ -98,11 +98,11 @@ def write_table(
             except KeyboardInterrupt:
                 source.is_stopped = True
                 raise
-    except KinorayError:
-        raise
     except Exception as error:
         if source.error is not None:
             raise source.error from None
+        if isinstance(error, KinorayError):
+            raise
         lines = str(error).splitlines() or [type(error).__name__]
         raise StorageError(f"{place}: the {kind} table could not be written: {lines[0]}") from error
 
@@ -160,6 +160,12 @@ class _Target:
             f"the --columns that it has"
         )
 
+    def lost(self, version: str) -> StorageError:
+        """What the slower of two writers is told."""
+        return StorageError(
+            f"{self.place}: somebody else wrote {version} meanwhile, so nothing was changed; run it again"
+        )
+
 
 # Lance and Delta find their files by themselves, with the credentials of the usual AWS chain
 
@@ -187,20 +193,26 @@ def _write_lance(target: _Target) -> str:
         target.require_columns(
             *(((field.name, field.type) for field in schema) for schema in (there, target.rows.schema))
         )
-    made = lance.write_dataset(
-        target.rows,
-        target.place,
-        mode="overwrite" if is_there else "create",
-        max_rows_per_file=_FILE_ROWS,
-        max_bytes_per_file=_FILE_BYTES,
-        storage_options=options,
-        transaction_properties=target.about,
-    )
+    try:
+        made = lance.write_dataset(
+            target.rows,
+            target.place,
+            mode="overwrite" if is_there else "create",
+            max_rows_per_file=_FILE_ROWS,
+            max_bytes_per_file=_FILE_BYTES,
+            storage_options=options,
+            transaction_properties=target.about,
+        )
+    except OSError as error:
+        if not is_there and any(target.storage.list(f"{target.place}/_versions/")):
+            raise target.lost("version 1") from error
+        raise
     return f"version {made.version}"
 
 
 def _write_delta(target: _Target) -> str:
     from deltalake import CommitProperties, DeltaTable, Schema, WriterProperties, write_deltalake
+    from deltalake.exceptions import DeltaError
 
     options = _s3_options(target)
     uri = target.place if is_s3(target.place) else Path(target.place).as_uri()
@@ -208,16 +220,23 @@ def _write_delta(target: _Target) -> str:
     if there:
         schemas = (there.schema(), Schema.from_arrow(target.rows.schema))
         target.require_columns(*(((field.name, field.type) for field in schema.fields) for schema in schemas))
-    write_deltalake(
-        there or uri,
-        target.rows,
-        mode="overwrite" if there else "error",
-        storage_options=options,
-        target_file_size=_FILE_BYTES,
-        writer_properties=WriterProperties(compression="ZSTD", max_row_group_size=65_536),
-        commit_properties=CommitProperties(custom_metadata=target.about),
-    )
-    return f"version {(there or DeltaTable(uri, storage_options=options)).version()}"
+    ours = there.version() + 1 if there else 0
+    try:
+        write_deltalake(
+            there or uri,
+            target.rows,
+            mode="overwrite" if there else "error",
+            storage_options=options,
+            target_file_size=_FILE_BYTES,
+            writer_properties=WriterProperties(compression="ZSTD", max_row_group_size=65_536),
+            # A retry would append: a create that lost, and an overwrite of no rows, remove nothing of the winner's
+            commit_properties=CommitProperties(custom_metadata=target.about, max_commit_retries=0),
+        )
+    except DeltaError as error:
+        if DeltaTable.is_deltatable(uri, options) and DeltaTable(uri, storage_options=options).version() >= ours:
+            raise target.lost(f"version {ours}") from error
+        raise
+    return f"version {ours}"
 
 
 # Iceberg leaves it to a catalog which metadata are the table's. Ours is the folder itself, as Hadoop tables have it:
@@ -257,7 +276,7 @@ def _write_iceberg(target: _Target) -> str:
     made = transaction.table_metadata
     ours = _iceberg_metadata(target, version + 1)
     if not target.storage.put_if_absent(ours, made.model_dump_json().encode()):
-        raise StorageError(f"{ours} was written by somebody else meanwhile, so nothing was changed; run it again")
+        raise target.lost(ours)
     target.storage.put(join(target.place, "metadata", "version-hint.text"), str(version + 1).encode())
     return f"snapshot {made.current_snapshot_id}"
 
