@@ -1,7 +1,9 @@
 """`kinoray labels --format lance|iceberg|delta`: read back by each format's own library, and by DuckDB over it."""
 
+import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -322,6 +324,40 @@ def test_an_iceberg_commit_counts_from_its_metadata_on_not_from_the_hint(tmp_pat
     assert hint.read_text() == "3"
     assert [row["video_id"] for row in rows_in(read("iceberg", str(place)))] == ["c"]
     assert len(versions("iceberg", str(place))) == 3
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_table_that_was_moved_is_written_where_it_is_or_not_at_all(kind: Any, tmp_path: Path) -> None:
+    old, new = tmp_path / "old", tmp_path / "new"
+    write(kind, old, [rows_of("a")])
+    shutil.copytree(old, new)
+    before = {path: path.read_bytes() for path in old.rglob("*") if path.is_file()}
+    if kind == "iceberg":
+        copied = sorted(new.rglob("*"))
+        with pytest.raises(ConfigError, match=rf"^to {new} is an Iceberg table that was written at {old} and copied"):
+            write(kind, new, [rows_of("b")])
+        assert sorted(new.rglob("*")) == copied
+    else:
+        write(kind, new, [rows_of("b")])
+        assert [row["video_id"] for row in rows_in(read(kind, str(new)))] == ["b"]
+    assert {path: path.read_bytes() for path in old.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize("key", ["write.metadata.path", "write.data.path", "write.location-provider.py-impl"])
+def test_an_iceberg_table_does_not_choose_where_its_rows_go(key: str, tmp_path: Path) -> None:
+    place, other = tmp_path / "table", tmp_path / "other"
+    write("iceberg", place, [rows_of("a")])
+    latest = place / "metadata" / "v1.metadata.json"
+    known = json.loads(latest.read_text())
+    latest.write_text(json.dumps(known | {"properties": {key: str(other)}}))
+    with pytest.raises(ConfigError, match=rf"table that keeps its files elsewhere \({key}: {other}\): choose an empty"):
+        write("iceberg", place, [rows_of("b")])
+    snapshot = known["snapshots"][0]
+    for wrong in (f"{other}/list.avro", f"{place}/../other/list.avro"):
+        latest.write_text(json.dumps(known | {"snapshots": [snapshot | {"manifest-list": wrong}]}))
+        with pytest.raises(ConfigError, match=rf"whose metadata name {wrong}, which is not below it"):
+            write("iceberg", place, [rows_of("b")])
+    assert not other.exists()
 
 
 # Files

@@ -241,27 +241,72 @@ def _write_delta(target: _Target) -> str:
 
 # Iceberg leaves it to a catalog which metadata are the table's. Ours is the folder itself, as Hadoop tables have it:
 # metadata/vN.metadata.json with the highest N, of which the first to write it wins; version-hint.text says where to
-# begin looking.
+# begin looking. Metadata name all files by full paths, so a table that was copied or moved still names the old ones,
+# and a stranger's may name any: nothing is read or written outside of the folder.
+
+_CHOOSES_PLACES = ("write.data.path", "write.metadata.path", "write.location-provider.py-impl")
+
+
+def _require_own_place(target: _Target, location: str, properties: dict[str, str]) -> None:
+    if location.rstrip("/") != target.place:
+        raise ConfigError(
+            f"to {target.place} is an Iceberg table that was written at {location} and copied or moved from there; "
+            f"Iceberg names files by full paths, so choose an empty folder, or write to {location}"
+        )
+    for name in _CHOOSES_PLACES:
+        if name in properties:
+            raise ConfigError(
+                f"to {target.place} is an Iceberg table that keeps its files elsewhere ({name}: {properties[name]}): "
+                f"choose an empty folder"
+            )
+
+
+def _iceberg_files(target: _Target) -> Any:
+    """Iceberg's way to files, which goes nowhere but to those of this table."""
+    from pyiceberg.io import InputFile, OutputFile
+    from pyiceberg.io.pyarrow import PyArrowFile, PyArrowFileIO
+
+    def own(uri: str) -> str:
+        if not uri.startswith(target.place + "/") or ".." in uri.split("/"):
+            raise ConfigError(
+                f"to {target.place} is an Iceberg table whose metadata name {uri}, which is not below it: choose an "
+                f"empty folder"
+            )
+        return uri
+
+    class OwnFiles(PyArrowFileIO):
+        def new_input(self, location: str) -> PyArrowFile:
+            return super().new_input(own(location))
+
+        def new_output(self, location: str) -> PyArrowFile:
+            return super().new_output(own(location))
+
+        def delete(self, location: str | InputFile | OutputFile) -> None:
+            super().delete(own(location if isinstance(location, str) else location.location))
+
+    files = OwnFiles()
+    if is_s3(target.place):
+        filesystem, _ = arrow_filesystem(target.storage.config, target.place)
+        files.fs_by_scheme = lambda scheme, netloc: filesystem
+    return files
 
 
 def _write_iceberg(target: _Target) -> str:
     from pyiceberg.catalog.noop import NoopCatalog
-    from pyiceberg.io.pyarrow import PyArrowFileIO, parquet_file_to_data_file, pyarrow_to_schema
+    from pyiceberg.io.pyarrow import parquet_file_to_data_file, pyarrow_to_schema
     from pyiceberg.partitioning import UNPARTITIONED_PARTITION_SPEC
     from pyiceberg.serializers import FromInputFile
     from pyiceberg.table import Table
     from pyiceberg.table.metadata import new_table_metadata
     from pyiceberg.table.sorting import UNSORTED_SORT_ORDER
 
-    io = PyArrowFileIO()
-    if is_s3(target.place):
-        filesystem, _ = arrow_filesystem(target.storage.config, target.place)
-        io.fs_by_scheme = lambda scheme, netloc: filesystem
+    io = _iceberg_files(target)
     arrow_schema = _numbered(target.rows.schema)
     schema = pyarrow_to_schema(arrow_schema)
     version = _iceberg_version(target)
     if version:
         metadata = FromInputFile.table_metadata(io.new_input(_iceberg_metadata(target, version)))
+        _require_own_place(target, metadata.location, metadata.properties)
         columns = (((field.name, field.field_type) for field in known.fields) for known in (metadata.schema(), schema))
         target.require_columns(*columns)
     else:
