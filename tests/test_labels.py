@@ -131,6 +131,16 @@ def test_parquet_has_every_row_and_column_exactly(out: str, tmp_path: Path) -> N
     assert table["label"].to_pylist() == [row["label"] for row in plain_rows(out)]
 
 
+@pytest.mark.parametrize(
+    ("to", "format"),
+    [("a.parquet", "parquet"), ("s3://bucket/a.csv", "csv"), ("a.jsonl", "jsonl"), ("folder", "parquet")],
+)
+def test_a_file_to_write_needs_its_format(to: str, format: str) -> None:
+    with pytest.raises(ConfigError, match=f"^format must be given with --to, such as --format {format}: .*got 'table'"):
+        LabelsConfig(predictions="labels", to=to)
+    assert LabelsConfig(predictions="labels", to=to, summary=True).to == to  # there it is the trace
+
+
 def test_csv_and_json_lines_say_the_same(out: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = LabelsConfig(predictions=out, columns=("video_id", "label", "score", "label_topk", "abstained"))
     capsys.readouterr()
