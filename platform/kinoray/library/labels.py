@@ -300,9 +300,13 @@ def _write(storage: Storage, config: LabelsConfig, tables: Iterator[pa.Table], s
         return write_text(tables, schema.names, kind, exact_stdout())
     target = absolute(config.to)
     if config.format in ("lance", "iceberg", "delta"):
-        num_rows, version = write_table(storage, target, config.format, tables, schema, origin)
-        print(f"labels: {many(num_rows, 'row')} in {target}, {version}", flush=True)
-        return num_rows
+        made = write_table(storage, target, config.format, tables, schema, origin)
+        before = f"; until now it had {many(made.num_replaced, 'row')}, which {made.replaced} still has"
+        print(
+            f"labels: {many(made.num_rows, 'row')} in {target}, {made.version}{before if made.replaced else ''}",
+            flush=True,
+        )
+        return made.num_rows
     with scratch_folder("labels") as folder:
         path = Path(folder) / "rows"
         if config.format == "parquet":
