@@ -76,6 +76,13 @@ def test_rates_of_a_library_that_is_mostly_bad_end_with_an_error() -> None:
         ({"decode_cpu_s": 1.2}, {"shared": 1.33}, {}, "decoding binds: it takes 80% of the CPU time and all cores are"),
         ({}, {"job_over_shared": 0.7}, {}, "the job reaches 70% of what these cores allow: give each worker larger"),
         (
+            {"unit_size": 1},
+            {"job_over_shared": 0.7},
+            {},
+            "in units of 1 video, which are larger in a larger librar",
+        ),
+        ({"unit_size": 1}, {"job_over_shared": 0.7}, {"unit_size": 1}, "give each worker larger units (--unit-size)"),
+        (
             {"cores": 16, "decode_cpu_s": 1.2},
             {"decode": 3.3, "model": 6.7, "shared": 3.3},
             {},

@@ -33,6 +33,7 @@ __all__ = [
     "end_process",
     "ended_by_signals",
     "exact_stdout",
+    "format_bytes",
     "format_duration",
     "keep_native_messages",
     "kept_if_interrupted",
@@ -71,6 +72,16 @@ def many(count: int, noun: str) -> str:
     """`1 video`, `2,000 videos`, `3 classes`."""
     ending = "" if count == 1 else "es" if noun.endswith("s") else "s"
     return f"{count:,} {noun}{ending}"
+
+
+def format_bytes(size_bytes: float) -> str:
+    """`123 B`, `4.6 MB`, `7.8 TB`: decimal, as stores bill it."""
+    size = float(size_bytes)
+    for unit in ("B", "kB", "MB", "GB"):
+        if abs(size) < 1000:
+            return f"{size:.0f} B" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1000
+    return f"{size:,.1f} TB"
 
 
 def visible(text: object) -> str:

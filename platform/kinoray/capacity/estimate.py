@@ -16,7 +16,8 @@ their own (a GPU) run beside each other for nothing.
 """
 
 import math
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from kinoray.errors import ConfigError
@@ -242,6 +243,8 @@ class Estimate:
     """A labelling on `nodes` nodes of one kind."""
 
     nodes: int
+    unit: int
+    """Videos a unit of work."""
     wall_s: float
     """From asking for the nodes to the end."""
     start_s: float
@@ -271,6 +274,7 @@ def estimate(work: Work, site: Site, conditions: Conditions, num_videos: int, nu
     steady = num_nodes * site.workers * work.unit / (unit_s(work, site) * slower)
     return Estimate(
         nodes=num_nodes,
+        unit=work.unit,
         wall_s=start_s + work_s + check_s,
         start_s=start_s,
         work_s=work_s,
@@ -281,16 +285,34 @@ def estimate(work: Work, site: Site, conditions: Conditions, num_videos: int, nu
 
 
 def fewest_nodes(
-    work: Work, site: Site, conditions: Conditions, num_videos: int, deadline_s: float, *, most: int = _MAX_NODES
+    work: Work,
+    site: Site,
+    conditions: Conditions,
+    num_videos: int,
+    deadline_s: float,
+    *,
+    unit_of: Callable[[int], int] | None = None,
+    most: int = _MAX_NODES,
 ) -> Estimate | None:
-    """The estimate for the fewest nodes that meet the deadline; None if no number up to `most` does."""
-    if estimate(work, site, conditions, num_videos, most).wall_s > deadline_s:
-        return None
-    low, high = 0, most  # high meets it, low does not
-    while high - low > 1:
+    """The estimate for the fewest nodes that meet the deadline; None if no number up to `most` does.
+
+    Args:
+        unit_of: videos a unit, for a number of nodes. Default: those of `work`.
+    """
+
+    def by(nodes: int) -> Estimate:
+        unit = unit_of(nodes) if unit_of else work.unit
+        return estimate(replace(work, unit=unit), site, conditions, num_videos, nodes)
+
+    low, high = 0, 1
+    while by(high).wall_s > deadline_s:  # from below: very many nodes may be slower again, by units that are checked
+        if high == most:
+            return None
+        low, high = high, min(2 * high, most)
+    while high - low > 1:  # high meets it, low does not
         middle = (low + high) // 2
-        if estimate(work, site, conditions, num_videos, middle).wall_s <= deadline_s:
+        if by(middle).wall_s <= deadline_s:
             high = middle
         else:
             low = middle
-    return estimate(work, site, conditions, num_videos, high)
+    return by(high)

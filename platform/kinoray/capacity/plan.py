@@ -9,6 +9,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any
 
 import pyarrow.compute as pc
@@ -16,7 +17,8 @@ import pyarrow.compute as pc
 from kinoray.capacity.config import PlanConfig
 from kinoray.capacity.estimate import Conditions, Estimate, Rates, Site, Work, fewest_nodes, unit_s, work_of
 from kinoray.catalog.table import Catalog, catalog_of_source
-from kinoray.console import format_duration, many, table
+from kinoray.config.scoring import rows_a_unit
+from kinoray.console import format_bytes, format_duration, many, table
 from kinoray.errors import ConfigError, JobError
 from kinoray.storage.objects import Storage, absolute
 from kinoray.storage.records import parse_json, require_file
@@ -162,6 +164,11 @@ _NODE_START_S = 180.0  # from asking for a node until its Ray runs: what clouds 
 _HEAD_ROOM = 0.2  # of every rate, that is not counted on
 _RETRY_FRACTION = 0.01  # of the work is done twice: retries, and units that two workers do at once
 
+# A bench of few videos measures how the driver starts; these are of a million and more (benchmarks/scale.py)
+_FEW = 10_000
+_ROW_S = 5.6e-6  # a video: 3.6 us of planning, 2 us of reading its row back at the end
+_PART_S = 6e-3  # a unit, to open and check its part
+
 _Row = tuple[NodeType, Work, Site, Estimate | None]
 
 _BYTES_PER_GBIT = 1e9 / 8
@@ -249,12 +256,15 @@ def plan(config: PlanConfig) -> dict[str, Any]:
     rates = load_rates(storage, config.rates)
     library = _library(storage, config, rates)
     measured = calibration(rates)
+    plan_s, check_s = rates.plan_s, rates.check_s
+    if rates.num_videos < _FEW:
+        plan_s, check_s = min(plan_s, _ROW_S), min(check_s, _PART_S)
     conditions = Conditions(
         node_start_s=_NODE_START_S,
         driver_s=rates.driver_s,
         actor_start_s=rates.actor_start_s,
-        plan_s=rates.plan_s,
-        check_s=rates.check_s,
+        plan_s=plan_s,
+        check_s=check_s,
         losses_per_node_hour=config.losses_per_node_hour,
         retry_fraction=_RETRY_FRACTION,
         head_room=_HEAD_ROOM,
@@ -264,7 +274,8 @@ def plan(config: PlanConfig) -> dict[str, Any]:
     for node in nodes:
         work, site, more = layout(rates, node, config, library)
         notes += [note for note in more if note not in notes]
-        found = fewest_nodes(work, site, conditions, library.num_videos, deadline_s)
+        unit_of = partial(_unit_of, library.num_videos, site.workers, rates.batch_size if node.gpus else 1)
+        found = fewest_nodes(work, site, conditions, library.num_videos, deadline_s, unit_of=unit_of)
         rows.append((node, work, site, found))
     _print(config, rates, library, rows, notes)
     record = {
@@ -280,6 +291,10 @@ def plan(config: PlanConfig) -> dict[str, Any]:
     if not any(found for *_, found in rows):
         raise JobError("no kind of node meets the deadline; give it more time, or nodes with more CPUs or GPUs")
     return record
+
+
+def _unit_of(num_videos: int, workers_a_node: int, least: int, nodes: int) -> int:
+    return rows_a_unit(num_videos, nodes * workers_a_node, least)
 
 
 def _library(storage: Storage, config: PlanConfig, rates: Rates) -> Library:
@@ -325,8 +340,8 @@ def _library_of(catalog: Catalog, rates: Rates) -> Library:
         notes.append(f"decoding is the measured one x {factor:.2f}: videos of {mean_s:.1f} s, not {rates.duration_s} s")
     elif abs(mean_bytes / rates.bytes_per_video - 1) > 0.2:
         notes.append(
-            f"videos have {mean_bytes / 1e6:.2f} MB, those measured {rates.bytes_per_video / 1e6:.2f} MB; decoding is "
-            "not scaled by that"
+            f"videos have {format_bytes(mean_bytes)}, those measured {format_bytes(rates.bytes_per_video)}; decoding "
+            "is not scaled by that"
         )
     return Library(num_videos=len(catalog), bytes_per_video=float(mean_bytes), decode_factor=factor, notes=tuple(notes))
 
@@ -342,6 +357,12 @@ def _notes(config: PlanConfig, rates: Rates, measured: float) -> list[str]:
         notes.append(f"each node is lost {config.losses_per_node_hour:g} times an hour, and starts anew")
     else:
         notes.append("no node is lost (losses_per_node_hour; give it for spot nodes)")
+    notes.append("units of work have the size that label gives them, for so many videos and workers")
+    if rates.num_videos < _FEW and (rates.plan_s > _ROW_S or rates.check_s > _PART_S):
+        notes.append(
+            f"the driver takes at most {_ROW_S * 1e6:g} us a video and {_PART_S * 1e3:g} ms a unit, as measured at a "
+            f"million videos (docs/capacity.md); with {many(rates.num_videos, 'video')} it was mostly starting"
+        )
     if rates.num_videos < 100:
         notes.append(f"only {many(rates.num_videos, 'video')} measured; 256 or more make these figures steadier")
     return notes
@@ -383,13 +404,13 @@ def _flags(node: NodeType, work: Work, site: Site, found: Estimate) -> str:
     gpus = f" --resources.gpus-per-worker {1 if node.gpus else 0}"
     return (
         f"--workers {found.nodes * site.workers} --resources.cpus-per-worker {node.cpus / site.workers:g}"
-        f"{gpus if node.gpus else ''} --resources.decoders-per-worker {work.decoders} --unit-size {work.unit}"
+        f"{gpus if node.gpus else ''} --resources.decoders-per-worker {work.decoders}"
     )
 
 
 def _print(config: PlanConfig, rates: Rates, library: Library, rows: Sequence[_Row], notes: Sequence[str]) -> None:
-    size_tb = library.num_videos * library.bytes_per_video / 1e12
-    print(f"plan: {many(library.num_videos, 'video')}, {size_tb:.2f} TB, within {config.deadline}")
+    size = format_bytes(library.num_videos * library.bytes_per_video)
+    print(f"plan: {many(library.num_videos, 'video')}, {size}, within {config.deadline}")
     head = ("node", "nodes", "workers", "videos/s", "hours", "cost", "bound by")
     print("\n".join(table(map(_cells, rows), head=head, right=range(1, 6))))
     if any(found for *_, found in rows):

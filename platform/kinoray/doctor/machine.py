@@ -14,10 +14,10 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
 from kinoray.config.shared import ClipConfig, DecodeConfig, SampleConfig, ViewConfig
-from kinoray.console import many
+from kinoray.console import format_bytes, many
 from kinoray.demo.videos import make_video
 from kinoray.doctor.host import PACKAGES, host_facts
-from kinoray.doctor.section import Check, Section, Status, checked, format_bytes
+from kinoray.doctor.section import Check, Section, Status, checked
 from kinoray.errors import ConfigError, DecoderStartFailed, MediaError
 from kinoray.video.request import Sampled
 from kinoray.video.sandbox.jail import SETUID_CAPABILITIES

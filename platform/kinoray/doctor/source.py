@@ -24,8 +24,8 @@ from kinoray.catalog.table import (
     references,
 )
 from kinoray.config.shared import DecodeConfig
-from kinoray.console import many, table
-from kinoray.doctor.section import Section, Warn, format_bytes
+from kinoray.console import format_bytes, many, table
+from kinoray.doctor.section import Section, Warn
 from kinoray.errors import CatalogError
 from kinoray.storage.objects import Storage
 

@@ -306,7 +306,7 @@ def _iceberg_files(target: _Target) -> Any:
             )
         return uri
 
-    class OwnFiles(PyArrowFileIO):
+    class OwnFiles(PyArrowFileIO):  # type: ignore[misc]
         def new_input(self, location: str) -> PyArrowFile:
             return super().new_input(own(location))
 
