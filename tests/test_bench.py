@@ -14,9 +14,9 @@ import pytest
 
 from kinoray.capacity.bench import Bounds, advice, bench, bounds_of, refuse_too_many_bad
 from kinoray.capacity.config import BenchConfig, PlanConfig
-from kinoray.capacity.estimate import Conditions, Rates, estimate
+from kinoray.capacity.estimate import Conditions, Rates, calibration, estimate
 from kinoray.capacity.job import CpuWatch, DecodeLoop, JobFigures, ModelLoop, decode_loop, model_loop
-from kinoray.capacity.plan import Library, calibration, layout, load_rates, parse_node, plan
+from kinoray.capacity.plan import Library, layout, load_rates, parse_node, plan
 from kinoray.catalog.table import catalog_of_source
 from kinoray.config.shared import ClipConfig, InferenceConfig, ResourcesConfig, SampleConfig, ViewConfig
 from kinoray.demo.videos import class_names, make_demo_set

@@ -408,7 +408,7 @@ def test_units_are_those_of_label_and_a_bench_of_seven_videos_does_not_price_the
         start_s = 180 + rates.driver_s + rates.actor_start_s
         assert node["wall_s"] - node["work_s"] == pytest.approx(start_s + ends, rel=1e-6)
     said = capsys.readouterr().out
-    assert "at most 5.6 us a video and 6 ms a unit" in said
+    assert "the driver takes 5.6 us a video and 6.0 ms a unit" in said
     assert "--unit-size" not in said
     large = replace(rates, num_videos=20_000)  # measured well enough to be believed
     path.write_text(json.dumps(large.to_record()))

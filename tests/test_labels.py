@@ -214,7 +214,7 @@ def test_a_few_rows_are_shown_and_the_rest_counted_without_reading_them(
     Counting.seen.clear()
     totals = labels(LabelsConfig(predictions=str(tmp_path), limit=10))
     assert (totals["rows"], totals["matched"]) == (10, 194)
-    assert "labels: 10 of 194 rows" in capsys.readouterr().out
+    assert "labels: 10 of 194 rows; --limit N shows more; 6 of 200 inputs have no row yet\n" in capsys.readouterr().out
     assert len([uri for uri in Counting.seen if "/parts/" in uri]) <= 50
 
 

@@ -33,7 +33,6 @@ __all__ = [
     "end_process",
     "ended_by_signals",
     "exact_stdout",
-    "format_bytes",
     "format_duration",
     "keep_native_messages",
     "kept_if_interrupted",
@@ -72,16 +71,6 @@ def many(count: int, noun: str) -> str:
     """`1 video`, `2,000 videos`, `3 classes`."""
     ending = "" if count == 1 else "es" if noun.endswith("s") else "s"
     return f"{count:,} {noun}{ending}"
-
-
-def format_bytes(size_bytes: float) -> str:
-    """`123 B`, `4.6 MB`, `7.8 TB`: decimal, as stores bill it."""
-    size = float(size_bytes)
-    for unit in ("B", "kB", "MB", "GB"):
-        if abs(size) < 1000:
-            return f"{size:.0f} B" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1000
-    return f"{size:,.1f} TB"
 
 
 def visible(text: object) -> str:
@@ -275,7 +264,7 @@ class Progress:
     def _print(self, *, final: bool = False) -> None:
         now = self._last_print = time.monotonic()
         done = self._count()
-        count = f"{self._already + done}/{self._total} {self._noun}"
+        count = f"{self._already + done:,}/{self._total:,} {self._noun}"
         parts = [f"{self._task}: {count}"]
         if final:
             took_s = max(now - self._start, 1e-9)
@@ -285,7 +274,7 @@ class Progress:
             parts += [f"{rate:.1f}/s", f"{format_duration(left_s)} left"]
         elif self._terminal:
             parts += [f"{format_duration(now - self._start)} so far"]
-        parts.extend(f"{name} {number}" for name, number in sorted(self._counts.items()) if number)
+        parts += [f"{name} {n:,}{' this run' * bool(self._already)}" for name, n in sorted(self._counts.items()) if n]
         parts.extend([self._note] if self._note else [])
         if self._terminal and not final:
             full = round(_BAR * (self._already + done) / max(1, self._total))

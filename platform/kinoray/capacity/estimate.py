@@ -16,16 +16,34 @@ their own (a GPU) run beside each other for nothing.
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
+from kinoray.config.scoring import rows_a_unit
 from kinoray.errors import ConfigError
 
-__all__ = ["Conditions", "Estimate", "Rates", "Site", "Work", "estimate", "fewest_nodes", "job_s", "unit_s", "work_of"]
+__all__ = [
+    "Conditions",
+    "Estimate",
+    "Rates",
+    "Site",
+    "Work",
+    "calibration",
+    "driver_seconds",
+    "estimate",
+    "fewest_nodes",
+    "job_s",
+    "unit_s",
+    "work_of",
+]
 
 _AGAIN = "measure again with: kinoray bench CATALOG --checkpoint CHECKPOINT --out rates.json"
 _MAX_NODES = 100_000
+_FEW = (
+    10_000  # a bench of fewer videos measures how the driver starts; these two are of a million (benchmarks/scale.py)
+)
+_ROW_S = 5.6e-6  # a video: 3.6 us to plan it, 2 us to read its row back at the end
+_PART_S = 6e-3  # a unit, to open and check its part
 _SHARPNESS = 6  # of the maximum; what fits the simulation best (tests/test_capacity.py)
 
 
@@ -204,6 +222,13 @@ def work_of(rates: Rates, *, decoders: int | None = None, threads: int | None = 
     )
 
 
+def driver_seconds(rates: Rates) -> tuple[float, float]:
+    """Seconds of the driver a video and a unit."""
+    if rates.num_videos >= _FEW:
+        return rates.plan_s, rates.check_s
+    return min(rates.plan_s, _ROW_S), min(rates.check_s, _PART_S)
+
+
 def _limits(work: Work, site: Site, workers: int, videos: float) -> dict[str, float]:
     """Seconds that a unit of `videos` takes at least, by what stands in the way."""
     batch = min(work.batch, videos)
@@ -222,6 +247,12 @@ def unit_s(work: Work, site: Site, workers: int | None = None, videos: float | N
     limits = _limits(work, site, site.workers if workers is None else workers, videos or work.unit).values()
     largest = max(limits)
     return largest * math.pow(sum(math.pow(limit / largest, _SHARPNESS) for limit in limits), 1 / _SHARPNESS)
+
+
+def calibration(rates: Rates) -> float:
+    """The measured job's videos a second / what the closed form gives for the same workers on the same machine."""
+    site = Site(cores=rates.cores, workers=rates.num_workers)
+    return rates.job_videos_per_s * unit_s(work_of(rates), site) / (site.workers * rates.unit_size)
 
 
 def job_s(work: Work, site: Site, num_videos: int, num_nodes: int) -> float:
@@ -291,17 +322,17 @@ def fewest_nodes(
     num_videos: int,
     deadline_s: float,
     *,
-    unit_of: Callable[[int], int] | None = None,
+    least_unit: int | None = None,
     most: int = _MAX_NODES,
 ) -> Estimate | None:
     """The estimate for the fewest nodes that meet the deadline; None if no number up to `most` does.
 
     Args:
-        unit_of: videos a unit, for a number of nodes. Default: those of `work`.
+        least_unit: units are what `label` makes for so many workers, and no smaller than this. Default: as in `work`.
     """
 
     def by(nodes: int) -> Estimate:
-        unit = unit_of(nodes) if unit_of else work.unit
+        unit = work.unit if least_unit is None else rows_a_unit(num_videos, nodes * site.workers, least_unit)
         return estimate(replace(work, unit=unit), site, conditions, num_videos, nodes)
 
     low, high = 0, 1

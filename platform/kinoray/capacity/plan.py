@@ -9,25 +9,32 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from typing import Any
 
 import pyarrow.compute as pc
 
 from kinoray.capacity.config import PlanConfig
-from kinoray.capacity.estimate import Conditions, Estimate, Rates, Site, Work, fewest_nodes, unit_s, work_of
+from kinoray.capacity.estimate import (
+    Conditions,
+    Estimate,
+    Rates,
+    Site,
+    Work,
+    calibration,
+    driver_seconds,
+    fewest_nodes,
+    work_of,
+)
 from kinoray.catalog.table import Catalog, catalog_of_source
-from kinoray.config.scoring import rows_a_unit
-from kinoray.console import format_bytes, format_duration, many, table
+from kinoray.console import format_duration, many, table
 from kinoray.errors import ConfigError, JobError
-from kinoray.storage.objects import Storage, absolute
+from kinoray.storage.objects import Storage, absolute, format_bytes
 from kinoray.storage.records import parse_json, require_file
 
 __all__ = [
     "TFLOPS",
     "Library",
     "NodeType",
-    "calibration",
     "gpu_seconds",
     "layout",
     "load_rates",
@@ -164,15 +171,9 @@ _NODE_START_S = 180.0  # from asking for a node until its Ray runs: what clouds 
 _HEAD_ROOM = 0.2  # of every rate, that is not counted on
 _RETRY_FRACTION = 0.01  # of the work is done twice: retries, and units that two workers do at once
 
-# A bench of few videos measures how the driver starts; these are of a million and more (benchmarks/scale.py)
-_FEW = 10_000
-_ROW_S = 5.6e-6  # a video: 3.6 us of planning, 2 us of reading its row back at the end
-_PART_S = 6e-3  # a unit, to open and check its part
-
 _Row = tuple[NodeType, Work, Site, Estimate | None]
 
 _BYTES_PER_GBIT = 1e9 / 8
-_BOUNDS = {"decoders": "decoders", "network": "network"}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -200,12 +201,6 @@ def load_rates(storage: Storage, uri: str) -> Rates:
     except ValueError as error:
         raise ConfigError(f"rates: {uri} is not JSON: {error}; take what kinoray bench --out wrote") from error
     return Rates.from_record(record, uri)
-
-
-def calibration(rates: Rates) -> float:
-    """The measured job's videos a second / what the closed form gives for the same workers on the same machine."""
-    site = Site(cores=rates.cores, workers=rates.num_workers)
-    return rates.job_videos_per_s * unit_s(work_of(rates), site) / (site.workers * rates.unit_size)
 
 
 def layout(rates: Rates, node: NodeType, config: PlanConfig, library: Library) -> tuple[Work, Site, list[str]]:
@@ -256,9 +251,7 @@ def plan(config: PlanConfig) -> dict[str, Any]:
     rates = load_rates(storage, config.rates)
     library = _library(storage, config, rates)
     measured = calibration(rates)
-    plan_s, check_s = rates.plan_s, rates.check_s
-    if rates.num_videos < _FEW:
-        plan_s, check_s = min(plan_s, _ROW_S), min(check_s, _PART_S)
+    plan_s, check_s = driver_seconds(rates)
     conditions = Conditions(
         node_start_s=_NODE_START_S,
         driver_s=rates.driver_s,
@@ -274,8 +267,8 @@ def plan(config: PlanConfig) -> dict[str, Any]:
     for node in nodes:
         work, site, more = layout(rates, node, config, library)
         notes += [note for note in more if note not in notes]
-        unit_of = partial(_unit_of, library.num_videos, site.workers, rates.batch_size if node.gpus else 1)
-        found = fewest_nodes(work, site, conditions, library.num_videos, deadline_s, unit_of=unit_of)
+        least = rates.batch_size if node.gpus else 1
+        found = fewest_nodes(work, site, conditions, library.num_videos, deadline_s, least_unit=least)
         rows.append((node, work, site, found))
     _print(config, rates, library, rows, notes)
     record = {
@@ -291,10 +284,6 @@ def plan(config: PlanConfig) -> dict[str, Any]:
     if not any(found for *_, found in rows):
         raise JobError("no kind of node meets the deadline; give it more time, or nodes with more CPUs or GPUs")
     return record
-
-
-def _unit_of(num_videos: int, workers_a_node: int, least: int, nodes: int) -> int:
-    return rows_a_unit(num_videos, nodes * workers_a_node, least)
 
 
 def _library(storage: Storage, config: PlanConfig, rates: Rates) -> Library:
@@ -317,10 +306,7 @@ def _library(storage: Storage, config: PlanConfig, rates: Rates) -> Library:
     else:
         notes.append("videos are taken to be like the measured ones: in size, length and codec")
     return Library(
-        num_videos=num_videos,
-        bytes_per_video=rates.bytes_per_video * factor,
-        decode_factor=factor,
-        notes=tuple(notes),
+        num_videos=num_videos, bytes_per_video=rates.bytes_per_video * factor, decode_factor=factor, notes=tuple(notes)
     )
 
 
@@ -358,10 +344,11 @@ def _notes(config: PlanConfig, rates: Rates, measured: float) -> list[str]:
     else:
         notes.append("no node is lost (losses_per_node_hour; give it for spot nodes)")
     notes.append("units of work have the size that label gives them, for so many videos and workers")
-    if rates.num_videos < _FEW and (rates.plan_s > _ROW_S or rates.check_s > _PART_S):
+    plan_s, check_s = driver_seconds(rates)
+    if (plan_s, check_s) != (rates.plan_s, rates.check_s):
         notes.append(
-            f"the driver takes at most {_ROW_S * 1e6:g} us a video and {_PART_S * 1e3:g} ms a unit, as measured at a "
-            f"million videos (docs/capacity.md); with {many(rates.num_videos, 'video')} it was mostly starting"
+            f"the driver takes {plan_s * 1e6:.1f} us a video and {check_s * 1e3:.1f} ms a unit, no more than it took "
+            f"of a million (docs/capacity.md); with {many(rates.num_videos, 'video')} it was mostly starting"
         )
     if rates.num_videos < 100:
         notes.append(f"only {many(rates.num_videos, 'video')} measured; 256 or more make these figures steadier")
@@ -392,7 +379,7 @@ def _bound(node: NodeType, found: Estimate) -> str:
     if found.bound == "cores":
         rest = "feeding the GPU" if node.gpus else "the model"
         return "CPU: decoding" if found.decode_share >= 0.5 else f"CPU: {rest}"
-    return _BOUNDS[found.bound]
+    return found.bound
 
 
 def _usd(node: NodeType, found: Estimate) -> float | None:

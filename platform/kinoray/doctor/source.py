@@ -24,10 +24,10 @@ from kinoray.catalog.table import (
     references,
 )
 from kinoray.config.shared import DecodeConfig
-from kinoray.console import format_bytes, many, table
+from kinoray.console import many, table
 from kinoray.doctor.section import Section, Warn
 from kinoray.errors import CatalogError
-from kinoray.storage.objects import Storage
+from kinoray.storage.objects import Storage, format_bytes
 
 __all__ = ["Inventory", "choose_sample", "open_source", "source_section"]
 

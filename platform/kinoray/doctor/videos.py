@@ -9,11 +9,12 @@ from typing import Any
 
 from kinoray.catalog.quarantine import QuarantineRow, count_reasons
 from kinoray.config.shared import ClipConfig
-from kinoray.console import format_bytes, format_duration, many, table
+from kinoray.console import format_duration, many, table
 from kinoray.doctor.decode import SIZE_CLASSES, size_class
 from kinoray.doctor.probe import Probed
 from kinoray.doctor.section import Section, Warn, spread
 from kinoray.evaluation.metrics import wilson_interval
+from kinoray.storage.objects import format_bytes
 from kinoray.video.info import VideoInfo
 from kinoray.video.transcode import TRANSCODE
 

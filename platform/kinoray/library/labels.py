@@ -26,6 +26,7 @@ from kinoray.library.rows import (
     WINDOW_LABEL_SCHEMA,
     Where,
     class_names,
+    count_missing,
     count_rows,
     is_multi_label,
     print_table,
@@ -131,7 +132,9 @@ def labels(config: LabelsConfig) -> dict[str, Any]:
             joined.check()
         print_table(table)
         more = "; --limit N shows more" if num_rows < seen.matched else ""
-        print(f"labels: {num_rows:,} of {many(seen.matched, 'row')}{more}")
+        missing, inputs = count_missing(ledger)
+        wait = f"; {missing:,} of {many(inputs, 'input')} have no row yet" if missing else ""
+        print(f"labels: {num_rows:,} of {many(seen.matched, 'row')}{more}{wait}")
     else:
         num_rows = _write(storage, config, _checked(tables, joined), schema, ledger.root)
     if joined and joined.num_unmet:
