@@ -18,7 +18,7 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 PAGE = HERE.parent / "docs" / "benchmarks.md"
 _PROGRESS = re.compile(
-    r"pack: |\w+: (\d+/\d+ |\d+ videos, |\d+ inputs |summary in |with \d+ clips )|\[.* core_worker\.cc"
+    r"pack: |\w+: ([\d,]+/[\d,]+ |[\d,]+ videos, |[\d,]+ inputs |summary in |with \d+ clips )|\[.* core_worker\.cc"
 )
 
 

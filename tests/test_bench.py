@@ -14,9 +14,9 @@ import pytest
 
 from kinoray.capacity.bench import Bounds, advice, bench, bounds_of, refuse_too_many_bad
 from kinoray.capacity.config import BenchConfig, PlanConfig
-from kinoray.capacity.estimate import Conditions, Rates, estimate
+from kinoray.capacity.estimate import Conditions, Rates, calibration, estimate
 from kinoray.capacity.job import CpuWatch, DecodeLoop, JobFigures, ModelLoop, decode_loop, model_loop
-from kinoray.capacity.plan import Library, calibration, layout, load_rates, parse_node, plan
+from kinoray.capacity.plan import Library, layout, load_rates, parse_node, plan
 from kinoray.catalog.table import catalog_of_source
 from kinoray.config.shared import ClipConfig, InferenceConfig, ResourcesConfig, SampleConfig, ViewConfig
 from kinoray.demo.videos import class_names, make_demo_set
@@ -75,6 +75,13 @@ def test_rates_of_a_library_that_is_mostly_bad_end_with_an_error() -> None:
         ({}, {}, {"inference": InferenceConfig(precision="bf16")}, "of the CPU time; a GPU (--resources.gpus-per-wor"),
         ({"decode_cpu_s": 1.2}, {"shared": 1.33}, {}, "decoding binds: it takes 80% of the CPU time and all cores are"),
         ({}, {"job_over_shared": 0.7}, {}, "the job reaches 70% of what these cores allow: give each worker larger"),
+        (
+            {"unit_size": 1},
+            {"job_over_shared": 0.7},
+            {},
+            "in units of 1 video, which are larger in a larger librar",
+        ),
+        ({"unit_size": 1}, {"job_over_shared": 0.7}, {"unit_size": 1}, "give each worker larger units (--unit-size)"),
         (
             {"cores": 16, "decode_cpu_s": 1.2},
             {"decode": 3.3, "model": 6.7, "shared": 3.3},

@@ -13,7 +13,9 @@ from kinoray.capacity.config import PlanConfig
 from kinoray.capacity.estimate import Conditions, Rates, Site, Work, estimate, fewest_nodes, job_s, unit_s, work_of
 from kinoray.capacity.plan import gpu_seconds, parse_duration, parse_gpu_rates, parse_node, plan
 from kinoray.catalog.table import save_catalog
+from kinoray.config.shared import ResourcesConfig
 from kinoray.errors import ConfigError, JobError, ObjectNotFound
+from kinoray.label.config import LabelConfig
 from kinoray.storage.objects import Storage
 from simulated_labelling import Simulation, simulate
 from small_sets import catalog_of
@@ -384,6 +386,39 @@ def test_a_deadline_that_nothing_meets_is_said(
         plan(config_of(rates_file, deadline="2min", out=str(out)))
     assert "no number of nodes is enough" in capsys.readouterr().out
     assert json.loads(out.read_text())["nodes"][0]["fits"] is False
+
+
+@pytest.mark.parametrize("num_videos", [8_147, NUM_VIDEOS, 1_000_000_000])
+def test_units_are_those_of_label_and_a_bench_of_seven_videos_does_not_price_the_driver(
+    num_videos: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rates = replace(RATES, num_videos=7, unit_size=1, plan_s=0.004, check_s=0.03)
+    path = tmp_path / "rates.json"
+    path.write_text(json.dumps(rates.to_record()))
+    nodes = ("cpu:16cpu,0.50usd", "gpu:16cpu,1xH100,4usd")
+    days = "60d" if num_videos > 10_000 else "1h"
+    found = plan(config_of(str(path), videos=num_videos, deadline=days, node=nodes, gpu_clips_per_s=("H100=400",)))
+    for node, gpus in zip(found["nodes"], (0, 1), strict=True):
+        resources = ResourcesConfig(num_workers=node["workers"], gpus_per_worker=gpus)
+        ours = LabelConfig(source="s", checkpoint="c", out="o", resources=resources).rows_a_unit(num_videos)
+        assert node["unit"] == ours
+        assert "--unit-size" not in node["flags"]
+        # by hand, as docs/capacity.md has it: 5.6 us a video, 6 ms a unit
+        ends = num_videos * 5.6e-6 + math.ceil(num_videos / ours) * 6e-3
+        start_s = 180 + rates.driver_s + rates.actor_start_s
+        assert node["wall_s"] - node["work_s"] == pytest.approx(start_s + ends, rel=1e-6)
+    said = capsys.readouterr().out
+    assert "the driver takes 5.6 us a video and 6.0 ms a unit" in said
+    assert "--unit-size" not in said
+    large = replace(rates, num_videos=20_000)  # measured well enough to be believed
+    path.write_text(json.dumps(large.to_record()))
+    one = plan(config_of(str(path), videos=8_147, deadline="60d"))["nodes"][0]
+    assert one["start_s"] == pytest.approx(180 + rates.driver_s + rates.actor_start_s + 8_147 * 0.004)
+
+
+def test_small_libraries_have_their_size_in_words(rates_file: str, capsys: pytest.CaptureFixture[str]) -> None:
+    plan(config_of(rates_file, videos=7))
+    assert "plan: 7 videos, 7.0 MB, within 24h\n" in capsys.readouterr().out
 
 
 def test_the_cheapest_kind_is_named(rates_file: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -288,8 +288,15 @@ def test_a_rate_counts_from_the_first_result_and_is_not_said_before_a_few(monkey
         "label: 21/100 videos",
         "label: 23/100 videos",
         "label: 41/100 videos, 2.0/s, 30 s left",
-        "label: 57/100 videos, 2.4/s, 18 s left, quarantined 2",
+        "label: 57/100 videos, 2.4/s, 18 s left, quarantined 2 this run",
     ]
+
+
+def test_large_numbers_have_separators(monkeypatch: pytest.MonkeyPatch) -> None:
+    Clock(monkeypatch)
+    log = io.StringIO()
+    Progress(81_470, "label", "videos", stream=log).update(8_147, quarantined=1_234)
+    assert log.getvalue() == "label: 8,147/81,470 videos, quarantined 1,234\n"
 
 
 def test_what_is_seen_of_a_unit_gives_way_to_what_it_comes_to(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,13 +25,14 @@ from kinoray.cluster.lines import Lines, Teller
 from kinoray.config.shared import ClipConfig, ResourcesConfig, SampleConfig, StorageConfig, ViewConfig
 from kinoray.console import Progress
 from kinoray.demo.videos import class_names, make_demo_set
-from kinoray.errors import StorageUnavailable
+from kinoray.errors import StorageUnavailable, TooManyBad
 from kinoray.label.config import LabelConfig
 from kinoray.label.ledger import Ledger, read_predictions
 from kinoray.label.open import open_labelling
 from kinoray.label.stage import LabelUnits, pack_unit
 from kinoray.label.times import StageClock, bound_stage
-from kinoray.label.verb import label
+from kinoray.label.unit import Totals
+from kinoray.label.verb import label, refuse_too_many_bad
 from kinoray.library.config import LabelsConfig
 from kinoray.library.labels import labels
 from kinoray.storage.objects import Storage
@@ -81,6 +82,13 @@ def label_here(config: LabelConfig) -> list[dict[str, Any]]:
 
 def files_in(folder: str) -> set[Path]:
     return {path for path in Path(folder).rglob("*") if path.is_file()}
+
+
+def test_large_counts_have_separators() -> None:
+    reasons = {"EmptyMedia": 2_147}
+    totals = Totals(inputs=8_147, labelled=6_000, quarantined=2_147, skipped=0, reasons=reasons, damaged=0, examples=())
+    with pytest.raises(TooManyBad, match=r"^2,147 of 8,147 videos \(26\.4%\) were quarantined, .*: EmptyMedia 2,147;"):
+        refuse_too_many_bad(totals, 0.1, "labels")
 
 
 def test_a_plan_counts_what_is_done_new_and_changed_and_writes_nothing(

@@ -147,6 +147,16 @@ def test_parquet_has_every_row_and_column_exactly(out: str, tmp_path: Path) -> N
     assert table["label"].to_pylist() == [row["label"] for row in plain_rows(out)]
 
 
+@pytest.mark.parametrize(
+    ("to", "format"),
+    [("a.parquet", "parquet"), ("s3://bucket/a.csv", "csv"), ("a.jsonl", "jsonl"), ("folder", "parquet")],
+)
+def test_a_file_to_write_needs_its_format(to: str, format: str) -> None:
+    with pytest.raises(ConfigError, match=f"^format must be given with --to, such as --format {format}: .*got 'table'"):
+        LabelsConfig(predictions="labels", to=to)
+    assert LabelsConfig(predictions="labels", to=to, summary=True).to == to  # there it is the trace
+
+
 def test_csv_and_json_lines_say_the_same(out: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = LabelsConfig(predictions=out, columns=("video_id", "label", "score", "label_topk", "abstained"))
     capsys.readouterr()
@@ -220,7 +230,7 @@ def test_a_few_rows_are_shown_and_the_rest_counted_without_reading_them(
     Counting.seen.clear()
     totals = labels(LabelsConfig(predictions=str(tmp_path), limit=10))
     assert (totals["rows"], totals["matched"]) == (10, 194)
-    assert "labels: 10 of 194 rows" in capsys.readouterr().out
+    assert "labels: 10 of 194 rows; --limit N shows more; 6 of 200 inputs have no row yet\n" in capsys.readouterr().out
     assert len([uri for uri in Counting.seen if "/parts/" in uri]) <= 50
 
 

@@ -1,7 +1,9 @@
 """`kinoray labels --format lance|iceberg|delta`: read back by each format's own library, and by DuckDB over it."""
 
+import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,7 +21,7 @@ from kinoray.errors import CatalogError, ChecksumMismatch, ConfigError, StorageE
 from kinoray.label.ledger import read_predictions
 from kinoray.library.config import LabelsConfig
 from kinoray.library.labels import labels
-from kinoray.library.lakehouse import TableFormat, write_table
+from kinoray.library.lakehouse import Commit, TableFormat, write_table
 from kinoray.library.rows import LABEL_SCHEMA
 from kinoray.storage.objects import Storage, join
 from ports import wait_until
@@ -82,7 +84,7 @@ def data_files(place: Path) -> list[Path]:
     return [path for path in place.rglob("*") if path.suffix in (".lance", ".parquet")]
 
 
-def write(kind: Any, place: Path, tables: Any) -> tuple[int, str]:
+def write(kind: Any, place: Path, tables: Any) -> Commit:
     return write_table(Storage(), str(place), kind, tables, SCHEMA, "labelling")
 
 
@@ -146,7 +148,9 @@ def test_a_second_run_is_one_new_version_and_the_old_one_stays(
     known = versions(kind, place)
     assert len(known) == 2
     assert rows_in(read(kind, place, version=known[0])) == first
-    assert said == f"labels: 8 rows in {place}, {'snapshot' if kind == 'iceberg' else 'version'} {known[1]}\n"
+    word = "snapshot" if kind == "iceberg" else "version"
+    before = f"until now it had 20 rows, which {word} {known[0]} still has"
+    assert said == f"labels: 8 rows in {place}, {word} {known[1]}; {before}\n"
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -162,15 +166,18 @@ def test_a_table_of_other_columns_is_not_replaced(kind: Any, out: str, tmp_path:
     config = LabelsConfig(predictions=out, format=kind, to=str(place), columns=("video_id", "score"))
     labels(config)
     for columns, told in (
-        (("video_id", "score", "label"), r"expected label .*string.*, found none in their place"),
-        (("video_id",), r"expected no other, found score .*float.*"),
-        (("video_id", "entropy"), r"expected entropy .*float.*, found score .*float.*"),
-        (("score", "video_id"), r"or in another order \(expected no other, found none in their place\)"),
+        (("video_id", "score", "label"), "it lacks label"),
+        (("video_id",), "it also has score"),
+        (("video_id", "entropy"), "it lacks entropy; it also has score"),
+        (("score", "video_id"), "the same in another order"),
+        ((), "it lacks uri, offset, length, row_key, status and 21 more"),
     ):
-        with pytest.raises(
-            ConfigError, match=rf"to {place} is a table of other columns, {'' if 'order' in told else '.*'}{told}"
-        ):
+        with pytest.raises(ConfigError, match=rf"^to {place} is a table of other columns \({told}\): choose an empty"):
             labels(replace(config, columns=columns))
+    with pytest.raises(
+        ConfigError, match=r"columns \(score is float there and would be (string|large_string)\): choose"
+    ):
+        write_table(Storage(), str(place), kind, [], SCHEMA.set(1, pa.field("score", pa.string())), "labelling")
     assert len(versions(kind, str(place))) == 1
     assert len(rows_in(read(kind, str(place)))) == 43
 
@@ -188,8 +195,17 @@ def test_a_folder_that_is_not_ours_or_of_another_format_is_refused(out: str, tmp
     write("lance", tmp_path / "other", [rows_of("a")])
     with pytest.raises(ConfigError, match=r"other is a table of another format .*, not delta: choose an empty folder"):
         labels(replace(config, to=str(tmp_path / "other")))
-    with pytest.raises(ConfigError, match=r"a%20b: choose a folder without % \? #"):
-        labels(replace(config, to=str(tmp_path / "a%20b")))
+    for name, said in (
+        ("a%2#b", "# %"),
+        ("a\\b", "\\"),
+        ("a\tb", r"\u0009"),
+        ("b\n", r"\u000a"),
+        ("[a", r"["),
+        ("^", "^"),
+    ):
+        with pytest.raises(ConfigError, match=rf"^to .*: choose a folder without {re.escape(said)} in its name, which"):
+            labels(replace(config, to=str(tmp_path / name)))
+    assert {path.name for path in tmp_path.iterdir()} == {"table", "other"}
     server = StorageConfig(endpoint_url="http://nowhere.invalid", addressing="virtual")
     with pytest.raises(ConfigError, match=r"storage.addressing must be path or auto for delta .*, got virtual"):
         labels(replace(config, to="s3://bucket/table", storage=server))
@@ -237,19 +253,27 @@ def test_a_wrong_catalog_to_join_is_told_before_the_commit(out: str, tmp_path: P
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_of_two_writers_at_once_the_table_is_the_one_or_the_other(kind: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("before", [None, (), ("a",)], ids=["nothing", "no rows", "a row"])
+def test_of_two_writers_at_once_the_table_is_the_one_or_the_other(
+    kind: Any, before: tuple[str, ...] | None, tmp_path: Path
+) -> None:
     place = tmp_path / "table"
-    write(kind, place, [rows_of("a")])
+    if before is not None:
+        write(kind, place, [rows_of(*before)])
 
     def late() -> Iterator[pa.Table]:
         yield rows_of("late", "later")
         write(kind, place, [rows_of("early")])
 
-    if kind == "lance":  # an overwrite does not depend on what it replaces, so it comes second
-        write(kind, place, late())
+    if kind == "lance" and before is not None:  # an overwrite does not depend on what it replaces: it comes second
+        made = write(kind, place, late())
         expected = ["late", "later"]
+        ours = versions(kind, str(place))[-1]
+        assert made == Commit(num_rows=2, version=f"version {ours}", replaced=f"version {ours - 1}", num_replaced=1)
     else:
-        with pytest.raises(StorageError, match=rf"{place}.*(deleted data this operation read|somebody else)"):
+        with pytest.raises(
+            StorageError, match=rf"^{place}: somebody else wrote .* so nothing was changed; run it again"
+        ):
             write(kind, place, late())
         expected = ["early"]
     assert [row["video_id"] for row in rows_in(read(kind, str(place)))] == expected
@@ -315,6 +339,40 @@ def test_an_iceberg_commit_counts_from_its_metadata_on_not_from_the_hint(tmp_pat
     assert hint.read_text() == "3"
     assert [row["video_id"] for row in rows_in(read("iceberg", str(place)))] == ["c"]
     assert len(versions("iceberg", str(place))) == 3
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_table_that_was_moved_is_written_where_it_is_or_not_at_all(kind: Any, tmp_path: Path) -> None:
+    old, new = tmp_path / "old", tmp_path / "new"
+    write(kind, old, [rows_of("a")])
+    shutil.copytree(old, new)
+    before = {path: path.read_bytes() for path in old.rglob("*") if path.is_file()}
+    if kind == "iceberg":
+        copied = sorted(new.rglob("*"))
+        with pytest.raises(ConfigError, match=rf"^to {new} is an Iceberg table that was written at {old} and copied"):
+            write(kind, new, [rows_of("b")])
+        assert sorted(new.rglob("*")) == copied
+    else:
+        write(kind, new, [rows_of("b")])
+        assert [row["video_id"] for row in rows_in(read(kind, str(new)))] == ["b"]
+    assert {path: path.read_bytes() for path in old.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize("key", ["write.metadata.path", "write.data.path", "write.location-provider.py-impl"])
+def test_an_iceberg_table_does_not_choose_where_its_rows_go(key: str, tmp_path: Path) -> None:
+    place, other = tmp_path / "table", tmp_path / "other"
+    write("iceberg", place, [rows_of("a")])
+    latest = place / "metadata" / "v1.metadata.json"
+    known = json.loads(latest.read_text())
+    latest.write_text(json.dumps(known | {"properties": {key: str(other)}}))
+    with pytest.raises(ConfigError, match=rf"table that keeps its files elsewhere \({key}: {other}\): choose an empty"):
+        write("iceberg", place, [rows_of("b")])
+    snapshot = known["snapshots"][0]
+    for wrong in (f"{other}/list.avro", f"{place}/../other/list.avro"):
+        latest.write_text(json.dumps(known | {"snapshots": [snapshot | {"manifest-list": wrong}]}))
+        with pytest.raises(ConfigError, match=rf"whose metadata name {wrong}, which is not below it"):
+            write("iceberg", place, [rows_of("b")])
+    assert not other.exists()
 
 
 # Files

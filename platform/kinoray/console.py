@@ -264,7 +264,7 @@ class Progress:
     def _print(self, *, final: bool = False) -> None:
         now = self._last_print = time.monotonic()
         done = self._count()
-        count = f"{self._already + done}/{self._total} {self._noun}"
+        count = f"{self._already + done:,}/{self._total:,} {self._noun}"
         parts = [f"{self._task}: {count}"]
         if final:
             took_s = max(now - self._start, 1e-9)
@@ -274,7 +274,7 @@ class Progress:
             parts += [f"{rate:.1f}/s", f"{format_duration(left_s)} left"]
         elif self._terminal:
             parts += [f"{format_duration(now - self._start)} so far"]
-        parts.extend(f"{name} {number}" for name, number in sorted(self._counts.items()) if number)
+        parts += [f"{name} {n:,}{' this run' * bool(self._already)}" for name, n in sorted(self._counts.items()) if n]
         parts.extend([self._note] if self._note else [])
         if self._terminal and not final:
             full = round(_BAR * (self._already + done) / max(1, self._total))

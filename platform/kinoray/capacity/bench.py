@@ -31,7 +31,7 @@ from kinoray.capacity.job import (
 )
 from kinoray.catalog.table import Catalog, catalog_of_source, save_catalog
 from kinoray.cluster.connect import connect, require_fit
-from kinoray.config.scoring import LabelWorkConfig, shared_settings
+from kinoray.config.scoring import LabelWorkConfig, rows_a_unit, shared_settings
 from kinoray.console import many, table
 from kinoray.errors import ConfigError, TooManyBad
 from kinoray.label.config import LabelConfig
@@ -216,6 +216,7 @@ def _rates(
 
 _CLOSE = 0.9
 _OTHERS = 0.1
+_UNIT_OF_MANY = rows_a_unit(1_000_000, 1, 1)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -334,6 +335,12 @@ def advice(rates: Rates, bounds: Bounds, config: BenchConfig, *, has_bf16: bool)
             f"the model binds, and {many(rates.num_workers, 'worker')} of {many(rates.torch_threads, 'thread')} cannot "
             f"use all {rates.cores} cores: set --workers "
             f"{max(rates.num_workers + 1, rates.cores // rates.torch_threads)}"
+        )
+    if bounds.job_over_shared < _CLOSE and not config.unit_size and rates.unit_size < _UNIT_OF_MANY:
+        return (
+            f"the job reaches {bounds.job_over_shared:.0%} of what these cores allow in units of "
+            f"{many(rates.unit_size, 'video')}, which are larger in a larger library: measure more of them (--videos), "
+            "and see that nothing else runs here"
         )
     if bounds.job_over_shared < _CLOSE:
         return (

@@ -16,15 +16,34 @@ their own (a GPU) run beside each other for nothing.
 """
 
 import math
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
+from kinoray.config.scoring import rows_a_unit
 from kinoray.errors import ConfigError
 
-__all__ = ["Conditions", "Estimate", "Rates", "Site", "Work", "estimate", "fewest_nodes", "job_s", "unit_s", "work_of"]
+__all__ = [
+    "Conditions",
+    "Estimate",
+    "Rates",
+    "Site",
+    "Work",
+    "calibration",
+    "driver_seconds",
+    "estimate",
+    "fewest_nodes",
+    "job_s",
+    "unit_s",
+    "work_of",
+]
 
 _AGAIN = "measure again with: kinoray bench CATALOG --checkpoint CHECKPOINT --out rates.json"
 _MAX_NODES = 100_000
+_FEW = (
+    10_000  # a bench of fewer videos measures how the driver starts; these two are of a million (benchmarks/scale.py)
+)
+_ROW_S = 5.6e-6  # a video: 3.6 us to plan it, 2 us to read its row back at the end
+_PART_S = 6e-3  # a unit, to open and check its part
 _SHARPNESS = 6  # of the maximum; what fits the simulation best (tests/test_capacity.py)
 
 
@@ -203,6 +222,13 @@ def work_of(rates: Rates, *, decoders: int | None = None, threads: int | None = 
     )
 
 
+def driver_seconds(rates: Rates) -> tuple[float, float]:
+    """Seconds of the driver a video and a unit."""
+    if rates.num_videos >= _FEW:
+        return rates.plan_s, rates.check_s
+    return min(rates.plan_s, _ROW_S), min(rates.check_s, _PART_S)
+
+
 def _limits(work: Work, site: Site, workers: int, videos: float) -> dict[str, float]:
     """Seconds that a unit of `videos` takes at least, by what stands in the way."""
     batch = min(work.batch, videos)
@@ -221,6 +247,12 @@ def unit_s(work: Work, site: Site, workers: int | None = None, videos: float | N
     limits = _limits(work, site, site.workers if workers is None else workers, videos or work.unit).values()
     largest = max(limits)
     return largest * math.pow(sum(math.pow(limit / largest, _SHARPNESS) for limit in limits), 1 / _SHARPNESS)
+
+
+def calibration(rates: Rates) -> float:
+    """The measured job's videos a second / what the closed form gives for the same workers on the same machine."""
+    site = Site(cores=rates.cores, workers=rates.num_workers)
+    return rates.job_videos_per_s * unit_s(work_of(rates), site) / (site.workers * rates.unit_size)
 
 
 def job_s(work: Work, site: Site, num_videos: int, num_nodes: int) -> float:
@@ -242,6 +274,8 @@ class Estimate:
     """A labelling on `nodes` nodes of one kind."""
 
     nodes: int
+    unit: int
+    """Videos a unit of work."""
     wall_s: float
     """From asking for the nodes to the end."""
     start_s: float
@@ -271,6 +305,7 @@ def estimate(work: Work, site: Site, conditions: Conditions, num_videos: int, nu
     steady = num_nodes * site.workers * work.unit / (unit_s(work, site) * slower)
     return Estimate(
         nodes=num_nodes,
+        unit=work.unit,
         wall_s=start_s + work_s + check_s,
         start_s=start_s,
         work_s=work_s,
@@ -281,16 +316,34 @@ def estimate(work: Work, site: Site, conditions: Conditions, num_videos: int, nu
 
 
 def fewest_nodes(
-    work: Work, site: Site, conditions: Conditions, num_videos: int, deadline_s: float, *, most: int = _MAX_NODES
+    work: Work,
+    site: Site,
+    conditions: Conditions,
+    num_videos: int,
+    deadline_s: float,
+    *,
+    least_unit: int | None = None,
+    most: int = _MAX_NODES,
 ) -> Estimate | None:
-    """The estimate for the fewest nodes that meet the deadline; None if no number up to `most` does."""
-    if estimate(work, site, conditions, num_videos, most).wall_s > deadline_s:
-        return None
-    low, high = 0, most  # high meets it, low does not
-    while high - low > 1:
+    """The estimate for the fewest nodes that meet the deadline; None if no number up to `most` does.
+
+    Args:
+        least_unit: units are what `label` makes for so many workers, and no smaller than this. Default: as in `work`.
+    """
+
+    def by(nodes: int) -> Estimate:
+        unit = work.unit if least_unit is None else rows_a_unit(num_videos, nodes * site.workers, least_unit)
+        return estimate(replace(work, unit=unit), site, conditions, num_videos, nodes)
+
+    low, high = 0, 1
+    while by(high).wall_s > deadline_s:  # from below: very many nodes may be slower again, by units that are checked
+        if high == most:
+            return None
+        low, high = high, min(2 * high, most)
+    while high - low > 1:  # high meets it, low does not
         middle = (low + high) // 2
-        if estimate(work, site, conditions, num_videos, middle).wall_s <= deadline_s:
+        if by(middle).wall_s <= deadline_s:
             high = middle
         else:
             low = middle
-    return estimate(work, site, conditions, num_videos, high)
+    return by(high)

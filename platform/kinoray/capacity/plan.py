@@ -14,18 +14,27 @@ from typing import Any
 import pyarrow.compute as pc
 
 from kinoray.capacity.config import PlanConfig
-from kinoray.capacity.estimate import Conditions, Estimate, Rates, Site, Work, fewest_nodes, unit_s, work_of
+from kinoray.capacity.estimate import (
+    Conditions,
+    Estimate,
+    Rates,
+    Site,
+    Work,
+    calibration,
+    driver_seconds,
+    fewest_nodes,
+    work_of,
+)
 from kinoray.catalog.table import Catalog, catalog_of_source
 from kinoray.console import format_duration, many, table
 from kinoray.errors import ConfigError, JobError
-from kinoray.storage.objects import Storage, absolute
+from kinoray.storage.objects import Storage, absolute, format_bytes
 from kinoray.storage.records import parse_json, require_file
 
 __all__ = [
     "TFLOPS",
     "Library",
     "NodeType",
-    "calibration",
     "gpu_seconds",
     "layout",
     "load_rates",
@@ -165,7 +174,6 @@ _RETRY_FRACTION = 0.01  # of the work is done twice: retries, and units that two
 _Row = tuple[NodeType, Work, Site, Estimate | None]
 
 _BYTES_PER_GBIT = 1e9 / 8
-_BOUNDS = {"decoders": "decoders", "network": "network"}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -193,12 +201,6 @@ def load_rates(storage: Storage, uri: str) -> Rates:
     except ValueError as error:
         raise ConfigError(f"rates: {uri} is not JSON: {error}; take what kinoray bench --out wrote") from error
     return Rates.from_record(record, uri)
-
-
-def calibration(rates: Rates) -> float:
-    """The measured job's videos a second / what the closed form gives for the same workers on the same machine."""
-    site = Site(cores=rates.cores, workers=rates.num_workers)
-    return rates.job_videos_per_s * unit_s(work_of(rates), site) / (site.workers * rates.unit_size)
 
 
 def layout(rates: Rates, node: NodeType, config: PlanConfig, library: Library) -> tuple[Work, Site, list[str]]:
@@ -249,12 +251,13 @@ def plan(config: PlanConfig) -> dict[str, Any]:
     rates = load_rates(storage, config.rates)
     library = _library(storage, config, rates)
     measured = calibration(rates)
+    plan_s, check_s = driver_seconds(rates)
     conditions = Conditions(
         node_start_s=_NODE_START_S,
         driver_s=rates.driver_s,
         actor_start_s=rates.actor_start_s,
-        plan_s=rates.plan_s,
-        check_s=rates.check_s,
+        plan_s=plan_s,
+        check_s=check_s,
         losses_per_node_hour=config.losses_per_node_hour,
         retry_fraction=_RETRY_FRACTION,
         head_room=_HEAD_ROOM,
@@ -264,7 +267,8 @@ def plan(config: PlanConfig) -> dict[str, Any]:
     for node in nodes:
         work, site, more = layout(rates, node, config, library)
         notes += [note for note in more if note not in notes]
-        found = fewest_nodes(work, site, conditions, library.num_videos, deadline_s)
+        least = rates.batch_size if node.gpus else 1
+        found = fewest_nodes(work, site, conditions, library.num_videos, deadline_s, least_unit=least)
         rows.append((node, work, site, found))
     _print(config, rates, library, rows, notes)
     record = {
@@ -302,10 +306,7 @@ def _library(storage: Storage, config: PlanConfig, rates: Rates) -> Library:
     else:
         notes.append("videos are taken to be like the measured ones: in size, length and codec")
     return Library(
-        num_videos=num_videos,
-        bytes_per_video=rates.bytes_per_video * factor,
-        decode_factor=factor,
-        notes=tuple(notes),
+        num_videos=num_videos, bytes_per_video=rates.bytes_per_video * factor, decode_factor=factor, notes=tuple(notes)
     )
 
 
@@ -325,8 +326,8 @@ def _library_of(catalog: Catalog, rates: Rates) -> Library:
         notes.append(f"decoding is the measured one x {factor:.2f}: videos of {mean_s:.1f} s, not {rates.duration_s} s")
     elif abs(mean_bytes / rates.bytes_per_video - 1) > 0.2:
         notes.append(
-            f"videos have {mean_bytes / 1e6:.2f} MB, those measured {rates.bytes_per_video / 1e6:.2f} MB; decoding is "
-            "not scaled by that"
+            f"videos have {format_bytes(mean_bytes)}, those measured {format_bytes(rates.bytes_per_video)}; decoding "
+            "is not scaled by that"
         )
     return Library(num_videos=len(catalog), bytes_per_video=float(mean_bytes), decode_factor=factor, notes=tuple(notes))
 
@@ -342,6 +343,13 @@ def _notes(config: PlanConfig, rates: Rates, measured: float) -> list[str]:
         notes.append(f"each node is lost {config.losses_per_node_hour:g} times an hour, and starts anew")
     else:
         notes.append("no node is lost (losses_per_node_hour; give it for spot nodes)")
+    notes.append("units of work have the size that label gives them, for so many videos and workers")
+    plan_s, check_s = driver_seconds(rates)
+    if (plan_s, check_s) != (rates.plan_s, rates.check_s):
+        notes.append(
+            f"the driver takes {plan_s * 1e6:.1f} us a video and {check_s * 1e3:.1f} ms a unit, no more than it took "
+            f"of a million (docs/capacity.md); with {many(rates.num_videos, 'video')} it was mostly starting"
+        )
     if rates.num_videos < 100:
         notes.append(f"only {many(rates.num_videos, 'video')} measured; 256 or more make these figures steadier")
     return notes
@@ -371,7 +379,7 @@ def _bound(node: NodeType, found: Estimate) -> str:
     if found.bound == "cores":
         rest = "feeding the GPU" if node.gpus else "the model"
         return "CPU: decoding" if found.decode_share >= 0.5 else f"CPU: {rest}"
-    return _BOUNDS[found.bound]
+    return found.bound
 
 
 def _usd(node: NodeType, found: Estimate) -> float | None:
@@ -383,13 +391,13 @@ def _flags(node: NodeType, work: Work, site: Site, found: Estimate) -> str:
     gpus = f" --resources.gpus-per-worker {1 if node.gpus else 0}"
     return (
         f"--workers {found.nodes * site.workers} --resources.cpus-per-worker {node.cpus / site.workers:g}"
-        f"{gpus if node.gpus else ''} --resources.decoders-per-worker {work.decoders} --unit-size {work.unit}"
+        f"{gpus if node.gpus else ''} --resources.decoders-per-worker {work.decoders}"
     )
 
 
 def _print(config: PlanConfig, rates: Rates, library: Library, rows: Sequence[_Row], notes: Sequence[str]) -> None:
-    size_tb = library.num_videos * library.bytes_per_video / 1e12
-    print(f"plan: {many(library.num_videos, 'video')}, {size_tb:.2f} TB, within {config.deadline}")
+    size = format_bytes(library.num_videos * library.bytes_per_video)
+    print(f"plan: {many(library.num_videos, 'video')}, {size}, within {config.deadline}")
     head = ("node", "nodes", "workers", "videos/s", "hours", "cost", "bound by")
     print("\n".join(table(map(_cells, rows), head=head, right=range(1, 6))))
     if any(found for *_, found in rows):

@@ -37,6 +37,7 @@ __all__ = [
     "ViewsConfig",
     "WindowsConfig",
     "protocol_named",
+    "rows_a_unit",
     "shared_settings",
 ]
 
@@ -140,6 +141,15 @@ _UNITS_A_WORKER = 4
 _MOST_UNITS = 2**16  # of a library: each is an object in the store, and takes memory of the driver
 
 
+def rows_a_unit(num_rows: int, num_workers: int, least: int) -> int:
+    """Videos a unit that a labelling of so many by so many workers has, unless it is told another number."""
+    share = -(-num_rows // (_UNITS_A_WORKER * num_workers))
+    size = min(_UNIT_ROWS, max(share, least, 1))
+    while num_rows > size * _MOST_UNITS:
+        size *= 2
+    return size
+
+
 def protocol_named(name: str) -> Protocol:
     """A name of PROTOCOLS, or KxC: K temporal clips, each in C crops.
 
@@ -204,12 +214,8 @@ class ScoringConfig(JobConfig):
         """Videos a unit of a library of so many. On GPUs a unit fills a batch."""
         if self.unit_size:
             return self.unit_size
-        share = -(-num_rows // (_UNITS_A_WORKER * self.resources.num_workers))
-        least = max(1, self.batch_size) if self.resources.gpus_per_worker else 1
-        size = min(_UNIT_ROWS, max(share, least))
-        while num_rows > size * _MOST_UNITS:
-            size *= 2
-        return size
+        least = self.batch_size if self.resources.gpus_per_worker else 1
+        return rows_a_unit(num_rows, self.resources.num_workers, least)
 
     @property
     def has_one_view(self) -> bool:

@@ -19,7 +19,6 @@ __all__ = [
     "Warn",
     "checked",
     "clock_check",
-    "format_bytes",
     "over_nodes",
     "spread",
 ]
@@ -153,16 +152,6 @@ def over_nodes(nodes: Mapping[str, Sequence[Check]]) -> list[Check]:
         text = f"{len(worst)} of {many(len(found), 'node')} ({shown}{more})"
         merged.append(Check(name, status, text, worst[0][1].remedy))
     return merged
-
-
-def format_bytes(size_bytes: float) -> str:
-    """`123 B`, `4.6 MB`, `7.8 TB`: decimal, as stores bill it."""
-    size = float(size_bytes)
-    for unit in ("B", "kB", "MB", "GB"):
-        if abs(size) < 1000:
-            return f"{size:.0f} B" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1000
-    return f"{size:,.1f} TB"
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:

@@ -16,9 +16,10 @@ from packaging.specifiers import SpecifierSet
 from kinoray.config.shared import ClipConfig, DecodeConfig, SampleConfig, ViewConfig
 from kinoray.console import many
 from kinoray.demo.videos import make_video
-from kinoray.doctor.config import Check, Section, Status, checked, format_bytes
+from kinoray.doctor.config import Check, Section, Status, checked
 from kinoray.doctor.host import PACKAGES, host_facts
 from kinoray.errors import ConfigError, DecoderStartFailed, MediaError
+from kinoray.storage.objects import format_bytes
 from kinoray.video.request import Sampled
 from kinoray.video.sandbox.jail import SETUID_CAPABILITIES
 from kinoray.video.sandbox.pool import Sandbox

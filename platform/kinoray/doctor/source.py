@@ -25,9 +25,9 @@ from kinoray.catalog.table import (
 )
 from kinoray.config.shared import DecodeConfig
 from kinoray.console import many, table
-from kinoray.doctor.config import Section, Warn, format_bytes
+from kinoray.doctor.config import Section, Warn
 from kinoray.errors import CatalogError
-from kinoray.storage.objects import Storage
+from kinoray.storage.objects import Storage, format_bytes
 
 __all__ = ["Inventory", "choose_sample", "open_source", "source_section"]
 

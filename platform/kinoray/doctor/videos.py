@@ -10,10 +10,11 @@ from typing import Any
 from kinoray.catalog.quarantine import QuarantineRow, count_reasons
 from kinoray.config.shared import ClipConfig
 from kinoray.console import format_duration, many, table
-from kinoray.doctor.config import Section, Warn, format_bytes, spread
+from kinoray.doctor.config import Section, Warn, spread
 from kinoray.doctor.decode import SIZE_CLASSES, size_class
 from kinoray.doctor.probe import Probed
 from kinoray.evaluation.metrics import wilson_interval
+from kinoray.storage.objects import format_bytes
 from kinoray.video.info import VideoInfo
 from kinoray.video.transcode import TRANSCODE
 

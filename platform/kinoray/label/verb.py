@@ -131,7 +131,7 @@ def run_labelling(
     already = plan.num_rows - sum(len(unit.keys) for unit in missing)
     if already:
         of = f"of {many(plan.num_rows, 'video')} {'is' if plan.num_rows == 1 else 'are'}"
-        print(f"{task}: {already} {of} labelled already, {plan.num_rows - already} to do")
+        print(f"{task}: {already:,} {of} labelled already, {plan.num_rows - already:,} to do")
     if missing:
         progress = Progress(plan.num_rows, task, "videos", already=already)
         with kept_if_interrupted(lambda: _kept(ledger, plan) if is_kept else "nothing is kept"):
@@ -164,15 +164,15 @@ def _rotated(units: list[Unit], run_id: str) -> list[Unit]:
 def _kept(ledger: Ledger, plan: Plan) -> str:
     done = ledger.committed()
     rows = sum(len(unit.keys) for unit in plan.units if unit.unit_id in done)
-    return f"{rows} of {many(plan.num_rows, 'video')} have their row, which stays; the same command labels the rest"
+    return f"{rows:,} of {many(plan.num_rows, 'video')} have their row, which stays; the same command labels the rest"
 
 
 def _say_plan(labelling: Labelling) -> dict[str, Any]:
     """What is done and what a labelling would do."""
     found = preview(labelling)
     size = "" if found.size_bytes is None else f", {found.size_bytes:,} bytes to read"
-    print(f"label: {many(found.videos, 'video')} = {found.done} done + {found.new} new + {found.changed} changed")
-    print(f"label: {found.new + found.changed} to label in {many(found.units, 'unit')}{size}")
+    print(f"label: {many(found.videos, 'video')} = {found.done:,} done + {found.new:,} new + {found.changed:,} changed")
+    print(f"label: {found.new + found.changed:,} to label in {many(found.units, 'unit')}{size}")
     if found.empty:
         which = f"{found.empty:,} of them {'is' if found.empty == 1 else 'are'}"
         print(f"label: {which} not there, or without a byte, and would be quarantined: {visible(found.first_empty)}")
@@ -263,19 +263,20 @@ def refuse_too_many_bad(totals: Totals, max_bad_fraction: float, root: str) -> N
     if totals.quarantined > max_bad_fraction * totals.inputs:
         share = totals.quarantined / totals.inputs
         raise TooManyBad(
-            f"{totals.quarantined} of {totals.inputs} videos ({share:.1%}) were quarantined, max_bad_fraction allows "
-            f"{max_bad_fraction:.1%}: {_reasons(totals)}; the table in {root} is complete all the same and names them"
+            f"{totals.quarantined:,} of {totals.inputs:,} videos ({share:.1%}) were quarantined, max_bad_fraction "
+            f"allows {max_bad_fraction:.1%}: {_reasons(totals)}; the table in {root} is complete all the same and "
+            "names them"
         )
 
 
 def _reasons(totals: Totals) -> str:
-    return ", ".join(f"{reason} {count}" for reason, count in totals.reasons.items())
+    return ", ".join(f"{reason} {count:,}" for reason, count in totals.reasons.items())
 
 
 def _print_totals(totals: Totals, task: str) -> None:
     print(
-        f"{task}: {many(totals.inputs, 'input')} = {totals.labelled} labelled + {totals.quarantined} quarantined + "
-        f"{totals.skipped} skipped"
+        f"{task}: {many(totals.inputs, 'input')} = {totals.labelled:,} labelled + {totals.quarantined:,} quarantined + "
+        f"{totals.skipped:,} skipped"
     )
     if totals.damaged:
         print(f"{task}: {many(totals.damaged, 'labelled video')} with frames that would not decode (frames_corrupt)")
@@ -284,4 +285,4 @@ def _print_totals(totals: Totals, task: str) -> None:
         for video_id, reason in totals.examples:
             print(f"{task}:   {visible(video_id)}: {visible(reason)}")
         if totals.quarantined > len(totals.examples):
-            print(f"{task}:   and {totals.quarantined - len(totals.examples)} more, in the table's rows quarantined")
+            print(f"{task}:   and {totals.quarantined - len(totals.examples):,} more, in the table's rows quarantined")

@@ -1,6 +1,7 @@
 """Config trees of the verbs that work on predictions: `labels`, `report`, `export` and `correct`."""
 
 from dataclasses import dataclass, field
+from pathlib import PurePosixPath
 from typing import Annotated, Literal
 
 import tyro
@@ -63,7 +64,8 @@ class LabelsConfig(PredictionsConfig):
     format: Literal["table", "csv", "jsonl", "parquet", "lance", "iceberg", "delta"] = "table"
     """What is printed or written. lance, iceberg and delta each need an extra: pip install 'kinoray[delta]'."""
     to: str = ""
-    """File or s3:// object to write; for lance, iceberg and delta a folder or s3:// prefix. Default: print it."""
+    """File or s3:// object to write, in the --format given; for lance, iceberg and delta a folder or s3:// prefix.
+    Default: print it."""
     summary: bool = False
     """Say instead how many videos have each class, with which mean score, and where the labelling's time went: the
     start, what workers waited for, the slowest units. It may be asked while the job runs; --to then writes the units'
@@ -79,6 +81,12 @@ class LabelsConfig(PredictionsConfig):
         require(self.limit is None or self.limit >= 0, "limit", "at least 0", self.limit)
         require(not self.descending or bool(self.sort), "descending", "given with --sort only", self.descending)
         require(self.format != "parquet" or bool(self.to), "to", "a file with --format parquet", self.to)
+        ending = PurePosixPath(self.to).suffix.removeprefix(".")
+        known = ending if ending in ("csv", "jsonl") else "parquet"
+        is_written = self.format != "table" or self.summary or not self.to
+        require(
+            is_written, "format", f"given with --to, such as --format {known}: a table is only printed", self.format
+        )
         is_printed = self.format in ("table", "csv", "jsonl", "parquet")
         require(is_printed or bool(self.to), "to", f"a folder or s3:// prefix with --format {self.format}", self.to)
 

@@ -26,6 +26,7 @@ from kinoray.library.rows import (
     WINDOW_LABEL_SCHEMA,
     Where,
     class_names,
+    count_missing,
     count_rows,
     is_multi_label,
     print_table,
@@ -133,7 +134,9 @@ def labels(config: LabelsConfig) -> dict[str, Any]:
             joined.check()
         print_table(table)
         more = "; --limit N shows more" if num_rows < seen.matched else ""
-        print(f"labels: {num_rows:,} of {many(seen.matched, 'row')}{more}")
+        missing, inputs = count_missing(ledger)
+        wait = f"; {missing:,} of {many(inputs, 'input')} have no row yet" if missing else ""
+        print(f"labels: {num_rows:,} of {many(seen.matched, 'row')}{more}{wait}")
     else:
         num_rows = _write(storage, config, _checked(tables, joined), schema, ledger.root)
     if joined and joined.num_unmet:
@@ -304,9 +307,13 @@ def _write(storage: Storage, config: LabelsConfig, tables: Iterator[pa.Table], s
         return write_text(tables, schema.names, kind, exact_stdout())
     target = absolute(config.to)
     if config.format in ("lance", "iceberg", "delta"):
-        num_rows, version = write_table(storage, target, config.format, tables, schema, origin)
-        print(f"labels: {many(num_rows, 'row')} in {target}, {version}", flush=True)
-        return num_rows
+        made = write_table(storage, target, config.format, tables, schema, origin)
+        before = f"; until now it had {many(made.num_replaced, 'row')}, which {made.replaced} still has"
+        print(
+            f"labels: {many(made.num_rows, 'row')} in {target}, {made.version}{before if made.replaced else ''}",
+            flush=True,
+        )
+        return made.num_rows
     with scratch_folder("labels") as folder:
         path = Path(folder) / "rows"
         if config.format == "parquet":

@@ -34,6 +34,7 @@ __all__ = [
     "Where",
     "blocks",
     "class_names",
+    "count_missing",
     "count_rows",
     "defused",
     "first_item",
@@ -211,6 +212,13 @@ def count_rows(ledger: Ledger) -> int | None:
     if _older_units(plans, done):
         return None  # a newer row may hide an older one of its place
     return sum(len(unit.keys) for plan in plans[-1:] for unit in plan.units if unit.unit_id in done)
+
+
+def count_missing(ledger: Ledger) -> tuple[int, int]:
+    """How many inputs of the newest catalog have no row yet, and how many inputs there are."""
+    done = ledger.committed()
+    plan = ledger.plans()[-1]
+    return sum(len(unit.keys) for unit in plan.units if unit.unit_id not in done), plan.num_rows
 
 
 def scan_windows(ledger: Ledger, columns: Sequence[str], where: Where | None = None) -> Iterator[pa.Table]:

@@ -31,6 +31,7 @@ __all__ = [
     "Storage",
     "absolute",
     "arrow_filesystem",
+    "format_bytes",
     "is_s3",
     "join",
 ]
@@ -246,3 +247,13 @@ def arrow_filesystem(config: StorageConfig, uri: str) -> tuple[pafs.FileSystem, 
         options |= {"endpoint_override": parts.netloc, "scheme": parts.scheme or "https"}
         os.environ.setdefault("AWS_REQUEST_CHECKSUM_CALCULATION", "when_required")
     return pafs.S3FileSystem(**options), uri[len(_SCHEME) :].rstrip("/")
+
+
+def format_bytes(size_bytes: float) -> str:
+    """`123 B`, `4.6 MB`, `7.8 TB`: decimal, as stores bill it."""
+    size = float(size_bytes)
+    for unit in ("B", "kB", "MB", "GB"):
+        if abs(size) < 1000:
+            return f"{size:.0f} B" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1000
+    return f"{size:,.1f} TB"
