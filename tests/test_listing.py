@@ -254,6 +254,32 @@ def test_pieces_of_yesterday_and_pieces_that_lie_are_not_taken(
     assert not list((tmp_path / "keep").glob("*/*"))
 
 
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize("other", ["endpoint", "region"])
+def test_pieces_of_another_server_are_not_taken(
+    other: str,
+    library: str,
+    s3_config: StorageConfig,
+    faulty: FaultyS3,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    keep = str(tmp_path / "keep")
+    monkeypatch.setattr("kinoray.catalog.runs.Kept.clear", lambda self: None)
+    spool_listing(Storage(s3_config), library, tmp_path / "first", keep=keep)
+    changes = {"endpoint_url": faulty.url} if other == "endpoint" else {"region": "eu-west-3"}
+    elsewhere = Storage(replace(s3_config, **changes))
+    _, said, _ = spooled(elsewhere, library, tmp_path / "second", keep=keep)
+    assert not said
+    pieces = {path.parent.name for path in (tmp_path / "keep").glob("*/*.parquet")}
+    assert len(pieces) == 2
+    for path in list((tmp_path / "keep").glob("*/*.parquet")):  # moved by whoever wants the rows of the other one
+        for folder in pieces - {path.parent.name}:
+            path.rename(path.parent.parent / folder / path.name)
+    _, said, _ = spooled(elsewhere, library, tmp_path / "third", keep=keep)
+    assert not said
+
+
 MEASURE = """
 import resource, sys
 from pathlib import Path

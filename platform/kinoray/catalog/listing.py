@@ -125,6 +125,7 @@ def _collect_objects(
     gaps = WHOLE if kept is None else kept.load(spool.adopt)
     if kept and kept.num_loaded:
         say(f"{source}: goes on with a listing that was interrupted: {kept.num_loaded:,} objects are known from it")
+    server = storage.server(spool.prefix)
     start = len(spool.prefix.split("/", 3)[3])
     pieces: dict[str, Piece] = {}
     for stretch in storage.stretches(spool.prefix, gaps):
@@ -133,7 +134,7 @@ def _collect_objects(
         if stretch.until is None or stretch.is_last or piece.is_full:
             if piece.num_rows:
                 path = spool.new_path()
-                piece.write(path, spool.prefix, stretch.until)
+                piece.write(path, server, spool.prefix, stretch.until)
                 spool.adopt(path)
                 if kept and (piece.after or stretch.until is not None):  # a listing of one piece is short
                     kept.put(path)

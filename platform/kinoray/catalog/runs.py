@@ -180,10 +180,10 @@ class Piece:
         self._tables.append(pa.table([[name.encode() for name in names], sizes], schema=_SCHEMA))
         self.num_rows += len(names)
 
-    def write(self, path: Path, prefix: str, until: str | None) -> None:
+    def write(self, path: Path, server: str, prefix: str, until: str | None) -> None:
         """As a Parquet file that says which piece of which listing it is."""
-        about = json.dumps({"prefix": prefix, "after": self.after, "until": until}).encode()
-        table = pa.concat_tables(self._tables).replace_schema_metadata({_KEY: about})
+        about = json.dumps({"server": server, "prefix": prefix, "after": self.after, "until": until}).encode()
+        table = pa.concat_tables(self._tables).sort_by("name").replace_schema_metadata({_KEY: about})
         pq.write_table(table, path, compression="zstd", row_group_size=4096, use_dictionary=False)
 
 
@@ -196,7 +196,8 @@ class Kept:
         """Objects in the pieces that were loaded."""
         self._storage, self._keep, self._prefix, self._folder = storage, keep, prefix, folder
         self._start = prefix.removeprefix("s3://").partition("/")[2]
-        self._place = join(keep, hashlib.sha256(prefix.encode()).hexdigest()[:16])
+        self._server = storage.server(prefix)
+        self._place = join(keep, hashlib.sha256(f"{self._server} {prefix}".encode()).hexdigest()[:16])
         self._is_used = False
         self._pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="keep")
         self._puts: list[Future[None]] = []
@@ -257,7 +258,8 @@ class Kept:
             table = parse_table(data)
             about = parse_json((table.schema.metadata or {})[_KEY])
             after, until = about["after"], about["until"]
-            if about["prefix"] != self._prefix or not _holds(table, self._start, after, until):
+            is_mine = about["server"] == self._server and about["prefix"] == self._prefix
+            if not is_mine or not _holds(table, self._start, after, until):
                 return None
         except (
             ObjectNotFound,
