@@ -123,6 +123,17 @@ def test_ids_that_collide_in_a_chain_come_out_as_in_memory(tmp_path: Path) -> No
     assert found["video_id"].to_pylist() == unique_ids(sorted(names))
 
 
+def test_a_listing_that_takes_long_says_how_far_it_is(
+    tmp_path: Path, library: str, s3_config: StorageConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kinoray.catalog.listing._SAY_EVERY_S", 0.0)
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.mp4").write_bytes(b"x")
+    for number, (source, count) in enumerate(((str(tmp_path / "in"), 1), (library, 500))):
+        _, said, _ = spooled(Storage(s3_config), source, tmp_path / f"out-{number}")
+        assert [line.partition(" in ")[0] for line in said] == [f"{source}: {count} files listed"]
+
+
 def test_one_video_and_what_is_none(tmp_path: Path, bucket: str, s3_config: StorageConfig) -> None:
     storage = Storage(s3_config)
     for base in (str(tmp_path / "in"), bucket):

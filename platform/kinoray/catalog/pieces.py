@@ -311,7 +311,11 @@ def _looked_at(storage: Storage, uri: str) -> tuple[TableFile, tuple[str, ...], 
         raise CatalogError(f"{uri} is not a catalog: {error}") from error
     missing = {"video_id", "uri"} - set(file.schema.names)
     if missing:
-        raise CatalogError(f"{uri} lacks the column {' and '.join(sorted(missing))}; found {file.schema.names}")
+        remedy = (
+            "; a file of an S3 Inventory? name its manifest.json" if {"bucket", "key"} <= set(file.schema.names) else ""
+        )
+        lacking = " and ".join(sorted(missing))
+        raise CatalogError(f"{uri} lacks the column {lacking}; found {file.schema.names}{remedy}")
     stretches: list[tuple[int, int, int]] = []
     for group, num_rows in enumerate(file.group_rows):
         if stretches and max(num_rows, stretches[-1][2] // stretches[-1][1]) < _SMALL_GROUP_ROWS:

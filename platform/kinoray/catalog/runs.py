@@ -66,6 +66,8 @@ class Runs:
         self.folder = folder
         self.num_repeated = 0
         """Rows that `merged` left out last time, since their name had come before."""
+        self.odd: tuple[bytes, int | None, int | None] | None = None
+        """A name that came with two sizes."""
         self._levels: list[list[_Run]] = [[]]  # those of a level were merged as often
         self._adopted: list[_Run] = []
         self._rows: list[Row] = []
@@ -119,7 +121,8 @@ class Runs:
         """Rows in order; a run is opened when its turn comes, so of runs that lie one behind the other one is open."""
         waiting = sorted(runs, key=lambda run: run.first, reverse=True)
         opened: list[tuple[bytes, int, int | None, Iterator[Row]]] = []
-        before = None
+        before: bytes | None = None
+        before_bytes: int | None = None
         while waiting or opened:
             while waiting and (not opened or waiting[-1].first <= opened[0][0]):
                 rows = rows_of(waiting.pop().path)
@@ -130,7 +133,9 @@ class Runs:
                 yield name, size_bytes
             else:
                 self.num_repeated += 1
-            before = name
+                if size_bytes != before_bytes:
+                    self.odd = name, before_bytes, size_bytes
+            before, before_bytes = name, size_bytes
             following = next(rows, None)
             if following is None:
                 heapq.heappop(opened)

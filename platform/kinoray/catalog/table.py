@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from kinoray.catalog.folders import is_video, no_video_among, said_of_others, unique_ids
-from kinoray.catalog.inventory import is_manifest, newest_manifest
+from kinoray.catalog.inventory import is_manifest, newest_manifest, said_of_manifests
 from kinoray.catalog.listing import NOT_OTHERS, spool_listing
 from kinoray.catalog.pieces import (
     CATALOG_SCHEMA,
@@ -315,6 +315,7 @@ def catalog_of_files(source: str, files: list[SourceFile]) -> Catalog:
             expected = "expected videos (.mp4, .mkv and others) at any depth, or a catalog"
             if "catalog.parquet" in names:
                 expected = f"name the table itself to use it: {join(source, 'catalog.parquet')}"
+            expected += said_of_manifests(source, names)
             raise CatalogError(no_video_among(source, names, expected))
     if not files:
         raise CatalogError(f"{source} lists no video")
