@@ -73,6 +73,10 @@ def one_line(capsys: pytest.CaptureFixture[str]) -> str:
             "or one video; put quotes around what holds spaces",
         ),
         (
+            ["label", "c/a.parquet", "c/b.parquet", "c/d.parquet", "--checkpoint", "c"],
+            "or one video; put quotes around a pattern: 'PLACE/*.parquet'",
+        ),
+        (
             ["label", "x", "--checkpoint", "c", "--out", "my", "videos"],
             "--out takes one value, and 'videos' is one more",
         ),

@@ -24,7 +24,7 @@ from kinoray.cli import main
 from kinoray.config.shared import ClipConfig, DecodeConfig, FlowConfig, SampleConfig, StorageConfig, ViewConfig
 from kinoray.console import many
 from kinoray.demo.videos import make_broken, make_video
-from kinoray.doctor.config import DoctorConfig, format_bytes
+from kinoray.doctor.config import DoctorConfig
 from kinoray.doctor.decode import cost_class, estimate_total, spread_over_classes
 from kinoray.doctor.probe import Video, probe_all
 from kinoray.doctor.source import choose_sample, open_source
@@ -33,7 +33,7 @@ from kinoray.doctor.videos import _REMEDIES
 from kinoray.errors import AccessDenied, CatalogError, ObjectNotFound, StorageUnavailable, TooManyBad
 from kinoray.pack.plan import make_plan
 from kinoray.pack.unit import PackSettings, pack_unit
-from kinoray.storage.objects import Storage, join
+from kinoray.storage.objects import Storage, format_bytes, join
 from kinoray.video.info import VideoInfo
 from small_sets import save_as_pack
 

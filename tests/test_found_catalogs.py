@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from kinoray.catalog.table import catalog_of_source, is_catalog, load_catalog, save_catalog
+from kinoray.catalog.table import catalog_of_source, is_catalog, load_catalog, rows_of_source, save_catalog
 from kinoray.config.shared import (
     DecodeConfig,
     StorageConfig,
@@ -96,6 +96,16 @@ def as_nobody(folder: Path) -> Iterator[None]:
         yield
     finally:
         os.seteuid(user)
+
+
+def test_a_folder_of_tables_alone_says_how_they_are_named(tmp_path: Path) -> None:
+    for number in range(3):
+        table = catalog_of([{"video_id": f"{number}", "uri": "/x"}])
+        save_catalog(STORAGE, str(tmp_path / "tables" / f"{number}.parquet"), table)
+    said = rf"none of them a video \(\.parquet 3\).* tables are named as '{tmp_path}/tables/\*\.parquet'"
+    for list_it in (catalog_of_source, lambda storage, uri: rows_of_source(storage, uri, tmp_path)):
+        with pytest.raises(CatalogError, match=said):
+            list_it(STORAGE, f"{tmp_path}/tables/")
 
 
 def test_a_huge_record_of_a_pack_is_none_and_is_not_read(tmp_path: Path) -> None:

@@ -259,6 +259,40 @@ def test_a_key_that_comes_twice_is_one_video(tmp_path: Path) -> None:
     assert said[1:] == [f"{uri}: 999 rows of keys that it has twice are left out"]
 
 
+def test_a_key_with_two_sizes_of_which_none_is_the_latest_is_refused(tmp_path: Path) -> None:
+    rows: list[Row] = [GOOD, ("b", "a.mp4", "", "", "", "4", "")]
+    columns = ("Bucket", "Key", "Size")
+    data = {"x.csv.gz": as_csv(rows, columns)}
+    uri = write_inventory(Storage(), str(tmp_path / "b/all"), "b", data, fileSchema=", ".join(columns))
+    with pytest.raises(CatalogError, match=r"key 'a\.mp4' is there with 3 and with 4 bytes, and nothing says which"):
+        catalog_of_source(Storage(), uri)
+
+
+@pytest.mark.parametrize("name", ["x.csv.gz", "x.csv.GZ"])
+def test_text_of_a_csv_is_kept_as_it_is(name: str, tmp_path: Path) -> None:
+    text = gzip.decompress(as_csv([GOOD, ("b", "x\ny.mp4", "", "true", "false", "5", "")], encode=lambda key: key))
+    data = {name: gzip.compress(b"\xef\xbb\xbf" + text, mtime=0)}
+    uri = write_inventory(Storage(), str(tmp_path / "b/all"), "b", data)
+    found = catalog_of_source(Storage(), uri).table
+    assert found["uri"].to_pylist() == ["s3://b/a.mp4", "s3://b/x\ny.mp4"]
+
+
+def test_who_names_another_part_of_an_inventory_is_told_of_its_manifest(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place = str(tmp_path / "b/all")
+    uri = write_inventory(Storage(), place, "b", {"x.csv.gz": as_csv([GOOD])})
+    Storage().put(f"{place}/data/y.parquet", as_parquet([GOOD]))
+    for source in (str(tmp_path / "b"), f"{place}/data/x.csv.gz", f"{place}/data/y.parquet"):
+        with pytest.raises(CatalogError, match=r"manifest\.json"):
+            catalog_of_source(Storage(), source)
+    with pytest.raises(CatalogError, match=f"an S3 Inventory is named by its manifest: {uri}"):
+        spool_listing(Storage(), str(tmp_path / "b"), tmp_path / "out")
+    capsys.readouterr()
+    catalog_of_source(Storage(), uri)
+    assert capsys.readouterr().err.startswith(f"{uri}: an S3 Inventory of 2026-01-04")
+
+
 def test_a_file_that_is_not_the_manifests_is_refused(tmp_path: Path) -> None:
     place = str(tmp_path / "b/all")
     data = as_csv([GOOD])

@@ -123,6 +123,17 @@ def test_ids_that_collide_in_a_chain_come_out_as_in_memory(tmp_path: Path) -> No
     assert found["video_id"].to_pylist() == unique_ids(sorted(names))
 
 
+def test_a_listing_that_takes_long_says_how_far_it_is(
+    tmp_path: Path, library: str, s3_config: StorageConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kinoray.catalog.listing._SAY_EVERY_S", 0.0)
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.mp4").write_bytes(b"x")
+    for number, (source, count) in enumerate(((str(tmp_path / "in"), 1), (library, 500))):
+        _, said, _ = spooled(Storage(s3_config), source, tmp_path / f"out-{number}")
+        assert [line.partition(" in ")[0] for line in said] == [f"{source}: {count} files listed"]
+
+
 def test_one_video_and_what_is_none(tmp_path: Path, bucket: str, s3_config: StorageConfig) -> None:
     storage = Storage(s3_config)
     for base in (str(tmp_path / "in"), bucket):
@@ -252,6 +263,32 @@ def test_pieces_of_yesterday_and_pieces_that_lie_are_not_taken(
     assert found.equals(expected)
     assert said == [f"{library}: goes on with a listing that was interrupted: {good} objects are known from it"]
     assert not list((tmp_path / "keep").glob("*/*"))
+
+
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize("other", ["endpoint", "region"])
+def test_pieces_of_another_server_are_not_taken(
+    other: str,
+    library: str,
+    s3_config: StorageConfig,
+    faulty: FaultyS3,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    keep = str(tmp_path / "keep")
+    monkeypatch.setattr("kinoray.catalog.runs.Kept.clear", lambda self: None)
+    spool_listing(Storage(s3_config), library, tmp_path / "first", keep=keep)
+    changes = {"endpoint_url": faulty.url} if other == "endpoint" else {"region": "eu-west-3"}
+    elsewhere = Storage(replace(s3_config, **changes))
+    _, said, _ = spooled(elsewhere, library, tmp_path / "second", keep=keep)
+    assert not said
+    pieces = {path.parent.name for path in (tmp_path / "keep").glob("*/*.parquet")}
+    assert len(pieces) == 2
+    for path in list((tmp_path / "keep").glob("*/*.parquet")):  # moved by whoever wants the rows of the other one
+        for folder in pieces - {path.parent.name}:
+            path.rename(path.parent.parent / folder / path.name)
+    _, said, _ = spooled(elsewhere, library, tmp_path / "third", keep=keep)
+    assert not said
 
 
 MEASURE = """

@@ -1,6 +1,8 @@
 """Plans of libraries larger than memory: keys in files, catalogs in many files, what is taken over and read."""
 
 import hashlib
+import io
+import tracemalloc
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -228,8 +230,19 @@ def test_what_two_files_of_a_catalog_both_hold_is_refused(small_runs: None, tmp_
     folder.mkdir()
     pq.write_table(twice.slice(0, 30), folder / "a.parquet")
     pq.write_table(twice.slice(30), folder / "b.parquet")
-    with pytest.raises(CatalogError, match="video_id 'v0017' is used 2 times"):
-        survey(open_pieces(LOCAL, str(folder / "*.parquet")), tmp_path)
+    said = r"video_id 'v0017' is used 2 times \(\S*a\.parquet row 17 and \S*b\.parquet row 10\)"
+    rows = open_pieces(LOCAL, str(folder / "*.parquet"))
+    for load in (lambda: survey(rows, tmp_path), lambda: load_catalog(LOCAL, str(folder / "*.parquet"))):
+        with pytest.raises(CatalogError, match=said):
+            load()
+    splits = pa.array(["val" if row % 3 == 2 else "train" for row in range(41)])
+    whole = twice.set_column(6, CATALOG_SCHEMA.field("split"), splits.take(pa.array([*range(40), 17])))
+    pq.write_table(whole.slice(0, 30), folder / "a.parquet")
+    pq.write_table(whole.slice(30), folder / "b.parquet")
+    rows = open_pieces(LOCAL, str(folder / "*.parquet"))
+    assert isinstance(rows, Pieces)
+    with pytest.raises(CatalogError, match=said):
+        survey(rows.select("val", tmp_path), tmp_path)
 
 
 def test_a_bad_row_of_a_file_is_named(tmp_path: Path) -> None:
@@ -248,6 +261,104 @@ def test_a_bad_row_of_a_file_is_named(tmp_path: Path) -> None:
     pq.write_table(table.drop_columns(["uri"]), tmp_path / "parts" / "x.parquet")
     with pytest.raises(CatalogError, match=r"x\.parquet lacks the column uri"):
         open_pieces(LOCAL, source)
+
+
+@pytest.mark.parametrize(
+    ("column", "values", "message"),
+    [
+        (
+            "size_bytes",
+            pa.array([1, 2, 1.5]),
+            r"x\.parquet row 3: the column size_bytes \(double\).*1\.50* was truncated",
+        ),
+        ("duration_s", pa.array(["1", "long", "x"]), r"x\.parquet row 2: the column duration_s \(string\).*'long'"),
+        ("width", pa.array([1, None, 2**40]), r"x\.parquet row 3: the column width \(int64\).*not in range"),
+        ("size_bytes", pa.array([True, False, None]), r"x\.parquet: the column size_bytes holds values of type bool"),
+        ("size_bytes", pa.array([1, 2, 3], pa.timestamp("s")), r"holds values of type timestamp\[.s\], expected int64"),
+        ("time_end_s", pa.array([1, 2, 3], pa.date32()), r"holds values of type date32"),
+        ("size_bytes", pa.array([1, -1, -2]), r"x\.parquet row 2: size_bytes is -1, expected 0 or more, or null"),
+    ],
+)
+def test_a_value_that_is_none_of_its_column_is_named(
+    column: str, values: pa.Array, message: str, tmp_path: Path
+) -> None:
+    names = pa.array(["a", "b", "c"])
+    table = pa.table({"video_id": names, "uri": names, column: values})
+    pq.write_table(pa.concat_tables([table.slice(0, 1), table]), tmp_path / "x.parquet", row_group_size=1)
+    with pytest.raises(CatalogError, match=message):
+        list(open_pieces(LOCAL, str(tmp_path / "x.parquet")).batches())
+
+
+def test_an_empty_file_is_no_catalog(tmp_path: Path) -> None:
+    (tmp_path / "x.parquet").write_bytes(b"")
+    with pytest.raises(CatalogError, match=r"x\.parquet is not a catalog: it has 0 bytes, and is no Parquet file"):
+        open_pieces(LOCAL, str(tmp_path / "x.parquet"))
+
+
+def test_a_catalog_of_many_small_files_and_groups_is_cheap(tmp_path: Path) -> None:
+    whole = library(900)
+    source = cut_in_files(whole, tmp_path / "parts", [3] * 300, group_rows=1)
+    tracemalloc.start()
+    before = pa.total_allocated_bytes()
+    rows = open_pieces(LOCAL, source)
+    held = tracemalloc.get_traced_memory()[0] + pa.total_allocated_bytes() - before
+    tracemalloc.stop()
+    assert held < 300 * 2_000
+    assert isinstance(rows, Pieces)
+    found = pa.concat_tables(rows.batches())
+    assert found.sort_by("video_id").equals(whole.table)
+    assert pa.concat_tables(rows.batches(451)).equals(found.slice(451))
+    save_catalog(LOCAL, str(tmp_path / "parts" / "part-0.parquet"), library(4))
+    with pytest.raises(CatalogError, match=r"part-0\.parquet has changed while the catalog was read"):
+        list(rows.batches())
+
+
+def test_row_groups_of_one_row_are_read_together(tmp_path: Path) -> None:
+    pq.write_table(library(3000).table, tmp_path / "x.parquet", row_group_size=1)
+    rows = Pieces(Watched(), [str(tmp_path / "x.parquet")])
+    Watched.spans.clear()
+    assert pa.concat_tables(rows.batches()).equals(library(3000).table)
+    assert len(Watched.spans) < 60
+
+
+PATTERNS = {
+    "c/*.parquet": ["c/p000.parquet", "c/p001.parquet", "c/p003.parquet", "c/z.parquet/part-0.parquet"],
+    "c/p00[0-2].parquet": ["c/p000.parquet", "c/p001.parquet"],
+    "c/p00[!0-2].parquet": ["c/p003.parquet"],
+    "c/p00?.parquet": ["c/p000.parquet", "c/p001.parquet", "c/p003.parquet"],
+    "c*/p000.parquet": ["c/p000.parquet", "c2/p000.parquet"],
+    "**/p000.parquet": ["c/p000.parquet", "c2/p000.parquet", "p000.parquet"],
+    "c/**/p*.parquet": ["c/p000.parquet", "c/p001.parquet", "c/p003.parquet", "c/z.parquet/part-0.parquet"],
+    "c/z.parquet": ["c/z.parquet/part-0.parquet"],
+    "[d]/x[[]1].parquet": ["[d]/x[1].parquet"],
+    "[d]/x[1].parquet": ["[d]/x[1].parquet"],
+    "[d]/*.parquet": ["[d]/x[1].parquet"],
+    "c/.*.parquet": ["c/.p004.parquet"],
+}
+TABLES = {name for names in PATTERNS.values() for name in names}
+
+
+@pytest.mark.parametrize("where", ["folder", "s3"])
+def test_a_pattern_names_the_same_files_in_a_folder_and_in_a_bucket(
+    where: str, tmp_path: Path, s3_config: StorageConfig, request: pytest.FixtureRequest
+) -> None:
+    place = str(tmp_path) if where == "folder" else f"{request.getfixturevalue('bucket')}/lake"
+    storage = Storage(s3_config)
+    for name in [*TABLES, "c/z.parquet/_temporary/0/part-1.parquet"]:
+        table = pa.table({"video_id": [name], "uri": ["/x"]})
+        sink = io.BytesIO()
+        pq.write_table(table, sink)
+        storage.put(f"{place}/{name}", sink.getvalue())
+    storage.put(f"{place}/c/z.parquet/_SUCCESS", b"x")
+    for pattern, names in PATTERNS.items():
+        table = load_catalog(storage, f"{place}/{pattern}").table
+        assert table["video_id"].to_pylist() == names, pattern
+    for pattern in ("c/q*.parquet", "c/[z-a].parquet", "c3/*.parquet", "c/q.parquet"):
+        with pytest.raises(ObjectNotFound):
+            load_catalog(storage, f"{place}/{pattern}")
+    storage.put(f"{place}/c2/odd.parquet/data.orc", b"x")
+    with pytest.raises(CatalogError, match=r"c2/odd\.parquet is a folder, and no \.parquet file lies in it"):
+        load_catalog(storage, f"{place}/c2/*.parquet")
 
 
 def test_files_of_one_catalog_name_the_same_classes(tmp_path: Path) -> None:

@@ -1,11 +1,13 @@
 """Listings by several requests at once: each key once, whatever the keys are like and whichever answer comes first."""
 
 import bisect
+import hashlib
 import itertools
 import random
 import threading
 import time
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 
@@ -97,3 +99,49 @@ def test_the_error_of_a_page_ends_the_listing() -> None:
     with pytest.raises(OSError, match="gone"):
         list(in_stretches(failing(server.ask), "lib/"))
     assert server.num_asked < 40
+
+
+def in_no_order(key: str) -> bytes:
+    return hashlib.sha256(key.encode()).digest()
+
+
+ORDERS: dict[str, Callable[[str], Any]] = {
+    "UTF-16": lambda key: key.encode("utf-16-be"),
+    "no case": lambda key: (key.lower(), key),
+    "none": in_no_order,
+    "backwards": lambda key: tuple(-ord(letter) for letter in key),
+}
+MIXED = {f"lib/{letter}{RNG.randbytes(4).hex()}" for letter in "0aAbBzZ\ue000\uff5e\U0001f600" for _ in range(3_000)}
+LATE = {f"lib/{number:06d}" for number in range(20_000)} | {f"lib/{letter}" for letter in "aAbB\uff5e\U0001f600"}
+
+
+class OddServer:
+    """Keys come in an order of its own, and begin where that places a text, or always at its first key."""
+
+    def __init__(self, keys: set[str], order: str, begins: str) -> None:
+        self.keys, self._order, self._begins = sorted(keys, key=ORDERS[order]), ORDERS[order], begins
+        self.num_asked = 0
+
+    def ask(self, after: str, token: str | None) -> Page:
+        self.num_asked += 1
+        start, _, place = (token or f"{after}\n0").rpartition("\n")
+        found = self.keys
+        if start and self._begins == "its own":
+            found = found[bisect.bisect_right(found, self._order(start), key=self._order) :]
+        end = int(place) + 1000
+        entries = [(key, 1, 0.0, "") for key in found[int(place) : end]]
+        return Page(entries, f"{start}\n{end}" if end < len(found) else None)
+
+
+@pytest.mark.parametrize("keys", [MIXED, LATE], ids=["mixed", "late"])
+@pytest.mark.parametrize("begins", ["its own", "its first"])
+@pytest.mark.parametrize("order", ORDERS)
+def test_each_key_comes_once_in_whatever_order_a_store_has(order: str, begins: str, keys: set[str]) -> None:
+    server = OddServer(keys, order, begins)
+    found = [entry[0] for stretch in in_stretches(server.ask, "lib/") for entry in stretch.entries]
+    assert sorted(found) == sorted(keys)
+    assert server.num_asked < 4 * len(keys) / 1000 + 40
+    gaps = [("", "lib/5"), ("lib/A", "lib/a8"), ("lib/b", None)]
+    some = {entry[0] for stretch in in_stretches(server.ask, "lib/", gaps) for entry in stretch.entries}
+    missing = keys - some
+    assert all("lib/5" < key <= "lib/A" or "lib/a8" < key <= "lib/b" for key in missing)

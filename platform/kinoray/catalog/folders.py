@@ -234,6 +234,8 @@ def no_video_of_endings(source: str, counts: Counter[str], expected: str) -> str
             "a video is one file, and a folder of pictures is none: make one of each such folder (ffmpeg -framerate 25 "
             f"-i FOLDER/%05d{picture} FOLDER.mp4)"
         )
+    if ".parquet" in counts:
+        expected += f"; tables are named as '{source.rstrip('/')}/*.parquet'"
     none = "and it is no video" if counts.total() == 1 else "none of them a video"
     return f"{source}: found {many(counts.total(), 'file')}, {none} ({_shown(counts)}); {expected}"
 

@@ -5,6 +5,7 @@ wrote it may be a stranger: of a file's address only its name counts, so what is
 the size and MD5 that the manifest says; and nothing of a file is taken into memory whole.
 """
 
+import codecs
 import csv
 import hashlib
 import re
@@ -18,6 +19,7 @@ from urllib.parse import unquote_to_bytes
 
 import pyarrow as pa
 
+from kinoray.catalog.source import News
 from kinoray.console import many
 from kinoray.errors import CatalogError, ChecksumMismatch, ObjectNotFound
 from kinoray.storage.objects import MAX_TABLE_BYTES, Storage, join
@@ -25,7 +27,7 @@ from kinoray.storage.records import as_name, parse_json
 from kinoray.storage.stretches import is_marker
 from kinoray.storage.tables import iter_table
 
-__all__ = ["Inventory", "inventory_rows", "is_manifest", "newest_manifest", "open_inventory"]
+__all__ = ["Inventory", "inventory_rows", "is_manifest", "newest_manifest", "open_inventory", "said_of_manifests"]
 
 _MANIFEST, _CHECKSUM = "manifest.json", "manifest.checksum"
 _DATE = re.compile(r"\d{4}-\d\d-\d\dT\d\d-\d\dZ")
@@ -79,6 +81,12 @@ def newest_manifest(names: Collection[str]) -> str | None:
     return max(dated, default=_MANIFEST if _MANIFEST in found else None)
 
 
+def said_of_manifests(source: str, names: Collection[str]) -> str:
+    """What is added to the error of a folder without videos, where inventories lie in it; empty where none do."""
+    found = max((name for name in names if is_manifest(name)), default=None)
+    return f"; an S3 Inventory is named by its manifest: {join(source, found)}" if found else ""
+
+
 def open_inventory(storage: Storage, uri: str, say: Callable[[str], None], *, is_named: bool) -> Inventory:
     """Read the manifest; `say` is told whose objects it lists.
 
@@ -105,9 +113,8 @@ def open_inventory(storage: Storage, uri: str, say: Callable[[str], None], *, is
             f"the manifest itself: {uri}"
         )
     made = f"of {datetime.fromtimestamp(created / 1000, UTC):%Y-%m-%d %H:%M} UTC"
-    say(
-        f"{uri}: an S3 Inventory {made} in {many(len(inventory.files), 'file')}; videos are read from s3://{inventory.bucket}"
-    )
+    files = many(len(inventory.files), "file")
+    say(News(f"{uri}: an S3 Inventory {made} in {files}; videos are read from s3://{inventory.bucket}"))
     return inventory
 
 
@@ -188,7 +195,7 @@ def inventory_rows(
         path.unlink()
     told = [f"{count:,} {what}" for what, count in left_out.items() if count]
     if told:
-        say(f"{inventory.uri}: {' and '.join(told)} are left out")
+        say(News(f"{inventory.uri}: {' and '.join(told)} are left out"))
 
 
 def _fetch(storage: Storage, file: _File, path: Path) -> None:
@@ -253,7 +260,7 @@ def _csv_rows(inventory: Inventory, file: _File, path: Path) -> Iterator[_Row]:
 
 def _lines(file: _File, path: Path) -> Iterator[str]:
     """The lines of a .csv.gz (or .csv), decompressed as they are asked for."""
-    is_packed = file.uri.endswith(".gz")
+    is_packed = file.uri.lower().endswith(".gz")
     unpack = zlib.decompressobj(31)
     rest, number = b"", 0
     with path.open("rb") as source:
@@ -273,7 +280,7 @@ def _lines(file: _File, path: Path) -> Iterator[str]:
                     )
                 for line in lines:
                     number += 1
-                    yield _decoded(file, number, line)
+                    yield _decoded(file, number, line) + "\n"
     if is_packed and not unpack.eof:
         raise CatalogError(f"{file.uri} is cut: its gzip does not end")
     if rest:
@@ -282,7 +289,7 @@ def _lines(file: _File, path: Path) -> Iterator[str]:
 
 def _decoded(file: _File, number: int, line: bytes) -> str:
     try:
-        return line.decode()
+        return line.removeprefix(codecs.BOM_UTF8 if number == 1 else b"").decode()
     except UnicodeDecodeError as error:
         raise CatalogError(f"{file.uri} line {number} is no UTF-8 text") from error
 

@@ -9,6 +9,7 @@ import contextlib
 import hashlib
 import itertools
 import shutil
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -26,10 +27,16 @@ from kinoray.catalog.folders import (
     no_video_of_endings,
     said_of_endings,
 )
-from kinoray.catalog.inventory import inventory_rows, is_manifest, newest_manifest, open_inventory
+from kinoray.catalog.inventory import (
+    inventory_rows,
+    is_manifest,
+    newest_manifest,
+    open_inventory,
+    said_of_manifests,
+)
 from kinoray.catalog.pieces import CATALOG_SCHEMA, GROUP_ROWS, OF_FEW_VALUES
 from kinoray.catalog.runs import Kept, Piece, Row, Runs, batched, rows_of
-from kinoray.catalog.source import Judgement, SourceFile, find_files, is_unknown, warn
+from kinoray.catalog.source import Judgement, News, SourceFile, find_files, is_unknown, warn
 from kinoray.config.files import local_path, local_uri
 from kinoray.errors import CatalogError
 from kinoray.storage.objects import Storage, absolute, is_s3, join
@@ -45,6 +52,7 @@ NOT_OTHERS = ("catalog.parquet", "pack.json")
 _MAX_ENDINGS = 10_000  # that are told apart among what is left out
 _MAX_MANIFESTS = 10_000  # names of inventories that are kept: one a day for 27 years
 _PARTITION_ROWS = 2**18
+_SAY_EVERY_S = 10.0
 
 _Words = np.ndarray[Any, np.dtype[np.uint64]]
 
@@ -81,6 +89,12 @@ def spool_listing(
     for key, size_bytes in inventory_rows(storage, inventory, folder, say):
         spool.add(key, size_bytes)
     paths = spool.write(storage, manifest, say)
+    if spool.runs.odd:
+        name, one, other = spool.runs.odd
+        raise CatalogError(
+            f"{manifest}: the key {_text_of(name)!r:.80} is there with {one} and with {other} bytes, and nothing says "
+            "which is the latest; have S3 write the field IsLatest, or only current versions"
+        )
     if spool.runs.num_repeated:
         say(f"{manifest}: {spool.runs.num_repeated:,} rows of keys that it has twice are left out")
     return paths or spool.refuse(manifest)
@@ -109,8 +123,10 @@ def _collect(storage: Storage, source: str, spool: "_Spool", kept: Kept | None, 
         _collect_objects(storage, source, spool, kept, say)
     else:
         skipped = SkippedFolders()
+        progress = _Progress(source, say)
         for info in storage.list_unsorted(spool.prefix, skipped=skipped.add):
             spool.add(info.uri[len(spool.prefix) :], info.size_bytes)
+            progress.add(1)
         skipped.tell(source, say)
     if not spool.num_files:
         for file in find_files(storage, source, say=say):  # it may be one video
@@ -124,21 +140,42 @@ def _collect_objects(
     """All objects below the prefix; each piece of the listing is a run, and kept."""
     gaps = WHOLE if kept is None else kept.load(spool.adopt)
     if kept and kept.num_loaded:
-        say(f"{source}: goes on with a listing that was interrupted: {kept.num_loaded:,} objects are known from it")
+        known = f"{kept.num_loaded:,} objects are known from it"
+        say(News(f"{source}: goes on with a listing that was interrupted: {known}"))
+    server = storage.server(spool.prefix)
     start = len(spool.prefix.split("/", 3)[3])
     pieces: dict[str, Piece] = {}
+    progress = _Progress(source, say)
     for stretch in storage.stretches(spool.prefix, gaps):
+        progress.add(len(stretch.entries))
         piece = pieces.pop(stretch.after, None) or Piece(stretch.after)
         piece.add([entry[0][start:] for entry in stretch.entries], [entry[1] for entry in stretch.entries])
         if stretch.until is None or stretch.is_last or piece.is_full:
             if piece.num_rows:
                 path = spool.new_path()
-                piece.write(path, spool.prefix, stretch.until)
+                piece.write(path, server, spool.prefix, stretch.until)
                 spool.adopt(path)
                 if kept and (piece.after or stretch.until is not None):  # a listing of one piece is short
                     kept.put(path)
         else:
             pieces[stretch.until] = piece
+
+
+class _Progress:
+    """Says how far a listing is, where that takes long."""
+
+    def __init__(self, source: str, say: Callable[[str], None]) -> None:
+        self._source, self._say = source, say
+        self._num_files = 0
+        self._begin_s = self._said_s = time.monotonic()
+
+    def add(self, count: int) -> None:
+        """So many files more."""
+        self._num_files += count
+        now_s = time.monotonic()
+        if now_s - self._said_s >= _SAY_EVERY_S:
+            self._said_s = now_s
+            self._say(News(f"{self._source}: {self._num_files:,} files listed in {now_s - self._begin_s:.0f} s"))
 
 
 class _Spool:
@@ -198,6 +235,7 @@ class _Spool:
         expected = "expected videos (.mp4, .mkv and others) at any depth, or a catalog"
         if self._has_catalog:
             expected = f"name the table itself to use it: {join(source, 'catalog.parquet')}"
+        expected += said_of_manifests(source, self.manifests)
         raise CatalogError(no_video_of_endings(source, self._others, expected))
 
     def _unknown(self) -> Iterator[SourceFile]:

@@ -5,16 +5,18 @@ stream gives the same rows in the same order each time. And the digest names the
 depend on how Parquet encodes it, or on how it is cut.
 """
 
-import fnmatch
 import hashlib
 import json
 import os
+import re
+from array import array
 from bisect import bisect_right
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from itertools import accumulate
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -40,6 +42,7 @@ __all__ = [
     "is_pieces",
     "lies_inside",
     "no_split",
+    "said_repeated",
     "schema_with",
     "splits_in",
 ]
@@ -82,6 +85,13 @@ OF_FEW_VALUES = ("label", "label_id", "split", "fps", "width", "height", "codec"
 
 _LABELS_KEY = b"kinoray.labels"
 _LISTS = "label_ids"
+_OPEN_THREADS = 8
+_MAX_OPENED = 4  # files that stay open
+_SMALL_GROUP_ROWS = 32  # a row group of fewer is read with its neighbours, since each takes 5 ms
+_JOINED_GROUPS = 64
+_GLOB = re.compile(r"[*?\[]")
+
+T = TypeVar("T")
 
 
 class Rows(Protocol):
@@ -96,6 +106,10 @@ class Rows(Protocol):
 
     def batches(self, begin: int = 0) -> Iterator[pa.Table]:
         """The rows from row `begin` on in CATALOG_SCHEMA, a few at a time."""
+        ...
+
+    def where(self, row: int) -> str:
+        """Where a row lies, for messages."""
         ...
 
 
@@ -200,45 +214,82 @@ class Pieces:
 
     def __init__(self, storage: Storage, uris: Sequence[str], *, root: str = "") -> None:
         """`root`: rows may only refer to what lies inside of this folder; "" where they may refer to anything."""
-        self._root = root
-        self._files: list[TableFile] = []
+        self._storage, self._root, self._uris = storage, root, list(uris)
+        self._origin: tuple[Pieces, str] | None = None
+        """Whose rows of which split these are."""
+        self._opened: dict[int, TableFile] = {}
         self.labels: tuple[str, ...] = ()
-        for uri in uris:
-            try:
-                file = TableFile(storage, uri)
-                labels = _labels_of(file.schema)
-            except (pa.ArrowException, ValueError) as error:
-                raise CatalogError(f"{uri} is not a catalog: {' '.join(str(error).split())}") from error
-            missing = {"video_id", "uri"} - set(file.schema.names)
-            if missing:
-                raise CatalogError(f"{uri} lacks the column {' and '.join(sorted(missing))}; found {file.schema.names}")
-            if self._files and labels != self.labels:
-                raise CatalogError(f"{uri} names other classes than {self._files[0].uri}; in one catalog all are alike")
-            self._files.append(file)
-            self.labels = labels
-        self._groups = [(file, group) for file in self._files for group in range(len(file.group_rows))]
-        self._starts = [0, *accumulate(count for file in self._files for count in file.group_rows)]
+        self._spans = array("q")
+        """Of each stretch of row groups that are read at once: number of the file, first group, number of groups."""
+        self._starts = array("q", [0])
+        """The first row of each stretch, and how many rows there are."""
+        self._file_starts = array("q")
+        with ThreadPoolExecutor(_OPEN_THREADS, thread_name_prefix="open") as pool:  # on S3 each is two requests
+            for number, (file, labels, stretches) in enumerate(
+                _in_turn(pool, partial(_looked_at, storage), self._uris)
+            ):
+                if number and labels != self.labels:
+                    raise CatalogError(
+                        f"{self._uris[number]} names other classes than {self._uris[0]}; in one catalog all are alike"
+                    )
+                self.labels = labels
+                if len(self._uris) <= _MAX_OPENED:
+                    self._opened[number] = file
+                self._file_starts.append(self._starts[-1])
+                for group, count, num_rows in stretches:
+                    self._spans.extend((number, group, count))
+                    self._starts.append(self._starts[-1] + num_rows)
 
     def __len__(self) -> int:
-        return int(self._starts[-1])
+        return self._starts[-1]
+
+    def where(self, row: int) -> str:
+        """As of `Rows`."""
+        if self._origin is not None:
+            rows, split = self._origin
+            begin = 0
+            for table in rows.batches():
+                places = pc.indices_nonzero(pc.fill_null(pc.equal(table.column("split"), split), False))
+                if row < len(places):
+                    return rows.where(begin + places[row].as_py())
+                row -= len(places)
+                begin += table.num_rows
+        number = bisect_right(self._file_starts, row) - 1
+        return f"{self._uris[number]} row {row - self._file_starts[number]}"
 
     def batches(self, begin: int = 0) -> Iterator[pa.Table]:
         """As of `Rows`."""
-        for place in range(max(0, bisect_right(self._starts, begin) - 1), len(self._groups)):
+        for place in range(max(0, bisect_right(self._starts, begin) - 1), len(self._starts) - 1):
             row = self._starts[place]
-            for table in self._read(*self._groups[place]):
+            number, group, count = self._spans[3 * place : 3 * place + 3]
+            for table in self._read(number, group, count, row):
                 skipped = max(0, begin - row)
                 row += table.num_rows
                 if skipped < table.num_rows:
                     yield table.slice(skipped)
 
-    def _read(self, file: TableFile, group: int) -> Iterator[pa.Table]:
+    def _file(self, number: int) -> TableFile:
+        """A file; one that was not among the last few is opened again, since each takes 0.1 MB."""
+        if number not in self._opened:
+            while len(self._opened) >= _MAX_OPENED:
+                self._opened.pop(next(iter(self._opened)))
+            uri = self._uris[number]
+            file = _opened(self._storage, uri)
+            begin = self._file_starts[number]
+            end = (*self._file_starts[number + 1 : number + 2], len(self))[0]
+            if file.num_rows != end - begin:
+                raise CatalogError(f"{uri} has changed while the catalog was read; start again")
+            self._opened[number] = file
+        return self._opened[number]
+
+    def _read(self, number: int, group: int, count: int, begin: int) -> Iterator[pa.Table]:
+        file = self._file(number)
         known = set(file.schema.names)
         columns = [name for name in CATALOG_SCHEMA.names if name in known]
-        row = sum(file.group_rows[:group])
+        row = begin - self._file_starts[number]
         try:
-            for found in file.batches(group, columns):
-                table = _normal(found, file.uri)
+            for found in file.batches(group, columns, count=count):
+                table = _normal(found, file.uri, row)
                 check_rows(table, len(self.labels))
                 self._require_inside(file.uri, row, table)
                 row += table.num_rows
@@ -277,7 +328,62 @@ class Pieces:
                 writer.write_table(chosen.replace_schema_metadata(writer.schema.metadata))
         if not counts[split]:
             raise no_split(split, counts)
-        return Pieces(Storage(), [str(path)])
+        chosen_rows = Pieces(Storage(), [str(path)])
+        chosen_rows._origin = self, split
+        return chosen_rows
+
+
+def _opened(storage: Storage, uri: str) -> TableFile:
+    try:
+        return TableFile(storage, uri)
+    except (pa.ArrowException, ValueError) as error:
+        raise CatalogError(f"{uri} is not a catalog: {' '.join(str(error).split())}") from error
+
+
+def _looked_at(storage: Storage, uri: str) -> tuple[TableFile, tuple[str, ...], list[tuple[int, int, int]]]:
+    """A file, the names of its classes, and (first row group, number of groups, rows) of what is read at once."""
+    file = _opened(storage, uri)
+    try:
+        labels = _labels_of(file.schema)
+    except ValueError as error:
+        raise CatalogError(f"{uri} is not a catalog: {error}") from error
+    missing = {"video_id", "uri"} - set(file.schema.names)
+    if missing:
+        remedy = (
+            "; a file of an S3 Inventory? name its manifest.json" if {"bucket", "key"} <= set(file.schema.names) else ""
+        )
+        lacking = " and ".join(sorted(missing))
+        raise CatalogError(f"{uri} lacks the column {lacking}; found {file.schema.names}{remedy}")
+    stretches: list[tuple[int, int, int]] = []
+    for group, num_rows in enumerate(file.group_rows):
+        if stretches and max(num_rows, stretches[-1][2] // stretches[-1][1]) < _SMALL_GROUP_ROWS:
+            first, count, before = stretches[-1]
+            if count < _JOINED_GROUPS:
+                stretches[-1] = (first, count + 1, before + num_rows)
+                continue
+        stretches.append((group, 1, num_rows))
+    return file, labels, stretches
+
+
+def _in_turn(pool: ThreadPoolExecutor, look: Callable[[str], T], uris: Sequence[str]) -> Iterator[T]:
+    """What each gives, in order; a few are under way, and none any more after an error."""
+    asked: deque[Future[T]] = deque()
+    try:
+        for uri in uris:
+            asked.append(pool.submit(look, uri))
+            if len(asked) > 2 * _OPEN_THREADS:
+                yield asked.popleft().result()
+        while asked:
+            yield asked.popleft().result()
+    finally:
+        for future in asked:
+            future.cancel()
+
+
+def said_repeated(video_id: str, count: int, rows: Rows, first: int, second: int) -> CatalogError:
+    """The error of a catalog that names a video twice."""
+    places = f"{rows.where(first)} and {rows.where(second)}"
+    return CatalogError(f"video_id {video_id!r} is used {count} times ({places}); it must be unique in a catalog")
 
 
 def splits_in(table: pa.Table) -> Counter[str]:
@@ -305,10 +411,14 @@ def _labels_of(schema: pa.Schema) -> tuple[str, ...]:
     return tuple(labels)
 
 
-def _normal(found: pa.Table, path: str) -> pa.Table:
-    """The rows of a file in CATALOG_SCHEMA, with absolute addresses. Raises pyarrow.ArrowException: a wrong type."""
+def _normal(found: pa.Table, path: str, begin: int) -> pa.Table:
+    """The rows of a file from row `begin` on in CATALOG_SCHEMA, with absolute addresses.
+
+    Raises:
+        CatalogError: a value is none of its column; with file, row and column.
+    """
     columns: list[Any] = [
-        found.column(field.name).cast(field.type)
+        _cast(found.column(field.name), field, path, begin)
         if field.name in found.schema.names
         else pa.nulls(found.num_rows, field.type)
         for field in CATALOG_SCHEMA
@@ -316,6 +426,39 @@ def _normal(found: pa.Table, path: str) -> pa.Table:
     place = CATALOG_SCHEMA.get_field_index("uri")
     columns[place] = _absolute_uris(columns[place], path.rpartition("/")[0])
     return pa.table(columns, schema=CATALOG_SCHEMA)
+
+
+def _cast(column: pa.ChunkedArray, field: pa.Field, path: str, begin: int) -> pa.ChunkedArray:
+    kind = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
+    if not pa.types.is_string(field.type) and (pa.types.is_boolean(kind) or pa.types.is_temporal(kind)):
+        raise CatalogError(f"{path}: the column {field.name} holds values of type {kind}, expected {field.type}")
+    try:
+        found = column.cast(field.type)
+    except pa.ArrowException as error:
+        good, bad = 0, len(column)  # rows from the first on that can be cast, and that cannot
+        while bad - good > 1:
+            middle = (good + bad) // 2
+            if not _cast_problem(column.slice(0, middle), field.type):
+                good = middle
+            else:
+                bad = middle
+        row = f" row {begin + good}" if len(column) else ""
+        problem = _cast_problem(column.slice(good, 1), field.type)
+        raise CatalogError(
+            f"{path}{row}: the column {field.name} ({kind}) cannot be read as {field.type}: {problem or error}"
+        ) from error
+    if field.name == "size_bytes" and (pc.min(found).as_py() or 0) < 0:
+        row = pc.index(pc.less(found, 0), True).as_py()
+        raise CatalogError(f"{path} row {begin + row}: size_bytes is {found[row].as_py()}, expected 0 or more, or null")
+    return found
+
+
+def _cast_problem(column: pa.ChunkedArray, kind: pa.DataType) -> str:
+    try:
+        column.cast(kind)
+    except pa.ArrowException as error:
+        return str(error)
+    return ""
 
 
 def _absolute_uris(uris: pa.ChunkedArray, folder: str) -> pa.ChunkedArray:
@@ -337,18 +480,76 @@ def lies_inside(root: str, uri: str) -> bool:
     return "\0" not in uri and os.path.realpath(local_path(uri)).startswith(f"{os.path.realpath(root).rstrip('/')}/")
 
 
-def is_pieces(source: str) -> bool:
+def is_pieces(storage: Storage, source: str) -> bool:
     """Whether a source names many Parquet files at once, such as `s3://bucket/catalog/*.parquet`."""
-    name = source.rpartition("/")[2]
-    return name.endswith(".parquet") and "*" in name
+    return source.endswith(".parquet") and _GLOB.search(source) is not None and not storage.exists(source)
 
 
 def find_pieces(storage: Storage, source: str) -> list[str]:
-    """The files that `s3://bucket/catalog/*.parquet` names, by name. Raises ObjectNotFound: there is none."""
-    place, _, pattern = absolute(source).rpartition("/")
-    infos = storage.list(f"{place}/{pattern.partition('*')[0]}" if is_s3(place) else f"{place}/")
-    found = [info.uri for info in infos if info.uri.rpartition("/")[0] == place]
-    found = [uri for uri in found if fnmatch.fnmatchcase(uri.rpartition("/")[2], pattern)]
+    """The files that a pattern names, by name, in a folder as in a bucket: `s3://bucket/lake/cat*/**/*.parquet`.
+
+    `*`, `?` and `[0-9]` match inside a name, `**` any number of folders; as in a shell, none matches a "." that begins
+    a name, and as in Spark `**` leaves out folders whose names begin with "_". Brackets that match nothing are those of
+    a name. Of a folder that is called so, as Spark writes them, all .parquet files are taken. An address without a
+    pattern may be such a folder.
+
+    Raises:
+        ObjectNotFound: there is none.
+        CatalogError: a folder that is called so has no .parquet file.
+    """
+    place = absolute(source)
+    found = _matching(storage, place)
+    if not found and "[" in place:
+        found = _matching(storage, re.sub(r"\[\[\]|\[", "[[]", place))
     if not found:
         raise ObjectNotFound(f"{source}: no file there has such a name")
     return found
+
+
+def _matching(storage: Storage, place: str) -> list[str]:
+    first = _GLOB.search(place)
+    start = place[: first.start()] if first else f"{place}/"
+    prefix = start if is_s3(place) else start[: start.rfind("/") + 1]
+    try:
+        wanted = re.compile(f"(?P<match>{_regex_of(place)})(?P<inside>/.*)?", re.DOTALL)
+    except re.error:  # [z-a]
+        return []
+    found: list[str] = []
+    folders: dict[str, bool] = {}
+    for info in storage.list(prefix):
+        match = wanted.fullmatch(info.uri)
+        if match is None:
+            continue
+        inside = match["inside"] or ""
+        is_table = not inside or (inside.endswith(".parquet") and not re.search("/[._]", inside))
+        if is_table:
+            found.append(info.uri)
+        if inside:
+            folders[match["match"]] = folders.get(match["match"], False) or is_table
+    for folder, has_table in folders.items():
+        if not has_table:
+            raise CatalogError(f"{folder} is a folder, and no .parquet file lies in it; remove it, or name others")
+    return sorted(found)
+
+
+def _regex_of(pattern: str) -> str:
+    """A pattern as a regular expression."""
+    parts = []
+    for part in pattern.split("/"):
+        if part == "**":
+            parts.append("(?:(?![._])[^/]+/)*")
+            continue
+        text = r"(?!\.)" if _GLOB.match(part) and not part.startswith("[[]") else ""
+        for token in re.findall(r"\[[!^]?\]?[^\]/]*\]|\*+|.", part, re.DOTALL):
+            if token[0] == "*":
+                text += "[^/]*"
+            elif token == "?":
+                text += "[^/]"
+            elif token[0] == "[" and len(token) > 1:
+                is_other = token[1] in "!^"
+                letters = re.sub(r"([\\\[\]^&~|])", r"\\\1", token[1 + is_other : -1])
+                text += f"[^/{letters}]" if is_other else f"[{letters}]"
+            else:
+                text += re.escape(token)
+        parts.append(f"{text}/")
+    return "".join(parts).removesuffix("/")

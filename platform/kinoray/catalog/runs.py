@@ -66,6 +66,8 @@ class Runs:
         self.folder = folder
         self.num_repeated = 0
         """Rows that `merged` left out last time, since their name had come before."""
+        self.odd: tuple[bytes, int | None, int | None] | None = None
+        """A name that came with two sizes."""
         self._levels: list[list[_Run]] = [[]]  # those of a level were merged as often
         self._adopted: list[_Run] = []
         self._rows: list[Row] = []
@@ -119,7 +121,8 @@ class Runs:
         """Rows in order; a run is opened when its turn comes, so of runs that lie one behind the other one is open."""
         waiting = sorted(runs, key=lambda run: run.first, reverse=True)
         opened: list[tuple[bytes, int, int | None, Iterator[Row]]] = []
-        before = None
+        before: bytes | None = None
+        before_bytes: int | None = None
         while waiting or opened:
             while waiting and (not opened or waiting[-1].first <= opened[0][0]):
                 rows = rows_of(waiting.pop().path)
@@ -130,7 +133,9 @@ class Runs:
                 yield name, size_bytes
             else:
                 self.num_repeated += 1
-            before = name
+                if size_bytes != before_bytes:
+                    self.odd = name, before_bytes, size_bytes
+            before, before_bytes = name, size_bytes
             following = next(rows, None)
             if following is None:
                 heapq.heappop(opened)
@@ -180,10 +185,10 @@ class Piece:
         self._tables.append(pa.table([[name.encode() for name in names], sizes], schema=_SCHEMA))
         self.num_rows += len(names)
 
-    def write(self, path: Path, prefix: str, until: str | None) -> None:
+    def write(self, path: Path, server: str, prefix: str, until: str | None) -> None:
         """As a Parquet file that says which piece of which listing it is."""
-        about = json.dumps({"prefix": prefix, "after": self.after, "until": until}).encode()
-        table = pa.concat_tables(self._tables).replace_schema_metadata({_KEY: about})
+        about = json.dumps({"server": server, "prefix": prefix, "after": self.after, "until": until}).encode()
+        table = pa.concat_tables(self._tables).sort_by("name").replace_schema_metadata({_KEY: about})
         pq.write_table(table, path, compression="zstd", row_group_size=4096, use_dictionary=False)
 
 
@@ -196,7 +201,8 @@ class Kept:
         """Objects in the pieces that were loaded."""
         self._storage, self._keep, self._prefix, self._folder = storage, keep, prefix, folder
         self._start = prefix.removeprefix("s3://").partition("/")[2]
-        self._place = join(keep, hashlib.sha256(prefix.encode()).hexdigest()[:16])
+        self._server = storage.server(prefix)
+        self._place = join(keep, hashlib.sha256(f"{self._server} {prefix}".encode()).hexdigest()[:16])
         self._is_used = False
         self._pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="keep")
         self._puts: list[Future[None]] = []
@@ -257,7 +263,8 @@ class Kept:
             table = parse_table(data)
             about = parse_json((table.schema.metadata or {})[_KEY])
             after, until = about["after"], about["until"]
-            if about["prefix"] != self._prefix or not _holds(table, self._start, after, until):
+            is_mine = about["server"] == self._server and about["prefix"] == self._prefix
+            if not is_mine or not _holds(table, self._start, after, until):
                 return None
         except (
             ObjectNotFound,

@@ -43,6 +43,7 @@ from kinoray.storage.objects import MAX_TABLE_BYTES, Storage, absolute, is_s3, j
 __all__ = [
     "UNLABELLED_SPLITS",
     "Judgement",
+    "News",
     "Record",
     "SourceFile",
     "TextTable",
@@ -272,9 +273,16 @@ class SourceFile:
     """Whether it is one by its name, or where that does not say by its first bytes; what a CSV names always is."""
 
 
+class News(str):
+    """What is said though nothing is wrong."""
+
+    __slots__ = ()
+
+
 def warn(text: str) -> None:
     """Say on stderr what was left out, and why, in one line: stdout may be a table."""
-    print(f"WARNING: {visible(text)}", file=sys.stderr, flush=True)
+    head = "" if isinstance(text, News) else "WARNING: "
+    print(f"{head}{visible(text)}", file=sys.stderr, flush=True)
 
 
 def find_files(storage: Storage, source: str, *, say: Callable[[str], None] = warn) -> list[SourceFile]:
@@ -318,8 +326,8 @@ def find_files(storage: Storage, source: str, *, say: Callable[[str], None] = wa
     file = SourceFile(name, uri, storage.stat(uri).size_bytes)
     if is_other(name) or not (is_video(name) or _is_video_inside(storage, file)):
         raise CatalogError(
-            f"{source} is a file, and no video; expected a folder or s3:// prefix of videos, one video, a .csv or a "
-            ".parquet"
+            f"{source} is a file, and no video; expected a folder or s3:// prefix of videos, one video, a .csv, a "
+            ".parquet, or the manifest.json of an S3 Inventory"
         )
     return [file]
 

@@ -18,7 +18,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from kinoray.catalog.folders import is_video, no_video_among, said_of_others, unique_ids
-from kinoray.catalog.inventory import is_manifest, newest_manifest
+from kinoray.catalog.inventory import is_manifest, newest_manifest, said_of_manifests
 from kinoray.catalog.listing import NOT_OTHERS, spool_listing
 from kinoray.catalog.pieces import (
     CATALOG_SCHEMA,
@@ -32,6 +32,7 @@ from kinoray.catalog.pieces import (
     is_pieces,
     lies_inside,
     no_split,
+    said_repeated,
     schema_with,
     splits_in,
 )
@@ -118,6 +119,10 @@ class Catalog:
         for start in range(begin, len(self), GROUP_ROWS):
             yield self.table.slice(start, GROUP_ROWS)
 
+    def where(self, row: int) -> str:
+        """As of `Rows`."""
+        return f"row {row}"
+
     def __len__(self) -> int:
         return int(self.table.num_rows)
 
@@ -158,21 +163,30 @@ def load_catalog(storage: Storage, uri: str) -> Catalog:
             outside of the folder.
     """
     pieces = open_pieces(storage, uri)
-    tables = [CATALOG_SCHEMA.empty_table(), *pieces.batches()]
+    table = pa.concat_tables([CATALOG_SCHEMA.empty_table(), *pieces.batches()])
+    ids = table.column("video_id")
     try:
-        return Catalog(pa.concat_tables(tables), pieces.labels)
+        if len(ids.unique()) != len(ids):
+            names = ids.to_pylist()
+            name, count = Counter(names).most_common(1)[0]
+            first = names.index(name)
+            raise said_repeated(name, count, pieces, first, names.index(name, first + 1))
+        return Catalog(table, pieces.labels)
     except CatalogError as error:
         raise CatalogError(f"{uri}: {error}") from error
 
 
 def open_pieces(storage: Storage, uri: str) -> Pieces:
     """The rows of such a catalog as a stream; `load_catalog` says what it may be, and what is raised."""
-    if is_pieces(uri):
+    if is_pieces(storage, uri):
         return Pieces(storage, find_pieces(storage, uri))
     path = uri if uri.endswith(".parquet") else join(uri, "catalog.parquet")
     try:
         return Pieces(storage, [path], root="" if path == uri else absolute(path).rpartition("/")[0])
     except ObjectNotFound as error:
+        if uri.endswith(".parquet"):
+            with contextlib.suppress(ObjectNotFound):
+                return Pieces(storage, find_pieces(storage, uri))  # Spark writes a folder of such a name
         raise ObjectNotFound(f"{error}; expected a folder that `kinoray pack` finished, or a .parquet") from error
 
 
@@ -314,6 +328,7 @@ def catalog_of_files(source: str, files: list[SourceFile]) -> Catalog:
             expected = "expected videos (.mp4, .mkv and others) at any depth, or a catalog"
             if "catalog.parquet" in names:
                 expected = f"name the table itself to use it: {join(source, 'catalog.parquet')}"
+            expected += said_of_manifests(source, names)
             raise CatalogError(no_video_among(source, names, expected))
     if not files:
         raise CatalogError(f"{source} lists no video")

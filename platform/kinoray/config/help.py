@@ -302,13 +302,19 @@ def _left_over(name: str, settings: Sequence[Setting], arguments: Sequence[str],
                 return f"{flag} takes no value, got {value}"
             again = f"; for more than one say {flag} again before each" if setting.is_repeated else ""
             takes = f"{_FEW[setting.num_values]} value{'s' if setting.num_values > 1 else ''}"
-            return f"{flag} takes {takes}, and {value} is one more; put quotes around what holds spaces{again}"
+            return f"{flag} takes {takes}, and {value} is one more; {_quotes(value)}{again}"
     taken = [item for item in settings if not item.flag.startswith("-")]
     if not taken:
         return f"kinoray {name} takes nothing but flags, got {value}"
     texts = [(item.flag.strip("[]"), re.split(r"[.:;] ", item.text)[0].rstrip(".")) for item in taken]
     each = ", and ".join(f"{placeholder} is {text[0].lower()}{text[1:]}" for placeholder, text in texts)
-    return f"{value} is one too many: {each}; put quotes around what holds spaces"
+    return f"{value} is one too many: {each}; {_quotes(value)}"
+
+
+def _quotes(value: str) -> str:
+    if value.strip("'").endswith(".parquet"):  # the shell has put the names of files in place of a pattern
+        return "put quotes around a pattern: 'PLACE/*.parquet'"
+    return "put quotes around what holds spaces"
 
 
 def _flag_of(argument: str) -> str:

@@ -18,7 +18,7 @@ from uuid import uuid4
 import numpy as np
 from numpy.typing import NDArray
 
-from kinoray.catalog.pieces import Rows, RowsDigest
+from kinoray.catalog.pieces import Rows, RowsDigest, said_repeated
 from kinoray.errors import CatalogError
 from kinoray.label.keys import KEY_BYTES, KEY_COLUMNS, Keys, Numbers, Pairs, join_pairs, key_numbers, keys_in
 from kinoray.label.unit import Unit, unit_id_of
@@ -82,11 +82,14 @@ def _refuse_repeated(rows: Rows, by_name: Pairs, by_key: Pairs) -> None:
         same = places[hashes == hashes[0]].tolist()
         names = [_row_at(rows, place)["video_id"] for place in same]
         if count := names.count(names[0]) - 1:
-            raise CatalogError(f"video_id {names[0]!r} is used {count + 1} times; it must be unique in a catalog")
+            raise said_repeated(names[0], count + 1, rows, same[0], same[names.index(names[0], 1)])
     for keys, places in by_key.repeated():
         row = _row_at(rows, int(places[0]))
         count = int((keys == keys[0]).sum())
-        raise CatalogError(f"{row['uri']} (video {row['video_id']}) is in the catalog {count} times; list it once")
+        found = " and ".join(rows.where(place) for place in places[keys == keys[0]][:2].tolist())
+        raise CatalogError(
+            f"{row['uri']} (video {row['video_id']}) is in the catalog {count} times ({found}); list it once"
+        )
 
 
 def _row_at(rows: Rows, place: int) -> dict[str, Any]:

@@ -184,6 +184,11 @@ class Storage:
             entries = [entry for entry in stretch.entries if not is_marker(entry[0], entry[1])]
             yield replace(stretch, entries=entries)
 
+    def server(self, uri: str) -> str:
+        """Which server an s3:// uri leads to, and in which region; empty for a path."""
+        store, _ = self._locate(uri, is_prefix=True)
+        return "" if isinstance(store, FolderStore) else store.server
+
     def exists(self, uri: str) -> bool:
         """Whether the object is there (False for a folder, and in a bucket that does not exist)."""
         try:

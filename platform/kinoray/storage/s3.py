@@ -76,7 +76,9 @@ class S3Store:
         self._config = config
         kinds = {"signed", *(item.partition("=")[2] for item in config.access)}
         self._clients = {kind: _make_client(config, cast(Access, kind)) for kind in kinds}
-        endpoint = self._clients["signed"].meta.endpoint_url
+        meta = self._clients["signed"].meta
+        endpoint = meta.endpoint_url
+        self.server = f"{endpoint} {meta.region_name}"
         self._custom_endpoint = not _is_aws(endpoint)
         self._retries = Retries(config.retry_s, endpoint)
 

@@ -5,8 +5,12 @@ early character is asked for: what comes is the first page of a range of its own
 needs no folders in the keys, and holds no more than an answer a thread.
 
 What is easy to break: each key comes once, whatever the texts are at which ranges are cut, and however late an answer.
+And other stores have other orders (of UTF-16, without case, none at all), so an order is used and never believed: a
+range ends where it meets a key that the store gave behind the cut, and nothing is left out since it compares as smaller
+or larger. Where an answer shows another order nothing is cut any more, and tokens lead to the end.
 """
 
+import operator
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
@@ -16,7 +20,8 @@ __all__ = ["WHOLE", "Entry", "Gap", "Page", "Stretch", "in_stretches", "is_marke
 Entry = tuple[str, int, float, str]
 """Key, size, time, etag."""
 Gap = tuple[str, str | None]
-"""What is to be listed: keys behind the first text, up to and with the second one; None is the end of the bucket."""
+"""What is to be listed: keys behind the first text, up to and with the second one; None is the end of the bucket. Of a
+store with another order more may come, and what came before once more."""
 WHOLE: tuple[Gap, ...] = (("", None),)
 
 _THREADS = 16
@@ -27,7 +32,7 @@ _LAST_CODE = 0x10FFFF
 
 @dataclass(frozen=True, slots=True)
 class Page:
-    """One answer of a store: at most 1,000 keys, in order."""
+    """One answer of a store: at most 1,000 keys."""
 
     entries: list[Entry]
     token: str | None
@@ -51,6 +56,8 @@ class _Range:
 
     after: str
     until: str | None
+    behind: frozenset[str] | None = None
+    """The first keys that the store gave behind `until`: one of them ends the range. None where they are not known."""
     token: str | None = None
     shared: int = -1
     """Length of what the keys of its last page had in common; -1 before there was one."""
@@ -98,7 +105,8 @@ class _Listing:
         if self._waiting:
             found = self._waiting.pop()
             self._open.append(found)
-            return found, None
+            is_bounded = found.until is None or found.behind is not None
+            return found, None if is_bounded else found.until
         if not self._may_cut or self._num_pages < _PAGES_ALONE or self._num_vain > _VAIN + self._num_pages:
             return None
         cuts = [(cut, found) for found in self._open if not found.is_probed and (cut := self._cut(found))]
@@ -122,36 +130,72 @@ class _Listing:
     def take(self, keys: _Range, cut: str | None, page: Page) -> Iterator[Stretch]:
         """What an answer brings; the range goes on behind it."""
         self._num_pages += 1
+        start = keys.after if cut is None else cut
+        is_in_order = _is_in_order(page, start)
+        self._may_cut = self._may_cut and is_in_order  # or this server does not begin where it is asked to
         if cut is None:
-            yield self._go_on(keys, page)
-            return
+            if keys.is_done:
+                return
+            if not is_in_order and keys.after and keys.token is None:
+                self._start_anew()
+            else:
+                yield self._go_on(keys, page)
+        elif cut == keys.until and keys.behind is None:
+            if is_in_order:
+                keys.behind = _keys_of(page)
+                self._open.remove(keys)
+                self._waiting.append(keys)
+            elif not keys.is_done:
+                self._start_anew()
+        else:
+            yield from self._cut_off(keys, cut, page)
+
+    def _cut_off(self, keys: _Range, cut: str, page: Page) -> Iterator[Stretch]:
+        """Make what lies behind a cut a range of its own, whose first page this is."""
         keys.is_probed = False
-        if page.entries and page.entries[0][0] <= cut:  # this server does not begin where it is asked to
-            self._may_cut = False
         if not self._may_cut or keys.is_done or keys.after >= cut or (keys.until is not None and cut >= keys.until):
             self._num_vain += 1
             return
-        behind = _Range(cut, keys.until)
-        keys.until = cut  # of a page that is under way, what lies behind it is left out
-        self._open.append(behind)
-        stretch = self._go_on(behind, page)
+        rest = _Range(cut, keys.until, keys.behind)
+        keys.until = cut
+        keys.behind = _keys_of(page)
+        self._open.append(rest)
+        stretch = self._go_on(rest, page)
         self._num_vain += not stretch.entries
         yield stretch
 
+    def _start_anew(self) -> None:
+        """List everything, since a gap cannot be told from the rest where the order is another one."""
+        for keys in (*self._open, *self._waiting):
+            keys.is_done = True
+        self._open = []
+        self._waiting = [_Range("", None)]
+
     def _go_on(self, keys: _Range, page: Page) -> Stretch:
         after, until = keys.after, keys.until
-        last = page.entries[-1][0] if page.entries else after
-        is_last = page.token is None or (until is not None and last >= until)
-        entries = [entry for entry in page.entries if entry[0] > after and (until is None or entry[0] <= until)]
-        if is_last:
-            keys.is_done = True
-            self._open.remove(keys)
-            return Stretch(after, until, entries, True)
-        keys.after, keys.token = max(after, last), page.token
-        keys.shared = _shared(page.entries[0][0], last) if page.entries else -1
+        behind = keys.behind or frozenset()
+        end = next((place for place, entry in enumerate(page.entries) if entry[0] in behind), None)
+        entries = page.entries[:end]
         self._open.remove(keys)
+        if page.token is None or end is not None:
+            keys.is_done = True
+            return Stretch(after, until, entries, True)
+        if page.entries:
+            keys.after = page.entries[-1][0]
+        keys.token = page.token
+        keys.shared = _shared(page.entries[0][0], keys.after) if page.entries else -1
         self._waiting.append(keys)
         return Stretch(after, keys.after, entries, False)
+
+
+def _keys_of(page: Page) -> frozenset[str]:
+    return frozenset(entry[0] for entry in page.entries)
+
+
+def _is_in_order(page: Page, after: str) -> bool:
+    """Whether a page's keys follow each other, and a text."""
+    keys = [entry[0] for entry in page.entries]
+    return all(map(operator.lt, [after, *keys], keys))
 
 
 def _shared(first: str, last: str) -> int:

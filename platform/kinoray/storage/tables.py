@@ -27,6 +27,7 @@ _GROUP_BYTES = 2**30
 _FOOTER_BYTES = 2**28
 _BATCH_ROWS = 2**16
 _TAIL_BYTES = 2**16
+_LEAST_BYTES = 12  # of any Parquet file
 
 
 def leave_pandas_out() -> None:
@@ -103,13 +104,14 @@ class TableFile:
         self.num_rows = sum(self.group_rows)
         """Of all groups."""
 
-    def batches(self, group: int, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
-        """The rows of one row group with these columns, at most 65,536 at a time. Raises as `parse_table`."""
+    def batches(self, group: int, columns: Sequence[str] | None = None, *, count: int = 1) -> Iterator[pa.Table]:
+        """The rows of so many row groups with these columns, at most 65,536 at a time. Raises as `parse_table`."""
         try:
             if self._footer is None:  # it takes a megabyte: only that of a file that is being read is kept
                 self._footer, _ = _thrift(self._raw_footer, 0)
-            entry = self._footer[4][group]
-            begin, end = _span(entry)
+            entries = self._footer[4][group : group + count]
+            spans = [_span(entry) for entry in entries]
+            begin, end = min(span[0] for span in spans), max(span[1] for span in spans)
             if end - begin > _GROUP_BYTES:
                 raise ValueError(
                     f"row group {group} has {end - begin:,} bytes, at most {_GROUP_BYTES:,} are read; write it with "
@@ -117,16 +119,18 @@ class TableFile:
                 )
             self._bytes.hold(begin, end)
             room = _TABLE_BYTES + _TABLE_EXPANSION * (end - begin)
-            _group_bytes(self._bytes, self._footer, entry, columns, room)
+            for entry in entries:
+                room -= _group_bytes(self._bytes, self._footer, entry, columns, room)
             names = None if columns is None else list(columns)
-            for batch in self._file.iter_batches(_BATCH_ROWS, row_groups=[group], columns=names, use_threads=False):
+            groups = list(range(group, group + count))
+            for batch in self._file.iter_batches(_BATCH_ROWS, row_groups=groups, columns=names, use_threads=False):
                 batch.validate(full=True)
                 yield pa.Table.from_batches([batch])
         except _DAMAGE as error:
             raise pa.ArrowInvalid(" ".join(str(error).split())) from error
         finally:
             self._bytes.hold(0, 0)
-            if group == len(self.group_rows) - 1:
+            if group + count == len(self.group_rows):
                 self._footer = None
 
 
@@ -234,6 +238,8 @@ _CODECS = {1: "snappy", 2: "gzip", 4: "brotli", 6: "zstd", 7: "lz4_raw"}
 
 def _raw_footer(data: Any, size_bytes: int) -> bytes:
     """Read here, too: Arrow ends the process where it is asked for a column whose entry was changed."""
+    if size_bytes < _LEAST_BYTES:
+        raise ValueError(f"it has {size_bytes} bytes, and is no Parquet file")
     length = int.from_bytes(data[size_bytes - 8 : size_bytes - 4], "little")
     if length > min(_FOOTER_BYTES, size_bytes):
         raise ValueError(f"its footer would have {length:,} bytes")
