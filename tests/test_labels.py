@@ -25,6 +25,7 @@ from kinoray.label.ledger import Ledger, read_predictions
 from kinoray.label.unit import WINDOW_SCHEMA, labelling_id
 from kinoray.library.config import LabelsConfig
 from kinoray.library.labels import labels
+from kinoray.library.numbers import read_result
 from kinoray.library.rows import LABEL_SCHEMA, Where, count_rows, defused, scan, undefused
 from kinoray.storage.objects import Storage, join
 from small_sets import catalog_of
@@ -281,7 +282,7 @@ class Counting(Storage):
 def test_a_grown_library_reads_as_the_whole_table_does_and_hidden_rows_stay_hidden(tmp_path: Path) -> None:
     ledger = ledger_in(Storage(), tmp_path)
     label_library(ledger, library(10))
-    label_library(ledger, library(20, first=5))
+    label_library(ledger, library(20, first=10))
     label_library(ledger, replaced_catalog(), status="skipped")
     expected = read_predictions(Storage(), ledger.root)
     for where in (Where(), Where(status=("labelled",)), Where(status=("quarantined",))):
@@ -297,7 +298,7 @@ def test_of_a_library_that_grew_no_part_is_read_twice_and_no_row_is_remembered(
     ledger = ledger_in(Storage(), tmp_path)
     for size in (8, 20, 32):
         label_library(ledger, library(size), unit_size=4)
-    monkeypatch.delattr("kinoray.library.rows._places_of")
+    monkeypatch.delattr("kinoray.label.shown._places_of")
     Counting.seen.clear()
     counted = Ledger(Counting(), ledger.root)
     assert count_rows(counted) == 32
@@ -305,13 +306,46 @@ def test_of_a_library_that_grew_no_part_is_read_twice_and_no_row_is_remembered(
     assert len([uri for uri in Counting.seen if "/parts/" in uri]) == 8
 
 
-def test_rows_that_left_the_library_come_behind_the_others_and_are_not_counted_unread(tmp_path: Path) -> None:
+def shown_in(ledger: Ledger) -> list[str]:
+    """The videos in the table, which all readers agree on."""
+    found: list[str] = pa.concat_tables(scan(ledger, ["video_id"]))["video_id"].to_pylist()
+    assert read_predictions(Storage(), ledger.root)["video_id"].to_pylist() == found
+    assert read_result(Storage(), ledger.root).rows["video_id"].to_pylist() == found
+    assert count_rows(ledger) in (None, len(found))
+    return found
+
+
+def named(*numbers: int) -> list[str]:
+    return [f"v{number:04d}" for number in numbers]
+
+
+def test_rows_that_left_the_library_show_until_the_rest_is_labelled(tmp_path: Path) -> None:
     ledger = ledger_in(Storage(), tmp_path)
     label_library(ledger, library(12), unit_size=4)
-    label_library(ledger, library(12, first=6), unit_size=4)
+    keys = row_keys(library(12, first=6).table)
+    planned(ledger, library(12, first=6).digest, keys, 4)
+    assert shown_in(ledger) == named(*range(6, 12), *range(6))
     assert count_rows(ledger) is None
-    found = pa.concat_tables(scan(ledger, ["video_id"]))["video_id"].to_pylist()
-    assert found == [f"v{i:04d}" for i in [*range(6, 18), *range(6)]]
+    label_library(ledger, library(12, first=6), unit_size=4)
+    assert shown_in(ledger) == named(*range(6, 18))
+    label_library(ledger, library(10, first=6), unit_size=4)  # nothing is to be labelled
+    assert shown_in(ledger) == named(*range(6, 16))
+    assert count_rows(ledger) == 10
+    label_library(ledger, library(12), unit_size=4)  # they are back
+    assert shown_in(ledger) == named(*range(12))
+    label_library(ledger, library(13), unit_size=4)
+    assert shown_in(ledger) == named(*range(13))
+
+
+def test_only_what_was_of_the_same_source_or_of_the_same_units_gives_way(tmp_path: Path) -> None:
+    ledger = ledger_in(Storage(), tmp_path)
+    for first, source in ((0, "s3://a"), (10, "s3://b"), (20, ""), (30, "")):
+        label_library(ledger, library(4, first=first), source=source)
+    assert sorted(shown_in(ledger)) == named(*range(4), *range(10, 14), *range(20, 24), *range(30, 34))
+    label_library(ledger, library(3, first=40), source="s3://a")
+    assert sorted(shown_in(ledger)) == named(*range(10, 14), *range(20, 24), *range(30, 34), *range(40, 43))
+    label_library(ledger, library(3, first=10), source="s3://c")
+    assert sorted(shown_in(ledger)) == named(*range(10, 13), *range(20, 24), *range(30, 34), *range(40, 43))
 
 
 def replaced_catalog() -> Catalog:
@@ -326,7 +360,7 @@ def with_first(table: pa.Table) -> pa.Table:
 
 def test_a_slow_reader_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Threads fetch ahead, but no more than a window: else a slow writer would hold the whole table."""
-    monkeypatch.setattr("kinoray.library.rows._WINDOW", 3)
+    monkeypatch.setattr("kinoray.label.shown._WINDOW", 3)
     ledger = ledger_in(Storage(), tmp_path)
     label_library(ledger, library(40), unit_size=2)
     Counting.seen.clear()

@@ -103,7 +103,7 @@ class Plan:
     unit_size: int
     """Rows of each unit that was cut for this plan; units taken over from older plans keep their size."""
     sequence: int
-    """How many plans there were before this one."""
+    """Its age: greater than that of every plan which was there before it was made."""
     units: tuple[Unit, ...]
     """In the order of their first row in the catalog."""
     keys: Keys
@@ -160,7 +160,8 @@ def draft_plan(
         for unit in taken:
             put(unit.numbers(), unit.unit_id, unit.num_rows, unit.first, unit.last, unit.mask)
     keys = Keys.in_file(path)
-    return Plan(found.digest, unit_size, len(older), tuple(units_of(keys, ends, about)), keys, path)
+    sequence = 1 + max((plan.sequence for plan in older), default=-1)
+    return Plan(found.digest, unit_size, sequence, tuple(units_of(keys, ends, about)), keys, path)
 
 
 def units_of(
