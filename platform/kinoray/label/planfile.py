@@ -156,10 +156,15 @@ def parse_units(data: bytes, keys: Keys) -> tuple[Unit, ...]:
     masked = np.array([mask is not None for mask in columns[5]], np.bool_)
     if (num_keys < 1).any() or (num_rows < num_keys).any() or ((num_rows > num_keys) != masked).any():
         raise ValueError("a unit has other rows than keys")
-    if int(num_keys.sum()) != len(keys):
-        raise ValueError(f"its units have {int(num_keys.sum()):,} keys, and there are {len(keys):,}")
-    for unit_id, rows, kept, mask in zip(columns[0], columns[1], columns[2], columns[5], strict=True):
+    total = sum(columns[2])  # of Python's numbers, which do not overflow
+    if total != len(keys):
+        raise ValueError(f"its units have {total:,} keys, and there are {len(keys):,}")
+    if len(set(columns[0])) < len(columns[0]):
+        raise ValueError("two of its units have the same id")
+    for unit_id, rows, kept, first, last, mask in zip(*columns, strict=True):
         as_name(unit_id, "unit_id")
+        if not 0 <= first <= last < total or last - first < kept - 1:
+            raise ValueError(f"unit {unit_id} has {kept} rows from {first} to {last} of {total:,}")
         if mask is not None and (len(mask) != -(-rows // 8) or int.from_bytes(mask, "little").bit_count() != kept):
             raise ValueError(f"the mask of unit {unit_id} is not of its rows")
     ends = np.cumsum(num_keys).tolist()
