@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kinoray.catalog.pieces import Pieces, find_pieces
+from kinoray.catalog.read import time_problem
 from kinoray.catalog.table import CATALOG_SCHEMA, Catalog, load_catalog, open_pieces, save_catalog
 from kinoray.config.shared import StorageConfig
 from kinoray.errors import CatalogError, IncompleteOutput, ObjectNotFound
@@ -109,6 +110,41 @@ def test_a_tally_tells_collections_apart_and_not_their_orders() -> None:
     assert tally(keys) != tally(keys[1:])
     assert tally(keys) != tally(keys[1:], keys[1:2])
     assert tally([1, 4]) != tally([2, 3])
+
+
+WRONG_TIMES = [(5.0, 3.0), (-1.0, None), (None, -1.0), (float("nan"), 3.0), (0.0, float("inf")), (float("nan"), None)]
+RIGHT_TIMES = [(None, None), (0.0, 0.0), (3.0, 5.0), (2.0, None), (None, 7.0)]
+
+
+def with_times(catalog: Catalog, times: Sequence[tuple[float | None, float | None]]) -> Catalog:
+    """The catalog with these times in its first rows."""
+    table = catalog.table
+    for number, name in enumerate(("time_start_s", "time_end_s")):
+        values = [pair[number] for pair in times] + [None] * (len(catalog) - len(times))
+        table = table.set_column(table.schema.get_field_index(name), name, pa.array(values, pa.float64()))
+    return replace(catalog, table=table)
+
+
+def test_times_are_part_of_a_key_only_where_they_refuse_the_row() -> None:
+    """So that a row that was mended is labelled again, and labellings that are there stay valid."""
+    keys = row_keys(library(6).table)
+    assert all(time_problem(*times) for times in WRONG_TIMES)
+    assert not any(time_problem(*times) for times in RIGHT_TIMES)
+    assert row_keys(with_times(library(6), RIGHT_TIMES).table) == keys
+    wrong = row_keys(with_times(library(6), WRONG_TIMES).table)
+    assert not set(wrong) & set(keys)
+    assert set(wrong).isdisjoint(row_keys(with_times(library(6), WRONG_TIMES[1:] + WRONG_TIMES[:1]).table))
+
+
+def test_only_a_row_that_was_mended_is_planned_again(tmp_path: Path) -> None:
+    before = survey(with_times(library(20), [(1.0, 2.0), (5.0, 3.0)]), tmp_path)
+    first = draft_plan(LABELLING, before, 8, tmp_path)
+    done = {unit.unit_id for unit in first.units}
+    mended = with_times(library(20), [(1.0, 4.0), (3.0, 5.0)])
+    found = survey(mended, tmp_path)
+    plan = draft_plan(LABELLING, found, 8, tmp_path, older=[first], committed=done)
+    work = work_of(mended, found.keys, LABELLING, [unit for unit in plan.units if unit.unit_id not in done])
+    assert [table["video_id"].to_pylist() for _, table in work] == [["v0001"]]
 
 
 # Plans, against the plainest way to make them

@@ -38,6 +38,7 @@ __all__ = [
 
 KEY_COLUMNS = ("video_id", "uri", "offset", "length", "size_bytes", "sha256")
 """What a key is made of."""
+_TIMES = ("time_start_s", "time_end_s")
 KEY_BYTES = 8
 """Of a key in a file, the most significant first."""
 
@@ -135,7 +136,8 @@ def key_numbers(table: pa.Table) -> Numbers:
     """The key of each row of a table with KEY_COLUMNS, uint64 [N]: the first 64 bits of a digest of these values.
 
     The same name, place and size (and checksum) give the same key; a file that was replaced by one of another size is
-    another input, and is labelled again.
+    another input, and is labelled again. Times are part of the key where no clip can have them, in tables with such
+    columns: a row that is mended is another input, and a row whose times are right keeps its key whatever they are.
     """
     columns = [table.column(name) for name in KEY_COLUMNS]
     video_id, uri, *numbers, sha256 = columns
@@ -147,8 +149,24 @@ def key_numbers(table: pa.Table) -> Numbers:
         for place in np.flatnonzero(_is_odd(columns)).tolist():
             row = [column[place].as_py() for column in columns]
             rows[place] = json.dumps(row, separators=(",", ":")).encode()
+    for place, start_s, end_s in _wrong_times(table):
+        rows[place] += json.dumps([start_s, end_s]).encode()
     digests = b"".join([hashlib.sha256(row).digest()[:KEY_BYTES] for row in rows])
     return np.frombuffer(digests, ">u8").astype(np.uint64)
+
+
+def _wrong_times(table: pa.Table) -> Iterator[tuple[int, float | None, float | None]]:
+    """The rows with times for which their videos are refused unread: place, time_start_s, time_end_s."""
+    if not set(_TIMES) <= set(table.column_names):
+        return
+    start, end = (table.column(name) for name in _TIMES)
+    if start.null_count == end.null_count == table.num_rows:
+        return
+    begin_s = pc.fill_null(start, 0.0).to_numpy()
+    finish_s = pc.coalesce(end, start, pa.scalar(0.0)).to_numpy()
+    right = np.isfinite(begin_s) & np.isfinite(finish_s) & (begin_s >= 0) & (finish_s >= begin_s)
+    for place in np.flatnonzero(~right).tolist():
+        yield place, start[place].as_py(), end[place].as_py()
 
 
 def _or_null(column: pa.ChunkedArray, written: pa.ChunkedArray) -> pa.ChunkedArray | str:

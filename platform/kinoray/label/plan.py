@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from kinoray.catalog.pieces import Rows, RowsDigest
 from kinoray.errors import CatalogError
-from kinoray.label.keys import KEY_BYTES, KEY_COLUMNS, Keys, Numbers, Pairs, join_pairs, key_numbers, keys_in
+from kinoray.label.keys import KEY_BYTES, Keys, Numbers, Pairs, join_pairs, key_numbers, keys_in
 from kinoray.label.unit import Unit, unit_id_of
 
 __all__ = [
@@ -66,7 +66,7 @@ def survey(rows: Rows, folder: Path) -> Survey:
     with path.open("wb") as file:
         for table in rows.batches():
             content.update(table)
-            numbers = key_numbers(table.select(list(KEY_COLUMNS)))
+            numbers = key_numbers(table)
             file.write(keys_in(numbers))
             places = np.arange(num_rows, num_rows + len(numbers), dtype=np.int64)
             by_key.add(numbers, places)

@@ -18,7 +18,7 @@ from kinoray.config.scoring import ScorerConfig, SegmentConsensus, ViewsConfig
 from kinoray.config.shared import ClipConfig
 from kinoray.errors import CatalogError, IncompleteOutput
 from kinoray.label.answers import AnswerRule
-from kinoray.label.keys import KEY_COLUMNS, Keys, Numbers, key_numbers
+from kinoray.label.keys import Keys, Numbers, key_numbers
 from kinoray.label.plan import Places, are_set
 from kinoray.label.unit import Unit, unit_id_of
 from kinoray.storage.objects import Storage
@@ -104,7 +104,7 @@ def work_of(rows: Rows, keys: Keys, labelling_id: str, units: Iterable[Unit]) ->
             )
         numbers, places = _places(unit, keys, labelling_id)
         table = cursor.take(places)
-        if len(table) != len(numbers) or (key_numbers(table.select(list(KEY_COLUMNS))) != numbers).any():
+        if len(table) != len(numbers) or (key_numbers(table) != numbers).any():
             raise CatalogError("the catalog has changed while it was read; run the same command again")
         yield Unit(unit.unit_id, tuple(Keys.of(numbers)), unit.num_rows), table
 
