@@ -215,6 +215,35 @@ def test_plans_are_those_that_are_made_in_memory(
             committed |= {unit.unit_id for at, unit in enumerate(plan.units) if unit.is_whole and at in finished}
 
 
+@pytest.mark.parametrize("what", ["finished", "open", "gone"])
+def test_of_the_rows_that_older_plans_hold_a_few_are_in_memory_at_once(
+    what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Units are found by sorting on disk; what is read back at once is a range of them, and not the library."""
+    num_rows, run = 2**13, 2**8
+    monkeypatch.setattr(pairs_module, "_RUN", run)
+    monkeypatch.setattr(plan_module, "_CHUNK", run)
+    read, buckets = [], Pairs.buckets
+
+    def watched(self: Pairs, bits: int | None = None) -> Iterator[tuple[Any, Any]]:
+        for found in buckets(self, bits):
+            read.append(len(found[0]))
+            yield found
+
+    monkeypatch.setattr(Pairs, "buckets", watched)
+    grown = Keys.of(np.random.default_rng(0).integers(2**64, size=num_rows + 50, dtype=np.uint64))
+    before = draft_plan(LABELLING, Survey("before", grown[:num_rows]), 2**5, tmp_path)
+    done = {unit.unit_id for unit in before.units}
+    if what == "gone":
+        rows = gone_rows(grown[num_rows // 2 :], [before], done, tmp_path)
+        assert sum(len(places) for _, places in rows) == num_rows // 2
+    else:
+        committed = done if what == "finished" else set()
+        plan = draft_plan(LABELLING, Survey("grown", grown), 2**5, tmp_path, older=[before], committed=committed)
+        assert [len(unit.keys) for unit in plan.units] == [2**5] * (num_rows >> 5) + [32, 18]
+    assert 0 < max(read) <= 2 * run
+
+
 # Catalogs of many files
 
 

@@ -279,8 +279,13 @@ Values = NDArray[np.int64]
 class Pairs:
     """Pairs (key, value): added in any order, read back by `buckets`, of equal keys in the order in which they came."""
 
-    def __init__(self, folder: Path) -> None:
-        """`folder` holds what is not in memory; it is the caller's, to be removed when all is done."""
+    def __init__(self, folder: Path, width: int = 64) -> None:
+        """
+        Args:
+            folder: holds what is not in memory; it is the caller's, to be removed when all is done.
+            width: keys have so many bits, of which the leading ones should be spread evenly.
+        """
+        self._width = width
         self._path = folder / f"pairs-{uuid4().hex}"
         self._held: list[tuple[Numbers, Values]] = []
         self._num_held = 0
@@ -307,7 +312,9 @@ class Pairs:
         """The pairs in ranges of their keys, each range sorted by key; empty ones too: 2 ** bits in all."""
         bits = self.bits if bits is None else bits
         held = self._sorted()
-        edges = np.arange(1, 2**bits, dtype=np.uint64) << np.uint64(64 - bits) if bits else np.empty(0, np.uint64)
+        edges = (
+            np.arange(1, 2**bits, dtype=np.uint64) << np.uint64(self._width - bits) if bits else np.empty(0, np.uint64)
+        )
         runs = [*self._cut_runs(edges), _cut(held[0], edges)]
         for bucket in range(2**bits):
             keys, values = [], []

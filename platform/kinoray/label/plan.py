@@ -36,7 +36,8 @@ __all__ = [
 ]
 
 _CHUNK = 2**18  # keys that are looked at at once; of whole bytes of bits
-_SHIFT = np.uint64(32)  # of a unit's number beside the place of a row in it
+_PLACE_BITS = 32
+_SHIFT = np.uint64(_PLACE_BITS)  # of a unit's number beside the place of a row in it
 _SPREAD = 16  # a unit that nobody has finished is taken over where its rows are no further apart than this
 _SPREAD_ROWS = 4096
 
@@ -225,6 +226,11 @@ class _Older:
             for units, numbers in _groups(plan):
                 self._add(units, numbers, known, committed)
 
+    @property
+    def code_bits(self) -> int:
+        """Of the number of a row in one of these units; the leading ones are the unit's."""
+        return _PLACE_BITS + max(1, len(self.ids) - 1).bit_length()
+
     def _add(self, units: list[Unit], numbers: Numbers, known: set[str], committed: Collection[str]) -> None:
         done, waiting, codes = np.zeros(len(numbers), np.bool_), np.zeros(len(numbers), np.bool_), []
         begin = 0
@@ -307,13 +313,14 @@ def _take_over(
 ) -> Iterator[_Taken]:
     """The units that this catalog shares with older plans; their rows are no longer free."""
     older, here = _Older(plans, committed, folder), _located(keys, folder)
-    rows, names = Pairs(folder), Pairs(folder)  # by row in a unit: row in the catalog, and key
+    bits = older.code_bits
+    rows, names = Pairs(folder, bits), Pairs(folder, bits)  # by row in a unit: row in the catalog, and key
     for numbers, codes, places in _matches(older.finished, here):
         rows.add(codes, places)
         names.add(codes, numbers.view(np.int64))
         _take(free, places)
 
-    maybe_rows, maybe_names = Pairs(folder), Pairs(folder)
+    maybe_rows, maybe_names = Pairs(folder, bits), Pairs(folder, bits)
     count = np.zeros(len(older.ids), np.int64)
     lowest, highest = np.full(len(count), len(keys), np.int64), np.zeros(len(count), np.int64)
     for numbers, codes, places in _matches(older.open, here):
@@ -373,7 +380,7 @@ def gone_rows(
 ) -> Iterator[tuple[str, Places]]:
     """Finished units of which rows are not in a catalog with these keys: unit id, places of these rows in its part."""
     older, here = _Older(plans, committed, folder), _located(keys, folder)
-    gone = Pairs(folder)
+    gone = Pairs(folder, older.code_bits)
     for (numbers, codes), (known, _) in join_pairs(older.finished, here):
         missing = ~np.isin(numbers, known)
         gone.add(codes[missing].view(np.uint64), codes[missing])
