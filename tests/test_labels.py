@@ -19,7 +19,7 @@ import pytest
 from kinoray.catalog.table import Catalog, save_catalog
 from kinoray.config.scoring import WindowsConfig
 from kinoray.config.shared import StorageConfig
-from kinoray.errors import CatalogError, ConfigError
+from kinoray.errors import CatalogError, ChecksumMismatch, ConfigError
 from kinoray.label.keys import row_keys
 from kinoray.label.ledger import Ledger, read_predictions
 from kinoray.label.unit import WINDOW_SCHEMA, labelling_id
@@ -335,6 +335,27 @@ def test_rows_that_left_the_library_show_until_the_rest_is_labelled(tmp_path: Pa
     assert shown_in(ledger) == named(*range(12))
     label_library(ledger, library(13), unit_size=4)
     assert shown_in(ledger) == named(*range(13))
+
+
+def test_a_part_with_rows_of_videos_that_have_left_can_be_labelled_again(tmp_path: Path) -> None:
+    """Its unit cannot, so what is left of it becomes another one; units that are there stay."""
+    ledger = ledger_in(Storage(), tmp_path)
+    label_library(ledger, library(12), unit_size=4)
+    plan = label_library(ledger, library(12, first=2), unit_size=4)
+    damaged = next(unit for unit in plan.units if not unit.is_whole)
+    path = Path(ledger.root, "parts", f"{damaged.unit_id}.parquet")
+    data = bytearray(path.read_bytes())
+    data[100] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(ChecksumMismatch, match=rf"delete {path} and run the label command again"):
+        read_predictions(Storage(), ledger.root)
+    path.unlink()
+    again = label_library(ledger, library(12, first=2), unit_size=4)
+    assert {unit.unit_id for unit in again.units} & {unit.unit_id for unit in plan.units} == {
+        unit.unit_id for unit in plan.units if unit.is_whole
+    }
+    assert sorted(shown_in(ledger)) == named(*range(2, 14))
+    assert label_library(ledger, library(12, first=2), unit_size=4) == again
 
 
 def test_only_what_was_of_the_same_source_or_of_the_same_units_gives_way(tmp_path: Path) -> None:

@@ -98,11 +98,18 @@ class Ledger:
         return len(self.job().labels) or None
 
     def plan(self, found: Survey, unit_size: int, folder: Path) -> Plan:
-        """The plan of a catalog, made and stored at the first call: later calls, and jobs at once, get the same one."""
+        """The plan of a catalog, made and stored at the first call: later calls, and jobs at once, get the same one.
+
+        But where a part is gone of which only some rows are in this catalog, what is left of them is planned anew.
+        """
         try:
-            return self._plans.read(found.digest)
+            standing = self._plans.read(found.digest)
         except ObjectNotFound:  # the first job on this catalog
             return self._plans.put_if_absent(self.draft(found, unit_size, folder))
+        masked = {unit.unit_id for unit in standing.units if not unit.is_whole}
+        if not masked or masked <= self.committed():
+            return standing
+        return self._plans.put(replace(self.draft(found, unit_size, folder), sequence=standing.sequence))
 
     def draft(self, found: Survey, unit_size: int, folder: Path) -> Plan:
         """The plan that `plan` would store now; nothing is written but to a folder of this machine."""

@@ -60,6 +60,26 @@ class StoredPlans:
 
     def put_if_absent(self, plan: Plan) -> Plan:
         """Store a plan that was just made, unless another writer was first; returns the one that stands."""
+        head = self._put_files(plan)
+        uri = self._uri(plan.catalog_digest, _HEAD)
+        if self._storage.put_if_absent(uri, _to_json(head)):
+            return plan
+        standing = self._read_head(uri)
+        for ours, other, kind in ((head.units, standing.units, _UNITS), (head.keys, standing.keys, _KEYS)):
+            if ours != other:
+                self._storage.delete(self._uri(plan.catalog_digest, kind, ours))
+        return self.read(plan.catalog_digest)
+
+    def put(self, plan: Plan) -> Plan:
+        """Store a plan that was just made in place of the one that is there; returns it.
+
+        The files of the other stay: somebody may be reading them.
+        """
+        head = self._put_files(plan)
+        self._storage.put(self._uri(plan.catalog_digest, _HEAD), _to_json(head))
+        return plan
+
+    def _put_files(self, plan: Plan) -> _Head:
         assert plan.path is not None
         units = to_units(plan)
         with plan.path.open("rb") as file:
@@ -74,14 +94,7 @@ class StoredPlans:
         )
         self._storage.put(self._uri(plan.catalog_digest, _UNITS, head.units), units)
         self._storage.put_file(self._uri(plan.catalog_digest, _KEYS, head.keys), plan.path)
-        uri = self._uri(plan.catalog_digest, _HEAD)
-        if self._storage.put_if_absent(uri, json.dumps(asdict(head), indent=1).encode()):
-            return plan
-        standing = self._read_head(uri)
-        for ours, other, kind in ((head.units, standing.units, _UNITS), (head.keys, standing.keys, _KEYS)):
-            if ours != other:
-                self._storage.delete(self._uri(plan.catalog_digest, kind, ours))
-        return self.read(plan.catalog_digest)
+        return head
 
     def read(self, catalog_digest: str) -> Plan:
         """The plan of a catalog; its keys stay where they are.
@@ -114,6 +127,10 @@ class StoredPlans:
 
     def _uri(self, catalog_digest: str, kind: str, sha256: str = "") -> str:
         return join(self._root, f"{catalog_digest}{'-' if sha256 else ''}{sha256[:16]}{kind}")
+
+
+def _to_json(head: _Head) -> bytes:
+    return json.dumps(asdict(head), indent=1).encode()
 
 
 _UNITS_SCHEMA = pa.schema(

@@ -100,7 +100,7 @@ def work_of(rows: Rows, keys: Keys, labelling_id: str, units: Iterable[Unit]) ->
         if not unit.is_whole:
             raise IncompleteOutput(
                 f"unit {unit.unit_id} was finished and its part is gone, with rows of videos that have left the "
-                "catalog; label into another --out"
+                "catalog; run the same command again, which labels those that have not"
             )
         numbers, places = _places(unit, keys, labelling_id)
         table = cursor.take(places)
