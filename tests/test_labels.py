@@ -4,6 +4,7 @@ import csv
 import fnmatch
 import io
 import json
+import re
 import tracemalloc
 from collections import Counter
 from collections.abc import Callable
@@ -356,6 +357,25 @@ def test_a_part_with_rows_of_videos_that_have_left_can_be_labelled_again(tmp_pat
     }
     assert sorted(shown_in(ledger)) == named(*range(2, 14))
     assert label_library(ledger, library(12, first=2), unit_size=4) == again
+
+
+def test_keys_that_are_not_those_that_were_written_are_named_with_a_remedy_that_works(tmp_path: Path) -> None:
+    ledger = ledger_in(Storage(), tmp_path)
+    label_library(ledger, library(12), unit_size=4)
+    (path,) = Path(ledger.root, "plans").glob("*.keys")
+    data = path.read_bytes()
+    path.write_bytes(data[8:16] + data[:8] + data[16:])
+    with pytest.raises(ChecksumMismatch, match=rf"^{path} is not what was written: .* remove (\S+) and") as caught:
+        label_library(ledger, library(20), unit_size=4)
+    parts = {part: part.read_bytes() for part in Path(ledger.root, "parts").iterdir()}
+    Path(re.findall(r"remove (\S+) and", str(caught.value))[0]).unlink()
+    label_library(ledger, library(20), unit_size=4)
+    assert shown_in(ledger) == named(*range(20))
+    assert len(parts) == 3
+    assert len(list(Path(ledger.root, "parts").iterdir())) == 5
+    label_library(ledger, library(12), unit_size=4)
+    assert shown_in(ledger) == named(*range(12))
+    assert {part: part.read_bytes() for part in parts} == parts
 
 
 def test_only_what_was_of_the_same_source_or_of_the_same_units_gives_way(tmp_path: Path) -> None:

@@ -17,11 +17,11 @@ from kinoray.catalog.pieces import Pieces, find_pieces
 from kinoray.catalog.read import time_problem
 from kinoray.catalog.table import CATALOG_SCHEMA, Catalog, load_catalog, open_pieces, save_catalog
 from kinoray.config.shared import StorageConfig
-from kinoray.errors import CatalogError, IncompleteOutput, ObjectNotFound
+from kinoray.errors import CatalogError, ChecksumMismatch, IncompleteOutput, ObjectNotFound
 from kinoray.label import keys as pairs_module
 from kinoray.label import plan as plan_module
 from kinoray.label.keys import Keys, Pairs, Tally, join_pairs, numbers_of, row_keys
-from kinoray.label.plan import Plan, Survey, draft_plan, gone_rows, survey
+from kinoray.label.plan import Plan, StoredKeys, Survey, draft_plan, gone_rows, survey
 from kinoray.label.work import work_of
 from kinoray.storage.objects import Storage
 from small_tables import drafted, library
@@ -373,6 +373,18 @@ def test_units_come_with_their_rows_in_any_order_also_where_they_lie_apart(small
     of_key = dict(zip(row_keys(grown.table), grown.table.to_pylist(), strict=True))
     for unit, table in work_of(rows, found.keys, LABELLING, plan.units[::-1]):
         assert table.to_pylist() == [of_key[key] for key in unit.keys]
+
+
+def test_damaged_keys_of_a_plan_are_no_change_of_the_catalog(tmp_path: Path) -> None:
+    """Rows that lie apart are found by the stored keys; those of others that are put there are not labelled instead."""
+    whole = library(12)
+    found = survey(whole, tmp_path)
+    plan = draft_plan(LABELLING, found, 4, tmp_path)
+    swapped = Keys.of(found.keys.numbers()[[0, 5, 9, 1]])
+    unit = replace(plan.units[0], keys=swapped, last=9)
+    stored = StoredKeys("one.keys", "one.json", "")
+    with pytest.raises(ChecksumMismatch, match=r"^one.keys is not what was written: .* remove one.json and label"):
+        list(work_of(whole, found.keys, LABELLING, [unit], stored))
 
 
 def test_a_catalog_that_changes_under_a_job_is_found(tmp_path: Path) -> None:

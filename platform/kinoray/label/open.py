@@ -65,7 +65,8 @@ class Labelling:
 
     def work(self, units: Iterable[Unit]) -> Iterator[tuple[Unit, pa.Table]]:
         """Units of the plan with their rows (UNIT_COLUMNS). Raises as `work_of`."""
-        for unit, rows in work_of(self.rows, self.found.keys, self.ledger.labelling_id, units):
+        stored = self.plan.stored
+        for unit, rows in work_of(self.rows, self.found.keys, self.ledger.labelling_id, units, stored):
             yield unit, rows.select(list(UNIT_COLUMNS))
 
     @property

@@ -7,6 +7,7 @@ two jobs at once, share the units they have in common instead of labelling their
 come to the same plan.
 """
 
+import hashlib
 from collections import deque
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -19,13 +20,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kinoray.catalog.pieces import Rows, RowsDigest
-from kinoray.errors import CatalogError
+from kinoray.errors import CatalogError, ChecksumMismatch
 from kinoray.label.keys import KEY_BYTES, Keys, Numbers, Pairs, join_pairs, key_numbers, keys_in
 from kinoray.label.unit import Unit, unit_id_of
 
 __all__ = [
     "Places",
     "Plan",
+    "StoredKeys",
     "Survey",
     "are_set",
     "draft_plan",
@@ -96,6 +98,23 @@ def _row_at(rows: Rows, place: int) -> dict[str, Any]:
 
 
 @dataclass(frozen=True, slots=True)
+class StoredKeys:
+    """Where the keys of a plan lie, and what they were when they were written."""
+
+    uri: str
+    head: str
+    """Address of the plan's head."""
+    sha256: str
+
+    def damaged(self) -> ChecksumMismatch:
+        """They are others now. Without the head the plan is made again, with the same units where it can be."""
+        return ChecksumMismatch(
+            f"{self.uri} is not what was written: its SHA-256 is another; remove {self.head} and label again, "
+            "which finds the parts that are there"
+        )
+
+
+@dataclass(frozen=True, slots=True)
 class Plan:
     """The units of a catalog: each of its rows is in exactly one of them."""
 
@@ -111,6 +130,8 @@ class Plan:
     """Of all units, one after the other."""
     path: Path | None = field(default=None, compare=False)
     """Where they lie on this machine, for a plan that was just made."""
+    stored: "StoredKeys | None" = field(default=None, compare=False)
+    """For a plan that was read."""
 
     @property
     def num_rows(self) -> int:
@@ -251,17 +272,26 @@ class _Older:
 
 
 def _groups(plan: Plan) -> Iterator[tuple[list[Unit], Numbers]]:
-    """The units of a plan with their keys, some at a time."""
+    """The units of a plan with their keys, some at a time. Raises ChecksumMismatch at the end: the keys are damaged."""
     group: list[Unit] = []
     begin = end = 0
+    digest = hashlib.sha256()
+
+    def numbers() -> Numbers:
+        found = plan.keys[begin:end].numbers()
+        digest.update(keys_in(found))
+        return found
+
     for unit in plan.units:
         group.append(unit)
         end += len(unit.keys)
         if end - begin >= _CHUNK:
-            yield group, plan.keys[begin:end].numbers()
+            yield group, numbers()
             group, begin = [], end
     if group:
-        yield group, plan.keys[begin:end].numbers()
+        yield group, numbers()
+    if plan.stored is not None and digest.hexdigest() != plan.stored.sha256:
+        raise plan.stored.damaged()
 
 
 def unfinished_keys(plan: Plan, committed: Collection[str]) -> Numbers:

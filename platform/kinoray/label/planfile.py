@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 
 from kinoray.errors import ChecksumMismatch, ObjectNotFound
 from kinoray.label.keys import KEY_BYTES, Keys
-from kinoray.label.plan import Plan, units_of
+from kinoray.label.plan import Plan, StoredKeys, units_of
 from kinoray.label.unit import Unit
 from kinoray.storage.objects import MAX_RECORD_BYTES, MAX_TABLE_BYTES, Storage, join
 from kinoray.storage.records import as_name, read_record, record_of
@@ -120,7 +120,8 @@ class StoredPlans:
         except (ValueError, TypeError, ObjectNotFound, pa.ArrowException) as error:
             reason = " ".join(str(error).split())[:200]
             raise ChecksumMismatch(f"{uri} is not what was written: {reason}; remove it, and label again") from error
-        return Plan(head.catalog_digest, head.unit_size, head.sequence, found, all_keys)
+        stored = StoredKeys(keys, uri, head.keys)
+        return Plan(head.catalog_digest, head.unit_size, head.sequence, found, all_keys, stored=stored)
 
     def _read_head(self, uri: str) -> _Head:
         return read_record(self._storage, uri, record_of(_Head), MAX_RECORD_BYTES)
