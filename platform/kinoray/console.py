@@ -268,8 +268,7 @@ class Progress:
         parts = [f"{self._task}: {count}"]
         if final:
             rate = self._rate(now, done)
-            parts += [f"{rate:.1f}/s"] if rate else []
-            parts += [f"took {format_duration(now - self._start)}"]
+            parts += [*([f"{rate:.1f}/s"] if rate else []), f"took {format_duration(now - self._start)}"]
         elif rate := self._rate(now, done):
             left_s = (self._total - self._already - done) / rate
             parts += [f"{rate:.1f}/s", f"{format_duration(left_s)} left"]

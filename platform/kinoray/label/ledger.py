@@ -117,11 +117,9 @@ class Ledger:
 
     def plans(self) -> list[Plan]:
         """All plans, oldest first; one that was labelled again after others comes behind them."""
-        finished = self.finished()
-        plans = []
-        for plan in _in_threads(self._plans.read, self._plans.names()):
-            again = finished.get(plan.catalog_digest)
-            plans.append(replace(plan, sequence=max(plan.sequence, again.sequence)) if again else plan)
+        again = {digest: done.sequence for digest, done in self.finished().items()}
+        found = list(_in_threads(self._plans.read, self._plans.names()))
+        plans = [replace(plan, sequence=max(plan.sequence, again.get(plan.catalog_digest, -1))) for plan in found]
         return sorted(plans, key=lambda plan: (plan.sequence, plan.catalog_digest))
 
     def finished(self) -> dict[str, Finished]:
@@ -341,11 +339,7 @@ class Ledger:
         )
 
     def finish(self, plan: Plan, totals: Totals, source: str = "") -> None:
-        """Declare the catalog's table complete, and the newest. Call it only with what `check` returned.
-
-        Args:
-            source: what the catalog was made of; its rows replace those of older catalogs of it.
-        """
+        """Declare the table of a catalog of this source complete and the newest. Call it with what `check` gave."""
         others = [other.sequence for other in self.plans() if other.catalog_digest != plan.catalog_digest]
         sequence = max([plan.sequence, *(other + 1 for other in others)])
         record = {"catalog_digest": plan.catalog_digest, "source": source, "sequence": sequence, **asdict(totals)}

@@ -8,24 +8,31 @@ What is easy to break: a newer row hides the older rows of its place, also while
 also when a filter drops the newer one; so rows are compared before they are filtered.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import pyarrow as pa
 
 from kinoray.label.plan import Plan
-from kinoray.label.unit import PLACE, Unit
+from kinoray.label.unit import PLACE, Finished, Unit
 
-if TYPE_CHECKING:
-    from kinoray.label.ledger import Ledger
-
-__all__ = ["read_shown", "read_shown_windows", "shown_plans", "shown_units"]
+__all__ = ["Committed", "read_shown", "read_shown_windows", "shown_plans", "shown_units"]
 
 _WINDOW = 256  # units that are prefetched, so that a slow one holds no whole table
 
 
-def shown_plans(ledger: "Ledger", after: Plan | None = None, source: str = "") -> list[Plan]:
+class Committed(Protocol):
+    """What is asked of a ledger here."""
+
+    def plans(self) -> list[Plan]: ...
+    def finished(self) -> dict[str, Finished]: ...
+    def committed(self) -> set[str]: ...
+    def read_units(self, units: Iterable[Unit], columns: list[str] | None = None) -> Iterator[pa.Table]: ...
+    def read_windows(self, units: Iterable[Unit]) -> Iterator[pa.Table]: ...
+
+
+def shown_plans(ledger: Committed, after: Plan | None = None, source: str = "") -> list[Plan]:
     """The plans whose finished units are the table, the newest first.
 
     Args:
@@ -54,7 +61,7 @@ def shown_plans(ledger: "Ledger", after: Plan | None = None, source: str = "") -
     return shown
 
 
-def shown_units(ledger: "Ledger") -> tuple[list[Unit], list[Unit]]:
+def shown_units(ledger: Committed) -> tuple[list[Unit], list[Unit]]:
     """The finished units of the newest plan, and those with rows that it does not have, cut to these rows."""
     done = ledger.committed()
     newest: list[Unit] = []
@@ -76,7 +83,7 @@ def shown_units(ledger: "Ledger") -> tuple[list[Unit], list[Unit]]:
     return newest, older
 
 
-def read_shown(ledger: "Ledger", columns: Sequence[str]) -> Iterator[pa.Table]:
+def read_shown(ledger: Committed, columns: Sequence[str]) -> Iterator[pa.Table]:
     """The committed rows of the table, newest plan first, unit by unit in the order of its catalog.
 
     Args:
@@ -100,7 +107,7 @@ def read_shown(ledger: "Ledger", columns: Sequence[str]) -> Iterator[pa.Table]:
         yield table.filter(pa.array(shown, pa.bool_()))
 
 
-def read_shown_windows(ledger: "Ledger") -> Iterator[pa.Table]:
+def read_shown_windows(ledger: Committed) -> Iterator[pa.Table]:
     """The rows of the windows of the table's videos (WINDOW_SCHEMA). Raises as `read_shown`."""
     done, seen = ledger.committed(), set[str]()
     for plan in shown_plans(ledger):
@@ -110,7 +117,7 @@ def read_shown_windows(ledger: "Ledger") -> Iterator[pa.Table]:
             yield from ledger.read_windows(units[start : start + _WINDOW])
 
 
-def _read(ledger: "Ledger", units: Sequence[Unit], columns: list[str]) -> Iterator[pa.Table]:
+def _read(ledger: Committed, units: Sequence[Unit], columns: list[str]) -> Iterator[pa.Table]:
     for start in range(0, len(units), _WINDOW):
         yield from ledger.read_units(units[start : start + _WINDOW], columns)
 
