@@ -8,6 +8,7 @@ store    the plan is made and written.
 resume   all but 50 rows are done: survey, plan, what is finished, and the 50 rows at hand. Bar: it reads at most 1.05
          times the catalog, the plan's units and the row group in which the 50 are.
 check    everything is done: survey, plan, and every part is read back and compared with the catalog.
+grown    everything is done, and the library has 50 rows more: survey, and a plan that takes over what is finished.
 labels   the command `kinoray labels OUT --limit 10`.
 
 Peak memory is the kernel's (VmHWM), of the process with the most. Bar: at 10^7 rows 1.25 times that at 10^6. "read" and
@@ -38,8 +39,9 @@ from kinoray.catalog.pieces import CATALOG_SCHEMA, GROUP_ROWS, OF_FEW_VALUES
 from kinoray.catalog.table import open_pieces
 from kinoray.cli import main as kinoray
 from kinoray.label.config import LabelConfig
+from kinoray.label.keys import Keys, keys_in
 from kinoray.label.ledger import Ledger
-from kinoray.label.plan import survey
+from kinoray.label.plan import Survey, survey
 from kinoray.label.unit import PREDICTION_SCHEMA, JobRecord, Unit
 from kinoray.label.work import work_of
 from kinoray.storage.leftovers import scratch_folder
@@ -217,6 +219,20 @@ def step_check(folder: Path, num_rows: int, scratch: Path) -> dict[str, float]:
     return opened.took
 
 
+def step_grown(folder: Path, num_rows: int, scratch: Path) -> dict[str, float]:
+    opened = Opened(folder, num_rows, scratch)
+    with (scratch / "grown").open("wb") as file:
+        for chunk in opened.found.keys.chunks():
+            file.write(keys_in(chunk))
+        file.write(keys_in(np.arange(LEFT, dtype=np.uint64)))
+    grown = Survey("grown", Keys.in_file(scratch / "grown"))
+    plan = opened.ledger.draft(grown, unit_size(num_rows), scratch)
+    if len(plan.units) != len(opened.plan.units) + 1 or plan.num_rows != num_rows + LEFT:
+        raise RuntimeError(f"{len(plan.units)} units of {plan.num_rows} rows")
+    opened.note("grown")
+    return opened.took
+
+
 def step_labels(folder: Path, num_rows: int, scratch: Path) -> dict[str, float]:
     require(kinoray(["labels", str(folder / "out"), "--limit", "10"]))
     return {}
@@ -227,6 +243,7 @@ STEPS: dict[str, Callable[[Path, int, Path], dict[str, float]]] = {
     "store": step_store,
     "resume": step_resume,
     "check": step_check,
+    "grown": step_grown,
     "labels": step_labels,
 }
 
@@ -317,7 +334,7 @@ def measure(folder: Path, about: int, plan_only: bool) -> dict[str, dict[str, An
     least = catalog_bytes * (1 + group / num_rows) + units_bytes
     found["resume"]["read_ratio"] = found["resume"]["took"]["store_bytes"] / least
     commit_some(folder, num_units, num_units + 1)
-    return found | {name: run_step(name, folder, num_rows) for name in ("check", "labels")}
+    return found | {name: run_step(name, folder, num_rows) for name in ("check", "grown", "labels")}
 
 
 def judged(found: dict[int, dict[str, dict[str, Any]]]) -> Iterator[tuple[str, float, float]]:

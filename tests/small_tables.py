@@ -109,7 +109,7 @@ def sealed(data: bytes) -> bytes:
     return pages + hashlib.sha256(pages).digest() + hashlib.sha256(footer).digest() + footer
 
 
-def label_library(ledger: Ledger, catalog: Catalog, *, unit_size: int = 8, **changes: Any) -> Plan:
+def label_library(ledger: Ledger, catalog: Catalog, *, unit_size: int = 8, source: str = "", **changes: Any) -> Plan:
     """Commit what is missing of a catalog, check it and declare it complete."""
     keys = row_keys(catalog.table)
     plan = planned(ledger, catalog.digest, keys, unit_size)
@@ -117,5 +117,5 @@ def label_library(ledger: Ledger, catalog: Catalog, *, unit_size: int = 8, **cha
     for unit in plan.units:
         if unit.unit_id not in done:
             ledger.commit(unit, rows_for(catalog, unit.keys, **changes), "run")
-    ledger.finish(plan, ledger.check(plan, keys))
+    ledger.finish(plan, ledger.check(plan, keys), source)
     return plan

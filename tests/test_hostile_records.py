@@ -24,6 +24,7 @@ from kinoray.config.file import config_from_mapping, first_repeated, load_config
 from kinoray.config.shared import DecodeConfig, StorageConfig, parse_options
 from kinoray.errors import ChecksumMismatch, ConfigError, KinorayError, ObjectTooLarge
 from kinoray.label.ledger import Ledger, read_predictions
+from kinoray.label.planfile import parse_units
 from kinoray.label.unit import PREDICTION_SCHEMA
 from kinoray.library.export import Source, copied_videos
 from kinoray.storage import tables
@@ -254,6 +255,11 @@ BAD_UNITS: dict[str, dict[str, Any]] = {
     "mask is of other rows": {"num_rows": 9, "mask": b"\xff"},
     "mask is of other keys": {"num_rows": 9, "mask": b"\xff\x01"},
     "first is null": {"first": None},
+    "first is negative": {"first": -1},
+    "first is behind last": {"first": 19},
+    "last is no row": {"last": 20},
+    "rows do not fit between first and last": {"last": 6},
+    "num_keys overflows": {"num_keys": 2**63 - 1, "num_rows": 2**63 - 1},
 }
 
 
@@ -274,6 +280,24 @@ def test_units_that_are_not_ours_are_refused_also_where_their_digest_fits(
     path.with_name(f"{head.stem}-{sha256[:16]}.parquet").write_bytes(sink.getvalue())
     with pytest.raises(ChecksumMismatch, match=f"{head}"):
         ledger.plans()
+
+
+@pytest.mark.parametrize("wrong", ["id", "sum"])
+def test_sums_of_units_do_not_overflow_and_an_id_is_there_once(wrong: str, tmp_path: Path) -> None:
+    """Three units of 2 ** 63 - 1, 2 ** 63 - 1 and 22 keys add up to 20 in 64 bits."""
+    ledger = ledger_in(Storage(), tmp_path / "out")
+    plan = label_library(ledger, library(20))
+    (path,) = Path(ledger.root, "plans").glob("*.parquet")
+    rows = pq.read_table(path).to_pylist()
+    if wrong == "id":
+        rows[1]["unit_id"] = rows[0]["unit_id"]
+    else:
+        for row, keys in zip(rows, (2**63 - 1, 2**63 - 1, 22), strict=True):
+            row |= {"num_keys": keys, "num_rows": keys}
+    sink = io.BytesIO()
+    pq.write_table(pa.Table.from_pylist(rows, schema=pq.read_schema(path)), sink)
+    with pytest.raises(ValueError, match="the same id" if wrong == "id" else "keys, and there are 20"):
+        parse_units(sink.getvalue(), plan.keys)
 
 
 @pytest.mark.parametrize("change", BAD_PLANS.values(), ids=BAD_PLANS)

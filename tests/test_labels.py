@@ -4,6 +4,7 @@ import csv
 import fnmatch
 import io
 import json
+import re
 import tracemalloc
 from collections import Counter
 from collections.abc import Callable
@@ -19,12 +20,13 @@ import pytest
 from kinoray.catalog.table import Catalog, save_catalog
 from kinoray.config.scoring import WindowsConfig
 from kinoray.config.shared import StorageConfig
-from kinoray.errors import CatalogError, ConfigError
+from kinoray.errors import CatalogError, ChecksumMismatch, ConfigError
 from kinoray.label.keys import row_keys
 from kinoray.label.ledger import Ledger, read_predictions
 from kinoray.label.unit import WINDOW_SCHEMA, labelling_id
 from kinoray.library.config import LabelsConfig
 from kinoray.library.labels import labels
+from kinoray.library.numbers import read_result
 from kinoray.library.rows import LABEL_SCHEMA, Where, count_rows, defused, scan, undefused
 from kinoray.storage.objects import Storage, join
 from small_sets import catalog_of
@@ -307,7 +309,7 @@ class Counting(Storage):
 def test_a_grown_library_reads_as_the_whole_table_does_and_hidden_rows_stay_hidden(tmp_path: Path) -> None:
     ledger = ledger_in(Storage(), tmp_path)
     label_library(ledger, library(10))
-    label_library(ledger, library(20, first=5))
+    label_library(ledger, library(20, first=10))
     label_library(ledger, replaced_catalog(), status="skipped")
     expected = read_predictions(Storage(), ledger.root)
     for where in (Where(), Where(status=("labelled",)), Where(status=("quarantined",))):
@@ -323,7 +325,7 @@ def test_of_a_library_that_grew_no_part_is_read_twice_and_no_row_is_remembered(
     ledger = ledger_in(Storage(), tmp_path)
     for size in (8, 20, 32):
         label_library(ledger, library(size), unit_size=4)
-    monkeypatch.delattr("kinoray.library.rows._places_of")
+    monkeypatch.delattr("kinoray.label.shown._places_of")
     Counting.seen.clear()
     counted = Ledger(Counting(), ledger.root)
     assert count_rows(counted) == 32
@@ -331,13 +333,86 @@ def test_of_a_library_that_grew_no_part_is_read_twice_and_no_row_is_remembered(
     assert len([uri for uri in Counting.seen if "/parts/" in uri]) == 8
 
 
-def test_rows_that_left_the_library_come_behind_the_others_and_are_not_counted_unread(tmp_path: Path) -> None:
+def shown_in(ledger: Ledger) -> list[str]:
+    """The videos in the table, which all readers agree on."""
+    found: list[str] = pa.concat_tables(scan(ledger, ["video_id"]))["video_id"].to_pylist()
+    assert read_predictions(Storage(), ledger.root)["video_id"].to_pylist() == found
+    assert read_result(Storage(), ledger.root).rows["video_id"].to_pylist() == found
+    assert count_rows(ledger) in (None, len(found))
+    return found
+
+
+def named(*numbers: int) -> list[str]:
+    return [f"v{number:04d}" for number in numbers]
+
+
+def test_rows_that_left_the_library_show_until_the_rest_is_labelled(tmp_path: Path) -> None:
     ledger = ledger_in(Storage(), tmp_path)
     label_library(ledger, library(12), unit_size=4)
-    label_library(ledger, library(12, first=6), unit_size=4)
+    keys = row_keys(library(12, first=6).table)
+    planned(ledger, library(12, first=6).digest, keys, 4)
+    assert shown_in(ledger) == named(*range(6, 12), *range(6))
     assert count_rows(ledger) is None
-    found = pa.concat_tables(scan(ledger, ["video_id"]))["video_id"].to_pylist()
-    assert found == [f"v{i:04d}" for i in [*range(6, 18), *range(6)]]
+    label_library(ledger, library(12, first=6), unit_size=4)
+    assert shown_in(ledger) == named(*range(6, 18))
+    label_library(ledger, library(10, first=6), unit_size=4)  # nothing is to be labelled
+    assert shown_in(ledger) == named(*range(6, 16))
+    assert count_rows(ledger) == 10
+    label_library(ledger, library(12), unit_size=4)  # they are back
+    assert shown_in(ledger) == named(*range(12))
+    label_library(ledger, library(13), unit_size=4)
+    assert shown_in(ledger) == named(*range(13))
+
+
+def test_a_part_with_rows_of_videos_that_have_left_can_be_labelled_again(tmp_path: Path) -> None:
+    """Its unit cannot, so what is left of it becomes another one; units that are there stay."""
+    ledger = ledger_in(Storage(), tmp_path)
+    label_library(ledger, library(12), unit_size=4)
+    plan = label_library(ledger, library(12, first=2), unit_size=4)
+    damaged = next(unit for unit in plan.units if not unit.is_whole)
+    path = Path(ledger.root, "parts", f"{damaged.unit_id}.parquet")
+    data = bytearray(path.read_bytes())
+    data[100] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(ChecksumMismatch, match=rf"delete {path} and run the label command again"):
+        read_predictions(Storage(), ledger.root)
+    path.unlink()
+    again = label_library(ledger, library(12, first=2), unit_size=4)
+    assert {unit.unit_id for unit in again.units} & {unit.unit_id for unit in plan.units} == {
+        unit.unit_id for unit in plan.units if unit.is_whole
+    }
+    assert sorted(shown_in(ledger)) == named(*range(2, 14))
+    assert label_library(ledger, library(12, first=2), unit_size=4) == again
+
+
+def test_keys_that_are_not_those_that_were_written_are_named_with_a_remedy_that_works(tmp_path: Path) -> None:
+    ledger = ledger_in(Storage(), tmp_path)
+    label_library(ledger, library(12), unit_size=4)
+    (path,) = Path(ledger.root, "plans").glob("*.keys")
+    data = path.read_bytes()
+    path.write_bytes(data[8:16] + data[:8] + data[16:])
+    with pytest.raises(ChecksumMismatch, match=rf"^{path} is not what was written: .* remove (\S+) and") as caught:
+        label_library(ledger, library(20), unit_size=4)
+    parts = {part: part.read_bytes() for part in Path(ledger.root, "parts").iterdir()}
+    Path(re.findall(r"remove (\S+) and", str(caught.value))[0]).unlink()
+    label_library(ledger, library(20), unit_size=4)
+    assert shown_in(ledger) == named(*range(20))
+    assert len(parts) == 3
+    assert len(list(Path(ledger.root, "parts").iterdir())) == 5
+    label_library(ledger, library(12), unit_size=4)
+    assert shown_in(ledger) == named(*range(12))
+    assert {part: part.read_bytes() for part in parts} == parts
+
+
+def test_only_what_was_of_the_same_source_or_of_the_same_units_gives_way(tmp_path: Path) -> None:
+    ledger = ledger_in(Storage(), tmp_path)
+    for first, source in ((0, "s3://a"), (10, "s3://b"), (20, ""), (30, "")):
+        label_library(ledger, library(4, first=first), source=source)
+    assert sorted(shown_in(ledger)) == named(*range(4), *range(10, 14), *range(20, 24), *range(30, 34))
+    label_library(ledger, library(3, first=40), source="s3://a")
+    assert sorted(shown_in(ledger)) == named(*range(10, 14), *range(20, 24), *range(30, 34), *range(40, 43))
+    label_library(ledger, library(3, first=10), source="s3://c")
+    assert sorted(shown_in(ledger)) == named(*range(10, 13), *range(20, 24), *range(30, 34), *range(40, 43))
 
 
 def replaced_catalog() -> Catalog:
@@ -352,7 +427,7 @@ def with_first(table: pa.Table) -> pa.Table:
 
 def test_a_slow_reader_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Threads fetch ahead, but no more than a window: else a slow writer would hold the whole table."""
-    monkeypatch.setattr("kinoray.library.rows._WINDOW", 3)
+    monkeypatch.setattr("kinoray.label.shown._WINDOW", 3)
     ledger = ledger_in(Storage(), tmp_path)
     label_library(ledger, library(40), unit_size=2)
     Counting.seen.clear()

@@ -16,13 +16,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kinoray.catalog.pieces import Pieces, find_pieces
+from kinoray.catalog.read import time_problem
 from kinoray.catalog.table import CATALOG_SCHEMA, Catalog, load_catalog, open_pieces, save_catalog
 from kinoray.config.shared import StorageConfig
-from kinoray.errors import CatalogError, IncompleteOutput, ObjectNotFound
+from kinoray.errors import CatalogError, ChecksumMismatch, IncompleteOutput, ObjectNotFound
 from kinoray.label import keys as pairs_module
 from kinoray.label import plan as plan_module
 from kinoray.label.keys import Keys, Pairs, Tally, join_pairs, numbers_of, row_keys
-from kinoray.label.plan import Plan, Survey, draft_plan, gone_rows, survey
+from kinoray.label.plan import Plan, StoredKeys, Survey, draft_plan, gone_rows, survey
 from kinoray.label.work import work_of
 from kinoray.storage.objects import Storage
 from small_tables import drafted, library
@@ -113,6 +114,41 @@ def test_a_tally_tells_collections_apart_and_not_their_orders() -> None:
     assert tally([1, 4]) != tally([2, 3])
 
 
+WRONG_TIMES = [(5.0, 3.0), (-1.0, None), (None, -1.0), (float("nan"), 3.0), (0.0, float("inf")), (float("nan"), None)]
+RIGHT_TIMES = [(None, None), (0.0, 0.0), (3.0, 5.0), (2.0, None), (None, 7.0)]
+
+
+def with_times(catalog: Catalog, times: Sequence[tuple[float | None, float | None]]) -> Catalog:
+    """The catalog with these times in its first rows."""
+    table = catalog.table
+    for number, name in enumerate(("time_start_s", "time_end_s")):
+        values = [pair[number] for pair in times] + [None] * (len(catalog) - len(times))
+        table = table.set_column(table.schema.get_field_index(name), name, pa.array(values, pa.float64()))
+    return replace(catalog, table=table)
+
+
+def test_times_are_part_of_a_key_only_where_they_refuse_the_row() -> None:
+    """So that a row that was mended is labelled again, and labellings that are there stay valid."""
+    keys = row_keys(library(6).table)
+    assert all(time_problem(*times) for times in WRONG_TIMES)
+    assert not any(time_problem(*times) for times in RIGHT_TIMES)
+    assert row_keys(with_times(library(6), RIGHT_TIMES).table) == keys
+    wrong = row_keys(with_times(library(6), WRONG_TIMES).table)
+    assert not set(wrong) & set(keys)
+    assert set(wrong).isdisjoint(row_keys(with_times(library(6), WRONG_TIMES[1:] + WRONG_TIMES[:1]).table))
+
+
+def test_only_a_row_that_was_mended_is_planned_again(tmp_path: Path) -> None:
+    before = survey(with_times(library(20), [(1.0, 2.0), (5.0, 3.0)]), tmp_path)
+    first = draft_plan(LABELLING, before, 8, tmp_path)
+    done = {unit.unit_id for unit in first.units}
+    mended = with_times(library(20), [(1.0, 4.0), (3.0, 5.0)])
+    found = survey(mended, tmp_path)
+    plan = draft_plan(LABELLING, found, 8, tmp_path, older=[first], committed=done)
+    work = work_of(mended, found.keys, LABELLING, [unit for unit in plan.units if unit.unit_id not in done])
+    assert [table["video_id"].to_pylist() for _, table in work] == [["v0001"]]
+
+
 # Plans, against the plainest way to make them
 
 
@@ -179,6 +215,35 @@ def test_plans_are_those_that_are_made_in_memory(
             }
             plans.append(plan)
             committed |= {unit.unit_id for at, unit in enumerate(plan.units) if unit.is_whole and at in finished}
+
+
+@pytest.mark.parametrize("what", ["finished", "open", "gone"])
+def test_of_the_rows_that_older_plans_hold_a_few_are_in_memory_at_once(
+    what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Units are found by sorting on disk; what is read back at once is a range of them, and not the library."""
+    num_rows, run = 2**13, 2**8
+    monkeypatch.setattr(pairs_module, "_RUN", run)
+    monkeypatch.setattr(plan_module, "_CHUNK", run)
+    read, buckets = [], Pairs.buckets
+
+    def watched(self: Pairs, bits: int | None = None) -> Iterator[tuple[Any, Any]]:
+        for found in buckets(self, bits):
+            read.append(len(found[0]))
+            yield found
+
+    monkeypatch.setattr(Pairs, "buckets", watched)
+    grown = Keys.of(np.random.default_rng(0).integers(2**64, size=num_rows + 50, dtype=np.uint64))
+    before = draft_plan(LABELLING, Survey("before", grown[:num_rows]), 2**5, tmp_path)
+    done = {unit.unit_id for unit in before.units}
+    if what == "gone":
+        rows = gone_rows(grown[num_rows // 2 :], [before], done, tmp_path)
+        assert sum(len(places) for _, places in rows) == num_rows // 2
+    else:
+        committed = done if what == "finished" else set()
+        plan = draft_plan(LABELLING, Survey("grown", grown), 2**5, tmp_path, older=[before], committed=committed)
+        assert [len(unit.keys) for unit in plan.units] == [2**5] * (num_rows >> 5) + [32, 18]
+    assert 0 < max(read) <= 2 * run
 
 
 # Catalogs of many files
@@ -419,6 +484,18 @@ def test_units_come_with_their_rows_in_any_order_also_where_they_lie_apart(small
     of_key = dict(zip(row_keys(grown.table), grown.table.to_pylist(), strict=True))
     for unit, table in work_of(rows, found.keys, LABELLING, plan.units[::-1]):
         assert table.to_pylist() == [of_key[key] for key in unit.keys]
+
+
+def test_damaged_keys_of_a_plan_are_no_change_of_the_catalog(tmp_path: Path) -> None:
+    """Rows that lie apart are found by the stored keys; those of others that are put there are not labelled instead."""
+    whole = library(12)
+    found = survey(whole, tmp_path)
+    plan = draft_plan(LABELLING, found, 4, tmp_path)
+    swapped = Keys.of(found.keys.numbers()[[0, 5, 9, 1]])
+    unit = replace(plan.units[0], keys=swapped, last=9)
+    stored = StoredKeys("one.keys", "one.json", "")
+    with pytest.raises(ChecksumMismatch, match=r"^one.keys is not what was written: .* remove one.json and label"):
+        list(work_of(whole, found.keys, LABELLING, [unit], stored))
 
 
 def test_a_catalog_that_changes_under_a_job_is_found(tmp_path: Path) -> None:

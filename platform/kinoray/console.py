@@ -180,7 +180,7 @@ class Progress:
 
     The first line comes with the first update, the last with `close`. Rates count from the first result on, so neither
     the start of the workers nor what was done before (pass that as `already`) is in them, and nothing is said of the
-    time left before a few results. Threads may share it.
+    time left before a few results; the last line has no rate where it would be an accident. Threads may share it.
     """
 
     def __init__(
@@ -267,8 +267,8 @@ class Progress:
         count = f"{self._already + done:,}/{self._total:,} {self._noun}"
         parts = [f"{self._task}: {count}"]
         if final:
-            took_s = max(now - self._start, 1e-9)
-            parts += [f"{done / took_s:.1f}/s", f"took {format_duration(took_s)}"]
+            rate = self._rate(now, done)
+            parts += [*([f"{rate:.1f}/s"] if rate else []), f"took {format_duration(now - self._start)}"]
         elif rate := self._rate(now, done):
             left_s = (self._total - self._already - done) / rate
             parts += [f"{rate:.1f}/s", f"{format_duration(left_s)} left"]

@@ -38,6 +38,7 @@ __all__ = [
 
 KEY_COLUMNS = ("video_id", "uri", "offset", "length", "size_bytes", "sha256")
 """What a key is made of."""
+_TIMES = ("time_start_s", "time_end_s")
 KEY_BYTES = 8
 """Of a key in a file, the most significant first."""
 
@@ -135,7 +136,8 @@ def key_numbers(table: pa.Table) -> Numbers:
     """The key of each row of a table with KEY_COLUMNS, uint64 [N]: the first 64 bits of a digest of these values.
 
     The same name, place and size (and checksum) give the same key; a file that was replaced by one of another size is
-    another input, and is labelled again.
+    another input, and is labelled again. Times are part of the key where no clip can have them, in tables with such
+    columns: a row that is mended is another input, and a row whose times are right keeps its key whatever they are.
     """
     columns = [table.column(name) for name in KEY_COLUMNS]
     video_id, uri, *numbers, sha256 = columns
@@ -147,8 +149,24 @@ def key_numbers(table: pa.Table) -> Numbers:
         for place in np.flatnonzero(_is_odd(columns)).tolist():
             row = [column[place].as_py() for column in columns]
             rows[place] = json.dumps(row, separators=(",", ":")).encode()
+    for place, start_s, end_s in _wrong_times(table):
+        rows[place] += json.dumps([start_s, end_s]).encode()
     digests = b"".join([hashlib.sha256(row).digest()[:KEY_BYTES] for row in rows])
     return np.frombuffer(digests, ">u8").astype(np.uint64)
+
+
+def _wrong_times(table: pa.Table) -> Iterator[tuple[int, float | None, float | None]]:
+    """The rows with times for which their videos are refused unread: place, time_start_s, time_end_s."""
+    if not set(_TIMES) <= set(table.column_names):
+        return
+    start, end = (table.column(name) for name in _TIMES)
+    if start.null_count == end.null_count == table.num_rows:
+        return
+    begin_s = pc.fill_null(start, 0.0).to_numpy()
+    finish_s = pc.coalesce(end, start, pa.scalar(0.0)).to_numpy()
+    right = np.isfinite(begin_s) & np.isfinite(finish_s) & (begin_s >= 0) & (finish_s >= begin_s)
+    for place in np.flatnonzero(~right).tolist():
+        yield place, start[place].as_py(), end[place].as_py()
 
 
 def _or_null(column: pa.ChunkedArray, written: pa.ChunkedArray) -> pa.ChunkedArray | str:
@@ -261,8 +279,13 @@ Values = NDArray[np.int64]
 class Pairs:
     """Pairs (key, value): added in any order, read back by `buckets`, of equal keys in the order in which they came."""
 
-    def __init__(self, folder: Path) -> None:
-        """`folder` holds what is not in memory; it is the caller's, to be removed when all is done."""
+    def __init__(self, folder: Path, width: int = 64) -> None:
+        """
+        Args:
+            folder: holds what is not in memory; it is the caller's, to be removed when all is done.
+            width: keys have so many bits, of which the leading ones should be spread evenly.
+        """
+        self._width = width
         self._path = folder / f"pairs-{uuid4().hex}"
         self._held: list[tuple[Numbers, Values]] = []
         self._num_held = 0
@@ -289,7 +312,9 @@ class Pairs:
         """The pairs in ranges of their keys, each range sorted by key; empty ones too: 2 ** bits in all."""
         bits = self.bits if bits is None else bits
         held = self._sorted()
-        edges = np.arange(1, 2**bits, dtype=np.uint64) << np.uint64(64 - bits) if bits else np.empty(0, np.uint64)
+        edges = (
+            np.arange(1, 2**bits, dtype=np.uint64) << np.uint64(self._width - bits) if bits else np.empty(0, np.uint64)
+        )
         runs = [*self._cut_runs(edges), _cut(held[0], edges)]
         for bucket in range(2**bits):
             keys, values = [], []

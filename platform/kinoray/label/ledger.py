@@ -12,7 +12,7 @@ Under OUT, one folder for each (model, settings), named `labelling_id`:
 
 What is easy to break: a part is its own commit. It appears whole or not at all, by `put_if_absent`, under its unit's
 name; from then on it counts, so everything that belongs to it (its windows) has to be there before. And one labelling
-has rows of several catalogs, so readers go by plans, the newest first.
+has rows of several catalogs, so readers go by plans (see shown.py), the newest first.
 """
 
 import hashlib
@@ -21,7 +21,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
@@ -34,17 +34,17 @@ from kinoray.errors import ChecksumMismatch, ConfigError, IncompleteOutput, Obje
 from kinoray.label.keys import Keys, Tally, numbers_of
 from kinoray.label.plan import Plan, Survey, draft_plan
 from kinoray.label.planfile import StoredPlans
+from kinoray.label.shown import read_shown, read_shown_windows
 from kinoray.label.unit import (
-    PLACE,
     PREDICTION_SCHEMA,
     WINDOW_SCHEMA,
     Commit,
+    Finished,
     JobEnd,
     JobRecord,
     Times,
     Totals,
     Unit,
-    leave_out_seen,
     parse_commit,
     parse_part,
     parse_windows,
@@ -98,20 +98,36 @@ class Ledger:
         return len(self.job().labels) or None
 
     def plan(self, found: Survey, unit_size: int, folder: Path) -> Plan:
-        """The plan of a catalog, made and stored at the first call: later calls, and jobs at once, get the same one."""
+        """The plan of a catalog, made and stored at the first call: later calls, and jobs at once, get the same one.
+
+        But where a part is gone of which only some rows are in this catalog, what is left of them is planned anew.
+        """
         try:
-            return self._plans.read(found.digest)
+            standing = self._plans.read(found.digest)
         except ObjectNotFound:  # the first job on this catalog
             return self._plans.put_if_absent(self.draft(found, unit_size, folder))
+        masked = {unit.unit_id for unit in standing.units if not unit.is_whole}
+        if not masked or masked <= self.committed():
+            return standing
+        return self._plans.put(replace(self.draft(found, unit_size, folder), sequence=standing.sequence))
 
     def draft(self, found: Survey, unit_size: int, folder: Path) -> Plan:
         """The plan that `plan` would store now; nothing is written but to a folder of this machine."""
         return draft_plan(self.labelling_id, found, unit_size, folder, older=self.plans(), committed=self.committed())
 
     def plans(self) -> list[Plan]:
-        """All plans, oldest first."""
-        plans = list(_in_threads(self._plans.read, self._plans.names()))
+        """All plans, oldest first; one that was labelled again after others comes behind them."""
+        again = {digest: done.sequence for digest, done in self.finished().items()}
+        found = list(_in_threads(self._plans.read, self._plans.names()))
+        plans = [replace(plan, sequence=max(plan.sequence, again.get(plan.catalog_digest, -1))) for plan in found]
         return sorted(plans, key=lambda plan: (plan.sequence, plan.catalog_digest))
+
+    def finished(self) -> dict[str, Finished]:
+        """The catalogs that were labelled whole, by their digests."""
+        prefix = self._uri("done") + "/"
+        uris = [info.uri for info in self.storage.list(prefix) if info.uri.endswith(".json")]
+        found = _in_threads(lambda uri: self._read(uri, Finished.from_record), uris)
+        return {uri.removeprefix(prefix).removesuffix(".json"): done for uri, done in zip(uris, found, strict=True)}
 
     def committed(self) -> set[str]:
         """Ids of all finished units."""
@@ -322,10 +338,12 @@ class Ledger:
             "stays so"
         )
 
-    def finish(self, plan: Plan, totals: Totals) -> None:
-        """Declare the catalog's table complete. Call it only with what `check` returned."""
-        units = [unit.unit_id for unit in plan.units]
-        record = {"catalog_digest": plan.catalog_digest, **asdict(totals), "units": units}
+    def finish(self, plan: Plan, totals: Totals, source: str = "") -> None:
+        """Declare the table of a catalog of this source complete and the newest. Call it with what `check` gave."""
+        others = [other.sequence for other in self.plans() if other.catalog_digest != plan.catalog_digest]
+        sequence = max([plan.sequence, *(other + 1 for other in others)])
+        record = {"catalog_digest": plan.catalog_digest, "source": source, "sequence": sequence, **asdict(totals)}
+        record["units"] = [unit.unit_id for unit in plan.units]
         self.storage.put(self._uri("done", f"{plan.catalog_digest}.json"), _to_json(record))
 
     def summarize(self, run_id: str, record: dict[str, Any]) -> str:
@@ -412,11 +430,11 @@ def read_predictions(
     """The rows that are committed so far (PREDICTION_SCHEMA), unit by unit in the order of the catalog.
 
     Where several catalogs were labelled into one place, the newest one's rows come first, then the others' rows of
-    videos that are not in it. Half-written parts never show.
+    videos that are not in it, unless they have left their source (see shown.py). Half-written parts never show.
 
     Args:
         out: the --out of `label` or `evaluate`, or the folder of one labelling in it.
-        catalog_digest: only the rows of this catalog.
+        catalog_digest: the rows of this catalog, whichever was labelled since.
         columns: of PREDICTION_SCHEMA; nothing else is held in memory. Default: all.
 
     Raises:
@@ -424,18 +442,14 @@ def read_predictions(
         ConfigError: results of several models or settings are there, and none was named.
     """
     ledger = open_ledger(storage, out)
-    plans = [plan for plan in ledger.plans() if catalog_digest in (None, plan.catalog_digest)]
-    committed = ledger.committed()
     names = list(columns or PREDICTION_SCHEMA.names)
-    stored = list(dict.fromkeys([*names, *(PLACE if len(plans) > 1 else ())]))
-    tables = [PREDICTION_SCHEMA.empty_table().select(names)]
-    places: set[tuple[Any, ...]] = set()
-    for plan in reversed(plans):
-        for table in ledger.read_units((unit for unit in plan.units if unit.unit_id in committed), stored):
-            if len(plans) > 1:
-                table = leave_out_seen(table, places)
-            tables.append(table.select(names))
-    return pa.concat_tables(tables)
+    if catalog_digest is None:
+        found = read_shown(ledger, names)
+    else:
+        done = ledger.committed()
+        plans = [plan for plan in ledger.plans() if plan.catalog_digest == catalog_digest]
+        found = ledger.read_units([unit for plan in plans for unit in plan.units if unit.unit_id in done], names)
+    return pa.concat_tables([PREDICTION_SCHEMA.empty_table().select(names), *(table.select(names) for table in found)])
 
 
 def read_windows(storage: Storage, out: str) -> pa.Table:
@@ -451,13 +465,7 @@ def read_windows(storage: Storage, out: str) -> pa.Table:
     ledger = open_ledger(storage, out)
     if ledger.job().windows is None:
         raise ObjectNotFound(f"{ledger.root} was labelled without windows; label with --window-s")
-    committed, seen = ledger.committed(), set[str]()
-    tables = [WINDOW_SCHEMA.empty_table()]
-    for plan in reversed(ledger.plans()):
-        units = [unit for unit in plan.units if unit.unit_id in committed and unit.unit_id not in seen]
-        seen.update(unit.unit_id for unit in units)
-        tables.extend(ledger.read_windows(units))
-    return pa.concat_tables(tables)
+    return pa.concat_tables([WINDOW_SCHEMA.empty_table(), *read_shown_windows(ledger)])
 
 
 def open_ledger(storage: Storage, out: str) -> Ledger:

@@ -64,10 +64,13 @@ class Labelling:
     """How the network makes one answer of its segments, where their logits are stored."""
     scratch: Scratch
     """Holds the keys, until it is closed or nobody has it."""
+    source: str
+    """What the catalog was made of, with its split."""
 
     def work(self, units: Iterable[Unit]) -> Iterator[tuple[Unit, pa.Table]]:
         """Units of the plan with their rows (UNIT_COLUMNS). Raises as `work_of`."""
-        for unit, rows in work_of(self.rows, self.found.keys, self.ledger.labelling_id, units):
+        stored = self.plan.stored
+        for unit, rows in work_of(self.rows, self.found.keys, self.ledger.labelling_id, units, stored):
             yield unit, rows.select(list(UNIT_COLUMNS))
 
     @property
@@ -179,6 +182,7 @@ def open_labelling(
         plan=plan,
         consensus=opened.consensus,
         scratch=scratch,
+        source=absolute(config.source) + (f" (split {config.split})" if config.split else ""),
     )
 
 

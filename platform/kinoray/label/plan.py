@@ -7,6 +7,7 @@ two jobs at once, share the units they have in common instead of labelling their
 come to the same plan.
 """
 
+import hashlib
 from collections import deque
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -19,13 +20,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kinoray.catalog.pieces import Rows, RowsDigest, said_repeated
-from kinoray.errors import CatalogError
-from kinoray.label.keys import KEY_BYTES, KEY_COLUMNS, Keys, Numbers, Pairs, join_pairs, key_numbers, keys_in
+from kinoray.errors import CatalogError, ChecksumMismatch
+from kinoray.label.keys import KEY_BYTES, Keys, Numbers, Pairs, join_pairs, key_numbers, keys_in
 from kinoray.label.unit import Unit, unit_id_of
 
 __all__ = [
     "Places",
     "Plan",
+    "StoredKeys",
     "Survey",
     "are_set",
     "draft_plan",
@@ -36,7 +38,8 @@ __all__ = [
 ]
 
 _CHUNK = 2**18  # keys that are looked at at once; of whole bytes of bits
-_SHIFT = np.uint64(32)  # of a unit's number beside the place of a row in it
+_PLACE_BITS = 32
+_SHIFT = np.uint64(_PLACE_BITS)  # of a unit's number beside the place of a row in it
 _SPREAD = 16  # a unit that nobody has finished is taken over where its rows are no further apart than this
 _SPREAD_ROWS = 4096
 
@@ -66,7 +69,7 @@ def survey(rows: Rows, folder: Path) -> Survey:
     with path.open("wb") as file:
         for table in rows.batches():
             content.update(table)
-            numbers = key_numbers(table.select(list(KEY_COLUMNS)))
+            numbers = key_numbers(table)
             file.write(keys_in(numbers))
             places = np.arange(num_rows, num_rows + len(numbers), dtype=np.int64)
             by_key.add(numbers, places)
@@ -98,6 +101,23 @@ def _row_at(rows: Rows, place: int) -> dict[str, Any]:
 
 
 @dataclass(frozen=True, slots=True)
+class StoredKeys:
+    """Where the keys of a plan lie, and what they were when they were written."""
+
+    uri: str
+    head: str
+    """Address of the plan's head."""
+    sha256: str
+
+    def damaged(self) -> ChecksumMismatch:
+        """They are others now. Without the head the plan is made again, with the same units where it can be."""
+        return ChecksumMismatch(
+            f"{self.uri} is not what was written: its SHA-256 is another; remove {self.head} and label again, "
+            "which finds the parts that are there"
+        )
+
+
+@dataclass(frozen=True, slots=True)
 class Plan:
     """The units of a catalog: each of its rows is in exactly one of them."""
 
@@ -106,13 +126,15 @@ class Plan:
     unit_size: int
     """Rows of each unit that was cut for this plan; units taken over from older plans keep their size."""
     sequence: int
-    """How many plans there were before this one."""
+    """Its age: greater than that of every plan which was there before it was made."""
     units: tuple[Unit, ...]
     """In the order of their first row in the catalog."""
     keys: Keys
     """Of all units, one after the other."""
     path: Path | None = field(default=None, compare=False)
     """Where they lie on this machine, for a plan that was just made."""
+    stored: "StoredKeys | None" = field(default=None, compare=False)
+    """For a plan that was read."""
 
     @property
     def num_rows(self) -> int:
@@ -163,7 +185,8 @@ def draft_plan(
         for unit in taken:
             put(unit.numbers(), unit.unit_id, unit.num_rows, unit.first, unit.last, unit.mask)
     keys = Keys.in_file(path)
-    return Plan(found.digest, unit_size, len(older), tuple(units_of(keys, ends, about)), keys, path)
+    sequence = 1 + max((plan.sequence for plan in older), default=-1)
+    return Plan(found.digest, unit_size, sequence, tuple(units_of(keys, ends, about)), keys, path)
 
 
 def units_of(
@@ -227,6 +250,11 @@ class _Older:
             for units, numbers in _groups(plan):
                 self._add(units, numbers, known, committed)
 
+    @property
+    def code_bits(self) -> int:
+        """Of the number of a row in one of these units; the leading ones are the unit's."""
+        return _PLACE_BITS + max(1, len(self.ids) - 1).bit_length()
+
     def _add(self, units: list[Unit], numbers: Numbers, known: set[str], committed: Collection[str]) -> None:
         done, waiting, codes = np.zeros(len(numbers), np.bool_), np.zeros(len(numbers), np.bool_), []
         begin = 0
@@ -247,17 +275,26 @@ class _Older:
 
 
 def _groups(plan: Plan) -> Iterator[tuple[list[Unit], Numbers]]:
-    """The units of a plan with their keys, some at a time."""
+    """The units of a plan with their keys, some at a time. Raises ChecksumMismatch at the end: the keys are damaged."""
     group: list[Unit] = []
     begin = end = 0
+    digest = hashlib.sha256()
+
+    def numbers() -> Numbers:
+        found = plan.keys[begin:end].numbers()
+        digest.update(keys_in(found))
+        return found
+
     for unit in plan.units:
         group.append(unit)
         end += len(unit.keys)
         if end - begin >= _CHUNK:
-            yield group, plan.keys[begin:end].numbers()
+            yield group, numbers()
             group, begin = [], end
     if group:
-        yield group, plan.keys[begin:end].numbers()
+        yield group, numbers()
+    if plan.stored is not None and digest.hexdigest() != plan.stored.sha256:
+        raise plan.stored.damaged()
 
 
 def unfinished_keys(plan: Plan, committed: Collection[str]) -> Numbers:
@@ -309,13 +346,14 @@ def _take_over(
 ) -> Iterator[_Taken]:
     """The units that this catalog shares with older plans; their rows are no longer free."""
     older, here = _Older(plans, committed, folder), _located(keys, folder)
-    rows, names = Pairs(folder), Pairs(folder)  # by row in a unit: row in the catalog, and key
+    bits = older.code_bits
+    rows, names = Pairs(folder, bits), Pairs(folder, bits)  # by row in a unit: row in the catalog, and key
     for numbers, codes, places in _matches(older.finished, here):
         rows.add(codes, places)
         names.add(codes, numbers.view(np.int64))
         _take(free, places)
 
-    maybe_rows, maybe_names = Pairs(folder), Pairs(folder)
+    maybe_rows, maybe_names = Pairs(folder, bits), Pairs(folder, bits)
     count = np.zeros(len(older.ids), np.int64)
     lowest, highest = np.full(len(count), len(keys), np.int64), np.zeros(len(count), np.int64)
     for numbers, codes, places in _matches(older.open, here):
@@ -375,7 +413,7 @@ def gone_rows(
 ) -> Iterator[tuple[str, Places]]:
     """Finished units of which rows are not in a catalog with these keys: unit id, places of these rows in its part."""
     older, here = _Older(plans, committed, folder), _located(keys, folder)
-    gone = Pairs(folder)
+    gone = Pairs(folder, older.code_bits)
     for (numbers, codes), (known, _) in join_pairs(older.finished, here):
         missing = ~np.isin(numbers, known)
         gone.add(codes[missing].view(np.uint64), codes[missing])

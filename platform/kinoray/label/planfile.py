@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 
 from kinoray.errors import ChecksumMismatch, ObjectNotFound
 from kinoray.label.keys import KEY_BYTES, Keys
-from kinoray.label.plan import Plan, units_of
+from kinoray.label.plan import Plan, StoredKeys, units_of
 from kinoray.label.unit import Unit
 from kinoray.storage.objects import MAX_RECORD_BYTES, MAX_TABLE_BYTES, Storage, join
 from kinoray.storage.records import as_name, read_record, record_of
@@ -60,6 +60,26 @@ class StoredPlans:
 
     def put_if_absent(self, plan: Plan) -> Plan:
         """Store a plan that was just made, unless another writer was first; returns the one that stands."""
+        head = self._put_files(plan)
+        uri = self._uri(plan.catalog_digest, _HEAD)
+        if self._storage.put_if_absent(uri, _to_json(head)):
+            return plan
+        standing = self._read_head(uri)
+        for ours, other, kind in ((head.units, standing.units, _UNITS), (head.keys, standing.keys, _KEYS)):
+            if ours != other:
+                self._storage.delete(self._uri(plan.catalog_digest, kind, ours))
+        return self.read(plan.catalog_digest)
+
+    def put(self, plan: Plan) -> Plan:
+        """Store a plan that was just made in place of the one that is there; returns it.
+
+        The files of the other stay: somebody may be reading them.
+        """
+        head = self._put_files(plan)
+        self._storage.put(self._uri(plan.catalog_digest, _HEAD), _to_json(head))
+        return plan
+
+    def _put_files(self, plan: Plan) -> _Head:
         assert plan.path is not None
         units = to_units(plan)
         with plan.path.open("rb") as file:
@@ -74,14 +94,7 @@ class StoredPlans:
         )
         self._storage.put(self._uri(plan.catalog_digest, _UNITS, head.units), units)
         self._storage.put_file(self._uri(plan.catalog_digest, _KEYS, head.keys), plan.path)
-        uri = self._uri(plan.catalog_digest, _HEAD)
-        if self._storage.put_if_absent(uri, json.dumps(asdict(head), indent=1).encode()):
-            return plan
-        standing = self._read_head(uri)
-        for ours, other, kind in ((head.units, standing.units, _UNITS), (head.keys, standing.keys, _KEYS)):
-            if ours != other:
-                self._storage.delete(self._uri(plan.catalog_digest, kind, ours))
-        return self.read(plan.catalog_digest)
+        return head
 
     def read(self, catalog_digest: str) -> Plan:
         """The plan of a catalog; its keys stay where they are.
@@ -107,13 +120,18 @@ class StoredPlans:
         except (ValueError, TypeError, ObjectNotFound, pa.ArrowException) as error:
             reason = " ".join(str(error).split())[:200]
             raise ChecksumMismatch(f"{uri} is not what was written: {reason}; remove it, and label again") from error
-        return Plan(head.catalog_digest, head.unit_size, head.sequence, found, all_keys)
+        stored = StoredKeys(keys, uri, head.keys)
+        return Plan(head.catalog_digest, head.unit_size, head.sequence, found, all_keys, stored=stored)
 
     def _read_head(self, uri: str) -> _Head:
         return read_record(self._storage, uri, record_of(_Head), MAX_RECORD_BYTES)
 
     def _uri(self, catalog_digest: str, kind: str, sha256: str = "") -> str:
         return join(self._root, f"{catalog_digest}{'-' if sha256 else ''}{sha256[:16]}{kind}")
+
+
+def _to_json(head: _Head) -> bytes:
+    return json.dumps(asdict(head), indent=1).encode()
 
 
 _UNITS_SCHEMA = pa.schema(
@@ -156,10 +174,15 @@ def parse_units(data: bytes, keys: Keys) -> tuple[Unit, ...]:
     masked = np.array([mask is not None for mask in columns[5]], np.bool_)
     if (num_keys < 1).any() or (num_rows < num_keys).any() or ((num_rows > num_keys) != masked).any():
         raise ValueError("a unit has other rows than keys")
-    if int(num_keys.sum()) != len(keys):
-        raise ValueError(f"its units have {int(num_keys.sum()):,} keys, and there are {len(keys):,}")
-    for unit_id, rows, kept, mask in zip(columns[0], columns[1], columns[2], columns[5], strict=True):
+    total = sum(columns[2])  # of Python's numbers, which do not overflow
+    if total != len(keys):
+        raise ValueError(f"its units have {total:,} keys, and there are {len(keys):,}")
+    if len(set(columns[0])) < len(columns[0]):
+        raise ValueError("two of its units have the same id")
+    for unit_id, rows, kept, first, last, mask in zip(*columns, strict=True):
         as_name(unit_id, "unit_id")
+        if not 0 <= first <= last < total or last - first < kept - 1:
+            raise ValueError(f"unit {unit_id} has {kept} rows from {first} to {last} of {total:,}")
         if mask is not None and (len(mask) != -(-rows // 8) or int.from_bytes(mask, "little").bit_count() != kept):
             raise ValueError(f"the mask of unit {unit_id} is not of its rows")
     ends = np.cumsum(num_keys).tolist()

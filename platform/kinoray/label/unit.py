@@ -35,13 +35,13 @@ __all__ = [
     "STATUSES",
     "WINDOW_SCHEMA",
     "Commit",
+    "Finished",
     "JobEnd",
     "JobRecord",
     "Times",
     "Totals",
     "Unit",
     "labelling_id",
-    "leave_out_seen",
     "parse_commit",
     "parse_part",
     "parse_windows",
@@ -187,6 +187,24 @@ class JobEnd:
             began_s=as_seconds(datetime.fromisoformat(record["began"]).timestamp(), "began"),
             wall_s=as_seconds(record["wall_s"], "wall_s"),
         )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Finished:
+    """What a file in done/ says of the age of a catalog; the rest of it is for people."""
+
+    sequence: int
+    """As of a plan: how many there were when it was labelled whole, or -1 where the file does not say."""
+    source: str
+    """What the catalog was made of, where the file says so."""
+
+    @classmethod
+    def from_record(cls, record: dict[str, Any]) -> "Finished":
+        """Of the file's JSON. Raises what parse_record takes for damage."""
+        sequence, source = record.get("sequence", -1), record.get("source", "")
+        if type(sequence) is not int or not -1 <= sequence < 2**31 or not isinstance(source, str):
+            raise ValueError(f"its sequence is {sequence!r:.40}, its source {source!r:.80}")
+        return cls(sequence=sequence, source=source)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -362,14 +380,3 @@ def _require(name: str, holds: Any) -> None:
     """`holds` has a truth for each value; nulls are let pass."""
     if pc.all(holds).as_py() is False:
         raise ValueError(f"column {name} holds a value that no labelling gives")
-
-
-def leave_out_seen(table: pa.Table, places: set[tuple[Any, ...]]) -> pa.Table:
-    """The rows of a table (with the columns PLACE) whose place was not seen yet; the places are added to those seen.
-
-    A video_id is unique in its plan, so from the newest plan on this leaves out rows of older plans only.
-    """
-    rows = list(zip(*(table.column(name).to_pylist() for name in PLACE), strict=True))
-    kept = table.filter(pa.array([row not in places for row in rows], pa.bool_()))
-    places.update(rows)
-    return kept

@@ -24,6 +24,7 @@ from kinoray.label.keys import Pairs, join_pairs
 from kinoray.label.ledger import Ledger
 from kinoray.label.open import Labelling, open_labelling
 from kinoray.label.plan import Plan, gone_rows
+from kinoray.label.shown import shown_plans
 from kinoray.label.times import STAGES, bound_stage
 from kinoray.label.unit import Totals, Unit
 from kinoray.label.work import rows_in
@@ -143,7 +144,7 @@ def run_labelling(
                 progress.update(result["rows"], part=result["unit_id"], quarantined=result["quarantined"])
         progress.close()
     totals = ledger.check(plan, labelling.found.keys)
-    ledger.finish(plan, totals)
+    ledger.finish(plan, totals, labelling.source)
     _print_totals(totals, task)
     to_do, wall_s = plan.num_rows - already, time.monotonic() - start
     record = {"began": began.isoformat(timespec="seconds"), "wall_s": wall_s, "already": already, "labelled_now": to_do}
@@ -177,7 +178,7 @@ def _say_plan(labelling: Labelling) -> dict[str, Any]:
         which = f"{found.empty:,} of them {'is' if found.empty == 1 else 'are'}"
         print(f"label: {which} not there, or without a byte, and would be quarantined: {visible(found.first_empty)}")
     if found.gone:
-        print(f"label: {many(found.gone, 'row')} of videos that are no longer in the source; kept, and not shown")
+        print(f"label: {many(found.gone, 'row')} of videos that are no longer in the source; kept, and shown no more")
     print(f"label: nothing was written; the table is, or will be, in {labelling.ledger.root}", flush=True)
     return asdict(found)
 
@@ -195,7 +196,7 @@ class Preview:
     changed: int
     """That have a row under the same name and place, but are other files now: another size, checksum or shard place."""
     gone: int
-    """Rows of videos that are not in this catalog; they stay, and do not show in its table."""
+    """Rows of older catalogs of the source whose videos are not in this one; they stay, and do not show any more."""
     size_bytes: int | None
     """Bytes of the videos to do; None where the catalog does not know all their sizes."""
     empty: int
@@ -211,7 +212,7 @@ def preview(labelling: Labelling) -> Preview:
     ledger, plan, folder = labelling.ledger, labelling.plan, labelling.scratch.folder
     committed = ledger.committed()
     missing = [unit for unit in plan.units if unit.unit_id not in committed]
-    before, num_gone = _gone(labelling, committed)
+    before, left = _gone(labelling, committed)
     to_do = Pairs(folder)
     num_to_do = sum(len(unit.keys) for unit in missing)
     size_bytes: int | None = 0
@@ -224,15 +225,13 @@ def preview(labelling: Labelling) -> Preview:
         none = rows.column("uri").filter(pc.fill_null(pc.equal(sizes, 0), False))
         empty += len(none)
         first_empty = first_empty or (none[0].as_py() if len(none) else "")
-    changed = 0
-    for (gone, _), (new, _) in join_pairs(before, to_do):
-        changed += len(np.intersect1d(gone, new))
+    changed = _num_common(before, to_do)
     return Preview(
         videos=plan.num_rows,
         done=plan.num_rows - num_to_do,
         new=num_to_do - changed,
         changed=changed,
-        gone=num_gone - changed,
+        gone=sum(len(np.unique(places)) for places, _ in left.buckets()) - _num_common(left, to_do),
         size_bytes=size_bytes,
         empty=empty,
         first_empty=first_empty,
@@ -240,16 +239,26 @@ def preview(labelling: Labelling) -> Preview:
     )
 
 
-def _gone(labelling: Labelling, committed: set[str]) -> tuple[Pairs, int]:
-    """Rows of videos that are not in the catalog: where these lay, each place once, and their number."""
+def _num_common(some: Pairs, others: Pairs) -> int:
+    """How many numbers are in both."""
+    return sum(len(np.intersect1d(one, other)) for (one, _), (other, _) in join_pairs(some, others))
+
+
+def _gone(labelling: Labelling, committed: set[str]) -> tuple[Pairs, Pairs]:
+    """Where videos that are not in the catalog lay: of all rows that there are, and of those that it replaces."""
     ledger, folder = labelling.ledger, labelling.scratch.folder
-    found = Pairs(folder)
+    found, replaced = Pairs(folder), Pairs(folder)
     older = [plan for plan in ledger.plans() if plan.catalog_digest != labelling.plan.catalog_digest]
     if older:
+        shown = shown_plans(ledger, labelling.plan, labelling.source)
+        kept = {unit.unit_id for plan in shown if plan is not labelling.plan for unit in plan.units}
         for unit_id, rows in gone_rows(labelling.found.keys, older, committed, folder):
             table = ledger.read_unit(Unit(unit_id, (), 0), _NAMED).take(pa.array(rows))
-            found.add(_places_of(table), np.zeros(len(rows), np.int64))
-    return found, sum(len(np.unique(places)) for places, _ in found.buckets())
+            places = _places_of(table)
+            found.add(places, np.zeros(len(rows), np.int64))
+            if unit_id not in kept:
+                replaced.add(places, np.zeros(len(rows), np.int64))
+    return found, replaced
 
 
 def _places_of(table: pa.Table) -> NDArray[np.uint64]:

@@ -18,8 +18,8 @@ from kinoray.config.scoring import ScorerConfig, SegmentConsensus, ViewsConfig
 from kinoray.config.shared import ClipConfig
 from kinoray.errors import CatalogError, IncompleteOutput
 from kinoray.label.answers import AnswerRule
-from kinoray.label.keys import KEY_COLUMNS, Keys, Numbers, key_numbers
-from kinoray.label.plan import Places, are_set
+from kinoray.label.keys import Keys, Numbers, key_numbers
+from kinoray.label.plan import Places, StoredKeys, are_set
 from kinoray.label.unit import Unit, unit_id_of
 from kinoray.storage.objects import Storage
 
@@ -82,7 +82,9 @@ class NetworkFacts:
 # Units with their rows
 
 
-def work_of(rows: Rows, keys: Keys, labelling_id: str, units: Iterable[Unit]) -> Iterator[tuple[Unit, pa.Table]]:
+def work_of(
+    rows: Rows, keys: Keys, labelling_id: str, units: Iterable[Unit], stored: StoredKeys | None = None
+) -> Iterator[tuple[Unit, pa.Table]]:
     """Units with their keys at hand, and with their rows (CATALOG_SCHEMA), in the order of the unit.
 
     Row groups of the catalog in which no unit has a row are not read.
@@ -90,8 +92,10 @@ def work_of(rows: Rows, keys: Keys, labelling_id: str, units: Iterable[Unit]) ->
     Args:
         rows: the catalog.
         keys: of the catalog, from its `survey`.
+        stored: of the units.
 
     Raises:
+        ChecksumMismatch: the keys of a unit are not those that were stored.
         IncompleteOutput: a unit holds videos that have left the catalog.
         CatalogError: the catalog is another one than when it was surveyed.
     """
@@ -100,11 +104,13 @@ def work_of(rows: Rows, keys: Keys, labelling_id: str, units: Iterable[Unit]) ->
         if not unit.is_whole:
             raise IncompleteOutput(
                 f"unit {unit.unit_id} was finished and its part is gone, with rows of videos that have left the "
-                "catalog; label into another --out"
+                "catalog; run the same command again, which labels those that have not"
             )
         numbers, places = _places(unit, keys, labelling_id)
+        if stored is not None and unit_id_of(labelling_id, numbers) != unit.unit_id:
+            raise stored.damaged()
         table = cursor.take(places)
-        if len(table) != len(numbers) or (key_numbers(table.select(list(KEY_COLUMNS))) != numbers).any():
+        if len(table) != len(numbers) or (key_numbers(table) != numbers).any():
             raise CatalogError("the catalog has changed while it was read; run the same command again")
         yield Unit(unit.unit_id, tuple(Keys.of(numbers)), unit.num_rows), table
 

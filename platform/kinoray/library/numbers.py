@@ -29,6 +29,7 @@ from kinoray.evaluation.metrics import (
 from kinoray.label.keys import numbers_of
 from kinoray.label.ledger import open_ledger, read_predictions
 from kinoray.label.plan import unfinished_keys
+from kinoray.label.shown import shown_plans
 from kinoray.library.rows import first_item, is_multi_label
 from kinoray.storage.objects import Storage
 
@@ -106,7 +107,7 @@ def read_result(storage: Storage, predictions: str) -> ResultTable:
         raise CatalogError(
             f"{predictions} holds no finished rows yet; run kinoray label, or wait for its first unit, then this"
         )
-    plans = ledger.plans()
+    plans = shown_plans(ledger)
     pending = np.concatenate([np.empty(0, np.uint64), *(unfinished_keys(plan, committed) for plan in plans)])
     pending = np.setdiff1d(pending, numbers_of(rows["row_key"]))
     return ResultTable(
@@ -114,7 +115,7 @@ def read_result(storage: Storage, predictions: str) -> ResultTable:
         rows=rows,
         labels=ledger.job().labels,
         num_pending=len(pending),
-        digest=digest([ledger.labelling_id, plans[-1].catalog_digest if plans else ""]),
+        digest=digest([ledger.labelling_id, plans[0].catalog_digest if plans else ""]),
     )
 
 

@@ -2,9 +2,7 @@
 
 Rows are filtered unit by unit, with only the columns that are asked for, and written as they come, never held whole.
 
-What is easy to break: where several catalogs were labelled into one place, a newer row hides the older rows of its
-place, also when a filter drops the newer one; so rows are compared before they are filtered. And names come from
-strangers, so a CSV cell must be no formula and a terminal must only show it.
+What is easy to break: names come from strangers, so a CSV cell must be no formula and a terminal must only show it.
 """
 
 import csv
@@ -12,7 +10,7 @@ import fnmatch
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TextIO
 
@@ -24,8 +22,8 @@ import pyarrow.parquet as pq
 from kinoray import console
 from kinoray.errors import ConfigError
 from kinoray.label.ledger import Ledger
-from kinoray.label.plan import Plan
-from kinoray.label.unit import PLACE, PREDICTION_SCHEMA, WINDOW_SCHEMA, Unit
+from kinoray.label.shown import read_shown, read_shown_windows, shown_units
+from kinoray.label.unit import PREDICTION_SCHEMA, WINDOW_SCHEMA
 
 __all__ = [
     "BAD_VIDEO",
@@ -52,7 +50,6 @@ BAD_VIDEO = "__bad__"
 """What a correction calls a video that should not be in a set at all."""
 
 _FIRST = {"label": "label_topk", "score": "score_topk"}
-_WINDOW = 256  # units that are prefetched, so that a slow one holds no whole table
 _FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n", "\uff1d", "\uff0b", "\uff0d", "\uff20")  # the last: full-width forms
 _ROW_GROUP = 65_536
 _BLOCK_BYTES = 64 * 2**20  # of rows with embeddings, which may take kilobytes each
@@ -155,63 +152,15 @@ def scan(ledger: Ledger, columns: Sequence[str], where: Where | None = None) -> 
         IncompleteOutput, ChecksumMismatch: a part is gone, or not what was committed.
     """
     where = where or Where()
-    plans, done = ledger.plans(), ledger.committed()
-    older = _older_units(plans, done)
-    wanted = dict.fromkeys([*columns, *where.columns, *(PLACE if older else ())])
-    stored = list(dict.fromkeys(_FIRST.get(name, name) for name in wanted)) or ["row_key"]
-    hidden_by_none = _places(ledger, older) if older else set()
-    newest = [unit for plan in plans[-1:] for unit in plan.units if unit.unit_id in done]
-    for table in _read(ledger, newest, stored):
-        if hidden_by_none:
-            hidden_by_none.difference_update(_places_of(table))
+    stored = dict.fromkeys(_FIRST.get(name, name) for name in [*columns, *where.columns])
+    for table in read_shown(ledger, list(stored)):
         yield _select(table, columns, where)
-    for table in _read(ledger, older if hidden_by_none else [], stored):
-        shown = []
-        for place in _places_of(table):
-            shown.append(place in hidden_by_none)
-            hidden_by_none.discard(place)
-        yield _select(table.filter(pa.array(shown, pa.bool_())), columns, where)
-
-
-def _older_units(plans: Sequence[Plan], done: set[str]) -> list[Unit]:
-    """Finished units with rows that the newest plan does not have, the newest first, cut to those rows."""
-    found: list[Unit] = []
-    shown: dict[str, int] = {}  # a bit a row
-    for number, plan in enumerate(reversed(plans)):
-        for unit in plan.units:
-            if unit.unit_id not in done:
-                continue
-            all_rows = (1 << unit.num_rows) - 1
-            rows = all_rows if unit.mask is None else int.from_bytes(unit.mask, "little")
-            left = rows & ~shown.get(unit.unit_id, 0)
-            shown[unit.unit_id] = shown.get(unit.unit_id, 0) | rows
-            if number and left:
-                mask = left.to_bytes(-(-unit.num_rows // 8), "little")
-                found.append(replace(unit, mask=None if left == all_rows else mask))
-    return found
-
-
-def _read(ledger: Ledger, units: Sequence[Unit], columns: list[str]) -> Iterator[pa.Table]:
-    for start in range(0, len(units), _WINDOW):
-        yield from ledger.read_units(units[start : start + _WINDOW], columns)
-
-
-def _places_of(table: pa.Table) -> Iterator[tuple[Any, ...]]:
-    """Where the video of each row lies."""
-    return zip(*(table.column(name).to_pylist() for name in PLACE), strict=True)
-
-
-def _places(ledger: Ledger, units: Sequence[Unit]) -> set[tuple[Any, ...]]:
-    """Of all rows of these units."""
-    return {place for table in _read(ledger, units, list(PLACE)) for place in _places_of(table)}
 
 
 def count_rows(ledger: Ledger) -> int | None:
     """How many rows `scan` gives, all of them; None where parts would have to be read to know."""
-    plans, done = ledger.plans(), ledger.committed()
-    if _older_units(plans, done):
-        return None  # a newer row may hide an older one of its place
-    return sum(len(unit.keys) for plan in plans[-1:] for unit in plan.units if unit.unit_id in done)
+    newest, older = shown_units(ledger)
+    return None if older else sum(len(unit.keys) for unit in newest)  # a newer row may hide an older one of its place
 
 
 def count_missing(ledger: Ledger) -> tuple[int, int]:
@@ -234,14 +183,9 @@ def scan_windows(ledger: Ledger, columns: Sequence[str], where: Where | None = N
     where = where or Where()
     if ledger.job().windows is None:
         raise ConfigError(f"windows: {ledger.root} was labelled without windows; label with --window-s")
-    done, seen = ledger.committed(), set[str]()
-    for plan in reversed(ledger.plans()):
-        units = [unit for unit in plan.units if unit.unit_id in done and unit.unit_id not in seen]
-        seen.update(unit.unit_id for unit in units)
-        for start in range(0, len(units), _WINDOW):
-            for table in ledger.read_windows(units[start : start + _WINDOW]):
-                status = pa.array(["labelled"] * len(table), pa.string())  # what is not labelled has no windows
-                yield _select(table.append_column("status", status), columns, where)
+    for table in read_shown_windows(ledger):
+        status = pa.array(["labelled"] * len(table), pa.string())  # what is not labelled has no windows
+        yield _select(table.append_column("status", status), columns, where)
 
 
 def _select(table: pa.Table, columns: Sequence[str], where: Where) -> pa.Table:
