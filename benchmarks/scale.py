@@ -35,7 +35,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from kinoray.catalog.pieces import CATALOG_SCHEMA, GROUP_ROWS, OF_FEW_VALUES
+from kinoray.catalog.rows import CATALOG_SCHEMA, GROUP_ROWS, OF_FEW_VALUES
 from kinoray.catalog.table import open_pieces
 from kinoray.cli import main as kinoray
 from kinoray.label.config import LabelConfig

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from kinoray.catalog.quarantine import Refusal
+from kinoray.catalog.rows import Refusal
 from kinoray.catalog.table import load_catalog, save_catalog
 from kinoray.config.shared import DecodeConfig, StorageConfig
 from kinoray.errors import ConfigError

@@ -15,7 +15,7 @@ import pytest
 import ray
 from ray.dashboard.modules.metrics.dashboards import default_dashboard_panels
 
-from kinoray.catalog.quarantine import Refusal
+from kinoray.catalog.rows import Refusal
 from kinoray.label.times import LabelMetrics, UnitTimes
 from kinoray.train.input import NoClip
 from kinoray.train.recorder import TrainMetrics

@@ -17,8 +17,8 @@ from typing import Any
 import pytest
 
 from faulty_s3 import faulty_s3
-from kinoray.catalog.quarantine import Refusal, judge, load_quarantine
 from kinoray.catalog.read import Reference, read_videos, time_problem
+from kinoray.catalog.rows import Refusal, judge, load_quarantine
 from kinoray.catalog.source import find_files
 from kinoray.catalog.table import catalog_of_source, save_catalog
 from kinoray.config.file import load_config

@@ -24,7 +24,7 @@ from conftest import wait_until
 from kinetics_set import LABELS, KineticsSet, archived_set, clip, folder_set, key
 from kinoray.catalog.annotations import read_annotations, read_label_names
 from kinoray.catalog.kinetics import AnnotationRow, judge_name, key_of_name, plan_rows, printable, window_of_key
-from kinoray.catalog.quarantine import load_quarantine
+from kinoray.catalog.rows import load_quarantine
 from kinoray.catalog.table import load_catalog, read_videos, references
 from kinoray.cli import main
 from kinoray.config.shared import ClipConfig, StorageConfig

@@ -325,7 +325,7 @@ def test_of_a_library_that_grew_no_part_is_read_twice_and_no_row_is_remembered(
     ledger = ledger_in(Storage(), tmp_path)
     for size in (8, 20, 32):
         label_library(ledger, library(size), unit_size=4)
-    monkeypatch.delattr("kinoray.label.shown._places_of")
+    monkeypatch.delattr("kinoray.label.planfile._places_of")
     Counting.seen.clear()
     counted = Ledger(Counting(), ledger.root)
     assert count_rows(counted) == 32
@@ -427,7 +427,7 @@ def with_first(table: pa.Table) -> pa.Table:
 
 def test_a_slow_reader_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Threads fetch ahead, but no more than a window: else a slow writer would hold the whole table."""
-    monkeypatch.setattr("kinoray.label.shown._WINDOW", 3)
+    monkeypatch.setattr("kinoray.label.planfile._WINDOW", 3)
     ledger = ledger_in(Storage(), tmp_path)
     label_library(ledger, library(40), unit_size=2)
     Counting.seen.clear()

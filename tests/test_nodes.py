@@ -19,7 +19,7 @@ from conftest import bucket_at, config_at
 from faulty_s3 import FaultyS3, Request, faulty_s3
 from kills import Driver
 from kills_cluster import Cluster, ray_cluster
-from kinoray.catalog.quarantine import load_quarantine
+from kinoray.catalog.rows import load_quarantine
 from kinoray.catalog.table import load_catalog
 from kinoray.config.file import to_yaml
 from kinoray.config.shared import (

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from faulty_s3 import FaultyS3, Request, faulty_s3
-from kinoray.catalog.quarantine import load_quarantine
+from kinoray.catalog.rows import load_quarantine
 from kinoray.catalog.table import load_catalog, read_videos, references
 from kinoray.config.shared import DecodeConfig, ResourcesConfig, StorageConfig
 from kinoray.demo.videos import make_broken, make_demo_set

@@ -30,7 +30,7 @@ from ray.data.extensions.object_extension import ArrowPythonObjectArray
 
 from kinoray.capacity.plan import load_rates
 from kinoray.catalog.annotations import read_annotations, read_label_names
-from kinoray.catalog.quarantine import QUARANTINE_SCHEMA, load_quarantine
+from kinoray.catalog.rows import QUARANTINE_SCHEMA, load_quarantine
 from kinoray.catalog.table import CATALOG_SCHEMA, catalog_of_source, load_catalog
 from kinoray.cluster.config import SubmitConfig
 from kinoray.cluster.submit import read_settings

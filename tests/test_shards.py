@@ -14,7 +14,7 @@ import pyarrow as pa
 import pytest
 
 from kinoray.catalog.folders import is_other, said_of_others
-from kinoray.catalog.quarantine import QuarantineRow, Refusal, count_reasons, load_quarantine, save_quarantine
+from kinoray.catalog.rows import QuarantineRow, Refusal, count_reasons, load_quarantine, save_quarantine
 from kinoray.catalog.source import SourceFile, find_files
 from kinoray.catalog.table import CATALOG_SCHEMA, Catalog, catalog_of_files, load_catalog, save_catalog
 from kinoray.config.files import local_uri

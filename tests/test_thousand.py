@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from bombs import box
-from kinoray.catalog.quarantine import load_quarantine
+from kinoray.catalog.rows import load_quarantine
 from kinoray.catalog.table import load_catalog, read_videos, references
 from kinoray.config.shared import ClipConfig, ModelConfig, ResourcesConfig, SampleConfig, StorageConfig, ViewConfig
 from kinoray.demo.videos import make_broken, make_video

@@ -20,7 +20,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import tiny_models
-from kinoray.catalog.quarantine import QuarantineRow, Refusal, load_quarantine
+from kinoray.catalog.rows import QuarantineRow, Refusal, load_quarantine
 from kinoray.catalog.table import Catalog, load_catalog, read_videos, references
 from kinoray.config.shared import (
     ClipConfig,

@@ -25,7 +25,7 @@ import pyarrow as pa
 import ray
 import torch
 
-from kinoray.catalog.quarantine import Refusal, error_of, judge
+from kinoray.catalog.rows import Refusal, error_of, judge
 from kinoray.config.shared import ResourcesConfig
 from kinoray.errors import MediaError
 from kinoray.label.job import LabelWorker

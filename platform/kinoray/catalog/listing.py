@@ -34,7 +34,7 @@ from kinoray.catalog.inventory import (
     open_inventory,
     said_of_manifests,
 )
-from kinoray.catalog.pieces import CATALOG_SCHEMA, GROUP_ROWS, OF_FEW_VALUES
+from kinoray.catalog.rows import CATALOG_SCHEMA, GROUP_ROWS, OF_FEW_VALUES
 from kinoray.catalog.runs import Kept, Piece, Row, Runs, batched, rows_of
 from kinoray.catalog.source import Judgement, News, SourceFile, find_files, is_unknown, warn
 from kinoray.config.files import local_path, local_uri

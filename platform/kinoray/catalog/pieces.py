@@ -5,86 +5,30 @@ stream gives the same rows in the same order each time. And the digest names the
 depend on how Parquet encodes it, or on how it is cut.
 """
 
-import hashlib
-import json
 import os
 import re
 from array import array
 from bisect import bisect_right
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from kinoray.catalog.rows import CATALOG_SCHEMA, OF_FEW_VALUES, _labels_of, check_rows, no_split, schema_with, splits_in
 from kinoray.config.files import local_path, local_uri
-from kinoray.console import many
 from kinoray.errors import CatalogError, ObjectNotFound
 from kinoray.storage.objects import Storage, absolute, is_s3, join
-from kinoray.storage.records import parse_json
 from kinoray.storage.tables import TableFile
 
-__all__ = [
-    "CATALOG_SCHEMA",
-    "GROUP_ROWS",
-    "OF_FEW_VALUES",
-    "Pieces",
-    "Rows",
-    "RowsDigest",
-    "check_rows",
-    "find_pieces",
-    "is_pieces",
-    "lies_inside",
-    "no_split",
-    "said_repeated",
-    "schema_with",
-    "splits_in",
-]
+__all__ = ["Pieces", "find_pieces", "is_pieces", "lies_inside"]
 
-CATALOG_SCHEMA: pa.Schema = pa.schema(
-    [
-        pa.field("video_id", pa.string(), nullable=False),
-        pa.field("uri", pa.string(), nullable=False),
-        pa.field("offset", pa.int64()),
-        pa.field("length", pa.int64()),
-        pa.field("label", pa.string()),
-        pa.field("label_id", pa.int32()),
-        pa.field("split", pa.string()),
-        pa.field("size_bytes", pa.int64()),
-        pa.field("sha256", pa.string()),
-        pa.field("time_start_s", pa.float64()),
-        pa.field("time_end_s", pa.float64()),
-        pa.field("duration_s", pa.float64()),
-        pa.field("fps", pa.float64()),
-        pa.field("num_frames", pa.int64()),
-        pa.field("width", pa.int32()),
-        pa.field("height", pa.int32()),
-        pa.field("codec", pa.string()),
-        pa.field("status", pa.string()),
-        pa.field("reason", pa.string()),
-        pa.field("label_ids", pa.list_(pa.int32())),
-    ]
-)
-"""Columns of a catalog. offset and length are null for a whole object; status is `packed` (probed) or `listed`.
 
-A video of one class has label and label_id; where videos may have several, label_ids alone says which: rising, empty
-for none of the classes, null where it is not known. No catalog has both.
-"""
-
-GROUP_ROWS = 65_536
-"""Rows of a row group of what kinoray writes: what a reader holds at once."""
-
-OF_FEW_VALUES = ("label", "label_id", "split", "fps", "width", "height", "codec", "status", "reason")
-"""Columns that are written with a dictionary; for names it would be as large as they are."""
-
-_LABELS_KEY = b"kinoray.labels"
-_LISTS = "label_ids"
 _OPEN_THREADS = 8
 _MAX_OPENED = 4  # files that stay open
 _SMALL_GROUP_ROWS = 32  # a row group of fewer is read with its neighbours, since each takes 5 ms
@@ -92,114 +36,6 @@ _JOINED_GROUPS = 64
 _GLOB = re.compile(r"[*?\[]")
 
 T = TypeVar("T")
-
-
-class Rows(Protocol):
-    """The rows of a catalog, wherever they are: a `Catalog` in memory, or `Pieces`."""
-
-    @property
-    def labels(self) -> tuple[str, ...]:
-        """Class names, index = label_id; empty for an unlabelled catalog."""
-        ...
-
-    def __len__(self) -> int: ...
-
-    def batches(self, begin: int = 0) -> Iterator[pa.Table]:
-        """The rows from row `begin` on in CATALOG_SCHEMA, a few at a time."""
-        ...
-
-    def where(self, row: int) -> str:
-        """Where a row lies, for messages."""
-        ...
-
-
-class RowsDigest:
-    """What names the rows of a catalog, in their order, and the names of its classes, however they are cut.
-
-    label_ids count where there are any: a catalog of one class a video has the digest that it had before them.
-    """
-
-    def __init__(self, labels: Sequence[str]) -> None:
-        self._labels = list(labels)
-        self._num_rows = 0
-        self._has_lists = False
-        self._of_column = {field.name: (hashlib.sha256(), hashlib.sha256()) for field in CATALOG_SCHEMA}
-
-    def update(self, table: pa.Table) -> None:
-        """Add rows (CATALOG_SCHEMA)."""
-        for field in CATALOG_SCHEMA:
-            which, values = self._of_column[field.name]
-            if pa.types.is_list(field.type):
-                self._add_lists(table.column(field.name).combine_chunks())
-                continue
-            for column in table.column(field.name).chunks:
-                if pa.types.is_string(field.type):
-                    lengths = pc.fill_null(pc.binary_length(column), -1)
-                    which.update(lengths.to_numpy(zero_copy_only=False).astype("<i4").tobytes())
-                    values.update(_text_bytes(pc.fill_null(column, "")))
-                else:
-                    which.update(pc.is_valid(column).to_numpy(zero_copy_only=False).tobytes())
-                    numbers = pc.fill_null(column, 0).to_numpy(zero_copy_only=False)
-                    values.update(numbers.astype(numbers.dtype.newbyteorder("<"), copy=False).tobytes())
-        self._num_rows += table.num_rows
-
-    def _add_lists(self, column: pa.Array) -> None:
-        """Which rows have a list, how long each is, and what is in them."""
-        if column.null_count == len(column):
-            return
-        self._has_lists = True
-        which, values = self._of_column[_LISTS]
-        rows = np.flatnonzero(column.is_valid().to_numpy(zero_copy_only=False))
-        lengths = pc.drop_null(pc.list_value_length(column)).to_numpy()
-        which.update(np.stack([rows + self._num_rows, lengths]).T.astype("<i8").tobytes())
-        values.update(pc.list_flatten(column).to_numpy(zero_copy_only=False).astype("<i4").tobytes())
-
-    def hexdigest(self) -> str:
-        """16 hex digits."""
-        whole = hashlib.sha256(json.dumps(self._labels).encode())
-        for name, (which, values) in self._of_column.items():
-            if name == _LISTS and not self._has_lists:
-                continue
-            whole.update(name.encode() + which.digest() + values.digest())
-        return whole.hexdigest()[:16]
-
-
-def _text_bytes(column: pa.StringArray) -> memoryview:
-    """The bytes of all texts of a column, one behind the other."""
-    _, offsets, data = column.buffers()
-    if data is None:
-        return memoryview(b"")
-    ends = np.frombuffer(offsets, np.int32)
-    return memoryview(data)[ends[column.offset] : ends[column.offset + len(column)]]
-
-
-def check_rows(table: pa.Table, num_labels: int) -> None:
-    """Refuse rows that no catalog may hold.
-
-    Raises:
-        CatalogError: the schema is another one, a row has no video_id or uri, a label_id has no name, or some rows have
-            a label_id and others a list of them.
-    """
-    if not table.schema.equals(CATALOG_SCHEMA):
-        raise CatalogError(f"a catalog needs the columns {CATALOG_SCHEMA.names}, got {table.schema.names}")
-    for name in ("video_id", "uri"):
-        if table.column(name).null_count:
-            num_null = many(table.column(name).null_count, "row")
-            raise CatalogError(f"{name} may not be null: {num_null} without it")
-    label_ids, lists = table.column("label_id"), table.column(_LISTS)
-    one, several = label_ids.null_count < len(label_ids), lists.null_count < len(lists)
-    if one and several:
-        raise CatalogError(
-            "some rows have a label_id and others label_ids; in one catalog all have the one or the other"
-        )
-    for name, ids in (("label_id", label_ids), (_LISTS, pc.list_flatten(lists) if several else None)):
-        if ids is None or (name == "label_id" and not one):
-            continue
-        if name == _LISTS and ids.null_count:
-            raise CatalogError("label_ids holds a list with a null in it")
-        span = pc.min_max(ids).as_py()
-        if len(ids) and not 0 <= span["min"] <= span["max"] < num_labels:
-            raise CatalogError(f"{name} {span['max']} has no name: the catalog names {many(num_labels, 'class')}")
 
 
 class Pieces:
@@ -378,37 +214,6 @@ def _in_turn(pool: ThreadPoolExecutor, look: Callable[[str], T], uris: Sequence[
     finally:
         for future in asked:
             future.cancel()
-
-
-def said_repeated(video_id: str, count: int, rows: Rows, first: int, second: int) -> CatalogError:
-    """The error of a catalog that names a video twice."""
-    places = f"{rows.where(first)} and {rows.where(second)}"
-    return CatalogError(f"video_id {video_id!r} is used {count} times ({places}); it must be unique in a catalog")
-
-
-def splits_in(table: pa.Table) -> Counter[str]:
-    """Rows by split; "" for those without one."""
-    counted = table.column("split").value_counts().to_pylist()
-    return Counter({entry["values"] or "": entry["counts"] for entry in counted})
-
-
-def no_split(split: str, counts: Mapping[str, int]) -> CatalogError:
-    """The error of a catalog without a row of a split."""
-    there = ", ".join(f"{name or 'none'} ({count})" for name, count in sorted(counts.items()) if count)
-    return CatalogError(f"the catalog has no video of split {split!r}; its splits are: {there or 'none'}")
-
-
-def schema_with(labels: Sequence[str]) -> pa.Schema:
-    """CATALOG_SCHEMA as a file has it: its metadata names the classes."""
-    return CATALOG_SCHEMA.with_metadata({_LABELS_KEY: json.dumps(list(labels)).encode()})
-
-
-def _labels_of(schema: pa.Schema) -> tuple[str, ...]:
-    """The names of the classes in the metadata of a file. Raises ValueError: they are something else."""
-    labels = parse_json((schema.metadata or {}).get(_LABELS_KEY, b"[]"))
-    if not isinstance(labels, list) or not all(isinstance(label, str) for label in labels):
-        raise ValueError("its labels are not a list of texts")
-    return tuple(labels)
 
 
 def _normal(found: pa.Table, path: str, begin: int) -> pa.Table:

@@ -15,15 +15,17 @@ from kinoray.config.clip import DecodeConfig, said_limit
 from kinoray.config.files import foreign, local_path
 from kinoray.errors import (
     ChecksumMismatch,
+    ConfigError,
     InvalidReference,
     KinorayError,
     MediaOverBudget,
     ObjectTooLarge,
+    StorageError,
     StorageUnavailable,
 )
 from kinoray.storage.objects import Storage
 
-__all__ = ["Reference", "read_video", "read_videos", "time_problem"]
+__all__ = ["Reference", "read_video", "read_videos", "stat_size", "time_problem"]
 
 _GAP_BYTES = 64 * 2**10  # tar headers and a small member between two wanted ones cost less than another request
 _WINDOW_BYTES = 32 * 2**20
@@ -219,3 +221,17 @@ def _read_span(
         except KinorayError as error:
             found.append(error)
     return found
+
+
+def stat_size(storage: Storage, uri: str) -> int:
+    """The size of an object; 0 where it cannot be looked at: one that is not there, denied, or a link to itself.
+
+    Raises:
+        StorageUnavailable: the store is down.
+    """
+    try:
+        return storage.stat(uri).size_bytes
+    except StorageUnavailable:
+        raise
+    except (StorageError, ConfigError):
+        return 0

@@ -27,12 +27,12 @@ from kinoray.catalog.folders import (
     is_video_head,
     split_named,
 )
+from kinoray.catalog.read import stat_size
 from kinoray.config.files import foreign, local_path, local_uri
 from kinoray.console import shortened, visible
 from kinoray.errors import (
     BadCredentials,
     CatalogError,
-    ConfigError,
     IncompleteOutput,
     ObjectNotFound,
     StorageError,
@@ -54,7 +54,6 @@ __all__ = [
     "is_unknown",
     "parse_records",
     "parse_table_text",
-    "stat_size",
     "text_lines",
     "unquoted",
     "warn",
@@ -463,17 +462,3 @@ def _with_sizes(storage: Storage, files: Sequence[SourceFile]) -> list[SourceFil
     with ThreadPoolExecutor(_STAT_THREADS) as pool:
         sizes = list(pool.map(lambda file: stat_size(storage, file.uri), files))
     return [replace(file, size_bytes=size_bytes) for file, size_bytes in zip(files, sizes, strict=True)]
-
-
-def stat_size(storage: Storage, uri: str) -> int:
-    """The size of an object; 0 where it cannot be looked at: one that is not there, denied, or a link to itself.
-
-    Raises:
-        StorageUnavailable: the store is down.
-    """
-    try:
-        return storage.stat(uri).size_bytes
-    except StorageUnavailable:
-        raise
-    except (StorageError, ConfigError):
-        return 0

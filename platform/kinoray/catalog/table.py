@@ -20,23 +20,20 @@ import pyarrow.parquet as pq
 from kinoray.catalog.folders import is_video, no_video_among, said_of_others, unique_ids
 from kinoray.catalog.inventory import is_manifest, newest_manifest, said_of_manifests
 from kinoray.catalog.listing import NOT_OTHERS, spool_listing
-from kinoray.catalog.pieces import (
+from kinoray.catalog.pieces import Pieces, find_pieces, is_pieces, lies_inside
+from kinoray.catalog.read import Reference, read_video, read_videos, time_problem
+from kinoray.catalog.rows import (
     CATALOG_SCHEMA,
     GROUP_ROWS,
     OF_FEW_VALUES,
-    Pieces,
     Rows,
     RowsDigest,
     check_rows,
-    find_pieces,
-    is_pieces,
-    lies_inside,
     no_split,
     said_repeated,
     schema_with,
     splits_in,
 )
-from kinoray.catalog.read import Reference, read_video, read_videos, time_problem
 from kinoray.catalog.source import SourceFile, find_files, warn
 from kinoray.config.files import local_uri
 from kinoray.errors import (

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from queue import SimpleQueue
 from typing import TypeVar
 
-from kinoray.catalog.quarantine import Refusal, judge
+from kinoray.catalog.rows import Refusal, judge
 from kinoray.catalog.table import Reference, read_videos
 from kinoray.config.clip import said_limit
 from kinoray.config.shared import ClipConfig, DecodeConfig

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from kinoray.catalog.quarantine import QuarantineRow, Refusal, count_reasons, save_quarantine
+from kinoray.catalog.rows import QuarantineRow, Refusal, count_reasons, save_quarantine
 from kinoray.catalog.table import references
 from kinoray.console import format_duration, many, visible
 from kinoray.doctor.config import DoctorConfig, Section

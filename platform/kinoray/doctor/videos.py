@@ -7,7 +7,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from kinoray.catalog.quarantine import QuarantineRow, count_reasons
+from kinoray.catalog.rows import QuarantineRow, count_reasons
 from kinoray.config.shared import ClipConfig
 from kinoray.console import format_duration, many, table
 from kinoray.doctor.config import Section, Warn, spread

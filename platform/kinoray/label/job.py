@@ -26,7 +26,7 @@ from ray.exceptions import (
     WorkerCrashedError,
 )
 
-from kinoray.catalog.quarantine import Refusal, error_of, refusals_of_columns, report
+from kinoray.catalog.rows import Refusal, error_of, refusals_of_columns, report
 from kinoray.cluster.connect import OUT_OF_MEMORY, connect, loss_of, require_fit
 from kinoray.cluster.lines import Lines, Teller
 from kinoray.config.shared import WorkersConfig

@@ -33,8 +33,7 @@ import pyarrow.compute as pc
 from kinoray.errors import ChecksumMismatch, ConfigError, IncompleteOutput, ObjectNotFound
 from kinoray.label.keys import Keys, Tally, numbers_of
 from kinoray.label.plan import Plan, Survey, draft_plan
-from kinoray.label.planfile import StoredPlans
-from kinoray.label.shown import read_shown, read_shown_windows
+from kinoray.label.planfile import StoredPlans, read_shown, read_shown_windows
 from kinoray.label.unit import (
     PREDICTION_SCHEMA,
     WINDOW_SCHEMA,

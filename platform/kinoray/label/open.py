@@ -13,7 +13,8 @@ from typing import Any
 
 import pyarrow as pa
 
-from kinoray.catalog.pieces import Pieces, Rows
+from kinoray.catalog.pieces import Pieces
+from kinoray.catalog.rows import Rows
 from kinoray.catalog.table import Catalog, catalog_of_source, rows_of_source
 from kinoray.config.scoring import (
     CPU_BATCH,

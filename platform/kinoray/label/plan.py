@@ -19,7 +19,7 @@ from uuid import uuid4
 import numpy as np
 from numpy.typing import NDArray
 
-from kinoray.catalog.pieces import Rows, RowsDigest, said_repeated
+from kinoray.catalog.rows import Rows, RowsDigest, said_repeated
 from kinoray.errors import CatalogError, ChecksumMismatch
 from kinoray.label.keys import KEY_BYTES, Keys, Numbers, Pairs, join_pairs, key_numbers, keys_in
 from kinoray.label.unit import Unit, unit_id_of

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import pyarrow as pa
 
-from kinoray.catalog.quarantine import Refusal, judge
+from kinoray.catalog.rows import Refusal, judge
 from kinoray.catalog.table import read_videos, references
 from kinoray.config.scoring import ViewsConfig
 from kinoray.config.shared import ClipConfig

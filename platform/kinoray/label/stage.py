@@ -18,7 +18,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from kinoray.catalog.quarantine import Refusal, error_of, judge, refusal_columns, report
+from kinoray.catalog.rows import Refusal, error_of, judge, refusal_columns, report
 from kinoray.config.scoring import CPU_BATCH
 from kinoray.console import log_event
 from kinoray.errors import (

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from kinoray.catalog.quarantine import Refusal, error_of
+from kinoray.catalog.rows import Refusal, error_of
 from kinoray.config.shared import WorkersConfig
 from kinoray.console import Progress, format_duration, kept_if_interrupted, many, table, visible
 from kinoray.errors import ConfigError, TooManyBad
@@ -24,7 +24,7 @@ from kinoray.label.keys import Pairs, join_pairs
 from kinoray.label.ledger import Ledger
 from kinoray.label.open import Labelling, open_labelling
 from kinoray.label.plan import Plan, gone_rows
-from kinoray.label.shown import shown_plans
+from kinoray.label.planfile import shown_plans
 from kinoray.label.times import STAGES, bound_stage
 from kinoray.label.unit import Totals, Unit
 from kinoray.label.work import rows_in

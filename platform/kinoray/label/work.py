@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from kinoray.catalog.pieces import Rows
+from kinoray.catalog.rows import Rows
 from kinoray.catalog.table import REFERENCE_COLUMNS
 from kinoray.config.scoring import ScorerConfig, SegmentConsensus, ViewsConfig
 from kinoray.config.shared import ClipConfig

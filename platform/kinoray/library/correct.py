@@ -20,7 +20,8 @@ import numpy as np
 import pyarrow as pa
 
 from kinoray.catalog.folders import BETWEEN_CLASSES, class_name, in_label_list, label_list, set_problems
-from kinoray.catalog.source import decode_text, parse_table_text, stat_size, warn
+from kinoray.catalog.read import stat_size
+from kinoray.catalog.source import decode_text, parse_table_text, warn
 from kinoray.catalog.table import CATALOG_SCHEMA, Catalog, Reference, catalog_of_source, save_catalog
 from kinoray.console import many
 from kinoray.errors import CatalogError

@@ -20,7 +20,7 @@ from xml.sax.saxutils import quoteattr
 import pyarrow as pa
 
 from kinoray.catalog.folders import extension
-from kinoray.catalog.quarantine import Refusal, judge
+from kinoray.catalog.rows import Refusal, judge
 from kinoray.catalog.table import Reference, catalog_of_source, lies_inside, read_videos
 from kinoray.config.shared import DecodeConfig
 from kinoray.console import many, visible

@@ -29,7 +29,7 @@ from kinoray.evaluation.metrics import (
 from kinoray.label.keys import numbers_of
 from kinoray.label.ledger import open_ledger, read_predictions
 from kinoray.label.plan import unfinished_keys
-from kinoray.label.shown import shown_plans
+from kinoray.label.planfile import shown_plans
 from kinoray.library.rows import first_item, is_multi_label
 from kinoray.storage.objects import Storage
 

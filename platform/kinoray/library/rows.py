@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 from kinoray import console
 from kinoray.errors import ConfigError
 from kinoray.label.ledger import Ledger
-from kinoray.label.shown import read_shown, read_shown_windows, shown_units
+from kinoray.label.planfile import read_shown, read_shown_windows, shown_units
 from kinoray.label.unit import PREDICTION_SCHEMA, WINDOW_SCHEMA
 
 __all__ = [

@@ -25,7 +25,7 @@ from kinoray.catalog.kinetics import (
     plan_rows,
     printable,
 )
-from kinoray.catalog.quarantine import Refusal
+from kinoray.catalog.rows import Refusal
 from kinoray.catalog.source import SourceFile, find_files
 from kinoray.config.shared import digest
 from kinoray.console import many, visible

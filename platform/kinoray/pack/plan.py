@@ -23,9 +23,9 @@ from kinoray.catalog.folders import (
     set_problems,
     unique_ids,
 )
-from kinoray.catalog.quarantine import QuarantineRow, Refusal
-from kinoray.catalog.read import Reference, time_problem
-from kinoray.catalog.source import UNLABELLED_SPLITS, SourceFile, find_files, stat_size, warn
+from kinoray.catalog.read import Reference, stat_size, time_problem
+from kinoray.catalog.rows import QuarantineRow, Refusal
+from kinoray.catalog.source import UNLABELLED_SPLITS, SourceFile, find_files, warn
 from kinoray.catalog.table import Catalog, is_catalog, load_catalog, references
 from kinoray.config.shared import digest
 from kinoray.console import many

@@ -12,8 +12,8 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from kinoray.catalog.quarantine import QuarantineRow, Refusal, judge
 from kinoray.catalog.read import read_videos
+from kinoray.catalog.rows import QuarantineRow, Refusal, judge
 from kinoray.config.clip import said_limit
 from kinoray.config.shared import DecodeConfig
 from kinoray.errors import (

@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from kinoray.catalog.folders import said_of_others
-from kinoray.catalog.quarantine import QuarantineRow, count_reasons, save_quarantine
+from kinoray.catalog.rows import QuarantineRow, count_reasons, save_quarantine
 from kinoray.catalog.table import CATALOG_SCHEMA, Catalog, save_catalog
 from kinoray.console import kept_if_interrupted, many, visible
 from kinoray.errors import ConfigError, IncompleteOutput, TooManyBad

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from kinoray.catalog.quarantine import Refusal, judge, refusal_columns, report
+from kinoray.catalog.rows import Refusal, judge, refusal_columns, report
 from kinoray.catalog.table import read_videos, references
 from kinoray.config.shared import CacheConfig, ClipConfig
 from kinoray.errors import KinorayError, MediaError, StorageUnavailable

@@ -23,7 +23,7 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from ray.data.collate_fn import NumpyBatchCollateFn
 
-from kinoray.catalog.quarantine import QuarantineRow, Refusal, error_of, refusals_of_columns
+from kinoray.catalog.rows import QuarantineRow, Refusal, error_of, refusals_of_columns
 from kinoray.catalog.table import REFERENCE_COLUMNS, Catalog
 from kinoray.config.shared import CacheConfig, ClipConfig
 from kinoray.errors import JobError, StorageUnavailable

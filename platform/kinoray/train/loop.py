@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from kinoray.catalog.quarantine import QuarantineRow
+from kinoray.catalog.rows import QuarantineRow
 from kinoray.catalog.table import Catalog, load_catalog
 from kinoray.config.shared import ClipConfig
 from kinoray.console import log_event

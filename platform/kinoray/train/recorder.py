@@ -33,7 +33,7 @@ from ray.util.metrics import Counter, Gauge
 from torch import Tensor
 
 import kinoray
-from kinoray.catalog.quarantine import QuarantineRow
+from kinoray.catalog.rows import QuarantineRow
 from kinoray.catalog.table import Catalog
 from kinoray.config.shared import OptimConfig
 from kinoray.console import format_duration, many

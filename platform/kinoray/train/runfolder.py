@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
 
-from kinoray.catalog.quarantine import QuarantineRow, load_quarantine, save_quarantine
+from kinoray.catalog.rows import QuarantineRow, load_quarantine, save_quarantine
 from kinoray.catalog.table import Catalog
 from kinoray.config.file import to_yaml
 from kinoray.config.shared import digest
