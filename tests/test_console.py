@@ -293,7 +293,7 @@ def test_a_rate_counts_from_the_first_result_and_is_not_said_before_a_few(monkey
     clock.wait(5)
     progress.update(43)
     progress.close()
-    assert log.getvalue().endswith("label: 100/100 videos, 4.0/s, took 1 min 20 s, quarantined 2\n")
+    assert log.getvalue().endswith("label: 100/100 videos, 4.0/s, took 1 min 20 s, quarantined 2 this run\n")
 
 
 def test_what_came_at_once_has_no_rate(monkeypatch: pytest.MonkeyPatch) -> None:
