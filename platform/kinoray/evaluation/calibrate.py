@@ -7,7 +7,8 @@ between two scores of the set, so that rounding moves no video across it.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -103,25 +104,30 @@ def _fit_several(labelling: Labelling) -> Calibrated:
     truth = true_sets(labelling.catalog, labelling.meta.labels)[[place[row["row_key"]] for row in rows]]
     logits = logits_of(np.array([row["scores"] for row in rows], np.float32))
     temperature = fit_binary_temperature(logits, truth)
-    (nll_before, ece_before), (nll_after, ece_after) = (
-        binary_likelihood_and_error(logits, truth, value) for value in (1.0, temperature)
-    )
+    errors = [binary_likelihood_and_error(logits, truth, value) for value in (1.0, temperature)]
     scores = np.exp(-np.logaddexp(0.0, -logits / temperature))
     thresholds = tuple(best_threshold(scores[:, c], truth[:, c]) for c in range(truth.shape[1]))
     known = truth.any(axis=0)
     before, after = (_mean_f1(truth[:, known], (scores >= np.array(least))[:, known]) for least in (0.5, thresholds))
+    found = _calibrated(labelling, len(rows), temperature, errors)
+    return replace(found, thresholds=thresholds, macro_f1=(before, after))
+
+
+def _calibrated(
+    labelling: Labelling, num_videos: int, temperature: float, errors: Sequence[tuple[float, float]]
+) -> Calibrated:
+    """With the negative log likelihood and the calibration error before and after."""
+    (nll_before, ece_before), (nll_after, ece_after) = errors
     sample = labelling.job.clip.sample
     return Calibrated(
         model_digest=labelling.job.model_digest,
         num_segments=sample.num_segments,
         frames_per_segment=sample.frames_per_segment,
-        num_videos=len(rows),
+        num_videos=num_videos,
         temperature=temperature,
         nll=(nll_before, nll_after),
         ece=(ece_before, ece_after),
         margins=(),
-        thresholds=thresholds,
-        macro_f1=(before, after),
     )
 
 
@@ -184,20 +190,10 @@ def _fit(labelling: Labelling) -> Calibrated:
     smallest = float(np.finfo(np.float32).tiny)
     logits = np.log(np.maximum(np.array([row["scores"] for row in rows], np.float64), smallest))
     temperature = fit_temperature(logits, truth)
-    nll_before, ece_before = likelihood_and_error(logits, truth, 1.0)
-    nll_after, ece_after = likelihood_and_error(logits, truth, temperature)
-    sample = labelling.job.clip.sample
-    margins = fit_margins(_segments(rows, sample.num_segments), consensus) if consensus else ()
-    return Calibrated(
-        model_digest=labelling.job.model_digest,
-        num_segments=sample.num_segments,
-        frames_per_segment=sample.frames_per_segment,
-        num_videos=len(rows),
-        temperature=temperature,
-        nll=(nll_before, nll_after),
-        ece=(ece_before, ece_after),
-        margins=margins,
-    )
+    errors = [likelihood_and_error(logits, truth, value) for value in (1.0, temperature)]
+    found = _calibrated(labelling, len(rows), temperature, errors)
+    margins = fit_margins(_segments(rows, found.num_segments), consensus) if consensus else ()
+    return replace(found, margins=margins)
 
 
 def _segments(rows: list[dict[str, Any]], num_segments: int) -> NDArray[np.float32]:
