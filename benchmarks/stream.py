@@ -62,6 +62,7 @@ BARS = {"read path": 1.08, "decoders": 1.8, "ray": 0.90, "decoder memory": 1.05,
 DENSE = ClipConfig(sample=SampleConfig(num_segments=16, frames_per_segment=6))
 SPARSE = ClipConfig(sample=SampleConfig(num_segments=8, frames_per_segment=1))
 LABELS = ("one", "two")
+FACTORY = "stream:mean_colour"
 BATCH = 8
 STORE_MB = 512
 LOCAL = Storage(StorageConfig())
@@ -164,7 +165,7 @@ def bare_job(catalog_uri: str, checkpoint: str, out: str) -> None:
     """What the labelling job does, as a script of one process would: one video after the other, batches of 8."""
     torch.set_num_threads(1)
     catalog = load_catalog(LOCAL, catalog_uri)
-    model, meta = load_model(LOCAL, checkpoint)
+    model, meta = load_model(LOCAL, checkpoint, [FACTORY])
     scores, clips = [], []
     for data in bare_bytes(catalog):
         clips.append(decode(data, Sampled(), meta.clip.without_flow()).clip())
@@ -218,7 +219,7 @@ def cost(commands: list[list[str]]) -> tuple[float, float]:
 def ray_job(folder: Path, catalog: Catalog, seconds: float, clip_s: float) -> tuple[float, float, int]:
     """(clips per CPU second of the job / of the bare loops, wall seconds of the job, clips)."""
     num_clips = max(4 * BATCH, round(2 * seconds / clip_s / (4 * BATCH)) * 4 * BATCH)
-    model = ModelConfig(factory="stream:mean_colour")
+    model = ModelConfig(factory=FACTORY)
     meta = CheckpointMeta(model=model, clip=DENSE, labels=LABELS, epoch=1, step=1, samples=1)
     checkpoint = str(folder / "checkpoint")
     save_checkpoint(LOCAL, checkpoint, model_state=build_model(model, len(LABELS)).state_dict(), meta=meta)
@@ -230,7 +231,7 @@ def ray_job(folder: Path, catalog: Catalog, seconds: float, clip_s: float) -> tu
         for side in ("left", "right")
     ]
     job = [sys.executable, str(ROOT / "jobs" / "label.py"), whole, "--checkpoint", checkpoint]
-    job += ["--out", str(folder / "labels"), "--workers", "1", "--resources.decoders-per-worker", "2"]
+    job += ["--out", str(folder / "labels"), "--allow-factory", FACTORY, "--workers", "1", "--resources.decoders-per-worker", "2"]
     with adopting():
         first, _ = cost(bare)
         job_s, wall_s = cost([job])

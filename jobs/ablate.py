@@ -1,4 +1,4 @@
-"""Table 2 of the paper as a study over tune's grid: what STC and MFF do on any packed set, TSN and TSM beside them.
+"""Table 2 of the paper as a study over tune's grid: what STC and MFF do on any packed set, others beside them.
 
 python jobs/ablate.py sets/binding --generate --out runs/ablation     # makes the generated set first (docs/ablation.md)
 python jobs/ablate.py sets/mine --out runs/ablation-mine --model.options backbone=resnet18 --optim.epochs 30
@@ -27,7 +27,8 @@ from kinoray.storage.leftovers import scratch_folder
 from kinoray.storage.objects import Storage, join
 from kinoray.train.config import TrainConfig
 from kinoray.tune.config import TuneConfig, trial_id
-from kinoray.tune.results import read_trial, study_page, study_trials
+from kinoray.tune.results import read_trial
+from kinoray.tune.study import ROWS, score_orders, study_page, study_plot, study_trials
 from kinoray.tune.verb import tune
 
 __all__ = ["AblateConfig", "ablate"]
@@ -35,16 +36,20 @@ __all__ = ["AblateConfig", "ablate"]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AblateConfig(TrainConfig):
-    """Train the rows of the paper's table 2, TSN and TSM on a packed set with several seeds, and tabulate them.
+    """Train the rows of the paper's table 2, TSN, TSM and VCM-SDD/X on a packed set with several seeds; tabulate them.
 
     Example: python jobs/ablate.py sets/binding --generate --out runs/ablation
 
     The settings are those of `kinoray train`, and each run is a trial of a sweep (OUT/trials): the same command again
-    trains what is missing and nothing else. OUT/ablation.md has the table. The defaults are for the generated set.
+    trains what is missing and nothing else. OUT/ablation.md has the tables: top-1 with each segment's frames in order,
+    reversed and shuffled, costs, and paired differences; OUT/ablation.svg shows top-1 against cost. The defaults are
+    for the generated set.
     """
 
     seeds: tuple[int, ...] = (0, 1, 2)
     """Every network is trained once with each of these."""
+    networks: tuple[str, ...] = ()
+    """Only the rows of these: tsn, tsm, vcm_sdd, vcm_sdd_x. Default: all."""
     generate: bool = False
     """Make the generated set and pack it to CATALOG first, if it is not there."""
     num_videos: int = 1600
@@ -69,6 +74,9 @@ class AblateConfig(TrainConfig):
         TrainConfig.__post_init__(self)
         distinct = bool(self.seeds) and len(set(self.seeds)) == len(self.seeds)
         require(distinct and min(self.seeds) >= 0, "seeds", "different whole numbers of at least 0", self.seeds)
+        known = tuple(dict.fromkeys(row.factory for row in ROWS))
+        fits = set(self.networks) <= set(known)
+        require(fits, "networks", f"of {', '.join(known)}", self.networks)
         require(self.num_videos >= 8 and self.num_videos % 8 == 0, "num_videos", "a multiple of 8", self.num_videos)
         require(self.model.factory == "vcm_sdd", "model.factory", "left out: the rows name it", self.model.factory)
 
@@ -84,18 +92,23 @@ def ablate(config: AblateConfig) -> str:
             videos = folder / "videos"
             make_binding_set(videos, config.num_videos)
             pack(PackConfig(source=str(videos), out=config.catalog, storage=config.storage, resources=config.resources))
-    trials = study_trials(config.model.options, config.seeds)
+    chosen = [row for row in ROWS if not config.networks or row.factory in config.networks]
+    trials = study_trials(config.model.options, config.seeds, chosen)
     shared = {item.name: getattr(config, item.name) for item in fields(TrainConfig)} | {"model": ModelConfig()}
     tune(TuneConfig(**shared, grace_epochs=config.optim.epochs), trials)
     rows = [read_trial(storage, config.out, trial_id(settings), settings) for settings in trials]
-    page = study_page(rows, config.model.options, config.seeds)
+    score_orders(config, [row.settings for row in rows if row.status == "finished"])
+    page = study_page(storage, config, rows, config.seeds)
     storage.put(join(config.out, "ablation.md"), page.encode())
+    storage.put(join(config.out, "ablation.svg"), study_plot(storage, config, rows, config.seeds).encode())
     print(f"\n{page}")
     return page
 
 
 def main() -> int:
-    config = parse_settings("ablate", AblateConfig, sys.argv[1:], ("generate", "seeds"), "python jobs/ablate.py")
+    config = parse_settings(
+        "ablate", AblateConfig, sys.argv[1:], ("generate", "seeds", "networks"), "python jobs/ablate.py"
+    )
     if config is not None:
         ablate(config)
     return 0

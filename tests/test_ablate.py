@@ -1,6 +1,7 @@
 """The ablation study: its set keeps its promises, its arithmetic is right, its job resumes."""
 
 import importlib
+import json
 import math
 import re
 import sys
@@ -8,13 +9,15 @@ from collections import Counter
 from collections.abc import Callable, Hashable, Iterable
 from pathlib import Path
 from typing import Any, cast
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
+import torch
 
 from kinoray.catalog.table import load_catalog
 from kinoray.cli import guarded
-from kinoray.config.shared import ClipConfig, FlowConfig, SampleConfig, ViewConfig
+from kinoray.config.shared import ClipConfig, FlowConfig, ModelConfig, SampleConfig, ViewConfig
 from kinoray.demo.binding import (
     BINDING_THINGS,
     CARD_PX,
@@ -33,8 +36,21 @@ from kinoray.demo.videos import make_video
 from kinoray.network.build import build_model
 from kinoray.storage.objects import Storage
 from kinoray.train.config import TrainConfig
+from kinoray.train.runfolder import RunFolder
 from kinoray.tune.config import apply, trial_id
-from kinoray.tune.results import ROWS, Row, TrialRow, study_page, study_trials
+from kinoray.tune.results import TrialRow
+from kinoray.tune.study import (
+    ORDERS,
+    ROWS,
+    Row,
+    in_order,
+    paired_gain,
+    read_answers,
+    study_costs,
+    study_page,
+    study_plot,
+    study_trials,
+)
 from kinoray.video.frames import decode
 from kinoray.video.request import Sampled
 from small_sets import set_in
@@ -188,73 +204,128 @@ def test_drawings_can_be_told_apart_across_the_splits() -> None:
 # ---- the table
 
 OPTIONS = {"backbone": "tiny", "heads": 4}
+TSN, NEITHER, MFF, BOTH_ROOT, X = (ROWS[place] for place in (0, 4, 6, 9, 12))
+NUM_VIDEOS = 40
 
 
-def trial(row: Row, scale: str, seed: int, *top1: float, status: str = "finished") -> TrialRow:
-    """A trial with these accuracies after its epochs, percent."""
-    settings = row.settings(scale, seed, OPTIONS)
+def base_config(out: Path) -> TrainConfig:
+    """The study that the made-up trials are of."""
+    return TrainConfig(catalog="c", out=str(out), model=ModelConfig(options=OPTIONS), clip=CLIP)
+
+
+def trial(out: Path, row: Row, seed: int, right: int, status: str = "finished", *, backwards: int = 0) -> TrialRow:
+    """A trial whose last network gets the first `right` of NUM_VIDEOS videos, and fewer of the frames reversed."""
+    settings = row.settings(seed, OPTIONS)
+    name = trial_id(settings)
+    counts = dict(zip(ORDERS, (right, backwards, 0), strict=True))
+    classes = {order: [0] * count + [1] * (NUM_VIDEOS - count) for order, count in counts.items()}
+    record = {"checkpoint": "c", "truth": [0] * NUM_VIDEOS, "classes": classes}
+    folder = out / "trials" / name
+    folder.mkdir(parents=True)
+    (folder / "orders.json").write_text(json.dumps(record))
     return TrialRow(
-        trial=trial_id(settings),
+        trial=name,
         settings=settings,
         status=status,
-        best_val_top1=max(top1) / 100,
+        best_val_top1=1.0,
         best_epoch=1,
-        epochs=len(top1),
+        epochs=2,
         run="run",
         decode_cpu_s=0.0,
         error="",
-        curve=tuple((epoch, value / 100) for epoch, value in enumerate(top1, 1)),
+        curve=((1, 1.0), (2, right / NUM_VIDEOS)),
     )
 
 
-TSN, _, _, NEITHER, STC, MFF, BOTH = ROWS
-FOUND = [
-    trial(TSN, "dim", 0, 24.0),
-    trial(NEITHER, "dim", 1, 99.0, 45.0),  # the last epoch counts, not the best one
-    trial(NEITHER, "dim", 0, 44.0),
-    trial(STC, "dim", 0, 45.5),
-    trial(STC, "dim", 1, 90.0, status="failed"),
-    trial(MFF, "frobenius", 0, 64.0),
-    trial(MFF, "dim", 0, 96.0),
-    trial(MFF, "dim", 1, 98.0),
-    trial(BOTH, "dim", 0, 95.0),
-    trial(BOTH, "dim", 1, 92.0),
-]
-
-
-def test_the_table_is_means_and_sample_deviations_and_differences_of_equal_seeds() -> None:
-    assert study_page(FOUND, OPTIONS, (0, 1)).splitlines() == [
-        "| top-1, % | scale as printed | scale sqrt(d) | paper, K400 |",
-        "| --- | ---: | ---: | ---: |",
-        "| TSN, RGB | 24.0 | same | 71.3 |",
-        "| TSN, flow | - | same | - |",
-        "| TSM, RGB | - | same | 75.1 |",
-        "| No_STC No_MFF | 44.5 +- 0.7 | same | 71.7 |",
-        "| STC No_MFF | 45.5 | same | 73.9 |",
-        "| No_STC MFF | 64.0 | 97.0 +- 1.4 | 78.5 |",
-        "| STC MFF | - | 93.5 +- 2.1 | 80.1 |",
-        "",
-        "| points | scale as printed | scale sqrt(d) | paper, K400 |",
-        "| --- | ---: | ---: | ---: |",
-        "| STC No_MFF over No_STC No_MFF | +1.5 | same | +2.2 |",
-        "| No_STC MFF over No_STC No_MFF | +20.0 | +52.5 +- 0.7 | +6.8 |",
-        "| STC MFF over No_STC MFF | - | -3.5 +- 3.5 | +1.6 |",
-        "| STC MFF over No_STC No_MFF | - | +49.0 +- 2.8 | +8.4 |",
+def test_the_table_is_means_and_sample_deviations_and_paired_differences(tmp_path: Path) -> None:
+    found = [
+        trial(tmp_path, TSN, 0, 10, backwards=10),
+        trial(tmp_path, NEITHER, 0, 18, backwards=18),
+        trial(tmp_path, NEITHER, 1, 20, backwards=20),
+        trial(tmp_path, MFF, 0, 20),
+        trial(tmp_path, MFF, 1, 40, status="failed"),
+        trial(tmp_path, BOTH_ROOT, 0, 26),
+        trial(tmp_path, BOTH_ROOT, 1, 28),
+        trial(tmp_path, X, 0, 38, backwards=8),
+        trial(tmp_path, X, 1, 40, backwards=12),
     ]
+    page = study_page(Storage(), base_config(tmp_path), found, (0, 1)).splitlines()
+    assert page[0] == "| top-1, % | forward | reversed | shuffled | GMAC a clip | paper, K400 |"
+    cells = {line.split(" | ")[0].removeprefix("| "): line.split(" | ")[1:] for line in page if " | " in line}
+    assert cells["TSN, RGB"][:3] == ["25.0", "25.0", "0.0"]
+    assert cells["No_STC No_MFF"][:3] == ["47.5 +- 3.5", "47.5 +- 3.5", "0.0 +- 0.0"]
+    assert cells["No_STC MFF, scale as printed"][0] == "50.0"
+    assert cells["VCM-SDD/X"][:3] == ["97.5 +- 3.5", "25.0 +- 7.1", "0.0 +- 0.0"]
+    # Of 40 videos 12 differ in both seeds, all for one side: +30 points, and a sign test by permutation near 2 / 2^12.
+    points, interval, p, paper = cells["VCM-SDD/X over STC MFF, scale sqrt(d)"]
+    assert (points, paper) == ("+30.0", "- |")
+    low, high = (float(value) for value in interval.split(" to "))
+    spread = 196 * math.sqrt(0.3 * 0.7 * 40 / 39 / 40)
+    assert (low, high) == (pytest.approx(30 - spread, abs=0.06), pytest.approx(30 + spread, abs=0.06))
+    assert 0.0 < float(p) < 0.002
+    assert cells["No_STC MFF, scale as printed over No_STC No_MFF"][0] == "+5.0"  # seed 0 alone
+    assert cells["STC No_MFF over No_STC No_MFF"][:2] == ["-", "-"]
+    assert cells["STC No_MFF over No_STC No_MFF"][3] == "+2.2 |"
+
+
+def test_a_paired_gain_has_the_p_of_the_exact_sign_test() -> None:
+    ours = {0: np.array([True] * 9 + [False] * 1 + [True] * 30)}
+    theirs = {0: np.array([False] * 9 + [True] * 1 + [True] * 30)}
+    gain = paired_gain(ours, theirs)
+    assert gain is not None
+    assert gain.points == pytest.approx(20.0)
+    assert gain.p == pytest.approx(2 * (1 + 10) / 2**10, abs=0.003)
+    assert paired_gain(ours, {1: theirs[0]}) is None
+    same = paired_gain(ours, ours)
+    assert same is not None
+    assert (same.points, same.p) == (0.0, 1.0)
+
+
+def test_costs_are_those_of_the_clip_and_the_new_head_costs_no_more(tmp_path: Path) -> None:
+    costs = study_costs(base_config(tmp_path))
+    assert costs["TSN, flow"] < costs["TSN, RGB"] < costs["No_STC No_MFF"] < costs["STC MFF, scale sqrt(d)"]
+    assert costs["VCM-SDD/X"] <= 1.05 * costs["STC MFF, scale as printed"]
+    assert costs["VCM-SDD/X, RGB"] < costs["VCM-SDD/X"]
+
+
+def test_the_plot_has_a_point_of_each_row_that_has_a_number(tmp_path: Path) -> None:
+    found = [trial(tmp_path, TSN, 0, 10), trial(tmp_path, X, 0, 38)]
+    picture = ElementTree.fromstring(study_plot(Storage(), base_config(tmp_path), found, (0,)))
+    circles = picture.findall("{http://www.w3.org/2000/svg}circle")
+    heights = [float(circle.attrib["cy"]) for circle in circles]
+    assert heights == [pytest.approx(20 + 300 * (1 - share)) for share in (10 / 40, 38 / 40)]
+    assert float(circles[0].attrib["cx"]) < float(circles[1].attrib["cx"])
+    assert "VCM-SDD/X: 95.0" in next(text.text for text in picture.iter() if text.text and "VCM" in text.text)
 
 
 def test_trials_are_networks_that_exist_and_differ_and_more_seeds_keep_those_before() -> None:
     trials = study_trials(OPTIONS, (0, 1))
-    assert len(trials) == 2 * 9
-    assert [settings["optim.seed"] for settings in trials] == [0] * 9 + [1] * 9
-    assert trials[:9] == study_trials(OPTIONS, (0,))
+    assert len({trial_id(settings) for settings in trials}) == len(trials) == 2 * 13
+    assert [settings["optim.seed"] for settings in trials] == [0] * 13 + [1] * 13
+    assert trials[:13] == study_trials(OPTIONS, (0,))
     base = TrainConfig(catalog="c", out="o")
-    for settings in trials[:9]:
+    for settings in trials[:13]:
         model = apply(base, settings).model
         assert model.options["backbone"] == "tiny"
         network = build_model(model, 8)
         assert network.input_spec.rgb or network.input_spec.flow_channels
     assert {settings["model.factory"] for settings in trials if "model.options.heads" in settings} == {"vcm_sdd"}
+
+
+# ---- order
+
+
+def test_orders_move_the_frames_of_each_segment_and_nothing_else() -> None:
+    x = torch.arange(2 * 3 * 4 * 5).reshape(2, 3, 4, 5)
+    assert torch.equal(in_order(x, "forward", ["a", "b"]), x)
+    assert torch.equal(in_order(x, "reversed", ["a", "b"]), x[:, :, [3, 2, 1, 0]])
+    shuffled = in_order(x, "shuffled", ["a", "b"])
+    assert not torch.equal(shuffled, x)
+    assert torch.equal(shuffled.sort(dim=2).values, x)
+    assert torch.equal(shuffled, in_order(x, "shuffled", ["a", "b"]))
+    assert torch.equal(shuffled[0, 0, :, 0] - x[0, 0, 0, 0], shuffled[0, 2, :, 0] - x[0, 2, 0, 0])
+    one = torch.zeros(1, 2, 1, 3)
+    assert torch.equal(in_order(one, "shuffled", ["a"]), one)
 
 
 # ---- the job
@@ -278,6 +349,7 @@ def run(job: Any, *arguments: str) -> int:
         (["--num-videos", "12"], "num_videos must be a multiple of 8, got 12"),
         (["--seeds", "0", "0"], r"seeds must be different whole numbers of at least 0, got \(0, 0\)"),
         (["--model.factory", "tsn"], "model.factory must be left out: the rows name it, got 'tsn'"),
+        (["--networks", "tsn", "i3d"], r"networks must be of tsn, tsm, vcm_sdd, vcm_sdd_x, got \('tsn', 'i3d'\)"),
         (["--optim.epochs", "0"], "optim.epochs must be at least 1, got 0"),
     ],
 )
@@ -302,7 +374,7 @@ def test_the_settings_are_printed_as_a_file_that_is_read_back(
 def test_the_study_of_a_packed_set_runs_and_resumes(
     job: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("kinoray.tune.results.ROWS", (TSN, NEITHER))  # single stream and two; all rows are in `slow`
+    monkeypatch.setattr(job, "ROWS", (TSN, NEITHER))
     (tmp_path / "set").mkdir()
     flags = [
         *(set_in(tmp_path / "set", train=12, val=6), "--out", str(tmp_path / "out"), "--quick"),
@@ -316,6 +388,13 @@ def test_the_study_of_a_packed_set_runs_and_resumes(
     assert page in out
     cells = dict(line.split(" | ")[:2] for line in page.splitlines() if " | " in line)
     assert float(cells["| TSN, RGB"]) in np.round(np.arange(7) / 6 * 100, 1)  # 6 videos, each counted once
+    for settings in study_trials(OPTIONS, (0,), (TSN, NEITHER)):
+        name = trial_id(settings)
+        answers = read_answers(Storage(), str(tmp_path / "out"), name)
+        assert answers is not None
+        last = RunFolder(Storage(), str(tmp_path / "out" / "trials" / name)).epochs()[-1]
+        assert answers.right().mean() == pytest.approx(last.val_top1)  # as training scored the same network
+        assert answers.classes["shuffled"] == answers.classes["forward"]  # means over frames see no order
     assert run(job, *flags) == 0
     assert "2 have ended already" in capsys.readouterr().out
     assert (tmp_path / "out" / "ablation.md").read_text(encoding="utf-8") == page
@@ -332,8 +411,9 @@ def test_the_quick_study_of_the_generated_set_runs_whole(job: Any, tmp_path: Pat
         (split, label): 2 for split in ("train", "val") for label in binding_classes()
     }
     page = (tmp_path / "out" / "ablation.md").read_text(encoding="utf-8").splitlines()
-    assert len(page) == 2 + len(ROWS) + 1 + 2 + 4
+    assert len(page) == 2 + len(ROWS) + 1 + 2 + 7
     assert all(" | - | " not in line.rpartition(" | ")[0] for line in page)
+    assert (tmp_path / "out" / "ablation.svg").read_text(encoding="utf-8").count("<circle") == len(ROWS)
 
 
 def test_the_generated_set_is_whole_or_absent_and_made_once(tmp_path: Path) -> None:

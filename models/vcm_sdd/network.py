@@ -18,7 +18,7 @@ from vcm_sdd.consistency import Consistency, Grid
 from vcm_sdd.fusion import CrossModalFusion
 from vcm_sdd.options import Options, require_count
 
-__all__ = ["VCMSDD", "TwoStreamHead", "vcm_sdd", "vcm_sdd_r101"]
+__all__ = ["VCMSDD", "TwoStreamHead", "checked_input", "feature_grids", "vcm_sdd", "vcm_sdd_r101"]
 
 
 class TwoStreamHead(nn.Module):
@@ -141,7 +141,7 @@ class VCMSDD(nn.Module):
     def to_features(self, *, rgb: Tensor | None, flow: Tensor | None) -> dict[str, Tensor]:
         """Return the feature grids of both streams, [B, S, T, H, W, D] each: all that the backbones do."""
         rgb, flow = self._checked(rgb, flow)
-        return {"rgb": _grids(self.rgb_backbone, rgb), "flow": _grids(self.flow_backbone, flow)}
+        return {"rgb": feature_grids(self.rgb_backbone, rgb), "flow": feature_grids(self.flow_backbone, flow)}
 
     def from_features(self, features: Mapping[str, Tensor]) -> Tensor:
         """Return logits [B, C] for what to_features gives: all that the head does."""
@@ -171,8 +171,8 @@ class VCMSDD(nn.Module):
         return f'The paper\'s way to count (its "GFLOPs": MACs of one RGB segment, ImageNet classifier on): {gmac:.2f}'
 
     def _checked(self, rgb: Tensor | None, flow: Tensor | None) -> tuple[Tensor, Tensor]:
-        rgb = _checked_input("rgb", rgb, 3)
-        flow = _checked_input("flow", flow, self.input_spec.flow_channels)
+        rgb = checked_input("rgb", rgb, 3)
+        flow = checked_input("flow", flow, self.input_spec.flow_channels)
         if (rgb.shape[:3], rgb.shape[4:]) != (flow.shape[:3], flow.shape[4:]):
             raise ValueError(
                 "rgb and flow must have equal videos, segments, frames, height and width, "
@@ -181,18 +181,19 @@ class VCMSDD(nn.Module):
         return rgb, flow
 
 
-def _grids(backbone: Backbone, x_BSTCYX: Tensor) -> Tensor:
-    """A backbone's features as [B, S, T, H, W, D]."""
+def feature_grids(backbone: Backbone, x_BSTCYX: Tensor) -> Tensor:
+    """Return a backbone's features as [B, S, T, H, W, D] for frames [B, S, T, C, Y, X]."""
     features_FDHW = backbone(x_BSTCYX.flatten(0, 2))
     # In channels_last memory this permutation moves nothing.
     nodes_FHWD = features_FDHW.permute(0, 2, 3, 1)
     return nodes_FHWD.reshape(*x_BSTCYX.shape[:3], *nodes_FHWD.shape[1:])
 
 
-def _checked_input(name: str, x: Tensor | None, channels: int) -> Tensor:
+def checked_input(name: str, x: Tensor | None, channels: int) -> Tensor:
+    """Return a stream's input; raises ValueError unless it is float [B, S, T, channels, Y, X], none of them 0."""
     expected = f"{name} must be float [videos, segments, frames, {channels}, height, width]"
     if x is None:
-        raise ValueError(f"{expected}, got None: this model needs both rgb and flow")
+        raise ValueError(f"{expected}, got None: this model needs {name}")
     if x.ndim != 6 or x.shape[3] != channels or 0 in x.shape:
         raise ValueError(f"{expected}, none of them 0, got shape {tuple(x.shape)}")
     if not x.is_floating_point():

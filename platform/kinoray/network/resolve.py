@@ -40,6 +40,7 @@ __all__ = [
 SHORT_NAMES: Mapping[str, str] = {
     "vcm_sdd": "vcm_sdd:vcm_sdd",
     "vcm_sdd_r101": "vcm_sdd:vcm_sdd_r101",
+    "vcm_sdd_x": "vcm_sdd:vcm_sdd_x",
     "artnet": "video_baselines:artnet",
     "eco": "video_baselines:eco",
     "huggingface": "video_baselines:huggingface",
