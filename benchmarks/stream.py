@@ -231,7 +231,8 @@ def ray_job(folder: Path, catalog: Catalog, seconds: float, clip_s: float) -> tu
         for side in ("left", "right")
     ]
     job = [sys.executable, str(ROOT / "jobs" / "label.py"), whole, "--checkpoint", checkpoint]
-    job += ["--out", str(folder / "labels"), "--allow-factory", FACTORY, "--workers", "1", "--resources.decoders-per-worker", "2"]
+    job += ["--out", str(folder / "labels"), "--allow-factory", FACTORY]
+    job += ["--workers", "1", "--resources.decoders-per-worker", "2"]
     with adopting():
         first, _ = cost(bare)
         job_s, wall_s = cost([job])
