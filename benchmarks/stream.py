@@ -28,7 +28,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -191,6 +191,16 @@ def adopting() -> Iterator[None]:
         libc.prctl(set_child_subreaper, 0, 0, 0, 0)
 
 
+def children() -> set[int]:
+    """Ids of this process's children."""
+    found = set()
+    for pid in filter(str.isdigit, os.listdir("/proc")):
+        with suppress(OSError):  # it has just ended
+            if int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1]) == os.getpid():
+                found.add(int(pid))
+    return found
+
+
 def cost(commands: list[list[str]]) -> tuple[float, float]:
     """CPU seconds of these commands side by side, with all that they started, and wall seconds.
 
@@ -199,6 +209,7 @@ def cost(commands: list[list[str]]) -> tuple[float, float]:
     Raises:
         RuntimeError: one failed.
     """
+    before = children()
     with CpuWatch(every_s=0.1) as watch:
         begin_s, here_s = time.time(), time.process_time()
         running = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) for command in commands]
@@ -207,11 +218,9 @@ def cost(commands: list[list[str]]) -> tuple[float, float]:
             if process.returncode:
                 raise RuntimeError(f"{' '.join(process.args)} failed:\n{output.decode()}")  # type: ignore[arg-type]
         wall_s = time.time() - begin_s
-        while True:
-            try:
-                os.waitpid(-1, 0)
-            except ChildProcessError:
-                break
+        while left := children() - before:  # those before them, such as who clears scratch folders, stay
+            for pid in left:
+                os.waitpid(pid, 0)
         end_s, here_s = time.time(), time.process_time() - here_s
     return watch.use(begin_s, end_s).own_s - here_s, wall_s
 

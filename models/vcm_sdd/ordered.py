@@ -60,15 +60,15 @@ class ContentOrderHead(nn.Module):
     def forward(self, grids: Mapping[str, Tensor]) -> Tensor:
         """Return logits [B, C] for the grids [B, S, T, H, W, D] of its streams."""
         num_videos, num_segments, num_frames, height, width, _ = next(iter(grids.values())).shape
-        dtype, device = self.place.weight.dtype, self.place.weight.device
-        place_HWE = self.place(_waves_of_places(height, width, device).to(dtype))
+        dtype = self.place.weight.dtype
+        place_HWE = self.place(_waves_of_places(height, width, self.place.weight))
         # Backbones prepared for inference give bfloat16; the head stays in float32.
         streams = [self.binders[name](norm(grids[name].to(dtype))) for name, norm in self.norms.items()]
         nodes_BSTHWE = nn.functional.gelu(sum(streams, start=place_HWE))
         frames_ME = self.frame(self.place_queries(nodes_BSTHWE.flatten(0, 2).flatten(1, 2)))
         frames_STE = self.changes(frames_ME.reshape(num_videos * num_segments, num_frames, -1))
         frames_BUE = frames_STE.reshape(num_videos, num_segments * num_frames, -1)
-        time_UE = self.time(_waves(num_segments * num_frames, device).to(dtype))
+        time_UE = self.time(_waves(num_segments * num_frames, self.time.weight))
         return cast(Tensor, self.classifier(self.dropout(self.norm(self.time_queries(frames_BUE, time_UE)))))
 
 
@@ -104,16 +104,17 @@ class _Change(nn.Module):
         return x_MTE + cast(Tensor, self.dropout(self.linear(nn.functional.gelu(y_MTE))))
 
 
-def _waves(count: int, device: torch.device) -> Tensor:
+def _waves(count: int, like: Tensor) -> Tensor:
     """Sines and cosines of (i + 1/2) / count, [count, 2 * waves]: the middles of equal parts of 0 .. 1."""
-    middle_N = (torch.arange(count, device=device, dtype=torch.float32) + 0.5) / count
+    exact = torch.promote_types(like.dtype, torch.float32)
+    middle_N = (torch.arange(count, device=like.device, dtype=exact) + 0.5) / count
     angle_NF = 2 * math.pi * middle_N[:, None] * middle_N.new_tensor(_WAVES)
-    return torch.cat((angle_NF.sin(), angle_NF.cos()), dim=1)
+    return torch.cat((angle_NF.sin(), angle_NF.cos()), dim=1).to(like.dtype)
 
 
-def _waves_of_places(height: int, width: int, device: torch.device) -> Tensor:
+def _waves_of_places(height: int, width: int, like: Tensor) -> Tensor:
     """Those of the row beside those of the column, [H, W, 4 * waves]."""
-    rows, columns = _waves(height, device), _waves(width, device)
+    rows, columns = _waves(height, like), _waves(width, like)
     return torch.cat((rows[:, None].expand(-1, width, -1), columns[None].expand(height, -1, -1)), dim=2)
 
 

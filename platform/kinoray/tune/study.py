@@ -14,7 +14,7 @@ import json
 import math
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import numpy as np
@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from kinoray.catalog.rows import error_of, refusals_of_columns
 from kinoray.catalog.table import REFERENCE_COLUMNS, Catalog, load_catalog
+from kinoray.config.shared import ModelConfig
 from kinoray.console import Progress
 from kinoray.errors import CatalogError, JobError, ObjectNotFound, StorageUnavailable
 from kinoray.network.batch import FLOW_CHANNELS, VideoBatch, model_inputs
@@ -136,7 +137,7 @@ def study_costs(base: TrainConfig, rows: Sequence[Row] = ROWS) -> dict[str, int]
     sample, view = base.clip.sample, base.clip.view
     found = {}
     for row in rows:
-        config = apply(base, row.settings(0, base.model.options)).model
+        config = apply(replace(base, model=ModelConfig()), row.settings(0, base.model.options)).model
         model = cast(nn.Module, build_outline(without_start_weights(config), 2))
         found[row.title] = describe(model, sample.num_segments, sample.frames_per_segment, view.crop_px).macs
     return found
