@@ -94,13 +94,14 @@ def ablate(config: AblateConfig) -> str:
             pack(PackConfig(source=str(videos), out=config.catalog, storage=config.storage, resources=config.resources))
     chosen = [row for row in ROWS if not config.networks or row.factory in config.networks]
     trials = study_trials(config.model.options, config.seeds, chosen)
-    shared = {item.name: getattr(config, item.name) for item in fields(TrainConfig)} | {"model": ModelConfig()}
-    tune(TuneConfig(**shared, grace_epochs=config.optim.epochs), trials)
+    shared = {item.name: getattr(config, item.name) for item in fields(TrainConfig)}
+    tune(TuneConfig(**shared | {"model": ModelConfig()}, grace_epochs=config.optim.epochs), trials)
+    base = TrainConfig(**shared)
     rows = [read_trial(storage, config.out, trial_id(settings), settings) for settings in trials]
-    score_orders(config, [row.settings for row in rows if row.status == "finished"])
-    page = study_page(storage, config, rows, config.seeds)
+    score_orders(base, [row.settings for row in rows if row.status == "finished"])
+    page = study_page(storage, base, rows, config.seeds)
     storage.put(join(config.out, "ablation.md"), page.encode())
-    storage.put(join(config.out, "ablation.svg"), study_plot(storage, config, rows, config.seeds).encode())
+    storage.put(join(config.out, "ablation.svg"), study_plot(storage, base, rows, config.seeds).encode())
     print(f"\n{page}")
     return page
 

@@ -74,8 +74,10 @@ def reference(head: Any, grids: dict[str, Array]) -> Array:
                     for x in range(width):
                         node = linear(np.array(waves(y, height) + waves(x, width)), head.place)
                         for name, grid in grids.items():
-                            there = grid[video, segment, frame, y, x]
-                            node = node + linear(normed(there, head.norms[name]), head.binders[name])
+                            binder, there = head.binders[name], grid[video, segment, frame, y, x]
+                            change = there - grid[video, segment, :, y, x].mean(axis=0)
+                            both = np.concatenate([normed(there, binder.norm), normed(change, binder.change_norm)])
+                            node = node + linear(both, binder.linear)
                         nodes.append(gelu(node))
                 frames.append(linear(means(np.array(nodes), head.place_queries), head.frame))
             for change in head.changes:

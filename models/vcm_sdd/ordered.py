@@ -31,7 +31,8 @@ _KERNEL = 5
 class ContentOrderHead(nn.Module):
     """From the feature grids of one or both streams to logits.
 
-        z_BSTPE = gelu(sum over streams of W norm(x) + place)          what is where, and how it moves
+        z_BSTPE = gelu(sum over streams of W [norm(x), norm(x - mean of x over T)] + place)
+                                                                       what is where, and what of it is new
         f_BSTE  = W [K queries' means of z over the places]            what a frame shows
         f_BSTE  = f + W gelu(conv_t(norm(f))), twice                   how it changes within its segment
         v_BD    = [K queries' means of f + time, over the U frames]    when it happens in the video
@@ -45,8 +46,7 @@ class ContentOrderHead(nn.Module):
         self, streams: tuple[str, ...], num_channels: int, num_classes: int, *, width: int, queries: int, dropout: float
     ) -> None:
         super().__init__()
-        self.norms = nn.ModuleDict({name: nn.LayerNorm(num_channels) for name in streams})
-        self.binders = nn.ModuleDict({name: nn.Linear(num_channels, width) for name in streams})
+        self.binders = nn.ModuleDict({name: _Binder(num_channels, width) for name in streams})
         self.place = nn.Linear(4 * len(_WAVES), width, bias=False)
         self.time = nn.Linear(2 * len(_WAVES), width, bias=False)
         self.place_queries = _LearnedQueries(width, queries)
@@ -63,13 +63,32 @@ class ContentOrderHead(nn.Module):
         dtype = self.place.weight.dtype
         place_HWE = self.place(_waves_of_places(height, width, self.place.weight))
         # Backbones prepared for inference give bfloat16; the head stays in float32.
-        streams = [self.binders[name](norm(grids[name].to(dtype))) for name, norm in self.norms.items()]
-        nodes_BSTHWE = nn.functional.gelu(sum(streams, start=place_HWE))
+        streams = [binder(grids[name].to(dtype)) for name, binder in self.binders.items()]
+        nodes_BSTHWE = self.dropout(nn.functional.gelu(sum(streams, start=place_HWE)))
         frames_ME = self.frame(self.place_queries(nodes_BSTHWE.flatten(0, 2).flatten(1, 2)))
         frames_STE = self.changes(frames_ME.reshape(num_videos * num_segments, num_frames, -1))
         frames_BUE = frames_STE.reshape(num_videos, num_segments * num_frames, -1)
         time_UE = self.time(_waves(num_segments * num_frames, self.time.weight))
         return cast(Tensor, self.classifier(self.dropout(self.norm(self.time_queries(frames_BUE, time_UE)))))
+
+
+class _Binder(nn.Module):
+    """What a stream says of each place: its features, and what sets them apart from their mean over the segment.
+
+    The mean of a still picture is the picture: what never changes would drown what does, if it were not taken off.
+    """
+
+    def __init__(self, num_channels: int, width: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(num_channels)
+        self.change_norm = nn.LayerNorm(num_channels)
+        self.linear = nn.Linear(2 * num_channels, width)
+
+    def forward(self, grid_BSTHWD: Tensor) -> Tensor:
+        """Return [B, S, T, H, W, E]."""
+        change_BSTHWD = grid_BSTHWD - grid_BSTHWD.mean(dim=2, keepdim=True)
+        both = torch.cat((self.norm(grid_BSTHWD), self.change_norm(change_BSTHWD)), dim=-1)
+        return cast(Tensor, self.linear(both))
 
 
 class _LearnedQueries(nn.Module):
@@ -84,7 +103,7 @@ class _LearnedQueries(nn.Module):
         """Return [M, K*E] for things [M, N, E]; positions count for where a query looks, and are in what it sees."""
         if position_NE is not None:
             x_MNE = x_MNE + position_NE
-        weights_MNK = self.scores(self.norm(x_MNE)).softmax(dim=1)
+        weights_MNK: Tensor = self.scores(self.norm(x_MNE)).softmax(dim=1)
         return (weights_MNK.transpose(1, 2) @ x_MNE).flatten(1)
 
 
@@ -135,7 +154,7 @@ class VCMSDDX(nn.Module):
         self.backbone_parts = tuple(f"{name}_backbone" for name in backbones)
         self.cost_parts = {
             **{f"{name} backbone": (f"{name}_backbone",) for name in backbones},
-            "binding": ("head.norms", "head.binders", "head.place", "head.place_queries", "head.frame"),
+            "binding": ("head.binders", "head.place", "head.place_queries", "head.frame"),
             "order": ("head.changes", "head.time", "head.time_queries", "head.norm"),
             "classifier": ("head.classifier",),
         }
@@ -188,7 +207,7 @@ def vcm_sdd_x(
     flow_channels: int = 2,
     width: int = 128,
     queries: int = 4,
-    dropout: float = 0.2,
+    dropout: float = 0.4,
 ) -> VCMSDDX:
     """Build VCM-SDD/X for num_classes.
 
@@ -197,7 +216,7 @@ def vcm_sdd_x(
         modality: rgb and flow have one backbone alone.
         width: channels of the head (E).
         queries: how many learned queries look at places, and how many at times (K).
-        dropout: in training, of each change over time and in front of the classifier.
+        dropout: in training, of nodes, of each change over time, and in front of the classifier.
 
     Raises ValueError naming the option, what was expected and what was found.
     """

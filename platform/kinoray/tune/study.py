@@ -138,7 +138,7 @@ def study_costs(base: TrainConfig, rows: Sequence[Row] = ROWS) -> dict[str, int]
     found = {}
     for row in rows:
         config = apply(replace(base, model=ModelConfig()), row.settings(0, base.model.options)).model
-        model = cast(nn.Module, build_outline(without_start_weights(config), 2))
+        model = build_outline(without_start_weights(config), 2)
         found[row.title] = describe(model, sample.num_segments, sample.frames_per_segment, view.crop_px).macs
     return found
 
