@@ -1,6 +1,7 @@
 """How a baseline is named, built, fed and refused: through kinoray's own door, with messages that say both sides."""
 
 import dataclasses
+import math
 from pathlib import Path
 from typing import Any
 
@@ -125,6 +126,7 @@ def test_clips_of_a_length_that_a_network_cannot_take_are_refused() -> None:
         ("tsn", {"dropout": 1.0}, r"dropout must be a number in 0 .. 1 \(1 excluded\), got 1.0"),
         ("tsn", {"modality": "flow", "flow_channels": 0}, "flow_channels must be a whole number of at least 1, got 0"),
         ("tsn", {"modality": "two_stream", "flow_weight": -1}, "flow_weight must be greater than 0, got -1"),
+        ("tsn", {"modality": "two_stream", "flow_weight": math.nan}, "flow_weight must be greater than 0, got nan"),
         ("tsm", {"shift": "sideways"}, "shift must be one of offline, online, got 'sideways'"),
         ("tsm", {"shift_div": 1}, "shift_div must be a whole number of at least 2, got 1"),
         (

@@ -242,8 +242,16 @@ def test_label_lists_are_scored_calibrated_and_labelled_with_a_threshold_a_class
     said = capsys.readouterr().out
     assert "evaluate: mAP " in said
     assert "one a class: mean F1 " in said
+    assert "no video of the set is of" not in said
     with pytest.raises(ConfigError, match="early_exit must be off with sigmoid scores"):
         open_labelling(replace(labels, calibration="", early_exit="exact", num_segments=2), "label")
+    (tmp_path / "list.csv").write_text("\n".join(["path,labels,split", *lines[:3], f"{paths[3]},|,val"]))
+    fewer = replace(config, catalog=str(tmp_path / "fewer.parquet"), out=str(tmp_path / "fewer"))
+    save_catalog(LOCAL, fewer.catalog, catalog_of_source(LOCAL, str(tmp_path / "list.csv")))
+    commit_here(labelling_of(fewer))
+    assert calibrate(fewer).thresholds[2] == 0.5
+    said = capsys.readouterr().out
+    assert "calibrate: warning: no video of the set is of square: from 0.5 on a video is called so" in said
     plain = save_untrained(LOCAL, str(tmp_path / "plain"), names, CLIP, "vcm_sdd", **options)
     with pytest.raises(CatalogError, match="the videos have label lists, and this checkpoint gives each one class"):
         evaluate(replace(ask, checkpoint=plain))

@@ -118,6 +118,9 @@ def test_label_lists_are_in_the_digest_and_catalogs_without_them_keep_theirs() -
         make_catalog(4, label_id=[0, None, None, None], label_ids=[None, [1], None, None])
     with pytest.raises(CatalogError, match="label_ids 2 has no name: the catalog names 2 classes"):
         make_catalog(4, **{**lists, "label_ids": [[2], None, None, None]})
+    for odd in ([1, 0], [1, 1]):
+        with pytest.raises(CatalogError, match="label_ids must rise in each list, each class once"):
+            make_catalog(4, **{**lists, "label_ids": [[1], odd, [], None]})
 
 
 def test_select_keeps_the_rows_of_a_split() -> None:

@@ -25,6 +25,7 @@ from kinoray.errors import CatalogError, ConfigError
 from kinoray.label.config import LabelConfig
 from kinoray.label.keys import row_keys
 from kinoray.label.ledger import Ledger, read_predictions
+from kinoray.label.unit import PREDICTION_SCHEMA
 from kinoray.library.config import CorrectConfig
 from kinoray.library.correct import correct
 from kinoray.library.rows import defused
@@ -156,6 +157,7 @@ def test_corrections_of_label_lists_become_label_lists(
         "v0002": '{"choices": ["green", "a new one"]}',
         "v0003": "__bad__",
         "v0005": "|".join(names["v0005"]),
+        "v0007": "{odd}|red",
     }
     file = write_csv(ledger, tmp_path / "c.csv", changes)
     known = [{**row, "label_ids": [2]} for row in catalog.table.to_pylist() if row["video_id"] in ("v0005", "v0006")]
@@ -164,12 +166,12 @@ def test_corrections_of_label_lists_become_label_lists(
         predictions=ledger.root,
         corrections=(file,),
         catalog=str(tmp_path / "known.parquet"),
-        new_classes=("a new one",),
+        new_classes=("a new one", "{odd}"),
         accept_score=0.0,
         out=str(tmp_path / "set"),
     )
     totals = correct(config)
-    assert (totals["corrected"], totals["changed"], totals["kept"], totals["accepted"]) == (4, 3, 1, 1)
+    assert (totals["corrected"], totals["changed"], totals["kept"], totals["accepted"]) == (5, 4, 1, 0)
     assert (totals["bad"], totals["quarantined"]) == (1, 1)
     found = load_catalog(storage, str(tmp_path / "set" / "catalog.parquet"))
     assert found.is_multilabel
@@ -179,7 +181,7 @@ def test_corrections_of_label_lists_become_label_lists(
         "v0002": ("green", "a new one"),
         "v0005": tuple(names["v0005"]),
         "v0006": ("red",),
-        "v0007": tuple(names["v0007"]),
+        "v0007": ("red", "{odd}"),
     }
     reasons = dict(zip(found.table["video_id"].to_pylist(), found.table["reason"].to_pylist(), strict=True))
     assert reasons["v0001"] == f"corrected; the model said {'|'.join(names['v0001'])}"
@@ -189,6 +191,26 @@ def test_corrections_of_label_lists_become_label_lists(
     save_catalog(storage, str(tmp_path / "one.parquet"), catalog_of([{**known[0], "label_ids": None, "label": "red"}]))
     with pytest.raises(CatalogError, match=r"has one class a video, the predictions label lists"):
         correct(replace(config, catalog=str(tmp_path / "one.parquet")))
+
+
+def test_an_answer_that_was_cut_off_is_not_accepted_as_a_label_list(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With --top-k 2 of three classes: who names two of them may have been about to name the third."""
+    storage, catalog = Storage(), library(8)
+    for top_k, num_accepted in ((2, 3), (3, 7)):
+        ledger = Ledger(storage, join(str(tmp_path / f"top{top_k}"), "several"))
+        ledger.pin_job(job_record(scores="sigmoid", settings={"answer": {"top_k": top_k}}))
+        plan = planned(ledger, catalog.digest, row_keys(catalog.table), 8)
+        rows = rows_for(catalog, plan.units[0].keys).to_pylist()
+        good = [row for row in rows if row["status"] == "labelled"]
+        for row in good[:3]:
+            row |= {name: row[name][:1] for name in ("label_topk", "id_topk", "score_topk")}
+        ledger.commit(plan.units[0], pa.Table.from_pylist(rows, schema=PREDICTION_SCHEMA), "run")
+        config = CorrectConfig(predictions=ledger.root, accept_score=0.0, out=str(tmp_path / f"set{top_k}"))
+        totals = correct(config)
+        assert (totals["accepted"], totals["unlabelled"]) == (num_accepted, len(good) - num_accepted)
+        assert ("names at most 2 classes a video (label --top-k)" in capsys.readouterr().err) == (top_k == 2)
 
 
 def test_new_classes_come_last_and_videos_without_a_split_are_shared_out(

@@ -27,7 +27,7 @@ from kinoray.demo.videos import make_broken, make_video
 from kinoray.doctor.config import DoctorConfig
 from kinoray.doctor.decode import cost_class, estimate_total, spread_over_classes
 from kinoray.doctor.probe import Video, probe_all
-from kinoray.doctor.source import choose_sample, open_source
+from kinoray.doctor.source import choose_sample, open_source, source_section
 from kinoray.doctor.verb import doctor
 from kinoray.doctor.videos import _REMEDIES
 from kinoray.errors import AccessDenied, CatalogError, ObjectNotFound, StorageUnavailable, TooManyBad
@@ -153,6 +153,19 @@ def test_a_prefix_in_s3_gives_what_a_folder_gives(
     check_set(json.loads(storage.read(f"{bucket}/out/doctor.json")), files)
     bad = pq.read_table(io.BytesIO(storage.read(f"{bucket}/out/bad.parquet"))).to_pylist()
     assert {row["uri"] for row in bad} == {f"{bucket}/set/bus/{kind}.mp4" for kind in BROKEN}
+
+
+def test_an_empty_label_list_is_no_missing_label(tmp_path: Path) -> None:
+    """A test row without labels is not missed either; one of train is."""
+    for index in range(6):
+        (tmp_path / f"{index}.mp4").write_bytes(bytes([index]))
+    rows = ["path,labels,split", "0.mp4,red|round,train", "1.mp4,|,train", "2.mp4,red,val", "3.mp4,,test"]
+    (tmp_path / "list.csv").write_text("\n".join(rows))
+    labels = source_section(open_source(LOCAL, str(tmp_path / "list.csv")), DecodeConfig()).values["labels"]
+    assert (labels["classes"], labels["num_unlabelled"]) == ({"red": 1, "round": 1}, 0)
+    (tmp_path / "list.csv").write_text("\n".join([*rows, "4.mp4,,train"]))
+    labels = source_section(open_source(LOCAL, str(tmp_path / "list.csv")), DecodeConfig()).values["labels"]
+    assert labels["num_unlabelled"] == 1
 
 
 def test_a_csv_shows_missing_files_and_classes_that_cannot_be_learnt(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Frozen backbones and the cache of their features: every number is that of a training without the cache."""
 
 import dataclasses
+import fcntl
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -30,7 +31,7 @@ from kinoray.network.batch import FeatureBatch, VideoBatch, model_inputs
 from kinoray.network.build import SplitModel, backbone_names, build_model
 from kinoray.storage.objects import Storage
 from kinoray.train.config import TrainConfig
-from kinoray.train.features import FeatureCache, backbone_digest
+from kinoray.train.features import FeatureCache, FeatureFeed, backbone_digest
 from kinoray.train.loop import TrainLoop
 from kinoray.train.recipe import Mix
 from kinoray.train.runfolder import RunFolder
@@ -206,6 +207,37 @@ def test_a_half_that_is_trained_is_not_kept_as_features() -> None:
         replica.features(some_clips(1)[0])
 
 
+class Wet(Leaky):
+    """Drops some of what its backbone makes, in front of where it is cut in two."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale.requires_grad_(False)
+        self.drop = nn.Dropout(0.5)
+
+    def to_features(self, *, rgb: Tensor, flow: None) -> dict[str, Tensor]:
+        return {"all": self.drop(super().to_features(rgb=rgb, flow=flow)["all"])}
+
+
+@pytest.mark.usefixtures("one_rank")
+def test_dropout_in_front_of_the_cut_stands_still() -> None:
+    """Else a cache would drop the same values in every epoch, and a digest of it would never come again."""
+    config = TrainConfig(catalog="c", out="o", model=TSN, clip=CLIP, optim=OptimConfig(backbone_lr_factor=0.0))
+    torch.manual_seed(0)
+    network = Wet()
+    replica = Replica(cast(Any, network), 3, config, CPU, backbone={"backbone.weight", "backbone.bias"})
+    clips, labels = some_clips(4)
+    replica.train()
+    kept = replica.features(clips)
+    assert network.training
+    assert network.drop.training
+    assert torch.equal(kept.tensors["all"], replica.features(clips).tensors["all"])
+    with torch.no_grad():
+        expected = F.cross_entropy(network.from_features(dict(kept.tensors)), labels)
+    replica.train_step(clips, labels, 0, 0.01)
+    assert replica.finish().loss == pytest.approx(expected.item(), rel=1e-6)
+
+
 # The cache
 
 
@@ -370,19 +402,25 @@ def numbers_of(run: str) -> tuple[list[float | None], list[float | None], list[i
     return [row.loss for row in folder.steps()], [row.val_loss for row in epochs], [row.cached for row in epochs]
 
 
-def run_here(config: TrainConfig) -> None:
+def ignore(_: object) -> None:
+    """Say nothing."""
+
+
+def run_here(config: TrainConfig, say: Callable[[str], None] = ignore, saw: Callable[[int], None] = ignore) -> None:
     """A rank of a training in this process: a fraction of the start of Ray Train's workers."""
     catalog = load_catalog(Storage(), config.catalog)
     RunFolder(Storage(), config.out).claim(config, catalog)
-    ignore: Callable[[object], None] = lambda _: None  # noqa: E731
-    assert TrainLoop(config, catalog.digest, CPU, say=ignore, saw=ignore, report=ignore, go_on=None).run()
+    assert TrainLoop(config, catalog.digest, CPU, say=say, saw=saw, report=ignore, go_on=None).run()
 
 
 @pytest.mark.ray
 @pytest.mark.usefixtures("one_rank", "ray_local")
-def test_runs_with_and_without_the_cache_are_equal_whatever_is_in_it(tmp_path: Path) -> None:
+def test_runs_with_and_without_the_cache_are_equal_whatever_is_in_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """11 videos to train on, one of them broken, and 4 to score: without a cache, and with one that is empty, that a
-    killed run has left half full and with a damaged file, and that is full after one epoch."""
+    killed run has left half full and with a damaged file, that is full after one epoch, that waits for another run, and
+    that somebody empties."""
     catalog = set_in(tmp_path / "set", train=11, val=4, broken=(2,))
     run_here(TrainConfig(**run_config(catalog, tmp_path / "plain")))
     losses, val_losses, cached = numbers_of(str(tmp_path / "plain"))
@@ -407,6 +445,42 @@ def test_runs_with_and_without_the_cache_are_equal_whatever_is_in_it(tmp_path: P
     small = dataclasses.replace(cache, folder=str(tmp_path / "small"), gb=5.5 * size / 1e9)
     run_here(TrainConfig(**run_config(catalog, tmp_path / "full", cache=small)))
     assert numbers_of(str(tmp_path / "full")) == (losses, val_losses, [0, 0, 5])
+
+    shard = tmp_path / "set" / "shard-1.bin"  # another file in the place of one that has no checksum: of videos 8 to 14
+    os.utime(shard, (1e9, 1e9))
+    turns = [os.open(path, os.O_RDWR) for path in (tmp_path / "cache").glob("turn-*")]
+    for turn in turns:
+        fcntl.flock(turn, fcntl.LOCK_EX)
+    lines = []
+
+    def say(line: str) -> None:
+        lines.append(line)
+        while turns and "another run is making the features that this one wants next" in line:
+            os.close(turns.pop())
+
+    run_here(TrainConfig(**run_config(catalog, tmp_path / "other", cache=cache)), say)
+    assert not turns
+    assert sum("it waits for them" in line for line in lines) == 1
+    assert numbers_of(str(tmp_path / "other")) == (losses, val_losses, [7, 7 + 4, 14])
+
+    made = []
+    make = FeatureFeed._make
+
+    def counted(self: FeatureFeed, part: Any, rows: Any, *args: Any) -> Any:
+        made.append(len(rows))
+        return make(self, part, rows, *args)
+
+    def saw(num_steps: int) -> None:
+        for path in (tmp_path / "cache").glob("??/*"):
+            if num_steps == 1:
+                path.unlink()
+
+    monkeypatch.setattr(FeatureFeed, "_make", counted)
+    run_here(TrainConfig(**run_config(catalog, tmp_path / "emptied", cache=cache)), saw=saw)
+    same = numbers_of(str(tmp_path / "emptied"))
+    assert same[:2] == (losses, val_losses)
+    num_read = same[2][0] or 0  # in the first step
+    assert made == [1, 10 - num_read, 4, 11, 0, num_read + 1, 0]  # the broken one, then together all that went
 
 
 @pytest.mark.ray

@@ -10,10 +10,10 @@ import pyarrow as pa
 import pytest
 
 from kinoray.config.shared import CacheConfig, ClipConfig, SampleConfig, ViewConfig
-from kinoray.errors import ConfigError, MediaError, StorageError
+from kinoray.errors import ConfigError, MediaError
 from kinoray.storage.objects import Storage
 from kinoray.train.decoding import DecodeTask
-from kinoray.video.cache import FrameCache, grid_name
+from kinoray.video.cache import CacheFolder, FrameCache, grid_name
 from kinoray.video.frames import decode
 from kinoray.video.request import Sampled
 from kinoray.video.sample import clip_rng
@@ -164,6 +164,16 @@ def test_a_damaged_file_is_found_out_and_made_again(tmp_path: Path, videos: list
     assert task(block)["cached"].tolist() == [True]
 
 
+def test_another_file_in_the_place_of_one_without_a_checksum_is_decoded(tmp_path: Path, videos: list[bytes]) -> None:
+    block = block_of(tmp_path, videos[:1])
+    cache = CacheConfig(gb=1, folder=str(tmp_path / "cache"))
+    assert [task_of(cache, GRIDS[0])(block)["cached"].tolist() for _ in range(2)] == [[False], [True]]
+    Path(block["uri"][0].as_py()).write_bytes(videos[1])
+    again = task_of(cache, GRIDS[0])(block)
+    assert again["cached"].tolist() == [False]
+    assert np.array_equal(again["rgb"], task_of(CacheConfig(), GRIDS[0])(block)["rgb"])
+
+
 def test_the_cache_stays_within_its_size_and_what_is_there_stays(tmp_path: Path, videos: list[bytes]) -> None:
     block = block_of(tmp_path, [videos[0]] * 4)
     size = 8 * 64 * 64 * 5 / 1e9  # a file holds up to 8 frames and as much flow
@@ -211,8 +221,38 @@ def test_a_folder_of_somebody_else_is_refused(tmp_path: Path, monkeypatch: pytes
     cache = FrameCache(CacheConfig(gb=1, folder=str(tmp_path / "theirs")), clip_of(GRIDS[0]).without_flow())
     (tmp_path / "theirs").mkdir()
     monkeypatch.setattr(os, "getuid", lambda: 123456)
-    with pytest.raises(StorageError, match=r"cache\.folder .*theirs belongs to another user"):
+    with pytest.raises(ConfigError, match=r"cache\.folder .*theirs belongs to another user"):
         cache.has_room()
+
+
+def test_a_folder_that_cannot_be_used_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("no folder")
+    cache = FrameCache(CacheConfig(gb=1, folder=str(tmp_path / "file" / "cache")), clip_of(GRIDS[0]))
+    with pytest.raises(ConfigError, match=r"cache\.folder .*file/cache cannot be used: Not a directory; name a folder"):
+        cache.has_room()
+
+
+def test_a_full_folder_is_looked_at_again_once_a_while(tmp_path: Path) -> None:
+    """Files that were deleted make room again, and what killed writers have left goes once it is old."""
+    folder = CacheFolder(CacheConfig(gb=3.5e-8, folder=str(tmp_path)))
+    for number in range(4):
+        assert folder.put(folder.path(f"0{number}", "frames"), 10, [b"0123456789"]) == (number < 3)
+    (tmp_path / "00" / "00.frames").unlink()
+    assert not folder.has_room(10)  # who was here a moment ago counted right
+    (tmp_path / "01" / "01.frames.aa.part").write_bytes(bytes(10))
+    old = tmp_path / "01" / "01.frames.bb.part"
+    old.write_bytes(bytes(10))
+    os.utime(old, (1e9, 1e9))
+    (tmp_path / "01" / "gone").symlink_to("nowhere")  # as a file is that went between two looks
+    (tmp_path / "used").write_text(f"{30:31d} {0:31d} ")
+    assert not folder.has_room(10)
+    assert not old.exists()
+    (tmp_path / "01" / "01.frames.aa.part").unlink()
+    (tmp_path / "used").write_text(f"{30:31d} {0:31d} ")
+    assert folder.has_room(10)
+    folder.remove(tmp_path / "02" / "02.frames")
+    assert folder.put(folder.path("04", "frames"), 20, [bytes(20)])
+    assert not folder.has_room(6)
 
 
 @pytest.mark.parametrize("grids", [("8",), ("0x4",), ("8x6x2",), ("8x-1",)])

@@ -99,7 +99,9 @@ def test_abstained_rows_are_found_and_are_labelled_ones_too(tmp_path: Path) -> N
         assert [row["video_id"] for row in found] == ["v0000", "v0001", "v0002", "v0003"]
 
 
-def test_a_filter_finds_any_class_that_was_named_where_there_may_be_several(tmp_path: Path) -> None:
+def test_all_classes_are_named_and_filtered_by_where_there_may_be_several(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     ledger = Ledger(Storage(), join(str(tmp_path), "several"))
     ledger.pin_job(job_record(scores="sigmoid"))
     catalog = library(12)
@@ -113,6 +115,15 @@ def test_a_filter_finds_any_class_that_was_named_where_there_may_be_several(tmp_
             row["video_id"] for row in rows if set(wanted) & set(row["label_topk"] or ())
         ]
         assert 0 < len(found) < 12
+    lists = {"v0000": [0, 2], "v0001": [], "v0002": None}
+    known = [{"video_id": name, "uri": "u", "label_ids": ids} for name, ids in lists.items()]
+    capsys.readouterr()
+    labels(LabelsConfig(predictions=ledger.root, join=write_catalog(tmp_path, known)))
+    head, *lines = capsys.readouterr().out.splitlines()
+    assert head.split()[2:4] == ["LABEL_TOPK", "SCORE_TOPK"]
+    assert "|".join(rows[0]["label_topk"]) in lines[0]
+    assert [line.split()[-1] for line in lines[:2]] == ["blue|red", "|"]
+    assert "CATALOG_LABEL" in head
 
 
 @pytest.mark.parametrize("name", ["score", "margin", "entropy", "video_id"])

@@ -287,6 +287,28 @@ def test_a_copy_goes_where_the_source_says_that_its_original_is(capsys: pytest.C
     assert "set: 1 video of split train with the same content as one of another split, such as d;" in said
 
 
+def test_more_copies_than_a_class_is_to_give_do_not_validate() -> None:
+    """Of 20 videos 9 are one content, which is a fourth of the contents; what is small is drawn as before."""
+    for seed in range(20):
+        rows = [(f"{seed}copy{copy}", "x", None, "1") for copy in range(9)]
+        rows += [(f"{seed}one{number}", "x", None, f"other {number}") for number in range(11)]
+        found = draw(*rows, fraction=0.25)
+        assert Counter(split for name, split in found.items() if "copy" in name) == {"train": 9}
+        assert Counter(found.values()) == {"train": 17, "val": 3}
+    assert Counter(draw(*rows[:9], ("b", "x", None, None), fraction=0.5).values()) == {"train": 9, "val": 1}
+    two = [(f"{name}{copy}", "x", None, name) for name in "ab" for copy in range(9)]
+    assert Counter(draw(*two, fraction=0.2).values()) == {"train": 9, "val": 9}  # it is that or nothing
+
+
+def test_a_copy_of_a_video_with_an_empty_label_list_stays_beside_it(capsys: pytest.CaptureFixture[str]) -> None:
+    videos = [Candidate("a", (), "val", "1"), Candidate("b", (), "train", "1"), Candidate("c", None, "test", "2")]
+    videos += [Candidate(f"{copy}{content}", ("x",), None, content) for copy in range(9) for content in "12"]
+    found = draw_splits("set", videos, 0.3)
+    assert {found[f"{copy}1"] for copy in range(9)} == {"val"}
+    assert {found[f"{copy}2"] for copy in range(9)} == {"train"}  # one content, and a split without labels is none
+    assert "1 video of split train with the same content as one of another split, such as b" in capsys.readouterr().err
+
+
 def test_each_class_validates_though_a_copy_of_one_of_its_videos_is_called_otherwise() -> None:
     """Two contents a class; the one that they share may be drawn for one of them, and then counts for both."""
     for seed in range(50):
@@ -325,6 +347,37 @@ def test_a_poor_set_is_named_with_its_numbers(tmp_path: Path, capsys: pytest.Cap
     (tmp_path / "run" / "only.mp4").write_bytes(b"one")
     plan_source(STORAGE, PackConfig(source=str(tmp_path), out="o", val_fraction=0.2))
     assert "1 class without a video in val: run; their accuracy stays unknown" in capsys.readouterr().err
+
+
+def test_a_set_of_label_lists_is_named_for_what_is_poor_of_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """To have a class or not is something to learn; none at all is not."""
+
+    def said(*labels: str, fraction: float = 0.2, column: str = "labels") -> str:
+        for index in range(len(labels)):
+            (tmp_path / f"{index}.mp4").write_bytes(bytes([index]))
+        lines = [f'{index}.mp4,"{label}"' for index, label in enumerate(labels)]
+        (tmp_path / "list.csv").write_text("\n".join([f"path,{column}", *lines]))
+        plan_source(STORAGE, PackConfig(source=str(tmp_path / "list.csv"), out="o", val_fraction=fraction))
+        return capsys.readouterr().err
+
+    found = said(*["red", "|"] * 20)
+    assert "of one class" not in found
+    assert "list.csv: 8 videos to validate on, for 1 class; accuracies on so few say little" in found
+    assert "all 4 labelled videos are of one class, 'red'" in said(*["red"] * 4)
+    assert "every label list is empty; there is no class to learn" in said(*["|"] * 4)
+    odd = "no label list is divided by |, so 'red, round' is read as the name of one class (2 cells like it)"
+    assert odd in said("red, round", "red", "|", "round;red")
+    assert "so '[red, round]' is read as" in said("[red, round]", "red", "|")
+    assert "is read as" not in said("red, round|square", "red", "a|b")
+    odd = "'red|round' is read as the name of one class; where videos may have several, the column is called labels"
+    assert odd in said("red|round", "red", column="label")
+    (tmp_path / "1.mp4").write_bytes(bytes([0]))
+    lines = ["path,label", "0.mp4,red", "1.mp4,red"]
+    (tmp_path / "list.csv").write_text("\n".join(lines))
+    plan_source(STORAGE, PackConfig(source=str(tmp_path / "list.csv"), out="o", val_fraction=0.5))
+    assert "no class has two videos of different content without a split" in capsys.readouterr().err
 
 
 def test_copies_that_a_catalog_has_no_checksum_of_are_on_one_side(tmp_path: Path) -> None:

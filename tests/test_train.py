@@ -1,6 +1,7 @@
 """Training: the recipe, the run folder, and whole runs under Ray Train against a plain loop in one process."""
 
 import dataclasses
+import itertools
 import json
 import math
 import os
@@ -47,12 +48,12 @@ from kinoray.network.batch import collate, model_inputs
 from kinoray.network.checkpoint import find_checkpoint, list_checkpoints, load_meta, load_model, save_checkpoint
 from kinoray.storage.objects import Storage, join
 from kinoray.train.config import TrainConfig
-from kinoray.train.input import epoch_order, run_length
+from kinoray.train.input import epoch_order, rank_steps, run_length
 from kinoray.train.recipe import learning_rate, make_optimizer
 from kinoray.train.recorder import write_events
 from kinoray.train.runfolder import RunFolder, StepRow
 from kinoray.train.state import load_optimizer_state, optimizer_state
-from kinoray.train.verb import train
+from kinoray.train.verb import _fewest_videos, _say_problems, train
 from kinoray.video.frames import Clip, decode
 from kinoray.video.request import Sampled
 from kinoray.video.sample import clip_rng
@@ -257,6 +258,17 @@ def test_the_newest_checkpoints_and_the_best_one_are_kept(tmp_path: Path) -> Non
             ConfigError,
             "wants 10 flow channels, but decoding gives 2",
         ),
+        (
+            {"model": ModelConfig(factory="lgd3d", options={"backbone": "resnet50"})},
+            ConfigError,
+            r"lgd3d cannot be trained on clips of 1 x 2 frames, 24 px, 1 video at a time .optim\.batch_size 8.: lgd3d "
+            "needs a multiple of stride=4 frames a segment, got 2",
+        ),
+        (  # the last batch of an epoch is one video, and behind its super-image a batch norm sees one number a channel
+            {"model": ModelConfig(factory="stnet", options={"backbone": "resnet18", "frames": 2})},
+            ConfigError,
+            "stnet cannot be trained on clips of .*, 1 video at a time .*Expected more than 1 value per channel",
+        ),
     ],
 )
 def test_what_cannot_work_is_refused_before_ray_starts(
@@ -276,6 +288,45 @@ def test_an_unlabelled_split_is_refused(small_set: str, tmp_path: Path) -> None:
     save_catalog(Storage(), str(tmp_path / "set.parquet"), catalog_of(rows))
     with pytest.raises(CatalogError, match="1 of 3 videos of split 'train' have no label"):
         train(make_config(str(tmp_path / "set.parquet"), str(tmp_path / "run")))
+
+
+def test_the_fewest_videos_of_a_forward_pass_are_those_of_the_smallest_part() -> None:
+    def fewest(num_videos: int, batch_size: int, workers: int, accumulate: int = 1) -> int:
+        optim = OptimConfig(batch_size=batch_size, accumulate=accumulate)
+        resources = TrainResourcesConfig(num_workers=workers)
+        return _fewest_videos(TrainConfig(catalog="c", out="o", optim=optim, resources=resources), num_videos)
+
+    for num_videos, batch_size, workers, accumulate in itertools.product(
+        (1, 2, 7, 16, 17), (3, 4, 8), (1, 2, 3), (1, 2, 5)
+    ):
+        smallest = []
+        for rank in range(workers):
+            for rows in rank_steps(np.arange(num_videos), batch_size=batch_size, rank=rank, world_size=workers):
+                size = max(1, -(-len(rows) // accumulate))  # as Replica cuts its share
+                smallest += [len(rows[start : start + size]) for start in range(0, len(rows), size)]
+        assert fewest(num_videos, batch_size, workers, accumulate) == min(smallest)
+
+
+def test_label_lists_without_any_class_are_refused(tmp_path: Path) -> None:
+    from kinoray.catalog.table import save_catalog
+    from small_sets import catalog_of
+
+    rows = [
+        {"video_id": f"v{i}", "uri": "u", "split": split, "label_ids": []} for i, split in enumerate(("train", "val"))
+    ]
+    catalog = Catalog(catalog_of(rows).table)
+    save_catalog(Storage(), str(tmp_path / "set.parquet"), catalog)
+    with pytest.raises(CatalogError, match=r"set\.parquet: every label list is empty, so there is no class to learn"):
+        train(make_config(str(tmp_path / "set.parquet"), str(tmp_path / "run")))
+
+
+def test_frozen_backbones_without_weights_are_warned_of(small_set: str, capsys: pytest.CaptureFixture[str]) -> None:
+    optim = OptimConfig(backbone_lr_factor=0.0)
+    catalog = load_catalog(Storage(), small_set)
+    for options, is_said in (({}, True), ({"backbone_weights": "imagenet"}, False)):
+        config = make_config(small_set, "o", optim=optim, model=ModelConfig(options={"backbone": "tiny", **options}))
+        _say_problems(config, catalog)
+        assert ("the backbones are frozen, and their weights are random" in capsys.readouterr().out) == is_said
 
 
 # Whole runs

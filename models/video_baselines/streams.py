@@ -5,6 +5,7 @@ A network here maps clips [M, T, C, Y, X] to logits [M, K]; ClipClassifier makes
 Shapes: B videos, S segments, T frames a segment, C channels, Y X pixels, M clips, K classes
 """
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Literal, cast
@@ -75,7 +76,7 @@ class ClipClassifier(nn.Module):
         assert spec.rgb == (rgb_net is not None)
         assert (spec.flow_channels > 0) == (flow_net is not None)
         assert spec.rgb or spec.flow_channels
-        if flow_weight <= 0:
+        if not 0 < flow_weight < math.inf:
             raise ValueError(f"flow_weight must be greater than 0, got {flow_weight!r}")
         self.input_spec = spec
         self.rgb_net = rgb_net

@@ -65,6 +65,8 @@ class Trained:
     val_top1: float | None
     """Of the best epoch on the validation split; None where there is none."""
     val_top5: float | None
+    val_map: float | None
+    """Its mean average precision, where videos may have several classes."""
     quarantined: int
     """Training videos that could not be read, in the last epoch."""
 
@@ -155,7 +157,7 @@ def train(source: _PathLike | TrainConfig, *, out: _PathLike = "", **settings: A
 
     with _as_a_job():
         totals = run(config)
-    same = ("run", "best_epoch", "epochs", "loss", "val_top1", "val_top5", "quarantined")
+    same = ("run", "best_epoch", "epochs", "loss", "val_top1", "val_top5", "val_map", "quarantined")
     return Trained(checkpoint=totals["best"], **{name: totals[name] for name in same})
 
 

@@ -23,6 +23,7 @@ __all__ = [
     "SkippedFolders",
     "class_name",
     "class_names",
+    "doubt_of_labels",
     "ending_shown",
     "extension",
     "id_at",
@@ -321,18 +322,48 @@ def places_in_folders(names: Sequence[str]) -> list[tuple[str, str | None] | str
     return places
 
 
-def set_problems(places: Mapping[tuple[tuple[str, ...], str | None], int]) -> list[tuple[str, str]]:
-    """(what is odd, what to do) of a labelled set too poor to train on; `places`: (classes, split) -> videos."""
+def doubt_of_labels(cells: Sequence[str], *, several: bool) -> str:
+    """Why the labels of a list may be meant otherwise than they are read, or "".
+
+    Args:
+        several: whether each cell is a label list.
+    """
+    lists = [cell.strip() for cell in cells if BETWEEN_CLASSES in cell.strip(f" {BETWEEN_CLASSES}")]
+    if not several:
+        meant = "is read as the name of one class; where videos may have several, the column is called labels"
+        return f"{lists[0]!r:.80} {meant}" if lists else ""
+    others = [] if lists else [cell.strip() for cell in cells if re.search(r"[,;\[]", cell)]
+    if not others:
+        return ""
+    return (
+        f"no label list is divided by {BETWEEN_CLASSES}, so {others[0]!r:.80} is read as the name of one class "
+        f"({many(len(others), 'cell')} like it); write red|round"
+    )
+
+
+def set_problems(
+    places: Mapping[tuple[tuple[str, ...], str | None], int], *, several: bool = False
+) -> list[tuple[str, str]]:
+    """(what is odd, what to do) of a labelled set too poor to train on; `places`: (classes, split) -> videos.
+
+    Args:
+        several: whether a video may have several classes, or none.
+    """
     found: list[tuple[str, str]] = []
     labels = {label for names, _ in places for label in names}
     num_labelled = sum(count for (names, _), count in places.items() if names)
-    if len(labels) == 1:
+    lacks_all = any(not names for names, _ in places)
+    if several and not labels:
+        found.append(
+            ("every label list is empty", "there is no class to learn; name those that videos have: red|round")
+        )
+    if len(labels) == 1 and not (several and lacks_all):  # else to have it or not is what is learnt
         text = f"all {num_labelled} labelled videos are of one class, {next(iter(labels))!r}"
         found.append((text, "a network learns nothing from one class; expected a folder, or a label, for each class"))
     num_val = sum(count for (_, split), count in places.items() if split == "val")
     if 0 < num_val < max(_FEW_TO_VALIDATE, len(labels)):
         what = f"{many(num_val, 'video')} to validate on, for {many(len(labels), 'class')}"
-        text = f"{what}: each is {100 / num_val:.0f} % of a top-1"
+        text = what if several else f"{what}: each is {100 / num_val:.0f} % of a top-1"
         found.append((text, "accuracies on so few say little; add videos to val"))
     absent = sorted(labels - {label for names, split in places if split == "val" for label in names})
     if num_val and absent:

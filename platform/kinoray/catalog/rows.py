@@ -199,6 +199,10 @@ def check_rows(table: pa.Table, num_labels: int) -> None:
         span = pc.min_max(ids).as_py()
         if len(ids) and not 0 <= span["min"] <= span["max"] < num_labels:
             raise CatalogError(f"{name} {span['max']} has no name: the catalog names {many(num_labels, 'class')}")
+    if several:
+        ids, of = pc.list_flatten(lists).to_numpy(), pc.list_parent_indices(lists.combine_chunks()).to_numpy()
+        if ((ids[1:] <= ids[:-1]) & (of[1:] == of[:-1])).any():
+            raise CatalogError("label_ids must rise in each list, each class once")
 
 
 def said_repeated(video_id: str, count: int, rows: Rows, first: int, second: int) -> CatalogError:

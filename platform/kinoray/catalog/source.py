@@ -21,6 +21,7 @@ from kinoray.catalog.folders import (
     SkippedFolders,
     class_name,
     class_names,
+    doubt_of_labels,
     extension,
     is_other,
     is_video,
@@ -300,7 +301,7 @@ def find_files(storage: Storage, source: str, *, say: Callable[[str], None] = wa
         ObjectNotFound: no such CSV, folder or bucket.
     """
     if source.lower().endswith(".csv"):
-        return _read_csv(storage, source)
+        return _read_csv(storage, source, say)
     prefix = local_path(absolute(source)).rstrip("/") + "/"
     skipped = SkippedFolders()
     infos = sorted(storage.list_unsorted(prefix, skipped=skipped.add), key=lambda info: info.uri)
@@ -412,7 +413,7 @@ def _is_video_inside(storage: Storage, file: SourceFile) -> bool:
         return True
 
 
-def _read_csv(storage: Storage, source: str) -> list[SourceFile]:
+def _read_csv(storage: Storage, source: str, say: Callable[[str], None]) -> list[SourceFile]:
     table = parse_table_text(
         source,
         decode_text(source, storage.read(source, max_bytes=MAX_TABLE_BYTES)),
@@ -444,6 +445,10 @@ def _read_csv(storage: Storage, source: str) -> list[SourceFile]:
         if file.uri in files:
             raise CatalogError(f"{where}: {name} is listed twice; a video can have one row only")
         files[file.uri] = file
+    has_lists = "labels" in table.columns
+    cells = [record.cells.get("labels" if has_lists else "label", "") for record in table.records]
+    if doubt := doubt_of_labels(cells, several=has_lists):
+        say(f"{source}: {doubt}")
     if len(files) != len(table.records):
         raise IncompleteOutput(f"{source}: {len(table.records)} rows, but {len(files)} videos; please report it")
     return sorted(_with_sizes(storage, list(files.values())), key=lambda file: file.name)

@@ -208,15 +208,24 @@ def _labels(inventory: Inventory) -> dict[str, Any] | None:
     return {
         "from": "folders, as kinoray pack reads them" if inventory.kind == "folder" else inventory.kind,
         "num_classes": len(labels),
-        "num_unlabelled": sum(
-            count for (names, split), count in inventory.places.items() if not names and split not in UNLABELLED_SPLITS
-        ),
+        "num_unlabelled": _num_unlabelled(inventory),
         "splits": splits,
         "classes": {label: in_training[label] for label in labels},
         "not_in_train": [label for label in labels if not in_training[label]] if "train" in splits else [],
         "not_in_val": [label for label in labels if not counts[label, "val"]] if "val" in splits else [],
         "few": [label for label in labels if 0 < in_training[label] < _FEW_VIDEOS],
     }
+
+
+def _num_unlabelled(inventory: Inventory) -> int:
+    """Videos of which no class is known, and should be; a label list may be empty, and is known all the same."""
+    catalog = inventory.catalog
+    if catalog.is_multilabel:
+        splits = catalog.table.filter(pc.is_null(catalog.table["label_ids"]))["split"].to_pylist()
+        return sum(split not in UNLABELLED_SPLITS for split in splits)
+    return sum(
+        count for (names, split), count in inventory.places.items() if not names and split not in UNLABELLED_SPLITS
+    )
 
 
 def _lines(values: dict[str, Any]) -> list[str]:
@@ -254,7 +263,8 @@ def _lines(values: dict[str, Any]) -> list[str]:
 
 def _warnings(inventory: Inventory, values: dict[str, Any], decode: DecodeConfig) -> list[Warn]:
     found: list[Warn] = []
-    found += [Warn(text, "it is left out by label and pack, too") for text in inventory.notes]
+    remedy = "pack reads it so, too" if inventory.kind == "csv" else "it is left out by label and pack, too"
+    found += [Warn(text, remedy) for text in inventory.notes]
     if values["num_malformed"]:
         text = f"{many(values['num_malformed'], 'row')} of the catalog that say what cannot be, such as: "
         found.append(Warn(text + values["malformed_example"], "mend them: they will be quarantined"))
@@ -276,7 +286,8 @@ def _warnings(inventory: Inventory, values: dict[str, Any], decode: DecodeConfig
         found += _duplicate_warnings(duplicates)
     if labels := values["labels"]:
         found += _label_warnings(labels)
-        found += [Warn(text, remedy) for text, remedy in set_problems(inventory.places)]
+        problems = set_problems(inventory.places, several=inventory.catalog.is_multilabel)
+        found += [Warn(text, remedy) for text, remedy in problems]
     return found
 
 

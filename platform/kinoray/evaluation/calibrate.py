@@ -16,7 +16,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from kinoray.config.scoring import ScoringConfig, shared_settings
-from kinoray.console import many
+from kinoray.console import many, visible
 from kinoray.errors import CatalogError
 from kinoray.evaluation.config import CalibrateConfig
 from kinoray.evaluation.metrics import calibration_of, f1_of, wilson_interval
@@ -47,6 +47,7 @@ MAX_CHANGED = (0.0, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05)
 """Shares of changed labels for which a margin is looked for."""
 _MARGINS = np.arange(1, 1001) / 1000
 _ENOUGH = 1000  # videos
+_SHOWN = 5  # names
 _EDGE = 1.001  # so near to its limit a temperature is at it
 _LOWEST, _HIGHEST = 0.05, 20.0  # temperatures; a set that the model gets wholly right has no best one
 _COLUMNS = ["row_key", "status", "scores", "segment_logits"]
@@ -108,6 +109,10 @@ def _fit_several(labelling: Labelling) -> Calibrated:
     scores = np.exp(-np.logaddexp(0.0, -logits / temperature))
     thresholds = tuple(best_threshold(scores[:, c], truth[:, c]) for c in range(truth.shape[1]))
     known = truth.any(axis=0)
+    unknown = [labelling.meta.labels[c] for c in np.flatnonzero(~known)]
+    if unknown:
+        some = ", ".join(unknown[:_SHOWN]) + (f" and {len(unknown) - _SHOWN} more" if len(unknown) > _SHOWN else "")
+        print(f"calibrate: warning: no video of the set is of {visible(some)}: from 0.5 on a video is called so")
     before, after = (_mean_f1(truth[:, known], (scores >= np.array(least))[:, known]) for least in (0.5, thresholds))
     found = _calibrated(labelling, len(rows), temperature, errors)
     return replace(found, thresholds=thresholds, macro_f1=(before, after))

@@ -422,7 +422,7 @@ def average_precisions(scores: NDArray[np.floating[Any]], truth: BoolArray) -> F
         scores: float [N, C].
         truth: bool [N, C].
     """
-    ones = np.ones((1, len(scores)))
+    ones = np.ones((len(scores), 1), np.float32)
     return np.array([_precisions(scores[:, place], truth[:, place], ones)[0] for place in range(scores.shape[1])])
 
 
@@ -432,20 +432,26 @@ def mean_precision(precisions: FloatArray) -> float:
     return float(known.mean()) if len(known) else math.nan
 
 
-def _precisions(scores_N: NDArray[np.floating[Any]], truth_N: BoolArray, weights_RN: FloatArray) -> FloatArray:
-    """Average precision of one class, float64 [R], where each video counts as often as a row of the weights says."""
-    if not len(scores_N):
-        return np.full(len(weights_RN), math.nan)
+def _precisions(scores_N: NDArray[np.floating[Any]], truth_N: BoolArray, weights_NR: NDArray[np.float32]) -> FloatArray:
+    """Average precision of one class, float64 [R], where each video counts as often as a column of the weights says.
+
+    Recall rises only at scores that a video of the class has; what lies between two of them is added up at once.
+    """
+    if not truth_N.any():
+        return np.full(weights_NR.shape[1], math.nan)
     order = np.argsort(-scores_N, kind="stable")
+    ranked_N = truth_N[order]
     ends = np.append(np.flatnonzero(np.diff(scores_N[order])), len(order) - 1)  # of runs of equal scores
-    called_RK = np.cumsum(weights_RN[:, order], axis=1)[:, ends]
-    right_RK = np.cumsum(weights_RN[:, order] * truth_N[order], axis=1)[:, ends]
-    gained_RK = np.diff(right_RK, axis=1, prepend=0.0)
-    precision_RK = right_RK / np.maximum(called_RK, 1.0)
-    total_R = right_RK[:, -1]
-    found: FloatArray = np.where(
-        total_R > 0, (gained_RK * precision_RK).sum(axis=1) / np.maximum(total_R, 1.0), math.nan
-    )
+    ends_K = ends[np.add.reduceat(ranked_N, np.append(0, ends[:-1] + 1), dtype=np.int64) > 0]
+    begins_K = np.append(0, ends_K[:-1] + 1)
+    places = np.flatnonzero(ranked_N)
+    weights_NR = weights_NR[order[: ends_K[-1] + 1]]
+    called_KR = np.cumsum(np.add.reduceat(weights_NR, begins_K), axis=0, dtype=np.float64)
+    gained_KR = np.add.reduceat(weights_NR[places], np.searchsorted(places, begins_K)).astype(np.float64)
+    right_KR = np.cumsum(gained_KR, axis=0)
+    total_R = right_KR[-1]
+    sums_R = (gained_KR * right_KR / np.maximum(called_KR, 1.0)).sum(axis=0)
+    found: FloatArray = np.where(total_R > 0, sums_R / np.maximum(total_R, 1.0), math.nan)
     return found
 
 
@@ -454,7 +460,7 @@ def resampled_precisions(scores: NDArray[np.floating[Any]], truth: BoolArray) ->
     num_videos = len(scores)
     raw = np.random.PCG64(0).random_raw(_RESAMPLED * num_videos).reshape(_RESAMPLED, num_videos)
     drawn = (raw % np.uint64(num_videos)).astype(np.int64)
-    weights = np.stack([np.bincount(row, minlength=num_videos) for row in drawn]).astype(np.float64)
+    weights = np.stack([np.bincount(row, minlength=num_videos) for row in drawn], axis=1).astype(np.float32)
     columns = [_precisions(scores[:, place], truth[:, place], weights) for place in range(scores.shape[1])]
     return np.stack(columns, axis=1)
 

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from kinoray.catalog.table import Catalog
@@ -151,7 +152,8 @@ def multilabel_record(
     status, ids = (predictions.column(name).to_pylist() for name in ("status", "id_topk"))
     answered = [place for place, row in enumerate(places) if row is not None and status[row] == "labelled"]
     rows = [row for place in answered if (row := places[place]) is not None]
-    scores = np.array(predictions.column("scores").take(rows).to_pylist(), np.float64).reshape(-1, len(labels))
+    flat = pc.list_flatten(predictions.column("scores").take(pa.array(rows, pa.int64()))).to_numpy()
+    scores = flat.astype(np.float64).reshape(len(rows), len(labels))
     called = np.zeros((len(rows), len(labels)), bool)
     for place, row in enumerate(rows):
         called[place, ids[row]] = True

@@ -9,10 +9,12 @@ Where a video may have several classes, a label is all of them: `red|round`, `|`
 
 import hashlib
 import json
+import math
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -141,7 +143,10 @@ def _splits(
         for row, content in zip(rows, contents, strict=True)
     ]
     splits = draw_splits(source, candidates, val_fraction)
-    for problem, remedy in set_problems(Counter((video.labels, splits[video.name]) for video in candidates)):
+    counts: Counter[tuple[tuple[str, ...], str | None]] = Counter(
+        (video.labels or (), splits[video.name]) for video in candidates
+    )
+    for problem, remedy in set_problems(counts, several=several):
         warn(f"{source}: {problem}; {remedy}")
     return splits
 
@@ -216,13 +221,13 @@ class _Lists(_Classes):
 
     def _parts(self, text: str) -> list[str] | None:
         """What stands between the signs, or in Label Studio's {"choices": [...]}; None of an empty cell."""
-        if not text.startswith("{"):
-            return [part for part in text.split(BETWEEN_CLASSES) if part.strip()] if text else None
-        try:
-            choices = parse_json(text.encode())["choices"]
-        except (ValueError, KeyError, TypeError):
-            return None
-        return choices if isinstance(choices, list) and all(isinstance(name, str) for name in choices) else None
+        choices: Any = None
+        if text.startswith("{"):
+            with suppress(ValueError, KeyError, TypeError):  # a class may begin so, too
+                choices = parse_json(text.encode())["choices"]
+        if isinstance(choices, list) and all(isinstance(name, str) for name in choices):
+            return choices
+        return [part for part in text.split(BETWEEN_CLASSES) if part.strip()] if text else None
 
 
 def _as_number(text: str) -> str | float:
@@ -276,6 +281,12 @@ def _labelled_rows(
 ) -> Iterator[_Row]:
     """Catalog rows without label_id of every video that has a label now; `counts` says what became of each."""
     place = {key: row for row, key in enumerate(row_keys(known.table))}
+    most = _most_classes(ledger)
+    if several and most < math.inf and config.accept_score is not None:
+        warn(
+            f"{ledger.root} names at most {many(int(most), 'class')} a video (label --top-k): an answer that names so "
+            "many may lack others, so it is not accepted"
+        )
     met = 0
     for table in scan(ledger, [*_COLUMNS, "label_topk", "score_topk"] if several else _COLUMNS):
         places = pa.array([place.get(key) for key in table["row_key"].to_pylist()], pa.int64())
@@ -285,6 +296,8 @@ def _labelled_rows(
             if several:
                 said["label"] = None if said["label_topk"] is None else label_list(said["label_topk"])
                 said["score"] = min(said["score_topk"] or (), default=None)  # sure of all that it names
+                if len(said["score_topk"] or ()) >= most:
+                    said["score"] = None  # and of those that it might have named besides, nothing is known
                 if before and before["label_ids"] is not None:
                     before["label"] = label_list(known.labels[index] for index in before["label_ids"])
             correction = corrections.get(_bare(said["row_key"]))
@@ -301,6 +314,14 @@ def _labelled_rows(
         raise CatalogError(
             f"catalog: no row of {config.catalog} is an input of {ledger.root}; name the catalog that was labelled"
         )
+
+
+def _most_classes(ledger: Ledger) -> float:
+    """How many classes an answer names before others are cut off; infinite where all of them may be named."""
+    job = ledger.job()
+    answer = job.settings.get("answer")
+    top_k = answer.get("top_k") if isinstance(answer, dict) else None
+    return top_k if isinstance(top_k, int) and top_k < len(job.labels) else math.inf
 
 
 def _require_same_videos(corrections: Mapping[str, Correction], ledger: Ledger) -> int:

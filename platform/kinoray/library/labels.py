@@ -21,6 +21,7 @@ from kinoray.label.ledger import Ledger, find_labellings, open_ledger
 from kinoray.label.times import summarise
 from kinoray.library.config import LabelsConfig
 from kinoray.library.lakehouse import TABLE_FORMATS, require_table, write_table
+from kinoray.library.numbers import true_lists
 from kinoray.library.rows import (
     LABEL_SCHEMA,
     WINDOW_LABEL_SCHEMA,
@@ -46,6 +47,8 @@ _PLACE = ("video_id", "uri", "offset", "length")
 _SHOWN = ("video_id", "status", "label", "score", "margin", "error_class")
 _SHOWN_WINDOWS = ("video_id", "window", "begin_s", "end_s", "label", "score", "margin")
 _SHOWN_JOINED = ("catalog_label", "catalog_split")
+_OF_LISTS = {"label": "label_topk", "score": "score_topk"}
+"""What is shown instead where a video may have several classes."""
 _SHOWN_ROWS = 50
 _SHOWN_CLASSES = 20
 _SORT_BLOCK = 65_536  # rows that are gathered before those beyond the limit are dropped
@@ -56,9 +59,13 @@ class _Joined:
 
     def __init__(self, storage: Storage, uri: str) -> None:
         self.uri = uri
-        table = catalog_of_source(storage, absolute(uri)).table
+        catalog = catalog_of_source(storage, absolute(uri))
+        table = catalog.table
         names = [name for name in CATALOG_SCHEMA.names if name not in _PLACE]
-        if table["label_ids"].null_count == len(table):
+        if catalog.is_multilabel:
+            place = table.schema.get_field_index("label")
+            table = table.set_column(place, table.schema.field(place), true_lists(catalog))
+        else:
             names.remove("label_ids")
         self.ids = table["video_id"].combine_chunks()
         self.table = table.select(names).rename_columns([_PREFIX + name for name in names]).combine_chunks()
@@ -109,7 +116,7 @@ def labels(config: LabelsConfig) -> dict[str, Any]:
     ledger = open_ledger(storage, absolute(config.predictions))
     joined = _Joined(storage, config.join) if config.join else None
     known = WINDOW_LABEL_SCHEMA if config.windows else LABEL_SCHEMA
-    columns = _columns(config, known, joined)
+    columns = _columns(config, known, joined, several=is_multi_label(ledger))
     if joined:
         joined.keep(columns)
     where = _where(config, ledger)
@@ -193,7 +200,7 @@ def _print_classes(ledger: Ledger) -> dict[str, int]:
     return {name: videos[name] for name in ranking}
 
 
-def _columns(config: LabelsConfig, schema: pa.Schema, joined: _Joined | None) -> list[str]:
+def _columns(config: LabelsConfig, schema: pa.Schema, joined: _Joined | None, *, several: bool) -> list[str]:
     known = [*schema.names, *(joined.table.column_names if joined else ())]
     for name in config.columns:
         if name not in known:
@@ -202,7 +209,8 @@ def _columns(config: LabelsConfig, schema: pa.Schema, joined: _Joined | None) ->
     if config.columns:
         return list(dict.fromkeys(config.columns))
     if config.format == "table":
-        return [*(_SHOWN_WINDOWS if config.windows else _SHOWN), *(_SHOWN_JOINED if joined else ())]
+        shown = [*(_SHOWN_WINDOWS if config.windows else _SHOWN), *(_SHOWN_JOINED if joined else ())]
+        return [_OF_LISTS.get(name, name) for name in shown] if several else shown
     return known
 
 

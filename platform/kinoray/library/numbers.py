@@ -43,6 +43,7 @@ __all__ = [
     "count",
     "join_truth",
     "read_result",
+    "true_lists",
 ]
 
 TRAIN_SPLIT = "train"
@@ -215,7 +216,7 @@ def join_truth(table: pa.Table, catalog: Catalog | None, *, several: bool = Fals
     truth, split = pa.nulls(len(table), pa.string()), pa.nulls(len(table), pa.string())
     if catalog is not None:
         place = pc.index_in(table["video_id"], value_set=catalog.table["video_id"].combine_chunks())
-        known = _true_lists(catalog) if several else catalog.table["label"].combine_chunks()
+        known = true_lists(catalog) if several else catalog.table["label"].combine_chunks()
         truth = pc.take(known, place)
         split = pc.take(catalog.table["split"].combine_chunks(), place)
         if pc.count(known).as_py() == 0:
@@ -237,7 +238,7 @@ def _as_lists(lists: Sequence[Sequence[str] | None]) -> pa.Array:
     return pa.array([None if names is None else label_list(names) for names in lists], pa.string())
 
 
-def _true_lists(catalog: Catalog) -> pa.Array:
+def true_lists(catalog: Catalog) -> pa.Array:
     """The classes of each video as one text; null where they are not known."""
     column = catalog.table["label_ids" if catalog.is_multilabel else "label"]
     known = column.is_valid().to_pylist()

@@ -304,5 +304,5 @@ def _shown(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.3f}"
     if isinstance(value, list):
-        return " ".join(_shown(item) for item in value)
+        return ("|" if value and isinstance(value[0], str) else " ").join(_shown(item) for item in value)
     return str(value)

@@ -224,13 +224,13 @@ def plan_source(storage: Storage, config: PackConfig) -> Plan:
             found = contents_of(storage, [(Reference(file.uri), file.size_bytes) for file in videos])
             contents = dict(zip((file.uri for file in videos), found, strict=True))
         plan = make_plan(source, files, shard_bytes=shard_bytes, val_fraction=config.val_fraction, contents=contents)
-    splits: Counter[tuple[tuple[str, ...], str | None]] = Counter(
-        (file.class_names, file.split) for unit in plan.units for file in unit.files if isinstance(file, PlannedVideo)
-    )
-    for problem, remedy in set_problems(splits):
+    planned = [file for unit in plan.units for file in unit.files if isinstance(file, PlannedVideo)]
+    several = any(file.labels is not None for file in planned)
+    for problem, remedy in set_problems(Counter((file.class_names, file.split) for file in planned), several=several):
         warn(f"{source}: {problem}; {remedy}")
-    if config.val_fraction and all(split != "val" for _, split in splits):
-        warn(f"{source}: val_fraction {config.val_fraction:g} sent no video to val: no class has two without a split")
+    if config.val_fraction and all(file.split != "val" for file in planned):
+        reason = "no class has two videos of different content without a split"
+        warn(f"{source}: val_fraction {config.val_fraction:g} sent no video to val: {reason}")
     return plan
 
 
@@ -276,11 +276,11 @@ def make_plan(
             raise CatalogError(no_video_among(source, others, expected))
         raise CatalogError(f"{source}: found {many(len(files), 'video')}, but none in a class folder; {expected}")
     candidates = [
-        Candidate(file.name, file.labels or (() if label is None else (label,)), split, contents.get(file.uri))
+        Candidate(file.name, file.labels if label is None else (label,), split, contents.get(file.uri))
         for file, label, split in kept
     ]
     splits = draw_splits(source, candidates, val_fraction)
-    labels = tuple(sorted({label for candidate in candidates for label in candidate.labels}))
+    labels = tuple(sorted({label for candidate in candidates for label in candidate.labels or ()}))
     label_ids = {label: index for index, label in enumerate(labels)}
     videos = [
         PlannedVideo(
@@ -325,7 +325,7 @@ def plan_of_catalog(
     candidates = [
         Candidate(
             name=row["video_id"],
-            labels=names,
+            labels=None if row["label"] is None and row["label_ids"] is None else names,
             split=row["split"],
             content=contents.get(row["video_id"]) or row["sha256"],
         )

@@ -30,8 +30,8 @@ class Candidate:
 
     name: str
     """Unique; its hash is its place in the draw."""
-    labels: tuple[str, ...]
-    """Its classes; none of an unlabelled video."""
+    labels: tuple[str, ...] | None
+    """Its classes, perhaps none of them; None of an unlabelled video."""
     split: str | None = None
     """Where the source says that it belongs."""
     content: str | None = None
@@ -74,12 +74,13 @@ def draw_splits(source: str, candidates: Sequence[Candidate], fraction: float) -
 
     Of a class with two contents or more at least one validates and one does not. Which ones is a matter of their names:
     those whose hashes come first. What is left of the fractions of all classes goes to the largest remainders. Copies
-    are one here, of the classes of all of them. What the source itself puts on both sides is named in a warning.
+    are one here, of the classes of all of them; where they are more videos than the class is to give, they come last.
+    What the source itself puts on both sides is named in a warning.
     """
     splits = {video.name: video.split for video in candidates if video.split}
     said: dict[str, set[str]] = {}
     for video in candidates:
-        if video.split and video.content and video.labels:  # a split without labels scores nothing
+        if video.split and video.content and video.labels is not None:  # a split without labels scores nothing
             said.setdefault(video.content, set()).add(video.split)
     leaks = [
         video.name
@@ -100,9 +101,17 @@ def draw_splits(source: str, candidates: Sequence[Candidate], fraction: float) -
             splits[video.name] = min(others - {"train"} or others)  # rather scored than learnt
             continue
         free.setdefault(f"content {video.content}" if video.content else f"name {video.name}", []).append(video)
+    labels_of = {key: {label for video in videos for label in video.labels or ("",)} for key, videos in free.items()}
+    sizes: Counter[str] = Counter()
+    for key, names in labels_of.items():
+        sizes.update(dict.fromkeys(names, len(free[key])))
+
+    def is_large(key: str) -> bool:
+        return len(free[key]) > 1 and any(len(free[key]) > fraction * sizes[label] for label in labels_of[key])
+
     classes: dict[str, list[str]] = {}
-    for key, videos in free.items():
-        for label in sorted({label for video in videos for label in video.labels or ("",)}):
+    for key in sorted(free, key=is_large):
+        for label in sorted(labels_of[key]):
             classes.setdefault(label, []).append(key)
     validating = _drawn(classes, fraction)
     for key, videos in free.items():

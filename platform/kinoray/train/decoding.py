@@ -2,11 +2,13 @@
 
 import time
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from kinoray.catalog.rows import Refusal, judge, refusal_columns, report
 from kinoray.catalog.table import read_videos, references
@@ -20,9 +22,10 @@ from kinoray.video.sample import clip_rng
 from kinoray.video.sandbox.pool import Sandbox, shared_sandbox
 from kinoray.video.transform import ReusedMemory
 
-__all__ = ["DecodeTask"]
+__all__ = ["DecodeTask", "file_states"]
 
 FLOW_CHANNELS = 2
+_STAT_THREADS = 16
 _memory = ReusedMemory()
 
 
@@ -64,7 +67,8 @@ class DecodeTask:
         sandbox = shared_sandbox(1)  # a worker runs one task at a time, and keeps its decoder for the next
         begin_s = time.process_time() + sandbox.cpu_s
         cache = FrameCache(self.cache, self.clip) if self.cache.gb else None
-        videos = block.to_pylist()
+        states = {} if cache is None else file_states(self.storage, block)
+        videos = [{**video, "state": states.get(video["uri"])} for video in block.to_pylist()]
         places = [{name: array[index] for name, array in decoded.items()} for index in range(count)]
         cached = [cache is not None and self._load(cache, videos[index], places[index]) for index in range(count)]
         missing = [index for index in range(count) if not cached[index]]
@@ -131,6 +135,21 @@ class DecodeTask:
                     return False
         _fill(place, sandbox.decode(data, Sampled(rng=self.rng(video)), self.clip).clip())
         return False
+
+
+def file_states(storage: Storage, table: pa.Table) -> dict[str, list[Any]]:
+    """What tells a file from one that has taken its place since, by its uri, where the catalog has no checksum."""
+    uris = pc.unique(table.filter(pc.is_null(table["sha256"]))["uri"]).to_pylist()
+
+    def state(uri: str) -> list[Any]:
+        try:
+            info = storage.stat(uri)
+        except KinorayError:  # its reader will say why
+            return []
+        return [info.size_bytes, info.modified_s, info.etag]
+
+    with ThreadPoolExecutor(_STAT_THREADS) as pool:
+        return dict(zip(uris, pool.map(state, uris), strict=True))
 
 
 def _fill(place: Mapping[str, np.ndarray], clip: Clip) -> None:

@@ -16,7 +16,7 @@ import os
 import struct
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +29,7 @@ from kinoray.config.shared import AugmentConfig, CacheConfig, ClipConfig, digest
 from kinoray.network.batch import FeatureBatch, VideoBatch
 from kinoray.storage.objects import Storage
 from kinoray.train.config import TrainConfig
+from kinoray.train.decoding import file_states
 from kinoray.train.input import Feed, NoClip, Part, Rows, Samples
 from kinoray.train.step import Replica
 from kinoray.video.cache import CacheFolder, checksums
@@ -111,12 +112,13 @@ class FeatureCache:
         except OSError:
             return False
         try:
-            head = os.pread(descriptor, _HEAD.size, 0)
-            parts = [_bytes(into.tensors[name]) for name in self._like]
-            num_read = len(head) + os.preadv(descriptor, [part.data for part in parts], _HEAD.size)
-            is_whole = num_read == self._size_bytes == os.fstat(descriptor).st_size
-            if is_whole and head == _HEAD.pack(_MAGIC, *checksums([part[None] for part in parts])[0]):
-                return True
+            with suppress(OSError):  # a bad disk
+                head = os.pread(descriptor, _HEAD.size, 0)
+                parts = [_bytes(into.tensors[name]) for name in self._like]
+                num_read = len(head) + os.preadv(descriptor, [part.data for part in parts], _HEAD.size)
+                is_whole = num_read == self._size_bytes == os.fstat(descriptor).st_size
+                if is_whole and head == _HEAD.pack(_MAGIC, *checksums([part[None] for part in parts])[0]):
+                    return True
         finally:
             os.close(descriptor)
         self.folder.remove(path)
@@ -148,11 +150,13 @@ class FeatureFeed(Feed):
         storage: Storage,
         replica: Replica,
         coloured: Callable[[Part, Samples, int | None], VideoBatch | FeatureBatch],
+        say: Callable[[str], None],
     ) -> None:
-        """`coloured` gives the clips of samples as the backbones see them in a view."""
+        """`coloured` gives the clips of samples as the backbones see them in a view; `say` shows a line."""
         super().__init__(config, clip, storage, device=replica.device)
         self._replica = replica
         self._coloured = coloured
+        self._say = say
         probe = replica.probe()
         self._cache = FeatureCache(config.cache, clip, config.augment, backbone_digest(replica.module, probe), probe)
         self._cache.has_room()  # where the folder cannot be used, that is said before the first step
@@ -164,6 +168,7 @@ class FeatureFeed(Feed):
         """While features are missing that there is room for, one run at a time makes those of a part and a view."""
         name = f"turn-{self._cache.key(part.catalog.digest, part.name, self._config.optim.seed, epoch)}"
         descriptor: int | None = None
+        has_said = False
         while True:
             wants = [False] * self._world_size
             missing = {self._key(part, row, epoch) for row in self._missing(part, steps, epoch)}
@@ -176,6 +181,9 @@ class FeatureFeed(Feed):
             dist.broadcast_object_list(is_ours, src=0)
             if is_ours[0]:
                 break
+            if not has_said:
+                self._say("train: another run is making the features that this one wants next; it waits for them")
+                has_said = True
             time.sleep(_POLL_S)
         try:
             yield
@@ -186,24 +194,27 @@ class FeatureFeed(Feed):
     def batches(self, part: Part, steps: Sequence[Rows], epoch: int | None) -> Iterator[Samples]:
         """As Feed.batches, with features for clips."""
         wanted = [rows for rows in steps if len(rows)]
+        size = len(wanted[0]) if wanted else 1
         missing = self._missing(part, wanted, epoch)
-        made = self._make(part, missing, epoch, len(wanted[0]) if wanted else 1)
-        waiting = set(missing)
+        source_of = dict.fromkeys(missing, self._make(part, missing, epoch, size))
         ready: dict[int, FeatureBatch | NoClip] = {}
-        for rows in wanted:
+        for step, rows in enumerate(wanted):
             batch = self._cache.empty(len(rows))
             kept: list[int] = []
             quarantined: list[NoClip] = []
             num_cached = 0
-            for row in rows.tolist():
+            for number, row in enumerate(rows.tolist()):
                 place = batch.select(slice(len(kept), len(kept) + 1))
-                if row not in waiting and self._cache.load(self._key(part, row, epoch), place):
+                if row not in source_of and self._cache.load(self._key(part, row, epoch), place):
                     num_cached += 1
                     kept.append(row)
                     continue
-                source = made if row in waiting else self._make(part, [row], epoch, 1)  # its file was damaged
+                if row not in source_of:  # its file was damaged, or is gone; so others may be
+                    gone = self._missing(part, [rows[number:], *wanted[step + 1 :]], epoch)
+                    lost = [row, *(other for other in gone if other != row and other not in source_of)]
+                    source_of |= dict.fromkeys(lost, self._make(part, lost, epoch, size))
                 while row not in ready:
-                    found = next(source, None)
+                    found = next(source_of[row], None)
                     if found is None:
                         return  # the store is down
                     ready |= found
@@ -243,8 +254,10 @@ class FeatureFeed(Feed):
     def _key(self, part: Part, row: int, epoch: int | None) -> str:
         if part.name not in self._references:
             table = part.catalog.table.select(["video_id", *REFERENCE_COLUMNS])
+            states = file_states(self._storage, table)
             self._references[part.name] = [
-                (digest([video[name] for name in REFERENCE_COLUMNS]), video["video_id"]) for video in table.to_pylist()
+                (digest([*(video[name] for name in REFERENCE_COLUMNS), states.get(video["uri"])]), video["video_id"])
+                for video in table.to_pylist()
             ]
         reference, video_id = self._references[part.name][row]
         return self._cache.key(reference, video_id, self._config.optim.seed, epoch)

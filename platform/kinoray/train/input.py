@@ -31,6 +31,7 @@ from kinoray.network.batch import DeviceInput, FeatureBatch, Feeder, RawBatch, V
 from kinoray.storage.objects import Storage
 from kinoray.train.config import TrainConfig
 from kinoray.train.decoding import DecodeTask
+from kinoray.video.cache import CacheFolder
 
 __all__ = [
     "DecodeCost",
@@ -199,6 +200,8 @@ class Feed:
         self._rank = dist.get_rank()
         self._world_size = dist.get_world_size()
         self._frames = config.cache if config.cache.keep == "frames" else CacheConfig()
+        if self._frames.gb:
+            CacheFolder(self._frames).has_room(0)  # where it cannot be used, that is said before the first step
         self._spent = torch.zeros(2, dtype=torch.float64)  # CPU seconds, videos from the cache
 
     def turn(self, part: Part, steps: Sequence[Rows], epoch: int | None) -> AbstractContextManager[None]:

@@ -151,7 +151,7 @@ class TrainLoop:
         device = self.replica.device
         if self.config.cache.keep == "frames":
             return Feed(self.config, clip, self.storage, device=device)
-        return FeatureFeed(self.config, clip, self.storage, self.replica, self._coloured)
+        return FeatureFeed(self.config, clip, self.storage, self.replica, self._coloured, self._say)
 
     def _resume(self, uri: str, meta: CheckpointMeta) -> None:
         if meta.run_digest != self.run_digest:

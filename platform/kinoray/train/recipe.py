@@ -171,16 +171,20 @@ def trained_parameters(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
 def class_weights(labels: Tensor, num_classes: int, power: float) -> Tensor:
     """Weights float32 [C], (videos of the class) ** -power, such that the mean over `labels` is 1.
 
-    A class without a video has weight 0.
+    A class without a video has weight 0; where videos may have several classes it has that of a class with one, or
+    nothing would teach the network that no video has it.
 
     Args:
         labels: int64 [N], or [N, C] of 0 and 1 where videos may have several.
     """
     if labels.dim() == 1:
         counts = torch.bincount(labels, minlength=num_classes).double()
+        weights = torch.where(counts > 0, counts.clamp(min=1.0) ** -power, 0.0)
     else:
         counts = labels.sum(dim=0, dtype=torch.float64)
-    weights = torch.where(counts > 0, counts.clamp(min=1.0) ** -power, 0.0)
+        weights = counts.clamp(min=1.0) ** -power
+    if not counts.any():
+        return weights.float()
     return (weights * counts.sum() / (weights * counts).sum()).float()
 
 

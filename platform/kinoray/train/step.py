@@ -381,12 +381,16 @@ class Replica:
         return self._features(inputs) if self._to_features else inputs
 
     def _features(self, inputs: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
-        """What the backbones make of a model's inputs, clip by clip."""
+        """What the backbones make of a model's inputs: clip by clip, and as in scoring, dropout included."""
         assert self._to_features is not None
         count = next(len(x) for x in inputs.values() if x is not None)
         parts = [{name: None if x is None else x[i : i + 1] for name, x in inputs.items()} for i in range(count)]
+        is_training = self.module.training
+        self.module.eval()
         with self._autocast():
             each = [self._to_features(**part) for part in parts]
+        if is_training:
+            self.train()
         return {name: torch.cat([one[name].contiguous() for one in each]) for name in each[0]}
 
     def _autocast(self) -> AbstractContextManager[Any]:

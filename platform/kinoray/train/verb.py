@@ -5,7 +5,9 @@ from collections import Counter
 from dataclasses import fields, is_dataclass, replace
 from typing import Any, TypeVar, cast
 
+import torch
 from torch import nn
+from torch.func import functional_call
 
 from kinoray.catalog.folders import set_problems
 from kinoray.catalog.table import Catalog, load_catalog
@@ -14,6 +16,7 @@ from kinoray.console import draw_step, format_duration, kept_if_interrupted, man
 from kinoray.errors import CatalogError, ConfigError
 from kinoray.network.batch import FLOW_CHANNELS
 from kinoray.network.build import (
+    START_OPTIONS,
     VideoModel,
     build_model,
     build_outline,
@@ -212,7 +215,7 @@ def check_training(config: TrainConfig, catalog: Catalog) -> tuple[int, int]:
     require_known_model(config.model)
     sizes = _check_splits(config, catalog)
     _check_recipe(config, catalog)
-    _check_model(config, catalog)
+    _check_model(config, catalog, sizes[0])
     return sizes
 
 
@@ -235,6 +238,11 @@ def _check_splits(config: TrainConfig, catalog: Catalog) -> tuple[int, int]:
                 "folders or a CSV with labels, or choose another split"
             )
         counts.append(len(part))
+    if not catalog.labels:
+        raise CatalogError(
+            f"{config.catalog}: every label list is empty, so there is no class to learn; name those that videos have, "
+            "as in a.mp4,red|round, and pack again"
+        )
     return counts[0], counts[1]
 
 
@@ -245,7 +253,7 @@ def _check_recipe(config: TrainConfig, catalog: Catalog) -> None:
     require(catalog.is_multilabel or kind == "bce", "optim.multilabel_loss", expected, kind)
 
 
-def _check_model(config: TrainConfig, catalog: Catalog) -> None:
+def _check_model(config: TrainConfig, catalog: Catalog, num_videos: int) -> None:
     """Build the network once, here, where a wrong option is one clear line and not a dead worker group."""
     model = build_model(config.model, len(catalog.labels))
     rate_factors(cast(nn.Module, model), config.optim)
@@ -262,6 +270,45 @@ def _check_model(config: TrainConfig, catalog: Catalog) -> None:
         raise ConfigError(
             f"model.options: the network wants {spec.flow_channels} flow channels, but decoding gives {FLOW_CHANNELS}"
         )
+    if is_shipped(config.model.factory):
+        _check_forward(config, model, _fewest_videos(config, num_videos))
+
+
+def _fewest_videos(config: TrainConfig, num_videos: int) -> int:
+    """How many a forward pass of an epoch has at least."""
+    optim, workers = config.optim, config.resources.num_workers
+    batches = {min(optim.batch_size, num_videos), num_videos % optim.batch_size}
+    shares = {share for batch in batches for share in (batch // workers, -(-batch // workers)) if share}
+    sizes = {share: -(-share // optim.accumulate) for share in shares}
+    return min(share % size or size for share, size in sizes.items())
+
+
+def _check_forward(config: TrainConfig, model: VideoModel, count: int) -> None:
+    """Whether the network takes such clips, so many at a time; nothing is computed.
+
+    Raises:
+        ConfigError: it says that it does not.
+    """
+    network, spec = cast(nn.Module, model), model.input_spec
+    sample, size = config.clip.sample, config.clip.view.crop_px
+    shape = (count, sample.num_segments, sample.frames_per_segment)
+    inputs = {
+        name: torch.empty(*shape, channels, size, size, device="meta") if channels else None
+        for name, channels in (("rgb", 3 * spec.rgb), ("flow", spec.flow_channels))
+    }
+    state = {name: value.to("meta") for name, value in [*network.named_parameters(), *network.named_buffers()]}
+    network.train(config.optim.backbone_lr_factor > 0 and not config.optim.freeze_bn)
+    try:
+        with torch.no_grad():
+            functional_call(network, state, kwargs=inputs)
+    except ValueError as error:
+        clips = f"{sample.num_segments} x {sample.frames_per_segment} frames, {size} px"
+        raise ConfigError(
+            f"clip: {config.model.factory} cannot be trained on clips of {clips}, {many(count, 'video')} at a time "
+            f"(optim.batch_size {config.optim.batch_size}): {error}"
+        ) from error
+    except RuntimeError:  # without numbers it cannot be run: the first step will tell
+        return
 
 
 def _say_problems(config: TrainConfig, catalog: Catalog) -> None:
@@ -269,8 +316,15 @@ def _say_problems(config: TrainConfig, catalog: Catalog) -> None:
     roles: dict[str, str | None] = {config.split: "train", config.val_split: "val"}
     rows = zip(catalog.class_names(), catalog.table["split"].to_pylist(), strict=True)
     places = Counter((names, roles[split]) for names, split in rows if split and split in roles)
-    for problem, remedy in set_problems(places):
+    for problem, remedy in set_problems(places, several=catalog.is_multilabel):
         print(f"train: warning: {visible(problem)}; {remedy}", flush=True)
+    started = config.init_from or any(config.model.options.get(name) for name in START_OPTIONS)
+    if config.optim.backbone_lr_factor == 0 and not started and is_shipped(config.model.factory):
+        print(
+            "train: warning: the backbones are frozen, and their weights are random; --model.options "
+            "backbone_weights=imagenet or --init-from names better ones",
+            flush=True,
+        )
 
 
 def _say_departures(config: TrainConfig) -> None:
@@ -312,6 +366,7 @@ def _result(folder: RunFolder, last: Checkpoint, num_before: int, took_s: float)
         "loss": newest.metrics.get("loss"),
         "val_top1": best.metrics.get("val_top1"),
         "val_top5": best.metrics.get("val_top5"),
+        "val_map": best.metrics.get("val_map"),
         "metrics": [row.record() for row in folder.epochs()],
         "took_s": took_s,
     }
@@ -319,8 +374,7 @@ def _result(folder: RunFolder, last: Checkpoint, num_before: int, took_s: float)
     if totals["val_top1"] is not None:
         of = many(int(best.metrics.get("val_videos", 0)), "video")
         scored = f", val top-1 {totals['val_top1']:.3f} of {of}"
-    if "val_map" in best.metrics:
-        totals["val_map"] = best.metrics["val_map"]
+    if totals["val_map"] is not None:
         scored = f", val mAP {totals['val_map']:.3f} of {of}"
     done = ", ".join((many(newest.epoch, "epoch"), many(newest.step, "step"), many(newest.samples, "video")))
     num_now = newest.samples - num_before

@@ -15,6 +15,7 @@ import fcntl
 import json
 import os
 import struct
+import time
 import uuid
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -27,7 +28,7 @@ from typing import Any
 import numpy as np
 
 from kinoray.config.shared import CacheConfig, ClipConfig, SampleConfig, digest, require
-from kinoray.errors import StorageError
+from kinoray.errors import ConfigError
 from kinoray.storage.records import parse_json
 from kinoray.video.frames import Frames
 
@@ -37,6 +38,8 @@ _MAGIC = b"kinofrm2"
 _HEAD = struct.Struct("<8sII")  # magic, length and checksum of the description
 _LOCKS = 256
 _CHECKED_BYTES = 4096
+_RECOUNT_S = 600  # between two looks whether a full folder is as full as was counted
+_ABANDONED_S = 3600  # after which nobody writes to a file that is not whole
 
 
 def grid_name(sample: SampleConfig) -> str:
@@ -76,7 +79,8 @@ class CacheFolder:
                     file.write(part)
             temp.replace(path)  # not flushed: after a power cut the checksums tell
         except OSError:  # the disk is full, although the cache is not
-            temp.unlink(missing_ok=True)
+            with suppress(OSError):
+                temp.unlink(missing_ok=True)
             self._count(-size_bytes)
             return False
         return True
@@ -95,7 +99,7 @@ class CacheFolder:
     def try_lock(self, name: str) -> int | None:
         """The same without waiting: a descriptor to close in the end; None where another process holds it."""
         self._prepare()
-        descriptor = os.open(self._root / name, os.O_RDWR | os.O_CREAT, 0o600)
+        descriptor = self._open(name)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -108,38 +112,78 @@ class CacheFolder:
         with suppress(OSError):  # another process was faster
             path.unlink()
         with self._locked("used") as descriptor:  # it may be shorter than what was counted for it
-            os.pwrite(descriptor, f"{self._measured():32d}".encode(), 0)
+            self._note(descriptor, self._measured(), time.time())
 
     @contextmanager
     def _locked(self, name: str) -> Iterator[int]:
-        descriptor = os.open(self._root / name, os.O_RDWR | os.O_CREAT, 0o600)
+        descriptor = self._open(name)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX)  # let go by the kernel if this process dies
             yield descriptor
         finally:
             os.close(descriptor)
 
+    def _open(self, name: str) -> int:
+        """The file of a lock."""
+        try:
+            return os.open(self._root / name, os.O_RDWR | os.O_CREAT, 0o600)
+        except OSError as error:
+            raise self._unusable(error) from error
+
     def _prepare(self) -> None:
         """Make the folder, for this user alone."""
-        self._root.mkdir(parents=True, exist_ok=True, mode=0o700)
-        if self._root.stat().st_uid != os.getuid():
-            raise StorageError(f"cache.folder {self._root} belongs to another user; name another folder")
+        try:
+            self._root.mkdir(parents=True, exist_ok=True, mode=0o700)
+            owner = self._root.stat().st_uid
+        except OSError as error:
+            raise self._unusable(error) from error
+        if owner != os.getuid():
+            raise ConfigError(f"cache.folder {self._root} belongs to another user; name another folder")
+
+    def _unusable(self, error: OSError) -> ConfigError:
+        return ConfigError(
+            f"cache.folder {self._root} cannot be used: {error.strerror or error}; name a folder that can be written, "
+            "or leave the cache out (cache.gb 0)"
+        )
 
     def _count(self, change: int, room: int = 0) -> bool:
-        """Change the number of bytes in use, unless they and `room` would be more than config.gb."""
+        """Change the number of bytes in use, unless they and `room` would be more than config.gb.
+
+        Before a folder counts as full it is looked at now and then: files may have been deleted, as systems do with
+        what is old in their temporary folders.
+        """
         self._prepare()
+        most = self.config.gb * 1e9
         with self._locked("used") as descriptor:
-            text = os.pread(descriptor, 32, 0)
-            used = int(text) if text.strip().isdigit() else self._measured()
-            if change >= 0 and used + change + room > self.config.gb * 1e9:
-                return False
-            if change or not text:
-                os.pwrite(descriptor, f"{max(0, used + change):32d}".encode(), 0)
-        return True
+            words = os.pread(descriptor, 64, 0).split()
+            is_known = len(words) == 2 and all(word.isdigit() for word in words)
+            used, counted_s = map(int, words) if is_known else (0, 0)
+            now_s = time.time()
+            is_full = change >= 0 and used + change + room > most
+            is_due = is_full and not 0 <= now_s - counted_s < _RECOUNT_S
+            if is_due or not is_known:
+                used, counted_s = self._measured(), int(now_s)
+                is_full = change >= 0 and used + change + room > most
+            if not is_full:
+                used = max(0, used + change)
+            if is_due or not is_known or (change and not is_full):
+                self._note(descriptor, used, counted_s)
+        return not is_full
+
+    def _note(self, descriptor: int, used: int, counted_s: float) -> None:
+        os.pwrite(descriptor, f"{used:31d} {int(counted_s):31d} ".encode(), 0)
 
     def _measured(self) -> int:
-        """Bytes of the files there, of writers that died as well."""
-        return sum(path.stat().st_size for path in self._root.glob("??/*"))
+        """Bytes of the files there; what writers that died have left is removed once it is old."""
+        total = 0
+        for path in self._root.glob("??/*"):
+            with suppress(OSError):  # a file that was just written, renamed or removed
+                about = path.stat()
+                if path.suffix == ".part" and time.time() - about.st_mtime > _ABANDONED_S:
+                    path.unlink()
+                else:
+                    total += about.st_size
+        return total
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,11 +208,15 @@ class FrameCache:
         return [self._sample(name) for name in names]
 
     def key(self, video: Mapping[str, Any], seed: int, epoch: int | None) -> str:
-        """Names the frames: 32 hex digits of all that decides their bytes. `video` is a row of references."""
+        """Names the frames: 32 hex digits of all that decides their bytes.
+
+        `video` is a row of references, with a `state` of the file where there is no checksum.
+        """
         clip = asdict(self.clip)
         del clip["sample"]
         draw = None if epoch is None else [seed, epoch, video["video_id"]]
         reference = [video[name] for name in ("uri", "offset", "length", "sha256")]
+        reference += [video["state"]] if video.get("state") else []
         sample = self.clip.sample
         grids = [grid_name(each) for each in self.samples]
         if any(each.is_dense for each in self.samples):
@@ -187,7 +235,8 @@ class FrameCache:
         except OSError:
             return False
         try:
-            with suppress(ValueError, LookupError, TypeError):  # a description that is none of ours
+            # A bad disk, or a description that is none of ours.
+            with suppress(OSError, ValueError, LookupError, TypeError):
                 if self._read(descriptor, frames, flow):
                     return True
         finally:
