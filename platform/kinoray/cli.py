@@ -82,7 +82,7 @@ VERBS: Mapping[str, Verb] = {
         settings="kinoray.library.config:CorrectConfig",
         function="kinoray.library.correct:correct",
         summary="predictions + corrections -> a labelled catalog",
-        main=("corrections", "accept_score", "val_fraction"),
+        main=("corrections", "add", "accept_score", "val_fraction"),
     ),
     "export": Verb(
         wish=_LABELS,

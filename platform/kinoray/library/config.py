@@ -135,6 +135,9 @@ class CorrectConfig(PredictionsConfig):
     labelled with at least --accept-score, in this order. Classes keep the model's order, so that a network can be
     trained on from where it is. `kinoray pack sets/second/catalog.parquet --out ...` copies the videos into shards.
 
+    With --add SET they join the set that the network was trained on: its videos, in their splits, and after them those
+    that it lacks, each content once. A correction of a video that the set has changes its label there.
+
     Where videos may have several classes, a label is all of them: `red|round`, or `|` for none. Those that the model
     named are accepted where the lowest of their scores is at least --accept-score.
     """
@@ -145,6 +148,9 @@ class CorrectConfig(PredictionsConfig):
     """CSV files (local or s3://) with the columns row_key and label, as the report's download has them."""
     accept_score: float | None = None
     """Take the model's label, too, where its score is at least this. Default: never."""
+    add: str = ""
+    """The set (a pack's folder, or its catalog.parquet) that they join. Classes keep its order, new ones come last.
+    Copies are known by their bytes (those before --transcode, too), and are read where sizes are equal."""
     catalog: str = ""
     """The catalog that was labelled (a pack's folder, .parquet): its labels, splits, checksums and sizes are kept."""
     new_classes: tuple[str, ...] = ()
