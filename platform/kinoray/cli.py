@@ -88,8 +88,8 @@ VERBS: Mapping[str, Verb] = {
         wish=_LABELS,
         settings="kinoray.library.config:ExportConfig",
         function="kinoray.library.export:export",
-        summary="predictions -> FiftyOne, Label Studio, Datumaro, JSONL, CSV",
-        main=("copy_videos",),
+        summary="predictions -> FiftyOne, Label Studio, ...; a network -> ONNX",
+        main=("copy_videos", "videos"),
     ),
     "import": Verb(
         wish=_NETWORK,
