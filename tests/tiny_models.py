@@ -1,5 +1,6 @@
 """Networks that are no part of kinoray: any `package:function` trains, and small ones keep the tests fast."""
 
+import itertools
 import os
 import signal
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from ports import wait_until
 
 OWN_NETWORKS = (
     *("tiny_models:mean_colour", "tiny_models:deadly", "tiny_models:mortal"),
+    *("tiny_models:one_by_one", "tiny_models:fickle"),
     *("label_models:mixing", "label_models:two_segments", "label_models:wrong"),
 )
 """What tests allow a checkpoint to name, as a user does with --allow-factory."""
@@ -89,6 +91,33 @@ def refuses(num_classes: int) -> Refuses:
 def wrong_shape(num_classes: int) -> MeanColour:
     """A network that does not know how many classes there are."""
     return MeanColour(num_classes + 1, 0, 0.0)
+
+
+class OneByOne(MeanColour):
+    """A network that asks how many clips there are, as a traced one may not."""
+
+    def forward(self, *, rgb: Tensor | None, flow: Tensor | None) -> Tensor:
+        assert rgb is not None
+        clips = [super(OneByOne, self).forward(rgb=clip[None], flow=None) for clip in rgb.unbind()]
+        return torch.cat(clips)
+
+
+def one_by_one(num_classes: int) -> OneByOne:
+    return OneByOne(num_classes, 0, 0.0)
+
+
+class Fickle(MeanColour):
+    """A network that says something else each time."""
+
+    def forward(self, *, rgb: Tensor | None, flow: Tensor | None) -> Tensor:
+        return super().forward(rgb=rgb, flow=flow) + next(_CALLS)
+
+
+def fickle(num_classes: int) -> Fickle:
+    return Fickle(num_classes, 0, 0.0)
+
+
+_CALLS = itertools.count()
 
 
 class Mortal(MeanColour):

@@ -105,7 +105,7 @@ class ClipClassifier(nn.Module):
         A modality that the model does not use is not looked at. Raises ValueError stating expected and received.
         """
         logits = [self._average(net, x) for net, x in self.streams(rgb, flow).values()]
-        if len({stream.shape for stream in logits}) > 1:
+        if any(stream.shape != logits[0].shape for stream in logits):
             assert rgb is not None
             assert flow is not None
             raise ValueError(

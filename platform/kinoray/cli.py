@@ -82,14 +82,14 @@ VERBS: Mapping[str, Verb] = {
         settings="kinoray.library.config:CorrectConfig",
         function="kinoray.library.correct:correct",
         summary="predictions + corrections -> a labelled catalog",
-        main=("corrections", "accept_score", "val_fraction"),
+        main=("corrections", "add", "accept_score", "val_fraction"),
     ),
     "export": Verb(
         wish=_LABELS,
         settings="kinoray.library.config:ExportConfig",
         function="kinoray.library.export:export",
-        summary="predictions -> FiftyOne, Label Studio, Datumaro, JSONL, CSV",
-        main=("copy_videos",),
+        summary="predictions -> FiftyOne, Label Studio, ...; a network -> ONNX",
+        main=("copy_videos", "videos"),
     ),
     "import": Verb(
         wish=_NETWORK,

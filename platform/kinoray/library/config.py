@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from kinoray.config.shared import DecodeConfig, StoreConfig, require
+from kinoray.config.shared import AllowedFactories, DecodeConfig, StoreConfig, require
 
 __all__ = [
     "CorrectConfig",
@@ -93,9 +93,11 @@ class LabelsConfig(PredictionsConfig):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ExportConfig(PredictionsConfig):
-    """Hand predictions over to another tool, with one entry for every labelled video.
+    """Hand predictions over to another tool, with one entry for every labelled video; or a network to another program.
 
     Example: kinoray export labels/library --format label-studio --to handover
+
+    Of a network: kinoray export runs/first --format onnx --videos samples/ --to network
 
     What has no answer is in quarantined.jsonl beside it, and both are counted: entries + quarantined = rows. In csv and
     jsonl every row is there, quarantined ones too. docs/labels.md says how each tool takes it in.
@@ -104,9 +106,15 @@ class ExportConfig(PredictionsConfig):
       label-studio  tasks.json with pre-annotations, and labeling-config.xml for the project
       datumaro      Datumaro's own JSON: a video and a label each
       jsonl, csv    the table with all its columns
+      onnx, torch-export
+                    a checkpoint's network for ONNX Runtime (pip install 'kinoray[onnx]') or torch.export.load,
+                    and network.json: how its clips are made, how its logits differ (docs/models.md)
     """
 
-    format: Literal["fiftyone", "label-studio", "datumaro", "jsonl", "csv"]
+    predictions: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")]
+    """What `label` or `evaluate` wrote: the --out, or the folder of one labelling in it. For onnx and torch-export what
+    --checkpoint of label takes: a checkpoint, a run folder, or a published network."""
+    format: Literal["fiftyone", "label-studio", "datumaro", "jsonl", "csv", "onnx", "torch-export"]
     """For which tool."""
     to: str
     """Folder on this machine for the files; new or empty, or what an export was writing before."""
@@ -115,10 +123,25 @@ class ExportConfig(PredictionsConfig):
 
     Name what was labelled (folder, prefix, pack or list): only its videos are copied, whatever files the table names.
     """
+    videos: str = ""
+    """Of a network: videos (folder, pack, list or one), on the first eight of which the file is compared with it.
+    Default: on three clips of noise."""
+    allow_factory: AllowedFactories = ()
+    """Of a network: PACKAGE:FUNCTION of one of your own that the checkpoint names; its code runs with your rights."""
     decode: DecodeConfig = field(default_factory=DecodeConfig)
     """Limits of what is decoded of a video for it."""
 
+    @property
+    def is_of_network(self) -> bool:
+        """Whether a network is exported, and not predictions."""
+        return self.format in ("onnx", "torch-export")
+
     def __post_init__(self) -> None:
+        for name in ("videos", "allow_factory"):
+            fits = self.is_of_network or not getattr(self, name)
+            require(fits, name, "given with --format onnx or torch-export only", getattr(self, name))
+        fits = not (self.is_of_network and self.copy_videos)
+        require(fits, "copy_videos", "left out with --format onnx or torch-export", self.copy_videos)
         require(self.decode.device == "cpu", "decode.device", "cpu for so few frames", self.decode.device)
 
 
@@ -135,6 +158,9 @@ class CorrectConfig(PredictionsConfig):
     labelled with at least --accept-score, in this order. Classes keep the model's order, so that a network can be
     trained on from where it is. `kinoray pack sets/second/catalog.parquet --out ...` copies the videos into shards.
 
+    With --add SET they join the set that the network was trained on: its videos, in their splits, and after them those
+    that it lacks, each content once. A correction of a video that the set has changes its label there.
+
     Where videos may have several classes, a label is all of them: `red|round`, or `|` for none. Those that the model
     named are accepted where the lowest of their scores is at least --accept-score.
     """
@@ -145,6 +171,9 @@ class CorrectConfig(PredictionsConfig):
     """CSV files (local or s3://) with the columns row_key and label, as the report's download has them."""
     accept_score: float | None = None
     """Take the model's label, too, where its score is at least this. Default: never."""
+    add: str = ""
+    """The set (a pack's folder, or its catalog.parquet) that they join. Classes keep its order, new ones come last.
+    Copies are known by their bytes (those before --transcode, too), and are read where sizes are equal."""
     catalog: str = ""
     """The catalog that was labelled (a pack's folder, .parquet): its labels, splits, checksums and sizes are kept."""
     new_classes: tuple[str, ...] = ()

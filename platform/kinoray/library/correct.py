@@ -13,7 +13,6 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -22,14 +21,14 @@ import numpy as np
 import pyarrow as pa
 
 from kinoray.catalog.folders import BETWEEN_CLASSES, class_name, in_label_list, label_list, set_problems
-from kinoray.catalog.read import stat_size
 from kinoray.catalog.source import decode_text, parse_table_text, warn
-from kinoray.catalog.table import CATALOG_SCHEMA, Catalog, Reference, catalog_of_source, save_catalog
+from kinoray.catalog.table import CATALOG_SCHEMA, Catalog, Reference, catalog_of_source, load_catalog, save_catalog
 from kinoray.console import many
 from kinoray.errors import CatalogError
 from kinoray.label.keys import row_keys
 from kinoray.label.ledger import Ledger, open_ledger
 from kinoray.library.config import CorrectConfig
+from kinoray.library.joined import Found, join_set, names_of, sizes_of
 from kinoray.library.rows import BAD_VIDEO, class_names, is_multi_label, scan, undefused
 from kinoray.pack.splits import Candidate, contents_of, draw_splits
 from kinoray.storage.objects import MAX_TABLE_BYTES, Storage, absolute, join
@@ -40,7 +39,6 @@ __all__ = ["Correction", "correct", "read_corrections"]
 _COLUMNS = ("video_id", "uri", "offset", "length", "row_key", "status", "label", "score")
 _NUMBER = re.compile(r"\s*[-+]?(\d+(\.\d*)?|\.\d+)(e[-+]?\d+)?\s*", re.ASCII | re.IGNORECASE)
 _MAX_NUMBER = 40  # characters
-_STAT_THREADS = 16
 _Row = dict[str, Any]
 
 
@@ -63,10 +61,12 @@ class Correction:
 def correct(config: CorrectConfig) -> dict[str, Any]:
     """Write OUT/catalog.parquet and OUT/corrections.json, and print what went in and what did not.
 
+    With config.add the catalog is that of a set, which the videos join.
+
     Returns:
         Counts of rows: `corrected`, `kept` (label of --catalog), `accepted` (the model's), `bad`, `quarantined`
         (quarantined or skipped), `unlabelled`; `videos` in the catalog, `changed` (corrected to another class than the
-        model's), `splits`, `classes` and `catalog_digest`.
+        model's), `splits`, `classes` and `catalog_digest`; with config.add those of Joined, too.
 
     Raises:
         CatalogError: a line names no row, no class, or one video twice; or no video is left.
@@ -79,13 +79,19 @@ def correct(config: CorrectConfig) -> dict[str, Any]:
     known = Catalog(CATALOG_SCHEMA.empty_table())
     if config.catalog:
         known = catalog_of_source(storage, absolute(config.catalog))
-    labels = _classes(ledger, config, known)
-    several = _gives_lists(ledger, config, known, labels)
+    base = load_catalog(storage, absolute(config.add)) if config.add else None
+    labels = _classes(ledger, config, known, base)
+    several = _gives_lists(ledger, config, (known, base), labels)
     corrections, repeated = read_corrections(storage, config.corrections, labels, several=several)
     counts: Counter[str] = Counter()
-    rows = list(_labelled_rows(ledger, config, known, corrections, counts, several=several))
+    found = list(_labelled_rows(ledger, config, known, corrections, counts, several=several))
     _require_used(corrections, counts, ledger)
     counts["respelled"] = _require_same_videos(corrections, ledger)
+    rows = [item.row for item in found if item.what != "bad"]
+    joined = None
+    if base is not None:
+        joined = join_set(storage, base, found, labels, new_classes=config.new_classes, several=several)
+        rows, labels = joined.rows, joined.labels
     if not rows:
         raise CatalogError(
             f"no video of {ledger.root} has a label now: give --corrections with classes, or a lower --accept-score"
@@ -94,34 +100,38 @@ def correct(config: CorrectConfig) -> dict[str, Any]:
     splits = _splits(storage, ledger.root, rows, config.val_fraction, several=several)
     for row in rows:
         row["split"] = splits[row["video_id"]]
+        said = row["label"]
         if several:
-            row["label_ids"] = sorted(ids[name] for name in in_label_list(row["label"]))
+            row["label_ids"] = None if said is None else sorted(ids[name] for name in in_label_list(said))
             row["label"] = row["label_id"] = None
         else:
-            row["label_id"] = ids[row["label"]]
+            row["label_id"] = None if said is None else ids[said]
     arrays = [pa.array([row.get(field.name) for row in rows], field.type) for field in CATALOG_SCHEMA]
     catalog = Catalog(pa.table(arrays, schema=CATALOG_SCHEMA), labels)
     out = absolute(config.out)
-    totals = _totals(counts, catalog, repeated)
+    totals = _totals(counts, catalog, repeated) | (joined.totals if joined else {})
     _save_record(storage, config, out, ledger, totals)  # first: it says whose the folder is
     save_catalog(storage, join(out, "catalog.parquet"), catalog)
-    _report(out, totals)
+    _report(config, out, totals)
     return totals
 
 
-def _gives_lists(ledger: Ledger, config: CorrectConfig, known: Catalog, labels: Sequence[str]) -> bool:
+def _gives_lists(
+    ledger: Ledger, config: CorrectConfig, catalogs: tuple[Catalog, Catalog | None], labels: Sequence[str]
+) -> bool:
     """Whether a video may have several classes.
 
     Raises:
-        CatalogError: the catalog says otherwise than the predictions, or a class cannot be written in a list.
+        CatalogError: a catalog says otherwise than the predictions, or a class cannot be written in a list.
     """
     several = is_multi_label(ledger)
-    if len(known) and any(known.class_names()) and known.is_multilabel != several:
-        lists, one = "label lists", "one class a video"
-        raise CatalogError(
-            f"catalog: {config.catalog} has {one if several else lists}, the predictions {lists if several else one}; "
-            "name the catalog that the network was trained for"
-        )
+    for name, catalog in zip(("catalog", "add"), catalogs, strict=True):
+        if catalog and any(catalog.class_names()) and catalog.is_multilabel != several:
+            lists, one = "label lists", "one class a video"
+            raise CatalogError(
+                f"{name}: {getattr(config, name)} has {one if several else lists}, the predictions "
+                f"{lists if several else one}; name the catalog that the network was trained for"
+            )
     if several and (odd := [name for name in labels if BETWEEN_CLASSES in name]):
         raise CatalogError(f"the class {odd[0]!r} holds {BETWEEN_CLASSES!r}, which divides classes; rename the class")
     return several
@@ -134,12 +144,9 @@ def _splits(
     contents = [row.get("sha256") for row in rows]
     if val_fraction:
         places = [Reference(row["uri"], row["offset"], row["length"], row.get("sha256")) for row in rows]
-        sizes = [row["length"] if row["length"] is not None else row.get("size_bytes") for row in rows]
-        with ThreadPoolExecutor(_STAT_THREADS) as pool:
-            known = list(pool.map(lambda place, size: size or stat_size(storage, place.uri), places, sizes))
-        contents = contents_of(storage, list(zip(places, known, strict=True)))
+        contents = contents_of(storage, list(zip(places, sizes_of(storage, rows), strict=True)))
     candidates = [
-        Candidate(row["video_id"], in_label_list(row["label"]) if several else (row["label"],), row["split"], content)
+        Candidate(row["video_id"], names_of(row, several=several), row["split"], content)
         for row, content in zip(rows, contents, strict=True)
     ]
     splits = draw_splits(source, candidates, val_fraction)
@@ -151,9 +158,9 @@ def _splits(
     return splits
 
 
-def _classes(ledger: Ledger, config: CorrectConfig, known: Catalog) -> tuple[str, ...]:
-    """The model's classes in its order, then those that the catalog or the user add."""
-    labels = dict.fromkeys([*class_names(ledger), *known.labels, *config.new_classes])
+def _classes(ledger: Ledger, config: CorrectConfig, known: Catalog, base: Catalog | None) -> tuple[str, ...]:
+    """The model's classes in its order, then those that the catalogs or the user add."""
+    labels = dict.fromkeys([*class_names(ledger), *known.labels, *(base.labels if base else ()), *config.new_classes])
     if BAD_VIDEO in labels:
         raise CatalogError(f"a class is called {BAD_VIDEO}, which means a video to leave out; rename the class")
     return tuple(labels)
@@ -278,8 +285,8 @@ def _labelled_rows(
     counts: Counter[str],
     *,
     several: bool,
-) -> Iterator[_Row]:
-    """Catalog rows without label_id of every video that has a label now; `counts` says what became of each."""
+) -> Iterator[Found]:
+    """Every video that has a label now, or is bad; `counts` says what became of each row."""
     place = {key: row for row, key in enumerate(row_keys(known.table))}
     most = _most_classes(ledger)
     if several and most < math.inf and config.accept_score is not None:
@@ -309,7 +316,7 @@ def _labelled_rows(
                 continue
             if what == "corrected" and label != said["label"]:
                 counts["changed"] += 1
-            yield _catalog_row(said, before, label, what)
+            yield Found(_catalog_row(said, before, label, what), what, correction.where if correction else "")
     if place and not met:
         raise CatalogError(
             f"catalog: no row of {config.catalog} is an input of {ledger.root}; name the catalog that was labelled"
@@ -348,9 +355,9 @@ def _require_same_videos(corrections: Mapping[str, Correction], ledger: Ledger) 
 def _label_of(
     said: _Row, before: _Row | None, correction: Correction | None, accept_score: float | None
 ) -> tuple[str | None, str]:
-    """The label that a row has now (None: it is left out), and the word for why."""
+    """The label that a row has now (None: nothing is known of it), and the word for why."""
     if correction and correction.label == BAD_VIDEO:
-        return None, "bad"
+        return BAD_VIDEO, "bad"
     if said["status"] != "labelled":
         return None, "quarantined"
     if correction:
@@ -410,13 +417,20 @@ def _save_record(storage: Storage, config: CorrectConfig, out: str, ledger: Ledg
     storage.put(join(out, "corrections.json"), json.dumps(record, indent=1).encode())
 
 
-def _report(out: str, totals: dict[str, Any]) -> None:
+def _report(config: CorrectConfig, out: str, totals: dict[str, Any]) -> None:
     splits = ", ".join(f"{count} {split}" for split, count in totals["splits"].items())
     corrected = f"{totals['corrected']} corrected ({totals['changed']} to another class than the model's)"
-    print(
-        f"correct: {many(totals['videos'], 'video')} ({splits}) = {corrected} + {totals['kept']} as the catalog has "
-        f"them + {totals['accepted']} as the model has them"
-    )
+    known = f"{corrected} + {totals['kept']} as the catalog has them + {totals['accepted']} as the model has them"
+    videos = f"{many(totals['videos'], 'video')} ({splits})"
+    if config.add:
+        kept = totals["videos"] - totals["added"]
+        print(f"correct: {videos} = {kept} of {config.add} + {totals['added']} that joined it; found were {known}")
+        print(
+            f"correct: {totals['in_set']} of those found are in the set already: {totals['relabelled']} got another "
+            f"label there, {totals['removed']} were taken out as bad; {totals['copies']} others were further copies"
+        )
+    else:
+        print(f"correct: {videos} = {known}")
     print(
         f"correct: left out: {many(totals['bad'], 'bad video')}, {totals['quarantined']} that could not be read, "
         f"{totals['unlabelled']} without a label"

@@ -328,7 +328,7 @@ _FORMATS: dict[str, _Maker] = {"fiftyone": FiftyOne, "label-studio": LabelStudio
 
 
 def export(config: ExportConfig) -> dict[str, Any]:
-    """Write the files.
+    """Write the files; of a network, as `kinoray.library.portable.export_network` says.
 
     Returns:
         `rows`, `exported`, `quarantined` (and skipped), `not_copied`, `unfinished` (no row yet) and `to`.
@@ -343,6 +343,10 @@ def export(config: ExportConfig) -> dict[str, Any]:
         raise ConfigError(f"to must be a folder on this machine, got {config.to}; copy it up when it is finished")
     storage = Storage(config.storage)
     require_folder(storage, "to", config.to, "export")
+    if config.is_of_network:
+        from kinoray.library.portable import export_network  # torch, which takes seconds
+
+        return export_network(config)
     ledger = open_ledger(storage, absolute(config.predictions))
     folder = Path(absolute(config.to))
     try:

@@ -59,7 +59,7 @@ _OWN: Mapping[Writer, tuple[str, ...]] = {
     "label": ("*/job.json", "evaluation.json", "calibration.json"),
     "labels": ("_by_kinoray.json",),
     "correct": ("corrections.json",),
-    "export": ("quarantined.jsonl",),
+    "export": ("quarantined.jsonl", "network.json"),
     "report": ("data/site.js",),
     "import": ("checkpoint.json", "import.json"),
     "demo": ("demo.json",),

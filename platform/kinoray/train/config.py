@@ -85,6 +85,9 @@ class TrainConfig(JobConfig):
     """Steps between checkpoints inside an epoch (the newest is kept), written while training goes on; 0 for none."""
     max_failures: int = 3
     """How often dead workers are started again from the newest checkpoint, and Ray Train's controller likewise."""
+    track: Literal["mlflow", "wandb"] | None = None
+    """Tell a tracker of each epoch, too: MLflow or Weights & Biases, by its own client (pip install 'kinoray[mlflow]'),
+    whose own variables say where (MLFLOW_TRACKING_URI, WANDB_MODE). One that is down stops nothing (docs/tuning.md)."""
     model: ModelConfig = field(default_factory=ModelConfig)
     """The network."""
     clip: ClipConfig = field(default_factory=ClipConfig)

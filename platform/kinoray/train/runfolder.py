@@ -7,6 +7,7 @@ trained again after a failure replace what the first try wrote.
     config.yaml        all settings, as --config reads them
     environment.json   for each start of the workers: versions, commit, hosts
     status.json        what the driver last said about the run; see kinoray.train.runs
+    tracker.json       with --track: the run's id there, and the last epoch that was told
     metrics.jsonl      one EpochRow an epoch
     losses/            one file of JSON lines an epoch, one StepRow a step
     tensorboard/       one event file an epoch

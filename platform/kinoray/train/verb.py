@@ -36,9 +36,10 @@ from kinoray.train.config import TrainConfig
 from kinoray.train.job import Gate, run_workers
 from kinoray.train.recipe import rate_factors
 from kinoray.train.recorder import draw_curves
-from kinoray.train.runfolder import RunFolder, stopped_early
+from kinoray.train.runfolder import RunFolder, run_settings, stopped_early
 from kinoray.train.runs import Heartbeat
 from kinoray.train.state import start_from
+from kinoray.train.tracking import require_tracker, tracked
 
 __all__ = ["check_training", "train", "with_start"]
 
@@ -71,6 +72,7 @@ def train(config: TrainConfig, gate: Gate | None = None) -> dict[str, Any]:
     init_from = config.init_from
     folder = RunFolder(storage, config.out)
     require_known_model(config.model)  # before anything is read: a wrong name is the first thing to say
+    require_tracker(config.track)
     draw_step(f"train: reading {config.catalog}")
     catalog = load_catalog(storage, config.catalog)
     draw_step("train: building the network, to see whether the settings fit it")
@@ -81,15 +83,17 @@ def train(config: TrainConfig, gate: Gate | None = None) -> dict[str, Any]:
     if init_from and newest is None:
         _check_start(storage, config, catalog)
     folder.claim(config, catalog)
-    if newest is None or not _is_finished(folder, config, newest):
-        sizes = f"{many(num_train, 'video')}, {num_val} to score, {many(len(catalog.labels), 'class')}"
-        print(f"train: {sizes}, {many(config.optim.epochs, 'epoch')}, to {config.out}", flush=True)
-        _say_problems(config, catalog)
-        newest = _train_on(folder, config, catalog, gate)  # its first worker says what is broken
-    else:
-        for line in broken:
-            print(f"train: {visible(line)}")
-        print(f"train: {config.out} is finished ({many(newest[1].epoch, 'epoch')}); nothing is left to do", flush=True)
+    with tracked(folder, config.track, run_settings(config, catalog)):
+        if newest is None or not _is_finished(folder, config, newest):
+            sizes = f"{many(num_train, 'video')}, {num_val} to score, {many(len(catalog.labels), 'class')}"
+            print(f"train: {sizes}, {many(config.optim.epochs, 'epoch')}, to {config.out}", flush=True)
+            _say_problems(config, catalog)
+            newest = _train_on(folder, config, catalog, gate)  # its first worker says what is broken
+        else:
+            for line in broken:
+                print(f"train: {visible(line)}")
+            done = many(newest[1].epoch, "epoch")
+            print(f"train: {config.out} is finished ({done}); nothing is left to do", flush=True)
     num_before = before[1].samples if before else 0
     return _result(folder, newest, num_before, time.monotonic() - start_s)
 
