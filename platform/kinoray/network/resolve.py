@@ -133,7 +133,7 @@ def is_whole(text: str) -> bool:
 
 _PLACES = (
     *("source", "catalog", "out", "predictions", "corrections", "annotations", "label_names", "labels", "join", "to"),
-    *("copy_videos", "rates", "prefix", "bucket", "a", "b", "checkpoint", "init_from", "ensemble"),
+    *("cache", "copy_videos", "rates", "prefix", "bucket", "a", "b", "checkpoint", "init_from", "ensemble"),
 )
 """Settings that are addresses, in any verb."""
 
