@@ -186,13 +186,14 @@ def test_flags_win_over_the_file_and_the_file_over_defaults(tmp_path: Path, caps
 
 @pytest.mark.parametrize("verb", list(VERBS))
 def test_every_verb_explains_itself(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([verb, "--help"]) == 0
+    assert main([*verb.split(), "--help"]) == 0
     short = capsys.readouterr().out
+    assert short.startswith(f"usage: kinoray {verb} ")
     assert "Example: kinoray" in short
     assert "--config" in short
-    assert main(["help", verb]) == 0
+    assert main(["help", *verb.split()]) == 0
     assert capsys.readouterr().out == short
-    assert main([verb, "--help-all"]) == 0
+    assert main([*verb.split(), "--help-all"]) == 0
     full = capsys.readouterr().out
     assert set(short.splitlines()) - set(full.splitlines()) <= {
         line for line in short.splitlines() if line.endswith(" settings.")
@@ -206,7 +207,7 @@ def test_every_flag_in_an_example_of_a_help_page_is_explained_on_it(
     verb: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     flag = re.compile(r"(?<![\w-])--[a-z][a-z.-]*")
-    assert main([verb, "--help"]) == 0
+    assert main([*verb.split(), "--help"]) == 0
     page = capsys.readouterr().out
     examples = re.findall(r"^Example: .*?\n\n", page, re.MULTILINE | re.DOTALL)
     used = {name for example in examples for name in flag.findall(example.partition(" -- ")[0])}
@@ -244,11 +245,22 @@ def test_the_overview_has_every_verb_once(capsys: pytest.CaptureFixture[str]) ->
         name
         for wish in dict.fromkeys(verb.wish for verb in VERBS.values())
         for name in VERBS
-        if VERBS[name].wish == wish
+        if VERBS[name].wish == wish and " " not in name
     ]
+    assert len(re.findall(r"^  [a-z]+ ", text, re.MULTILINE)) <= 18
     assert max(map(len, text.splitlines())) <= 110
     assert main(["--help"]) == 0
     assert capsys.readouterr().out == text
+
+
+def test_the_help_of_a_verb_names_those_of_two_words_below_it(capsys: pytest.CaptureFixture[str]) -> None:
+    below = [name for name in VERBS if " " in name]
+    assert below == ["labels search", "labels dedup", "labels select"]
+    for name in below:
+        assert main(["help", name.split()[0]]) == 0
+        assert f"kinoray {name} " in capsys.readouterr().out
+        assert main([*name.split(), "--nope"]) == 2
+        assert f"kinoray {name}: ConfigError: there is no --nope" in one_line(capsys)
 
 
 @pytest.mark.parametrize("word", ["-V", "--version", "version"])

@@ -112,6 +112,8 @@ def check_labels(checkout: Path, storage: Storage, said: list[str]) -> None:
     for name in ("second", "third"):
         assert len(load_catalog(Storage(), str(checkout / "sets" / name / "catalog.parquet"))) == NUM_VIDEOS - 1
     assert (checkout / "runs" / "second" / "metrics.jsonl").is_file()
+    with (checkout / "next.csv").open(newline="") as file:
+        assert len([row["row_key"] for row in csv.DictReader(file)]) == 8
 
 
 def check_answers(checkout: Path, storage: Storage, said: list[str]) -> None:

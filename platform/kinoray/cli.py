@@ -12,7 +12,6 @@ import os
 import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, cast
 
 from kinoray import __version__, console
@@ -27,7 +26,7 @@ class Verb:
     """A verb: what a person wants of it, where its settings and its function are, and its line in the overview."""
 
     wish: str
-    """The heading under which the overview has it."""
+    """The heading under which the overview has it; "" of a verb of two words, which the help of the first names."""
     settings: str
     """`module:class` of its config tree, imported when the verb is asked for."""
     function: str
@@ -69,6 +68,27 @@ VERBS: Mapping[str, Verb] = {
         function="kinoray.library.labels:labels",
         summary="predictions: filter, join, sort; as table, CSV or Parquet",
         main=("label", "status", "sort", "format"),
+    ),
+    "labels search": Verb(
+        wish="",
+        settings="kinoray.library.config:SearchConfig",
+        function="kinoray.library.similar:search",
+        summary="embeddings: what is most similar to a video",
+        main=("limit", "cache"),
+    ),
+    "labels dedup": Verb(
+        wish="",
+        settings="kinoray.library.config:DedupConfig",
+        function="kinoray.library.similar:dedup",
+        summary="embeddings: near duplicates, and which to keep",
+        main=("threshold", "join", "across"),
+    ),
+    "labels select": Verb(
+        wish="",
+        settings="kinoray.library.config:SelectConfig",
+        function="kinoray.library.selection:select",
+        summary="embeddings: what to label next",
+        main=("stratified", "corrections"),
     ),
     "report": Verb(
         wish=_LABELS,
@@ -201,7 +221,7 @@ def _load(name: str) -> Any:
 
 def _overview() -> str:
     lines = ["usage: kinoray VERB [OPTIONS]", "", "Video classification at library scale on Ray."]
-    for wish in dict.fromkeys(verb.wish for verb in VERBS.values()):
+    for wish in dict.fromkeys(verb.wish for verb in VERBS.values() if verb.wish):
         lines.extend(["", f"{wish}:"])
         lines.extend(f"  {name:<11}{verb.summary}" for name, verb in VERBS.items() if verb.wish == wish)
     lines += [
@@ -226,8 +246,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     if argv is None:
         console.end_process(lambda: main(sys.argv[1:]))
-    name, rest = (argv[0], list(argv[1:])) if argv else ("", [])
+    name, rest = _verb_of(argv)
     return guarded(name, lambda: _run(name, rest))
+
+
+def _verb_of(words: Sequence[str]) -> tuple[str, list[str]]:
+    """The verb, of one word or of two, and what follows it."""
+    num_words = 2 if " ".join(words[:2]) in VERBS else 1
+    return " ".join(words[:num_words]), list(words[num_words:])
 
 
 def _run(name: str, arguments: list[str]) -> int:
@@ -239,7 +265,7 @@ def _run(name: str, arguments: list[str]) -> int:
         if not arguments:
             print(_overview())
             return 0 if name else 2
-        name, arguments = arguments[0], ["--help"]
+        name, arguments = _verb_of(arguments)[0], ["--help"]
     verb = VERBS[_known(name)]
     config = parse_settings(name, verb.config(), arguments, verb.main)
     if config is None:
@@ -331,13 +357,17 @@ def parse_settings(
 
 def _parse(name: str, cls: type[Any], arguments: list[str]) -> tuple[Any, bool]:
     """The config from a file, preset or run and flags (flags win), and whether to print it only."""
+    from kinoray.config.help import source_first, take_flag  # needs tyro
+
     end = arguments.index("--") if "--" in arguments else len(arguments)
     arguments, submitted = arguments[:end], arguments[end:]  # what follows `--` are flags of the verb that is submitted
     print_only = "--print-config" in arguments
     arguments = [argument for argument in arguments if argument != "--print-config"]
-    arguments, path = _take(arguments, "--config", "the name of a YAML file")
-    arguments, preset = _take(arguments, "--preset", f"one of {', '.join(_presets())}")
-    arguments, run = _take(arguments, "--like", "a run folder")
+    arguments, path = take_flag(arguments, "--config", "the name of a YAML file")
+    arguments, preset = take_flag(arguments, "--preset", f"one of {', '.join(_presets())}")
+    run = ""
+    if not hasattr(cls, "like"):  # `labels search` has one of its own
+        arguments, run = take_flag(arguments, "--like", "a run folder")
     flags = [flag for flag, value in (("--preset", preset), ("--config", path), ("--like", run)) if value]
     if len(flags) > 1:
         raise ConfigError(f"{flags[0]} and {flags[1]} exclude each other; {flags[0]} ... --print-config makes a file")
@@ -346,7 +376,7 @@ def _parse(name: str, cls: type[Any], arguments: list[str]) -> tuple[Any, bool]:
         try:
             return _parse_flags(name, cls, [*arguments, *submitted], default)
         except ConfigError as error:
-            reordered = _source_first(arguments) if str(error).startswith("Missing") else arguments
+            reordered = source_first(arguments) if str(error).startswith("Missing") else arguments
             if reordered == arguments:
                 raise
             return _parse_flags(name, cls, reordered, default)
@@ -354,7 +384,7 @@ def _parse(name: str, cls: type[Any], arguments: list[str]) -> tuple[Any, bool]:
     path, run = (os.path.expanduser(local_path(place)) for place in (path, run))
     if path:
         default = _load("kinoray.config.file:load_config")(cls, path)
-        if _is_of_a_run(path):
+        if _load("kinoray.config.file:is_of_a_run")(path):
             _require_own_word(name, arguments, default, f"--config {path} is of a run, by its name or its folder, and")
     elif preset:
         _require_trains(name, "--preset")
@@ -371,14 +401,6 @@ def _parse(name: str, cls: type[Any], arguments: list[str]) -> tuple[Any, bool]:
     return config, print_only
 
 
-def _is_of_a_run(path: str) -> bool:
-    """Whether a config may be a stranger's run: that may lack what would show it, so the name of the file is enough."""
-    return any(
-        place.name in _OUR_CONFIGS or any(os.path.lexists(place.parent / file) for file in _RUN_FILES)
-        for place in (Path(path), Path(path).resolve())
-    )
-
-
 def _require_trains(name: str, flag: str) -> None:
     if name not in _WITH_PRESETS:
         raise ConfigError(f"{flag} is for {' and '.join(_WITH_PRESETS)}, not for {name}")
@@ -393,7 +415,9 @@ def _require_own_word(name: str, arguments: list[str], default: Any, where: str)
     flag, named = "--allow-factory", list(getattr(default, "allow_factory", ()))
     if name in _WITH_PRESETS:
         flag = "--model.factory"
-        named = [] if _take(arguments, flag, "a network")[1] else [default.model.factory]
+        named = (
+            [] if _load("kinoray.config.help:take_flag")(arguments, flag, "a network")[1] else [default.model.factory]
+        )
     for factory in named:
         if factory in arguments or f"{flag}={factory}" in arguments:
             continue
@@ -422,36 +446,3 @@ def _parse_flags(name: str, cls: type[Any], arguments: list[str], default: Any) 
         raise ConfigError(
             _load("kinoray.config.help:what_is_wrong")(name, cls, arguments, messages.getvalue())
         ) from None
-
-
-def _source_first(arguments: list[str]) -> list[str]:
-    """`--annotations A B SOURCE` -> `SOURCE --annotations A B`: a flag that takes many values takes the source, too."""
-    if "--annotations" not in arguments:
-        return arguments
-    begin = end = arguments.index("--annotations") + 1
-    while end < len(arguments) and not arguments[end].startswith("--"):
-        end += 1
-    if end - begin < 2:
-        return arguments
-    return [arguments[end - 1], *arguments[: end - 1], *arguments[end:]]
-
-
-def _take(arguments: list[str], flag: str, what: str) -> tuple[list[str], str]:
-    """The arguments without `flag VALUE` or `flag=VALUE`, and the value; "" where it is not given."""
-    rest: list[str] = []
-    value = ""
-    items = iter(arguments)
-    for item in items:
-        if item == flag:
-            value = next(items, "")
-            if not value:
-                raise ConfigError(f"{flag} needs {what}")
-        elif item.startswith(f"{flag}="):
-            value = item.removeprefix(f"{flag}=")
-        else:
-            rest.append(item)
-    return rest, value
-
-
-_OUR_CONFIGS = ("config.yaml", "best.yaml")  # what kinoray writes into runs and sweeps
-_RUN_FILES = ("run.json", "sweep.json")  # what it writes beside them

@@ -6,10 +6,12 @@ break: `yaml.safe_load` runs no code, but 600 bytes of aliases that name aliases
 
 import dataclasses
 import math
+import os
 import re
 import types
 import typing
 from collections.abc import Hashable, Iterable, Mapping
+from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
 import tyro
@@ -24,6 +26,7 @@ __all__ = [
     "config_from_mapping",
     "dump_yaml",
     "first_repeated",
+    "is_of_a_run",
     "load_config",
     "parse_yaml",
     "to_yaml",
@@ -270,3 +273,15 @@ def _plain(value: Any) -> Any:
     if isinstance(value, tuple):
         return [_plain(item) for item in value]
     return value
+
+
+def is_of_a_run(path: str) -> bool:
+    """Whether a config may be a stranger's run: that may lack what would show it, so the name of the file is enough."""
+    return any(
+        place.name in _OUR_CONFIGS or any(os.path.lexists(place.parent / file) for file in _RUN_FILES)
+        for place in (Path(path), Path(path).resolve())
+    )
+
+
+_OUR_CONFIGS = ("config.yaml", "best.yaml")  # what kinoray writes into runs and sweeps
+_RUN_FILES = ("run.json", "sweep.json")  # what it writes beside them

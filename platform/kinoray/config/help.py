@@ -21,9 +21,9 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import tyro
 
-from kinoray.errors import in_full
+from kinoray.errors import ConfigError, in_full
 
-__all__ = ["Setting", "settings_of", "verb_help", "what_is_wrong"]
+__all__ = ["Setting", "settings_of", "source_first", "take_flag", "verb_help", "what_is_wrong"]
 
 _INDENT = 26
 _FLAG = re.compile(r"(?<![\w-])--?[a-z][\w.-]*")
@@ -346,3 +346,35 @@ def _unknown_flag(settings: Sequence[Setting], arguments: Sequence[str]) -> str:
         if argument.startswith("--") and _flag_of(argument) not in known:
             return argument.partition("=")[0]
     return ""
+
+
+# Command lines before tyro has them
+
+
+def source_first(arguments: list[str]) -> list[str]:
+    """`--annotations A B SOURCE` -> `SOURCE --annotations A B`: a flag that takes many values takes the source, too."""
+    if "--annotations" not in arguments:
+        return arguments
+    begin = end = arguments.index("--annotations") + 1
+    while end < len(arguments) and not arguments[end].startswith("--"):
+        end += 1
+    if end - begin < 2:
+        return arguments
+    return [arguments[end - 1], *arguments[: end - 1], *arguments[end:]]
+
+
+def take_flag(arguments: list[str], flag: str, what: str) -> tuple[list[str], str]:
+    """The arguments without `flag VALUE` or `flag=VALUE`, and the value; "" where it is not given."""
+    rest: list[str] = []
+    value = ""
+    items = iter(arguments)
+    for item in items:
+        if item == flag:
+            value = next(items, "")
+            if not value:
+                raise ConfigError(f"{flag} needs {what}")
+        elif item.startswith(f"{flag}="):
+            value = item.removeprefix(f"{flag}=")
+        else:
+            rest.append(item)
+    return rest, value

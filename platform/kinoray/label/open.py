@@ -16,6 +16,7 @@ import pyarrow as pa
 from kinoray.catalog.pieces import Pieces
 from kinoray.catalog.rows import Rows
 from kinoray.catalog.table import Catalog, catalog_of_source, rows_of_source
+from kinoray.config.file import config_from_mapping
 from kinoray.config.scoring import (
     CPU_BATCH,
     EarlyExit,
@@ -40,12 +41,13 @@ from kinoray.storage.leftovers import Scratch
 from kinoray.storage.objects import Storage, absolute, join
 from kinoray.storage.records import require_folder
 
-__all__ = ["Labelling", "Opened", "Say", "look_here", "open_labelling", "open_network"]
+__all__ = ["Labelling", "Opened", "Say", "as_in", "look_here", "open_labelling", "open_network"]
 
 Say = Callable[[str], None]
 """Takes a line for people."""
 
 _TOP = 5
+_MAX_THREADS = 1024
 _USUAL_THRESHOLD = 0.5  # of a network that was trained on label lists
 
 
@@ -287,6 +289,34 @@ def open_network(config: LabelConfig, *, say: Say, warn: Say, segments: bool = F
         device="cuda" if on_gpu else "cpu",
     )
     return Opened(meta=meta, job=job, record=record, consensus=consensus)
+
+
+def as_in(job: LabelJob, record: JobRecord) -> LabelJob:
+    """A job that makes of a video what a labelling that is there would have made of it, but for its answer.
+
+    Args:
+        record: of the labelling. It may be a stranger's: limits of decoding stay the job's own.
+
+    Raises:
+        ConfigError: the network is another one, or the record says nothing of how videos were seen.
+    """
+    if record.model_digest != job.model_digest:
+        raise ConfigError(
+            f"checkpoint: {job.checkpoint} is not the network that labelled these videos ({job.model_digest}, expected "
+            f"{record.model_digest}); name it with --checkpoint"
+        )
+    said = record.settings
+    threads = said.get("torch_threads")
+    if not all(isinstance(said.get(name), dict) for name in ("clip", "views", "scorer")):
+        raise ConfigError("predictions: job.json does not say how its videos were seen; compare with one of its rows")
+    clip = config_from_mapping(ClipConfig, said["clip"], "clip.", complete=True)
+    return replace(
+        job,
+        clip=clip.decoded_by(replace(job.clip.decode, backend=clip.decode.backend)),
+        views=config_from_mapping(ViewsConfig, said["views"], "views.", complete=True),
+        scorer=config_from_mapping(ScorerConfig, said["scorer"], "scorer.", complete=True),
+        torch_threads=threads if isinstance(threads, int) and 1 <= threads <= _MAX_THREADS else job.torch_threads,
+    )
 
 
 def _open_meta(storage: Storage, checkpoint: str, config: LabelConfig, say: Say) -> CheckpointMeta:

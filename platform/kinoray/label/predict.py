@@ -22,9 +22,10 @@ from kinoray.catalog.folders import VIDEO_EXTENSIONS, extension
 from kinoray.catalog.table import CATALOG_SCHEMA, catalog_of_source
 from kinoray.config.files import local_path, local_uri
 from kinoray.label.config import LabelConfig
-from kinoray.label.open import Say, open_network
+from kinoray.label.open import Say, as_in, open_network
 from kinoray.label.stage import LabelVideos, Outcome, look_at
 from kinoray.label.times import StageClock
+from kinoray.label.unit import JobRecord
 from kinoray.label.work import UNIT_COLUMNS
 from kinoray.network.checkpoint import load_model
 from kinoray.storage.objects import Storage, absolute, is_s3
@@ -75,21 +76,33 @@ class Model:
 
     Its decoders are child processes. They end with `close`, with a `with` block, and with this process; a prediction
     after `close` starts new ones. Threads may share it: they take turns.
+
+    Args:
+        seen_as_in: the record of a labelling: embeddings are those that its table would have, whatever `config` says of
+            clips and views.
     """
 
-    def __init__(self, config: LabelConfig, *, say: Say = _LOG.info, warn: Say = _LOG.warning) -> None:
+    def __init__(
+        self,
+        config: LabelConfig,
+        *,
+        seen_as_in: JobRecord | None = None,
+        say: Say = _LOG.info,
+        warn: Say = _LOG.warning,
+    ) -> None:
         opened = open_network(config, say=say, warn=warn)
-        network = load_model(opened.job.storage, opened.job.checkpoint, opened.job.allow_factory)
+        job = as_in(opened.job, seen_as_in) if seen_as_in else opened.job
+        network = load_model(job.storage, job.checkpoint, job.allow_factory)
         self.config = config
-        self.checkpoint = opened.job.checkpoint
+        self.checkpoint = job.checkpoint
         """The checkpoint: of a run folder its best."""
         self.labels = opened.meta.labels
         """The names of its classes."""
         self._warn = warn
-        self._job = opened.job
+        self._job = job
         self._lock = threading.Lock()
-        self._videos = LabelVideos(opened.job, StageClock(), network)
-        for line in look_at(*network, opened.job).advice:
+        self._videos = LabelVideos(job, StageClock(), network)
+        for line in look_at(*network, job).advice:
             warn(line)
 
     def __repr__(self) -> str:

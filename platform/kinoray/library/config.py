@@ -1,4 +1,4 @@
-"""Config trees of the verbs that work on predictions: `labels`, `report`, `export` and `correct`."""
+"""Config trees of the verbs that work on predictions: `labels` and those below it, `report`, `export`, `correct`."""
 
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
@@ -10,10 +10,15 @@ from kinoray.config.shared import AllowedFactories, DecodeConfig, StoreConfig, r
 
 __all__ = [
     "CorrectConfig",
+    "DedupConfig",
     "ExportConfig",
+    "FoundConfig",
     "LabelsConfig",
     "PredictionsConfig",
     "ReportConfig",
+    "SearchConfig",
+    "SelectConfig",
+    "VectorsConfig",
 ]
 
 
@@ -29,6 +34,15 @@ def _check_share(name: str, value: float | None) -> None:
     require(value is None or 0 <= value <= 1, name, "in 0 .. 1", value)
 
 
+def _check_written(kind: str, to: str) -> None:
+    """Refuse a file for what is printed for the eyes, and Parquet without a file."""
+    require(kind != "parquet" or bool(to), "to", "a file with --format parquet", to)
+    ending = PurePosixPath(to).suffix.removeprefix(".")
+    known = ending if ending in ("csv", "jsonl") else "parquet"
+    wanted = f"given with --to, such as --format {known}: a table is only printed"
+    require(kind != "table" or not to, "format", wanted, kind)
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LabelsConfig(PredictionsConfig):
     """Read predictions: filter them, join them with a catalog, and print them or write them to a file or a table.
@@ -38,6 +52,12 @@ class LabelsConfig(PredictionsConfig):
     All filters must hold. Without --format it prints a table for the eyes, the first 50 rows unless --limit says more;
     all other formats have all rows. A CSV is safe to open in a spreadsheet: text that would be taken for a formula
     starts with a quote sign. lance, iceberg and delta are tables, which each run replaces in one commit.
+
+    Three verbs below it work on embeddings (label --embeddings); each has a --help of its own:
+
+      kinoray labels search OUT --like VIDEO                     what is most similar to a video
+      kinoray labels dedup OUT                                   near duplicates, and which of them to keep
+      kinoray labels select OUT --budget 200 --out next.csv      what to label next
     """
 
     status: tuple[Literal["labelled", "quarantined", "skipped", "abstained"], ...] = ()
@@ -80,15 +100,123 @@ class LabelsConfig(PredictionsConfig):
             require(fits, name, "two numbers in 0 .. 1, the smaller one first", span)
         require(self.limit is None or self.limit >= 0, "limit", "at least 0", self.limit)
         require(not self.descending or bool(self.sort), "descending", "given with --sort only", self.descending)
-        require(self.format != "parquet" or bool(self.to), "to", "a file with --format parquet", self.to)
-        ending = PurePosixPath(self.to).suffix.removeprefix(".")
-        known = ending if ending in ("csv", "jsonl") else "parquet"
-        is_written = self.format != "table" or self.summary or not self.to
-        require(
-            is_written, "format", f"given with --to, such as --format {known}: a table is only printed", self.format
-        )
+        if not (self.summary and self.format == "table"):
+            _check_written(self.format, self.to)
         is_printed = self.format in ("table", "csv", "jsonl", "parquet")
         require(is_printed or bool(self.to), "to", f"a folder or s3:// prefix with --format {self.format}", self.to)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class VectorsConfig(PredictionsConfig):
+    """What verbs ask that read embeddings."""
+
+    cache: str = ""
+    """Folder of this machine where the embeddings are kept as one file (1 GB for 10^6 of 512 numbers), so that the next
+    question need not read all parts again; it is made anew once there are other rows. Default: keep nothing."""
+
+    def __post_init__(self) -> None:
+        require("://" not in self.cache, "cache", "a folder of this machine", self.cache)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FoundConfig(VectorsConfig):
+    """What verbs ask that show rows which they found by embeddings."""
+
+    format: Literal["table", "csv", "jsonl", "parquet"] = "table"
+    """What is printed or written; a table is for the eyes, and shows 50 rows at most."""
+    to: str = ""
+    """File or s3:// object to write, in the --format given. Default: print it."""
+
+    def __post_init__(self) -> None:
+        VectorsConfig.__post_init__(self)  # super() does not work in a dataclass with slots
+        _check_written(self.format, self.to)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SearchConfig(FoundConfig):
+    """Find the videos whose embeddings are most similar to that of one video.
+
+    Example: kinoray labels search labels/library --like videos/holiday.mp4 --limit 20
+
+    Every embedding is compared (cosine of the float16 column, summed in float32), so what is printed is exactly the
+    nearest. The videos must have been labelled with --embeddings.
+    """
+
+    like: str
+    """A video of the table, by its video_id or row_key; or a video file or s3:// object, which is decoded here and seen
+    by the network that labelled the others, under the same settings."""
+    limit: int = 10
+    """So many videos."""
+    checkpoint: str = ""
+    """Where the network lies now, for a video that is not in the table. Default: where it lay when it labelled."""
+    allow_factory: AllowedFactories = ()
+    """PACKAGE:FUNCTION of a network of your own that the checkpoint names: its code runs here with your rights. May be
+    given several times."""
+
+    def __post_init__(self) -> None:
+        FoundConfig.__post_init__(self)
+        require(bool(self.like), "like", "a video", self.like)
+        require(self.limit >= 1, "limit", "at least 1", self.limit)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DedupConfig(FoundConfig):
+    """Find near duplicates by their embeddings: copies that were encoded again, scaled, or cut a little.
+
+    Example: kinoray labels dedup labels/library --format csv --to duplicates.csv
+
+    One row for each video that has a duplicate, group by group; the first of a group, with keep = true, is the one to
+    keep: of those within 2% of the longest the one with the most pixels, then with the most bytes, then the first in
+    the table; what decodes without damage goes before all that. Lengths, sizes and pixels are those of the catalog in
+    --join; without it only the damage and the order count. `similarity` is to the one to keep.
+
+    Two videos are of one group if they are as similar as --threshold, or others of it lie between them that are.
+
+    Example: kinoray labels dedup labels/set --join sets/mine --across catalog_split -- the same content in train and
+    val
+    """
+
+    threshold: float = 0.98
+    """From which similarity (cosine) on two videos are duplicates. It depends on the network: look at the rows with the
+    lowest similarity, and raise it where they are no copies. docs/labels.md says what was measured."""
+    join: str = ""
+    """A catalog (a pack's folder, .parquet, .csv) whose columns are added as catalog_label, catalog_split, ...; rows
+    meet by video_id."""
+    across: str = ""
+    """Only groups whose videos differ in this column, such as catalog_split with --join."""
+
+    def __post_init__(self) -> None:
+        FoundConfig.__post_init__(self)
+        require(0 < self.threshold <= 1, "threshold", "greater than 0, and at most 1", self.threshold)
+        if self.across.startswith("catalog_"):
+            require(bool(self.join), "join", f"the catalog that has {self.across}, with --across", self.join)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SelectConfig(VectorsConfig):
+    """Choose the videos to label next: those that the network is unsure of and that lie far from each other.
+
+    Example: kinoray labels select labels/library --budget 200 --out next.csv
+
+    Of the 10 x BUDGET videos with the smallest margin each choice takes the one with the largest (1 - margin) x
+    (distance to the nearest one that was chosen, or that --corrections have). The CSV has an empty column `label`: fill
+    it in, remove the lines that you leave out, and give the file to `kinoray correct --corrections`.
+    """
+
+    budget: int
+    """So many videos."""
+    out: str
+    """CSV file or s3:// object to write."""
+    stratified: bool = False
+    """The same number of videos of each class that the network names, as far as it names so many; the rarest first
+    where --budget is smaller than the number of classes."""
+    corrections: tuple[str, ...] = ()
+    """CSV files with a column row_key of videos that were labelled before: they are not chosen again."""
+
+    def __post_init__(self) -> None:
+        VectorsConfig.__post_init__(self)
+        require(self.budget >= 1, "budget", "at least 1", self.budget)
+        require(bool(self.out), "out", "a file", self.out)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -6,7 +6,7 @@ than that many (and a block).
 
 import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -40,7 +40,7 @@ from kinoray.storage.leftovers import scratch_folder
 from kinoray.storage.objects import Storage, absolute
 from kinoray.storage.records import require_file
 
-__all__ = ["labels"]
+__all__ = ["Joined", "labels", "put_rows"]
 
 _PREFIX = "catalog_"
 _PLACE = ("video_id", "uri", "offset", "length")
@@ -54,7 +54,7 @@ _SHOWN_CLASSES = 20
 _SORT_BLOCK = 65_536  # rows that are gathered before those beyond the limit are dropped
 
 
-class _Joined:
+class Joined:
     """Columns of a catalog, by video_id."""
 
     def __init__(self, storage: Storage, uri: str) -> None:
@@ -114,7 +114,7 @@ def labels(config: LabelsConfig) -> dict[str, Any]:
     if config.summary:
         return _summary(storage, config)
     ledger = open_ledger(storage, absolute(config.predictions))
-    joined = _Joined(storage, config.join) if config.join else None
+    joined = Joined(storage, config.join) if config.join else None
     known = WINDOW_LABEL_SCHEMA if config.windows else LABEL_SCHEMA
     columns = _columns(config, known, joined, several=is_multi_label(ledger))
     if joined:
@@ -200,7 +200,7 @@ def _print_classes(ledger: Ledger) -> dict[str, int]:
     return {name: videos[name] for name in ranking}
 
 
-def _columns(config: LabelsConfig, schema: pa.Schema, joined: _Joined | None, *, several: bool) -> list[str]:
+def _columns(config: LabelsConfig, schema: pa.Schema, joined: Joined | None, *, several: bool) -> list[str]:
     known = [*schema.names, *(joined.table.column_names if joined else ())]
     for name in config.columns:
         if name not in known:
@@ -251,7 +251,7 @@ class _Seen:
 
 
 def _rows(
-    ledger: Ledger, config: LabelsConfig, own: Sequence[str], where: Where, joined: _Joined | None, seen: _Seen
+    ledger: Ledger, config: LabelsConfig, own: Sequence[str], where: Where, joined: Joined | None, seen: _Seen
 ) -> Iterator[pa.Table]:
     keys = [name for name, _ in _sort_keys(config)]
     if joined:
@@ -302,7 +302,7 @@ def _limited(tables: Iterator[pa.Table], limit: int | None, seen: _Seen) -> Iter
         yield table
 
 
-def _checked(tables: Iterator[pa.Table], joined: _Joined | None) -> Iterator[pa.Table]:
+def _checked(tables: Iterator[pa.Table], joined: Joined | None) -> Iterator[pa.Table]:
     """The tables; of a wrong catalog they end in an error, before a file or a table is there."""
     yield from tables
     if joined:
@@ -310,11 +310,8 @@ def _checked(tables: Iterator[pa.Table], joined: _Joined | None) -> Iterator[pa.
 
 
 def _write(storage: Storage, config: LabelsConfig, tables: Iterator[pa.Table], schema: pa.Schema, origin: str) -> int:
-    kind: Literal["csv", "jsonl"] = "csv" if config.format == "csv" else "jsonl"
-    if not config.to:
-        return write_text(tables, schema.names, kind, exact_stdout())
-    target = absolute(config.to)
     if config.format in ("lance", "iceberg", "delta"):
+        target = absolute(config.to)
         made = write_table(storage, target, config.format, tables, schema, origin)
         before = f"; until now it had {many(made.num_replaced, 'row')}, which {made.replaced} still has"
         print(
@@ -322,13 +319,26 @@ def _write(storage: Storage, config: LabelsConfig, tables: Iterator[pa.Table], s
             flush=True,
         )
         return made.num_rows
+    return put_rows(storage, config.format, config.to, tables, schema)
+
+
+def put_rows(storage: Storage, kind: str, to: str, tables: Iterable[pa.Table], schema: pa.Schema) -> int:
+    """Write rows to a file or an object, or print them where `to` is empty, and return how many there were.
+
+    Args:
+        kind: csv, jsonl or parquet.
+    """
+    text: Literal["csv", "jsonl"] = "csv" if kind == "csv" else "jsonl"
+    if not to:
+        return write_text(tables, schema.names, text, exact_stdout())
+    target = absolute(to)
     with scratch_folder("labels") as folder:
         path = Path(folder) / "rows"
-        if config.format == "parquet":
+        if kind == "parquet":
             num_rows = write_parquet(tables, schema, path)
         else:
             with path.open("w", encoding="utf-8", newline="") as file:
-                num_rows = write_text(tables, schema.names, kind, file)
+                num_rows = write_text(tables, schema.names, text, file)
         storage.put_file(target, path)
     print(f"labels: {many(num_rows, 'row')} in {target}", flush=True)
     return num_rows

@@ -134,7 +134,8 @@ def is_whole(text: str) -> bool:
 
 _PLACES = (
     *("source", "catalog", "out", "predictions", "corrections", "annotations", "label_names", "labels", "join", "to"),
-    *("add", "copy_videos", "rates", "prefix", "bucket", "a", "b", "checkpoint", "init_from", "ensemble", "videos"),
+    *("add", "cache", "copy_videos", "rates", "prefix", "bucket", "a", "b", "checkpoint", "init_from", "ensemble"),
+    "videos",
 )
 """Settings that are addresses, in any verb."""
 

@@ -1,0 +1,398 @@
+"""`kinoray labels search` and `kinoray labels dedup`: what is similar by the embeddings of predictions.
+
+The numbers are worked out in kinoray.library.vectors; here they are read, and what was found is printed or written. A
+search reads a stream, and holds what it has found; duplicates need all embeddings at once, which stay float16. What is
+easy to break: rows without an embedding (quarantined, or of zeros) are counted and said.
+"""
+
+import hashlib
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from kinoray.catalog.source import warn
+from kinoray.config.files import local_path
+from kinoray.config.shared import digest, require
+from kinoray.console import Progress, many
+from kinoray.errors import CatalogError, ConfigError
+from kinoray.label.config import LabelConfig
+from kinoray.label.ledger import Ledger, open_ledger
+from kinoray.label.planfile import shown_units
+from kinoray.library.config import DedupConfig, FoundConfig, SearchConfig
+from kinoray.library.labels import Joined, put_rows
+from kinoray.library.rows import LABEL_SCHEMA, blocks, print_table, scan
+from kinoray.library.vectors import Nearest, cosines, near_groups, usable
+from kinoray.storage.objects import Storage, absolute
+from kinoray.storage.records import require_file
+
+__all__ = ["Vectors", "dedup", "most_similar", "search"]
+
+_COLUMNS = ("video_id", "label", "score", "margin", "uri", "offset", "length", "row_key")
+_DAMAGE = ("frames_corrupt", "frames_missing")
+_STORED = (*_COLUMNS, *_DAMAGE, "embedding")
+_OF_CATALOG = ("label", "split", "duration_s", "width", "height", "size_bytes")
+_SHOWN_ROWS = 50
+_CACHED_ROWS = 8192  # of a batch of the file in --cache
+_DIGEST_KEY = b"kinoray"
+_AS_LONG = 0.98  # of the longest in a group
+
+
+# Reading
+
+
+class Vectors:
+    """The rows of a labelling that have an embedding, in the order of its table, as often as they are asked for."""
+
+    def __init__(self, storage: Storage, predictions: str, cache: str = "") -> None:
+        """Opens the labelling; with `cache`, a folder of this machine, its embeddings are read once and kept there.
+
+        Raises:
+            ConfigError: results of several models or settings are there.
+            StorageError: there is none, or a part is not what was committed.
+        """
+        self.ledger = open_ledger(storage, absolute(predictions))
+        self.num_rows = 0
+        """That the last reading found so far."""
+        self.num_without = 0
+        """And rows without an embedding."""
+        self._path = _cached(self.ledger, Path(local_path(absolute(cache)))) if cache else None
+
+    def __iter__(self) -> Iterator[tuple[pa.Table, np.ndarray]]:
+        """Some rows without their embeddings, and those, float16 [N, D].
+
+        Raises:
+            ConfigError: no row has one.
+            CatalogError: they have several lengths.
+        """
+        self.num_rows = self.num_without = 0
+        width = 0
+        for batch in self._batches(_STORED):
+            rows, vectors_ND = _with_vectors(batch)
+            self.num_rows += len(rows)
+            self.num_without += len(batch) - len(rows)
+            if not len(rows):
+                continue
+            width = width or vectors_ND.shape[1]
+            if vectors_ND.shape[1] != width:
+                raise CatalogError(
+                    f"{self.ledger.root}: its embeddings have {width} numbers and {vectors_ND.shape[1]}; they must be "
+                    "of one network: label again into another place"
+                )
+            yield pa.Table.from_batches([rows.select([*_COLUMNS, *_DAMAGE])]), vectors_ND
+        if not self.num_rows:
+            raise ConfigError(
+                f"predictions: no row of {self.ledger.root} has an embedding; label with --embeddings, into a new --out"
+            )
+
+    def find(self, name: str) -> tuple[str, np.ndarray] | None:
+        """The row_key and the embedding, float16 [D], of the first row with this video_id or row_key; None: no row."""
+        named = ("video_id", "row_key")
+        for number, batch in enumerate(self._batches(named if self._path else (*named, "embedding"))):
+            is_it = pc.or_(pc.equal(batch.column("video_id"), name), pc.equal(batch.column("row_key"), name))
+            place = pc.index(is_it, pa.scalar(True)).as_py()
+            if place < 0:
+                continue
+            if self._path:
+                (batch,) = self._batches(_STORED, number)
+            row, vectors_1D = _with_vectors(batch.slice(place, 1))
+            if len(row):
+                return row.column("row_key")[0].as_py(), vectors_1D[0]
+        return None
+
+    def whole(self) -> tuple[pa.Table, np.ndarray]:
+        """All rows, and their embeddings, float16 [N, D]. Raises as a reading."""
+        most = sum(len(unit.keys) for units in shown_units(self.ledger) for unit in units)
+        tables: list[pa.Table] = []
+        all_ND = np.empty((0, 0), np.float16)
+        num_rows = 0
+        for rows, vectors_ND in self:
+            if not tables:
+                all_ND = np.empty((most, vectors_ND.shape[1]), np.float16)  # takes memory once it is filled
+            tables.append(rows)
+            all_ND[num_rows : num_rows + len(rows)] = vectors_ND
+            num_rows += len(rows)
+        return pa.concat_tables(tables).combine_chunks(), all_ND[:num_rows]
+
+    def said_of_others(self) -> str:
+        """What is to be said of rows without an embedding; empty where there are none."""
+        have = "has" if self.num_without == 1 else "have"
+        return f"; {many(self.num_without, 'row')} {have} no embedding" if self.num_without else ""
+
+    def _batches(self, columns: Sequence[str], only: int | None = None) -> Iterator[pa.RecordBatch]:
+        """The rows, or the batch with this number of those in the cache."""
+        if self._path is None:
+            for table in scan(self.ledger, columns):
+                yield from table.to_batches()
+            return
+        options = pa.ipc.IpcReadOptions(included_fields=[_STORED.index(name) for name in columns])
+        with pa.OSFile(str(self._path), "rb") as file:
+            reader = pa.ipc.open_file(file, options=options)
+            for number in range(reader.num_record_batches) if only is None else [only]:
+                yield reader.get_batch(number)
+
+
+def _with_vectors(batch: pa.RecordBatch) -> tuple[pa.RecordBatch, np.ndarray]:
+    """The rows that have a usable embedding, and these.
+
+    Raises:
+        CatalogError: they have several lengths.
+    """
+    lengths = pc.list_value_length(batch.column("embedding"))
+    rows = batch.filter(pc.greater(lengths, 0)) if lengths.null_count or pc.min(lengths).as_py() == 0 else batch
+    span = pc.min_max(lengths.filter(pc.greater(lengths, 0))).as_py()
+    if span["min"] != span["max"]:
+        raise CatalogError(f"embeddings of {span['min']} and of {span['max']} numbers are in one table; label again")
+    if not len(rows):
+        return rows, np.empty((0, 0), np.float16)
+    vectors_ND = rows.column("embedding").flatten().to_numpy(zero_copy_only=False).reshape(len(rows), -1)
+    is_good = usable(vectors_ND)
+    if is_good.all():
+        return rows, vectors_ND
+    return rows.filter(pa.array(is_good)), vectors_ND[is_good]
+
+
+def _cached(ledger: Ledger, folder: Path) -> Path:
+    """The file with the rows and embeddings of a labelling, made anew where it is of other rows.
+
+    It is an Arrow file, read batch by batch: were it mapped, all of it would count as memory of this process.
+    """
+    units = [unit for part in shown_units(ledger) for unit in part]
+    names = [f"{unit.unit_id} {unit.mask.hex() if unit.mask else ''}" for unit in units]
+    wanted = hashlib.sha256("\n".join([ledger.root, *names]).encode()).hexdigest().encode()
+    path = folder / f"{digest([ledger.root])}.arrow"
+    if _digest_in(path) == wanted:
+        return path
+    schema = pa.schema([LABEL_SCHEMA.field(name) for name in _STORED], {_DIGEST_KEY: wanted})
+    folder.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(f".{os.getpid()}.tmp")
+    progress = Progress(
+        sum(len(unit.keys) for unit in units), "labels: read", "rows", stream=sys.stderr, is_for_eyes=True
+    )
+    try:
+        with pa.OSFile(str(partial), "wb") as file, pa.ipc.new_file(file, schema) as writer:
+            for block in blocks(scan(ledger, _STORED), schema):
+                writer.write_table(block, max_chunksize=_CACHED_ROWS)
+                progress.update(len(block))
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+    return path
+
+
+def _digest_in(path: Path) -> bytes:
+    """Of which rows a file is; empty where there is none."""
+    try:
+        with pa.OSFile(str(path), "rb") as file:
+            return bytes((pa.ipc.open_file(file).schema.metadata or {}).get(_DIGEST_KEY, b""))
+    except (OSError, pa.ArrowInvalid):
+        return b""
+
+
+# Search
+
+
+def search(config: SearchConfig) -> dict[str, Any]:
+    """Print or write the videos that are most similar to one.
+
+    Returns:
+        `root`, `compared` (embeddings) and `rows` (the video_ids that were found, the nearest first).
+
+    Raises:
+        ConfigError: there is no such video, or no embeddings.
+        KinorayError: something cannot be read or written.
+    """
+    storage = Storage(config.storage)
+    if config.to:
+        require_file("to", config.to)
+    vectors = Vectors(storage, config.predictions, config.cache)
+    row_key, query_D = vectors.find(config.like) or ("", _seen(storage, vectors, config))
+    found = most_similar(vectors, query_D, config.limit, without=row_key)
+    _put(storage, config, found, ("similarity", "video_id", "label", "score", "margin"))
+    compared = many(vectors.num_rows, "embedding")
+    _say(config, f"labels search: {len(found):,} of {compared}, the nearest first{vectors.said_of_others()}")
+    return {"root": vectors.ledger.root, "compared": vectors.num_rows, "rows": found["video_id"].to_pylist()}
+
+
+def most_similar(vectors: Vectors, query_D: np.ndarray, limit: int, *, without: str = "") -> pa.Table:
+    """The rows whose embeddings are most similar to a vector, the nearest first, with their `similarity`.
+
+    Args:
+        query_D: of any float type.
+        without: row_key of a row that is left out.
+
+    Raises:
+        ConfigError: the vector has another length than the embeddings; or no row has one.
+    """
+    nearest = Nearest(query_D[None], limit + bool(without))
+    held: list[pa.Table] = []
+    for rows, vectors_ND in vectors:
+        if vectors_ND.shape[1] != len(query_D):
+            raise ConfigError(
+                f"like: its embedding has {len(query_D)} numbers, and those of {vectors.ledger.root} have "
+                f"{vectors_ND.shape[1]}; it must be of the same network"
+            )
+        begin = nearest.num_seen
+        nearest.add(vectors_ND)
+        places = nearest.places[0]
+        if (places >= begin).any():
+            mine = places[places >= begin]
+            held.append(rows.take(mine - begin).append_column("place", pa.array(mine)))
+            table = pa.concat_tables(held)
+            held = [table.filter(pc.is_in(table["place"], value_set=pa.array(places)))]
+    order = pc.index_in(pa.array(nearest.places[0]), value_set=held[0]["place"].combine_chunks())
+    found = held[0].take(order).select(list(_COLUMNS))
+    found = found.add_column(0, "similarity", pa.array(nearest.similarities[0]))
+    return found.filter(pc.not_equal(found["row_key"], without)).slice(0, limit)
+
+
+def _seen(storage: Storage, vectors: Vectors, config: SearchConfig) -> np.ndarray:
+    """The embedding, float16 [D], of a video that is not in the table, as the labelling would have had it.
+
+    Raises:
+        ConfigError: it is no file, or gives none.
+    """
+    uri = absolute(config.like)
+    if not storage.exists(uri):
+        next(iter(vectors))  # says so, if no row has an embedding
+        raise ConfigError(
+            f"like: {vectors.ledger.root} has no video {config.like!r} with an embedding (by video_id or row_key), and "
+            f"no such file is there; kinoray labels {config.predictions} --columns video_id row_key names them"
+        )
+    record = vectors.ledger.job()
+    checkpoint = config.checkpoint or record.checkpoint
+    require(bool(checkpoint), "like", "a video of the table: several networks labelled it", config.like)
+    from kinoray.label.predict import Model  # here: it imports torch, which takes seconds
+
+    own = LabelConfig(
+        source="",
+        checkpoint=checkpoint,
+        allow_factory=config.allow_factory,
+        embeddings=True,
+        storage=config.storage,
+    )
+    with Model(own, seen_as_in=record, warn=warn) as model:
+        answer = model.predict(uri)
+    if answer.embedding is None or not usable(answer.embedding[None]).all():
+        raise ConfigError(f"like: {config.like} gives no embedding: {answer.error_text or 'the network gave zeros'}")
+    return answer.embedding
+
+
+# Duplicates
+
+
+def dedup(config: DedupConfig) -> dict[str, Any]:
+    """Print or write the groups of near duplicates, and which of each to keep.
+
+    Returns:
+        `root`, `compared` (embeddings), `groups`, `duplicates` (their videos) and `spare` (those not to be kept).
+
+    Raises:
+        ConfigError: a column is unknown, or there are no embeddings.
+        CatalogError: the catalog to join has none of the videos.
+        KinorayError: something cannot be read or written.
+    """
+    storage = Storage(config.storage)
+    if config.to:
+        require_file("to", config.to)
+    joined = _joined(storage, config)
+    vectors = Vectors(storage, config.predictions, config.cache)
+    rows, vectors_ND = vectors.whole()
+    progress = Progress(len(rows), "labels dedup", "videos", stream=sys.stderr, is_for_eyes=True)
+    roots_N = near_groups(vectors_ND, config.threshold, tell=progress.update)
+    members = np.flatnonzero(np.bincount(roots_N, minlength=len(rows))[roots_N] > 1)
+    table = rows.take(members)
+    if joined:
+        table = joined.add(table)
+        joined.check()
+    roots = roots_N[members]
+    if config.across:
+        differ = _differing(roots, table[config.across].to_pylist())
+        table, members, roots = table.filter(pa.array(differ)), members[differ], roots[differ]
+    order = _best_first(table, roots, members)
+    table, members, roots = table.take(order), members[order], roots[order]
+    is_first = np.ones(len(roots), bool)
+    is_first[1:] = roots[1:] != roots[:-1]
+    group = np.cumsum(is_first)
+    kept = members[is_first][group - 1]
+    found = table.select([name for name in table.column_names if name not in _DAMAGE])
+    found = found.add_column(0, "group", pa.array(group))
+    found = found.add_column(1, "keep", pa.array(is_first))
+    found = found.add_column(2, "similarity", pa.array(cosines(vectors_ND, members, kept)))
+    shown = dict.fromkeys(
+        ["group", "keep", "similarity", "video_id", "label", *([config.across] * bool(config.across))]
+    )
+    _put(storage, config, found, tuple(shown))
+    num_groups = int(is_first.sum())
+    differ_in = f" across {config.across}" if config.across else ""
+    _say(
+        config,
+        f"labels dedup: {many(num_groups, 'group')}{differ_in} with {len(found):,} of {many(len(rows), 'video')}, "
+        f"{len(found) - num_groups:,} of them to spare{vectors.said_of_others()}",
+    )
+    return {
+        "root": vectors.ledger.root,
+        "compared": len(rows),
+        "groups": num_groups,
+        "duplicates": len(found),
+        "spare": len(found) - num_groups,
+    }
+
+
+def _joined(storage: Storage, config: DedupConfig) -> Joined | None:
+    """The catalog's columns that the rows get. Raises ConfigError: `across` is no column."""
+    joined = Joined(storage, config.join) if config.join else None
+    known = [*_COLUMNS, *(joined.table.column_names if joined else ())]
+    if config.across and config.across not in known:
+        raise ConfigError(f"across: there is no column {config.across!r}; there are {', '.join(known)}")
+    if joined:
+        joined.keep([*(f"catalog_{name}" for name in _OF_CATALOG), config.across])
+    return joined
+
+
+def _differing(roots: np.ndarray, values: Sequence[Any]) -> np.ndarray:
+    """bool [N]: whether the group of a row has several values; null is none."""
+    of_group: dict[int, set[str]] = {}
+    for root, value in zip(roots.tolist(), values, strict=True):
+        if value is not None:
+            of_group.setdefault(root, set()).add(str(value))
+    return np.array([len(of_group.get(root, ())) > 1 for root in roots.tolist()], bool)
+
+
+def _best_first(table: pa.Table, roots: np.ndarray, places: np.ndarray) -> np.ndarray:
+    """The order of groups, and in each of the row to keep and the others."""
+
+    def numbers(name: str) -> np.ndarray:
+        if name not in table.column_names:
+            return np.zeros(len(table))
+        return np.asarray(pc.fill_null(pc.cast(table[name], pa.float64()), 0.0))
+
+    is_damaged = numbers("frames_corrupt") + numbers("frames_missing") > 0
+    duration_s = numbers("catalog_duration_s")
+    longest_s = np.zeros(int(roots.max(initial=0)) + 1)
+    np.maximum.at(longest_s, roots, np.where(is_damaged, 0.0, duration_s))
+    is_short = duration_s < _AS_LONG * longest_s[roots]
+    pixels = numbers("catalog_width") * numbers("catalog_height")
+    size = np.where(numbers("length") > 0, numbers("length"), numbers("catalog_size_bytes"))
+    return np.lexsort((places, -size, -pixels, is_short, is_damaged, roots))
+
+
+# Showing
+
+
+def _put(storage: Storage, config: FoundConfig, table: pa.Table, shown: Sequence[str]) -> None:
+    if config.format == "table":
+        print_table(table.select(list(shown)).slice(0, _SHOWN_ROWS))
+    else:
+        put_rows(storage, config.format, config.to, [table], table.schema)
+
+
+def _say(config: FoundConfig, line: str) -> None:
+    """For people; beside rows that are printed for programs."""
+    is_mixed = config.format != "table" and not config.to
+    print(line, file=sys.stderr if is_mixed else sys.stdout, flush=True)
