@@ -19,18 +19,35 @@ _BLOCK = 4096
 _SMALL_BLOCK = 1024  # float32, it fits into the cache of a core
 _CELLS = 8  # M
 _MAX_EDGES = 2**20  # that wait to be joined
+_SIGN_AND_NUMBER = np.int32(-0x7000_2000)  # 0x8FFFE000: of a float16 whose bits were shifted to a float32's
+_EXPONENTS_APART = np.float32(2.0**112)  # 127 - 15
 
 
 def usable(vectors_ND: np.ndarray) -> np.ndarray:
     """bool [N]: whether all numbers of a vector (float16) are finite, and not all of them 0."""
-    largest_N = (vectors_ND.view(np.uint16) & np.uint16(0x7FFF)).max(axis=1)  # without signs bits rise with the number
+    bits_ND = vectors_ND.view(np.uint16) & np.uint16(0x7FFF)  # without signs they rise with the number
+    largest_N: np.ndarray = bits_ND.max(axis=1)
     return (largest_N > 0) & (largest_N < np.uint16(0x7C00))
+
+
+def _widened(vectors_ND: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """float32 [N, D], and their lengths, float32 [N]."""
+    if vectors_ND.dtype == np.float16:
+        # As astype does, in half its time, which is most of a search: the bits in their new places, and the exponents.
+        bits_ND = vectors_ND.view(np.int16).astype(np.int32)
+        bits_ND <<= 13
+        bits_ND &= _SIGN_AND_NUMBER
+        x_ND = bits_ND.view(np.float32)
+        x_ND *= _EXPONENTS_APART
+    else:
+        x_ND = vectors_ND.astype(np.float32)
+    return x_ND, np.sqrt(np.einsum("nd,nd->n", x_ND, x_ND))
 
 
 def _unit(vectors_ND: np.ndarray) -> np.ndarray:
     """float32 [N, D], each of length 1."""
-    x_ND = vectors_ND.astype(np.float32)
-    x_ND /= np.sqrt(np.einsum("nd,nd->n", x_ND, x_ND))[:, None]
+    x_ND, lengths_N = _widened(vectors_ND)
+    x_ND /= lengths_N[:, None]
     return x_ND
 
 
@@ -81,8 +98,9 @@ class Nearest:
     def add(self, vectors_ND: np.ndarray) -> None:
         """Look at the next rows."""
         for begin in range(0, len(vectors_ND), _SMALL_BLOCK):
-            block_BD = _unit(vectors_ND[begin : begin + _SMALL_BLOCK])
+            block_BD, lengths_B = _widened(vectors_ND[begin : begin + _SMALL_BLOCK])
             similarities_QB = self._queries_QD @ block_BD.T
+            similarities_QB /= lengths_B
             if self.num_seen < self._count or (similarities_QB > self.similarities[:, -1:]).any():
                 self._take(similarities_QB)
             self.num_seen += len(block_BD)
