@@ -139,8 +139,7 @@ class Page:
         self.session = self.pipe.ask("Target.attachToTarget", {"targetId": target, "flatten": True})["sessionId"]
         for domain in ("Page", "Runtime", "Log", "Network"):
             self.ask(f"{domain}.enable")
-        size = {"width": self.width, "height": self.height, "deviceScaleFactor": 1, "mobile": False}
-        self.ask("Emulation.setDeviceMetricsOverride", **size)
+        self.resize(self.width, self.height)
         self.downloads.mkdir(parents=True, exist_ok=True)
         behaviour = {"behavior": "allow", "downloadPath": str(self.downloads), "eventsEnabled": True}
         self.pipe.ask("Browser.setDownloadBehavior", behaviour)
@@ -217,6 +216,15 @@ class Page:
         self.js(f"document.querySelector({json.dumps(selector)}).focus()")
         self.js(f"document.querySelector({json.dumps(selector)}).select()")
         self.type(text)
+
+    def upload(self, selector: str, path: Path) -> None:
+        """A file into an input, as its dialog does."""
+        found = self.ask("Runtime.evaluate", expression=f"document.querySelector({json.dumps(selector)})")["result"]
+        self.ask("DOM.setFileInputFiles", files=[str(path)], objectId=found["objectId"])
+
+    def resize(self, width: int, height: int, *, mobile: bool = False) -> None:
+        """Another window, or a phone's."""
+        self.ask("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=mobile)
 
     def download(self, selector: str) -> Path:
         """Click, and the file that comes of it."""

@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from kinoray.catalog.table import CATALOG_SCHEMA, Catalog, save_catalog
+from kinoray.config.scoring import ScoreKind, WindowsConfig
 from kinoray.config.shared import digest
 from kinoray.label.ledger import Ledger
-from kinoray.label.unit import PREDICTION_SCHEMA
+from kinoray.label.unit import PREDICTION_SCHEMA, WINDOW_SCHEMA
 from kinoray.library.config import ReportConfig
 from kinoray.library.report import report
 from kinoray.storage.objects import Storage
@@ -28,6 +30,7 @@ __all__ = [
     "predictions",
     "refused",
     "row",
+    "windows_of",
     "write_predictions",
 ]
 
@@ -134,15 +137,57 @@ def lists_of(truth: list[tuple[str, list[int] | None]], labels: tuple[str, ...] 
 
 
 def write_predictions(
-    folder: Path, table: pa.Table, unit_size: int = 3, *, num_units: int | None = None, several: bool = False
+    folder: Path,
+    table: pa.Table,
+    unit_size: int = 3,
+    *,
+    num_units: int | None = None,
+    several: bool = False,
+    windows: pa.Table | None = None,
+    embeddings: bool = False,
+    labels: tuple[str, ...] = (),
+    checkpoint: str = "run",
+    model_digest: str = "m",
 ) -> str:
     """A labelling, as `label` leaves it; with num_units, one that has got so far."""
     ledger = Ledger(Storage(), str(folder / digest(table["video_id"].to_pylist())))
-    ledger.pin_job(job_record(labels=(), scores="sigmoid" if several else "softmax"))
+    cut = None if windows is None else WindowsConfig(length_s=1.0, stride_s=1.0)
+    scores: ScoreKind = "sigmoid" if several else "softmax"
+    about = {"scores": scores, "windows": cut, "checkpoint": checkpoint, "model_digest": model_digest}
+    ledger.pin_job(job_record(labels=labels, settings={"scorer": {"embeddings": embeddings}}, **about))
     plan = planned(ledger, "catalog", table["row_key"].to_pylist(), unit_size)
     for number, unit in enumerate(plan.units[:num_units]):
-        ledger.commit(unit, table.slice(number * unit_size, unit_size), "run-1")
+        rows = table.slice(number * unit_size, unit_size)
+        ours = windows
+        if windows is not None:
+            ours = windows.filter(pc.is_in(windows["row_key"], value_set=rows["row_key"].combine_chunks()))
+        ledger.commit(unit, rows, "run-1", ours)
     return str(folder)
+
+
+def windows_of(rows: list[dict[str, Any]], answers: list[tuple[str, float]]) -> pa.Table:
+    """Windows of a second each for every labelled row, with these first classes and scores."""
+    return pa.Table.from_pylist(
+        [
+            {
+                "video_id": item["video_id"],
+                "row_key": f"k{number:016x}",
+                "window": place,
+                "begin_s": float(place),
+                "end_s": place + 1.0,
+                "label_topk": [label],
+                "id_topk": [0],
+                "score_topk": [score],
+                "margin": 0.1,
+                "entropy": 0.1,
+                "abstained": False,
+            }
+            for number, item in enumerate(rows)
+            for place, (label, score) in enumerate(answers)
+            if item["status"] == "labelled"
+        ],
+        schema=WINDOW_SCHEMA,
+    )
 
 
 @dataclass
@@ -224,14 +269,28 @@ class _Reader(HTMLParser):
 
 
 def make_site(
-    folder: Path, rows: list[dict[str, Any]], catalog: Catalog | None = None, *, several: bool = False, **settings: Any
+    folder: Path,
+    rows: list[dict[str, Any]],
+    catalog: Catalog | None = None,
+    *,
+    several: bool = False,
+    windows: pa.Table | None = None,
+    embeddings: bool = False,
+    labels: tuple[str, ...] = (),
+    **settings: Any,
 ) -> Site:
     """Write the rows as a labelling, and its report; both in `folder`."""
     if catalog:
         save_catalog(Storage(), str(folder / "set" / "catalog.parquet"), catalog)
     config = ReportConfig(
         predictions=write_predictions(
-            folder / "labels", predictions(rows), unit_size=max(3, len(rows) // 5), several=several
+            folder / "labels",
+            predictions(rows),
+            unit_size=max(3, len(rows) // 5),
+            several=several,
+            windows=windows,
+            embeddings=embeddings,
+            labels=labels,
         ),
         out=str(folder / "report"),
         catalog=str(folder / "set" / "catalog.parquet") if catalog else "",

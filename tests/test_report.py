@@ -1,27 +1,35 @@
 """The report's site: its numbers against plain loops, its frames against the videos, its files against the table."""
 
 import base64
+import dataclasses
+import json
+import os
 import re
+import urllib.request
 from collections import Counter
 from pathlib import Path
 from typing import Any
-from urllib.parse import parse_qs
+from urllib.parse import parse_qs, urlsplit
 
 import av
 import cv2
 import numpy as np
+import pyarrow as pa
 import pytest
+import torch
 
-from kinoray.config.shared import DecodeConfig, StorageConfig
+from kinoray.catalog.table import Catalog, Reference
+from kinoray.config.shared import ClipConfig, DecodeConfig, ModelConfig, StorageConfig
 from kinoray.console import visible
 from kinoray.demo.videos import make_clip, make_video
 from kinoray.errors import CatalogError, ConfigError, ObjectNotFound
 from kinoray.evaluation.metrics import wilson_interval
 from kinoray.label.ledger import Ledger
 from kinoray.library.config import ReportConfig
-from kinoray.library.numbers import choose, count, join_truth
+from kinoray.library.numbers import choose, count, count_codecs, count_durations, join_truth
 from kinoray.library.report import HISTOGRAM_HEIGHT, histogram_bars, report
 from kinoray.library.site import ROWS_PER_FILE, STRIPS_PER_FILE, id_ranks
+from kinoray.network.checkpoint import CheckpointMeta, Origin, save_checkpoint
 from kinoray.storage.objects import Storage
 from kinoray.video.strips import MAX_FRAME_BYTES, jpeg_uri
 from report_sites import (
@@ -36,6 +44,7 @@ from report_sites import (
     predictions,
     refused,
     row,
+    windows_of,
     write_predictions,
 )
 from small_tables import job_record
@@ -318,6 +327,198 @@ def test_contact_strips_are_packed_and_show_the_videos(tmp_path: Path) -> None:
             assert min(float(np.abs(shown - frame).mean()) for frame in decoded) < 6
 
 
+def test_a_site_that_is_served_again_keeps_its_strips(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    served: list[Any] = []
+    monkeypatch.setattr("kinoray.library.report.serve", lambda *given: served.append(given))
+    video = tmp_path / "star.mp4"
+    video.write_bytes(make_video(make_clip("star", "up", np.random.default_rng(0))))
+    rows = [row(f"v{number:02d}", uri=str(video), margin=number / 100) for number in range(STRIPS_PER_FILE + 1)]
+    rows[1] |= {"uri": str(tmp_path / "gone.mp4")}
+    labels = write_predictions(tmp_path / "labels", predictions(rows))
+    config = ReportConfig(predictions=labels, out=str(tmp_path / "report"), serve=True)
+    first = report(config)
+    files = {str(path.relative_to(tmp_path / "report")): path for path in (tmp_path / "report").rglob("*.*")}
+    before = {name: path.read_bytes() for name, path in files.items()}
+    assert served[0][2] == files.keys()
+    assert served[0][3]["k" + "0" * 16] == Reference(str(video))
+    video.unlink()  # whatever is made anew now has no frames
+    assert report(config) | {"bytes": 0} == first | {"bytes": 0}
+    assert {name: path.read_bytes() for name, path in files.items()} == before
+    assert served[1][2] == files.keys()
+    files["data/strips-1.js"].unlink()
+    assert report(config)["without_frames"] == len(rows)
+    assert report(dataclasses.replace(config, serve=False))["without_frames"] == len(rows)
+
+
+def test_lengths_and_codecs_come_from_the_catalog_or_from_the_strips(tmp_path: Path) -> None:
+    video = tmp_path / "star.mp4"
+    video.write_bytes(make_video(make_clip("star", "up", np.random.default_rng(0))))
+    with av.open(str(video)) as container:
+        seconds = container.streams.video[0].frames / 12
+    rows = [row(f"v{number}", uri=str(video), margin=number / 10) for number in range(3)]
+    opened = make_site(tmp_path / "opened", [*rows, refused("x")], max_strips=2)
+    assert opened.data("media-0") == {
+        "codecs": ["h264"],
+        "codec": [0, 0, -1, -1],
+        "duration": [round(seconds, 3), round(seconds, 3), None, None],
+    }
+    assert "Of 2 videos that were opened for contact strips." in opened.text
+    links = [link["href"] for link in opened.all("a")]
+    assert "#duration=2..5" in links
+    assert "#codec=h264" in links
+    truth: Truth = [(f"v{number}", "dog", "val") for number in range(3)]
+    catalog = catalog_of(truth)
+    columns = {"duration_s": pa.array([0.5, 90.0, None]), "codec": pa.array(["vp9", "h264", None])}
+    table = catalog.table
+    for name, values in columns.items():
+        table = table.set_column(table.schema.get_field_index(name), name, values)
+    known = make_site(tmp_path / "known", rows, Catalog(table, catalog.labels), max_strips=0)
+    assert known.data("media-0") == {"codecs": ["h264", "vp9"], "codec": [1, 0, -1], "duration": [0.5, 90.0, None]}
+    assert known.text.count("Of 2 videos of which the catalog says it.") == 2
+    assert "#duration=60..120" in [link["href"] for link in known.all("a")]
+    nothing = make_site(tmp_path / "nothing", rows, max_strips=0)
+    assert not (nothing.folder / "data" / "media-0.js").exists()
+    assert "Codec" not in nothing.text
+
+
+def test_lengths_are_counted_from_each_step_to_below_the_next() -> None:
+    seconds = np.array([0.0, 0.999, 1.0, 9.99, 10.0, 10.0, 19.9, 59.0, 60.0, 3599.0, 3600.0, 1e9])
+    found = {(kind.name, kind.value): kind.num_videos for kind in count_durations(seconds)}
+    assert {name: number for name, number in found.items() if number} == {
+        ("0 to 1 s", "0..1"): 2,
+        ("1 to 2 s", "1..2"): 1,
+        ("5 to 10 s", "5..10"): 1,
+        ("10 to 20 s", "10..20"): 3,
+        ("30 to 60 s", "30..60"): 1,
+        ("1 to 2 min", "60..120"): 1,
+        ("30 to 60 min", "1800..3600"): 1,
+        ("1 h and more", "3600.."): 2,
+    }
+    assert len(found) == 13  # those between them that no video has are shown, too
+    assert [kind.name for kind in count_durations(np.array([12.0, 40.0]))] == ["10 to 20 s", "20 to 30 s", "30 to 60 s"]
+    assert count_durations(np.array([])) == ()
+    assert [kind.name for kind in count_codecs(["vp9", "h264", "av1", "h264"])] == ["h264", "av1", "vp9"]
+
+
+def test_windows_are_told_for_the_videos_that_are_listed(tmp_path: Path) -> None:
+    rows = [row(f"v{number:02d}", margin=number / 100, windows=2) for number in range(STRIPS_PER_FILE + 2)]
+    rows.append(refused("x"))
+    windows = windows_of(rows, [("dog", 0.75), ("cat", 0.5)])
+    site = make_site(tmp_path, rows, windows=windows, max_videos=STRIPS_PER_FILE + 1, max_strips=0)
+    labels = site.data("site")["labels"]
+    lists = [[0.0, 1.0], [1.0, 2.0], [labels.index("dog"), labels.index("cat")], [0.75, 0.5]]
+    listed = [item["id"] for item in site.rows()]
+    found = site.data("windows-0") + site.data("windows-1")
+    assert dict(zip(listed, found, strict=True)) == {name: None if name == "x" else lists for name in listed}
+    assert [item["windows"] for item in site.rows()] == [1 if name == "x" else 2 for name in listed]
+    plain = make_site(tmp_path / "plain", [row("a")], max_strips=0)
+    assert not list((plain.folder / "data").glob("windows*"))
+
+
+def test_similar_videos_are_those_of_the_largest_cosine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(3)
+    vectors = rng.normal(size=(40, 8)).astype(np.float16)
+    rows = [row(f"v{number:02d}", margin=number / 100, embedding=vectors[number].tolist()) for number in range(40)]
+    rows[5]["embedding"] = None
+    rows[6]["embedding"] = [0.0] * 8
+    site = make_site(tmp_path / "site", rows, embeddings=True, max_strips=0, max_videos=38)
+    x = vectors[:38].astype(np.float64)
+    x[[5, 6]] = np.nan
+    x /= np.linalg.norm(x, axis=1, keepdims=True)
+    found = [item for number in range(4) for item in site.data(f"similar-{number}")]
+    places = site.data("map-0")
+    assert len(found) == len(places) == 38
+    for number, item in enumerate(found):
+        if number in (5, 6):
+            assert item is places[number] is None
+            continue
+        cosines = np.where(np.isnan(x @ x[number]) | (np.arange(38) == number), -2, x @ x[number])
+        assert item[0] == np.argsort(-cosines)[:24].tolist()
+        np.testing.assert_allclose(item[1], np.sort(cosines)[::-1][:24], atol=2e-3)
+        assert np.abs(places[number]).max() <= 1
+    assert site.data("site")["similar"]
+    monkeypatch.setattr("kinoray.library.report.MAX_SIMILAR", 37)
+    more = make_site(tmp_path / "more", rows, embeddings=True, max_strips=0)
+    assert not more.data("site")["similar"]
+    assert len(more.data("map-0")) == 40
+    plain = make_site(tmp_path / "plain", rows[:2], max_strips=0)
+    assert not plain.data("site")["map"]
+    assert 'data-view="map"' not in plain.html
+
+
+def test_the_footer_says_which_network_and_when_and_folds_the_digests_away(tmp_path: Path) -> None:
+    storage = Storage()
+    model = torch.nn.Linear(2, 3)
+    origin = Origin(source="torchvision R3D_18_Weights.KINETICS400_V1", licence="BSD <3")
+    meta = CheckpointMeta(
+        model=ModelConfig(factory="r3d_18"), clip=ClipConfig(), labels=CLASSES, epoch=2, step=9, samples=50
+    )
+    for place, about in (("here", meta), ("imported", dataclasses.replace(meta, origin=origin))):
+        folder = tmp_path / place
+        saved = save_checkpoint(storage, str(folder / "run"), model_state=model.state_dict(), meta=about)
+        labels = write_predictions(
+            folder / "labels",
+            predictions([row("a")]),
+            checkpoint=str(folder / "run"),
+            model_digest=saved.model_digest,
+        )
+        (ledger,) = (folder / "labels").iterdir()
+        (ledger / "jobs").mkdir()
+        for number, day in enumerate(("2026-02-03", "2026-02-05")):
+            record = {"run_id": f"run-{number}", "began": f"{day}T10:00:00+00:00", "wall_s": 1.0}
+            (ledger / "jobs" / f"run-{number}.json").write_text(json.dumps(record))
+        os.utime(folder / "run" / "checkpoint.json", (1_700_000_000, 1_700_000_000))
+        report(ReportConfig(predictions=labels, out=str(folder / "report"), max_strips=0))
+        page = (folder / "report" / "index.html").read_text()
+        footer = " ".join(re.sub("<[^>]+>", " ", page.partition("<footer>")[2]).split())
+        assert f"Checkpoint {folder}/run" in footer
+        assert "Saved 2023-11-14 Labelled 2026-02-03 to 2026-02-05" in footer
+        if place == "here":
+            assert "From trained with kinoray: 2 epochs, 50 videos seen" in footer
+        else:
+            assert "From torchvision R3D_18_Weights.KINETICS400_V1 Licence of the weights BSD &lt;3" in footer
+        assert page.index("<summary>Digests</summary>") < page.index("c" * 16)
+        save_checkpoint(storage, str(folder / "run"), model_state=torch.nn.Linear(2, 3).state_dict(), meta=about)
+        report(ReportConfig(predictions=labels, out=str(folder / "report"), max_strips=0))
+        replaced = (folder / "report" / "index.html").read_text()  # another checkpoint has its place: not this one
+        assert "Saved" not in replaced
+        assert f"{folder}/run" in replaced
+
+
+@pytest.mark.ray
+def test_addresses_of_a_bucket_are_put_in_only_when_asked_for_and_go_with_the_next_report(
+    tmp_path: Path, bucket: str, s3_config: StorageConfig
+) -> None:
+    video = make_video(make_clip("star", "up", np.random.default_rng(0)))
+    storage = Storage(s3_config)
+    storage.put(f"{bucket}/a b&c.mp4", video)
+    rows = [
+        row("a", uri=f"{bucket}/a b&c.mp4"),
+        row("b", uri=f"{bucket}/shard.tar", offset=0, length=100),
+        row("c"),
+        row("d", uri="s3://not a bucket!/x.mp4"),
+    ]
+    labels = write_predictions(tmp_path / "labels", predictions(rows))
+    out = tmp_path / "report"
+    config = ReportConfig(predictions=labels, out=str(out), max_strips=0, storage=s3_config, presign_hours=2)
+    report(config)
+    text = (out / "data" / "links-0.js").read_text()
+    links = json.loads(text.removeprefix("kinoray.deliver(...").removesuffix(");\n"))[2]
+    ids = json.loads((out / "data" / "rows-0.js").read_text().partition("(...")[2].removesuffix(");\n"))[2]["id"]
+    by_id = dict(zip(ids, links, strict=True))
+    assert by_id == {"a": by_id["a"], "b": None, "c": None, "d": None}
+    signed = parse_qs(urlsplit(by_id["a"]).query)
+    assert (signed["X-Amz-Algorithm"], signed["X-Amz-Expires"]) == (["AWS4-HMAC-SHA256"], ["7200"])
+    with urllib.request.urlopen(by_id["a"], timeout=30) as answer:
+        assert answer.read() == video
+    page = (out / "index.html").read_text()
+    assert f"media-src file: {s3_config.endpoint_url};" in page
+    report(dataclasses.replace(config, presign_hours=0.0))
+    assert not (out / "data" / "links-0.js").exists()
+    assert "X-Amz" not in "".join(path.read_text() for path in out.rglob("*.*"))
+    assert "media-src file:;" in (out / "index.html").read_text()
+
+
 def test_what_is_not_listed_is_counted_and_the_page_says_so(tmp_path: Path) -> None:
     rows = [row(f"v{number}", margin=number / 10) for number in range(8)] + [refused("z")]
     site = make_site(tmp_path, rows, max_videos=4, max_strips=0)
@@ -435,6 +636,7 @@ def test_the_policy_allows_the_site_and_nothing_else(tmp_path: Path) -> None:
     assert policy == {
         "default-src": "'none'",
         "img-src": "data:",
+        "media-src": "file:",
         "style-src": f"'nonce-{style['nonce']}'",
         "script-src": f"'nonce-{script['nonce']}'",
         "base-uri": "'none'",
@@ -451,6 +653,17 @@ def test_the_policy_allows_the_site_and_nothing_else(tmp_path: Path) -> None:
         assert not re.search(r"https?://", path.read_text(encoding="utf-8")), path
     code = _text(tmp_path, "assets/report.js")
     assert not re.search(r"innerHTML|outerHTML|insertAdjacent|document\.write|\beval\b|new Function", code)
+
+
+def test_videos_may_come_from_where_they_are_and_from_nowhere_else(tmp_path: Path) -> None:
+    def policy(name: str, *rows: dict[str, Any]) -> str:
+        site = make_site(tmp_path / name, list(rows), max_strips=0)
+        (meta,) = site.all("meta", **{"http-equiv": "Content-Security-Policy"})
+        return meta["content"] or ""
+
+    assert "media-src" not in policy("bucket", row("a", uri="s3://bucket/a.mp4"))
+    assert "media-src" not in policy("shard", row("a", uri="/nowhere/a.tar", offset=0, length=1))
+    assert " media-src file:;" in policy("both", row("a"), row("b", uri="s3://bucket/a.mp4"))
 
 
 def test_hostile_names_add_no_element_no_attribute_and_no_code(tmp_path: Path) -> None:

@@ -262,12 +262,12 @@ def test_corrections_are_made_kept_listed_and_downloaded(quiet: Page, site: Site
     answers = {item["video_id"]: item["label_topk"] for item in table[0]}
     quiet.click("#videos li:nth-child(1) [data-answer='2']")
     quiet.click("#videos li:nth-child(2) [data-bad]")
-    quiet.fill("#videos li:nth-child(3) input", "yoga")
+    quiet.fill("#videos li:nth-child(3) .correction input", "yoga")
     quiet.press("Enter")
     quiet.click("#videos li:nth-child(4) [data-answer='0']")
     quiet.click("#videos li:nth-child(5) [data-answer='1']")
     quiet.click("#videos li:nth-child(5) [data-undo]")
-    quiet.fill("#videos li:nth-child(6) input", "no such class")
+    quiet.fill("#videos li:nth-child(6) .correction input", "no such class")
     quiet.press("Enter")
     labels = [answers[order[0]][2], "__bad__", "yoga", answers[order[3]][0]]
     quiet.reload()
@@ -325,7 +325,7 @@ def test_classes_are_taken_away_and_added_where_a_video_may_have_several(quiet: 
     assert quiet.js(pressed) == 2
     quiet.click("#videos > li:nth-child(1) [data-answer='1']")
     assert quiet.js(pressed) == 1
-    quiet.fill("#videos > li:nth-child(2) input", "yoga")
+    quiet.fill("#videos > li:nth-child(2) .correction input", "yoga")
     quiet.press("Enter")
     quiet.click("#videos > li:nth-child(3) [data-confirm]")
     quiet.click("#videos > li:nth-child(4) h3")
@@ -387,7 +387,7 @@ def test_the_keyboard_alone_does_it(quiet: Page, site: Site, table: tuple[Rows, 
     assert quiet.js("document.activeElement.tagName") == "INPUT"
     quiet.type("2")  # a digit in a text is a digit
     assert quiet.js("kinoray.app.corrections.size") == 1
-    quiet.fill("#videos li:nth-child(2) input", "sailing")
+    quiet.fill("#videos li:nth-child(2) .correction input", "sailing")
     quiet.press("Enter", "Escape")
     assert current() == order[1]
     assert quiet.js("kinoray.app.corrections.size") == 2

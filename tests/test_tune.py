@@ -373,7 +373,14 @@ def test_the_page_is_inert_and_has_every_trial() -> None:
     parser = _Tags()
     parser.feed(page)
     names = {tag for tag, _ in parser.tags}
-    assert not names & {"script", "iframe", "object", "link", "form", "a"}
+    assert not names & {"script", "iframe", "object", "link", "form"}
+    links = [attrs["href"] for tag, attrs in parser.tags if tag == "a"]
+    assert sorted(links) == ["#trial-1", "#trial-1", "#trial-2", "#trial-2"]  # curves and their names lead to the table
+    assert [attrs["id"] for tag, attrs in parser.tags if tag == "tr" and "id" in attrs] == [
+        "trial-1",
+        "trial-2",
+        "trial-3",
+    ]
     assert not [attrs for _, attrs in parser.tags if any(name.startswith("on") for name in attrs)]
     assert [attrs["class"] for tag, attrs in parser.tags if tag == "svg"] == ["heat", "curves"]
     assert not names & {"img", "image", "use", "style-src"}
@@ -391,6 +398,22 @@ def test_the_page_is_inert_and_has_every_trial() -> None:
         assert row.trial in text
     assert "50.00%" in text
     assert tune_page(summary, axes, rows_of({(0.1, 4): None})).count("<svg") == 0
+
+
+def test_the_axis_has_whole_epochs_and_a_trial_leads_to_its_own_file() -> None:
+    axes = parse_space({"optim.lr": "0.001,0.1"})
+    for last, expected in [(1, [1]), (2, [1, 2]), (5, [1, 2, 3, 4, 5]), (23, [1, 4, 7, 10, 13, 16, 19, 23])]:
+        curve = tuple((epoch, 0.5) for epoch in range(1, last + 1))
+        (one,) = rows_of({(0.1, 4): 0.5})
+        row = dataclasses.replace(one, curve=curve, run="/sweeps/a b/trials/abc")
+        summary = {"out": "/sweeps/a b", "catalog": "set", "search": "grid", "grace_epochs": 8, "status": {}}
+        parser = _Tags()
+        page = tune_page(summary, axes, [row])
+        parser.feed(page)
+        assert [text for text in parser.text if text.isdigit()][: len(expected)] == [str(item) for item in expected]
+        assert "trials/abc/metrics.jsonl" in [attrs.get("href") for tag, attrs in parser.tags if tag == "a"]
+        elsewhere = tune_page(summary, axes, [dataclasses.replace(row, run="/sweeps/other/abc")])
+        assert "metrics.jsonl" not in elsewhere
 
 
 # Whole sweeps

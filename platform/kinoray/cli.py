@@ -95,7 +95,7 @@ VERBS: Mapping[str, Verb] = {
         settings="kinoray.library.config:ReportConfig",
         function="kinoray.library.report:report",
         summary="predictions -> a static site to look at, filter and correct",
-        main=("out", "catalog", "max_videos", "max_strips"),
+        main=("out", "catalog", "serve", "max_videos", "max_strips"),
     ),
     "correct": Verb(
         wish=_LABELS,

@@ -324,7 +324,10 @@ class ReportConfig(PredictionsConfig):
 
     OUT becomes a folder (or an s3:// prefix) with index.html, assets/ and data/. Open index.html where it lies, or
     serve the folder from a bucket: it needs no program of ours and no network. What you correct there stays in the
-    browser until you download it as a CSV, which `kinoray correct` takes.
+    browser until you download it as a CSV, which the next person loads and `kinoray correct` takes.
+
+    Videos that are files play where index.html is opened on the machine that has them. --serve plays all: members of
+    shards, and s3:// with your credentials.
     """
 
     out: str = "report"
@@ -337,12 +340,18 @@ class ReportConfig(PredictionsConfig):
     """Videos listed, least certain first; the numbers always cover all."""
     max_strips: int = 2_000
     """Listed videos that get a contact strip, least certain first; each is read and decoded for it. 0: none."""
+    serve: bool = False
+    """Serve the site and its videos to a browser on this machine (127.0.0.1) until Ctrl-C."""
+    presign_hours: float = 0.0
+    """Put addresses into the site that play s3:// videos for so many hours, at most 168. Whoever has the site can read
+    these videos until then; a signature by a role ends with the role's session. 0: none."""
     decode: DecodeConfig = field(default_factory=DecodeConfig)
     """Limits of what is decoded of a video for it."""
 
     def __post_init__(self) -> None:
         require(self.max_videos >= 0, "max_videos", "at least 0", self.max_videos)
         require(self.max_strips >= 0, "max_strips", "at least 0", self.max_strips)
+        require(0 <= self.presign_hours <= 168, "presign_hours", "in 0 .. 168", self.presign_hours)
         require(self.decode.device == "cpu", "decode.device", "cpu for so few frames", self.decode.device)
         require(bool(self.out), "out", "a folder or s3:// prefix", self.out)
         is_page = self.out.rstrip("/").lower().endswith((".html", ".htm"))

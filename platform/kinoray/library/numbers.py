@@ -6,6 +6,8 @@ that the site lists, and accuracy is never counted over videos that the model wa
 another split.
 """
 
+import itertools
+import math
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -27,20 +29,24 @@ from kinoray.evaluation.metrics import (
     count_confusion,
 )
 from kinoray.label.keys import numbers_of
-from kinoray.label.ledger import open_ledger, read_predictions
+from kinoray.label.ledger import Ledger, open_ledger, read_predictions
 from kinoray.label.plan import unfinished_keys
 from kinoray.label.planfile import shown_plans
+from kinoray.label.unit import JobRecord
 from kinoray.library.rows import first_item, is_multi_label
 from kinoray.storage.objects import Storage
 
 __all__ = [
     "ClassRow",
     "Confusion",
+    "Kind",
     "Numbers",
     "ResultTable",
     "SplitAccuracy",
     "choose",
     "count",
+    "count_codecs",
+    "count_durations",
     "join_truth",
     "read_result",
     "true_lists",
@@ -66,7 +72,9 @@ _COLUMNS = [
     "model_digest",
     "config_digest",
     "run_id",
+    "windows",
 ]
+_DURATIONS_S = (0, 1, 2, 5, 10, 20, 30, 60, 120, 300, 600, 1800, 3600, math.inf)
 
 
 # Rows
@@ -86,6 +94,10 @@ class ResultTable:
     """Names the labelling and its newest catalog; the same before and after it is finished."""
     several: bool
     """Whether a video may have several classes."""
+    ledger: Ledger
+    """The labelling itself."""
+    job: JobRecord
+    """What all its rows share."""
 
     @property
     def num_inputs(self) -> int:
@@ -109,14 +121,17 @@ def read_result(storage: Storage, predictions: str) -> ResultTable:
             f"{predictions} holds no finished rows yet; run kinoray label, or wait for its first unit, then this"
         )
     plans = shown_plans(ledger)
+    job = ledger.job()
     pending = np.concatenate([np.empty(0, np.uint64), *(unfinished_keys(plan, committed) for plan in plans)])
     pending = np.setdiff1d(pending, numbers_of(rows["row_key"]))
     return ResultTable(
         several=is_multi_label(ledger),
         rows=rows,
-        labels=ledger.job().labels,
+        labels=job.labels,
         num_pending=len(pending),
         digest=digest([ledger.labelling_id, plans[0].catalog_digest if plans else ""]),
+        ledger=ledger,
+        job=job,
     )
 
 
@@ -204,6 +219,8 @@ class Numbers:
 def join_truth(table: pa.Table, catalog: Catalog | None, *, several: bool = False) -> pa.Table:
     """Add `top1` and `score` (the first answer), `true_label`, `split` and `right` (null where unknown) to predictions.
 
+    And `duration_s` and `codec`, as the catalog has them.
+
     Where a video may have several classes, `top1` and `true_label` are all of them in one text, `red|round`, so that an
     answer is right if it names these and no other; `score` is that of the first.
 
@@ -214,11 +231,14 @@ def join_truth(table: pa.Table, catalog: Catalog | None, *, several: bool = Fals
     table = table.append_column("top1", top1)
     table = table.append_column("score", first_item(table["score_topk"]))
     truth, split = pa.nulls(len(table), pa.string()), pa.nulls(len(table), pa.string())
+    duration_s, codec = pa.nulls(len(table), pa.float64()), pa.nulls(len(table), pa.string())
     if catalog is not None:
         place = pc.index_in(table["video_id"], value_set=catalog.table["video_id"].combine_chunks())
         known = true_lists(catalog) if several else catalog.table["label"].combine_chunks()
         truth = pc.take(known, place)
-        split = pc.take(catalog.table["split"].combine_chunks(), place)
+        split, duration_s, codec = (
+            pc.take(catalog.table[name].combine_chunks(), place) for name in ("split", "duration_s", "codec")
+        )
         if pc.count(known).as_py() == 0:
             why = "; it has label lists, the predictions one class a video" if catalog.is_multilabel else ""
             raise CatalogError(
@@ -230,6 +250,7 @@ def join_truth(table: pa.Table, catalog: Catalog | None, *, several: bool = Fals
                 f"ids look like {table['video_id'][0]} and {catalog.table['video_id'][0]}: is it the right catalog?"
             )
     table = table.append_column("true_label", truth).append_column("split", split)
+    table = table.append_column("duration_s", duration_s).append_column("codec", codec)
     return table.append_column("right", pc.equal(table["top1"], table["true_label"]))
 
 
@@ -370,6 +391,43 @@ def _places(column: pa.ChunkedArray, names: tuple[str, ...]) -> np.ndarray:
     """int64 [N]: the place of each value in the names, all of which are there."""
     places = pc.index_in(column, value_set=pa.array(names, pa.string()))
     return np.asarray(places.to_numpy(), np.int64)
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """Videos that have a length, or a codec, in common."""
+
+    name: str
+    """What people call it."""
+    value: str
+    """What the site's filter takes: `10..20`, `h264`."""
+    num_videos: int
+
+
+def count_durations(seconds: np.ndarray) -> tuple[Kind, ...]:
+    """How many of these lengths (float64 [N], none NaN) there are from each step to below the next, first to last."""
+    bins = np.searchsorted(_DURATIONS_S, seconds, side="right") - 1
+    counts = np.bincount(bins, minlength=len(_DURATIONS_S) - 1).tolist()
+    kinds = [
+        Kind(_said(low, high), f"{low:g}..{high:g}" if high < math.inf else f"{low:g}..", number)
+        for (low, high), number in zip(itertools.pairwise(_DURATIONS_S), counts, strict=True)
+    ]
+    some = [index for index, kind in enumerate(kinds) if kind.num_videos]
+    return tuple(kinds[some[0] : some[-1] + 1]) if some else ()
+
+
+def _said(low: float, high: float) -> str:
+    """`10 to 20 s`, `30 to 60 min`."""
+    unit, seconds = ("h", 3600) if low >= 3600 else ("min", 60) if low >= 60 else ("s", 1)
+    if high == math.inf:
+        return f"{low / seconds:g} {unit} and more"
+    return f"{low / seconds:g} to {high / seconds:g} {unit}"
+
+
+def count_codecs(names: Sequence[str]) -> tuple[Kind, ...]:
+    """How many there are of each, the most frequent first."""
+    counts = Counter(names).most_common()
+    return tuple(Kind(name, name, number) for name, number in sorted(counts, key=lambda item: (-item[1], item[0])))
 
 
 def _histogram(labelled: pa.Table, name: str) -> np.ndarray:

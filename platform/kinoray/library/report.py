@@ -6,7 +6,10 @@ lists of them.
 """
 
 import base64
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import cv2
@@ -14,13 +17,29 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from kinoray.catalog.table import load_catalog
+from kinoray.catalog.table import Reference, load_catalog
 from kinoray.console import many
+from kinoray.errors import KinorayError, ObjectNotFound
 from kinoray.evaluation.metrics import Calibration, confused_classes
 from kinoray.library.config import ReportConfig
-from kinoray.library.numbers import Confusion, Numbers, ResultTable, choose, count, join_truth, read_result
-from kinoray.library.site import Site, add_places, collect_names, site_record
-from kinoray.storage.objects import Storage, absolute, join
+from kinoray.library.numbers import (
+    Confusion,
+    Kind,
+    Numbers,
+    ResultTable,
+    choose,
+    count,
+    count_codecs,
+    count_durations,
+    join_truth,
+    read_result,
+)
+from kinoray.library.rows import scan, scan_windows
+from kinoray.library.serve import serve
+from kinoray.library.site import Likeness, Links, Site, add_places, collect_names, site_record
+from kinoray.library.vectors import map_2d, nearest, usable
+from kinoray.network.checkpoint_files import META_FILE, read_document
+from kinoray.storage.objects import Storage, absolute, is_s3, join
 from kinoray.storage.records import require_folder
 
 __all__ = ["HISTOGRAM_HEIGHT", "histogram_bars", "report"]
@@ -32,6 +51,11 @@ NUM_SHADES = 10
 MAX_TABLE_CLASSES = 30
 """Up to so many classes confusion is a table of numbers, above it a picture and the most frequent mistakes."""
 MAX_MISTAKES = 30
+MAX_BARS = 20
+MAX_SIMILAR = 20_000
+"""Up to so many listed videos with embeddings each is compared with each: 2 x 10^11 products at 512 numbers."""
+NUM_SIMILAR = 24
+_PATIENCE_S = 5.0  # for what a checkpoint says of itself
 MAX_EXAMPLES = 3
 _KINDS = ("right", "wrong", "unknown")
 
@@ -61,9 +85,18 @@ def report(config: ReportConfig) -> dict[str, Any]:
     listed = add_places(choose(rows, config.max_videos), config.max_strips)
     names = collect_names(listed, numbers, several=result.several)
     record = site_record(numbers, names, listed, config.title, result.digest)
-    site = Site(storage, out, listed, names, record, config.decode)
-    without_frames = site.write(_values(config, result, rows, numbers, listed))
+    links = _links(storage, listed, config.presign_hours) if config.presign_hours else None
+    windows = _windows(result, listed)
+    likeness = _likeness(result, listed)
+    site = Site(storage, out, listed, names, record, config.decode, windows=windows, links=links, likeness=likeness)
+    without_frames = site.write_data(keep_strips=config.serve)
+    site.write_page(_values(config, result, rows, numbers, site), _media_sources(config, listed, links))
     _print_totals(out, site.num_bytes, result, numbers, len(listed), without_frames)
+    if links:
+        num_links = sum(uri is not None for uri in links.uris)
+        print(f"report: whoever has the site can read {many(num_links, 'video')} of it until {links.until}")
+    if config.serve:
+        serve(storage, out, site.written, _places(listed))
     return {
         "out": join(out, "index.html"),
         "bytes": site.num_bytes,
@@ -76,6 +109,78 @@ def report(config: ReportConfig) -> dict[str, Any]:
         "without_frames": without_frames,
         "top1": numbers.accuracy.top1.value if numbers.accuracy else None,
     }
+
+
+def _windows(result: ResultTable, listed: pa.Table) -> Iterator[pa.Table]:
+    """The windows of listed videos, where long ones were cut."""
+    if result.job.windows is None:
+        return
+    keys = listed["row_key"].combine_chunks()
+    for table in scan_windows(result.ledger, ["row_key", "begin_s", "end_s", "label", "score"]):
+        yield table.filter(pc.is_in(table["row_key"], value_set=keys))
+
+
+def _likeness(result: ResultTable, listed: pa.Table) -> Likeness | None:
+    """Where the listed videos lie by their embeddings; None where the labelling has none."""
+    scorer = result.job.settings.get("scorer")
+    if not isinstance(scorer, dict) or not scorer.get("embeddings"):
+        return None
+    keys = listed["row_key"].combine_chunks()
+    listed_ones = (
+        table.filter(pc.and_(pc.is_in(table["row_key"], value_set=keys), pc.is_valid(table["embedding"])))
+        for table in scan(result.ledger, ["row_key", "embedding"])
+    )
+    found = pa.concat_tables(listed_ones)
+    lengths = pc.list_value_length(found["embedding"])
+    width = pc.max(lengths).as_py() or 0
+    found = found.filter(pc.equal(lengths, width)) if width else found.slice(0, 0)
+    vectors_ND = np.asarray(pc.list_flatten(found["embedding"]).to_numpy()).reshape(len(found), width)
+    is_good = usable(vectors_ND) if width else np.zeros(0, bool)
+    vectors_ND = vectors_ND[is_good]
+    rows = pc.index_in(found["row_key"].filter(pa.array(is_good)), value_set=keys).to_numpy()
+    places: list[list[float] | None] = [None] * len(listed)
+    for row, place in zip(rows.tolist(), np.round(map_2d(vectors_ND).astype(float), 4).tolist(), strict=True):
+        places[row] = place
+    if len(rows) > MAX_SIMILAR:
+        return Likeness(places=places, near=None)
+    near: list[list[list[float]] | None] = [None] * len(listed)
+    others, similarities = nearest(vectors_ND, vectors_ND, NUM_SIMILAR + 1)
+    for place, row in enumerate(rows.tolist()):
+        is_other = others[place] != place
+        theirs = rows[others[place][is_other][:NUM_SIMILAR]].tolist()
+        near[row] = [theirs, np.round(similarities[place][is_other][:NUM_SIMILAR].astype(float), 3).tolist()]
+    return Likeness(places=places, near=near)
+
+
+def _places(listed: pa.Table) -> dict[str, Reference]:
+    """Where the listed videos lie, by row_key."""
+    columns = [listed[name].to_pylist() for name in ("row_key", "uri", "offset", "length")]
+    return {key: Reference(*place) for key, *place in zip(*columns, strict=True)}
+
+
+def _links(storage: Storage, listed: pa.Table, hours: float) -> Links:
+    """Addresses of the listed videos in s3://; none of members of shards, since an address names whole objects.
+
+    And none where the reader pays: a browser cannot say that it agrees.
+    """
+    end = datetime.now(UTC) + timedelta(hours=hours)
+    uris: list[str | None] = []
+    for place in _places(listed).values():
+        bucket = place.uri.removeprefix("s3://").partition("/")[0]
+        is_whole = is_s3(place.uri) and place.offset is None and not place.problem
+        uri = None
+        if is_whole and storage.config.access_of(bucket) != "requester_pays":
+            with suppress(ObjectNotFound):  # no bucket can be called so
+                uri = storage.presign(place.uri, int(hours * 3600))
+        uris.append(uri)
+    return Links(uris=uris, until=f"{end:%Y-%m-%d %H:%M} UTC")
+
+
+def _media_sources(config: ReportConfig, listed: pa.Table, links: Links | None) -> list[str]:
+    """From where the page may play videos: no more than there are."""
+    is_file = [not is_s3(place.uri) and place.offset is None for place in _places(listed).values()]
+    found = ["file:"] if any(is_file) else []
+    return [*found, *(["'self'"] if config.serve else []), *(links.origins if links else [])]
 
 
 def _print_totals(
@@ -121,10 +226,11 @@ def _groups(rows: pa.Table) -> list[_Group]:
 
 
 def _values(
-    config: ReportConfig, result: ResultTable, rows: pa.Table, numbers: Numbers, listed: pa.Table
+    config: ReportConfig, result: ResultTable, rows: pa.Table, numbers: Numbers, site: Site
 ) -> dict[str, object]:
     """What the template shows."""
     confusion = numbers.confusion
+    listed = site.listed
     small = confusion is not None and len(confusion.names) <= MAX_TABLE_CLASSES
     return {
         "config": config,
@@ -147,8 +253,60 @@ def _values(
         "mistakes": confused_classes(confusion.counts, confusion.names, MAX_MISTAKES) if confusion else [],
         "reliability": _reliability_marks(numbers.calibration) if numbers.calibration else [],
         "groups": _groups(rows),
+        "has_map": site.record["map"],
+        "has_media": site.record["media"],
+        "kinds": _kinds(rows, numbers, site),
+        "network": _network(result),
         "origin": {name: _distinct(rows, name) for name in ("model_digest", "config_digest", "run_id")},
     }
+
+
+def _kinds(rows: pa.Table, numbers: Numbers, site: Site) -> list[dict[str, Any]]:
+    """Figures that count the videos by class, length and codec: title, filter, bars, what they count."""
+    called = [(row.num_predicted, row.counts.label) for row in numbers.classes if row.num_predicted]
+    classes = [Kind(name, name, number) for number, name in sorted(called, key=lambda item: (-item[0], item[1]))]
+    figures = [("Classes", "label", classes, many(numbers.num_labelled, "labelled video"))]
+    for title, field, column, counted in (
+        ("Length", "duration", "duration_s", count_durations),
+        ("Codec", "codec", "codec", count_codecs),
+    ):
+        known = rows[column].drop_null()
+        said = f"{many(len(known), 'video')} of which the catalog says it"
+        if not len(known):
+            known = pa.chunked_array([pa.array(getattr(site, column), rows[column].type)]).drop_null()
+            said = f"{many(len(known), 'video')} that {'was' if len(known) == 1 else 'were'} opened for contact strips"
+        figures.append((title, field, list(counted(known.to_numpy(zero_copy_only=False))), said))
+    return [
+        {"title": title, "field": field, "bars": bars[:MAX_BARS], "more": len(bars) - MAX_BARS, "counts": said}
+        for title, field, bars, said in figures
+        if bars
+    ]
+
+
+def _network(result: ResultTable) -> list[tuple[str, str]]:
+    """What answered, for people: name and text of each fact that is known of the checkpoint, where it still is."""
+    job = result.job
+    storage = Storage(replace(result.ledger.storage.config, retry_s=_PATIENCE_S))
+    facts = [("Network", job.model.factory)] if job.model else []
+    facts += [("Checkpoint", job.checkpoint)] if job.checkpoint else [("Average of", ", ".join(job.members))]
+    try:
+        meta = read_document(storage, absolute(job.checkpoint)).meta if job.checkpoint else None
+        saved_s = storage.stat(join(absolute(job.checkpoint), META_FILE)).modified_s if meta else 0.0
+    except KinorayError:  # gone, or not ours to read: the table does not need it
+        meta = None
+    if meta and meta.model_digest == job.model_digest:
+        origin = meta.origin
+        trained = f"trained with kinoray: {many(meta.epoch, 'epoch')}, {many(meta.samples, 'video')} seen"
+        facts.append(("From", origin.source if origin else trained))
+        facts += [("Licence of the weights", origin.licence)] if origin and origin.licence else []
+        facts.append(("Saved", f"{datetime.fromtimestamp(saved_s, UTC):%Y-%m-%d}"))
+    days = sorted({f"{datetime.fromtimestamp(end.began_s, UTC):%Y-%m-%d}" for end in result.ledger.jobs(_ignore)})
+    facts += [("Labelled", days[0] if len(days) == 1 else f"{days[0]} to {days[-1]}")] if days else []
+    return facts
+
+
+def _ignore(_: str) -> None:
+    """A job's file that says something else tells no day; `labels --summary` says which it is."""
 
 
 def _distinct(rows: pa.Table, name: str) -> list[str]:

@@ -10,11 +10,11 @@ another one.
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
-from urllib.parse import urlencode
+from urllib.parse import urlencode, urlsplit
 
 import numpy as np
 import pyarrow as pa
@@ -23,14 +23,18 @@ import pyarrow.compute as pc
 from kinoray.catalog.table import Reference
 from kinoray.config.shared import DecodeConfig
 from kinoray.console import Progress
+from kinoray.errors import ObjectNotFound
 from kinoray.library.numbers import Numbers
 from kinoray.page.render import asset, render_site_page
 from kinoray.storage.objects import Storage, join
+from kinoray.storage.records import parse_json
 from kinoray.video.strips import Strip, contact_strips
 
 __all__ = [
     "ROWS_PER_FILE",
     "STRIPS_PER_FILE",
+    "Likeness",
+    "Links",
     "Names",
     "Site",
     "add_places",
@@ -41,18 +45,20 @@ __all__ = [
 
 ROWS_PER_FILE = 2_000
 STRIPS_PER_FILE = 10
+"""So many that a page of 50 needs 5 files in the first order, so few that any other order does not load too much.
+Windows and links of rows are so many in a file, too."""
 _STRIP_FRAMES = 4  # as many as are seen at one glance
-"""So many that a page of 50 needs 5 files in the first order, so few that any other order does not load too much."""
 
-SCRIPTS = ("data", "select", "corrections", "card", "sheet", "view", "keys")
+SCRIPTS = ("data", "select", "corrections", "player", "card", "sheet", "bulk", "map", "view", "keys")
 STYLES = ("page.css", "report.css", "report_site.css")
+_CALL, _END = "kinoray.deliver(...", ");\n"
 _STATUSES = ("labelled", "quarantined", "skipped")
 _NUM_CONFUSED = 3
 _DIGITS = 6
 _ESCAPES = {ord(char): f"\\u{ord(char):04x}" for char in "<>&"}
 _STRIPS_AT_ONCE = 100 * STRIPS_PER_FILE  # held in memory, about 25 kB each; within them videos are read in place order
 _WRITERS = 8
-_DATA_FILE = re.compile(r"(rows|strips)-\d+\.js")
+_DATA_FILE = re.compile(r"(rows|strips|media|windows|links|map|similar)-\d+\.js")
 
 
 # What the data files hold
@@ -61,7 +67,7 @@ _DATA_FILE = re.compile(r"(rows|strips)-\d+\.js")
 def _data_file(name: str, build: str, value: Any) -> bytes:
     """One data file: a call that hands `value` (JSON-able) to the page under this name."""
     text = json.dumps([name, build, value], separators=(",", ":"), allow_nan=False).translate(_ESCAPES)
-    return f"kinoray.deliver(...{text});\n".encode("ascii")
+    return f"{_CALL}{text}{_END}".encode("ascii")
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,6 +127,7 @@ def _row_columns(rows: pa.Table, names: Names) -> dict[str, list[Any]]:
         "truth": _places(rows["true_label"], names.labels if names.truths is None else names.truths),
         "split": _places(rows["split"], names.splits),
         "strip": rows["strip"].to_pylist(),
+        "windows": rows["windows"].to_pylist(),
         **({} if names.truths is None else {"right": _as_verdicts(rows["right"])}),
     }
 
@@ -173,6 +180,8 @@ def site_record(numbers: Numbers, names: Names, listed: pa.Table, title: str, ta
         "rows": -(-len(listed) // ROWS_PER_FILE),
         "perStripFile": STRIPS_PER_FILE,
         "truth": numbers.accuracy is not None,
+        "media": bool(pc.any(pc.greater_equal(listed["strip"], 0)).as_py() or pc.count(listed["duration_s"]).as_py()),
+        "windows": bool(pc.any(pc.greater(listed["windows"], 1)).as_py()),
         **({} if names.truths is None else {"truths": names.truths}),
     }
 
@@ -214,8 +223,40 @@ def add_places(listed: pa.Table, num_strips: int) -> pa.Table:
 # The folder
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Links:
+    """Addresses with which anybody may read the videos."""
+
+    uris: Sequence[str | None]
+    """Of each listed row; None where it has none."""
+    until: str
+    """When they end, for people."""
+
+    @property
+    def origins(self) -> list[str]:
+        """The servers that they lead to, as a policy names them."""
+        return sorted({"{0.scheme}://{0.netloc}".format(urlsplit(uri)) for uri in self.uris if uri})
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Likeness:
+    """How the listed videos lie to each other by their embeddings; None of those that have none."""
+
+    places: Sequence[Sequence[float] | None]
+    """Of each listed row: x and y on the map, in -1 .. 1."""
+    near: Sequence[Sequence[Sequence[float]] | None] | None
+    """Of each: the numbers of the listed rows that are most similar, and how similar; None where these are too many."""
+
+
 class Site:
-    """The folder of one report. `num_bytes` counts what was written."""
+    """The folder of one report. `num_bytes` counts what was written, `written` names it.
+
+    Args:
+        listed: rows, with what `add_places` adds.
+        windows: rows of WINDOW_LABEL_SCHEMA of listed videos, in the order of time for each.
+        links: put into the site.
+        likeness: where there are embeddings.
+    """
 
     def __init__(
         self,
@@ -225,8 +266,17 @@ class Site:
         names: Names,
         record: dict[str, Any],
         decode: DecodeConfig,
+        *,
+        windows: Iterable[pa.Table] = (),
+        links: Links | None = None,
+        likeness: Likeness | None = None,
     ) -> None:
         self._decode = decode
+        self._links = links
+        self._likeness = likeness
+        record = {**record, "map": likeness is not None, "similar": bool(likeness and likeness.near)}
+        if links:
+            record = {**record, "linksUntil": links.until}
         self.storage = storage
         self.out = out.rstrip("/")
         self.listed = listed
@@ -237,12 +287,18 @@ class Site:
         self.build = hashlib.sha256(content).hexdigest()[:16]
         self.nonce = hashlib.sha256(b"nonce" + content).hexdigest()[:32]  # no name can foresee it: it is part of it
         self.num_bytes = 0
+        self.written: set[str] = set()
+        self._windows = _window_lists(windows, names) if record["windows"] else None
+        self.duration_s: list[float | None] = listed["duration_s"].to_pylist()
+        """Of each listed row, as far as the catalog or a strip tells; whole after `write_data`."""
+        self.codec: list[str | None] = listed["codec"].to_pylist()
+        """Likewise."""
 
-    def write(self, values: dict[str, object]) -> int:
-        """Write all files, index.html last, and remove data files of an older site in the same place.
+    def write_data(self, *, keep_strips: bool = False) -> int:
+        """Write all that the page loads. The page itself, which `write_page` writes, comes last.
 
         Args:
-            values: what the page's template needs, but for what every page has.
+            keep_strips: leave those that a whole site of the same rows has here already.
 
         Returns:
             How many of the videos that should have a strip could not be read for it.
@@ -250,38 +306,98 @@ class Site:
         Raises:
             StorageError: a file cannot be written.
         """
-        written: set[str] = set()
-        num_unreadable = 0
+        kept = self._kept_strips() if keep_strips else None
+        num_unreadable = kept or 0
 
         def counted() -> Iterator[tuple[str, Any]]:
             nonlocal num_unreadable
             for index, chunk in enumerate(self.chunks):
                 yield f"rows-{index}", chunk
-            for name, strips in self._strip_files():
+            for name, strips in self._strip_files() if kept is None else ():
                 num_unreadable += sum(not strip.frames for strip in strips)
                 yield name, [_strip_record(strip) for strip in strips]
+            if self.record["media"]:
+                yield from self._media_files()
+            if self._windows is not None:
+                yield from _in_files("windows", [self._windows.get(key) for key in self.listed["row_key"].to_pylist()])
+            if self._links:
+                yield from _in_files("links", self._links.uris)
+            if self._likeness:
+                yield from _in_files("map", self._likeness.places, ROWS_PER_FILE)
+                yield from _in_files("similar", self._likeness.near or ())
 
-        written.add(f"{self._put_data(('site', self.record))}.js")  # first: it says whose the folder is
-        for name in _in_threads(self._put_data, counted()):
-            written.add(f"{name}.js")
+        self._put_data(("site", self.record))  # first: it says whose the folder is
+        for _ in _in_threads(self._put_data, counted()):
+            pass
         self._put("assets/report.css", asset(STYLES).encode())
         self._put("assets/report.js", asset([f"report_{name}.js" for name in SCRIPTS]).encode())
-        self._put("index.html", self._page(values).encode("utf-8"))
-        self._remove_others(written)
         return num_unreadable
+
+    def write_page(self, values: dict[str, object], media: Sequence[str]) -> None:
+        """Write index.html, and remove data files of an older site in the same place.
+
+        Args:
+            values: what the page's template needs, but for what every page has.
+            media: from where the page may play videos, as a policy has it.
+        """
+        shared = {"build": self.build, "link": _link}
+        page = render_site_page("report.html.j2", {**values, **shared}, nonce=self.nonce, media=media)
+        self._put("index.html", page.encode("utf-8"))
+        self._remove_others()
 
     def _put_data(self, item: tuple[str, Any]) -> str:
         name, value = item
-        self._put(f"data/{name}.js", _data_file(name, self.build, value))
-        return name
+        return self._put(f"data/{name}.js", _data_file(name, self.build, value))
 
-    def _put(self, path: str, data: bytes) -> None:
+    def _put(self, path: str, data: bytes) -> str:
         self.storage.put(join(self.out, path), data)
         self.num_bytes += len(data)
+        self.written.add(path)
+        return path
 
-    def _page(self, values: dict[str, object]) -> str:
-        shared = {"build": self.build, "link": _link}
-        return render_site_page("report.html.j2", {**values, **shared}, nonce=self.nonce)
+    def _kept_strips(self) -> int | None:
+        """How many videos could not be read for the strips of the site that is here; None if they are to be made."""
+        num_strips = pc.sum(pc.greater_equal(self.listed["strip"], 0)).as_py() or 0
+        names = [f"strips-{number}" for number in range(-(-num_strips // STRIPS_PER_FILE))]
+        try:
+            page = self.storage.read(join(self.out, "index.html"))  # the last file of a site
+            if f'data-build="{self.build}"'.encode() not in page:
+                return None
+            found = [self._read_data(name) for name in names]
+            media = [
+                self._read_data(f"media-{index}") for index in range(len(self.chunks) if self.record["media"] else 0)
+            ]
+            self.duration_s = [value for chunk in media for value in chunk["duration"]] or self.duration_s
+            self.codec = [
+                chunk["codecs"][place] if place >= 0 else None for chunk in media for place in chunk["codec"]
+            ] or self.codec
+        except (ObjectNotFound, ValueError, LookupError, TypeError):
+            return None
+        self.written.update(f"data/{name}.js" for name in names)
+        return sum(isinstance(strip, str) for strips in found for strip in strips)
+
+    def _read_data(self, name: str) -> Any:
+        """The value of a data file of this build. Raises ObjectNotFound, ValueError."""
+        text = self.storage.read(join(self.out, "data", f"{name}.js")).decode("ascii")
+        found, build, value = parse_json(text.removeprefix(_CALL).removesuffix(_END))
+        if (found, build) != (name, self.build):
+            raise ValueError(f"{name} is of another report")
+        return value
+
+    def _media_files(self) -> Iterator[tuple[str, Any]]:
+        """Lengths and codecs, as many rows a file as rows-N has."""
+        for start in range(0, len(self.listed), ROWS_PER_FILE):
+            codecs = self.codec[start : start + ROWS_PER_FILE]
+            names = sorted({name for name in codecs if name})
+            seconds = self.duration_s[start : start + ROWS_PER_FILE]
+            yield (
+                f"media-{start // ROWS_PER_FILE}",
+                {
+                    "codecs": names,
+                    "codec": [names.index(name) if name else -1 for name in codecs],
+                    "duration": [None if value is None else round(value, 3) for value in seconds],
+                },
+            )
 
     def _strip_files(self) -> Iterator[tuple[str, list[Strip]]]:
         """Names and strips, made in windows of the list, so that they need not fit in memory together."""
@@ -291,6 +407,7 @@ class Site:
         progress = Progress(len(wanted), "report", "contact strips")
         for start in range(0, len(wanted), _STRIPS_AT_ONCE):
             window = wanted.slice(start, _STRIPS_AT_ONCE)
+            rows = np.flatnonzero(self.listed["strip"].to_numpy() >= 0)[start : start + len(window)].tolist()
             order = pc.sort_indices(window, [("uri", "ascending"), ("offset", "ascending")]).to_pylist()
             strips: dict[int, Strip] = {}
             columns = [window[name].take(order).to_pylist() for name in ("uri", "offset", "length")]
@@ -298,17 +415,41 @@ class Site:
             made = contact_strips(self.storage, places, _STRIP_FRAMES, self._decode)
             for place, strip in zip(order, made, strict=True):
                 strips[place] = strip
+                if strip.info:
+                    self.duration_s[rows[place]] = self.duration_s[rows[place]] or strip.info.duration_s or None
+                    self.codec[rows[place]] = self.codec[rows[place]] or strip.info.codec or None
                 progress.update(1, without_frames=int(not strip.frames))
             for first in range(0, len(window), STRIPS_PER_FILE):
                 part = [strips[place] for place in range(first, min(first + STRIPS_PER_FILE, len(window)))]
                 yield f"strips-{(start + first) // STRIPS_PER_FILE}", part
         progress.close()
 
-    def _remove_others(self, written: set[str]) -> None:
+    def _remove_others(self) -> None:
         for info in list(self.storage.list(join(self.out, "data/"))):
             name = info.uri.rpartition("/")[2]
-            if info.uri == join(self.out, "data", name) and _DATA_FILE.fullmatch(name) and name not in written:
+            is_ours = info.uri == join(self.out, "data", name) and _DATA_FILE.fullmatch(name)
+            if is_ours and f"data/{name}" not in self.written:
                 self.storage.delete(info.uri)
+
+
+def _window_lists(windows: Iterable[pa.Table], names: Names) -> dict[str, list[list[Any]]]:
+    """The windows of each row_key as lists: when they begin, when they end, their first classes and scores."""
+    place = {name: index for index, name in enumerate(names.labels)}
+    found: dict[str, list[list[Any]]] = {}
+    for table in windows:
+        columns = [table[name].to_pylist() for name in ("row_key", "begin_s", "end_s", "label", "score")]
+        for key, begin_s, end_s, label, score in zip(*columns, strict=True):
+            lists = found.setdefault(key, [[], [], [], []])
+            said = place.get(label, -1), None if score is None else round(score, 4)
+            for values, value in zip(lists, (round(begin_s, 3), round(end_s, 3), *said), strict=True):
+                values.append(value)
+    return found
+
+
+def _in_files(kind: str, values: Sequence[Any], num_rows: int = STRIPS_PER_FILE) -> Iterator[tuple[str, Any]]:
+    """Something of each listed row, so many rows a file."""
+    for start in range(0, len(values), num_rows):
+        yield f"{kind}-{start // num_rows}", list(values[start : start + num_rows])
 
 
 def _in_threads(function: Callable[[tuple[str, Any]], str], items: Iterator[tuple[str, Any]]) -> Iterator[str]:

@@ -34,15 +34,17 @@ def render_page(template: str, values: Mapping[str, object], *, styles: Sequence
     return _render(template, {**values, "policy": policy, "style": Markup(style)})  # our own files
 
 
-def render_site_page(template: str, values: Mapping[str, object], *, nonce: str) -> str:
+def render_site_page(template: str, values: Mapping[str, object], *, nonce: str, media: Sequence[str] = ()) -> str:
     """A template of kinoray/page as the page of a site, whose style and scripts lie beside it.
 
     Args:
         nonce: what their elements carry; nobody whose text is on the page may foresee it.
+        media: from where it may play videos, as a policy has it: `'self'`, `file:`, an origin.
     """
+    plays = f" media-src {' '.join(media)};" if media else ""
     policy = (
-        f"default-src 'none'; script-src 'nonce-{nonce}'; style-src 'nonce-{nonce}'; img-src data:; {_NOTHING_ELSE}; "
-        "require-trusted-types-for 'script'; trusted-types kinoray"
+        f"default-src 'none'; script-src 'nonce-{nonce}'; style-src 'nonce-{nonce}'; img-src data:;{plays} "
+        f"{_NOTHING_ELSE}; require-trusted-types-for 'script'; trusted-types kinoray"
     )
     return _render(template, {**values, "policy": policy, "nonce": nonce})
 

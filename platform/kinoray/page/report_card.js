@@ -8,12 +8,6 @@
     return make("span", { class: "meter", "aria-hidden": "true" }, inner);
   };
 
-  const where = (table, row) => {
-    const [offset, length] = [table.offset[row], table.length[row]];
-    if (offset === null || length === null) return table.uri[row];
-    return `${table.uri[row]} bytes ${offset} to ${offset + length - 1}`;
-  };
-
   const badges = (table, row) => {
     const status = table.statuses[table.status[row]];
     const made = [make("span", { class: `badge ${status === "labelled" ? "plain" : "bad"}` }, status)];
@@ -21,6 +15,15 @@
     if (verdict) made.push(make("span", { class: `badge ${verdict}` }, verdict));
     if (table.abstained[row]) made.push(make("span", { class: "badge bad" }, "abstained"));
     if (table.split[row] >= 0) made.push(make("span", { class: "badge plain" }, "split ", name(table.site.splits[table.split[row]])));
+    const seconds = table.duration[row];
+    if (!Number.isNaN(seconds)) made.push(make("span", { class: "badge plain" }, `${Number(seconds.toFixed(seconds < 10 ? 1 : 0))} s`));
+    if (table.codec[row] >= 0) made.push(make("span", { class: "badge plain" }, name(table.codecs[table.codec[row]])));
+    const what = kinoray.canPlay(table, row) ? ["data-play", "Play"] : ["data-copy", "Copy address"];
+    made.push(make("button", { type: "button", [what[0]]: true, class: "play" }, what[1]));
+    if (table.site.similar && status === "labelled") {
+      const address = kinoray.writeQuery({ view: "videos", page: 1, like: table.key[row] });
+      made.push(make("a", { href: address, title: "Videos that the network sees most like it" }, "Similar"));
+    }
     return make("p", { class: "badges" }, ...made);
   };
 
@@ -73,7 +76,7 @@
   kinoray.fillStrip = async (site, element) => {
     let frames;
     try {
-      frames = await kinoray.strip(site, Number(element.dataset.strip));
+      frames = await kinoray.part(site, "strips", Number(element.dataset.strip));
     } catch (error) {
       frames = error.message;
     }
@@ -93,13 +96,22 @@
     document.body.style.setProperty("--strip-height", `${element.offsetHeight}px`);
   };
 
+  const where = (table, row) => {
+    const made = [make("summary", {}, "Where"), make("code", {}, name(kinoray.whereIs(table, row)))];
+    const file = kinoray.fileOf(table, row);
+    const link = file ? make("a", { href: file, target: "_blank", rel: "noopener noreferrer" }, "Open the file") : "";
+    made.push(make("p", { class: "buttons" }, make("button", { type: "button", "data-copy": true }, "Copy address"), link));
+    return make("details", {}, ...made);
+  };
+
   kinoray.makeCard = (table, row) => {
     const title = make("h3", { id: `video-${row}` }, name(table.id[row]));
+    const pick = make("input", { type: "checkbox", "data-pick": true, "aria-labelledby": title.id, title: "Select (key: x)" });
     const article = make("article", { tabindex: "-1", "aria-labelledby": title.id, "data-row": String(row) });
-    const parts = [strip(table, row), title, badges(table, row)];
+    const parts = [strip(table, row), make("div", { class: "title" }, title, pick), badges(table, row)];
+    if (table.windows[row] > 1) parts.push(make("div", { class: "windows", "data-windows": String(row) }));
     if (table.top[row].length) parts.push(answers(table, row));
-    parts.push(facts(table, row), correction(Boolean(table.site.truths)));
-    parts.push(make("details", {}, make("summary", {}, "Where"), make("code", {}, name(where(table, row)))));
+    parts.push(facts(table, row), correction(Boolean(table.site.truths)), where(table, row));
     article.append(...parts.filter((part) => part !== null));
     return make("li", {}, article);
   };

@@ -39,14 +39,14 @@ const kinoray = {};
 
   const numbers = (chunks, name, Kind) => Kind.from(chunks.flatMap((chunk) => chunk[name]), (x) => (x === null ? NaN : x));
 
-  // All rows as columns; NaN or -1 where there is no value.
-  kinoray.makeTable = (site, chunks) => {
+  // All rows as columns; NaN or -1 where there is no value. `media`: lengths and codecs, where the site has them.
+  kinoray.makeTable = (site, chunks, media) => {
     const table = { site, size: 0 };
     for (const name of ["id", "key", "offset", "length", "text", "top", "scores"]) {
       table[name] = chunks.flatMap((chunk) => chunk[name]);
     }
     table.uri = chunks.flatMap((chunk) => chunk.uri.map((place) => chunk.uris[place]));
-    for (const name of ["rank", "reason", "truth", "split", "strip"]) table[name] = numbers(chunks, name, Int32Array);
+    for (const name of ["rank", "reason", "truth", "split", "strip", "windows"]) table[name] = numbers(chunks, name, Int32Array);
     for (const name of ["status", "abstained"]) table[name] = numbers(chunks, name, Uint8Array);
     // Where a video may have several classes (site.truths): whether they are the true ones, 1, 0 or -1 for not known.
     if (site.truths) table.right = numbers(chunks, "right", Int8Array);
@@ -55,6 +55,10 @@ const kinoray = {};
     table.label = Int32Array.from(table.top, (top) => (top.length ? top[0] : -1));
     table.score = Float64Array.from(table.scores, (scores) => (scores.length ? scores[0] : NaN));
     table.lower = table.id.map((id) => id.toLowerCase());
+    table.duration = media.length ? numbers(media, "duration", Float64Array) : new Float64Array(table.size).fill(NaN);
+    table.codecs = [...new Set(media.flatMap((chunk) => chunk.codecs))].sort();
+    const codecOf = (chunk) => chunk.codec.map((place) => (place < 0 ? -1 : table.codecs.indexOf(chunk.codecs[place])));
+    table.codec = media.length ? Int32Array.from(media.flatMap(codecOf)) : new Int32Array(table.size).fill(-1);
     table.statuses = ["labelled", "quarantined", "skipped"];
     table.truths = site.truths ?? site.labels;
     table.verdict = (row) => {
@@ -75,12 +79,12 @@ const kinoray = {};
   kinoray.asList = (names) => [...new Set(names)].sort().join("|") || "|";
   kinoray.inList = (text) => text.split("|").filter((name) => name !== "");
 
-  // Contact strips, a file of several at once; the last files stay in memory.
+  // What a file has of a few rows each (strips, windows, links); the last files stay in memory.
   const MOST_FILES = 80;
   const files = new Map();
-  kinoray.strip = async (site, number) => {
-    const file = Math.floor(number / site.perStripFile);
-    const promise = files.get(file) ?? kinoray.load(`strips-${file}`);
+  kinoray.part = async (site, kind, number) => {
+    const file = `${kind}-${Math.floor(number / site.perStripFile)}`;
+    const promise = files.get(file) ?? kinoray.load(file);
     files.delete(file);
     files.set(file, promise);
     if (files.size > MOST_FILES) files.delete(files.keys().next().value);
@@ -91,6 +95,12 @@ const kinoray = {};
   const hidden = /[\p{Cc}\p{Cf}\p{Cs}\p{Zl}\p{Zp}]/gu;
   kinoray.visible = (text) =>
     String(text).replace(hidden, (char) => `\\u${char.codePointAt(0).toString(16).padStart(4, "0")}`);
+
+  // The folder of an id, and those around it: "a/b/c" -> "a/b", "a".
+  kinoray.foldersOf = (id) => {
+    const parts = id.split("/").slice(0, -1);
+    return parts.map((_, index) => parts.slice(0, parts.length - index).join("/")).filter((folder) => folder !== "");
+  };
 
   kinoray.percent = (share, digits = 1) => `${(100 * share).toFixed(digits)}%`;
   kinoray.count = (number) => number.toLocaleString("en-US");

@@ -47,7 +47,9 @@
       article.querySelector("[data-confirm]").click();
       move(1);
     }
-    else if (key === "c") article.querySelector("input").focus();
+    else if (key === "v") kinoray.togglePlay(kinoray.app.table, article);
+    else if (key === "x") article.querySelector("[data-pick]").click();
+    else if (key === "c") article.querySelector(".correction input").focus();
     else return false;
     return true;
   };
@@ -66,7 +68,8 @@
   const pressed = (event) => {
     if (event.ctrlKey || event.altKey || event.metaKey || !kinoray.app.table) return;
     const target = event.target;
-    if (target.matches?.("input, select, textarea")) {
+    if (target.matches?.("video")) return; // it has keys of its own
+    if (target.matches?.("input:not([type=checkbox]), select, textarea")) {
       if (event.key === "Escape") (target.closest("article") ?? target).focus();
       return;
     }
@@ -99,7 +102,7 @@
   }
   // A click on a card makes it the one that keys act on.
   list.addEventListener("click", (event) => {
-    if (!event.target.closest("button, input, summary, a")) event.target.closest("article")?.focus({ preventScroll: true });
+    if (!event.target.closest("button, input, select, summary, a, video, .mark")) event.target.closest("article")?.focus({ preventScroll: true });
   });
   kinoray.start();
 })();

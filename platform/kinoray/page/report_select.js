@@ -1,8 +1,8 @@
 // Which rows are shown, in which order, and how that is written in the address. No element is touched here.
 (() => {
   kinoray.PER_PAGE = 50;
-  const FIELDS = ["label", "true", "status", "verdict", "split", "reason", "score", "margin", "text", "corrected", "sort"];
-  const VIEWS = ["overview", "videos", "classes", "quarantine", "corrections"];
+  const FIELDS = ["label", "true", "status", "verdict", "split", "reason", "score", "margin", "duration", "codec", "folder", "text", "corrected", "picked", "like", "sort"];
+  const VIEWS = ["overview", "videos", "map", "classes", "quarantine", "corrections"];
 
   // "#label=cat&page=2" -> {view, page, label, ...}; a filter without a view means the videos.
   kinoray.readQuery = (hash) => {
@@ -37,7 +37,7 @@
     if (!orders.has(sort)) {
       const sign = sort.startsWith("-") ? -1 : 1;
       const name = sort.replace(/^-/, "");
-      const values = { id: table.rank, margin: table.margin, score: table.score, entropy: table.entropy }[name] ?? table.margin;
+      const values = { id: table.rank, margin: table.margin, score: table.score, entropy: table.entropy, duration: table.duration }[name] ?? table.margin;
       // Rows without the number (quarantined ones) always come last; equal ones are in the order of their ids.
       const compare = (a, b) => {
         const [x, y] = [values[a], values[b]];
@@ -73,6 +73,12 @@
       const values = table[field];
       made.push((row) => values[row] >= low && values[row] <= high);
     }
+    if (query.duration !== "") {
+      const [low, high] = kinoray.readRange(query.duration);
+      made.push((row) => table.duration[row] >= low && table.duration[row] < high); // as the bars count: to below the end
+    }
+    named("codec", table.codecs, table.codec);
+    if (query.folder !== "") made.push((row) => table.id[row].startsWith(`${query.folder}/`));
     if (query.verdict !== "") {
       made.push((row) => table.verdict(row) === query.verdict);
     }
@@ -80,15 +86,16 @@
       const wanted = query.corrected === "yes";
       made.push((row) => corrections.has(table.key[row]) === wanted);
     }
+    if (query.picked !== "") made.push(kinoray.isPicked);
     const text = query.text.trim().toLowerCase();
     if (text !== "") made.push((row) => table.lower[row].includes(text));
     return made;
   };
 
-  // Row numbers that match, in order.
-  kinoray.select = (table, query, corrections) => {
+  // Row numbers that match, in order; with `like` only those of it, and in its order.
+  kinoray.select = (table, query, corrections, like = null) => {
     const keep = tests(table, query, corrections);
-    const order = sorted(table, query.sort || "margin");
+    const order = like ?? sorted(table, query.sort || "margin");
     return keep.length ? order.filter((row) => keep.every((test) => test(row))) : order;
   };
 })();

@@ -208,6 +208,16 @@ class Storage:
         store, name = self._locate(uri)
         store.delete(name)
 
+    def presign(self, uri: str, expires_s: int) -> str:
+        """An address with which anybody may read an s3:// object for so long; nobody is asked whether it is there.
+
+        One that ends with the credentials that sign it, where these end before.
+        """
+        store, name = self._locate(uri)
+        if isinstance(store, FolderStore):
+            raise ValueError(f"{uri} is a file, which has no such address")
+        return store.presign(name, expires_s)
+
     def sweep(self, folder: str, before_s: float) -> None:
         """Remove what killed writers left in a folder before then; S3 shows no object before it is whole."""
         store, name = self._locate(folder, is_prefix=True)

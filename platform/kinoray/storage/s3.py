@@ -76,6 +76,7 @@ class S3Store:
         self._config = config
         kinds = {"signed", *(item.partition("=")[2] for item in config.access)}
         self._clients = {kind: _make_client(config, cast(Access, kind)) for kind in kinds}
+        self._presigners: dict[Access, Any] = {}
         meta = self._clients["signed"].meta
         endpoint = meta.endpoint_url
         self.server = f"{endpoint} {meta.region_name}"
@@ -150,6 +151,15 @@ class S3Store:
     def delete(self, name: str) -> None:
         """Remove the object if it is there."""
         self._guard(name, lambda: self._call(name, "delete_object"))
+
+    def presign(self, name: str, expires_s: int) -> str:
+        """An address with which anybody may read the object for so long; no request is made."""
+        access = self._config.access_of(_split(name)[0])
+        if access not in self._presigners:
+            self._presigners[access] = _make_client(self._config, access, signature="s3v4")
+        client = self._presigners[access]
+        arguments = {"Params": _target(name), "ExpiresIn": expires_s}
+        return self._guard(name, lambda: str(client.generate_presigned_url("get_object", **arguments)))
 
     def _client_of(self, name: str) -> Any:
         return self._clients[self._config.access_of(_split(name)[0])]
@@ -349,8 +359,13 @@ def agree_to_pay(client: Any) -> None:
     client.meta.events.register("before-call.s3", add_header)  # before it is signed
 
 
-def _make_client(config: StorageConfig, access: Access) -> Any:
-    """A boto3 client of its own session, since sessions are not safe to share between threads."""
+def _make_client(config: StorageConfig, access: Access, signature: str | None = None) -> Any:
+    """A boto3 client of its own session, since sessions are not safe to share between threads.
+
+    Args:
+        signature: how requests are signed. Default: as boto3 chooses, which signs addresses of some regions in a way
+            that newer buckets refuse.
+    """
     try:
         core = botocore.session.Session()
         core.get_component("response_parser_factory").set_parser_defaults(timestamp_parser=_time_of)
@@ -365,7 +380,7 @@ def _make_client(config: StorageConfig, access: Access) -> Any:
                     retries={"mode": "standard", "total_max_attempts": 1},  # ours go by time
                     connect_timeout=min(_CONNECT_TIMEOUT_S, config.answer_timeout_s),
                     read_timeout=config.answer_timeout_s,
-                    signature_version=UNSIGNED if access == "unsigned" else None,
+                    signature_version=UNSIGNED if access == "unsigned" else signature,
                     max_pool_connections=32,
                     s3={"addressing_style": config.addressing},
                     request_checksum_calculation=checksums,

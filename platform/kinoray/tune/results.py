@@ -12,13 +12,14 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
+from urllib.parse import quote
 
 import numpy as np
 
 from kinoray.console import table, visible
 from kinoray.errors import JobError, ObjectNotFound
 from kinoray.page.render import render_page
-from kinoray.storage.objects import Storage, join
+from kinoray.storage.objects import Storage, absolute, join
 from kinoray.storage.records import parse_json, read_record
 from kinoray.train.runfolder import RunFolder
 from kinoray.tune.config import Axis, Settings, require_of_space
@@ -55,6 +56,7 @@ PLOT_WIDTH = 400.0
 PLOT_HEIGHT = 200.0
 _MAX_COLUMNS = 8
 _MAX_LEGEND = 12
+_MAX_TICKS = 8
 _FIRST_COLUMN = "optim.lr"
 _FIRST_ROW = "clip.sample.num_segments"
 
@@ -281,7 +283,8 @@ class _Curve:
 class _Curves:
     """Learning curves in a drawing of PLOT_WIDTH x PLOT_HEIGHT, y downwards: from epoch 1 to last, 0% to 100%."""
 
-    last_epoch: int
+    ticks: list[tuple[float, int]]
+    """Where whole epochs are on the axis: the first, the last, and some between them."""
     curves: list[_Curve]
 
 
@@ -296,7 +299,20 @@ def _learning_curves(trials: Sequence[TrialRow]) -> _Curves:
         )
         colour = f"hsl({150 * index % 360}, 60%, 50%)" if index < _MAX_LEGEND else ""  # far from the one before
         curves.append(_Curve(row.trial, points, colour))
-    return _Curves(last, curves)
+    step = max(1, math.ceil((last - 1) / _MAX_TICKS))
+    epochs = sorted({*range(1, last - step // 2, step), last})  # none so near to the last that their numbers touch
+    ticks = [(PLOT_WIDTH * (epoch - 1) / max(1, last - 1), epoch) for epoch in epochs]
+    return _Curves(ticks, curves)
+
+
+def _links(trials: Sequence[TrialRow], out: str) -> dict[str, str]:
+    """Where each trial's epochs are, seen from the page in OUT; none of one that lies elsewhere, or has none."""
+    folder = absolute(out).rstrip("/") + "/"
+    return {
+        row.trial: f"{quote(absolute(row.run).removeprefix(folder))}/metrics.jsonl"
+        for row in trials
+        if row.curve and absolute(row.run).startswith(folder)
+    }
 
 
 def tune_page(summary: dict[str, Any], axes: Sequence[Axis], trials: Sequence[TrialRow]) -> str:
@@ -310,6 +326,8 @@ def tune_page(summary: dict[str, Any], axes: Sequence[Axis], trials: Sequence[Tr
         "heat": heat,
         "cells": _cells(heat) if heat else [],
         "plot": _learning_curves(trials) if is_scored else None,
+        "places": {row.trial: place for place, row in enumerate(trials, 1)},
+        "links": _links(trials, summary["out"]),
         "is_binned": heat is not None and any(" to " in label for label in heat.columns),
     }
     return render_page("tune.html.j2", values, styles=("page.css", "tune.css"))

@@ -17,6 +17,7 @@ from kinoray.catalog.table import Reference, read_videos
 from kinoray.config.shared import ClipConfig, DecodeConfig
 from kinoray.errors import KinorayError, MediaError
 from kinoray.storage.objects import Storage
+from kinoray.video.info import VideoInfo
 from kinoray.video.request import Thumbnails
 from kinoray.video.sandbox.pool import Sandbox
 
@@ -46,6 +47,8 @@ class Strip:
 
     frames: tuple[Thumbnail, ...]
     reason: str = ""
+    info: VideoInfo | None = None
+    """What the video is; None without frames."""
 
 
 def contact_strips(
@@ -75,8 +78,8 @@ def _strip(sandbox: Sandbox, answer: bytes | KinorayError, num_frames: int, deco
         return Strip((), _reason(answer))
     try:
         wanted = Thumbnails(num_frames=num_frames, height=FRAME_HEIGHT_PX)
-        pictures = sandbox.decode(answer, wanted, ClipConfig(decode=decode)).pictures()
-        return Strip(tuple(jpeg_uri(picture) for picture in pictures))
+        frames = sandbox.decode(answer, wanted, ClipConfig(decode=decode))
+        return Strip(tuple(jpeg_uri(picture) for picture in frames.pictures()), info=frames.info)
     except MediaError as error:
         return Strip((), _reason(error))
 
