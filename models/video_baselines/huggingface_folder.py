@@ -48,7 +48,7 @@ HF_FILES = (
     *("config.json", "processor_config.json", "*preprocessor_config.json", "model*.safetensors*"),
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
 )
-"""What is read of a repository, here and by video_baselines.image_text (glob patterns); `pytorch_model*.bin*` where it
+"""What is read of a repository, here and by image_text_folder (glob patterns); `pytorch_model*.bin*` where it
 has no safetensors."""
 
 _FRAME_FIELDS = ("num_frames", "frames_per_clip")

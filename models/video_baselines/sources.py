@@ -20,7 +20,8 @@ import torchvision
 from kinoray.network import PublishedNetwork, Words, WordsError
 from vcm_sdd.weights import open_regular, read_state
 from video_baselines.huggingface_folder import HF_FILES, read_folder
-from video_baselines.image_text import TEXT_TYPES, embed_text, model_type_of, read_words
+from video_baselines.image_text import TEXT_TYPES
+from video_baselines.image_text_folder import embed_text, model_type_of, read_words
 from video_baselines.published import I3D_OPTIONS, I3D_REQUIREMENT, i3d_member, read_i3d
 from video_baselines.weight_sets import adopt_state, weight_sets
 
