@@ -14,7 +14,7 @@ from kinoray.network.resolve import torchvision_weights
 from kinoray.network.scorer import EarlyExit, ScorerConfig, check_scorer
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "models.md"
-NAMES = [name for name in SHORT_NAMES if name != "huggingface"]  # no network without a config
+NAMES = [name for name in SHORT_NAMES if name not in ("huggingface", "image_text")]  # of a config
 HEAD = "| network | fed by default | early exit | embeddings | layer decay | weights to import |"
 
 

@@ -18,7 +18,7 @@ from kinoray.network.build import SHORT_NAMES, build_model, check_clip
 from vcm_sdd.backbone import ResNetGrid
 from vcm_sdd.weights import WeightsMismatch
 
-FACTORIES = sorted(set(vb.__all__) - {"ClipClassifier", "huggingface"})  # a config makes that: test_huggingface.py
+FACTORIES = sorted(set(vb.__all__) - {"ClipClassifier", "huggingface", "image_text"})  # a config makes those
 
 
 @pytest.mark.parametrize("name", FACTORIES)

@@ -249,7 +249,7 @@ SCALING = {"rgb_mean": [0.5] * 3, "rgb_std": [0.5] * 3}
     ],
     ids=lambda change: str(change)[:40],
 )
-@pytest.mark.parametrize("factory", ["huggingface", "video_baselines:huggingface"])
+@pytest.mark.parametrize("factory", ["huggingface", "video_baselines:huggingface", "image_text"])
 @pytest.mark.usefixtures("offline")
 def test_json_of_a_published_config_is_plain_and_bounded(
     factory: str, change: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

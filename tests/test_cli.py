@@ -512,7 +512,7 @@ def printed(capsys: pytest.CaptureFixture[str], *arguments: str) -> TrainConfig:
     return config_from_mapping(TrainConfig, yaml.safe_load(capsys.readouterr().out))
 
 
-@pytest.mark.parametrize("factory", [name for name in SHORT_NAMES if name != "huggingface"])
+@pytest.mark.parametrize("factory", [name for name in SHORT_NAMES if name not in ("huggingface", "image_text")])
 def test_a_small_set_trains_every_network(factory: str, capsys: pytest.CaptureFixture[str]) -> None:
     """The network is built, and sees the preset's clip, without memory (Hugging Face's come by --init-from)."""
     config = printed(capsys, *TRAIN, "--preset", "small", "--model.factory", factory)

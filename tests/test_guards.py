@@ -157,7 +157,7 @@ def test_models_import_torch_and_torchvision_only() -> None:
     """And what kinoray.network says of networks, nothing else of the platform."""
     ours = {"vcm_sdd", "video_baselines"}
     allowed = (
-        {"torch", "torchvision", "timm", "transformers", "huggingface_hub", "safetensors"}
+        {"torch", "torchvision", "timm", "transformers", "tokenizers", "huggingface_hub", "safetensors"}
         | ours
         | sys.stdlib_module_names
     )

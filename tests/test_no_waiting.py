@@ -33,7 +33,7 @@ from vcm_sdd.backbone import build_backbone
 
 SAMPLE, SIZE = SampleConfig(num_segments=2, frames_per_segment=3), 64
 MODEL = ModelConfig(options={"backbone": "resnet18", "heads": 2})
-FACTORIES = sorted(set(vb.__all__) - {"ClipClassifier", "huggingface"})  # a config makes that: test_huggingface.py
+FACTORIES = sorted(set(vb.__all__) - {"ClipClassifier", "huggingface", "image_text"})  # a config makes those
 
 pytestmark = [
     pytest.mark.skipif(torch.version.cuda is None, reason="this torch is built without CUDA"),

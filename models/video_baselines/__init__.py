@@ -9,6 +9,7 @@ from video_baselines.artnet import artnet
 from video_baselines.eco import eco
 from video_baselines.huggingface import huggingface
 from video_baselines.i3d import i3d, i3d_nl, s3dg, two_stream_i3d
+from video_baselines.image_text import image_text
 from video_baselines.lgd3d import lgd3d
 from video_baselines.slowfast import slowfast, slowfast_nl
 from video_baselines.stcnet import stcnet
@@ -35,6 +36,7 @@ __all__ = [
     "huggingface",
     "i3d",
     "i3d_nl",
+    "image_text",
     "lgd3d",
     "mc3_18",
     "mvit_v1_b",

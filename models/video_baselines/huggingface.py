@@ -22,10 +22,13 @@ __all__ = [
     "HubFrames",
     "build_errors",
     "declared_entries",
+    "fed_spec",
     "huggingface",
     "known_model_types",
     "library",
     "quiet",
+    "require_bounded",
+    "require_small_table",
     "square_side",
 ]
 
@@ -38,7 +41,7 @@ _MAX_LAYERS = 128
 _MAX_TABLE = 2**27
 _MAX_COMPUTED_TABLE = 2**23
 _MAX_SIZE = 2**20
-_SIZES = ("_size", "_frames", "_per_clip", "_heads", "_channels", "_chans", "_tokens")
+_SIZES = ("_size", "_frames", "_per_clip", "_heads", "_channels", "_chans", "_tokens", "max_position_embeddings")
 
 
 def library() -> Any:
@@ -115,12 +118,13 @@ def _config(entries: Mapping[str, Any], num_classes: int) -> Any:
     except Exception as error:  # its checks raise kinds of their own
         reason = " ".join(str(error).split())[:300]
         raise ValueError(f"config is not one of {entries['model_type']}: {reason}") from error
-    _require_bounded(config, declared)
+    require_bounded(config, declared)
+    require_small_table(config)
     return config
 
 
-def _require_bounded(config: Any, names: set[str]) -> None:
-    """Raise ValueError for a config that no network has, or whose network would take long to lay out."""
+def require_bounded(config: Any, names: set[str]) -> None:
+    """Raise ValueError for entries that no network has, or whose network would take long to lay out."""
     from transformers.activations import ACT2FN
 
     for name in sorted(names):
@@ -131,6 +135,10 @@ def _require_bounded(config: Any, names: set[str]) -> None:
             raise ValueError(f"config.{name} must be 1 .. {_MAX_SIZE:,}, got {value!r:.100}")
         if name.endswith("_act") and value not in ACT2FN:
             raise ValueError(f"config.{name} must be an activation that the library knows, got {value!r:.100}")
+
+
+def require_small_table(config: Any) -> None:
+    """Raise ValueError for a network of pictures whose table of positions is larger than any has."""
     frames = next((getattr(config, name) for name in _FRAME_FIELDS if hasattr(config, name)), 1)
     tubelet = _numbers(getattr(config, "tubelet_size", 1))
     patch = min(_numbers(config.patch_size) if hasattr(config, "patch_size") else tubelet[1:], default=1)
@@ -201,7 +209,7 @@ def huggingface(
             raise ValueError(f"drop_path: {built.model_type} has no stochastic depth, got {drop_path}")
         # Set on the object: TimeSformer's config declares a whole number and then reads any.
         object.__setattr__(built, "drop_path_rate", float(drop_path))
-    spec = _spec(built, rgb_mean, rgb_std, recipe)
+    spec = fed_spec(built, rgb_mean, rgb_std, recipe)
     with quiet(transformers), build_errors("config: its network cannot be built"):
         net = transformers.AutoModelForVideoClassification.from_config(built, trust_remote_code=False)
     _freeze_unused(net)
@@ -219,12 +227,16 @@ def square_side(config: Any) -> int:
     """Side of the square that the network is made for."""
     value = next((getattr(config, name) for name in _SIZE_FIELDS if hasattr(config, name)), None)
     sides = [value] if isinstance(value, int) else list(value or ())
+    if value is None and hasattr(config, "num_patches"):  # SigLIP 2 of any shape: a square grid of patches
+        grid = math.isqrt(config.num_patches)
+        sides = [grid * config.patch_size] if grid * grid == config.num_patches else []
     if not sides or len(set(sides)) != 1:
         raise ValueError(f"config: the network must take square frames of a known side, got {value!r:.100}")
     return int(sides[0])
 
 
-def _spec(config: Any, mean: Any, std: Any, recipe: Mapping[str, Any] | None) -> InputSpec:
+def fed_spec(config: Any, mean: Any, std: Any, recipe: Mapping[str, Any] | None) -> InputSpec:
+    """What a network of that config is fed. Raises ValueError naming what no network is fed."""
     values = {}
     for name, triple in (("rgb_mean", mean), ("rgb_std", std)):
         numbers = tuple(float(number) for number in triple)

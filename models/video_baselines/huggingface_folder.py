@@ -18,7 +18,7 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from kinoray.network import ClipRecipe, InputSpec
 from vcm_sdd.preprocess import preprocess
@@ -33,12 +33,23 @@ from video_baselines.huggingface import (
     quiet,
     square_side,
 )
-from video_baselines.streams import ClipClassifier
 
-__all__ = ["HF_FILES", "HubNetwork", "read_folder"]
+__all__ = [
+    "HF_FILES",
+    "HubNetwork",
+    "loaded",
+    "processing",
+    "read_folder",
+    "read_json",
+    "read_weights",
+]
 
-HF_FILES = ("config.json", "processor_config.json", "*preprocessor_config.json", "model*.safetensors*")
-"""What read_folder needs of a repository (glob patterns); `pytorch_model*.bin*` where there are no safetensors."""
+HF_FILES = (
+    *("config.json", "processor_config.json", "*preprocessor_config.json", "model*.safetensors*"),
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
+)
+"""What is read of a repository, here and by image_text_folder (glob patterns); `pytorch_model*.bin*` where it
+has no safetensors."""
 
 _FRAME_FIELDS = ("num_frames", "frames_per_clip")
 # Frames of the video from one frame of a clip to the next, which no config holds, by type and frames of a clip: of the
@@ -57,7 +68,7 @@ _PILLOW = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic", 4: "box", 5:
 _PROCESSORS = (
     *("CLIPImageProcessor", "ViTImageProcessor", "VideoMAEImageProcessor", "VivitImageProcessor"),
     *("LlavaOnevisionVideoProcessor", "TimesformerVideoProcessor", "VJEPA2VideoProcessor", "VideoMAEVideoProcessor"),
-    "VivitVideoProcessor",
+    *("VivitVideoProcessor", "SiglipImageProcessor", "Siglip2ImageProcessor"),
 )
 _MAX_SIDE = 2048
 _MAX_FACTOR = 1e6
@@ -98,12 +109,15 @@ class HubNetwork:
     """`transformers` and its version, which the names of the weights belong to."""
     files: tuple[Path, ...]
     """The files that the weights were read from, by name."""
+    prompts: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
+    """Of classes that were given in words: the texts that stand for each."""
 
 
 _MAX_JSON_BYTES = 2**24  # an index of shards names every weight
 
 
-def _read_json(file: Path) -> dict[str, Any]:
+def read_json(file: Path) -> dict[str, Any]:
+    """An object of JSON. Raises ValueError: there is none, or it is too large."""
     try:
         with open_regular(file) as opened:
             data = opened.read(_MAX_JSON_BYTES + 1)
@@ -128,10 +142,10 @@ def read_folder(folder: str | Path) -> HubNetwork:
     if not (root / "config.json").is_file():
         raise ValueError(f"{root} has no config.json: expected a folder that save_pretrained wrote")
     transformers = library()
-    found = _read_json(root / "config.json")
+    found = read_json(root / "config.json")
     names = _class_names(found, root)
     config, ignored = _known_entries(found, len(names))
-    recipe, mean, std = _processing(root, config, transformers)
+    recipe, mean, std = processing(root, config, transformers)
     options = {
         "config": config,
         "rgb_mean": list(mean),
@@ -141,9 +155,10 @@ def read_folder(folder: str | Path) -> HubNetwork:
     options = json.loads(json.dumps(options))  # tuples become lists here, not only when a checkpoint is written
     with torch.device("meta"):  # names and shapes, no memory
         model = huggingface(num_classes=len(names), **options)
-    files, places = _weight_files(root)
-    _require_as_large(files, model, root)
-    state = _converted(root, model, _tensors(files, places), transformers)
+    files, given = read_weights(root, model)
+    wrapped = cast(HubFrames, model.rgb_net)
+    wrapped.net = loaded(root, wrapped.net, given)
+    state = {name: tensor.detach() for name, tensor in model.state_dict().items()}
     return HubNetwork(
         options=options,
         state=state,
@@ -188,12 +203,15 @@ def _known_entries(found: Mapping[str, Any], num_classes: int) -> tuple[dict[str
     return {"model_type": found["model_type"], **plain}, ignored
 
 
-def _processor(root: Path, transformers: Any) -> Any:
-    """The folder's video processor, or its image processor, built by the library's own class out of plain entries."""
+def _processor(root: Path, transformers: Any, side: int) -> Any:
+    """The folder's video processor, or its image processor, built by the library's own class out of plain entries.
+
+    SigLIP 2's own for pictures of any shape does to a square what SigLIP's does, which is built in its place.
+    """
     for name in ("processor_config.json", "video_preprocessor_config.json", "preprocessor_config.json"):
         if not (root / name).is_file():
             continue
-        found = _read_json(root / name)
+        found = read_json(root / name)
         entries = found.get("video_processor") or found.get("image_processor") or found
         if not isinstance(entries, dict):
             raise ValueError(f"{root / name}: its processor must be an object, got {entries!r:.100}")
@@ -204,10 +222,12 @@ def _processor(root: Path, transformers: Any) -> Any:
         base = str(kind).replace("FeatureExtractor", "ImageProcessor").removesuffix("Fast")
         if base.removesuffix("Pil") not in _PROCESSORS:
             raise ValueError(f"{root / name} must name one of {', '.join(_PROCESSORS)}, got {kind!r:.100}")
+        plain = _plain_entries(entries, root / name)
+        if base.removesuffix("Pil") == "Siglip2ImageProcessor":
+            base, plain = "SiglipImageProcessor", {"resample": 2, **plain, "size": {"height": side, "width": side}}
         made = getattr(transformers, base, None)
         if made is None:
             raise ValueError(f"{root / name}: the installed transformers has no {base}")
-        plain = _plain_entries(entries, root / name)
         with quiet(transformers), build_errors(f"{root / name}: {base} does not take it"):
             return made(**plain)
     raise ValueError(
@@ -275,9 +295,13 @@ def _entry(size: Any, name: str) -> int | None:
     return None if value is None else int(value)
 
 
-def _processing(root: Path, config: Mapping[str, Any], transformers: Any) -> tuple[ClipRecipe, Any, Any]:
-    """The processor as a recipe, a mean and a deviation; its own answer on a clip of noise must be the same."""
-    processor = _processor(root, transformers)
+def processing(root: Path, config: Mapping[str, Any], transformers: Any) -> tuple[ClipRecipe, Any, Any]:
+    """The processor as a recipe, a mean and a deviation; its own answer on a clip of noise must be the same.
+
+    config: of the network that sees the frames.
+    """
+    side = square_side(SimpleNamespace(**config))
+    processor = _processor(root, transformers, side)
     where = f"{root}: {type(processor).__name__}"
     resize, resize_px = None, None
     if processor.do_resize:
@@ -295,7 +319,6 @@ def _processing(root: Path, config: Mapping[str, Any], transformers: Any) -> tup
         if len(sides) != 1:
             raise ValueError(f"{where}: kinoray crops squares, got crop_size {processor.crop_size}")
         crop = next(iter(sides))
-    side = square_side(SimpleNamespace(**config))
     fed = crop or (resize_px[0] if resize == "exact" and resize_px and len(set(resize_px)) == 1 else side)
     if fed != side:
         raise ValueError(f"{where} makes frames of {fed} px, the network is made for {side} px")
@@ -339,11 +362,24 @@ def _require_same(processor: Any, spec: InputSpec, *, square: bool, where: str) 
     arguments = {"do_sample_frames": False} if hasattr(processor, "do_sample_frames") else {}
     with quiet(library()), build_errors(f"{where} cannot do that to frames"):
         answer = processor(clip, return_tensors="pt", **arguments)
-    theirs = cast(Tensor, next(iter(answer.values())))[0]
+    theirs = cast(Tensor, next(iter(answer.values())))
+    theirs = theirs if theirs.ndim == 4 else theirs[0]  # a picture processor's are frames, a video processor's a clip
     ours = preprocess(frames, spec)
     level = 2 / 255 / min(spec.rgb_std)
     if theirs.shape != ours.shape or float((theirs - ours).abs().max()) > level * 1.01:
         raise ValueError(f"{where} does more to frames than resize, crop and scale them: its networks cannot be fed")
+
+
+def read_weights(root: Path, net: nn.Module) -> tuple[list[Path], dict[str, Tensor]]:
+    """The folder's files of weights for a network laid out without memory, and all tensors in them.
+
+    Raises:
+        ValueError: there are none, or they cannot be read.
+        WeightsMismatch: they are far larger or smaller than the network, or other than their index says.
+    """
+    files, places = _weight_files(root)
+    _require_as_large(files, net, root)
+    return files, _tensors(files, places)
 
 
 def _weight_files(root: Path) -> tuple[list[Path], Mapping[str, str] | None]:
@@ -354,7 +390,7 @@ def _weight_files(root: Path) -> tuple[list[Path], Mapping[str, str] | None]:
         index = root / f"{name}.index.json"
         if not index.is_file():
             continue
-        places = _read_json(index).get("weight_map")
+        places = read_json(index).get("weight_map")
         if not isinstance(places, dict) or not all(isinstance(file, str) for file in places.values()):
             raise ValueError(f"{index}: weight_map must map names to files")
         names = sorted(set(places.values()))
@@ -365,7 +401,7 @@ def _weight_files(root: Path) -> tuple[list[Path], Mapping[str, str] | None]:
     raise ValueError(f"{root} has no model.safetensors and no pytorch_model.bin (nor an index of either)")
 
 
-def _require_as_large(files: Sequence[Path], model: ClipClassifier, root: Path) -> None:
+def _require_as_large(files: Sequence[Path], net: nn.Module, root: Path) -> None:
     """Raise WeightsMismatch, before memory is taken, where files and network differ in size far more than types do."""
     size_bytes = 0
     for file in files:
@@ -374,7 +410,7 @@ def _require_as_large(files: Sequence[Path], model: ClipClassifier, root: Path) 
                 size_bytes += os.fstat(opened.fileno()).st_size
         except OSError as error:
             raise ValueError(f"{file} cannot be opened: {error.strerror or error}") from error
-    numbers = sum(tensor.numel() for tensor in model.state_dict().values())
+    numbers = sum(tensor.numel() for tensor in net.state_dict().values())
     if not numbers - _SLACK <= size_bytes <= 16 * numbers + _SLACK:  # 2 to 8 bytes each, and twice that at the most
         raise WeightsMismatch(
             f"weights of {root} have {size_bytes:,} bytes and the network of its config {numbers:,} numbers: they "
@@ -393,12 +429,13 @@ def _tensors(files: Sequence[Path], places: Mapping[str, str] | None) -> dict[st
     return state
 
 
-def _converted(root: Path, model: ClipClassifier, given: dict[str, Tensor], transformers: Any) -> dict[str, Tensor]:
-    """The folder's weights under the names of the installed library, which translates those of older versions."""
-    wrapped = cast(HubFrames, model.rgb_net)
-    net = cast(Any, wrapped.net)
-    with quiet(transformers):
-        loaded, report = type(net).from_pretrained(
+def loaded(root: Path, net: nn.Module, given: dict[str, Tensor]) -> nn.Module:
+    """The library's network with these weights in float32, whose names the library translates from older versions.
+
+    Raises WeightsMismatch: weights are missing, left over or of another shape.
+    """
+    with quiet(library()):
+        made, report = cast(Any, type(net)).from_pretrained(
             None,
             config=net.config,
             state_dict=given,
@@ -415,5 +452,4 @@ def _converted(root: Path, model: ClipClassifier, given: dict[str, Tensor], tran
     problems = [f"{len(keys)} {what}: {', '.join(sorted(map(str, keys))[:8])}" for what, keys in parts if keys]
     if problems:
         raise WeightsMismatch(f"weights of {root} do not fit {type(net).__name__}: {'; '.join(problems)}")
-    wrapped.net = loaded
-    return {name: tensor.detach() for name, tensor in model.state_dict().items()}
+    return cast(nn.Module, made)

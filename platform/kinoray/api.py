@@ -103,9 +103,10 @@ def label(source: _PathLike, model: Model | _PathLike, *, out: _PathLike, **sett
     place = os.fspath(out)
     if not place:
         raise ConfigError("out must be a folder or an s3:// prefix for the table, got ''")
-    named = {"source": os.fspath(source), "out": place}
+    named: dict[str, Any] = {"source": os.fspath(source), "out": place}
     if isinstance(model, Model):
-        config = _config(LabelConfig, settings, {"checkpoint": model.checkpoint, **named}, model.config)
+        named |= {"checkpoint": model.checkpoint, "classes": "", "prompts": ()}  # the checkpoint has the classes in it
+        config = _config(LabelConfig, settings, named, model.config)
     else:
         config = _config(LabelConfig, settings, {"checkpoint": os.fspath(model), **named})
     from kinoray.label.verb import label as run

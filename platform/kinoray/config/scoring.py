@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
+import tyro
+
 from kinoray.config.shared import (
     AllowedFactories,
     ClipConfig,
@@ -28,6 +30,7 @@ __all__ = [
     "Crops",
     "EarlyExit",
     "LabelWorkConfig",
+    "Prompts",
     "Protocol",
     "ScoreKind",
     "ScorerConfig",
@@ -41,6 +44,8 @@ __all__ = [
     "shared_settings",
 ]
 
+Prompts = tyro.conf.UseAppendAction[tuple[str, ...]]
+"""Sentences with {} for the name of a class, as often as it is given."""
 Crops = Literal["center", "three", "ten"]
 ScoreKind = Literal["softmax", "sigmoid"]
 ViewAverage = Literal["probs", "logits"]
@@ -173,6 +178,12 @@ class ScoringConfig(JobConfig):
     checkpoint: str
     """A checkpoint, or a run folder (its best checkpoint); or a published network as `kinoray import` lists them, such
     as torchvision:mvit_v2_s or i3d, which is imported once into your cache."""
+    classes: str = ""
+    """Text file of classes in words, one a line, as `name` or `name: text`, for a checkpoint hf:... of a network that
+    compares pictures with texts (CLIP, SigLIP, X-CLIP)."""
+    prompts: Prompts = ()
+    """A sentence with {} for the name of a class, instead of the usual ones (docs/models.md). May be given several
+    times: the mean of what all say stands for the class."""
     allow_factory: AllowedFactories = ()
     """PACKAGE:FUNCTION of a network of your own that the checkpoint names: its code runs here with your rights. Without
     it only networks that ship with kinoray are built. May be given several times."""

@@ -232,7 +232,14 @@ def open_network(config: LabelConfig, *, say: Say, warn: Say, segments: bool = F
         KinorayError: as `label`.
     """
     storage = Storage(config.storage)
-    named = checkpoint_of(config.checkpoint, "checkpoint", say, resources=config.resources)
+    named = checkpoint_of(
+        config.checkpoint,
+        "checkpoint",
+        say,
+        resources=config.resources,
+        classes=config.classes,
+        prompts=config.prompts,
+    )
     checkpoint = find_checkpoint(storage, named, warn=warn)
     meta = _open_meta(storage, checkpoint, config, say)
     consensus = None

@@ -13,6 +13,7 @@ the attributes of InputSpec will do. It may also say, as attributes of the modul
     segment_consensus      "logits" or "probs": what the answer is the mean of, over segments that do not see each other
     reads_bf16_features    what follows its folded parts takes bfloat16 (kinoray.network.prepare)
     compile_parts          submodules that are compiled on a GPU besides its folded parts
+    is_classifier          on a linear layer: what goes into it is the embedding, whichever others have as many outputs
     cost_parts, cost_note  how its costs are added up, and a line below them (kinoray.network.cost)
 
 This module imports nothing, so that a network costs no more to import than it needs itself. In those beside it: where
@@ -23,7 +24,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-__all__ = ["IMAGENET_MEAN", "IMAGENET_STD", "ClipRecipe", "InputSpec", "PublishedNetwork"]
+__all__ = ["IMAGENET_MEAN", "IMAGENET_STD", "ClipRecipe", "InputSpec", "PublishedNetwork", "Words", "WordsError"]
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -88,6 +89,25 @@ class InputSpec:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Words:
+    """Classes that a user gives in words, for a network that compares pictures with texts."""
+
+    names: tuple[str, ...]
+    """Their names, index = number of the logit."""
+    texts: tuple[str, ...]
+    """Of each class the text that stands for it; empty where that is its name in the prompts."""
+    prompts: tuple[str, ...] = ()
+    """Sentences with {} in place of the name; the mean of all of them stands for a class. None: the network's usual."""
+
+    def __post_init__(self) -> None:
+        assert len(self.names) == len(self.texts)
+
+
+class WordsError(ValueError):
+    """The network takes no classes in words, or needs some, or cannot read these."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class PublishedNetwork:
     """Weights that somebody published, under the names of a network that ships, and what is known of them."""
 
@@ -115,3 +135,5 @@ class PublishedNetwork:
     """Package and version that the weights were read with, where their names belong to it."""
     notes: tuple[str, ...] = ()
     """What the user should know: entries that were left out, say."""
+    prompts: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """Of classes that were given in words: the texts that stand for each."""

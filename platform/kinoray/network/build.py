@@ -45,6 +45,7 @@ __all__ = [
     "recipe_departures",
     "require_known_model",
     "source_reader",
+    "text_reader",
     "trusted_network",
     "without_start_weights",
 ]
@@ -56,6 +57,7 @@ SOURCE_READERS: Mapping[str, str] = {
     "torchvision": "video_baselines.sources:from_torchvision",
 }
 """What reads published weights, by the kind of their source (kinoray.network.resolve); each a PublishedNetwork."""
+_TEXT_READER = "video_baselines.sources:text_of_huggingface"
 
 _SHIPPED = frozenset(SHORT_NAMES) | frozenset(SHORT_NAMES.values())
 _IMPORT_STRING = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*", re.ASCII)
@@ -63,11 +65,11 @@ _PLAIN_TEXT = re.compile(r"[\w.-]{1,100}(:[\w.-]{1,100})?", re.ASCII)  # `timm:N
 _ENTRY = re.compile(r"[A-Za-z]\w{0,99}", re.ASCII)
 _MAX_OPTION = 2**31
 
-# Options that are JSON and no single value: only huggingface's factory takes them, and it takes of them only what the
-# installed library's own class of that model_type declares.
-_JSON_OPTIONS: Mapping[str, frozenset[str]] = {
-    "huggingface": frozenset({"config", "recipe", "rgb_mean", "rgb_std"}),
-}
+# Options that are JSON and no single value: only the factories of Hugging Face's networks take them, and of them only
+# what the installed library's own class of that model_type declares.
+_JSON_OPTIONS: Mapping[str, frozenset[str]] = dict.fromkeys(
+    ("huggingface", "image_text"), frozenset({"config", "recipe", "rgb_mean", "rgb_std"})
+)
 _MAX_JSON_DEPTH = 3
 _MAX_JSON_VALUES = 1000
 
@@ -110,7 +112,7 @@ def is_shipped(factory: str) -> bool:
 def trusted_network(config: ModelConfig, where: str, allowed: Collection[str]) -> ModelConfig:
     """The network that the checkpoint at `where` names, as it may be built. Nothing is imported here.
 
-    Of a network that ships, options are plain numbers and names, or (huggingface) JSON of such: none is a path or an
+    Of a network that ships, options are plain numbers and names, or (Hugging Face's) JSON of such: none is a path or an
     address. Start weights are left out, since the checkpoint's replace them. Another network is the user's word, in
     `allowed`, and so are its options.
 
@@ -166,6 +168,11 @@ def _is_plain_json(value: object, depth: int = 0) -> bool:
 def source_reader(kind: str) -> Callable[..., PublishedNetwork]:
     """The function that reads published weights of that kind."""
     return cast(Callable[..., PublishedNetwork], _factory(SOURCE_READERS[kind]))
+
+
+def text_reader() -> Callable[..., tuple[list[float], str]]:
+    """What reads the text tower of a published network: a text's unit vector, and the digest of its files."""
+    return cast(Callable[..., tuple[list[float], str]], _factory(_TEXT_READER))
 
 
 def _factory(name: str) -> Any:

@@ -8,24 +8,38 @@ so two processes may make it at once, and none finds a half.
 import json
 import os
 import shutil
+import unicodedata
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
+from kinoray.config.files import read_file, translated
 from kinoray.config.shared import ModelConfig, WorkersConfig, digest
-from kinoray.errors import CheckpointMismatch, ConfigError, ModelError, StorageUnavailable
-from kinoray.network import InputSpec, PublishedNetwork
+from kinoray.errors import CheckpointMismatch, ConfigError, ModelError, StorageError, StorageUnavailable
+from kinoray.network import InputSpec, PublishedNetwork, Words, WordsError
 from kinoray.network.build import (
     build_outline,
     clip_for,
     is_shipped,
     require_known_model,
     source_reader,
+    text_reader,
     trusted_network,
 )
-from kinoray.network.checkpoint import META_FILE, CheckpointMeta, Origin, require_weights, save_checkpoint
+from kinoray.network.checkpoint import (
+    META_FILE,
+    CheckpointMeta,
+    Origin,
+    find_checkpoint,
+    load_meta,
+    require_weights,
+    save_checkpoint,
+)
 from kinoray.network.checkpoint_files import MAX_CLASSES, MAX_LABEL
 from kinoray.network.resolve import Source, parse_source
 from kinoray.storage.leftovers import Claim, scratch_folder, sweep
@@ -35,10 +49,11 @@ from kinoray.storage.records import parse_json
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["cache_folder", "checkpoint_of", "import_source"]
+__all__ = ["cache_folder", "checkpoint_of", "embed_text", "import_source", "read_lines", "words_of"]
 
 _IMPORT_FORMAT = 1  # of what is made of a source: another one makes the cache's folders anew
 _NO_MODEL = ModelConfig(factory="")
+_MAX_LINES_BYTES = 2**24
 
 
 def checkpoint_of(
@@ -48,6 +63,8 @@ def checkpoint_of(
     *,
     resources: WorkersConfig | None = None,
     model: ModelConfig = _NO_MODEL,
+    classes: str = "",
+    prompts: Sequence[str] = (),
 ) -> str:
     """The uri of the checkpoint (or run folder) that the text names; a published network is imported, once a user.
 
@@ -56,15 +73,17 @@ def checkpoint_of(
         say: is told what is fetched, and where it lies.
         resources: of the job that will read it: a cluster may not see this machine's folders.
         model: network of a file of weights.
+        classes, prompts: as for words_of.
 
     Raises:
-        CheckpointNotFound, ConfigError: as parse_source.
+        CheckpointNotFound, ConfigError: as parse_source, words_of.
         KinorayError: as import_source.
     """
     source = parse_source(text, option)
+    words = words_of(source, classes, prompts)
     if source.kind == "checkpoint":
         return absolute(source.name)
-    folder = cache_folder() / f"{source.short}-{_key(source, model)}"
+    folder = cache_folder() / f"{source.short}-{_key(source, model, words)}"
     if (folder / META_FILE).is_file():
         say(f"{source} was imported before: {folder}")
     else:
@@ -73,7 +92,7 @@ def checkpoint_of(
         sweep(folder.parent.glob(".*"))
         try:
             claim = _claim(aside)
-            import_source(Storage(), source, str(aside), model=model, any_names=option == "init_from")
+            import_source(Storage(), source, str(aside), model=model, words=words, any_names=option == "init_from")
             claim.release()
             _put_in_place(aside, folder)
         finally:
@@ -82,7 +101,8 @@ def checkpoint_of(
     if resources and (resources.address or os.environ.get("RAY_ADDRESS")):
         say(
             f"{folder} is a folder of this machine; on a cluster whose nodes do not see it the job fails: kinoray "
-            f"import {text} --out s3://BUCKET/NAME, and --{option.replace('_', '-')} s3://BUCKET/NAME"
+            f"import {text}{' --classes FILE' if words else ''} --out s3://BUCKET/NAME, and "
+            f"--{option.replace('_', '-')} s3://BUCKET/NAME"
         )
     return str(folder)
 
@@ -93,9 +113,9 @@ def cache_folder() -> Path:
     return (Path(base) if os.path.isabs(base) else Path.home() / ".cache") / "kinoray" / "networks"
 
 
-def _key(source: Source, model: ModelConfig) -> str:
+def _key(source: Source, model: ModelConfig, words: Words | None) -> str:
     """16 hex digits of what decides the checkpoint, as far as it is known before anything is read."""
-    found: list[Any] = [_IMPORT_FORMAT, str(source), asdict(model)]
+    found: list[Any] = [_IMPORT_FORMAT, str(source), asdict(model), *([asdict(words)] if words else [])]
     path = Path(source.name)
     try:
         if source.kind in ("hf", "file") and path.exists():
@@ -142,6 +162,7 @@ def import_source(
     *,
     model: ModelConfig = _NO_MODEL,
     labels: Sequence[str] = (),
+    words: Words | None = None,
     any_names: bool = False,
 ) -> tuple[CheckpointMeta, tuple[str, ...]]:
     """Read a published network and write it to `out` as a checkpoint; what it says of itself, and notes for the user.
@@ -149,6 +170,7 @@ def import_source(
     Args:
         model: network of a file of weights.
         labels: class names, in place of the source's own.
+        words: the classes of a network that compares pictures with texts.
         any_names: invent names where nothing says them, for weights that are trained on with other classes.
 
     Raises:
@@ -157,7 +179,7 @@ def import_source(
         CheckpointMismatch: the weights are not those of the network.
         ModelError: what was read is not what it should be, or a package is missing.
     """
-    found, config = _read(source, model)
+    found, config = _read(source, model, words)
     num_classes = _num_classes(found.state, config, str(source))
     names = tuple(labels) or (found.class_names if len(found.class_names) == num_classes else ())
     if not names and any_names:
@@ -174,7 +196,10 @@ def import_source(
         top5=found.top5,
         recipe=found.recipe,
         library=found.library,
-        fed=_plain({"recipe": asdict(spec.recipe), "rgb_mean": spec.rgb_mean, "rgb_std": spec.rgb_std}),
+        fed=_plain(
+            {"recipe": asdict(spec.recipe), "rgb_mean": spec.rgb_mean, "rgb_std": spec.rgb_std}
+            | ({"prompts": dict(found.prompts)} if found.prompts else {})
+        ),
     )
     clip = clip_for(spec)
     meta = CheckpointMeta(model=config, clip=clip, labels=names, epoch=0, step=0, samples=0, origin=origin)
@@ -189,10 +214,10 @@ def import_source(
     return saved, found.notes
 
 
-def _read(source: Source, model: ModelConfig) -> tuple[PublishedNetwork, ModelConfig]:
+def _read(source: Source, model: ModelConfig, words: Words | None) -> tuple[PublishedNetwork, ModelConfig]:
     """The weights, and the network that they are of, as a checkpoint may name it."""
     reader = source_reader(source.kind)
-    try:
+    with _read_errors(source, "classes"):
         if source.kind == "file":
             _require_network(source, model)
             found = reader(source.name, model.factory)
@@ -201,18 +226,109 @@ def _read(source: Source, model: ModelConfig) -> tuple[PublishedNetwork, ModelCo
             with scratch_folder("i3d") as folder:
                 found = reader(folder)
         else:
-            found = reader(source.name, source.variant)
+            found = reader(source.name, source.variant, *([words] if words else []))
         config = ModelConfig(factory=found.factory, options=_plain(found.options))
+    return found, trusted_network(config, str(source), ())
+
+
+@contextmanager
+def _read_errors(source: Source, words_option: str) -> Iterator[None]:
+    """What readers of published networks raise, as errors that name the source, or the setting with the words."""
+    try:
+        yield
     except OSError as error:
         raise StorageUnavailable(f"{source} cannot be fetched: {error}") from error
     except ConfigError:
         raise
+    except WordsError as error:
+        raise ConfigError(f"{words_option}: {error}") from error
     except ValueError as error:
         raise ModelError(f"{source}: {error}") from error
     except (ArithmeticError, AttributeError, LookupError, MemoryError, RuntimeError, TypeError) as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         raise ModelError(f"{source} holds what no network has: {reason}") from error
-    return found, trusted_network(config, str(source), ())
+
+
+def read_lines(path: str, option: str) -> list[str]:
+    """The lines of a text file that are not empty. Raises ConfigError."""
+    try:
+        with translated(path):
+            text = read_file(path, _MAX_LINES_BYTES).decode("utf-8-sig")
+    except (StorageError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{option}: {path} cannot be read as UTF-8 text: {error}") from error
+    return [line.strip() for line in text.splitlines() if line.strip()]
+
+
+def words_of(source: Source, path: str, prompts: Sequence[str]) -> Words | None:
+    """The classes that a file names, one a line, as `name` or `name: text`; None without a file.
+
+    Args:
+        source: of the network that is to know them.
+        prompts: sentences with {} for the name.
+
+    Raises:
+        ConfigError: the file names no class, or one twice; the source or a prompt is not one for it.
+    """
+    if not path:
+        if prompts:
+            raise ConfigError("prompts must be left out without classes, whose names stand in them")
+        return None
+    if source.kind != "hf":
+        raise ConfigError(
+            f"classes must be left out with {source}, which has classes of its own; networks that take them in words "
+            "are hf:FOLDER or hf:OWNER/NAME of a CLIP, SigLIP or X-CLIP"
+        )
+    for prompt in prompts:
+        if "{}" not in prompt:
+            raise ConfigError(f"prompts must each have {{}} where the name of a class stands, got {prompt!r:.200}")
+    said: dict[str, str] = {}
+    for line in read_lines(path, "classes"):
+        name, _, text = (part.strip() for part in unicodedata.normalize("NFC", line).partition(": "))
+        if line.endswith(":") or not name:
+            raise ConfigError(
+                f"classes: {path} says nothing of {name!r:.200}: write `name`, or `name: text` in one line"
+            )
+        if name in said:
+            raise ConfigError(f"classes: {path} names {name!r:.200} twice; names of classes must differ")
+        said[name] = text
+    if not said:
+        raise ConfigError(f"classes: {path} names no class; it must have one a line, as `name` or `name: text`")
+    return Words(names=tuple(said), texts=tuple(said.values()), prompts=tuple(prompts))
+
+
+def embed_text(storage: Storage, checkpoint: str, text: str) -> np.ndarray:
+    """The unit vector of a text, float32 [D], in the space of the embeddings that a network of words stores.
+
+    Args:
+        checkpoint: hf:..., or a checkpoint or run folder that came from there. Then its text tower is read where it was
+            imported from, if that is a folder or in the hub's cache: a checkpoint, which may be a stranger's, lets no
+            hub be asked.
+
+    Raises:
+        ConfigError: it is of no network that compares pictures with texts, or the text is too long for it.
+        CheckpointMismatch: what is there now is not what the checkpoint was imported from.
+        KinorayError: as import_source.
+    """
+    source, expected = parse_source(checkpoint, "checkpoint"), None
+    if source.kind == "checkpoint":
+        meta = load_meta(storage, find_checkpoint(storage, absolute(source.name)))
+        is_of_words = meta.model.factory.rpartition(":")[2] == "image_text" and is_shipped(meta.model.factory)
+        if not (is_of_words and meta.origin):
+            raise ConfigError(
+                f"checkpoint: {checkpoint} is of {meta.model.factory:.200}, which does not compare pictures with "
+                "texts; a text is looked for among embeddings of a CLIP, SigLIP or X-CLIP (label --classes FILE)"
+            )
+        source, expected = parse_source(meta.origin.source, "checkpoint"), meta.origin.sha256
+    if source.kind != "hf":
+        raise ConfigError(f"checkpoint: {source} has no text tower; hf:FOLDER or hf:OWNER/NAME of a CLIP has one")
+    with _read_errors(source, "text"):
+        vector, sha256 = text_reader()(source.name, source.variant, text, ask_hub=expected is None)
+    if expected not in (None, sha256):
+        raise CheckpointMismatch(
+            f"{source} is not what {checkpoint} was imported from: its weights have sha256 {sha256[:16]}..., expected "
+            f"{str(expected)[:16]}...; name the right one, as hf:FOLDER"
+        )
+    return np.asarray(vector, np.float32)
 
 
 def _require_network(source: Source, model: ModelConfig) -> None:

@@ -2,7 +2,8 @@
 
     runs/first, s3://bucket/runs/first     a checkpoint or a run folder
     torchvision:NAME[:WEIGHTS]             a video weight set of the installed torchvision
-    hf:FOLDER, hf:REPO[@REVISION]          a video classifier as Hugging Face's save_pretrained writes it
+    hf:FOLDER, hf:REPO[@REVISION]          a video classifier as Hugging Face's save_pretrained writes it; or a network
+                                           that compares pictures with texts, and takes its classes in words
     i3d                                    DeepMind's I3D of Kinetics-400, by the user's own pip
     FILE.pth, FILE.safetensors             a state dict of a network that ships (import, or --init-from)
     timm:NAME[:FILE]                       a backbone (--init-from of tsn, tsm and vcm_sdd)
@@ -46,6 +47,7 @@ SHORT_NAMES: Mapping[str, str] = {
     "huggingface": "video_baselines:huggingface",
     "i3d": "video_baselines:i3d",
     "i3d_nl": "video_baselines:i3d_nl",
+    "image_text": "video_baselines:image_text",
     "lgd3d": "video_baselines:lgd3d",
     "mc3_18": "video_baselines:mc3_18",
     "mvit_v1_b": "video_baselines:mvit_v1_b",
@@ -135,7 +137,7 @@ def is_whole(text: str) -> bool:
 _PLACES = (
     *("source", "catalog", "out", "predictions", "corrections", "annotations", "label_names", "labels", "join", "to"),
     *("add", "cache", "copy_videos", "rates", "prefix", "bucket", "a", "b", "checkpoint", "init_from", "ensemble"),
-    "videos",
+    *("videos", "classes"),
 )
 """Settings that are addresses, in any verb."""
 

@@ -144,7 +144,8 @@ def segment_consensus(model: VideoModel) -> SegmentConsensus | None:
 
 
 def _classifiers(model: nn.Module, num_classes: int) -> list[nn.Linear]:
-    return [part for part in model.modules() if isinstance(part, nn.Linear) and part.out_features == num_classes]
+    found = [part for part in model.modules() if isinstance(part, nn.Linear) and part.out_features == num_classes]
+    return [part for part in found if getattr(part, "is_classifier", False)] or found
 
 
 @dataclass(slots=True)

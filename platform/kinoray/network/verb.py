@@ -6,18 +6,16 @@ from typing import Annotated
 import tyro
 
 from kinoray.config.clip import ClipConfig
-from kinoray.config.files import read_file, translated
+from kinoray.config.scoring import Prompts
 from kinoray.config.shared import ModelConfig, StoreConfig
 from kinoray.console import table
-from kinoray.errors import ConfigError, StorageError
+from kinoray.errors import ConfigError
 from kinoray.network.resolve import SHORT_NAMES, Source, is_published, parse_source, torchvision_weights
 
 __all__ = [
     "ImportConfig",
     "import_network",
 ]
-
-_MAX_LABELS_BYTES = 2**24
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,6 +37,12 @@ class ImportConfig(StoreConfig):
     """Folder or s3:// prefix of the new checkpoint."""
     labels: str = ""
     """Text file of class names, one a line in the order of the network's logits. Default: the source's own."""
+    classes: str = ""
+    """Text file of classes in words, one a line, as `name` or `name: text`, for a hf: source that compares pictures
+    with texts (CLIP, SigLIP, X-CLIP)."""
+    prompts: Prompts = ()
+    """A sentence with {} for the name of a class, instead of the usual ones (docs/models.md). May be given several
+    times: the mean of what all say stands for the class."""
     model: ModelConfig = field(default_factory=lambda: ModelConfig(factory=""))
     """The network that a file of weights is of, other sources say it themselves; options of one to describe."""
 
@@ -64,8 +68,7 @@ def import_network(config: ImportConfig) -> None:
         raise ConfigError(f"source: {source} is a checkpoint or run folder already: give it to --checkpoint as it is")
     if not config.out:
         raise ConfigError("out must be the folder or s3:// prefix of the new checkpoint")
-    labels = _read_labels(config.labels) if config.labels else ()
-    _import(source, config, labels)
+    _import(source, config)
 
 
 def _names_network(text: str) -> bool:
@@ -73,17 +76,21 @@ def _names_network(text: str) -> bool:
     return text in SHORT_NAMES or (":" in text and "/" not in text and not is_published(text))
 
 
-def _import(source: Source, config: ImportConfig, labels: tuple[str, ...]) -> None:
+def _import(source: Source, config: ImportConfig) -> None:
     from kinoray.network.checkpoint import META_FILE  # torch, which takes seconds
-    from kinoray.network.published import import_source
+    from kinoray.network.published import import_source, read_lines, words_of
     from kinoray.storage.objects import Storage, absolute, join
     from kinoray.storage.records import require_folder
 
+    labels = read_lines(config.labels, "labels") if config.labels else ()
+    words = words_of(source, config.classes, config.prompts)
+    if labels and words:
+        raise ConfigError("labels must be left out with classes, which are the network's class names")
     storage, out = Storage(config.storage), absolute(config.out)
     require_folder(storage, "out", config.out, "import")
     if storage.exists(join(out, META_FILE)):
         raise ConfigError(f"out {out} holds a checkpoint already; give another folder, or delete it")
-    meta, notes = import_source(storage, source, out, model=config.model, labels=labels)
+    meta, notes = import_source(storage, source, out, model=config.model, labels=labels, words=words)
     origin = meta.origin
     assert origin is not None
     accuracy = " and ".join(
@@ -93,7 +100,8 @@ def _import(source: Source, config: ImportConfig, labels: tuple[str, ...]) -> No
         ("wrote", out),
         ("network", meta.model.factory),
         ("classes", f"{len(meta.labels)}: {', '.join(meta.labels[:3])}{', ...' if len(meta.labels) > 3 else ''}"),
-        ("clip", _words_of(meta.clip)),
+        ("prompts", " | ".join(next(iter(origin.fed.get("prompts", {"": ()}).values())))),
+        ("clip", _clip_in_words(meta.clip)),
         ("from", origin.source),
         ("sha256", origin.sha256),
         ("licence", origin.licence or "the source names none"),
@@ -105,7 +113,7 @@ def _import(source: Source, config: ImportConfig, labels: tuple[str, ...]) -> No
     print(f"next: kinoray label VIDEOS --checkpoint {config.out} --out OUT", flush=True)
 
 
-def _words_of(clip: ClipConfig) -> str:
+def _clip_in_words(clip: ClipConfig) -> str:
     """`1 x 64 frames 1 apart at 25 fps, short_side 256 px, bilinear, crop 224 px`."""
     sample, view = clip.sample, clip.view
     frames = f"{sample.num_segments} x {sample.frames_per_segment} frames"
@@ -115,16 +123,6 @@ def _words_of(clip: ClipConfig) -> str:
         frames += " spread over the video"
     sides = f"{view.resize_px} x {view.resize_width_px}" if view.resize_width_px else f"{view.resize_px}"
     return f"{frames}, {view.resize} {sides} px, {view.interpolation}, crop {view.crop_px} px"
-
-
-def _read_labels(path: str) -> tuple[str, ...]:
-    """Class names, one a line, in the order of the logits."""
-    try:
-        with translated(path):
-            text = read_file(path, _MAX_LABELS_BYTES).decode()
-    except (StorageError, UnicodeDecodeError) as error:
-        raise ConfigError(f"labels: {path} cannot be read as UTF-8 text: {error}") from error
-    return tuple(line.strip() for line in text.splitlines() if line.strip())
 
 
 def _print_known() -> None:
@@ -137,6 +135,7 @@ def _print_known() -> None:
     rows += [
         ("i3d", "71.1", "Kinetics-400, DeepMind's I3D, by your pip (47 MB)"),
         ("hf:FOLDER", "", "what Hugging Face's save_pretrained wrote: VideoMAE, TimeSformer, ViViT, V-JEPA 2, ..."),
+        ("", "", "with --classes FILE what compares pictures with texts: CLIP, SigLIP, SigLIP 2, X-CLIP"),
         ("hf:OWNER/NAME[@REVISION]", "", "the same from the hub (pip install 'kinoray[hf]')"),
         ("FILE.pth, FILE.safetensors", "", "a state dict of a network that ships: --model.factory NAME --labels FILE"),
     ]

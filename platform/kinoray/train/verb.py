@@ -149,7 +149,7 @@ def with_start(config: Settings, task: str) -> Settings:
     source = parse_source(config.init_from, "init_from")
     if source.kind == "timm":
         return replace(config, init_from="", model=_with_backbone(config.model, source))
-    network = {"model": config.model} if source.kind == "file" else {}
+    network: dict[str, Any] = {"model": config.model} if source.kind == "file" else {}
     where = checkpoint_of(config.init_from, "init_from", say, resources=config.resources, **network)
     is_own = not is_whole(config.init_from)
     config = replace(config, init_from=where)
