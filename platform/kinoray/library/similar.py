@@ -114,7 +114,7 @@ class Vectors:
         for rows, vectors_ND in self:
             if not tables:
                 all_ND = np.empty((most, vectors_ND.shape[1]), np.float16)  # takes memory once it is filled
-            tables.append(rows)
+            tables.append(rows.take(np.arange(len(rows))))  # a batch of the cache is one buffer, embeddings included
             all_ND[num_rows : num_rows + len(rows)] = vectors_ND
             num_rows += len(rows)
         return pa.concat_tables(tables).combine_chunks(), all_ND[:num_rows]

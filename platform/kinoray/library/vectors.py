@@ -7,6 +7,7 @@ inputs give equal outputs, so of equal rows the first counts, and what is drawn 
 # Shapes: N rows, B rows of a block, D numbers of a vector, Q queries, K pivots, M cells in which a row is looked for
 
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
@@ -17,6 +18,7 @@ EXACT_ROWS = 16_384
 
 _BLOCK = 4096
 _SMALL_BLOCK = 1024  # float32, it fits into the cache of a core
+_THREADS = 2  # that widen and compare blocks: numpy does that outside of Python's lock
 _CELLS = 8  # M
 _MAX_EDGES = 2**20  # that wait to be joined
 _SIGN_AND_NUMBER = np.int32(-0x7000_2000)  # 0x8FFFE000: of a float16 whose bits were shifted to a float32's
@@ -25,8 +27,10 @@ _EXPONENTS_APART = np.float32(2.0**112)  # 127 - 15
 
 def usable(vectors_ND: np.ndarray) -> np.ndarray:
     """bool [N]: whether all numbers of a vector (float16) are finite, and not all of them 0."""
-    bits_ND = vectors_ND.view(np.uint16) & np.uint16(0x7FFF)  # without signs they rise with the number
-    largest_N: np.ndarray = bits_ND.max(axis=1)
+    largest_N = np.empty(len(vectors_ND), np.uint16)
+    for begin in range(0, len(vectors_ND), _SMALL_BLOCK):
+        bits_BD = vectors_ND[begin : begin + _SMALL_BLOCK].view(np.uint16)
+        largest_N[begin : begin + _SMALL_BLOCK] = (bits_BD & np.uint16(0x7FFF)).max(axis=1)  # rises with the number
     return (largest_N > 0) & (largest_N < np.uint16(0x7C00))
 
 
@@ -97,13 +101,20 @@ class Nearest:
 
     def add(self, vectors_ND: np.ndarray) -> None:
         """Look at the next rows."""
-        for begin in range(0, len(vectors_ND), _SMALL_BLOCK):
-            block_BD, lengths_B = _widened(vectors_ND[begin : begin + _SMALL_BLOCK])
-            similarities_QB = self._queries_QD @ block_BD.T
-            similarities_QB /= lengths_B
-            if self.num_seen < self._count or (similarities_QB > self.similarities[:, -1:]).any():
-                self._take(similarities_QB)
-            self.num_seen += len(block_BD)
+        with ThreadPoolExecutor(_THREADS) as pool:
+            for start in range(0, len(vectors_ND), _BLOCK):  # no more results than of so many rows wait to be taken
+                begins = range(start, min(start + _BLOCK, len(vectors_ND)), _SMALL_BLOCK)
+                blocks = (vectors_ND[begin : begin + _SMALL_BLOCK] for begin in begins)
+                for similarities_QB in pool.map(self._compare, blocks):
+                    if self.num_seen < self._count or (similarities_QB > self.similarities[:, -1:]).any():
+                        self._take(similarities_QB)
+                    self.num_seen += similarities_QB.shape[1]
+
+    def _compare(self, vectors_BD: np.ndarray) -> np.ndarray:
+        x_BD, lengths_B = _widened(vectors_BD)
+        similarities_QB: np.ndarray = self._queries_QD @ x_BD.T
+        similarities_QB /= lengths_B
+        return similarities_QB
 
     def _take(self, similarities_QB: np.ndarray) -> None:
         places_B = np.arange(self.num_seen, self.num_seen + similarities_QB.shape[1])
