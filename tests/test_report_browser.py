@@ -212,7 +212,7 @@ def test_pages_hold_50_and_only_their_strips_are_loaded(quiet: Page, site: Site,
 
 def test_a_class_has_a_sheet_with_its_numbers(quiet: Page, site: Site, table: tuple[Rows, Truth]) -> None:
     visit(quiet, site, "#view=classes")
-    quiet.click("a[href='#label=bowling']")
+    quiet.click("section[data-section=classes] a[href='#label=bowling']")
     quiet.wait("!document.getElementById('sheet').hidden")
     known = {video_id: label for video_id, label, _ in table[1]}
     labelled = [item for item in table[0] if item["label_topk"]]
