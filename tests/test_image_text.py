@@ -460,6 +460,12 @@ def test_a_library_is_labelled_with_words_and_other_words_are_another_table(
     assert all(set(row["label_topk"]) == set(NAMES) for row in table)
     vectors = np.array([row["embedding"] for row in table], np.float64)
     np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=2e-3)
+    capsys.readouterr()
+    assert main(["labels", "search", out, "--text", "a red circle", "--format", "jsonl"]) == 0
+    found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    near = vectors @ embed_text(LOCAL, f"hf:{tmp_path / 'saved'}", "a red circle").astype(np.float64)
+    assert [row["video_id"] for row in found] == [table[place]["video_id"] for place in np.argsort(-near)]
+    np.testing.assert_allclose([row["similarity"] for row in found], np.sort(near)[::-1], atol=1e-4)
     with kinoray.load(f"hf:{tmp_path / 'saved'}", classes=first[-1], embeddings=True) as model:
         again = kinoray.label(tmp_path / "library", model, out=out, **{"resources.num_workers": 1})
     assert again.labelled == 3

@@ -134,28 +134,32 @@ class FoundConfig(VectorsConfig):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SearchConfig(FoundConfig):
-    """Find the videos whose embeddings are most similar to that of one video.
+    """Find the videos whose embeddings are most similar to that of one video, or to a text.
 
     Example: kinoray labels search labels/library --like videos/holiday.mp4 --limit 20
 
     Every embedding is compared (cosine of the float16 column, summed in float32), so what is printed is exactly the
-    nearest. The videos must have been labelled with --embeddings.
+    nearest. The videos must have been labelled with --embeddings; for a text, by an image-text network (--classes).
     """
 
-    like: str
+    like: str = ""
     """A video of the table, by its video_id or row_key; or a video file or s3:// object, which is decoded here and seen
     by the network that labelled the others, under the same settings."""
+    text: str = ""
+    """What the videos show, in place of --like: "a dog runs along a beach". It is read as it is, without a prompt."""
     limit: int = 10
     """So many videos."""
     checkpoint: str = ""
-    """Where the network lies now, for a video that is not in the table. Default: where it lay when it labelled."""
+    """Where the network lies now, for a text or a video that is not in the table. Default: where it lay when it
+    labelled."""
     allow_factory: AllowedFactories = ()
     """PACKAGE:FUNCTION of a network of your own that the checkpoint names: its code runs here with your rights. May be
     given several times."""
 
     def __post_init__(self) -> None:
         FoundConfig.__post_init__(self)
-        require(bool(self.like), "like", "a video", self.like)
+        fits = bool(self.like) != bool(self.text.strip())
+        require(fits, "like", "a video, or left out with a --text", self.like)
         require(self.limit >= 1, "limit", "at least 1", self.limit)
 
 

@@ -198,20 +198,23 @@ def _digest_in(path: Path) -> bytes:
 
 
 def search(config: SearchConfig) -> dict[str, Any]:
-    """Print or write the videos that are most similar to one.
+    """Print or write the videos that are most similar to one, or to a text.
 
     Returns:
         `root`, `compared` (embeddings) and `rows` (the video_ids that were found, the nearest first).
 
     Raises:
-        ConfigError: there is no such video, or no embeddings.
+        ConfigError: there is no such video, or no embeddings; or the network reads no texts.
         KinorayError: something cannot be read or written.
     """
     storage = Storage(config.storage)
     if config.to:
         require_file("to", config.to)
     vectors = Vectors(storage, config.predictions, config.cache)
-    row_key, query_D = vectors.find(config.like) or ("", _seen(storage, vectors, config))
+    if config.text:
+        row_key, query_D = "", _of_text(storage, vectors, config)
+    else:
+        row_key, query_D = vectors.find(config.like) or ("", _seen(storage, vectors, config))
     found = most_similar(vectors, query_D, config.limit, without=row_key)
     _put(storage, config, found, ("similarity", "video_id", "label", "score", "margin"))
     compared = many(vectors.num_rows, "embedding")
@@ -249,6 +252,15 @@ def most_similar(vectors: Vectors, query_D: np.ndarray, limit: int, *, without: 
     found = held[0].take(order).select(list(_COLUMNS))
     found = found.add_column(0, "similarity", pa.array(nearest.similarities[0]))
     return found.filter(pc.not_equal(found["row_key"], without)).slice(0, limit)
+
+
+def _of_text(storage: Storage, vectors: Vectors, config: SearchConfig) -> np.ndarray:
+    """The vector, float32 [D], of a text by the network that labelled the videos."""
+    checkpoint = config.checkpoint or vectors.ledger.job().checkpoint
+    require(bool(checkpoint), "checkpoint", "given: several networks labelled these videos", config.checkpoint)
+    from kinoray.network.published import embed_text  # here: it imports torch, which takes seconds
+
+    return embed_text(storage, checkpoint, config.text)
 
 
 def _seen(storage: Storage, vectors: Vectors, config: SearchConfig) -> np.ndarray:
