@@ -7,7 +7,6 @@ Shapes: D features, K classes
 """
 
 import dataclasses
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -67,7 +66,7 @@ def read_words(folder: str | Path, words: Words) -> HubNetwork:
     frames = vision["num_frames"] if kind == "xclip" else _FRAMES
     recipe = dataclasses.replace(recipe, frames=1, segments=frames, stride=None, fps=None)
     options = {"config": opened.config, "rgb_mean": mean, "rgb_std": std, "recipe": dataclasses.asdict(recipe)}
-    options = json.loads(json.dumps(options))  # tuples become lists here, not only when a checkpoint is written
+    options = _as_json(options)  # here, and not only when a checkpoint is written
     prompts = _prompts(words, kind)
     texts = list(dict.fromkeys(text for said in prompts.values() for text in said))
     features = dict(zip(texts, _features(opened, texts), strict=True))
@@ -147,6 +146,13 @@ def _open(root: Path) -> _Opened:
 
 
 # What is said of classes
+
+
+def _as_json(value: Any) -> Any:
+    """With lists for tuples, as it is read back from a file."""
+    if isinstance(value, dict):
+        return {name: _as_json(item) for name, item in value.items()}
+    return [_as_json(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def _prompts(words: Words, kind: str) -> dict[str, tuple[str, ...]]:
