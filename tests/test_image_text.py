@@ -444,6 +444,7 @@ def test_a_checkpoint_builds_only_what_the_library_declares(change: dict[str, An
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_a_library_is_labelled_with_words_and_other_words_are_another_table(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
