@@ -132,11 +132,11 @@ def study_trials(options: Mapping[str, Any], seeds: Sequence[int], rows: Sequenc
     return [row.settings(seed, options) for seed in seeds for row in rows]
 
 
-def study_costs(base: TrainConfig, rows: Sequence[Row] = ROWS) -> dict[str, int]:
+def study_costs(base: TrainConfig) -> dict[str, int]:
     """Multiply-accumulates of one clip by the title of each row."""
     sample, view = base.clip.sample, base.clip.view
     found = {}
-    for row in rows:
+    for row in ROWS:
         config = apply(replace(base, model=ModelConfig()), row.settings(0, base.model.options)).model
         model = build_outline(without_start_weights(config), 2)
         found[row.title] = describe(model, sample.num_segments, sample.frames_per_segment, view.crop_px).macs
