@@ -10,7 +10,15 @@ from typing import Any
 import pytest
 
 from kinoray.catalog.table import Catalog, load_catalog, save_catalog
-from kinoray.config.shared import ClipConfig, ModelConfig, OptimConfig, ResourcesConfig, SampleConfig, ViewConfig
+from kinoray.config.shared import (
+    ClipConfig,
+    ModelConfig,
+    OptimConfig,
+    ResourcesConfig,
+    SampleConfig,
+    TrainResourcesConfig,
+    ViewConfig,
+)
 from kinoray.errors import CatalogError
 from kinoray.label.config import LabelConfig
 from kinoray.label.keys import row_keys
@@ -327,7 +335,7 @@ def test_pack_label_correct_and_train_on_both(ray_local: None, tmp_path: Path) -
             model=ModelConfig(factory="tiny_models:mean_colour"),
             clip=CLIP,
             optim=OptimConfig(epochs=1, batch_size=7, lr=0.05),
-            resources=resources,
+            resources=TrainResourcesConfig(num_workers=1, decode_tasks=1),
         )
     )
     assert (done["samples"], done["quarantined"]) == (9 - 1 + 6, 0)
