@@ -407,6 +407,23 @@ def test_replacing_decoders_leaks_nothing(deaths: int, good: bytes) -> None:
         assert not mine
 
 
+def test_a_decoder_grows_with_no_video(sandbox: Sandbox, good: bytes) -> None:
+    """Whatever a decoder keeps of each video adds up to its memory limit in a library of millions."""
+
+    def resident_pages() -> int:
+        (pid,) = idle_pids(sandbox)
+        return int(Path(f"/proc/{pid}/statm").read_text().split()[1])
+
+    def decode_some(count: int) -> None:
+        for number in range(count):
+            sandbox.decode(good, Sampled(rng=np.random.default_rng(number % 10)), ClipConfig().without_flow())
+
+    decode_some(40)
+    before = resident_pages()
+    decode_some(160)
+    assert resident_pages() - before <= 64
+
+
 # What is no fault of a video
 
 

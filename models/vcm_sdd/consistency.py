@@ -104,7 +104,8 @@ class Consistency(nn.Module):
         if pooled:
             c_N = s_NN.mean(dim=0) + (1 / s_NN.shape[0] if self.residual else 0)
             return c_N.to(x_MND.dtype) @ x_MND
-        out_MND = s_NN.to(x_MND.dtype) @ x_MND
+        # `s @ x` would copy x and its answer, each transposed: twice to three times the time on a CPU.
+        out_MND = s_NN.to(x_MND.dtype).expand(x_MND.shape[0], -1, -1).bmm(x_MND)
         return x_MND + out_MND if self.residual else out_MND
 
     def extra_repr(self) -> str:

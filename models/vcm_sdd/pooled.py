@@ -107,7 +107,8 @@ class _PooledAttention(torch.autograd.Function):
                 q, k = _split(rgb_MND[part], heads), _split(flow_MND[part], heads)
                 g_rgb, g_flow = _split(g_rgb_MD[part, None], heads), _split(g_flow_MD[part, None], heads)
                 dq, dk = _gradients(q, k, g_rgb, g_flow, frobenius=frobenius, literal=literal)
-                d_rgb[part], d_flow[part] = _merge(dq), _merge(dk)
+                d_rgb[part].unflatten(2, (heads, -1)).transpose(1, 2).copy_(dq)
+                d_flow[part].unflatten(2, (heads, -1)).transpose(1, 2).copy_(dk)
         return d_rgb, d_flow, None, None, None
 
 
@@ -148,13 +149,8 @@ def _chunks(x_MND: Tensor, heads: int) -> list[slice]:
 
 
 def _split(x_MND: Tensor, heads: int) -> Tensor:
-    x_MGNK = x_MND.reshape(*x_MND.shape[:2], heads, -1).transpose(1, 2)
-    # The CPU's bfloat16 products of strided matrices take twice the time of contiguous ones, copy included.
-    return x_MGNK.contiguous() if x_MND.dtype == torch.bfloat16 and x_MND.device.type == "cpu" else x_MGNK
-
-
-def _merge(x_MGNK: Tensor) -> Tensor:
-    return x_MGNK.transpose(1, 2).flatten(2)
+    # Contiguous: each product would copy strided heads again.
+    return x_MND.unflatten(2, (heads, -1)).transpose(1, 2).contiguous()
 
 
 def _weighted(weights_MGN: Tensor, x_MGNK: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ And nothing can be imported or opened any more once it reads them (jail.py).
 """
 
 import errno
+import gc
 import importlib
 import json
 import mmap
@@ -175,6 +176,7 @@ def main() -> None:
     jail.die_with(parent)
     _prepare()
     missing = _load(backend)
+    gc.freeze()  # collecting then looks at what requests made, and at nothing else
     decoder = _Decoder(input_fd, output_fd, room_bytes)
     with socket.socket(fileno=socket_fd) as connection:
         layers = jail.enter(socket_fd, input_fd, output_fd, parent, threads=backend != "pyav")
@@ -184,6 +186,8 @@ def main() -> None:
             answer = decoder.answer(pickle.loads(message))
             answer["cpu_s"] = time.process_time() - begin_s
             connection.send(json.dumps(answer, default=np.ndarray.tolist).encode())
+            del answer
+            gc.collect()  # PyAV's cycles hold frames; left until chance collects them, they scatter the heap
 
 
 if __name__ == "__main__":
