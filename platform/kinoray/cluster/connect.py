@@ -171,7 +171,10 @@ def _keep_messages(folder: Path) -> None:
 
 
 class Kept:
-    """In place of what prints raylets' messages: they go to the file, and people hear once that there are some."""
+    """In place of what prints raylets' messages: they go to the file, and people hear once that there are some.
+
+    Not of mere warnings, such as that many workers were started.
+    """
 
     def __init__(self, file: TextIO, path: Path) -> None:
         self._file, self._path = file, path
@@ -179,7 +182,7 @@ class Kept:
 
     def __call__(self, data: Mapping[str, Any], *_: object, **__: object) -> None:
         print("\n".join(data["lines"]), file=self._file)
-        if not self._is_told:
+        if not self._is_told and not all(line.startswith("WARNING: ") for line in data["lines"]):
             self._is_told = True
             print(f"resources: a worker died, or Ray met other trouble; it is in {self._path}", flush=True)
 
