@@ -10,6 +10,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from kinoray.network.cost import describe
 from vcm_sdd.network import vcm_sdd
@@ -153,7 +154,7 @@ def test_it_starts_at_chance_and_every_weight_gets_a_finite_gradient(num_classes
     head = ContentOrderHead(("rgb", "flow"), 96, num_classes, width=128, queries=4, dropout=0.4)
     grids = {name: torch.randn(32, *grid, 96).relu().requires_grad_() for name in ("rgb", "flow")}
     loss = nn.functional.cross_entropy(head(grids), torch.arange(32) % num_classes)
-    assert loss.item() == pytest.approx(math.log(num_classes), abs=0.4)
+    assert loss.item() == pytest.approx(math.log(num_classes), abs=0.6)  # with dropout
     loss.backward()
     for value in (*head.parameters(), *grids.values()):
         assert value.grad is not None
@@ -188,6 +189,23 @@ def test_bfloat16_changes_the_logits_by_little() -> None:
     assert rounded.dtype == torch.float32
     for found in (rounded, cast_in_it):
         assert (found.float() - exact).abs().max() < 0.05 * exact.abs().max()
+
+
+class NothingFromTheHost(TorchFunctionMode):
+    """Refuses tensors that are made of numbers of Python's."""
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        assert func not in (torch.tensor, torch.as_tensor, Tensor.new_tensor)
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_forward_pass_sends_nothing_to_the_device() -> None:
+    """A GPU would wait for it, and a CUDA graph of the call could not be recorded."""
+    model = vcm_sdd_x(num_classes=4, backbone="tiny").eval()
+    with pytest.raises(AssertionError), NothingFromTheHost():
+        torch.zeros(2).new_tensor([1.0])
+    with torch.no_grad(), NothingFromTheHost():
+        model(**clip())
 
 
 # ---- what it takes and costs

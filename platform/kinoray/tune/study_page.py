@@ -223,7 +223,7 @@ def study_plot(study: Study) -> str:
 
     Points are numbered; where several lie on each other, their numbers stand one above the other.
     """
-    step = _round_step(max(study.costs.values(), default=1) / 1e9 / 4)
+    step = _round_step(max(study.costs.values(), default=1) / 1e9 / 6)
     most = step * max(1, math.ceil(max(study.costs.values(), default=1) / 1e9 / step))
     total = _HEIGHT + 70
     parts = [
