@@ -137,8 +137,8 @@ def study_trials(options: Mapping[str, Any], seeds: Sequence[int], rows: Sequenc
 def found_trials(storage: Storage, out: str, options: Mapping[str, Any]) -> tuple[list[TrialRow], int]:
     """The trials in a study's folder that are rows of ROWS with these options, of all seeds; how many others it has."""
     known = known_trials(storage, out)
-    seeds = {settings.get("optim.seed") for settings in known.values()}
-    trials = study_trials(options, sorted(seed for seed in seeds if type(seed) is int))
+    seeds = [settings.get("optim.seed") for settings in known.values()]
+    trials = study_trials(options, sorted({seed for seed in seeds if type(seed) is int}))
     names = {trial_id(settings): settings for settings in trials}
     rows = [read_trial(storage, out, name, settings) for name, settings in names.items() if name in known]
     return rows, len(known) - len(rows)
@@ -318,9 +318,10 @@ def _logits(networks: Sequence[_Network], batch: VideoBatch, device: str) -> lis
     logits: list[Tensor] = []
     for _, same in itertools.groupby(networks, key=lambda network: network.backbones):
         models = [network.model for network in same]
-        inputs = model_inputs(batch, models[0].input_spec, device)
-        if is_split(models[0]):
-            features = models[0].to_features(**inputs)
+        first = models[0]
+        inputs = model_inputs(batch, first.input_spec, device)
+        if is_split(first):
+            features = first.to_features(**inputs)
             logits += [cast(SplitModel, model).from_features(features).cpu() for model in models]
         else:
             logits += [model(**inputs).cpu() for model in models]
