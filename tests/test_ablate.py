@@ -433,7 +433,7 @@ def test_networks_answer_for_each_order_and_only_those_of_the_last_epoch(tmp_pat
     )
     trials = [row.settings(0, OPTIONS) for row in (TSN, NEITHER, X)]
     for settings in trials:
-        model = apply(base, settings).model
+        model = apply(replace(base, model=ModelConfig()), settings).model
         state = cast(nn.Module, build_model(model, len(LABELS))).state_dict()
         meta = CheckpointMeta(model=model, clip=clip, labels=LABELS, epoch=2, step=2, samples=2)
         uri = f"{base.out}/trials/{trial_id(settings)}/checkpoints"
