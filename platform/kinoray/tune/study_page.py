@@ -259,7 +259,7 @@ def study_plot(study: Study) -> str:
 
 def _round_step(least: float) -> float:
     """The smallest of 1, 2 and 5 times a power of ten that is not below it."""
-    power = 10 ** math.floor(math.log10(least))
+    power = 10.0 ** math.floor(math.log10(least))
     return next(times * power for times in (1, 2, 5, 10) if times * power >= least * (1 - 1e-9))
 
 
