@@ -26,9 +26,9 @@ from kinoray.pack.verb import pack
 from kinoray.storage.leftovers import scratch_folder
 from kinoray.storage.objects import Storage, join
 from kinoray.train.config import TrainConfig
-from kinoray.tune.config import TuneConfig, trial_id
-from kinoray.tune.results import read_trial
-from kinoray.tune.study import ROWS, score_orders, study_page, study_plot, study_trials
+from kinoray.tune.config import TuneConfig
+from kinoray.tune.study import ROWS, found_trials, score_orders, study_trials
+from kinoray.tune.study_page import Study, study_page, study_plot
 from kinoray.tune.verb import tune
 
 __all__ = ["AblateConfig", "ablate"]
@@ -41,9 +41,9 @@ class AblateConfig(TrainConfig):
     Example: python jobs/ablate.py sets/binding --generate --out runs/ablation
 
     The settings are those of `kinoray train`, and each run is a trial of a sweep (OUT/trials): the same command again
-    trains what is missing and nothing else. OUT/ablation.md has the tables: top-1 with each segment's frames in order,
-    reversed and shuffled, costs, and paired differences; OUT/ablation.svg shows top-1 against cost. The defaults are
-    for the generated set.
+    trains what is missing and nothing else; other seeds and networks join those in OUT. OUT/ablation.md has the tables:
+    top-1 with each segment's frames in order, reversed and shuffled, costs, paired differences; OUT/ablation.svg shows
+    top-1 against cost. The defaults are for the generated set.
     """
 
     seeds: tuple[int, ...] = (0, 1, 2)
@@ -86,6 +86,8 @@ def ablate(config: AblateConfig) -> str:
     if config.quick:
         quick = replace(config.optim, epochs=1)
         config = replace(config, seeds=config.seeds[:1], num_videos=min(96, config.num_videos), optim=quick)
+    shared = {item.name: getattr(config, item.name) for item in fields(TrainConfig)}
+    sweep = TuneConfig(**shared | {"model": ModelConfig()}, grace_epochs=config.optim.epochs)
     storage = Storage(config.storage)
     if config.generate and not storage.exists(join(config.catalog, "catalog.parquet")):
         with scratch_folder("ablate") as folder:
@@ -93,15 +95,14 @@ def ablate(config: AblateConfig) -> str:
             make_binding_set(videos, config.num_videos)
             pack(PackConfig(source=str(videos), out=config.catalog, storage=config.storage, resources=config.resources))
     chosen = [row for row in ROWS if not config.networks or row.factory in config.networks]
-    trials = study_trials(config.model.options, config.seeds, chosen)
-    shared = {item.name: getattr(config, item.name) for item in fields(TrainConfig)}
-    tune(TuneConfig(**shared | {"model": ModelConfig()}, grace_epochs=config.optim.epochs), trials)
+    tune(sweep, study_trials(config.model.options, config.seeds, chosen))
     base = TrainConfig(**shared)
-    rows = [read_trial(storage, config.out, trial_id(settings), settings) for settings in trials]
-    score_orders(base, [row.settings for row in rows if row.status == "finished"])
-    page = study_page(storage, base, rows, config.seeds)
+    found, others = found_trials(storage, config.out, config.model.options)
+    score_orders(base, [row.settings for row in found if row.status == "finished"])
+    study = Study(storage, base, found, others)
+    page = study_page(study)
     storage.put(join(config.out, "ablation.md"), page.encode())
-    storage.put(join(config.out, "ablation.svg"), study_plot(storage, base, rows, config.seeds).encode())
+    storage.put(join(config.out, "ablation.svg"), study_plot(study).encode())
     print(f"\n{page}")
     return page
 

@@ -50,6 +50,7 @@ NETWORKS = {
     "vcm_sdd": TINY,
     "vcm_sdd resnet18": ModelConfig(options={"backbone": "resnet18", "heads": 2}),
     "vcm_sdd efficientnet": ModelConfig(options={"backbone": "timm:test_efficientnet", "heads": 2, "stc": False}),
+    "vcm_sdd_x": ModelConfig(factory="vcm_sdd_x", options={"backbone": "tiny"}),
     "tsn two_stream": ModelConfig(factory="tsn", options={"backbone": "tiny", "modality": "two_stream"}),
     "tsn resnet18": ModelConfig(factory="tsn", options={"backbone": "resnet18"}),
     "tsm": TSM,
@@ -113,7 +114,7 @@ def test_a_network_is_its_two_halves(model: ModelConfig) -> None:
 # Steps
 
 
-@pytest.mark.parametrize("name", ["vcm_sdd", "vcm_sdd efficientnet", "tsn two_stream", "tsm"])
+@pytest.mark.parametrize("name", ["vcm_sdd", "vcm_sdd efficientnet", "vcm_sdd_x", "tsn two_stream", "tsm"])
 @pytest.mark.usefixtures("one_rank")
 def test_steps_on_features_are_steps_on_clips_bit_for_bit(name: str) -> None:
     """With dropout, a moving average, and parts of batches; features come from other batches than they go into."""

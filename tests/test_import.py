@@ -336,7 +336,7 @@ def test_a_backbone_of_timm_becomes_options_of_the_network(tmp_path: Path) -> No
     other = ModelConfig(factory="tsm", options={"backbone": "resnet18"})
     with pytest.raises(ConfigError, match=r"model.options.backbone is 'resnet18', but init_from timm:resnet50 sets"):
         config_from("timm:resnet50", model=other)
-    with pytest.raises(ConfigError, match=r"is a backbone for tsn, tsm, vcm_sdd; model.factory is i3d"):
+    with pytest.raises(ConfigError, match=r"is a backbone for tsn, tsm, vcm_sdd, vcm_sdd_x; model.factory is i3d"):
         config_from("timm:resnet50", model=ModelConfig(factory="i3d"))
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from kinoray.network.cost import describe
 from vcm_sdd.network import vcm_sdd
@@ -141,6 +142,70 @@ def test_it_sees_which_thing_moves() -> None:
     other = flow.flip(4)
     with torch.no_grad():
         assert (head({"rgb": rgb, "flow": flow}) - head({"rgb": rgb, "flow": other})).abs().max() > 1e-3
+
+
+# ---- how it learns
+
+
+@pytest.mark.parametrize("num_classes", [4, 400])
+@pytest.mark.parametrize("grid", [(1, 1, 1, 1), (2, 3, 2, 5)])
+def test_it_starts_at_chance_and_every_weight_gets_a_finite_gradient(num_classes: int, grid: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    head = ContentOrderHead(("rgb", "flow"), 96, num_classes, width=128, queries=4, dropout=0.4)
+    grids = {name: torch.randn(32, *grid, 96).relu().requires_grad_() for name in ("rgb", "flow")}
+    loss = nn.functional.cross_entropy(head(grids), torch.arange(32) % num_classes)
+    assert loss.item() == pytest.approx(math.log(num_classes), abs=0.6)  # with dropout
+    loss.backward()
+    for value in (*head.parameters(), *grids.values()):
+        assert value.grad is not None
+        assert value.grad.isfinite().all()
+        assert value.grad.abs().max() < 10
+
+
+@pytest.mark.parametrize("size", [0.0, 1.0, 1e4])
+def test_a_still_picture_without_contrast_is_no_trouble(size: float) -> None:
+    """All features equal: nothing varies over channels, places or times."""
+    torch.manual_seed(0)
+    head = ContentOrderHead(("rgb", "flow"), 6, 3, width=8, queries=2, dropout=0.0)
+    grids = {name: torch.full((2, 2, 3, 2, 2, 6), size, requires_grad=True) for name in ("rgb", "flow")}
+    logits = head(grids)
+    logits.sum().backward()
+    assert logits.isfinite().all()
+    for value in (*head.parameters(), *grids.values()):
+        assert value.grad is not None
+        assert value.grad.isfinite().all()
+
+
+def test_bfloat16_changes_the_logits_by_little() -> None:
+    """Of the backbones alone, as inference prepares them, and of the whole head under autocast, as in training."""
+    torch.manual_seed(0)
+    head = ContentOrderHead(("rgb", "flow"), 96, 10, width=128, queries=4, dropout=0.0).eval()
+    grids = {name: torch.randn(4, 2, 3, 2, 2, 96).relu() for name in ("rgb", "flow")}
+    with torch.no_grad():
+        exact = head(grids)
+        rounded = head({name: x.bfloat16() for name, x in grids.items()})
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            cast_in_it = head(grids)
+    assert rounded.dtype == torch.float32
+    for found in (rounded, cast_in_it):
+        assert (found.float() - exact).abs().max() < 0.05 * exact.abs().max()
+
+
+class NothingFromTheHost(TorchFunctionMode):
+    """Refuses tensors that are made of numbers of Python's."""
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        assert func not in (torch.tensor, torch.as_tensor, Tensor.new_tensor)
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_forward_pass_sends_nothing_to_the_device() -> None:
+    """A GPU would wait for it, and a CUDA graph of the call could not be recorded."""
+    model = vcm_sdd_x(num_classes=4, backbone="tiny").eval()
+    with pytest.raises(AssertionError), NothingFromTheHost():
+        torch.zeros(2).new_tensor([1.0])
+    with torch.no_grad(), NothingFromTheHost():
+        model(**clip())
 
 
 # ---- what it takes and costs

@@ -63,6 +63,7 @@ def exported(checkpoint: str, kind: Any, to: Path, **settings: Any) -> dict[str,
 VCM = ("vcm_sdd", {"backbone": "tiny", "heads": 4}, (4, 2), 32)
 CASES = {
     "vcm_sdd": VCM,
+    "vcm_sdd_x": ("vcm_sdd_x", {"backbone": "tiny"}, (4, 2), 32),
     **{name: SMALL[name] for name in ("tsn two-stream", "tsm", "r2plus1d_18", "mvit_v2_s")},
 }
 

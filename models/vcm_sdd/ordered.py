@@ -127,7 +127,8 @@ def _waves(count: int, like: Tensor) -> Tensor:
     """Sines and cosines of (i + 1/2) / count, [count, 2 * waves]: the middles of equal parts of 0 .. 1."""
     exact = torch.promote_types(like.dtype, torch.float32)
     middle_N = (torch.arange(count, device=like.device, dtype=exact) + 0.5) / count
-    angle_NF = 2 * math.pi * middle_N[:, None] * middle_N.new_tensor(_WAVES)
+    # Numbers of Python's, since a tensor of them would be copied to a GPU, which a CUDA graph cannot record.
+    angle_NF = torch.stack([2 * math.pi * middle_N * wave for wave in _WAVES], dim=1)
     return torch.cat((angle_NF.sin(), angle_NF.cos()), dim=1).to(like.dtype)
 
 

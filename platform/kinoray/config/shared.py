@@ -142,7 +142,7 @@ class CacheConfig:
     """Size on each node, in GB; 0 for no cache. What does not fit is decoded."""
     keep: Literal["frames", "features"] = "frames"
     """`features`: what frozen backbones (optim.backbone_lr_factor 0) make of the frames, in place of these: an epoch
-    that finds them costs the head only. For vcm_sdd, tsn, tsm, and other networks with to_features."""
+    that finds them costs the head only. For vcm_sdd, vcm_sdd_x, tsn, tsm, and others with to_features."""
     folder: str = ""
     """Where. Default: a folder of this user's in the node's temporary folder."""
     grids: tuple[str, ...] = ()

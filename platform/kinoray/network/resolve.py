@@ -6,7 +6,7 @@
                                            that compares pictures with texts, and takes its classes in words
     i3d                                    DeepMind's I3D of Kinetics-400, by the user's own pip
     FILE.pth, FILE.safetensors             a state dict of a network that ships (import, or --init-from)
-    timm:NAME[:FILE]                       a backbone (--init-from of tsn, tsm and vcm_sdd)
+    timm:NAME[:FILE]                       a backbone (--init-from of tsn, tsm, vcm_sdd and vcm_sdd_x)
 
 What is easy to break: a wrong name is refused before torch is imported, which takes seconds. So nothing here imports
 it, and the names of torchvision's weights are read from its sources.

@@ -141,4 +141,4 @@ def _print_known() -> None:
     ]
     print("\n".join(table(rows)))
     print("TOP-1 as published, in percent. kinoray import SOURCE --out DIR makes a checkpoint of one; --checkpoint and")
-    print("--init-from take SOURCE, too. timm:NAME[:FILE] is a backbone: --init-from of tsn, tsm and vcm_sdd.")
+    print("--init-from take SOURCE, too. timm:NAME[:FILE] is a backbone: --init-from of tsn, tsm, vcm_sdd, vcm_sdd_x.")

@@ -78,7 +78,7 @@ class TrainConfig(JobConfig):
     """Fine-tune: a checkpoint, or a run folder (its best), whose weights the first step starts from. All must fit but
     the classifier's, which start anew unless the classes are the same; what was left out is listed. Or a published
     network as `kinoray import` lists them: network and clips are then its own and the recipe is --preset finetune, all
-    but what other settings say. Or timm:NAME[:FILE], the backbone of tsn, tsm and vcm_sdd."""
+    but what other settings say. Or timm:NAME[:FILE], the backbone of tsn, tsm, vcm_sdd and vcm_sdd_x."""
     keep_checkpoints: int = 2
     """Newest checkpoints that are kept, of those after epochs, and the best one (by val_top1) besides."""
     checkpoint_every_steps: int = 200

@@ -39,6 +39,7 @@ __all__ = [
     "NoClip",
     "Part",
     "Samples",
+    "decoded_clips",
     "epoch_order",
     "rank_part",
     "rank_steps",
@@ -354,7 +355,7 @@ class _Collate(NumpyBatchCollateFn):  # type: ignore[misc]  # ray has no types
         return _Arrived(
             rows=rows,
             kept=rows[ok],
-            clips=_clips(batch, ok),
+            clips=decoded_clips(batch, ok),
             quarantined=tuple(
                 NoClip(row, refusal)
                 for row, refusal in zip(rows.tolist(), refusals_of_columns(batch), strict=True)
@@ -365,7 +366,8 @@ class _Collate(NumpyBatchCollateFn):  # type: ignore[misc]  # ray has no types
         )
 
 
-def _clips(batch: dict[str, np.ndarray], ok: np.ndarray) -> VideoBatch | RawBatch:
+def decoded_clips(batch: dict[str, np.ndarray], ok: np.ndarray) -> VideoBatch | RawBatch:
+    """The clips in the columns of DecodeTask, of the rows that are ok."""
     keep = slice(None) if ok.all() else ok  # a slice copies nothing
     tensors = {name: _tensor(batch[name][keep]) for name in ("rgb", "flow", "partners", "last") if name in batch}
     if "partners" in tensors:

@@ -46,7 +46,7 @@ __all__ = ["check_training", "train", "with_start"]
 Checkpoint = tuple[str, CheckpointMeta]
 Settings = TypeVar("Settings", bound=TrainConfig)
 Part = TypeVar("Part", bound=Any)
-_TIMM_NETWORKS = ("tsn", "tsm", "vcm_sdd")
+_TIMM_NETWORKS = ("tsn", "tsm", "vcm_sdd", "vcm_sdd_x")
 
 
 def train(config: TrainConfig, gate: Gate | None = None) -> dict[str, Any]:
@@ -264,7 +264,7 @@ def _check_model(config: TrainConfig, catalog: Catalog, num_videos: int) -> None
     if config.cache.keep == "features" and not is_split(model):
         raise ConfigError(
             f"cache.keep must be frames for {config.model.factory}, which does not part its backbones from its head "
-            "(to_features and from_features, kinoray.network); vcm_sdd, tsn and tsm do"
+            "(to_features and from_features, kinoray.network); vcm_sdd, vcm_sdd_x, tsn and tsm do"
         )
     spec = model.input_spec
     check_clip(spec, config.clip)
