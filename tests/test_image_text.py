@@ -16,6 +16,8 @@ import test_huggingface as hub
 from kinoray.cli import main
 from kinoray.config.shared import ModelConfig
 from kinoray.errors import CheckpointMismatch, ConfigError, KinorayError, ModelError
+from kinoray.label.config import LabelConfig
+from kinoray.label.predict import Model
 from kinoray.network.build import build_model, classifier_names
 from kinoray.network.checkpoint import load_meta, load_model
 from kinoray.network.published import checkpoint_of, embed_text
@@ -421,6 +423,37 @@ def test_a_text_is_not_read_by_weights_that_changed(tmp_path: Path) -> None:
     shutil.rmtree(tmp_path / "saved")
     with pytest.raises(KinorayError, match="is no such folder"):
         embed_text(LOCAL, uri, "a")
+
+
+def test_a_text_is_not_read_by_another_network_than_the_one_that_labelled(tmp_path: Path) -> None:
+    """Two CLIPs have vectors of one length, and texts of the one are nowhere near videos of the other."""
+    save(tmp_path / "saved", "clip")
+    other, _, _ = save(tmp_path / "other", "clip")
+    torch.nn.init.ones_(other.text_projection.weight)
+    other.save_pretrained(tmp_path / "other")
+    _, meta, uri = imported(tmp_path / "saved", tmp_path)
+    _, _, another = imported(tmp_path / "other", tmp_path)
+    by = (uri, meta.model_digest)
+    expected = embed_text(LOCAL, uri, "a", labelled_by=by)
+    assert (embed_text(LOCAL, f"hf:{tmp_path / 'saved'}", "a", labelled_by=by) == expected).all()
+    with pytest.raises(ConfigError, match=r"checkpoint: .* is not the network that labelled these videos"):
+        embed_text(LOCAL, another, "a", labelled_by=by)
+    with pytest.raises(CheckpointMismatch, match=rf"other is not what {uri} was imported from"):
+        embed_text(LOCAL, f"hf:{tmp_path / 'other'}", "a", labelled_by=by)
+    found = embed_text(LOCAL, f"hf:{tmp_path / 'other'}", "a", labelled_by=("/gone", "0"))
+    assert (found != expected).any()
+
+
+def test_one_class_alone_is_warned_of(tmp_path: Path) -> None:
+    save(tmp_path / "saved", "clip")
+    for names, expected in ((("running",), 1), (("running", "jumping"), 0)):
+        _, _, uri = imported(tmp_path / "saved", tmp_path, *names)
+        said: list[str] = []
+        Model(LabelConfig(source="", checkpoint=uri), warn=said.append).close()
+        assert (
+            sum("knows one class, 'running', so every video is that with a score of 1" in line for line in said)
+            == expected
+        )
 
 
 @pytest.mark.parametrize(
