@@ -25,6 +25,7 @@ from kinoray.network.scorer import ScorerConfig, check_scorer
 from kinoray.storage.objects import Storage
 from small_sets import colour_video
 from vcm_sdd.preprocess import preprocess
+from video_baselines import image_text_folder
 from video_baselines.image_text import TEXT_TYPES
 from video_baselines.image_text_folder import PROMPTS
 
@@ -392,6 +393,33 @@ def test_a_tokenizer_of_another_network_is_refused(tmp_path: Path) -> None:
     (tmp_path / "saved" / "tokenizer.json").write_text(json.dumps(tokenizer))
     with pytest.raises(ModelError, match=r"makes tokens \[.*5000.*\] of .*, the text tower knows 0 \.\. 81"):
         imported(tmp_path / "saved", tmp_path)
+
+
+WORDS = {"type": "WordLevel", "vocab": {"[UNK]": 0, "a": 1}, "unk_token": "[UNK]"}
+DOUBLED = {"type": "Replace", "pattern": {"String": "a"}, "content": "aa"}
+ENDLESS = {"type": "Split", "pattern": {"Regex": "(a|a|aa)+$!"}, "behavior": "Removed", "invert": False}
+
+
+@pytest.mark.parametrize(
+    ("rules", "message"),
+    [
+        ({"normalizer": {"type": "Sequence", "normalizers": [DOUBLED] * 40}}, "memory allocation|gave no tokens"),
+        ({"pre_tokenizer": ENDLESS}, "retry-limit|gave no tokens"),
+        ({"model": {**WORDS, "vocab": {"a": 1}}}, r"Exception: WordLevel error: Missing \[UNK\] token"),
+    ],
+)
+def test_a_tokenizer_of_evil_rules_costs_an_error(
+    rules: dict[str, Any], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of doubled letters it would take a terabyte; and what the package raises is at times no Exception."""
+    monkeypatch.setattr(image_text_folder, "_TOKENIZER_MEMORY", 2**30)
+    file = tmp_path / "tokenizer.json"
+    file.write_text(json.dumps({"version": "1.0", "added_tokens": [], "model": WORDS}))
+    texts = ["a", "b " + "a" * 40]
+    assert image_text_folder._tokenized(file, texts, 1, "a") == {"tokens": [[1, [1]], [1, [0]]], "padding": 1}
+    file.write_text(json.dumps({"version": "1.0", "added_tokens": [], "model": WORDS, **rules}))
+    with pytest.raises(ValueError, match=message):
+        image_text_folder._tokenized(file, texts, 1, None)
 
 
 def test_a_tokenizer_that_would_cut_texts_cuts_none(tmp_path: Path) -> None:
