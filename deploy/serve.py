@@ -20,6 +20,7 @@ from starlette.responses import JSONResponse
 import kinoray
 
 _MAX_BYTES = 512 * 2**20
+_UPLOAD_S = 300.0  # that a video may take to arrive: a client that stops halfway must not keep a replica from others
 _KEPT = ("label", "score", "top", "abstained", "error_class", "error_text", "duration_s", "frames_corrupt")
 
 
@@ -34,10 +35,14 @@ class Labels:
         if request.method != "POST":
             return JSONResponse({"error": "send a video with POST"}, 405)
         with tempfile.NamedTemporaryFile(suffix=".mp4") as file:  # the name only says that it is one video
-            async for chunk in request.stream():
-                file.write(chunk)
-                if file.tell() > _MAX_BYTES:
-                    return JSONResponse({"error": f"a video has at most {_MAX_BYTES:,} bytes here"}, 413)
+            try:
+                async with asyncio.timeout(_UPLOAD_S):
+                    async for chunk in request.stream():
+                        file.write(chunk)
+                        if file.tell() > _MAX_BYTES:
+                            return JSONResponse({"error": f"a video has at most {_MAX_BYTES:,} bytes here"}, 413)
+            except TimeoutError:
+                return JSONResponse({"error": f"a video has {_UPLOAD_S:g} s to arrive here"}, 408)
             file.flush()
             said = await asyncio.to_thread(self._model.predict, file.name)
         answer = {name: value for name, value in dataclasses.asdict(said).items() if name in _KEPT}

@@ -16,6 +16,8 @@ import test_huggingface as hub
 from kinoray.cli import main
 from kinoray.config.shared import ModelConfig
 from kinoray.errors import CheckpointMismatch, ConfigError, KinorayError, ModelError
+from kinoray.label.config import LabelConfig
+from kinoray.label.predict import Model
 from kinoray.network.build import build_model, classifier_names
 from kinoray.network.checkpoint import load_meta, load_model
 from kinoray.network.published import checkpoint_of, embed_text
@@ -23,6 +25,7 @@ from kinoray.network.scorer import ScorerConfig, check_scorer
 from kinoray.storage.objects import Storage
 from small_sets import colour_video
 from vcm_sdd.preprocess import preprocess
+from video_baselines import image_text_folder
 from video_baselines.image_text import TEXT_TYPES
 from video_baselines.image_text_folder import PROMPTS
 
@@ -392,6 +395,33 @@ def test_a_tokenizer_of_another_network_is_refused(tmp_path: Path) -> None:
         imported(tmp_path / "saved", tmp_path)
 
 
+WORDS = {"type": "WordLevel", "vocab": {"[UNK]": 0, "a": 1}, "unk_token": "[UNK]"}
+DOUBLED = {"type": "Replace", "pattern": {"String": "a"}, "content": "aa"}
+ENDLESS = {"type": "Split", "pattern": {"Regex": "(a|a|aa)+$!"}, "behavior": "Removed", "invert": False}
+
+
+@pytest.mark.parametrize(
+    ("rules", "message"),
+    [
+        ({"normalizer": {"type": "Sequence", "normalizers": [DOUBLED] * 40}}, "memory allocation|gave no tokens"),
+        ({"pre_tokenizer": ENDLESS}, "retry-limit|gave no tokens"),
+        ({"model": {**WORDS, "vocab": {"a": 1}}}, r"Exception: WordLevel error: Missing \[UNK\] token"),
+    ],
+)
+def test_a_tokenizer_of_evil_rules_costs_an_error(
+    rules: dict[str, Any], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of doubled letters it would take a terabyte; and what the package raises is at times no Exception."""
+    monkeypatch.setattr(image_text_folder, "_TOKENIZER_MEMORY", 2**30)
+    file = tmp_path / "tokenizer.json"
+    file.write_text(json.dumps({"version": "1.0", "added_tokens": [], "model": WORDS}))
+    texts = ["a", "b " + "a" * 40]
+    assert image_text_folder._tokenized(file, texts, 1, "a") == {"tokens": [[1, [1]], [1, [0]]], "padding": 1}
+    file.write_text(json.dumps({"version": "1.0", "added_tokens": [], "model": WORDS, **rules}))
+    with pytest.raises(ValueError, match=message):
+        image_text_folder._tokenized(file, texts, 1, None)
+
+
 def test_a_tokenizer_that_would_cut_texts_cuts_none(tmp_path: Path) -> None:
     _, tokenizer, _ = save(tmp_path / "saved", "clip")
     first = model_digest(tmp_path / "saved", tmp_path)
@@ -421,6 +451,37 @@ def test_a_text_is_not_read_by_weights_that_changed(tmp_path: Path) -> None:
     shutil.rmtree(tmp_path / "saved")
     with pytest.raises(KinorayError, match="is no such folder"):
         embed_text(LOCAL, uri, "a")
+
+
+def test_a_text_is_not_read_by_another_network_than_the_one_that_labelled(tmp_path: Path) -> None:
+    """Two CLIPs have vectors of one length, and texts of the one are nowhere near videos of the other."""
+    save(tmp_path / "saved", "clip")
+    other, _, _ = save(tmp_path / "other", "clip")
+    torch.nn.init.ones_(other.text_projection.weight)
+    other.save_pretrained(tmp_path / "other")
+    _, meta, uri = imported(tmp_path / "saved", tmp_path)
+    _, _, another = imported(tmp_path / "other", tmp_path)
+    by = (uri, meta.model_digest)
+    expected = embed_text(LOCAL, uri, "a", labelled_by=by)
+    assert (embed_text(LOCAL, f"hf:{tmp_path / 'saved'}", "a", labelled_by=by) == expected).all()
+    with pytest.raises(ConfigError, match=r"checkpoint: .* is not the network that labelled these videos"):
+        embed_text(LOCAL, another, "a", labelled_by=by)
+    with pytest.raises(CheckpointMismatch, match=rf"other is not what {uri} was imported from"):
+        embed_text(LOCAL, f"hf:{tmp_path / 'other'}", "a", labelled_by=by)
+    found = embed_text(LOCAL, f"hf:{tmp_path / 'other'}", "a", labelled_by=("/gone", "0"))
+    assert (found != expected).any()
+
+
+def test_one_class_alone_is_warned_of(tmp_path: Path) -> None:
+    save(tmp_path / "saved", "clip")
+    for names, expected in ((("running",), 1), (("running", "jumping"), 0)):
+        _, _, uri = imported(tmp_path / "saved", tmp_path, *names)
+        said: list[str] = []
+        Model(LabelConfig(source="", checkpoint=uri), warn=said.append).close()
+        assert (
+            sum("knows one class, 'running', so every video is that with a score of 1" in line for line in said)
+            == expected
+        )
 
 
 @pytest.mark.parametrize(

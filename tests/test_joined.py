@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from kinoray.catalog.table import Catalog, load_catalog, save_catalog
+<<<<<<< HEAD
 from kinoray.config.shared import (
     ClipConfig,
     ModelConfig,
@@ -20,6 +21,10 @@ from kinoray.config.shared import (
     ViewConfig,
 )
 from kinoray.errors import CatalogError
+=======
+from kinoray.config.shared import ClipConfig, ModelConfig, OptimConfig, ResourcesConfig, SampleConfig, ViewConfig
+from kinoray.errors import CatalogError, ConfigError
+>>>>>>> at21
 from kinoray.label.config import LabelConfig
 from kinoray.label.keys import row_keys
 from kinoray.label.ledger import Ledger, read_predictions
@@ -141,6 +146,8 @@ def test_a_set_keeps_its_rows_and_splits_and_gets_what_it_lacks_once(
         "5 of those found are in the set already: 2 got another label there, 1 were taken out as bad; 1 others" in text
     )
 
+    with pytest.raises(ConfigError, match=r"out .*second is the set that is added to, which would be lost"):
+        correct(replace(config, add=str(tmp_path / "second" / "catalog.parquet")))
     again, _, totals = joined(
         replace(config, add=str(tmp_path / "second" / "catalog.parquet"), out=str(tmp_path / "3"))
     )
@@ -263,6 +270,39 @@ def test_label_lists_join_and_stay_lists(tmp_path: Path) -> None:
         CatalogError, match=r"add: .*one/catalog.parquet has one class a video, the predictions label lists"
     ):
         correct(replace(config, add=str(tmp_path / "one" / "catalog.parquet")))
+
+
+def test_videos_that_cannot_be_compared_are_counted_and_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    known = [in_set(tmp_path, f"s{number}", b"in val", "red", "val", sha256=None) for number in range(2)]
+    known[1]["size_bytes"] = None
+    save_catalog(Storage(), str(tmp_path / "set.parquet"), catalog_of(known))
+    for row in known:
+        Path(row["uri"]).unlink()
+    ledger, keys = library_of(tmp_path, {"v0000": b"in val"})
+    config = CorrectConfig(
+        predictions=ledger.root,
+        corrections=corrections(tmp_path, keys, {"v0000": "red"}),
+        add=str(tmp_path / "set.parquet"),
+        out=str(tmp_path / "second"),
+    )
+    assert joined(config)[2]["unread"] == 2
+    assert "2 videos of it or of those found could not be read, so copies of them are not" in capsys.readouterr().err
+
+
+def test_two_sources_in_one_table_that_call_videos_alike_become_one_set(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ledger = ledger_in(Storage(), tmp_path / "out")
+    for name in ("one", "other"):
+        rows: list[Row] = [{"video_id": "v0000", "uri": put(tmp_path / name, "v0000", name.encode())}]
+        label_library(ledger, catalog_of(rows), source=name)
+    config = CorrectConfig(predictions=ledger.root, accept_score=0.0, out=str(tmp_path / "second"))
+    _, rows, totals = joined(config)
+    assert (totals["renamed"], totals["videos"]) == (1, 2)
+    assert {row["uri"] for row in rows} == {str(tmp_path / name / "v0000.mp4") for name in ("one", "other")}
+    assert "correct: 1 video had the video_id of another one" in capsys.readouterr().out
 
 
 def test_two_lines_that_disagree_on_copies_of_a_video_end_it(tmp_path: Path) -> None:

@@ -247,6 +247,12 @@ def test_a_few_rows_are_shown_and_the_rest_counted_without_reading_them(
     assert len([uri for uri in Counting.seen if "/parts/" in uri]) <= 50
 
 
+def test_a_job_that_still_lists_its_videos_has_no_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    ledger_in(Storage(), tmp_path)
+    assert labels(LabelsConfig(predictions=str(tmp_path)))["rows"] == 0
+    assert "labels: 0 of 0 rows\n" in capsys.readouterr().out
+
+
 def test_an_empty_result_is_a_header(out: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = LabelsConfig(predictions=out, video_id="nothing")
     capsys.readouterr()

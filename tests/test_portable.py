@@ -158,6 +158,16 @@ def test_a_network_that_counts_its_clips_leaves_for_one_at_a_time(
     assert "OneByOne cannot be exported for batches of any size, so its file takes one clip" in capsys.readouterr().out
 
 
+def test_files_of_another_export_do_not_stay_beside_the_new_ones(tmp_path: Path) -> None:
+    """Who finds two networks and one network.json would take the older one for what it describes."""
+    checkpoint = save_untrained(Storage(), str(tmp_path / "run"), LABELS, CLIP, "tiny_models:mean_colour")
+    (tmp_path / "to").mkdir()
+    for name in ("network.json", "network.onnx", "network.onnx.data", ".DS_Store"):
+        (tmp_path / "to" / name).write_text("{}")
+    exported(checkpoint, "torch-export", tmp_path / "to", allow_factory=OWN_NETWORKS)
+    assert {path.name for path in (tmp_path / "to").iterdir()} == {"network.json", "network.pt2", ".DS_Store"}
+
+
 def test_a_file_that_says_something_else_is_not_handed_over(tmp_path: Path) -> None:
     checkpoint = save_untrained(Storage(), str(tmp_path / "run"), LABELS, CLIP, "tiny_models:fickle")
     with pytest.raises(ModelError, match=r"its logits differ from the network's by up to \d.*nothing was written"):

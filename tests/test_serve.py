@@ -1,11 +1,13 @@
 """deploy/serve.py under the real Ray Serve: a video over HTTP gets the answer that `kinoray.load` gives."""
 
+import asyncio
 import importlib.util
 import json
 import sys
 import urllib.error
 import urllib.request
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -29,19 +31,45 @@ def ask(url: str, data: bytes | None) -> tuple[int, dict[str, object]]:
         return error.code, json.load(error)
 
 
-@pytest.mark.slow
-def test_a_video_over_http_gets_the_networks_answer(
-    ray_local: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    serve = pytest.importorskip("ray.serve", reason="needs the extra serve")
-    from ray import cloudpickle
-
+def loaded(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The example as a module."""
+    pytest.importorskip("ray.serve", reason="needs the extra serve")
     spec = importlib.util.spec_from_file_location("serve_example", EXAMPLE)
     assert spec is not None
     assert spec.loader is not None
     example = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, "serve_example", example)
     spec.loader.exec_module(example)
+    return example
+
+
+@pytest.mark.slow
+def test_a_client_that_stops_halfway_is_let_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four of them would keep a replica from everybody else."""
+    example = loaded(monkeypatch)
+    from starlette.requests import Request
+
+    parts = [{"type": "http.request", "body": b"half a video", "more_body": True}]
+
+    async def receive() -> Any:
+        if not parts:
+            await asyncio.sleep(600)
+        return parts.pop()
+
+    monkeypatch.setattr(example, "_UPLOAD_S", 0.05)
+    labels = object.__new__(example.Labels.func_or_class)
+    answer = asyncio.run(labels(Request({"type": "http", "method": "POST", "headers": []}, receive)))
+    assert (answer.status_code, parts) == (408, [])
+    assert b"0.05 s to arrive" in answer.body
+
+
+@pytest.mark.slow
+def test_a_video_over_http_gets_the_networks_answer(
+    ray_local: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    example = loaded(monkeypatch)
+    from ray import cloudpickle, serve
+
     cloudpickle.register_pickle_by_value(example)  # replicas cannot import it from here
     checkpoint = save_untrained(Storage(), str(tmp_path / "run"), LABELS, CLIP, "tsn", backbone="tiny")
     video = tmp_path / "a.mp4"

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import os
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -19,7 +20,7 @@ import pytest
 from decode_reference import moving
 from kinoray.catalog.table import Catalog, save_catalog
 from kinoray.cli import main
-from kinoray.config.shared import ClipConfig, SampleConfig, StorageConfig, ViewConfig
+from kinoray.config.shared import ClipConfig, SampleConfig, StorageConfig, ViewConfig, digest
 from kinoray.demo.videos import make_video
 from kinoray.errors import CatalogError, ConfigError
 from kinoray.label.config import LabelConfig
@@ -28,7 +29,7 @@ from kinoray.label.ledger import Ledger, read_predictions
 from kinoray.label.open import open_network
 from kinoray.label.predict import Model
 from kinoray.label.unit import PREDICTION_SCHEMA
-from kinoray.library import selection
+from kinoray.library import selection, similar
 from kinoray.library.config import CorrectConfig, DedupConfig, SearchConfig, SelectConfig
 from kinoray.library.correct import correct
 from kinoray.library.selection import select
@@ -36,7 +37,7 @@ from kinoray.library.similar import Vectors, dedup, most_similar, search
 from kinoray.storage.objects import Storage, join
 from label_models import save_untrained
 from small_sets import LABELS, catalog_of
-from small_tables import label_library, ledger_in, library, planned, rows_for
+from small_tables import ROOT_NAME, job_record, label_library, ledger_in, library, planned, rows_for
 
 Row = dict[str, Any]
 WIDTH = 16
@@ -130,6 +131,65 @@ def test_a_cache_is_read_in_place_of_the_parts_until_there_are_other_rows(
     assert list((tmp_path / "cache").iterdir()) == [file]
 
 
+def test_a_part_that_was_labelled_again_makes_the_cache_anew(tmp_path: Path) -> None:
+    """As an error about a damaged part asks for: its unit has the same id, and other rows."""
+    ledger = ledger_in(Storage(), tmp_path / "out")
+    commit(ledger, library(8), [None] * 4 + drawn(8)[4:])
+    config = SearchConfig(predictions=str(tmp_path / "out"), like="v0005", limit=100, cache=str(tmp_path / "cache"))
+    assert search(config)["compared"] == 3
+    for part in Path(ledger.root, "parts").iterdir():
+        part.unlink()
+    commit(ledger, library(8), drawn(8))
+    assert search(config)["compared"] == 7
+
+
+def test_a_cache_that_is_replaced_stays_the_table_that_was_opened(tmp_path: Path) -> None:
+    """Two commands share it, and the second sees newer rows: no row may get the embedding of another."""
+    ledger = ledger_in(Storage(), tmp_path / "out")
+    commit(ledger, library(20), drawn(60))
+    vectors = Vectors(Storage(), str(tmp_path / "out"), str(tmp_path / "cache"))
+    rows, vectors_ND = vectors.whole()
+    commit(ledger, library(60), drawn(60, seed=1))
+    assert len(Vectors(Storage(), str(tmp_path / "out"), str(tmp_path / "cache")).whole()[0]) > len(rows)
+    assert vectors.whole()[0] == rows
+    row_key, vector_D = vectors.find("v0013") or ("", np.empty(0))
+    place = rows["video_id"].to_pylist().index("v0013")
+    assert rows["row_key"][place].as_py() == row_key
+    assert (vector_D == vectors_ND[place]).all()
+
+
+def test_a_cache_that_cannot_be_written_is_said(tmp_path: Path) -> None:
+    commit(ledger_in(Storage(), tmp_path / "out"), library(9), drawn(9))
+    (tmp_path / "file").write_text("mine")
+    config = SearchConfig(predictions=str(tmp_path / "out"), like="v0001", cache=str(tmp_path / "file"))
+    with pytest.raises(ConfigError, match=r"cache: .*/file cannot be used \(File exists\); name another folder"):
+        search(config)
+    left = tmp_path / "cache" / f"{digest([str(tmp_path / 'out' / ROOT_NAME)])}.4711.tmp"
+    left.parent.mkdir()
+    left.touch()
+    os.utime(left, (1, 1))  # of a command that was killed long ago
+    search(replace(config, cache=str(left.parent)))
+    assert not left.exists()
+
+
+def test_duplicates_are_found_while_a_job_commits_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ledger = ledger_in(Storage(), tmp_path / "out")
+    commit(ledger, library(8), drawn(60))
+    vectors = Vectors(Storage(), str(tmp_path / "out"))
+    read = similar.shown_units
+
+    def and_more(ledger: Ledger) -> Any:
+        counted = read(ledger)
+        commit(ledger, library(60), drawn(60))
+        return counted
+
+    monkeypatch.setattr(similar, "shown_units", and_more)
+    rows, vectors_ND = vectors.whole()
+    expected = {row["video_id"]: row["embedding"] for row in embedded(str(tmp_path / "out"))}
+    assert rows["video_id"].to_pylist() == list(expected)
+    assert (vectors_ND == np.array(list(expected.values()), np.float16)).all()
+
+
 def test_two_labellings_share_a_folder_of_caches(tmp_path: Path) -> None:
     for name in ("one", "other"):
         commit(ledger_in(Storage(), tmp_path / name), library(10), drawn(10, seed=len(name)))
@@ -178,6 +238,14 @@ def test_embeddings_that_are_not_there_are_asked_for(tmp_path: Path) -> None:
     ):
         with pytest.raises(ConfigError, match=r"no row of .* has an embedding; label with --embeddings"):
             run(config)  # type: ignore[operator]
+
+
+def test_a_table_without_an_answer_is_not_told_to_ask_for_embeddings(tmp_path: Path) -> None:
+    ledger = Ledger(Storage(), join(str(tmp_path / "out"), ROOT_NAME))
+    ledger.pin_job(job_record(settings={"scorer": {"embeddings": True}}))
+    commit(ledger, library(3), drawn(3), status=["quarantined"] * 3, embedding=[None] * 3)
+    with pytest.raises(ConfigError, match="has an embedding; none of its 3 rows is of a video that was labelled"):
+        dedup(DedupConfig(predictions=str(tmp_path / "out")))
 
 
 def test_embeddings_of_two_lengths_are_refused(tmp_path: Path) -> None:
@@ -364,6 +432,18 @@ def test_what_is_in_train_and_in_val_is_found(doubled: str, tmp_path: Path, caps
     assert "labels dedup: 2 groups across catalog_split with 6 of 35 videos, 4 of them to spare" in printed
 
 
+def test_duplicates_that_are_not_in_the_catalog_are_counted(
+    doubled: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = [f"v{number:04d}" for number in range(43) if number not in (12, 40)]
+    known = catalog_of([{"video_id": name, "uri": f"s3://x/{name}", "split": "train"} for name in names])
+    save_catalog(Storage(), str(tmp_path / "set.parquet"), known)
+    config = DedupConfig(predictions=doubled, join=str(tmp_path / "set.parquet"), across="catalog_split")
+    assert dedup(config)["groups"] == 0
+    said = f"; of 8 duplicates 2 have no video in {tmp_path}/set.parquet"
+    assert capsys.readouterr().out.rstrip().endswith(said)
+
+
 def test_a_wrong_column_or_catalog_is_refused(doubled: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="join must be the catalog that has catalog_split, with --across"):
         DedupConfig(predictions=doubled, across="catalog_split")
@@ -456,6 +536,41 @@ def test_lines_that_were_filled_in_are_corrections(out: str, tmp_path: Path) -> 
         writer.writerows({**line, "label": "blue"} for line in lines)
     totals = correct(CorrectConfig(predictions=out, corrections=(str(path),), out=str(tmp_path / "set")))
     assert totals["corrected"] == 4
+
+
+def test_a_file_that_somebody_filled_in_is_not_written_over(out: str, tmp_path: Path) -> None:
+    path = tmp_path / "next.csv"
+    config = SelectConfig(predictions=out, budget=4, out=str(path))
+    path.touch()
+    assert chosen(config) == chosen(config)
+    text = path.read_text()
+    for filled, problem in (
+        (text.replace(",,", ",blue,", 1), "has 1 label that somebody filled in"),
+        (text.replace(",,", ",blue,").replace(",", ";"), "has 4 labels that somebody filled in"),
+        ("notes of mine", "is there, and is no list of this verb's"),
+        (text.replace(",label,", ",class,"), "is there, and is no list of this verb's"),
+    ):
+        path.write_text(filled)
+        with pytest.raises(ConfigError, match=f"out: {path} {problem}: choose another name"):
+            select(replace(config, corrections=(str(path),)))
+        assert path.read_text() == filled
+    path.write_bytes(text.replace(",,", ",bl\xe4u,", 1).encode("latin-1"))
+    with pytest.raises(ConfigError, match="is no list of this verb's"):
+        select(config)
+
+
+def test_corrections_of_other_videos_are_said(out: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "seen.csv").write_text("\ufeffrow_key,label\r\nk0123456789abcdef,red\r\n", "utf-8")
+    config = SelectConfig(
+        predictions=out, budget=4, out=str(tmp_path / "next.csv"), corrections=(str(tmp_path / "seen.csv"),)
+    )
+    with pytest.raises(CatalogError, match=r"corrections: none of 1 row_key in .*seen.csv is of a video of .* with an"):
+        select(config)
+    assert not Path(config.out).exists()
+    key = embedded(out)[0]["row_key"]
+    (tmp_path / "seen.csv").write_text(f"row_key,label\nk0123456789abcdef,red\n{key},red\n")
+    assert key not in {line["row_key"] for line in chosen(config)}
+    assert "9 rows have no embedding; 1 correction of no such video; fill in" in capsys.readouterr().out
 
 
 def test_a_file_without_row_keys_is_refused(out: str, tmp_path: Path) -> None:

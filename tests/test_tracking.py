@@ -128,6 +128,27 @@ def test_a_tracker_that_is_down_costs_a_line_and_a_training_goes_on(
     assert known(folder, "mlflow")["epoch"] == 2
 
 
+@pytest.mark.parametrize(
+    ("client", "said"),
+    [
+        ("import os, signal; os.kill(os.getpid(), signal.SIGKILL)", "its process ended with -9"),
+        ("raise SystemExit('no licence')", "its process ended with 1"),
+    ],
+)
+def test_a_client_that_dies_is_said(
+    client: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Killed for its memory, say, or by a library of its own that ends the process."""
+    (tmp_path / "mlflow.py").write_text(client)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(tracking, "_LAST_S", 600)
+    train(RunFolder(Storage(), str(tmp_path / "runs" / "first")), "mlflow", 1)
+    assert capsys.readouterr().out.splitlines() == [
+        f"train: warning: mlflow was not told of all epochs: {said}; training is not harmed, and the same command "
+        "tells it again"
+    ]
+
+
 @pytest.mark.slow
 def test_a_tracker_without_a_password_asks_nobody(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -51,7 +51,7 @@ def pairs_in(groups: np.ndarray) -> set[tuple[int, int]]:
 
 
 @pytest.mark.parametrize("block", [7, 4096])
-@pytest.mark.parametrize("count", [1, 10])
+@pytest.mark.parametrize("count", [1, 10, 100])  # of so many all are sorted
 def test_the_nearest_are_those_of_every_comparison(block: int, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(vectors, "_SMALL_BLOCK", block)
     rows, queries = drawn(700, 48), drawn(9, 48, seed=5).astype(np.float32)
@@ -62,7 +62,9 @@ def test_the_nearest_are_those_of_every_comparison(block: int, count: int, monke
     np.testing.assert_allclose(similarities, np.take_along_axis(expected, order, axis=1), atol=1e-6)
 
 
-def test_of_equal_rows_the_first_are_the_nearest(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("few", [2, 64])
+def test_of_equal_rows_the_first_are_the_nearest(few: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vectors, "_FEW", few)
     monkeypatch.setattr(vectors, "_SMALL_BLOCK", 3)
     rows = np.tile(drawn(1, 8), (11, 1))
     places, similarities = nearest(rows, rows[:2], 4)

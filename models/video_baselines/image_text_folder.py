@@ -7,6 +7,10 @@ Shapes: D features, K classes
 """
 
 import dataclasses
+import json
+import os
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -29,6 +33,8 @@ PROMPTS = ("a video of {}.", "a video of a person {}.", "a photo of {}.", "a pho
 _FRAMES = 8  # of a video, for a tower that sees one picture: spread over all of it
 _TEXTS_AT_ONCE = 64
 _MAX_TOKENIZER_BYTES = 2**27  # Gemma's, with 256,000 words, has 34 MB
+_TOKENIZER_MEMORY = 2**33
+_TOKENIZER_S = 60.0  # and a millisecond a text
 _ABOUT = {"architectures", "auto_map", "dtype", "model_type", "torch_dtype", "transformers_version", "_name_or_path"}
 
 
@@ -189,58 +195,91 @@ def _tokens(opened: _Opened, texts: Sequence[str]) -> list[list[int]]:
     """The tokens of each text. Raises WordsError where one has more than the text tower takes."""
     config, kind = opened.net.config.text_config, opened.config["model_type"]
     is_siglip = kind.startswith("siglip")  # trained on lower case, and on texts of full length, padding and all
-    tokenizer = _tokenizer(opened.root)
-    padding, side = _padding(opened.root, tokenizer, config) if is_siglip else (0, "right")
+    token, side = _padding(opened.root) if is_siglip else (None, "right")
+    file, limit = opened.root / "tokenizer.json", config.max_position_embeddings
+    answer = _tokenized(file, [text.lower() if is_siglip else text for text in texts], limit, token)
+    padding = (config.pad_token_id or 0) if answer["padding"] is None else answer["padding"]
     found = []
-    for text in texts:
-        ids: list[int] = tokenizer.encode(text.lower() if is_siglip else text).ids
-        limit = config.max_position_embeddings
-        if len(ids) > limit:
-            raise WordsError(
-                f"{text!r:.300} has {len(ids)} tokens, its text tower takes {limit}: say it in fewer words"
-            )
+    for text, (count, ids) in zip(texts, answer["tokens"], strict=True):
+        if count > limit:
+            raise WordsError(f"{text!r:.300} has {count} tokens, its text tower takes {limit}: say it in fewer words")
         if is_siglip:
             pad = [padding] * (limit - len(ids))
             ids = pad + ids if side == "left" else ids + pad
         elif kind == "clip" and config.eos_token_id not in (2, *ids):  # 2: older files, which look for the highest
             raise ValueError(
-                f"{opened.root / 'tokenizer.json'} ends no text with token {config.eos_token_id}, where the text tower "
-                "looks for its feature: it is of another network"
+                f"{file} ends no text with token {config.eos_token_id}, where the text tower looks for its feature: it "
+                "is of another network"
             )
         if not ids or max(ids) >= config.vocab_size:
             raise ValueError(
-                f"{opened.root / 'tokenizer.json'} makes tokens {ids[:8]} of {text!r:.100}, the text tower knows "
-                f"0 .. {config.vocab_size - 1}: it is of another network"
+                f"{file} makes tokens {ids[:8]} of {text!r:.100}, the text tower knows 0 .. {config.vocab_size - 1}: "
+                "it is of another network"
             )
         found.append(ids)
     return found
 
 
-def _tokenizer(root: Path) -> Any:
-    """The folder's tokenizer.json, read by the library's own parser: a vocabulary and rules, no code."""
-    file = root / "tokenizer.json"
+_TOKENIZE = """
+import json, resource, sys
+limit = int(sys.argv[1])
+resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+from tokenizers import Tokenizer
+asked = json.loads(sys.stdin.buffer.readline())
+tokenizer = Tokenizer.from_str(sys.stdin.buffer.read().decode())
+tokenizer.no_truncation()  # a text that is too long is refused
+tokenizer.no_padding()
+tokens = []
+for text in asked["texts"]:
+    ids = tokenizer.encode(text).ids
+    tokens.append([len(ids), ids if len(ids) <= asked["limit"] else []])
+padding = asked["padding"]
+print(json.dumps({"tokens": tokens, "padding": None if padding is None else tokenizer.token_to_id(padding)}))
+"""
+
+
+def _tokenized(file: Path, texts: Sequence[str], limit: int, padding: str | None) -> dict[str, Any]:
+    """By a folder's tokenizer.json: of each text the number of its tokens and, of at most `limit`, these; and the
+    number of the token `padding`.
+
+    It is a vocabulary and rules, no code, and the library's own parser reads it. But rules may double a text forty
+    times, or look for a pattern for ever, so that runs in a process of its own, of bounded memory and time.
+
+    Raises:
+        ValueError: it is no tokenizer, or one that gives no tokens.
+    """
     if not file.is_file():
         raise ValueError(
-            f"{root} has no tokenizer.json: save the tokenizer beside the model "
+            f"{file.parent} has no tokenizer.json: save the tokenizer beside the model "
             "(transformers.AutoTokenizer.from_pretrained(...).save_pretrained(...) writes it)"
         )
-    from tokenizers import Tokenizer  # comes with transformers, whose lack was said before
-
+    with open_regular(file) as opened:
+        data = opened.read(_MAX_TOKENIZER_BYTES + 1)
+    if len(data) > _MAX_TOKENIZER_BYTES:
+        raise ValueError(f"{file} has more than {_MAX_TOKENIZER_BYTES:,} bytes")
+    asked = json.dumps({"texts": list(texts), "limit": limit, "padding": padding}).encode()
+    timeout_s = _TOKENIZER_S + len(texts) / 1000
     try:
-        with open_regular(file) as opened:
-            data = opened.read(_MAX_TOKENIZER_BYTES + 1)
-        if len(data) > _MAX_TOKENIZER_BYTES:
-            raise ValueError(f"it has more than {_MAX_TOKENIZER_BYTES:,} bytes")
-        tokenizer = Tokenizer.from_str(data.decode())
-    except Exception as error:  # the parser has no kind of its own
-        raise ValueError(f"{file} cannot be read as a tokenizer: {' '.join(str(error).split())[:300]}") from error
-    tokenizer.no_truncation()  # a text that is too long is refused
-    tokenizer.no_padding()
-    return tokenizer
+        done = subprocess.run(
+            [sys.executable, "-P", "-c", _TOKENIZE, str(_TOKENIZER_MEMORY)],
+            input=asked + b"\n" + data,
+            capture_output=True,
+            timeout=timeout_s,
+            check=False,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "RAYON_NUM_THREADS": "1"},
+        )
+    except subprocess.TimeoutExpired as error:
+        raise ValueError(f"{file} gave no tokens in {timeout_s:.0f} s") from error
+    if done.returncode:
+        said = done.stderr.decode(errors="replace").split("\n")
+        reason = next((line for line in reversed(said) if line.strip()), f"its process ended with {done.returncode}")
+        raise ValueError(f"{file} cannot be read as a tokenizer: {reason[:300]}")
+    answer: dict[str, Any] = json.loads(done.stdout)
+    return answer
 
 
-def _padding(root: Path, tokenizer: Any, config: Any) -> tuple[int, str]:
-    """The token that a short text is filled up with, and at which end."""
+def _padding(root: Path) -> tuple[str | None, str]:
+    """The token that a short text is filled up with, where a file says it, and at which end."""
     token, side = None, "right"
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
         found = read_json(root / name) if (root / name).is_file() else {}
@@ -248,5 +287,4 @@ def _padding(root: Path, tokenizer: Any, config: Any) -> tuple[int, str]:
         content = entry.get("content") if isinstance(entry, dict) else entry
         token = content if isinstance(content, str) else token
         side = "left" if found.get("padding_side") == "left" else side
-    number = None if token is None else tokenizer.token_to_id(token)
-    return (config.pad_token_id or 0) if number is None else number, side
+    return token, side

@@ -115,6 +115,11 @@ def look_at(model: VideoModel, meta: CheckpointMeta, job: LabelJob) -> NetworkFa
         departures = recipe_departures(model.input_spec, replace(job.clip, view=meta.clip.view))
     if departures:
         advice.append(f"warning: {meta.model.factory} is not fed as it was made to be: {departures}")
+    if len(meta.labels) == 1 and job.answer.scores == "softmax":
+        advice.append(
+            f"warning: the network knows one class, {meta.labels[0]!r:.100}, so every video is that with a score of 1; "
+            "give it classes of what else the videos may show"
+        )
     if job.device == "cpu" and job.clips_a_worker:
         advice.append(compile_advice(model.input_spec, job.clip, job.scorer.inference, job.clips_a_worker))
     return NetworkFacts(consensus=segment_consensus(model), advice=tuple(filter(None, advice)))

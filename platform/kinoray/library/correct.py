@@ -24,11 +24,11 @@ from kinoray.catalog.folders import BETWEEN_CLASSES, class_name, in_label_list, 
 from kinoray.catalog.source import decode_text, parse_table_text, warn
 from kinoray.catalog.table import CATALOG_SCHEMA, Catalog, Reference, catalog_of_source, load_catalog, save_catalog
 from kinoray.console import many
-from kinoray.errors import CatalogError
+from kinoray.errors import CatalogError, ConfigError
 from kinoray.label.keys import row_keys
 from kinoray.label.ledger import Ledger, open_ledger
 from kinoray.library.config import CorrectConfig
-from kinoray.library.joined import Found, join_set, names_of, sizes_of
+from kinoray.library.joined import Found, join_set, names_of, rename, sizes_of
 from kinoray.library.rows import BAD_VIDEO, class_names, is_multi_label, scan, undefused
 from kinoray.pack.splits import Candidate, contents_of, draw_splits
 from kinoray.storage.objects import MAX_TABLE_BYTES, Storage, absolute, join
@@ -66,7 +66,8 @@ def correct(config: CorrectConfig) -> dict[str, Any]:
     Returns:
         Counts of rows: `corrected`, `kept` (label of --catalog), `accepted` (the model's), `bad`, `quarantined`
         (quarantined or skipped), `unlabelled`; `videos` in the catalog, `changed` (corrected to another class than the
-        model's), `splits`, `classes` and `catalog_digest`; with config.add those of Joined, too.
+        model's), `renamed` (whose video_id was another one's), `splits`, `classes` and `catalog_digest`; with
+        config.add those of Joined, too.
 
     Raises:
         CatalogError: a line names no row, no class, or one video twice; or no video is left.
@@ -75,6 +76,8 @@ def correct(config: CorrectConfig) -> dict[str, Any]:
     """
     storage = Storage(config.storage)
     require_folder(storage, "out", config.out, "correct")
+    if config.add and join(absolute(config.add), "").removesuffix("catalog.parquet/") == join(absolute(config.out), ""):
+        raise ConfigError(f"out {config.out} is the set that is added to, which would be lost: choose another folder")
     ledger = open_ledger(storage, absolute(config.predictions))
     known = Catalog(CATALOG_SCHEMA.empty_table())
     if config.catalog:
@@ -97,6 +100,7 @@ def correct(config: CorrectConfig) -> dict[str, Any]:
             f"no video of {ledger.root} has a label now: give --corrections with classes, or a lower --accept-score"
         )
     ids = {name: index for index, name in enumerate(labels)}
+    counts["renamed"] = rename(rows)
     splits = _splits(storage, ledger.root, rows, config.val_fraction, several=several)
     for row in rows:
         row["split"] = splits[row["video_id"]]
@@ -396,7 +400,7 @@ def _require_used(corrections: Mapping[str, Correction], counts: Counter[str], l
 
 
 def _totals(counts: Counter[str], catalog: Catalog, repeated: int) -> dict[str, Any]:
-    names = ("corrected", "kept", "accepted", "bad", "quarantined", "unlabelled", "changed", "respelled")
+    names = ("corrected", "kept", "accepted", "bad", "quarantined", "unlabelled", "changed", "respelled", "renamed")
     return {
         **{name: counts[name] for name in names},
         "repeated": repeated,
@@ -425,6 +429,11 @@ def _report(config: CorrectConfig, out: str, totals: dict[str, Any]) -> None:
     if config.add:
         kept = totals["videos"] - totals["added"]
         print(f"correct: {videos} = {kept} of {config.add} + {totals['added']} that joined it; found were {known}")
+        if totals["unread"]:
+            warn(
+                f"{config.add}: {many(totals['unread'], 'video')} of it or of those found could not be read, so copies "
+                "of them are not known, and may be in two splits now"
+            )
         print(
             f"correct: {totals['in_set']} of those found are in the set already: {totals['relabelled']} got another "
             f"label there, {totals['removed']} were taken out as bad; {totals['copies']} others were further copies"
@@ -438,6 +447,11 @@ def _report(config: CorrectConfig, out: str, totals: dict[str, Any]) -> None:
     if totals["respelled"]:
         print(
             f"correct: {totals['respelled']} video_ids are not as the table has them; row_key said which rows are meant"
+        )
+    if totals["renamed"]:
+        print(
+            f"correct: {many(totals['renamed'], 'video')} had the video_id of another one: a part of its place's "
+            "digest was added"
         )
     if totals["repeated"]:
         print(f"correct: {many(totals['repeated'], 'correction')} said twice, with the same label")

@@ -22,12 +22,12 @@ from kinoray.pack.unit import read_commit
 from kinoray.storage.objects import Storage, join
 from kinoray.storage.records import read_record
 
-__all__ = ["Found", "Joined", "join_set", "names_of", "sizes_of"]
+__all__ = ["Found", "Joined", "join_set", "names_of", "rename", "sizes_of"]
 
 _THREADS = 16
 _SHARDS = "/shards/"
 _RANKS = {"accepted": 0, "kept": 1, "corrected": 2, "bad": 2}  # whose word counts: the model's, a catalog's, a person's
-_COUNTS = ("added", "in_set", "relabelled", "removed", "copies", "renamed")
+_COUNTS = ("added", "in_set", "relabelled", "removed", "copies", "unread")
 _Row = dict[str, Any]
 
 
@@ -53,7 +53,7 @@ class Joined:
     """The classes of the set in their order, then new ones."""
     counts: Counter[str]
     """Videos: `added`; `in_set`, of which the set has copies; `relabelled` and `removed` rows of the set; `copies` of
-    one another that were left out; `renamed`, whose video_id is another video's in the set."""
+    one another that were left out; `unread`, of which it could not be known whether they are copies."""
 
     @property
     def totals(self) -> dict[str, int]:
@@ -85,7 +85,7 @@ def join_set(
     places = [_place(row) for row in rows]
     there = set(places)
     strangers = [item.row for item in found if _place(item.row) not in there]
-    contents = _contents(storage, rows, strangers)
+    contents = _contents(storage, rows, strangers, counts)
     places += [_place(row) for row in strangers]
     video_at = {place: content or place for place, content in zip(places, contents, strict=True)}
     groups: dict[Hashable, list[Found]] = defaultdict(list)
@@ -112,7 +112,6 @@ def join_set(
     counts["removed"] = len(removed)
     counts["added"] = len(added)
     rows = [row for index, row in enumerate(rows) if index not in removed]
-    counts["renamed"] = _rename({row["video_id"] for row in rows}, added)
     rows += added
     used = {name for row in rows for name in names_of(row, several=several)} | set(new_classes)
     classes = dict.fromkeys([*known.labels, *(name for name in labels if name in used)])
@@ -171,10 +170,11 @@ def _relabel(row: _Row, label: str) -> bool:
     return True
 
 
-def _rename(taken: set[str], added: Sequence[_Row]) -> int:
-    """Give each video that is added an id of its own; how many have another one now."""
+def rename(rows: Sequence[_Row]) -> int:
+    """Give each video an id of its own, the first its own; how many have another one now."""
+    taken: set[str] = set()
     renamed = 0
-    for row in added:
+    for row in rows:
         if row["video_id"] in taken:
             row["video_id"] += f"_{hashlib.sha256(repr(_place(row)).encode(errors='surrogatepass')).hexdigest()[:10]}"
             renamed += 1
@@ -196,10 +196,11 @@ def sizes_of(storage: Storage, rows: Sequence[_Row]) -> list[int]:
         return list(pool.map(size_of, rows))
 
 
-def _contents(storage: Storage, rows: Sequence[_Row], found: Sequence[_Row]) -> list[str | None]:
+def _contents(storage: Storage, rows: Sequence[_Row], found: Sequence[_Row], counts: Counter[str]) -> list[str | None]:
     """SHA-256 of each video of both, in order; None where it is not needed, since no other one has that size.
 
-    Of `found` the rows get the checksums, too: what is trained on later are the bytes that were compared.
+    `counts` is told how many could not be read for it. Of `found` the rows get the checksums, too: what is trained on
+    later are the bytes that were compared.
     """
     both = [*rows, *found]
     digests = [row.get("sha256") for row in both]
@@ -213,6 +214,7 @@ def _contents(storage: Storage, rows: Sequence[_Row], found: Sequence[_Row]) -> 
             return outside[size] > 0
         return bool(sources) or in_set[size] > 0 or outside[size] > 1
 
+    counts["unread"] = sum(digest is None and not size for digest, size in zip(digests, sizes, strict=True))
     wanted = [
         index
         for index, (digest, size) in enumerate(zip(digests, sizes, strict=True))
@@ -225,6 +227,7 @@ def _contents(storage: Storage, rows: Sequence[_Row], found: Sequence[_Row]) -> 
         if isinstance(data, StorageUnavailable | BadCredentials):
             raise data
         if isinstance(data, KinorayError):  # who trains on it will say what is wrong with it
+            counts["unread"] += 1
             continue
         digests[index] = hashlib.sha256(data).hexdigest()
         if index >= len(rows):

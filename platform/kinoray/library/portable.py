@@ -50,6 +50,7 @@ Run = Callable[[Inputs], np.ndarray]
 
 _TOLERANCE = 1e-3  # of a logit, against the network itself
 _FILES = {"torch-export": "network.pt2", "onnx": "network.onnx"}
+_WRITTEN = {*_FILES.values(), f"{_FILES['onnx']}.data"}
 _PACKAGES = {"torch-export": (), "onnx": ("onnx", "onnxscript", "onnxruntime")}
 _MAX_VIDEOS = 8  # that are compared
 _MAX_BATCH = 1024
@@ -144,6 +145,8 @@ def _hand_over(aside: Path, folder: Path, record: dict[str, Any]) -> None:
             beside = folder / f".{path.name}"
             shutil.copyfile(path, beside)
             os.replace(beside, folder / path.name)
+        for name in _WRITTEN - record["files"].keys():
+            (folder / name).unlink(missing_ok=True)  # of another export: network.json says nothing of it
     except OSError as error:
         raise ConfigError(f"to: {folder} cannot be written: {error.strerror or error}") from error
 

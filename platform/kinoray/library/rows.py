@@ -166,8 +166,9 @@ def count_rows(ledger: Ledger) -> int | None:
 def count_missing(ledger: Ledger) -> tuple[int, int]:
     """How many inputs of the newest catalog have no row yet, and how many inputs there are."""
     done = ledger.committed()
-    plan = ledger.plans()[-1]
-    return sum(len(unit.keys) for unit in plan.units if unit.unit_id not in done), plan.num_rows
+    newest = ledger.plans()[-1:]  # none while a first job still lists its videos
+    missing = sum(len(unit.keys) for plan in newest for unit in plan.units if unit.unit_id not in done)
+    return missing, sum(plan.num_rows for plan in newest)
 
 
 def scan_windows(ledger: Ledger, columns: Sequence[str], where: Where | None = None) -> Iterator[pa.Table]:

@@ -1,7 +1,8 @@
 """`kinoray labels select`: which videos to label next, from margins and embeddings.
 
 The rows are read as a stream; of each class, or of all, the most doubtful are held. What is easy to break: a video that
-was corrected is never chosen again, and what is chosen lies far from it, too.
+was corrected is never chosen again, and what is chosen lies far from it, too; and a file that somebody has filled in
+is never written over.
 """
 
 from collections import Counter
@@ -14,7 +15,7 @@ import pyarrow.compute as pc
 
 from kinoray.catalog.source import decode_text, parse_table_text
 from kinoray.console import many
-from kinoray.errors import CatalogError
+from kinoray.errors import CatalogError, ConfigError, ObjectNotFound
 from kinoray.library.config import SelectConfig
 from kinoray.library.labels import put_rows
 from kinoray.library.similar import Vectors
@@ -36,12 +37,13 @@ def select(config: SelectConfig) -> dict[str, Any]:
         `root`, `candidates`, `selected`, and of each class that the network names how many are `chosen`.
 
     Raises:
-        ConfigError: there are no embeddings.
-        CatalogError: a file of corrections has no column row_key, or all videos are in it.
+        ConfigError: there are no embeddings; or `out` is there and is no list without labels.
+        CatalogError: a file of corrections has no column row_key, or is of other videos, or all videos are in it.
         KinorayError: something cannot be read or written.
     """
     storage = Storage(config.storage)
     require_file("out", config.out)
+    _require_unfilled(storage, config.out)
     known = _row_keys(storage, config.corrections)
     vectors = Vectors(storage, config.predictions, config.cache)
     shares = {"": config.budget}
@@ -52,15 +54,22 @@ def select(config: SelectConfig) -> dict[str, Any]:
         shares = _shares(counts, config.budget)
     pools = {name: _Pool(_POOL * share) for name, share in shares.items()}
     known_vectors: list[np.ndarray] = []
-    num_candidates = 0
+    num_candidates = num_known = 0
     for rows, vectors_ND in vectors:
-        known_vectors.append(vectors_ND[_are_known(rows, known).to_numpy()])
+        is_known = _are_known(rows, known).to_numpy()
+        num_known += int(is_known.sum())
+        known_vectors.append(vectors_ND[is_known])
         is_candidate = _are_candidates(rows, known).to_numpy()
         num_candidates += int(is_candidate.sum())
         strata = np.array(_strata(rows, config), object)
         for name in shares.keys() & set(strata):
             mine = np.flatnonzero(is_candidate & (strata == name))
             pools[name].add(rows.take(mine), vectors_ND[mine])
+    if len(known) and not num_known:
+        raise CatalogError(
+            f"corrections: none of {many(len(known), 'row_key')} in {', '.join(config.corrections)} is of a video of "
+            f"{vectors.ledger.root} with an embedding; were they made from another table?"
+        )
     seen = np.concatenate(known_vectors)
     chosen: list[pa.Table] = []
     for name, pool in pools.items():
@@ -76,14 +85,33 @@ def select(config: SelectConfig) -> dict[str, Any]:
         out = out.append_column("predicted" if name == "label" else name, table[name])
     put_rows(storage, "csv", config.out, [out], out.schema)
     margins = pc.min_max(table["margin"]).as_py()
+    strange = f"; {many(len(known) - num_known, 'correction')} of no such video" if num_known < len(known) else ""
     print(
         f"labels select: {len(out):,} of {many(num_candidates, 'labelled video')}, with margins from "
-        f"{margins['min']:.3f} to {margins['max']:.3f}{vectors.said_of_others()}; fill in the column label, and give "
-        f"the file to kinoray correct --corrections",
+        f"{margins['min']:.3f} to {margins['max']:.3f}{vectors.said_of_others()}{strange}; fill in the column label, "
+        f"and give the file to kinoray correct --corrections",
         flush=True,
     )
     named = Counter(table["label"].to_pylist())
     return {"root": vectors.ledger.root, "candidates": num_candidates, "selected": len(out), "chosen": dict(named)}
+
+
+def _require_unfilled(storage: Storage, out: str) -> None:
+    """Raises ConfigError: what is there is no list that select wrote, or one that somebody has filled in."""
+    uri = absolute(out)
+    try:
+        data = storage.read(uri, max_bytes=MAX_TABLE_BYTES)
+    except ObjectNotFound:
+        return
+    if not data.strip():
+        return
+    try:
+        table = parse_table_text(uri, decode_text(uri, data), ("row_key",), "there is no column row_key")
+        num_filled = sum(bool(record.cells["label"].strip()) for record in table.records)
+    except (CatalogError, KeyError):
+        raise ConfigError(f"out: {out} is there, and is no list of this verb's: choose another name") from None
+    if num_filled:
+        raise ConfigError(f"out: {out} has {many(num_filled, 'label')} that somebody filled in: choose another name")
 
 
 def _strata(rows: pa.Table, config: SelectConfig) -> list[str]:

@@ -8,7 +8,9 @@ easy to break: rows without an embedding (quarantined, or of zeros) are counted 
 import hashlib
 import os
 import sys
+import time
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +30,7 @@ from kinoray.library.config import DedupConfig, FoundConfig, SearchConfig
 from kinoray.library.labels import Joined, put_rows
 from kinoray.library.rows import LABEL_SCHEMA, blocks, print_table, scan
 from kinoray.library.vectors import Nearest, cosines, near_groups, usable
-from kinoray.storage.objects import Storage, absolute
+from kinoray.storage.objects import Storage, absolute, join
 from kinoray.storage.records import require_file
 
 __all__ = ["Vectors", "dedup", "most_similar", "search"]
@@ -40,6 +42,7 @@ _OF_CATALOG = ("label", "split", "duration_s", "width", "height", "size_bytes")
 _SHOWN_ROWS = 50
 _CACHED_ROWS = 8192  # of a batch of the file in --cache
 _DIGEST_KEY = b"kinoray"
+_DAY_S = 86400.0
 _AS_LONG = 0.98  # of the longest in a group
 
 
@@ -55,13 +58,14 @@ class Vectors:
         Raises:
             ConfigError: results of several models or settings are there.
             StorageError: there is none, or a part is not what was committed.
+            ConfigError: the cache cannot be read or written.
         """
         self.ledger = open_ledger(storage, absolute(predictions))
         self.num_rows = 0
         """That the last reading found so far."""
         self.num_without = 0
         """And rows without an embedding."""
-        self._path = _cached(self.ledger, Path(local_path(absolute(cache)))) if cache else None
+        self._cache = _cached(self.ledger, Path(local_path(absolute(cache)))) if cache else None
 
     def __iter__(self) -> Iterator[tuple[pa.Table, np.ndarray]]:
         """Some rows without their embeddings, and those, float16 [N, D].
@@ -86,19 +90,21 @@ class Vectors:
                 )
             yield pa.Table.from_batches([rows.select([*_COLUMNS, *_DAMAGE])]), vectors_ND
         if not self.num_rows:
-            raise ConfigError(
-                f"predictions: no row of {self.ledger.root} has an embedding; label with --embeddings, into a new --out"
-            )
+            scorer = self.ledger.job().settings.get("scorer")
+            remedy = "label with --embeddings, into a new --out"
+            if isinstance(scorer, dict) and scorer.get("embeddings"):
+                remedy = f"none of its {many(self.num_without, 'row')} is of a video that was labelled"
+            raise ConfigError(f"predictions: no row of {self.ledger.root} has an embedding; {remedy}")
 
     def find(self, name: str) -> tuple[str, np.ndarray] | None:
         """The row_key and the embedding, float16 [D], of the first row with this video_id or row_key; None: no row."""
         named = ("video_id", "row_key")
-        for number, batch in enumerate(self._batches(named if self._path else (*named, "embedding"))):
+        for number, batch in enumerate(self._batches(named if self._cache else (*named, "embedding"))):
             is_it = pc.or_(pc.equal(batch.column("video_id"), name), pc.equal(batch.column("row_key"), name))
             place = pc.index(is_it, pa.scalar(True)).as_py()
             if place < 0:
                 continue
-            if self._path:
+            if self._cache:
                 (batch,) = self._batches(_STORED, number)
             row, vectors_1D = _with_vectors(batch.slice(place, 1))
             if len(row):
@@ -115,8 +121,11 @@ class Vectors:
             if not tables:
                 all_ND = np.empty((most, vectors_ND.shape[1]), np.float16)  # takes memory once it is filled
             tables.append(rows.take(np.arange(len(rows))))  # a batch of the cache is one buffer, embeddings included
-            all_ND[num_rows : num_rows + len(rows)] = vectors_ND
-            num_rows += len(rows)
+            end = num_rows + len(rows)
+            if end > len(all_ND):  # a job has committed more of them meanwhile
+                all_ND.resize((end + end // 8, all_ND.shape[1]), refcheck=False)
+            all_ND[num_rows:end] = vectors_ND
+            num_rows = end
         return pa.concat_tables(tables).combine_chunks(), all_ND[:num_rows]
 
     def said_of_others(self) -> str:
@@ -126,15 +135,14 @@ class Vectors:
 
     def _batches(self, columns: Sequence[str], only: int | None = None) -> Iterator[pa.RecordBatch]:
         """The rows, or the batch with this number of those in the cache."""
-        if self._path is None:
+        if self._cache is None:
             for table in scan(self.ledger, columns):
                 yield from table.to_batches()
             return
         options = pa.ipc.IpcReadOptions(included_fields=[_STORED.index(name) for name in columns])
-        with pa.OSFile(str(self._path), "rb") as file:
-            reader = pa.ipc.open_file(file, options=options)
-            for number in range(reader.num_record_batches) if only is None else [only]:
-                yield reader.get_batch(number)
+        reader = pa.ipc.open_file(self._cache, options=options)
+        for number in range(reader.num_record_batches) if only is None else [only]:
+            yield reader.get_batch(number)
 
 
 def _with_vectors(batch: pa.RecordBatch) -> tuple[pa.RecordBatch, np.ndarray]:
@@ -157,23 +165,45 @@ def _with_vectors(batch: pa.RecordBatch) -> tuple[pa.RecordBatch, np.ndarray]:
     return rows.filter(pa.array(is_good)), vectors_ND[is_good]
 
 
-def _cached(ledger: Ledger, folder: Path) -> Path:
+def _cached(ledger: Ledger, folder: Path) -> pa.NativeFile:
     """The file with the rows and embeddings of a labelling, made anew where it is of other rows.
 
-    It is an Arrow file, read batch by batch: were it mapped, all of it would count as memory of this process.
+    It is an Arrow file, read batch by batch: were it mapped, all of it would count as memory of this process. It stays
+    open, so that all that is read of it is of one table, whoever puts a newer one in its place.
+
+    Raises:
+        ConfigError: it cannot be read or written.
     """
+    parts = {
+        info.uri.rpartition("/")[2]: f"{info.size_bytes} {info.modified_s} {info.etag}"  # one may be labelled again
+        for info in ledger.storage.list(join(ledger.root, "parts/"))
+    }
     units = [unit for part in shown_units(ledger) for unit in part]
-    names = [f"{unit.unit_id} {unit.mask.hex() if unit.mask else ''}" for unit in units]
+    names = [
+        f"{unit.unit_id} {parts.get(f'{unit.unit_id}.parquet')} {unit.mask.hex() if unit.mask else ''}"
+        for unit in units
+    ]
     wanted = hashlib.sha256("\n".join([ledger.root, *names]).encode()).hexdigest().encode()
     path = folder / f"{digest([ledger.root])}.arrow"
-    if _digest_in(path) == wanted:
-        return path
+    try:
+        if _digest_in(path) != wanted:
+            _write_cache(ledger, path, wanted, sum(len(unit.keys) for unit in units))
+        return pa.OSFile(str(path), "rb")
+    except OSError as error:
+        raise ConfigError(
+            f"cache: {folder} cannot be used ({error.strerror or error}); name another folder, or leave it out"
+        ) from error
+
+
+def _write_cache(ledger: Ledger, path: Path, wanted: bytes, num_rows: int) -> None:
     schema = pa.schema([LABEL_SCHEMA.field(name) for name in _STORED], {_DIGEST_KEY: wanted})
-    folder.mkdir(parents=True, exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for left in path.parent.glob(f"{path.stem}.*.tmp"):
+        with suppress(FileNotFoundError):
+            if left.stat().st_mtime < time.time() - _DAY_S:  # of a command that was killed
+                left.unlink()
     partial = path.with_suffix(f".{os.getpid()}.tmp")
-    progress = Progress(
-        sum(len(unit.keys) for unit in units), "labels: read", "rows", stream=sys.stderr, is_for_eyes=True
-    )
+    progress = Progress(num_rows, "labels: read", "rows", stream=sys.stderr, is_for_eyes=True)
     try:
         with pa.OSFile(str(partial), "wb") as file, pa.ipc.new_file(file, schema) as writer:
             for block in blocks(scan(ledger, _STORED), schema):
@@ -182,7 +212,6 @@ def _cached(ledger: Ledger, folder: Path) -> Path:
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
-    return path
 
 
 def _digest_in(path: Path) -> bytes:
@@ -255,12 +284,20 @@ def most_similar(vectors: Vectors, query_D: np.ndarray, limit: int, *, without: 
 
 
 def _of_text(storage: Storage, vectors: Vectors, config: SearchConfig) -> np.ndarray:
-    """The vector, float32 [D], of a text by the network that labelled the videos."""
-    checkpoint = config.checkpoint or vectors.ledger.job().checkpoint
+    """The vector, float32 [D], of a text by the network that labelled the videos.
+
+    Raises:
+        ConfigError: it is another network, or none of texts; or the text gives no vector.
+    """
+    record = vectors.ledger.job()
+    checkpoint = config.checkpoint or record.checkpoint
     require(bool(checkpoint), "checkpoint", "given: several networks labelled these videos", config.checkpoint)
     from kinoray.network.published import embed_text  # here: it imports torch, which takes seconds
 
-    return embed_text(storage, checkpoint, config.text)
+    query_D = embed_text(storage, checkpoint, config.text, labelled_by=(record.checkpoint, record.model_digest))
+    if not (np.isfinite(query_D).all() and query_D.any()):
+        raise ConfigError(f"text: {checkpoint} gives zeros, or no numbers, for {config.text!r:.200}")
+    return query_D
 
 
 def _seen(storage: Storage, vectors: Vectors, config: SearchConfig) -> np.ndarray:
@@ -319,9 +356,13 @@ def dedup(config: DedupConfig) -> dict[str, Any]:
     roots_N = near_groups(vectors_ND, config.threshold, tell=progress.update)
     members = np.flatnonzero(np.bincount(roots_N, minlength=len(rows))[roots_N] > 1)
     table = rows.take(members)
+    unmet = ""
     if joined:
         table = joined.add(table)
         joined.check()
+        if joined.num_unmet:
+            have = "has" if joined.num_unmet == 1 else "have"
+            unmet = f"; of {many(len(members), 'duplicate')} {joined.num_unmet:,} {have} no video in {config.join}"
     roots = roots_N[members]
     if config.across:
         differ = _differing(roots, table[config.across].to_pylist())
@@ -345,7 +386,7 @@ def dedup(config: DedupConfig) -> dict[str, Any]:
     _say(
         config,
         f"labels dedup: {many(num_groups, 'group')}{differ_in} with {len(found):,} of {many(len(rows), 'video')}, "
-        f"{len(found) - num_groups:,} of them to spare{vectors.said_of_others()}",
+        f"{len(found) - num_groups:,} of them to spare{vectors.said_of_others()}{unmet}",
     )
     return {
         "root": vectors.ledger.root,

@@ -20,6 +20,7 @@ _BLOCK = 4096
 _SMALL_BLOCK = 1024  # float32, it fits into the cache of a core
 _THREADS = 2  # that widen and compare blocks: numpy does that outside of Python's lock
 _CELLS = 8  # M
+_FEW = 64  # to find so many one by one takes no longer than to sort a block
 _MAX_EDGES = 2**20  # that wait to be joined
 _SIGN_AND_NUMBER = np.int32(-0x7000_2000)  # 0x8FFFE000: of a float16 whose bits were shifted to a float32's
 _EXPONENTS_APART = np.float32(2.0**112)  # 127 - 15
@@ -58,6 +59,9 @@ def _unit(vectors_ND: np.ndarray) -> np.ndarray:
 def _largest(x_QB: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
     """Columns and values of the largest of each row, [Q, count], falling; of equal ones the first. Destroys x."""
     count = min(count, x_QB.shape[1])
+    if count > _FEW:
+        columns = np.argsort(-x_QB, axis=1, kind="stable")[:, :count]
+        return columns, np.take_along_axis(x_QB, columns, axis=1)
     rows = np.arange(len(x_QB))
     columns = np.empty((len(x_QB), count), np.int64)
     values = np.empty((len(x_QB), count), x_QB.dtype)

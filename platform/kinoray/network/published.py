@@ -11,16 +11,25 @@ import shutil
 import unicodedata
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from kinoray.catalog.source import decode_text, text_lines
 from kinoray.config.files import read_file, translated
 from kinoray.config.shared import ModelConfig, WorkersConfig, digest
-from kinoray.errors import CheckpointMismatch, ConfigError, ModelError, StorageError, StorageUnavailable
+from kinoray.errors import (
+    CatalogError,
+    CheckpointMismatch,
+    ConfigError,
+    KinorayError,
+    ModelError,
+    StorageError,
+    StorageUnavailable,
+)
 from kinoray.network import InputSpec, PublishedNetwork, Words, WordsError
 from kinoray.network.build import (
     build_outline,
@@ -253,10 +262,10 @@ def read_lines(path: str, option: str) -> list[str]:
     """The lines of a text file that are not empty. Raises ConfigError."""
     try:
         with translated(path):
-            text = read_file(path, _MAX_LINES_BYTES).decode("utf-8-sig")
-    except (StorageError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{option}: {path} cannot be read as UTF-8 text: {error}") from error
-    return [line.strip() for line in text.splitlines() if line.strip()]
+            text = decode_text(path, read_file(path, _MAX_LINES_BYTES))
+    except (StorageError, CatalogError) as error:
+        raise ConfigError(f"{option}: {error}") from error
+    return [line.strip() for line in text_lines(text) if line.strip()]
 
 
 def words_of(source: Source, path: str, prompts: Sequence[str]) -> Words | None:
@@ -296,21 +305,27 @@ def words_of(source: Source, path: str, prompts: Sequence[str]) -> Words | None:
     return Words(names=tuple(said), texts=tuple(said.values()), prompts=tuple(prompts))
 
 
-def embed_text(storage: Storage, checkpoint: str, text: str) -> np.ndarray:
+def embed_text(
+    storage: Storage, checkpoint: str, text: str, *, labelled_by: tuple[str, str] | None = None
+) -> np.ndarray:
     """The unit vector of a text, float32 [D], in the space of the embeddings that a network of words stores.
 
     Args:
         checkpoint: hf:..., or a checkpoint or run folder that came from there. Then its text tower is read where it was
             imported from, if that is a folder or in the hub's cache: a checkpoint, which may be a stranger's, lets no
             hub be asked.
+        labelled_by: checkpoint and model_digest of the network whose embeddings are looked at. Of an hf:... the weights
+            are compared, where that checkpoint can still be read.
 
     Raises:
-        ConfigError: it is of no network that compares pictures with texts, or the text is too long for it.
+        ConfigError: it is of no network that compares pictures with texts, or of another one than labelled_by; or the
+            text is too long for it.
         CheckpointMismatch: what is there now is not what the checkpoint was imported from.
         KinorayError: as import_source.
     """
     source, expected = parse_source(checkpoint, "checkpoint"), None
-    if source.kind == "checkpoint":
+    is_own = source.kind == "checkpoint"
+    if is_own:
         meta = load_meta(storage, find_checkpoint(storage, absolute(source.name)))
         is_of_words = meta.model.factory.rpartition(":")[2] == "image_text" and is_shipped(meta.model.factory)
         if not (is_of_words and meta.origin):
@@ -318,11 +333,21 @@ def embed_text(storage: Storage, checkpoint: str, text: str) -> np.ndarray:
                 f"checkpoint: {checkpoint} is of {meta.model.factory:.200}, which does not compare pictures with "
                 "texts; a text is looked for among embeddings of a CLIP, SigLIP or X-CLIP (label --classes FILE)"
             )
+        if labelled_by and meta.model_digest != labelled_by[1]:
+            raise ConfigError(
+                f"checkpoint: {checkpoint} is not the network that labelled these videos ({meta.model_digest}, "
+                f"expected {labelled_by[1]}); name it with --checkpoint"
+            )
         source, expected = parse_source(meta.origin.source, "checkpoint"), meta.origin.sha256
+    elif labelled_by and labelled_by[0]:
+        checkpoint = labelled_by[0]
+        with suppress(KinorayError):  # it is gone: then the length of the vector has to do
+            origin = load_meta(storage, checkpoint).origin
+            expected = origin.sha256 if origin else None
     if source.kind != "hf":
         raise ConfigError(f"checkpoint: {source} has no text tower; hf:FOLDER or hf:OWNER/NAME of a CLIP has one")
     with _read_errors(source, "text"):
-        vector, sha256 = text_reader()(source.name, source.variant, text, ask_hub=expected is None)
+        vector, sha256 = text_reader()(source.name, source.variant, text, ask_hub=not is_own)
     if expected not in (None, sha256):
         raise CheckpointMismatch(
             f"{source} is not what {checkpoint} was imported from: its weights have sha256 {sha256[:16]}..., expected "

@@ -61,7 +61,8 @@ def tracked(folder: RunFolder, kind: str | None, settings: Mapping[str, Any]) ->
     assert process.stdin is not None
     assert process.stdout is not None
     told = {"kind": kind, "run": folder.uri, "settings": settings, "storage": asdict(folder.storage.config)}
-    printer = threading.Thread(target=_print_lines, args=(process.stdout,), daemon=True)
+    said: list[str] = []
+    printer = threading.Thread(target=_print_lines, args=(process.stdout, said), daemon=True)
     printer.start()
     _tell(process.stdin, json.dumps(told))
     word = "FAILED"
@@ -75,12 +76,14 @@ def tracked(folder: RunFolder, kind: str | None, settings: Mapping[str, Any]) ->
         _tell(process.stdin, word)
         draw_step(f"train: waiting for {kind}")
         try:
-            process.wait(_LAST_S)
+            why = f"its process ended with {process.wait(_LAST_S)}"  # killed for its memory, say
         except subprocess.TimeoutExpired:
-            print(f"train: warning: {_not_told(kind, f'it gave no answer in {_LAST_S:g} s')}", flush=True)
+            why = f"it gave no answer in {_LAST_S:g} s"
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
         printer.join(_LAST_S)
+        if not said:
+            print(f"train: warning: {_not_told(kind, why)}", flush=True)
 
 
 def _tell(stdin: IO[bytes], line: str) -> None:
@@ -88,9 +91,10 @@ def _tell(stdin: IO[bytes], line: str) -> None:
         stdin.write(line.encode() + b"\n")
 
 
-def _print_lines(stdout: IO[bytes]) -> None:
+def _print_lines(stdout: IO[bytes], said: list[str]) -> None:
     for line in stdout:
-        print(f"train: {visible(line.decode().rstrip())}", flush=True)
+        said.append(visible(line.decode(errors="replace").rstrip()))
+        print(f"train: {said[-1]}", flush=True)
 
 
 def _not_told(kind: str, why: str) -> str:
