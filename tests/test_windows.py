@@ -246,7 +246,7 @@ def test_windows_of_a_labelled_video_end_at_its_cuts(tmp_path: Path) -> None:
 
 def test_whether_windows_end_at_cuts_is_in_the_digest_which_else_stays_as_it_was(tmp_path: Path) -> None:
     checkpoint = save_untrained(LOCAL, str(tmp_path / "run"), LABELS, CLIP, "label_models:mixing")
-    config = LabelConfig(source="videos", checkpoint=checkpoint, out="out", window_s=2.0)
+    config = LabelConfig(source="videos", checkpoint=checkpoint, out="out", window_s=2.0, allow_factory=OWN_NETWORKS)
     before, at_cuts = (
         open_network(replace(config, window_at_cuts=answer), say=print, warn=print).record for answer in (False, True)
     )

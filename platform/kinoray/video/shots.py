@@ -32,7 +32,7 @@ _STILL = 0.5  # what changes less is the same picture again: conversions of the 
 _ALIKE = 10.0  # difference of key frames with no cut between them, at most
 _NEAR_S = 0.2
 _NEAR_FRAMES = (3, 15)  # at least and at most
-_KEYS_S = (0.5, 2.0)  # key frames are compared so far apart, at least and at most
+_KEYS_S = (0.5, 1.0)  # key frames are compared so far apart, at least and at most
 _MOST_SHOTS = 10_000  # they go to a decoder in one message
 
 
