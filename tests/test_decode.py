@@ -376,6 +376,20 @@ def test_large_files_are_read_a_second_time_instead_of_held_twice(
     assert decoded == assert_exact(gop12, plain_decode(gop12))
 
 
+def test_a_large_file_is_read_a_second_time_and_not_once_for_each_group(
+    gop12: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(decode_media, "_KEEP_BYTES", 1000)
+    with PyavVideo(gop12, DecodeConfig()) as video:
+        assert len(video.table.runs_for(np.array([0, 13, 25]))) == 3
+        opened: list[None] = []
+        open_again = video._open
+        monkeypatch.setattr(video, "_open", lambda: opened.append(None) or open_again())
+        sink = Collect()
+        video.read(np.array([0, 13, 25]), sink)
+    assert len(opened) == 1
+
+
 # Pictures: size, rotation, colour
 
 

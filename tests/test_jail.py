@@ -267,6 +267,7 @@ def test_nothing_is_imported_or_opened_once_the_jail_is_closed(backend: Any, hos
         ("decode", {"request": Views(views=ViewsConfig()), "clip": clip.without_flow()}),
         ("decode", {"request": two, "clip": clip.without_flow()}),
         ("decode", {"request": Thumbnails(num_frames=2, height=24), "clip": clip}),
+        ("shots", {"begin": 0, "config": decode}),
         ("transcode", {"config": decode}),
         ("decode", {"clip": clip}),  # TypeError: an answer for what is nobody's fault
     ]

@@ -101,6 +101,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "early exit": {"early_exit": "exact", "num_segments": 8, "embeddings": True},
     "views": {"protocol": "5x3"},
     "windows": {"window_s": 0.5, "window_stride_s": 0.25},
+    "windows at cuts": {"window_s": 0.5, "window_at_cuts": True},
     "bf16": {"inference": InferenceConfig(precision="bf16")},
     "two threads": {"resources": ResourcesConfig(cpus_per_worker=2.0)},
 }

@@ -1,5 +1,6 @@
 """Long videos in windows: where they lie, their frames, and both tables."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,17 @@ from kinoray.config.shared import ClipConfig, ModelConfig, SampleConfig, Storage
 from kinoray.demo.videos import make_broken, make_video
 from kinoray.errors import ConfigError, ObjectNotFound, UndecodableVideo
 from kinoray.label.answers import AnswerRule
+from kinoray.label.config import LabelConfig
 from kinoray.label.keys import row_keys
 from kinoray.label.ledger import Ledger, read_windows
+from kinoray.label.open import open_network
 from kinoray.label.stage import LabelJob, LabelUnits, pack_unit
+from kinoray.label.unit import JobRecord
 from kinoray.network.build import build_model
 from kinoray.network.checkpoint import load_meta
 from kinoray.network.scorer import ScorerConfig
 from kinoray.storage.objects import Storage
+from kinoray.storage.records import record_of
 from kinoray.video.frames import decode
 from kinoray.video.request import Sampled, Views
 from kinoray.video.sample import cut_windows, view_indices
@@ -215,3 +220,48 @@ def test_a_table_without_windows_says_so(library: Path, tmp_path: Path) -> None:
     ledger = labelled(library, tmp_path, CLIP, ViewsConfig())
     with pytest.raises(ObjectNotFound, match="was labelled without windows; label with --window-s"):
         read_windows(LOCAL, ledger.root)
+
+
+# At cuts
+
+
+def test_windows_of_a_labelled_video_end_at_its_cuts(tmp_path: Path) -> None:
+    """A cut 1.5 s from the beginning, one 0.4 s later; and a video that is shorter than a window."""
+    folder = tmp_path / "videos"
+    folder.mkdir()
+    flat = [np.full((number, 48, 64, 3), value, np.uint8) for number, value in ((45, 40), (12, 200), (30, 90))]
+    (folder / "a.mp4").write_bytes(make_video(np.concatenate(flat), fps=30, gop=20))
+    (folder / "b.mp4").write_bytes(make_video(np.concatenate(flat[1:2] + flat[:1])[:24], fps=30, gop=20))
+    windows = WindowsConfig(length_s=1, stride_s=1, at_cuts=True)
+    ledger = labelled(folder, tmp_path, CLIP, ViewsConfig(windows=windows), batch_size=1)
+    found = [(row["video_id"], row["begin_s"], row["end_s"]) for row in read_windows(LOCAL, ledger.root).to_pylist()]
+    times = {"a": [(0, 1), (0.5, 1.5), (1.5, 1.9), (1.9, 2.9)], "b": [(0, 0.4), (0.4, 0.8)]}
+    expected = [(video, begin_s, end_s) for video, bounds in times.items() for begin_s, end_s in bounds]
+    assert [name for name, *_ in found] == [name for name, *_ in expected]
+    np.testing.assert_allclose([bounds for _, *bounds in found], [bounds for _, *bounds in expected])
+    rows = pa.concat_tables(ledger.read_units(ledger.plans()[0].units)).to_pylist()
+    assert [row["windows"] for row in rows] == [4, 2]
+    assert rows[0]["frames_decoded"] > 87  # the look at the cuts is counted
+
+
+def test_whether_windows_end_at_cuts_is_in_the_digest_which_else_stays_as_it_was(tmp_path: Path) -> None:
+    checkpoint = save_untrained(LOCAL, str(tmp_path / "run"), LABELS, CLIP, "label_models:mixing")
+    config = LabelConfig(source="videos", checkpoint=checkpoint, out="out", window_s=2.0, allow_factory=OWN_NETWORKS)
+    before, at_cuts = (
+        open_network(replace(config, window_at_cuts=answer), say=print, warn=print).record for answer in (False, True)
+    )
+    assert before.settings["views"]["windows"] == {"length_s": 2.0, "stride_s": 2.0}
+    assert at_cuts.settings["views"]["windows"] == {"length_s": 2.0, "stride_s": 2.0, "at_cuts": True}
+    assert before.config_digest != at_cuts.config_digest
+
+
+def test_a_labelling_in_windows_from_before_shots_is_read() -> None:
+    record = {
+        "checkpoint": "run",
+        "model_digest": "m",
+        "config_digest": "c",
+        "labels": ["a"],
+        "windows": {"length_s": 2.0, "stride_s": 1.0},
+        "settings": {},
+    }
+    assert record_of(JobRecord)(record).windows == WindowsConfig(length_s=2.0, stride_s=1.0, at_cuts=False)

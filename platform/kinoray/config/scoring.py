@@ -66,6 +66,8 @@ class WindowsConfig:
     """Videos that are longer than this, in seconds, are cut into windows of this length."""
     stride_s: float
     """Seconds from the start of one window to the start of the next."""
+    at_cuts: bool = False
+    """Whether each shot is cut into windows by itself."""
 
     def __post_init__(self) -> None:
         require(self.length_s > 0, "window_s", "greater than 0", self.length_s)
@@ -243,6 +245,9 @@ class LabelWorkConfig(ScoringConfig):
     labels --windows`), and the video's row is the mean over its windows. Default: a video is one clip."""
     window_stride_s: float = 0.0
     """Seconds from one window's start to the next one's. Default: window_s, so that they touch."""
+    window_at_cuts: bool = False
+    """Each shot of a video has windows of its own, or is one if it is shorter: no window goes across a cut. Cuts are
+    found by an extra look at the frames (docs/answers.md)."""
     early_exit: Literal["off", "exact", "margin"] = "off"
     """Look at a video's segments one after the other and stop early. exact: when the others cannot change its top-1
     (networks with consensus=probs; scores are those of the segments seen). margin: when the lead reaches a margin
@@ -261,6 +266,8 @@ class LabelWorkConfig(ScoringConfig):
             require(getattr(self, name) >= 0, name, "at least 0", getattr(self, name))
         stride_s = self.window_stride_s
         require(not stride_s or stride_s <= self.window_s, "window_stride_s", f"at most {self.window_s:g}", stride_s)
+        fits = self.window_s > 0 or not self.window_at_cuts
+        require(fits, "window_at_cuts", "off without window_s", self.window_at_cuts)
         check_fraction("max_changed", self.max_changed)
         if self.early_exit == "margin":
             wanted = "calibration.json of kinoray calibrate with early_exit margin"
@@ -278,7 +285,8 @@ class LabelWorkConfig(ScoringConfig):
         """How long videos are cut."""
         if not self.window_s:
             return None
-        return WindowsConfig(length_s=self.window_s, stride_s=self.window_stride_s or self.window_s)
+        stride_s = self.window_stride_s or self.window_s
+        return WindowsConfig(length_s=self.window_s, stride_s=stride_s, at_cuts=self.window_at_cuts)
 
 
 def shared_settings(config: ScoringConfig, part: type[ScoringConfig]) -> dict[str, Any]:

@@ -110,8 +110,11 @@ class _Settings:
 
     @property
     def record(self) -> dict[str, Any]:
-        """As JSON."""
-        return {**asdict(self), "answer": self.answer.record}
+        """As JSON; without cuts where windows go across them, as it was before there were any."""
+        tree = {**asdict(self), "answer": self.answer.record}
+        if self.views.windows is not None and not self.views.windows.at_cuts:
+            del tree["views"]["windows"]["at_cuts"]
+        return tree
 
 
 def look_here(job: LabelJob, num_units: int = 0) -> NetworkFacts:

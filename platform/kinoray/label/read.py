@@ -7,7 +7,7 @@ videos are held than the model needs next.
 from collections import Counter, deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pyarrow as pa
 
@@ -31,6 +31,8 @@ class DecodedVideo:
 
     data: bytes
     first: Frames
+    shots: tuple[int, ...] | None
+    """As in Views."""
 
 
 class VideoReader:
@@ -122,7 +124,7 @@ class VideoReader:
             if end >= part.num_windows:
                 yield part
                 return
-            following = self._threads.submit(self._decode, video.data, end)
+            following = self._threads.submit(self._decode, video.data, end, video.shots)
             try:
                 yield part
             finally:
@@ -134,13 +136,19 @@ class VideoReader:
                 raise UndecodableVideo(f"its windows became {part.num_windows} from {total} while they were read")
 
     def _open(self, data: bytes) -> DecodedVideo | Refusal:
+        windows = self._views.windows
         try:
-            return DecodedVideo(data, self._decode(data, 0))
+            if windows is None or not windows.at_cuts:
+                return DecodedVideo(data, self._decode(data, 0, None), None)
+            found = self._sandbox.shots(data, self._clip.decode)
+            shots = tuple(found.firsts.tolist())
+            first = self._decode(data, 0, shots)
+            return DecodedVideo(data, replace(first, frames_decoded=first.frames_decoded + found.frames_decoded), shots)
         except MediaError as error:  # whatever a video does is one of these; what else goes wrong is not its fault
             return judge(error, "decode")
 
-    def _decode(self, data: bytes, first_window: int) -> Frames:
-        return self._decoder.decode(data, Views(views=self._views, first_window=first_window), self._clip)
+    def _decode(self, data: bytes, first_window: int, shots: tuple[int, ...] | None) -> Frames:
+        return self._decoder.decode(data, Views(views=self._views, first_window=first_window, shots=shots), self._clip)
 
     def _next(self, pending: deque[Future[DecodedVideo | Refusal] | Refusal]) -> DecodedVideo | Refusal:
         self._depths.append(sum(isinstance(entry, Future) and entry.done() for entry in pending))

@@ -7,7 +7,7 @@ are not on the list, no protocol is allowed, and opening a second file is refuse
 
 import io
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from fractions import Fraction
 from typing import Any, NoReturn, Self
@@ -27,7 +27,7 @@ from kinoray.errors import (
 )
 from kinoray.video.budget import MAX_STREAMS, check_boxes, check_index, empty_at_end, encryption
 from kinoray.video.info import MAX_COUNT, FrameClock, jumps_closed
-from kinoray.video.plan import PacketBits, PacketTable
+from kinoray.video.plan import PacketBits, PacketTable, Run
 
 __all__ = ["LIBAV_ERRORS", "Media", "check_size_bytes", "media_stage"]
 
@@ -392,18 +392,24 @@ class Media:
             return self.table.num_frames
         return round(min(self.table.num_frames * (1 + missing_s / (end - first)), MAX_COUNT))
 
-    def packets(self, begin: int, end: int) -> Iterator[tuple[int, Any]]:
-        """(place, packet) for the places begin .. end - 1 of the table."""
+    def packets(self, runs: Iterable[Run]) -> Iterator[Iterator[tuple[int, Any]]]:
+        """For each run (they rise, and are consumed in turn): (place, packet) of its places in the table."""
         if self._packets is not None:
-            yield from enumerate(self._packets[begin:end], begin)
+            for run in runs:
+                yield enumerate(self._packets[run.begin : run.end], run.begin)
             return
         with self._open() as container:
-            for place, packet in enumerate(self._demux(container)):
-                if place >= end:
-                    break
-                if place >= begin:
-                    self._close_jump(place, packet)
-                    yield place, packet
+            every = enumerate(self._demux(container))  # once for all runs: there may be one for each key frame
+            for run in runs:
+                yield self._read_again(every, run)
+
+    def _read_again(self, every: Iterator[tuple[int, Any]], run: Run) -> Iterator[tuple[int, Any]]:
+        for place, packet in every:
+            if place >= run.begin:
+                self._close_jump(place, packet)
+                yield place, packet
+            if place + 1 >= run.end:
+                return
 
     def decodes_by_groups(self) -> bool:
         """Whether decoding may begin at any key frame with the certainty that frames come out exactly."""

@@ -122,6 +122,12 @@ class PacketTable:
         """Packets at which decoding can begin; 1 where none is marked."""
         return len(self._keys)
 
+    @property
+    def key_frames(self) -> np.ndarray:
+        """Numbers of the frames at which decoding can begin, int64, rising; without those that are not shown."""
+        numbers = self.frame_of[self._keys]
+        return np.sort(numbers[numbers >= 0])
+
     def index_of_time(self) -> dict[int, int]:
         """From a frame's time (pts) to its number; -1 for the times of frames that are not shown."""
         numbers = dict(zip(self._times.tolist(), self.frame_of.tolist(), strict=True))

@@ -285,10 +285,10 @@ class PyavVideo(Media):
 
     def _frames(self, runs: list[Run], leave_out: np.ndarray | None, tally: _Tally) -> Iterator[Any]:
         """Decode run after run. Where `leave_out` (bool [P]) is true, a frame that nobody refers to is left out."""
-        for run in runs:
+        for packets in self.packets(runs):
             self.context.flush_buffers()
             self.context.skip_frame, leaves_out = "DEFAULT", False
-            for place, packet in self.packets(run.begin, run.end):
+            for place, packet in packets:
                 if leave_out is not None and leave_out[place] != leaves_out:  # libav takes 3 us to be told
                     leaves_out = not leaves_out
                     self.context.skip_frame = "NONREF" if leaves_out else "DEFAULT"

@@ -5,6 +5,7 @@ views of a video or of its windows; a few to look at. What is easy to break: a r
 out to have fewer frames than its packets promise, and its generator then goes on from where it is.
 """
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
@@ -19,6 +20,7 @@ from kinoray.video.transform import Cut, WholeFrame, crop_views, test_view, trai
 __all__ = ["Choice", "Rate", "Request", "Sampled", "Thumbnails", "Views"]
 
 _WINDOWS_BYTES = 256 * 2**20
+_SHORTEST_S = 1e-6
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -104,6 +106,12 @@ class Views:
 
     views: ViewsConfig = field(default_factory=ViewsConfig)
     first_window: int = 0
+    shots: tuple[int, ...] | None = None
+    """The first frames of the video's shots, from the second one on (kinoray.video.shots), if views.windows.at_cuts."""
+
+    def __post_init__(self) -> None:
+        windows = self.views.windows
+        assert (self.shots is not None) == (windows is not None and windows.at_cuts), "shots, if and only if at_cuts"
 
     @property
     def mirrored(self) -> bool:
@@ -122,7 +130,7 @@ class Views:
 
     def choose(self, num_frames: int, rate: Rate, clip: ClipConfig) -> Choice:
         """See Sampled."""
-        every, times = _cut(num_frames, rate, self.views.windows)
+        every, times = _cut(num_frames, rate, self.views.windows, self.shots or ())
         if self.first_window >= len(every):
             raise UndecodableVideo(
                 f"window {self.first_window} is gone: {num_frames} frames, fewer than before, make {len(every)} windows"
@@ -132,7 +140,8 @@ class Views:
         here = slice(self.first_window, self.first_window + at_once)
         rates = np.full(len(every), rate.claimed)
         if rate.times is not None and len(every) > 1:  # each is a video of its own
-            rates = np.diff(every)[:, 0] / np.diff(times)[:, 0]
+            lengths_s = np.diff(times)[:, 0]  # a shot may have frames that all begin at once
+            rates = np.where(lengths_s > 0, np.diff(every)[:, 0] / np.maximum(lengths_s, _SHORTEST_S), rate.claimed)
         indices = window_indices(every[here], rates[here].tolist(), clip.sample, self.views)
         return Choice(indices=(indices,), windows=every[here], window_times=times[here], num_windows=len(every))
 
@@ -191,12 +200,21 @@ class Thumbnails:
 Request = Sampled | Views | Thumbnails
 
 
-def _cut(num_frames: int, rate: Rate, config: WindowsConfig | None) -> tuple[np.ndarray, np.ndarray]:
-    """All windows: int64 [W, 2], frames; float64 [W, 2], seconds."""
-    if rate.times is not None and config is not None:
-        return cut_by_time(rate.times, config)
-    windows = cut_windows(num_frames, rate.measured, config)
-    return windows, windows / (rate.measured or 1.0)
+def _cut(
+    num_frames: int, rate: Rate, config: WindowsConfig | None, shots: Sequence[int] = ()
+) -> tuple[np.ndarray, np.ndarray]:
+    """All windows, shot by shot: int64 [W, 2], frames; float64 [W, 2], seconds."""
+    windows, times = [], []
+    for first, stop in itertools.pairwise([0, *(first for first in shots if first < num_frames), num_frames]):
+        if rate.times is not None and config is not None:
+            begin_s = rate.times[first]
+            frames, seconds = cut_by_time(rate.times[first : stop + 1] - begin_s, config)
+            times.append(begin_s + seconds)
+        else:
+            frames = cut_windows(stop - first, rate.measured, config)
+            times.append((first + frames) / (rate.measured or 1.0))
+        windows.append(first + frames)
+    return np.concatenate(windows), np.concatenate(times)
 
 
 def _reach(sample: SampleConfig, num_views: int = 1, *, placed: bool = False, drawn: bool = False) -> float:

@@ -35,6 +35,7 @@ from kinoray.video.readers import require_backend
 from kinoray.video.request import Request, Sampled
 from kinoray.video.sandbox import jail
 from kinoray.video.sandbox.wire import MESSAGE_BYTES, OutputSpace, pack
+from kinoray.video.shots import Shots, shots_in
 from kinoray.video.transcode import Transcoded, transcode
 
 __all__ = ["Decoded", "main"]
@@ -63,6 +64,10 @@ def _probe(_: OutputSpace, data: bytes, config: DecodeConfig) -> VideoInfo:
     return probe(data, config)
 
 
+def _shots(_: OutputSpace, data: bytes, begin: int, config: DecodeConfig) -> Shots:
+    return shots_in(data, begin, config)
+
+
 def _transcode(_: OutputSpace, data: bytes, config: DecodeConfig) -> Transcoded:
     return transcode(data, config)
 
@@ -74,6 +79,7 @@ def _packed(work: Callable[..., Any]) -> Callable[[OutputSpace, bytes, dict[str,
 _OPERATIONS: dict[str, Callable[[OutputSpace, bytes, dict[str, Any]], dict[str, Any]]] = {
     "decode": _packed(_decode),
     "probe": _packed(_probe),
+    "shots": _packed(_shots),
     "transcode": _packed(_transcode),
 }
 _LATE = ("PIL.ImageFile", "av.subtitles.codeccontext", "av.subtitles.stream", "av.subtitles.subtitle", "numpy.ma")

@@ -15,6 +15,8 @@ from dataclasses import replace
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
+import numpy as np
+
 from kinoray.config.shared import ClipConfig, DecodeConfig
 from kinoray.errors import KinorayError, MediaError
 from kinoray.video.frames import Frames, check_answer, decode
@@ -25,6 +27,7 @@ from kinoray.video.request import Request, Sampled
 from kinoray.video.sandbox.child import Decoded
 from kinoray.video.sandbox.process import NONSENSE, Answer, DecoderLost, DecoderProcess, makes_no_sense, start_decoder
 from kinoray.video.sandbox.wire import unpack
+from kinoray.video.shots import NUM_FRAMES_AT_ONCE, Shots
 from kinoray.video.transcode import Transcoded
 
 __all__ = ["DeviceDecoder", "Sandbox", "shared_sandbox"]
@@ -112,6 +115,19 @@ class Sandbox:
         """kinoray.video.frames.probe in a decoder process. Raises what decode raises."""
         return self._ask("probe", data, config, {"config": config}, _reader(VideoInfo))
 
+    def shots(self, data: bytes, config: DecodeConfig) -> Shots:
+        """All shots of a video: those that kinoray.video.shots.shots_in finds in one stretch after the other.
+
+        Raises:
+            MediaError: as decode; MediaOverBudget for more shots than a video may have.
+        """
+        found, begin = Shots(np.zeros(0, np.int64), 0, 0), 0
+        while True:
+            found += self._ask("shots", data, config, {"begin": begin, "config": config}, _shots_from(begin))
+            begin += NUM_FRAMES_AT_ONCE
+            if begin >= found.num_frames:
+                return found
+
     def transcode(self, data: bytes, config: DecodeConfig) -> Transcoded:
         """kinoray.video.transcode.transcode, in ten times decode.deadline_s. Raises what decode raises."""
         arguments = {"config": config}
@@ -183,6 +199,16 @@ class Sandbox:
 
 def _reader(kind: type[_Result]) -> Callable[[Answer], _Result]:
     return lambda answer: unpack(kind, answer.fields["record"], answer.arrays)
+
+
+def _shots_from(begin: int) -> Callable[[Answer], Shots]:
+    def read(answer: Answer) -> Shots:
+        found = unpack(Shots, answer.fields["record"], answer.arrays)
+        if ((found.firsts < begin) | (found.firsts >= begin + NUM_FRAMES_AT_ONCE)).any():
+            raise ValueError(f"shots at {found.firsts.tolist()!s:.80} of the stretch that begins at frame {begin}")
+        return found
+
+    return read
 
 
 def _kill_all(processes: list[DecoderProcess]) -> None:

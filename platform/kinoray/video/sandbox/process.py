@@ -295,7 +295,7 @@ class DecoderProcess:
         if size_bytes > room_bytes:
             raise ValueError(f"array of shape {shape}, where {room_bytes} bytes are left of decode.max_memory_mb")
         array = self._memory.empty(name, shape, dtype)
-        view, done = array.data.cast("B"), 0
+        view, done = array.reshape(-1).view(np.uint8).data, 0  # which cast does not give of no elements
         while done < size_bytes:
             done += os.preadv(self._output, [view[done:]], offset + done)
         return array
