@@ -1,7 +1,7 @@
 """A network behind HTTP with Ray Serve: send a video, get its classes.
 
     pip install 'kinoray[serve]' && cd deploy
-    serve run serve:app checkpoint=runs/first            # or i3d, torchvision:mvit_v2_s, s3://bucket/runs/first
+    serve run serve:app checkpoint=../runs/first         # or i3d, torchvision:mvit_v2_s, s3://bucket/runs/first
     curl --data-binary @a.mp4 http://127.0.0.1:8000/     # {"label": "red", "score": 0.98, "top": [...], ...}
 
 A video is decoded as in `kinoray label`: in a process that has given up network, files and privileges, under a deadline

@@ -238,7 +238,10 @@ def test_new_classes_come_last_and_videos_without_a_split_are_shared_out(
     assert rows["v0000"]["label_id"] == 3
     sides = {(int(video_id[1:]) % 4, row["split"]) for video_id, row in rows.items()}
     assert sorted(content for content, _ in sides) == [0, 1, 2, 3]
-    assert "to validate on, for 4 classes: each is" in capsys.readouterr().err
+    (said,) = [
+        line for line in capsys.readouterr().err.splitlines() if "to validate on, for 4 classes: each is" in line
+    ]
+    assert said.startswith(f"WARNING: {tmp_path / 'set'}: ")
     assert set(totals["splits"]) == {"train", "val"}
     assert sum(totals["splits"].values()) == 16
 

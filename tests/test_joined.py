@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 
 from kinoray.catalog.table import Catalog, load_catalog, save_catalog
-<<<<<<< HEAD
 from kinoray.config.shared import (
     ClipConfig,
     ModelConfig,
@@ -20,11 +19,7 @@ from kinoray.config.shared import (
     TrainResourcesConfig,
     ViewConfig,
 )
-from kinoray.errors import CatalogError
-=======
-from kinoray.config.shared import ClipConfig, ModelConfig, OptimConfig, ResourcesConfig, SampleConfig, ViewConfig
 from kinoray.errors import CatalogError, ConfigError
->>>>>>> at21
 from kinoray.label.config import LabelConfig
 from kinoray.label.keys import row_keys
 from kinoray.label.ledger import Ledger, read_predictions

@@ -379,6 +379,7 @@ def test_groups_of_copies_are_found_and_the_first_sound_one_is_kept(
     said = "labels dedup: 3 groups with 8 of 35 videos, 5 of them to spare; 8 rows have no embedding"
     assert said in capsys.readouterr().out
     assert dedup(DedupConfig(predictions=doubled, threshold=1.0))["groups"] == 0
+    assert "8 rows have no embedding; a --threshold below 1 finds copies that are less alike" in capsys.readouterr().out
 
 
 def joinable(folder: Path, rows: Sequence[Row]) -> str:

@@ -182,7 +182,8 @@ class DedupConfig(FoundConfig):
 
     threshold: float = 0.98
     """From which similarity (cosine) on two videos are duplicates. It depends on the network: look at the rows with the
-    lowest similarity, and raise it where they are no copies. docs/labels.md says what was measured."""
+    lowest similarity, raise it where they are no copies, and lower it (0.85) where copies are missing. docs/labels.md
+    says what was measured."""
     join: str = ""
     """A catalog (a pack's folder, .parquet, .csv) whose columns are added as catalog_label, catalog_split, ...; rows
     meet by video_id."""

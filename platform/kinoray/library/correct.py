@@ -101,7 +101,7 @@ def correct(config: CorrectConfig) -> dict[str, Any]:
         )
     ids = {name: index for index, name in enumerate(labels)}
     counts["renamed"] = rename(rows)
-    splits = _splits(storage, ledger.root, rows, config.val_fraction, several=several)
+    splits = _splits(storage, ledger.root, absolute(config.out), rows, config.val_fraction, several=several)
     for row in rows:
         row["split"] = splits[row["video_id"]]
         said = row["label"]
@@ -142,9 +142,9 @@ def _gives_lists(
 
 
 def _splits(
-    storage: Storage, source: str, rows: Sequence[_Row], val_fraction: float, *, several: bool
+    storage: Storage, source: str, out: str, rows: Sequence[_Row], val_fraction: float, *, several: bool
 ) -> dict[str, str]:
-    """video_id -> split, as `pack` finds it; what is odd of it is said."""
+    """video_id -> split, as `pack` finds it; what is odd of the set in `out` is said."""
     contents = [row.get("sha256") for row in rows]
     if val_fraction:
         places = [Reference(row["uri"], row["offset"], row["length"], row.get("sha256")) for row in rows]
@@ -158,7 +158,7 @@ def _splits(
         (video.labels or (), splits[video.name]) for video in candidates
     )
     for problem, remedy in set_problems(counts, several=several):
-        warn(f"{source}: {problem}; {remedy}")
+        warn(f"{out}: {problem}; {remedy}")
     return splits
 
 

@@ -386,7 +386,8 @@ def dedup(config: DedupConfig) -> dict[str, Any]:
     _say(
         config,
         f"labels dedup: {many(num_groups, 'group')}{differ_in} with {len(found):,} of {many(len(rows), 'video')}, "
-        f"{len(found) - num_groups:,} of them to spare{vectors.said_of_others()}{unmet}",
+        f"{len(found) - num_groups:,} of them to spare{vectors.said_of_others()}{unmet}"
+        + ("" if num_groups else f"; a --threshold below {config.threshold:g} finds copies that are less alike"),
     )
     return {
         "root": vectors.ledger.root,

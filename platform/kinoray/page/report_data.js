@@ -96,9 +96,12 @@ const kinoray = {};
   kinoray.visible = (text) =>
     String(text).replace(hidden, (char) => `\\u${char.codePointAt(0).toString(16).padStart(4, "0")}`);
 
-  // The folder of an id, and those around it: "a/b/c" -> "a/b", "a".
+  // An id as a path: video_ids have __ where the names of files have a slash.
+  kinoray.pathOf = (id) => id.replaceAll("__", "/");
+
+  // The folder of an id, and those around it: "a__b__c" -> "a/b", "a".
   kinoray.foldersOf = (id) => {
-    const parts = id.split("/").slice(0, -1);
+    const parts = kinoray.pathOf(id).split("/").slice(0, -1);
     return parts.map((_, index) => parts.slice(0, parts.length - index).join("/")).filter((folder) => folder !== "");
   };
 

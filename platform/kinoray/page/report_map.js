@@ -45,10 +45,12 @@
       pen.strokeStyle = style.getPropertyValue("--ink");
       pen.strokeRect(from[0], from[1], to[0] - from[0], to[1] - from[1]);
     }
-    const legend = [...colours].map(([label, colour]) => {
+    const named = [...colours].map(([label, colour]) => [colour, name(table.site.labels[label])]);
+    if (points.some(({ row }) => !colours.has(table.label[row]))) named.push(["var(--unknown)", "others"]);
+    const legend = named.map(([colour, words]) => {
       const key = make("span", { class: "key" });
       key.style.background = colour;
-      return make("li", {}, key, name(table.site.labels[label]));
+      return make("li", {}, key, words);
     });
     get("map-legend").replaceChildren(...legend);
   };

@@ -78,7 +78,10 @@
       made.push((row) => table.duration[row] >= low && table.duration[row] < high); // as the bars count: to below the end
     }
     named("codec", table.codecs, table.codec);
-    if (query.folder !== "") made.push((row) => table.id[row].startsWith(`${query.folder}/`));
+    if (query.folder !== "") {
+      const inside = `${kinoray.pathOf(query.folder)}/`;
+      made.push((row) => kinoray.pathOf(table.id[row]).startsWith(inside));
+    }
     if (query.verdict !== "") {
       made.push((row) => table.verdict(row) === query.verdict);
     }

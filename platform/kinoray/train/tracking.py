@@ -13,6 +13,7 @@ import select
 import signal
 import subprocess
 import sys
+import textwrap
 import threading
 import uuid
 from collections.abc import Iterator, Mapping
@@ -23,7 +24,7 @@ from typing import IO, Any
 
 from kinoray.config.file import config_from_mapping
 from kinoray.config.shared import StorageConfig
-from kinoray.console import draw_step, visible
+from kinoray.console import draw_step, many, visible
 from kinoray.errors import ConfigError, ObjectNotFound
 from kinoray.storage.objects import Storage, join
 from kinoray.storage.records import parse_json, read_record
@@ -163,7 +164,7 @@ def _follow(told: Mapping[str, Any], stdin: FileIO) -> str:
                 folder.storage.put(uri, json.dumps(known).encode())
         if word:
             client.end(word)
-            return f"{kind} has the {mine['epoch']} epochs of this run as {client.id}"
+            return f"{kind} has the {many(mine['epoch'], 'epoch')} of this run as {client.id}"
         if select.select([stdin], [], [], _EVERY_S)[0]:
             word = stdin.readline().decode().strip() or "KILLED"
 
@@ -178,7 +179,7 @@ def _main() -> None:
     try:
         line = _follow(told, stdin)
     except Exception as error:  # noqa: BLE001  (whatever a tracker's client does is no business of the training)
-        why = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        why = textwrap.shorten(f"{type(error).__name__}: {error}", 300, placeholder=" ...")
         line = f"warning: {_not_told(told['kind'], why)}"
     print(line, file=lines, flush=True)
 
