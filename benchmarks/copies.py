@@ -202,9 +202,8 @@ def main() -> int:
         folder = Path(name)
         files = made_files(arguments.clips, folder, arguments.stretches)
         clips = sorted(arguments.grid.glob("*.mp4"))[: arguments.talking] if arguments.grid else []
-        print(
-            f"{files.stretch.max() + 1} stretches of {files.video.max() + 1} videos, {len(clips)} clips of one talker"
-        )
+        num_videos = len(np.unique(files.video))
+        print(f"{files.stretch.max() + 1} stretches of {num_videos} videos, {len(clips)} clips of one talker")
         for network in arguments.networks:
             checkpoint = lite0(folder) if network == "lite0" else network
             with kinoray.load(checkpoint, embeddings=True, **{"inference.precision": "bf16"}) as model:

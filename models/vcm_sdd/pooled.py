@@ -107,8 +107,8 @@ class _PooledAttention(torch.autograd.Function):
                 q, k = _split(rgb_MND[part], heads), _split(flow_MND[part], heads)
                 g_rgb, g_flow = _split(g_rgb_MD[part, None], heads), _split(g_flow_MD[part, None], heads)
                 dq, dk = _gradients(q, k, g_rgb, g_flow, frobenius=frobenius, literal=literal)
-                d_rgb[part].unflatten(2, (heads, -1)).transpose(1, 2).copy_(dq)
-                d_flow[part].unflatten(2, (heads, -1)).transpose(1, 2).copy_(dk)
+                for whole_MND, found_MGNK in ((d_rgb, dq), (d_flow, dk)):
+                    whole_MND[part] = found_MGNK.transpose(1, 2).flatten(2)
         return d_rgb, d_flow, None, None, None
 
 
@@ -150,7 +150,7 @@ def _chunks(x_MND: Tensor, heads: int) -> list[slice]:
 
 def _split(x_MND: Tensor, heads: int) -> Tensor:
     # Contiguous: each product would copy strided heads again.
-    return x_MND.unflatten(2, (heads, -1)).transpose(1, 2).contiguous()
+    return x_MND.reshape(*x_MND.shape[:2], heads, -1).transpose(1, 2).contiguous()
 
 
 def _weighted(weights_MGN: Tensor, x_MGNK: Tensor) -> Tensor:

@@ -123,7 +123,8 @@ def to_label_next(margins_N: np.ndarray, vectors_ND: np.ndarray, budget: int, kn
         known_KD: those of what has been labelled.
     """
     doubtful = np.sort(np.argsort(margins_N, kind="stable")[: _POOL * budget])
-    return doubtful[far_apart(vectors_ND[doubtful], 1 - margins_N[doubtful], budget, known_KD)]
+    chosen: np.ndarray = doubtful[far_apart(vectors_ND[doubtful], 1 - margins_N[doubtful], budget, known_KD)]
+    return chosen
 
 
 def _strata(rows: pa.Table, config: SelectConfig) -> list[str]:
