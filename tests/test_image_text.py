@@ -403,7 +403,10 @@ ENDLESS = {"type": "Split", "pattern": {"Regex": "(a|a|aa)+$!"}, "behavior": "Re
 @pytest.mark.parametrize(
     ("rules", "message"),
     [
-        ({"normalizer": {"type": "Sequence", "normalizers": [DOUBLED] * 40}}, "memory allocation|gave no tokens"),
+        (
+            {"normalizer": {"type": "Sequence", "normalizers": [DOUBLED] * 40}},
+            "its rules take more than 1 GiB|gave no tokens",
+        ),
         ({"pre_tokenizer": ENDLESS}, "retry-limit|gave no tokens"),
         ({"model": {**WORDS, "vocab": {"a": 1}}}, r"Exception: WordLevel error: Missing \[UNK\] token"),
     ],
@@ -418,6 +421,7 @@ def test_a_tokenizer_of_evil_rules_costs_an_error(
     texts = ["a", "b " + "a" * 40]
     assert image_text_folder._tokenized(file, texts, 1, "a") == {"tokens": [[1, [1]], [1, [0]]], "padding": 1}
     file.write_text(json.dumps({"version": "1.0", "added_tokens": [], "model": WORDS, **rules}))
+    monkeypatch.setattr(image_text_folder, "_TOKENIZER_S", 3.0)
     with pytest.raises(ValueError, match=message):
         image_text_folder._tokenized(file, texts, 1, None)
 

@@ -102,7 +102,7 @@ def test_a_state_dict_of_a_network_of_ours_needs_its_options(tmp_path: Path) -> 
         (("--model.factory", "mc3_18"), "labels must be a text file of 3 lines, .*; nothing says them"),
         (("--model.factory", "mc3_18", "--labels", "SHORT"), "labels must be a text file of 3 lines, .*; got 2"),
         (("--model.factory", "mc3_18", "--labels", "TWICE"), "must differ and not be empty, got 'a' twice"),
-        (("--model.factory", "mc3_18", "--labels", "gone.txt"), "labels: gone.txt cannot be read"),
+        (("--model.factory", "mc3_18", "--labels", "gone.txt"), "labels: gone.txt: no such file"),
         (("--model.factory", "os:system", "--labels", "LABELS"), "must be a network that ships with kinoray"),
         (("--model.factory", "r2plus1d_18", "--labels", "LABELS"), "x.pth does not fit VideoResNet"),
         (("--model.factory", "mc3_18", "--model.options", "depth=3"), "model.options.depth is not an option"),

@@ -270,6 +270,9 @@ def _tokenized(file: Path, texts: Sequence[str], limit: int, padding: str | None
         )
     except subprocess.TimeoutExpired as error:
         raise ValueError(f"{file} gave no tokens in {timeout_s:.0f} s") from error
+    if done.returncode < 0:
+        most = f"{_TOKENIZER_MEMORY / 2**30:g} GiB"
+        raise ValueError(f"{file} cannot be read as a tokenizer: its rules take more than {most}, or end the reader")
     if done.returncode:
         said = done.stderr.decode(errors="replace").split("\n")
         reason = next((line for line in reversed(said) if line.strip()), f"its process ended with {done.returncode}")

@@ -356,13 +356,13 @@ def dedup(config: DedupConfig) -> dict[str, Any]:
     roots_N = near_groups(vectors_ND, config.threshold, tell=progress.update)
     members = np.flatnonzero(np.bincount(roots_N, minlength=len(rows))[roots_N] > 1)
     table = rows.take(members)
-    unmet = ""
+    notes = "" if len(members) else f"; a --threshold below {config.threshold:g} finds copies that are less alike"
     if joined:
         table = joined.add(table)
         joined.check()
         if joined.num_unmet:
             have = "has" if joined.num_unmet == 1 else "have"
-            unmet = f"; of {many(len(members), 'duplicate')} {joined.num_unmet:,} {have} no video in {config.join}"
+            notes += f"; of {many(len(members), 'duplicate')} {joined.num_unmet:,} {have} no video in {config.join}"
     roots = roots_N[members]
     if config.across:
         differ = _differing(roots, table[config.across].to_pylist())
@@ -386,8 +386,7 @@ def dedup(config: DedupConfig) -> dict[str, Any]:
     _say(
         config,
         f"labels dedup: {many(num_groups, 'group')}{differ_in} with {len(found):,} of {many(len(rows), 'video')}, "
-        f"{len(found) - num_groups:,} of them to spare{vectors.said_of_others()}{unmet}"
-        + ("" if num_groups else f"; a --threshold below {config.threshold:g} finds copies that are less alike"),
+        f"{len(found) - num_groups:,} of them to spare{vectors.said_of_others()}{notes}",
     )
     return {
         "root": vectors.ledger.root,
