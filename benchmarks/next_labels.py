@@ -137,9 +137,10 @@ def generated(cache: Path, videos_per_class: int) -> list[Videos]:
     classes = torch.tensor([folders.index(path.parent.name) for path in paths])
     names = [path.name for path in paths]
     common = {"names": names, "classes": classes, "features": features}
+    step = 24 * videos_per_class // PER_CLASS
     return [
-        Videos(name="generated", step=24, **common),
-        Videos(name="rare", step=24, kept=0.1, **common),
+        Videos(name="generated", step=step, **common),
+        Videos(name="rare", step=step, kept=0.1, **common),
     ]
 
 
@@ -223,12 +224,13 @@ def curve(videos: Videos, way: str, draw: int) -> list[float]:
     is_bought = np.zeros(len(pool), bool)
     rows = np.random.default_rng(draw).choice(len(pool), videos.step, replace=False)
     found = []
-    for _ in range(ROUNDS):
+    for number in range(ROUNDS):
         is_bought[rows] = True
         head = trained(videos, pool[is_bought], seed=draw)
         right = answers(head, videos, test)[0].argmax(axis=1) == truth
         found.append(100 * float(np.mean([right[truth == label].mean() for label in np.unique(truth)])))
-        rows = bought_next(way, *answers(head, videos, pool), is_bought, videos.step, draw)
+        if number < ROUNDS - 1:
+            rows = bought_next(way, *answers(head, videos, pool), is_bought, videos.step, draw)
     return found
 
 
