@@ -140,7 +140,7 @@ def generated(cache: Path, videos_per_class: int) -> list[Videos]:
     step = 24 * videos_per_class // PER_CLASS
     return [
         Videos(name="generated", step=step, **common),
-        Videos(name="rare", step=step, kept=0.1, **common),
+        Videos(name="rare", step=step * 2 // 3, kept=0.1, **common),  # of a third of the videos
     ]
 
 
