@@ -41,15 +41,16 @@ class AblateConfig(TrainConfig):
     Example: python jobs/ablate.py sets/binding --generate --out runs/ablation
 
     The settings are those of `kinoray train`, and each run is a trial of a sweep (OUT/trials): the same command again
-    trains what is missing and nothing else; other seeds and networks join those in OUT. OUT/ablation.md has the tables:
+    trains what is missing and nothing else; other seeds and rows join those in OUT. OUT/ablation.md has the tables:
     top-1 with each segment's frames in order, reversed and shuffled, costs, paired differences; OUT/ablation.svg shows
     top-1 against cost. The defaults are for the generated set.
     """
 
     seeds: tuple[int, ...] = (0, 1, 2)
-    """Every network is trained once with each of these."""
-    networks: tuple[str, ...] = ()
-    """Only the rows of these: tsn, tsm, vcm_sdd, vcm_sdd_x. Default: all."""
+    """Every row is trained once with each of these."""
+    rows: tuple[str, ...] = ()
+    """Only these: tsn_rgb, tsn_flow, tsm_rgb, tsm, no_stc_no_mff, stc, mff, mff_dim, stc_mff, stc_mff_dim, x_rgb,
+    x_flow, x. Default: all."""
     generate: bool = False
     """Make the generated set and pack it to CATALOG first, if it is not there."""
     num_videos: int = 1600
@@ -74,9 +75,8 @@ class AblateConfig(TrainConfig):
         TrainConfig.__post_init__(self)
         distinct = bool(self.seeds) and len(set(self.seeds)) == len(self.seeds)
         require(distinct and min(self.seeds) >= 0, "seeds", "different whole numbers of at least 0", self.seeds)
-        known = tuple(dict.fromkeys(row.factory for row in ROWS))
-        fits = set(self.networks) <= set(known)
-        require(fits, "networks", f"of {', '.join(known)}", self.networks)
+        known = [row.name for row in ROWS]
+        require(set(self.rows) <= set(known), "rows", f"of {', '.join(known)}", self.rows)
         require(self.num_videos >= 8 and self.num_videos % 8 == 0, "num_videos", "a multiple of 8", self.num_videos)
         require(self.model.factory == "vcm_sdd", "model.factory", "left out: the rows name it", self.model.factory)
 
@@ -94,7 +94,7 @@ def ablate(config: AblateConfig) -> str:
             videos = folder / "videos"
             make_binding_set(videos, config.num_videos)
             pack(PackConfig(source=str(videos), out=config.catalog, storage=config.storage, resources=config.resources))
-    chosen = [row for row in ROWS if not config.networks or row.factory in config.networks]
+    chosen = [row for row in ROWS if not config.rows or row.name in config.rows]
     tune(sweep, study_trials(config.model.options, config.seeds, chosen))
     base = TrainConfig(**shared)
     found, others = found_trials(storage, config.out, config.model.options)
@@ -109,7 +109,7 @@ def ablate(config: AblateConfig) -> str:
 
 def main() -> int:
     config = parse_settings(
-        "ablate", AblateConfig, sys.argv[1:], ("generate", "seeds", "networks"), "python jobs/ablate.py"
+        "ablate", AblateConfig, sys.argv[1:], ("generate", "seeds", "rows"), "python jobs/ablate.py"
     )
     if config is not None:
         ablate(config)

@@ -474,7 +474,7 @@ def run(job: Any, *arguments: str) -> int:
         (["--num-videos", "12"], "num_videos must be a multiple of 8, got 12"),
         (["--seeds", "0", "0"], r"seeds must be different whole numbers of at least 0, got \(0, 0\)"),
         (["--model.factory", "tsn"], "model.factory must be left out: the rows name it, got 'tsn'"),
-        (["--networks", "tsn", "i3d"], r"networks must be of tsn, tsm, vcm_sdd, vcm_sdd_x, got \('tsn', 'i3d'\)"),
+        (["--rows", "x", "i3d"], r"rows must be of tsn_rgb, tsn_flow, .*, x_rgb, x_flow, x, got \('x', 'i3d'\)"),
         (["--optim.epochs", "0"], "optim.epochs must be at least 1, got 0"),
     ],
 )

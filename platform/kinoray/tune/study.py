@@ -67,6 +67,8 @@ _ANSWERS = "orders.json"
 class Row:
     """One network of the study."""
 
+    name: str
+    """What a command calls it."""
     title: str
     """What the table calls it."""
     factory: str
@@ -86,8 +88,9 @@ class Row:
         return {"model.factory": self.factory, "optim.seed": seed, **chosen}
 
 
-def _paper(title: str, paper_top1: float, *, stc: bool, mff: bool, scale: str = "frobenius") -> Row:
+def _paper(name: str, title: str, paper_top1: float, *, stc: bool, mff: bool, scale: str = "frobenius") -> Row:
     return Row(
+        name=name,
         title=title,
         factory="vcm_sdd",
         options={"stc": stc, "mff": mff} | ({"scale": scale} if mff else {}),
@@ -95,26 +98,26 @@ def _paper(title: str, paper_top1: float, *, stc: bool, mff: bool, scale: str = 
     )
 
 
-_NEITHER = _paper("No_STC No_MFF", 71.7, stc=False, mff=False)
-_STC = _paper("STC No_MFF", 73.9, stc=True, mff=False)
-_MFF = _paper("No_STC MFF, scale as printed", 78.5, stc=False, mff=True)
-_MFF_ROOT = _paper("No_STC MFF, scale sqrt(d)", 78.5, stc=False, mff=True, scale="dim")
-_BOTH = _paper("STC MFF, scale as printed", 80.1, stc=True, mff=True)
-_BOTH_ROOT = _paper("STC MFF, scale sqrt(d)", 80.1, stc=True, mff=True, scale="dim")
+_NEITHER = _paper("no_stc_no_mff", "No_STC No_MFF", 71.7, stc=False, mff=False)
+_STC = _paper("stc", "STC No_MFF", 73.9, stc=True, mff=False)
+_MFF = _paper("mff", "No_STC MFF, scale as printed", 78.5, stc=False, mff=True)
+_MFF_ROOT = _paper("mff_dim", "No_STC MFF, scale sqrt(d)", 78.5, stc=False, mff=True, scale="dim")
+_BOTH = _paper("stc_mff", "STC MFF, scale as printed", 80.1, stc=True, mff=True)
+_BOTH_ROOT = _paper("stc_mff_dim", "STC MFF, scale sqrt(d)", 80.1, stc=True, mff=True, scale="dim")
 PAPER_ROWS = (_NEITHER, _STC, _MFF, _MFF_ROOT, _BOTH, _BOTH_ROOT)
 """The four rows of table 2, those with MFF once for each scale."""
-X_ROW = Row(title="VCM-SDD/X", factory="vcm_sdd_x", options={})
+X_ROW = Row(name="x", title="VCM-SDD/X", factory="vcm_sdd_x", options={})
 """The head that sees content and order, on both streams."""
 
 # No dropout in TSN and TSM: the rows of table 2 have none.
 ROWS = (
-    Row(title="TSN, RGB", factory="tsn", options={"modality": "rgb", "dropout": 0.0}, paper_top1=71.3),
-    Row(title="TSN, flow", factory="tsn", options={"modality": "flow", "dropout": 0.0}),
-    Row(title="TSM, RGB", factory="tsm", options={"modality": "rgb", "dropout": 0.0}, paper_top1=75.1),
-    Row(title="TSM, two streams", factory="tsm", options={"modality": "two_stream", "dropout": 0.0}),
+    Row(name="tsn_rgb", title="TSN, RGB", factory="tsn", options={"modality": "rgb", "dropout": 0.0}, paper_top1=71.3),
+    Row(name="tsn_flow", title="TSN, flow", factory="tsn", options={"modality": "flow", "dropout": 0.0}),
+    Row(name="tsm_rgb", title="TSM, RGB", factory="tsm", options={"modality": "rgb", "dropout": 0.0}, paper_top1=75.1),
+    Row(name="tsm", title="TSM, two streams", factory="tsm", options={"modality": "two_stream", "dropout": 0.0}),
     *PAPER_ROWS,
-    Row(title="VCM-SDD/X, RGB", factory="vcm_sdd_x", options={"modality": "rgb"}),
-    Row(title="VCM-SDD/X, flow", factory="vcm_sdd_x", options={"modality": "flow"}),
+    Row(name="x_rgb", title="VCM-SDD/X, RGB", factory="vcm_sdd_x", options={"modality": "rgb"}),
+    Row(name="x_flow", title="VCM-SDD/X, flow", factory="vcm_sdd_x", options={"modality": "flow"}),
     X_ROW,
 )
 """Single streams, the four rows of table 2 with both scales, and the head that sees content and order."""
