@@ -7,7 +7,6 @@ inputs give equal outputs, so of equal rows the first counts, and what is drawn 
 # Shapes: N rows, B rows of a block, D numbers of a vector, Q queries, K pivots, M cells in which a row is looked for
 
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
@@ -18,7 +17,6 @@ EXACT_ROWS = 16_384
 
 _BLOCK = 4096
 _SMALL_BLOCK = 1024  # float32, it fits into the cache of a core
-_THREADS = 2  # that widen and compare blocks: numpy does that outside of Python's lock
 _CELLS = 8  # M
 _FEW = 64  # to find so many one by one takes no longer than to sort a block
 _MAX_EDGES = 2**20  # that wait to be joined
@@ -105,20 +103,13 @@ class Nearest:
 
     def add(self, vectors_ND: np.ndarray) -> None:
         """Look at the next rows."""
-        with ThreadPoolExecutor(_THREADS) as pool:
-            for start in range(0, len(vectors_ND), _BLOCK):  # no more results than of so many rows wait to be taken
-                begins = range(start, min(start + _BLOCK, len(vectors_ND)), _SMALL_BLOCK)
-                blocks = (vectors_ND[begin : begin + _SMALL_BLOCK] for begin in begins)
-                for similarities_QB in pool.map(self._compare, blocks):
-                    if self.num_seen < self._count or (similarities_QB > self.similarities[:, -1:]).any():
-                        self._take(similarities_QB)
-                    self.num_seen += similarities_QB.shape[1]
-
-    def _compare(self, vectors_BD: np.ndarray) -> np.ndarray:
-        x_BD, lengths_B = _widened(vectors_BD)
-        similarities_QB: np.ndarray = self._queries_QD @ x_BD.T
-        similarities_QB /= lengths_B
-        return similarities_QB
+        for begin in range(0, len(vectors_ND), _SMALL_BLOCK):
+            x_BD, lengths_B = _widened(vectors_ND[begin : begin + _SMALL_BLOCK])
+            similarities_QB = self._queries_QD @ x_BD.T
+            similarities_QB /= lengths_B
+            if self.num_seen < self._count or (similarities_QB > self.similarities[:, -1:]).any():
+                self._take(similarities_QB)
+            self.num_seen += len(x_BD)
 
     def _take(self, similarities_QB: np.ndarray) -> None:
         places_B = np.arange(self.num_seen, self.num_seen + similarities_QB.shape[1])
