@@ -36,6 +36,7 @@ from kinoray.label.stage import LabelJob, pack_unit
 from kinoray.label.times import StageClock
 from kinoray.label.verb import run_labelling
 from kinoray.network.checkpoint import load_model
+from kinoray.network.process import set_up_to_compute
 from kinoray.network.scorer import ClipScorer
 from kinoray.storage.objects import join
 from kinoray.video.frames import Clip
@@ -142,7 +143,7 @@ def model_loop(job: LabelJob, clips: Sequence[Clip], num_clips: int, num_workers
     num_threads = num_workers if job.device == "cpu" else 1
     share = max(1, -(-num_clips // num_threads) // job.scorer.batch_size) * job.scorer.batch_size
     before = torch.get_num_threads()
-    torch.set_num_threads(job.torch_threads)
+    set_up_to_compute(job.torch_threads)
     try:
         with ThreadPoolExecutor(num_threads, initializer=torch.set_num_threads, initargs=(job.torch_threads,)) as pool:
             # One after the other: folding traces the network, and tracing is not thread-safe.

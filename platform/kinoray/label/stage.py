@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
-import torch
 
 from kinoray.catalog.rows import Refusal, error_of, judge, refusal_columns, report
 from kinoray.config.scoring import CPU_BATCH
@@ -40,6 +39,7 @@ from kinoray.network.build import VideoModel, check_clip, recipe_departures
 from kinoray.network.checkpoint import CheckpointMeta, load_model
 from kinoray.network.forward import agreed_batch_size, auto_batch_size
 from kinoray.network.prepare import compile_advice
+from kinoray.network.process import set_up_to_compute
 from kinoray.network.scorer import ClipAnswer, ClipScorer, check_scorer, segment_consensus
 from kinoray.video.frames import Frames
 from kinoray.video.info import MAX_COUNT
@@ -290,7 +290,7 @@ class LabelUnits:
         self.job = job
         self._tell = tell
         self.ledger = Ledger(job.storage, job.root)
-        torch.set_num_threads(job.torch_threads)
+        set_up_to_compute(job.torch_threads)
         self.clock, self.metrics = StageClock(), LabelMetrics(self.ledger.labelling_id)
         self._reasons: Counter[str] = Counter()
         self.videos = LabelVideos(job, self.clock)

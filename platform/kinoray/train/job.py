@@ -22,7 +22,6 @@ from typing import Any
 import ray
 import ray.train
 import ray.train.torch
-import torch
 import torch.distributed as dist
 from ray._raylet import PlacementGroupID
 from ray.exceptions import ActorDiedError, RayError
@@ -47,6 +46,7 @@ from kinoray.errors import (
     TooManyBad,
     TrainingDiverged,
 )
+from kinoray.network.process import set_up_to_compute
 from kinoray.storage.objects import arrow_filesystem
 from kinoray.train.config import TrainConfig
 from kinoray.train.loop import TrainLoop
@@ -212,7 +212,7 @@ def _work(settings: Mapping[str, TrainJob]) -> _Outcome:
     """Train to the end, from the newest whole checkpoint on."""
     job = settings["job"]
     quiet_ray()
-    torch.set_num_threads(max(1, int(job.config.resources.cpus_per_worker)))
+    set_up_to_compute(max(1, int(job.config.resources.cpus_per_worker)))
     is_first = dist.get_rank() == 0
     place = get_current_placement_group()
     if is_first and place is not None:

@@ -29,6 +29,7 @@ from kinoray.errors import CatalogError, JobError, ObjectNotFound, StorageUnavai
 from kinoray.network.batch import FLOW_CHANNELS, DeviceInput, RawBatch, VideoBatch, model_inputs
 from kinoray.network.build import SplitModel, VideoModel, is_split
 from kinoray.network.checkpoint import load_model
+from kinoray.network.process import set_up_to_compute
 from kinoray.storage.objects import Storage, join
 from kinoray.storage.records import read_record
 from kinoray.train.config import TrainConfig
@@ -251,6 +252,7 @@ def score_orders(base: TrainConfig, trials: Sequence[Settings]) -> None:
             missing.append((name, found[-1][0]))
     progress = Progress(len(missing), "orders", "trials")
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    set_up_to_compute(torch.get_num_threads())
     keys = {name: _backbones(load_model(storage, checkpoint)[0], base, checkpoint) for name, checkpoint in missing}
     missing.sort(key=lambda item: keys[item[0]])
     for start in range(0, len(missing), _TOGETHER):
