@@ -21,7 +21,10 @@ import kinoray
 
 _MAX_BYTES = 512 * 2**20
 _UPLOAD_S = 300.0  # that a video may take to arrive: a client that stops halfway must not keep a replica from others
-_KEPT = ("label", "score", "top", "abstained", "error_class", "error_text", "duration_s", "frames_corrupt")
+_KEPT = (
+    *("label", "score", "top", "abstained", "error_class", "error_text"),
+    *("duration_s", "frames_corrupt", "frames_missing"),
+)
 
 
 @serve.deployment(max_ongoing_requests=4, max_queued_requests=64, ray_actor_options={"num_cpus": 1})

@@ -493,6 +493,12 @@ def test_a_preset_is_a_file_with_flags_on_top(name: str, tmp_path: Path, capsys:
     assert capsys.readouterr().out == shown
 
 
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_sweep_of_a_preset_decodes_once(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["tune", "set", "--out", "sweep", f"--preset={name}", "--print-config"]) == 0
+    assert yaml.safe_load(capsys.readouterr().out)["cache"]["gb"] == 20.0  # tune's own; a training has none
+
+
 def test_an_option_of_the_network_joins_those_of_the_preset(capsys: pytest.CaptureFixture[str]) -> None:
     def options(*flags: str) -> object:
         assert main([*TRAIN, "--preset=small", *flags, "--print-config"]) == 0
@@ -591,6 +597,11 @@ def test_a_training_like_another_takes_its_settings_but_not_its_places(
         cache=CacheConfig(gb=1.0),
         resources=TrainResourcesConfig(num_workers=3),
     )
+    config = Path(run.out) / "config.yaml"
+    config.write_text(config.read_text("utf-8").replace("gb: 1.0", "gb: 0.0"), "utf-8")
+    assert printed(capsys, "train", "--like", run.out, "--out", "mine").cache.gb == 0
+    assert main(["tune", "--like", run.out, "--out", "mine", "--print-config"]) == 0
+    assert yaml.safe_load(capsys.readouterr().out)["cache"]["gb"] == 20.0  # trials share one decode
     store = ["--storage.endpoint-url", "http://mine:9000"]
     found = printed(capsys, "train", "set", "--like", run.out, "--out", "mine", "--optim.epochs", "20", *store)
     assert (found.catalog, found.optim.epochs, found.clip) == ("set", 20, run.clip)

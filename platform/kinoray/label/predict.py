@@ -62,6 +62,8 @@ class Prediction:
     frames_decoded: int
     frames_corrupt: int
     """Frames that would not decode."""
+    frames_missing: int
+    """Frames that the file's header promises, and that are not in it: it was cut short."""
     embedding: np.ndarray | None = field(default=None, compare=False)
     """float16 [D], with the setting embeddings: what goes into the network's classifiers."""
 
@@ -183,7 +185,7 @@ def _prediction(row: dict[str, Any], outcome: Outcome) -> Prediction:
     vector = row["embedding"]
     return Prediction(
         **{name: row[name] for name in ("uri", "status", "abstained", "error_class", "error_text")},
-        **{name: row[name] for name in ("views", "frames_decoded", "frames_corrupt")},
+        **{name: row[name] for name in ("views", "frames_decoded", "frames_corrupt", "frames_missing")},
         label=label,
         score=score,
         top=top,

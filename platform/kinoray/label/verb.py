@@ -288,7 +288,10 @@ def _print_totals(totals: Totals, task: str) -> None:
         f"{totals.skipped:,} skipped"
     )
     if totals.damaged:
-        print(f"{task}: {many(totals.damaged, 'labelled video')} with frames that would not decode (frames_corrupt)")
+        print(
+            f"{task}: {many(totals.damaged, 'labelled video')} with frames that are damaged or missing; their rows "
+            "have them in frames_corrupt and frames_missing"
+        )
     if totals.quarantined:
         print(f"{task}: quarantined: {_reasons(totals)}")
         for video_id, reason in totals.examples:

@@ -39,6 +39,7 @@ _COLUMNS = ("video_id", "label", "score", "margin", "uri", "offset", "length", "
 _DAMAGE = ("frames_corrupt", "frames_missing")
 _STORED = (*_COLUMNS, *_DAMAGE, "embedding")
 _OF_CATALOG = ("label", "split", "duration_s", "width", "height", "size_bytes")
+_SIZES = ("length", "catalog_size_bytes", "catalog_width", "catalog_duration_s")
 _SHOWN_ROWS = 50
 _CACHED_ROWS = 8192  # of a batch of the file in --cache
 _DIGEST_KEY = b"kinoray"
@@ -369,6 +370,8 @@ def dedup(config: DedupConfig) -> dict[str, Any]:
         table, members, roots = table.filter(pa.array(differ)), members[differ], roots[differ]
     order = _best_first(table, roots, members)
     table, members, roots = table.take(order), members[order], roots[order]
+    if len(members) and not any(_numbers(table, name).any() for name in _SIZES):
+        notes += "; which to keep goes by the order of the table: --join the library, and by their sizes and lengths"
     is_first = np.ones(len(roots), bool)
     is_first[1:] = roots[1:] != roots[:-1]
     group = np.cumsum(is_first)
@@ -419,20 +422,22 @@ def _differing(roots: np.ndarray, values: Sequence[Any]) -> np.ndarray:
 
 def _best_first(table: pa.Table, roots: np.ndarray, places: np.ndarray) -> np.ndarray:
     """The order of groups, and in each of the row to keep and the others."""
-
-    def numbers(name: str) -> np.ndarray:
-        if name not in table.column_names:
-            return np.zeros(len(table))
-        return np.asarray(pc.fill_null(pc.cast(table[name], pa.float64()), 0.0))
-
-    is_damaged = numbers("frames_corrupt") + numbers("frames_missing") > 0
-    duration_s = numbers("catalog_duration_s")
+    is_damaged = _numbers(table, "frames_corrupt") + _numbers(table, "frames_missing") > 0
+    duration_s = _numbers(table, "catalog_duration_s")
     longest_s = np.zeros(int(roots.max(initial=0)) + 1)
     np.maximum.at(longest_s, roots, np.where(is_damaged, 0.0, duration_s))
     is_short = duration_s < _AS_LONG * longest_s[roots]
-    pixels = numbers("catalog_width") * numbers("catalog_height")
-    size = np.where(numbers("length") > 0, numbers("length"), numbers("catalog_size_bytes"))
+    pixels = _numbers(table, "catalog_width") * _numbers(table, "catalog_height")
+    length = _numbers(table, "length")
+    size = np.where(length > 0, length, _numbers(table, "catalog_size_bytes"))
     return np.lexsort((places, -size, -pixels, is_short, is_damaged, roots))
+
+
+def _numbers(table: pa.Table, name: str) -> np.ndarray:
+    """A column as float64, nulls as 0; zeros where the table has no such column."""
+    if name not in table.column_names:
+        return np.zeros(len(table))
+    return np.asarray(pc.fill_null(pc.cast(table[name], pa.float64()), 0.0))
 
 
 # Showing

@@ -267,7 +267,9 @@
       showTrouble(error.message);
       return;
     }
-    if (app.query.like === key) update();
+    if (app.query.like !== key) return;
+    update();
+    form.scrollIntoView({ block: "start" }); // what is alike is at the top, wherever the button was
   };
 
   const update = () => {

@@ -272,7 +272,10 @@ def preset_of(cls: type[Settings], preset: str) -> Settings:
     if preset not in PRESETS:
         raise ConfigError(f"--preset must be one of {', '.join(PRESETS)}, got {preset!r}")
     recipe = PRESETS[preset]()
-    return cls(**{field.name: getattr(recipe, field.name) for field in dataclasses.fields(recipe)})
+    own = {field.name: getattr(recipe, field.name) for field in dataclasses.fields(recipe)}
+    if recipe.cache == CacheConfig():  # tune has a cache of its own accord
+        del own["cache"]
+    return cls(**own)
 
 
 def like(cls: type[Settings], run: str, parse: Callable[[Any], Settings]) -> Settings:
@@ -290,7 +293,7 @@ def like(cls: type[Settings], run: str, parse: Callable[[Any], Settings]) -> Set
         raise ConfigError(f"--like must name the run folder of a training, got {run}: {error}") from error
     found = config_from_bytes(cls, data, f"--like {run}: config.yaml")
     resources = dataclasses.replace(found.resources, address=own.resources.address)
-    cache = dataclasses.replace(found.cache, folder=own.cache.folder)
+    cache = dataclasses.replace(found.cache, gb=found.cache.gb or own.cache.gb, folder=own.cache.folder)
     return dataclasses.replace(found, out=tyro.MISSING, storage=own.storage, resources=resources, cache=cache)
 
 
