@@ -273,8 +273,8 @@ def _correction(uri: str, number: int, line: Mapping[str, str], classes: _Classe
     if not label.strip():
         none = "or | for none of the classes, " if isinstance(classes, _Lists) else ""
         raise CatalogError(
-            f"{where}, column label: it is empty; fill in a class, {none}or {BAD_VIDEO} to leave the video out, or delete "
-            "the line, and nothing is said of the video"
+            f"{where}, column label: it is empty; fill in a class, {none}or {BAD_VIDEO} to leave the video out, or "
+            "delete the line, and nothing is said of the video"
         )
     found = classes.find(label, f"{where}, column label")
     if found is None:
