@@ -308,7 +308,7 @@ LONG = {"ACCENTS": "\u0315\u0300\u0327" * 100_000, "DIGITS": "1" * 300_000 + "x"
             HEAD + "v0000,KEY0,red\nv0001,KEY1,pink\n",
             r"c.csv line 3, column label: there is no class 'pink'; there are",
         ),
-        (HEAD + "v0000,KEY0,\n", r"c.csv line 2, column label: there is no class ''"),
+        (HEAD + "v0000,KEY0,red\nv0001,KEY1,  \n", r"line 3, column label: it is empty; .* or delete the line"),
         (HEAD + f"v0000,KEY0,{'1' * 90}x\n", r"c.csv line 2, column label: there is no class '1{79}; there are"),
         (HEAD + "v0000,KEY0,ACCENTS\n", r"line 2, column label: the class '.*' ... has 300,000 characters, at most"),
         (HEAD + "DIGITS,KEY0,red\nv0000,KEY1,red\n", r"line 3, column video_id: it says 'v0000', but row_key \w+ is"),

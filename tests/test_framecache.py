@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from kinoray.config.shared import CacheConfig, ClipConfig, SampleConfig, ViewConfig
+from kinoray.config.shared import CacheConfig, ClipConfig, SampleConfig, ViewConfig, digest
 from kinoray.errors import ConfigError, MediaError
 from kinoray.storage.objects import Storage
 from kinoray.train.decoding import DecodeTask
@@ -217,6 +217,16 @@ def test_everything_that_decides_the_frames_is_in_the_key(tmp_path: Path) -> Non
     assert base.key(video, 0, None) == base.key(video, 9, None)  # what is scored has no seed
 
 
+def test_what_another_release_of_a_decoder_has_made_is_not_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = CacheFolder(CacheConfig(gb=1.0, folder=str(tmp_path)))
+    assert folder.put(folder.path("ab" * 16, "frames"), 3, [b"old"])
+    assert folder.path("ab" * 16, "frames").exists()
+    monkeypatch.setattr("kinoray.video.cache._SOFTWARE", digest(["of a later release"])[:8])
+    assert not folder.path("ab" * 16, "frames").exists()
+
+
 def test_a_folder_of_somebody_else_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cache = FrameCache(CacheConfig(gb=1, folder=str(tmp_path / "theirs")), clip_of(GRIDS[0]).without_flow())
     (tmp_path / "theirs").mkdir()
@@ -237,7 +247,7 @@ def test_a_full_folder_is_looked_at_again_once_a_while(tmp_path: Path) -> None:
     folder = CacheFolder(CacheConfig(gb=3.5e-8, folder=str(tmp_path)))
     for number in range(4):
         assert folder.put(folder.path(f"0{number}", "frames"), 10, [b"0123456789"]) == (number < 3)
-    (tmp_path / "00" / "00.frames").unlink()
+    folder.path("00", "frames").unlink()
     assert not folder.has_room(10)  # who was here a moment ago counted right
     (tmp_path / "01" / "01.frames.aa.part").write_bytes(bytes(10))
     old = tmp_path / "01" / "01.frames.bb.part"
@@ -250,7 +260,7 @@ def test_a_full_folder_is_looked_at_again_once_a_while(tmp_path: Path) -> None:
     (tmp_path / "01" / "01.frames.aa.part").unlink()
     (tmp_path / "used").write_text(f"{30:31d} {0:31d} ")
     assert folder.has_room(10)
-    folder.remove(tmp_path / "02" / "02.frames")
+    folder.remove(folder.path("02", "frames"))
     assert folder.put(folder.path("04", "frames"), 20, [bytes(20)])
     assert not folder.has_room(6)
 

@@ -17,6 +17,7 @@ import kinoray
 from kinoray.config.shared import ClipConfig, FlowConfig, ModelConfig, SampleConfig, ViewConfig
 from kinoray.demo.videos import make_video
 from kinoray.errors import CatalogError, ConfigError, ModelError
+from kinoray.library import portable
 from kinoray.library.config import ExportConfig
 from kinoray.library.export import export
 from kinoray.network.build import build_model
@@ -26,6 +27,7 @@ from label_models import save_untrained
 from small_baselines import SMALL
 from small_sets import LABELS, colour_video
 from tiny_models import OWN_NETWORKS
+from video_baselines.nonlocal_block import NonLocalBlock
 
 CLIP = ClipConfig(sample=SampleConfig(num_segments=2, frames_per_segment=2), view=ViewConfig(resize_px=36, crop_px=32))
 
@@ -144,6 +146,28 @@ def test_another_program_feeds_the_file_from_network_json_alone(tmp_path: Path) 
         assert score == pytest.approx(expected[name], abs=0.002)
     (others,) = program(rgb=torch.from_numpy(x + 20 / 255 / 0.25), flow=None).softmax(dim=1).tolist()
     assert max(abs(other - score) for other, score in zip(others, scores, strict=True)) > 0.008
+
+
+def test_a_batch_of_any_size_has_no_largest_one(tmp_path: Path) -> None:
+    checkpoint = save_untrained(Storage(), str(tmp_path / "run"), LABELS, CLIP, "tiny_models:mean_colour")
+    record = exported(checkpoint, "torch-export", tmp_path / "to", allow_factory=OWN_NETWORKS)
+    program = torch.export.load(tmp_path / "to" / record["file"]).module()
+    rgb = torch.rand(1025, 2, 2, 3, 32, 32)
+    assert torch.equal(program(rgb=rgb, flow=None)[-1:], program(rgb=rgb[-1:], flow=None))
+
+
+@pytest.mark.slow
+def test_a_nonlocal_block_leaves_as_onnx(tmp_path: Path) -> None:
+    pytest.importorskip("onnxscript", reason="needs the package onnxscript")
+    x = torch.zeros(2, 4, 2, 4, 4)
+    program = torch.export.export(NonLocalBlock(4).eval(), (x,), dynamic_shapes=({0: torch.export.Dim("batch")},))
+    torch.onnx.export(program, f=tmp_path / "block.onnx", verbose=False)
+
+
+def test_why_a_network_cannot_leave_is_what_the_exporter_stumbled_over() -> None:
+    advice = RuntimeError("\x1b[96mThis is step 3/3\x1b[0m of exporting the model")
+    advice.__cause__ = AssertionError("only 4D query,\nkey and value are supported")
+    assert portable._reason(advice) == "AssertionError: only 4D query, key and value are supported"
 
 
 def test_a_network_that_counts_its_clips_leaves_for_one_at_a_time(

@@ -202,6 +202,23 @@ def test_two_labellings_share_a_folder_of_caches(tmp_path: Path) -> None:
     assert len(list((tmp_path / "cache").iterdir())) == 2
 
 
+@pytest.mark.parametrize("cached", [False, True])
+def test_videos_of_one_id_are_told_apart_by_row_key(tmp_path: Path, cached: bool) -> None:
+    """Two folders were labelled into one table; ids are unique in each."""
+    ledger = ledger_in(Storage(), tmp_path / "out")
+    commit(ledger, library(8), drawn(16))
+    commit(ledger, library(8, uri="s3://other"), drawn(16)[8:])
+    rows = [row for row in embedded(str(tmp_path / "out")) if row["video_id"] == "v0002"]
+    config = SearchConfig(predictions=str(tmp_path / "out"), like="v0002", cache=str(tmp_path / "c") if cached else "")
+    named = ", ".join(rf"{row['row_key']} \({row['uri']}\)" for row in rows)
+    with pytest.raises(
+        ConfigError, match=f"2 videos of .* have the video_id 'v0002': {named}; name one by its row_key"
+    ):
+        search(config)
+    nearest = [search(replace(config, like=row["row_key"]))["rows"] for row in rows]
+    assert nearest[0] != nearest[1]
+
+
 def test_a_vector_of_any_origin_can_be_asked_for(out: str) -> None:
     rows = embedded(out)
     query = np.random.default_rng(8).normal(size=WIDTH).astype(np.float32)

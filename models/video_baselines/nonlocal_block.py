@@ -44,7 +44,9 @@ class NonLocalBlock(nn.Module):
         theta_MNI = self.theta(x_MCTHW).flatten(2).transpose(1, 2)
         phi_MPI = self.phi(pooled).flatten(2).transpose(1, 2)
         g_MPI = self.g(pooled).flatten(2).transpose(1, 2)
-        y_MNI = F.scaled_dot_product_attention(theta_MNI, phi_MPI, g_MPI, scale=self.scale)
+        # One head of its own, since ONNX knows no attention without heads.
+        query, key, value = (x_MNI.unsqueeze(1) for x_MNI in (theta_MNI, phi_MPI, g_MPI))
+        y_MNI = F.scaled_dot_product_attention(query, key, value, scale=self.scale).squeeze(1)
         y_MITHW = y_MNI.transpose(1, 2).reshape(y_MNI.shape[0], -1, *x_MCTHW.shape[2:])
         return torch.add(x_MCTHW, self.bn(self.out(y_MITHW)))
 

@@ -270,6 +270,12 @@ def _correction(uri: str, number: int, line: Mapping[str, str], classes: _Classe
     row_key, label = line["row_key"].strip(), line["label"]
     if not row_key:
         raise CatalogError(f"{where}, column row_key: it is empty; it must name a row of the predictions")
+    if not label.strip():
+        none = "or | for none of the classes, " if isinstance(classes, _Lists) else ""
+        raise CatalogError(
+            f"{where}, column label: it is empty; fill in a class, {none}or {BAD_VIDEO} to leave the video out, or "
+            "delete the line, and nothing is said of the video"
+        )
     found = classes.find(label, f"{where}, column label")
     if found is None:
         some = ", ".join(sorted(classes.labels)[:20])
@@ -395,7 +401,7 @@ def _require_used(corrections: Mapping[str, Correction], counts: Counter[str], l
     raise CatalogError(
         f"{first.where}, column row_key: {first.row_key!r} is no row of {ledger.root} ({len(strange)} of "
         f"{many(len(corrections), 'correction')} are not); were they made from the report of another table, or was the "
-        "file replaced since?"
+        "file replaced since? Without their lines the others are taken"
     )
 
 

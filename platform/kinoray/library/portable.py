@@ -53,7 +53,6 @@ _FILES = {"torch-export": "network.pt2", "onnx": "network.onnx"}
 _WRITTEN = {*_FILES.values(), f"{_FILES['onnx']}.data"}
 _PACKAGES = {"torch-export": (), "onnx": ("onnx", "onnxscript", "onnxruntime")}
 _MAX_VIDEOS = 8  # that are compared
-_MAX_BATCH = 1024
 _MAX_ONE_FILE = 2**30  # bytes of weights; protobuf takes no file of 2 GiB, so ONNX puts more into one beside it
 
 
@@ -261,13 +260,20 @@ def _made(model: VideoModel, kind: str, aside: Path, clips: Sequence[Inputs]) ->
         except KinorayError:
             raise
         except Exception as error:  # what tracers, exporters and runtimes do not take has many names
-            reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+            reason = _reason(error)
             if not is_dynamic:
                 raise ModelError(f"{name} cannot be exported as {kind}: {reason}") from error
             _say(f"{name} cannot be exported for batches of any size, so its file takes one clip: {reason}")
         else:
             return folder, {"file": _FILES[kind], "batch": None if is_dynamic else 1, **about, "parity": parity}
     raise AssertionError("the second try returns or raises")
+
+
+def _reason(error: BaseException) -> str:
+    """What an exporter stumbled over: its own errors are advice in colours, and have it as their cause."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
 
 
 @torch.inference_mode()
@@ -281,7 +287,7 @@ def _traced(model: VideoModel, clip: Inputs, *, is_dynamic: bool) -> torch.expor
     module = cast(nn.Module, model)
     if not is_dynamic:
         return torch.export.export(module, (), clip)
-    size = torch.export.Dim("batch", min=1, max=_MAX_BATCH)
+    size = torch.export.Dim("batch", min=1)
     shapes: dict[str, Any] = {name: None if x is None else {0: size} for name, x in clip.items()}
     return torch.export.export(module, (), _joined([clip, clip]), dynamic_shapes=shapes)
 

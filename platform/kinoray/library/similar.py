@@ -41,6 +41,7 @@ _STORED = (*_COLUMNS, *_DAMAGE, "embedding")
 _OF_CATALOG = ("label", "split", "duration_s", "width", "height", "size_bytes")
 _SIZES = ("length", "catalog_size_bytes", "catalog_width", "catalog_duration_s")
 _SHOWN_ROWS = 50
+_SHOWN_ALIKE = 5  # rows with one video_id
 _CACHED_ROWS = 8192  # of a batch of the file in --cache
 _DIGEST_KEY = b"kinoray"
 _DAY_S = 86400.0
@@ -98,19 +99,40 @@ class Vectors:
             raise ConfigError(f"predictions: no row of {self.ledger.root} has an embedding; {remedy}")
 
     def find(self, name: str) -> tuple[str, np.ndarray] | None:
-        """The row_key and the embedding, float16 [D], of the first row with this video_id or row_key; None: no row."""
-        named = ("video_id", "row_key")
-        for number, batch in enumerate(self._batches(named if self._cache else (*named, "embedding"))):
-            is_it = pc.or_(pc.equal(batch.column("video_id"), name), pc.equal(batch.column("row_key"), name))
-            place = pc.index(is_it, pa.scalar(True)).as_py()
+        """The row_key and the embedding, float16 [D], of the row with this row_key or video_id; None: no row has both.
+
+        Raises:
+            ConfigError: several rows have this video_id, as those of two labelled folders may.
+        """
+        row_key = self._row_key(name)
+        if not row_key:
+            return None
+        for number, batch in enumerate(self._batches(("row_key",) if self._cache else ("row_key", "embedding"))):
+            place = pc.index(batch.column("row_key"), pa.scalar(row_key)).as_py()
             if place < 0:
                 continue
             if self._cache:
                 (batch,) = self._batches(_STORED, number)
             row, vectors_1D = _with_vectors(batch.slice(place, 1))
-            if len(row):
-                return row.column("row_key")[0].as_py(), vectors_1D[0]
+            return (row_key, vectors_1D[0]) if len(row) else None
         return None
+
+    def _row_key(self, name: str) -> str:
+        """Of the row that has this row_key, or else this video_id; empty where there is none."""
+        alike: list[tuple[str, str]] = []
+        for batch in self._batches(("video_id", "uri", "row_key")):
+            if pc.index(batch.column("row_key"), pa.scalar(name)).as_py() >= 0:
+                return name
+            found = batch.filter(pc.equal(batch.column("video_id"), name))
+            alike += zip(found.column("row_key").to_pylist(), found.column("uri").to_pylist(), strict=True)
+        if len(alike) > 1:
+            some = ", ".join(f"{row_key} ({uri})" for row_key, uri in alike[:_SHOWN_ALIKE])
+            more = f" and {len(alike) - _SHOWN_ALIKE:,} more" if len(alike) > _SHOWN_ALIKE else ""
+            raise ConfigError(
+                f"like: {many(len(alike), 'video')} of {self.ledger.root} have the video_id {name!r}: {some}{more}; "
+                "name one by its row_key"
+            )
+        return alike[0][0] if alike else ""
 
     def whole(self) -> tuple[pa.Table, np.ndarray]:
         """All rows, and their embeddings, float16 [N, D]. Raises as a reading."""

@@ -25,8 +25,11 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import av
+import cv2
 import numpy as np
 
+import kinoray
 from kinoray.config.shared import CacheConfig, ClipConfig, SampleConfig, digest, require
 from kinoray.errors import ConfigError
 from kinoray.storage.records import parse_json
@@ -36,6 +39,7 @@ __all__ = ["CacheFolder", "FrameCache", "cache_folder", "checksums", "grid_name"
 
 _MAGIC = b"kinofrm2"
 _HEAD = struct.Struct("<8sII")  # magic, length and checksum of the description
+_SOFTWARE = digest([kinoray.__version__, av.__version__, sorted(av.library_versions.items()), cv2.__version__])[:8]
 _LOCKS = 256
 _CHECKED_BYTES = 4096
 _RECOUNT_S = 600  # between two looks whether a full folder is as full as was counted
@@ -64,8 +68,8 @@ class CacheFolder:
         object.__setattr__(self, "_root", cache_folder(self.config))
 
     def path(self, key: str, kind: str) -> Path:
-        """Where the file of a key (hex digits) lies."""
-        return self._root / key[:2] / f"{key}.{kind}"
+        """Where the file of a key (hex digits) lies; what other releases have decoded is not read."""
+        return self._root / key[:2] / f"{key}.{_SOFTWARE}.{kind}"
 
     def put(self, path: Path, size_bytes: int, parts: Iterable[bytes | memoryview]) -> bool:
         """Write a file of `size_bytes`; False if there is no room for it. A reader sees a whole file or none."""
