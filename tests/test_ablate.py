@@ -44,7 +44,7 @@ from kinoray.demo.binding import (
     picture,
 )
 from kinoray.demo.videos import make_video
-from kinoray.errors import ConfigError, JobError
+from kinoray.errors import ConfigError, JobError, StorageError
 from kinoray.network.build import build_model
 from kinoray.network.checkpoint import CheckpointMeta, save_checkpoint
 from kinoray.storage.objects import Storage
@@ -313,6 +313,16 @@ def test_trials_that_answered_for_different_videos_are_not_compared(tmp_path: Pa
         JobError, match=rf"trials {found[0].trial} and {found[1].trial} have answered for different vid"
     ):
         Study(Storage(), base_config(tmp_path), found)
+
+
+def test_answers_that_are_not_of_every_video_are_no_record(tmp_path: Path) -> None:
+    row = trial(tmp_path, X, 0, 38)
+    answers = tmp_path / "trials" / row.trial / "orders.json"
+    record = json.loads(answers.read_text())
+    del record["classes"]["reversed"][-1]
+    answers.write_text(json.dumps(record))
+    with pytest.raises(StorageError, match=r"orders\.json.* expected an answer for each of 40 videos in each order"):
+        read_answers(Storage(), str(tmp_path), row.trial)
 
 
 def test_the_tables_are_of_all_trials_in_the_folder_that_have_these_options(tmp_path: Path) -> None:

@@ -179,10 +179,13 @@ def read_answers(storage: Storage, out: str, name: str) -> Answers | None:
 
 
 def _to_answers(record: dict[str, Any]) -> Answers:
+    truth = tuple(map(int, record["truth"]))
     classes = {order: tuple(map(int, record["classes"][order])) for order in ORDERS}
+    if any(len(said) != len(truth) for said in classes.values()):
+        raise ValueError(f"expected an answer for each of {len(truth)} videos in each order")
     return Answers(
         checkpoint=str(record["checkpoint"]),
-        truth=tuple(map(int, record["truth"])),
+        truth=truth,
         classes=classes,
         videos=str(record.get("videos", "")),
         quarantined=int(record.get("quarantined", 0)),
