@@ -68,7 +68,7 @@ from kinoray.train.runs import Heartbeat, find_runs
 from kinoray.train.state import start_from
 from kinoray.tune.config import parse_space
 from kinoray.tune.results import known_trials, read_outcome
-from kinoray.video.cache import FrameCache
+from kinoray.video.cache import CacheFolder, FrameCache
 from kinoray.video.request import Sampled
 from kinoray.video.sandbox.pool import shared_sandbox
 from small_sets import LABELS, catalog_of
@@ -247,7 +247,7 @@ def cached_frames(folder: Path, data: bytes) -> object:
     """A file of the frame cache: as it is, and as the description inside a right file."""
     cache = FrameCache(CacheConfig(gb=1.0, folder=str(folder)), ClipConfig().without_flow())
     frames = np.zeros((8, 6, 3, 224, 224), np.uint8)
-    path = folder / "ab" / f"{'ab' * 16}.frames"
+    path = CacheFolder(CacheConfig(gb=1.0, folder=str(folder))).path("ab" * 16, "frames")
     for content in (data, struct.pack("<8sII", b"kinofrm2", len(data), zlib.crc32(data)) + data):
         LOCAL.put(str(path), content)
         assert not cache.load("ab" * 16, frames, None)

@@ -450,7 +450,7 @@ def test_what_is_in_train_and_in_val_is_found(doubled: str, tmp_path: Path, caps
     printed = capsys.readouterr().out
     assert "CATALOG_SPLIT" in printed
     assert "labels dedup: 2 groups across catalog_split with 6 of 35 videos, 4 of them to spare" in printed
-    assert "order of the table" not in printed
+    assert "; which to keep goes by the order of the table\n" in printed  # the catalog says no size
 
 
 def test_duplicates_that_are_not_in_the_catalog_are_counted(

@@ -271,19 +271,14 @@ def _correction(uri: str, number: int, line: Mapping[str, str], classes: _Classe
     if not row_key:
         raise CatalogError(f"{where}, column row_key: it is empty; it must name a row of the predictions")
     if not label.strip():
-        none = "or | for none of the classes, " if isinstance(classes, _Lists) else ""
-        raise CatalogError(
-            f"{where}, column label: it is empty; fill in a class, {none}or {BAD_VIDEO} to leave the video out, or "
-            "delete the line, and nothing is said of the video"
-        )
+        none = " (| for none of them)" if isinstance(classes, _Lists) else ""
+        what = f"fill in a class{none} or {BAD_VIDEO}, which leaves the video out, or delete the line"
+        raise CatalogError(f"{where}, column label: it is empty; {what}")
     found = classes.find(label, f"{where}, column label")
     if found is None:
-        some = ", ".join(sorted(classes.labels)[:20])
-        raise CatalogError(
-            f"{where}, column label: there is no class {label!r:.80}; there are {some}"
-            f"{' ...' if len(classes.labels) > 20 else ''}, and {BAD_VIDEO} to leave a video out; "
-            "--new-classes adds one"
-        )
+        some = ", ".join(sorted(classes.labels)[:20]) + " ..." * (len(classes.labels) > 20)
+        known = f"there are {some}, and {BAD_VIDEO} to leave a video out; --new-classes adds one"
+        raise CatalogError(f"{where}, column label: there is no class {label!r:.80}; {known}")
     return Correction(_bare(row_key), found, line.get("video_id", ""), undefused(line.get("predicted", "")), where)
 
 

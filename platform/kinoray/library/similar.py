@@ -29,7 +29,7 @@ from kinoray.label.planfile import shown_units
 from kinoray.library.config import DedupConfig, FoundConfig, SearchConfig
 from kinoray.library.labels import Joined, put_rows
 from kinoray.library.rows import LABEL_SCHEMA, blocks, print_table, scan
-from kinoray.library.vectors import Nearest, cosines, near_groups, usable
+from kinoray.library.vectors import Nearest, cosines, differing, near_groups, usable
 from kinoray.storage.objects import Storage, absolute, join
 from kinoray.storage.records import require_file
 
@@ -41,7 +41,6 @@ _STORED = (*_COLUMNS, *_DAMAGE, "embedding")
 _OF_CATALOG = ("label", "split", "duration_s", "width", "height", "size_bytes")
 _SIZES = ("length", "catalog_size_bytes", "catalog_width", "catalog_duration_s")
 _SHOWN_ROWS = 50
-_SHOWN_ALIKE = 5  # rows with one video_id
 _CACHED_ROWS = 8192  # of a batch of the file in --cache
 _DIGEST_KEY = b"kinoray"
 _DAY_S = 86400.0
@@ -126,10 +125,9 @@ class Vectors:
             found = batch.filter(pc.equal(batch.column("video_id"), name))
             alike += zip(found.column("row_key").to_pylist(), found.column("uri").to_pylist(), strict=True)
         if len(alike) > 1:
-            some = ", ".join(f"{row_key} ({uri})" for row_key, uri in alike[:_SHOWN_ALIKE])
-            more = f" and {len(alike) - _SHOWN_ALIKE:,} more" if len(alike) > _SHOWN_ALIKE else ""
+            some = ", ".join(f"{row_key} ({uri})" for row_key, uri in alike[:5])
             raise ConfigError(
-                f"like: {many(len(alike), 'video')} of {self.ledger.root} have the video_id {name!r}: {some}{more}; "
+                f"like: {many(len(alike), 'video')} of {self.ledger.root} have the video_id {name!r}: {some}; "
                 "name one by its row_key"
             )
         return alike[0][0] if alike else ""
@@ -388,12 +386,13 @@ def dedup(config: DedupConfig) -> dict[str, Any]:
             notes += f"; of {many(len(members), 'duplicate')} {joined.num_unmet:,} {have} no video in {config.join}"
     roots = roots_N[members]
     if config.across:
-        differ = _differing(roots, table[config.across].to_pylist())
+        differ = differing(roots, table[config.across].to_pylist())
         table, members, roots = table.filter(pa.array(differ)), members[differ], roots[differ]
     order = _best_first(table, roots, members)
     table, members, roots = table.take(order), members[order], roots[order]
     if len(members) and not any(_numbers(table, name).any() for name in _SIZES):
-        notes += "; which to keep goes by the order of the table: --join the library, and by their sizes and lengths"
+        notes += "; which to keep goes by the order of the table"
+        notes += "" if joined else ": --join the library, and by their sizes and lengths"
     is_first = np.ones(len(roots), bool)
     is_first[1:] = roots[1:] != roots[:-1]
     group = np.cumsum(is_first)
@@ -433,15 +432,6 @@ def _joined(storage: Storage, config: DedupConfig) -> Joined | None:
     return joined
 
 
-def _differing(roots: np.ndarray, values: Sequence[Any]) -> np.ndarray:
-    """bool [N]: whether the group of a row has several values; null is none."""
-    of_group: dict[int, set[str]] = {}
-    for root, value in zip(roots.tolist(), values, strict=True):
-        if value is not None:
-            of_group.setdefault(root, set()).add(str(value))
-    return np.array([len(of_group.get(root, ())) > 1 for root in roots.tolist()], bool)
-
-
 def _best_first(table: pa.Table, roots: np.ndarray, places: np.ndarray) -> np.ndarray:
     """The order of groups, and in each of the row to keep and the others."""
     is_damaged = _numbers(table, "frames_corrupt") + _numbers(table, "frames_missing") > 0
@@ -457,9 +447,8 @@ def _best_first(table: pa.Table, roots: np.ndarray, places: np.ndarray) -> np.nd
 
 def _numbers(table: pa.Table, name: str) -> np.ndarray:
     """A column as float64, nulls as 0; zeros where the table has no such column."""
-    if name not in table.column_names:
-        return np.zeros(len(table))
-    return np.asarray(pc.fill_null(pc.cast(table[name], pa.float64()), 0.0))
+    column = table[name] if name in table.column_names else pa.nulls(len(table))
+    return np.asarray(pc.fill_null(pc.cast(column, pa.float64()), 0.0))
 
 
 # Showing

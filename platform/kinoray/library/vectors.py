@@ -6,11 +6,11 @@ inputs give equal outputs, so of equal rows the first counts, and what is drawn 
 """
 # Shapes: N rows, B rows of a block, D numbers of a vector, Q queries, K pivots, M cells in which a row is looked for
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
-__all__ = ["EXACT_ROWS", "Nearest", "cosines", "far_apart", "map_2d", "near_groups", "nearest", "usable"]
+__all__ = ["EXACT_ROWS", "Nearest", "cosines", "differing", "far_apart", "map_2d", "near_groups", "nearest", "usable"]
 
 EXACT_ROWS = 16_384
 """Up to so many different vectors `near_groups` compares each with each."""
@@ -158,6 +158,15 @@ def near_groups(
         _join_cell(vectors_ND, pivot, home, near, threshold, groups)
         tell(len(home))
     return groups.roots()
+
+
+def differing(roots: np.ndarray, values: Sequence[object]) -> np.ndarray:
+    """bool [N]: whether the group of a row, given by its first row, has several values; None is no value."""
+    of_group: dict[int, set[str]] = {}
+    for root, value in zip(roots.tolist(), values, strict=True):
+        if value is not None:
+            of_group.setdefault(root, set()).add(str(value))
+    return np.array([len(of_group.get(root, ())) > 1 for root in roots.tolist()], bool)
 
 
 class _Groups:

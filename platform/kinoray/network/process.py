@@ -14,8 +14,8 @@ def set_up_to_compute(num_threads: int) -> None:
     """Give torch so many threads on the CPU, and have glibc keep the memory of large tensors for the next ones.
 
     Left alone it gives each back to the kernel, and takes it again page by page: up to two thirds of the CPU time of
-    a forward pass (docs/benchmarks.md). A thread's own heap is too small for such tensors, so all share one. With another
-    C library only the threads are set.
+    a forward pass (docs/benchmarks.md). A thread's own heap is too small for such tensors, so all share one. With
+    another C library only the threads are set.
     """
     torch.set_num_threads(num_threads)
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
