@@ -89,7 +89,7 @@ def wandb_history(file: Path) -> list[dict[str, float]]:
     data, place, content, rows = file.read_bytes(), 7, b"", []
     assert data.startswith(b":W&B")
     while place < len(data):
-        if -place % 2**15 < 7:  # no head of a record fits into what is left of the block
+        if 0 < -place % 2**15 < 7:  # no head of a record fits into what is left of the block
             place += -place % 2**15
             continue
         _, length, kind = struct.unpack_from("<IHB", data, place)
