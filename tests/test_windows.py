@@ -21,7 +21,9 @@ from kinoray.label.config import LabelConfig
 from kinoray.label.keys import row_keys
 from kinoray.label.ledger import Ledger, read_windows
 from kinoray.label.open import open_network
+from kinoray.label.read import DecodedVideo, VideoReader
 from kinoray.label.stage import LabelJob, LabelUnits, pack_unit
+from kinoray.label.times import StageClock
 from kinoray.label.unit import JobRecord
 from kinoray.network.build import build_model
 from kinoray.network.checkpoint import load_meta
@@ -189,16 +191,29 @@ def test_a_window_is_labelled_as_a_video_and_the_video_is_their_mean(library: Pa
     assert {window["row_key"] for window in windows} == {row["row_key"] for row in rows[:3]}
 
 
+LARGE = ClipConfig(
+    sample=SampleConfig(num_segments=32, frames_per_segment=3), view=ViewConfig(resize_px=224, crop_px=224)
+)
+"""96 frames of 224 x 224 with flow are 24 MB: about ten windows at a time, and the longest video has 17."""
+MANY_WINDOWS = ViewsConfig(windows=WindowsConfig(length_s=0.3, stride_s=0.2))
+
+
 def test_windows_that_are_read_in_parts_are_all_there(library: Path, tmp_path: Path) -> None:
-    """96 frames of 224 x 224 with flow are 24 MB: ten windows at a time, and the longest video has 17."""
-    sample = SampleConfig(num_segments=32, frames_per_segment=3)
-    clip = ClipConfig(sample=sample, view=ViewConfig(resize_px=224, crop_px=224))
-    views = ViewsConfig(windows=WindowsConfig(length_s=0.3, stride_s=0.2))
-    ledger = labelled(library, tmp_path, clip, views, batch_size=2)
+    ledger = labelled(library, tmp_path, LARGE, MANY_WINDOWS, batch_size=2)
     rows = pa.concat_tables(ledger.read_units(ledger.plans()[0].units)).to_pylist()
     assert [row["windows"] for row in rows] == [3, 12, 17, 0]
     counts = [window["window"] for window in read_windows(LOCAL, ledger.root).to_pylist()]
     assert counts == [*range(3), *range(12), *range(17)]
+
+
+def test_parts_that_are_asked_for_at_once_wait_for_the_decoder(library: Path) -> None:
+    """The one decoder is at work on the next videos while a consumer in a hurry asks for the rest of the first."""
+    reader = VideoReader(LOCAL, LARGE, MANY_WINDOWS, StageClock(), num_decoders=1, batch_size=3)
+    rows = catalog_of_source(LOCAL, str(library)).table
+    parts = [list(reader.parts(video)) for video in reader.videos(rows) if isinstance(video, DecodedVideo)]
+    assert [len(video) for video in parts] == [1, 2, 2]
+    assert [sum(len(part.windows) for part in video) for video in parts] == [3, 12, 17]
+    reader.close()
 
 
 def test_rows_of_windows_say_when_they_are_shown(tmp_path: Path) -> None:

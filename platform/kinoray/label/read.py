@@ -127,8 +127,9 @@ class VideoReader:
             following = self._threads.submit(self._decode, video.data, end, video.shots)
             try:
                 yield part
-            finally:
+            except GeneratorExit:  # the rest is not wanted: a part before this one was refused
                 following.cancel()
+                raise
             total = part.num_windows
             with self._clock.timing("decode"):
                 part = following.result()
