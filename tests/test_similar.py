@@ -396,7 +396,7 @@ def test_groups_of_copies_are_found_and_the_first_sound_one_is_kept(
     said = "labels dedup: 3 groups with 8 of 35 videos, 5 of them to spare; 8 rows have no embedding"
     printed = capsys.readouterr().out
     assert said in printed
-    assert "which to keep goes by the order of the table: --join the library" in printed
+    assert "the first undamaged of each in the table is kept: --join the library" in printed
     assert dedup(DedupConfig(predictions=doubled, threshold=1.0))["groups"] == 0
     assert "8 rows have no embedding; a --threshold below 1 finds copies that are less alike" in capsys.readouterr().out
 
@@ -450,7 +450,7 @@ def test_what_is_in_train_and_in_val_is_found(doubled: str, tmp_path: Path, caps
     printed = capsys.readouterr().out
     assert "CATALOG_SPLIT" in printed
     assert "labels dedup: 2 groups across catalog_split with 6 of 35 videos, 4 of them to spare" in printed
-    assert "; which to keep goes by the order of the table\n" in printed  # the catalog says no size
+    assert "; the first undamaged of each in the table is kept\n" in printed  # the catalog says no size
 
 
 def test_duplicates_that_are_not_in_the_catalog_are_counted(

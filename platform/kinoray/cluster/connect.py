@@ -132,7 +132,9 @@ def connect(config: WorkersConfig) -> None:
                 logging_config=_logging(config),
             )
         else:  # "local", so that it never joins a stranger's cluster
-            print(f"resources: starting Ray on this machine (local_cpus {config.local_cpus})", flush=True)
+            print(
+                f"resources: starting Ray on this machine with {config.local_cpus} task slots (local_cpus)", flush=True
+            )
             reap("starting", f"{get_default_ray_temp_dir()}/session_*_{os.getpid()}")
             with _small():
                 ray.init(

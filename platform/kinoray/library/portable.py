@@ -248,6 +248,7 @@ def _made(model: VideoModel, kind: str, aside: Path, clips: Sequence[Inputs]) ->
         ModelError: it cannot be made, or does not run.
     """
     name = type(model).__name__
+    _say(f"{name} is traced, written as {kind} and compared; a large network takes minutes")
     expected = [_logits(model, clip) for clip in clips]  # before it is traced: what it caches must be real tensors
     for is_dynamic in (True, False):
         folder = aside / ("any" if is_dynamic else "one")

@@ -339,12 +339,9 @@ def _seen(storage: Storage, vectors: Vectors, config: SearchConfig) -> np.ndarra
     require(bool(checkpoint), "like", "a video of the table: several networks labelled it", config.like)
     from kinoray.label.predict import Model  # here: it imports torch, which takes seconds
 
+    print(f"labels search: {checkpoint} looks at {uri}", file=sys.stderr, flush=True)
     own = LabelConfig(
-        source="",
-        checkpoint=checkpoint,
-        allow_factory=config.allow_factory,
-        embeddings=True,
-        storage=config.storage,
+        source="", checkpoint=checkpoint, allow_factory=config.allow_factory, embeddings=True, storage=config.storage
     )
     with Model(own, seen_as_in=record, warn=warn) as model:
         answer = model.predict(uri)
@@ -391,8 +388,8 @@ def dedup(config: DedupConfig) -> dict[str, Any]:
     order = _best_first(table, roots, members)
     table, members, roots = table.take(order), members[order], roots[order]
     if len(members) and not any(_numbers(table, name).any() for name in _SIZES):
-        notes += "; which to keep goes by the order of the table"
-        notes += "" if joined else ": --join the library, and by their sizes and lengths"
+        notes += "; the first undamaged of each in the table is kept"
+        notes += "" if joined else ": --join the library for the largest and longest"
     is_first = np.ones(len(roots), bool)
     is_first[1:] = roots[1:] != roots[:-1]
     group = np.cumsum(is_first)
