@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, fields, replace
 
 from kinoray.cli import guarded, parse_settings
 from kinoray.config.shared import (
+    AugmentConfig,
     CacheConfig,
     ClipConfig,
     FlowConfig,
@@ -68,8 +69,10 @@ class AblateConfig(TrainConfig):
         )
     )
     """What the networks are fed."""
-    cache: CacheConfig = field(default_factory=lambda: CacheConfig(gb=20.0))
-    """All runs share one decode, as in `kinoray tune`."""
+    augment: AugmentConfig = field(default_factory=lambda: AugmentConfig(num_views=20))
+    """As many views as epochs: each epoch draws its own, and all rows of a seed share them."""
+    cache: CacheConfig = field(default_factory=lambda: CacheConfig(gb=30.0))
+    """All runs share one decode, as in `kinoray tune`; by default what three seeds see of the generated set fits."""
 
     def __post_init__(self) -> None:
         TrainConfig.__post_init__(self)
