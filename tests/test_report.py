@@ -581,6 +581,18 @@ def test_many_classes_are_a_picture_and_a_list_of_mistakes(tmp_path: Path) -> No
     assert parse_qs((mistake or "").lstrip("#")) == {"true": ["class 1"], "label": ["class 0"]}
 
 
+def test_classes_without_a_video_fold_into_one_line(tmp_path: Path) -> None:
+    names = tuple(f"class {number}" for number in range(400))
+    rows = [row(f"v{n}", label_topk=[names[n]], score_topk=[1.0], id_topk=[n], margin=None) for n in (3, 7)]
+    truth: Truth = [("v3", names[5], "val"), ("v7", names[7], "val")]
+    page = make_site(tmp_path, rows, catalog_of(truth, names), max_strips=0).html
+    table, _, rest = page.partition('<table class="classes">')[2].partition("</table>")
+    assert re.findall(r"<bdi>(class \d+)</bdi>", table) == [names[3], names[7], names[5]]
+    folded = rest.partition("<details")[2].partition("</details>")[0]
+    assert "397 classes with no video" in folded
+    assert re.findall(r"<bdi>(class \d+)</bdi>", folded) == [name for name in names if name not in names[3:8:2]]
+
+
 def test_a_second_report_replaces_the_first_and_leaves_other_files(tmp_path: Path) -> None:
     rows = [row(f"v{number}") for number in range(ROWS_PER_FILE + 1)]
     first = make_site(tmp_path / "first", rows, max_strips=0)

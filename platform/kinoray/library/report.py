@@ -247,6 +247,7 @@ def _values(
             )
         ],
         "classes": sorted(numbers.classes, key=lambda row: -row.num_predicted),
+        "unused": [row.counts.label for row in numbers.classes if not (row.num_predicted or row.counts.videos)],
         "confusion": confusion,
         "shades": _shade(confusion) if confusion and small else None,
         "picture": _confusion_picture(confusion) if confusion and not small else "",

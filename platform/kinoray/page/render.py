@@ -13,7 +13,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from kinoray import __version__
-from kinoray.console import visible
+from kinoray.console import many, visible
 
 __all__ = ["asset", "render_page", "render_site_page"]
 
@@ -57,7 +57,7 @@ def asset(names: Sequence[str]) -> str:
 
 
 def _render(template: str, values: Mapping[str, object]) -> str:
-    """The template with the filters visible, percent and number, and with `version`."""
+    """The template with the filters visible, many, percent and number, and with `version`."""
     environment = Environment(
         loader=PackageLoader("kinoray", "page"),
         autoescape=True,
@@ -65,7 +65,7 @@ def _render(template: str, values: Mapping[str, object]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(visible=visible, percent=_percent, number=_number)
+    environment.filters.update(visible=visible, many=many, percent=_percent, number=_number)
     return environment.get_template(template).render(**values, version=__version__)
 
 
