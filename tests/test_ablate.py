@@ -269,7 +269,7 @@ def test_the_table_is_means_and_sample_deviations_and_paired_differences(tmp_pat
         trial(tmp_path, X, 1, 40, backwards=12),
     ]
     study = Study(Storage(), base_config(tmp_path), found, others=2)
-    about, left_out = study_page(study).split("\n\n")[:2]
+    about, left_out, fewer = study_page(study).split("\n\n")[:3]
     assert about.startswith(
         "40 videos of val of c; 20 epochs, seeds 0, 1; 2 x 4 frames of 64 px; backbone=tiny heads=4."
     )
@@ -277,6 +277,10 @@ def test_the_table_is_means_and_sample_deviations_and_paired_differences(tmp_pat
     assert left_out == (
         f"Left out: No_STC MFF, scale as printed, seed 1, trial {failed} (TrainingDiverged: nan); "
         "2 trials with other model.options."
+    )
+    assert fewer == (
+        "Of fewer seeds: TSN, RGB (0); No_STC MFF, scale as printed (0). "
+        "Differences are over the seeds that both rows have."
     )
     top1, order, gains = tables(study_page(study))
     assert top1["top-1, %"] == ["forward", "reversed", "shuffled", "GMAC a clip", "paper, K400"]

@@ -176,6 +176,10 @@ def _about(study: Study) -> str:
     ]
     if study.left_out:
         lines.append(f"Left out: {'; '.join(study.left_out)}.")
+    seeds_of = {row.title: study.answers[row.title] for row in study.rows}
+    fewer = [f"{title} ({', '.join(map(str, of))})" for title, of in seeds_of.items() if len(of) < len(study.seeds)]
+    if fewer:
+        lines.append(f"Of fewer seeds: {'; '.join(fewer)}. Differences are over the seeds that both rows have.")
     return "\n\n".join(lines)
 
 
