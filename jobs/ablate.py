@@ -1,7 +1,6 @@
 """Table 2 of the paper as a study over tune's grid: what STC and MFF do on any packed set, others beside them.
 
 python jobs/ablate.py sets/binding --generate --out runs/ablation     # makes the generated set first (docs/ablation.md)
-python jobs/ablate.py sets/mine --out runs/ablation-mine --model.options backbone=resnet18 --optim.epochs 30
 ray job submit --working-dir . --runtime-env-json '{"env_vars": {"PYTHONPATH": "platform:models"}}' \\
     -- python jobs/ablate.py s3://bucket/set --out s3://bucket/runs/ablation --resources.num-workers 2
 """
@@ -111,11 +110,9 @@ def ablate(config: AblateConfig) -> str:
 
 
 def main() -> int:
-    config = parse_settings(
-        "ablate", AblateConfig, sys.argv[1:], ("generate", "seeds", "rows"), "python jobs/ablate.py"
-    )
-    if config is not None:
-        ablate(config)
+    job = parse_settings("ablate", AblateConfig, sys.argv[1:], ("generate", "seeds", "rows"), "python jobs/ablate.py")
+    if job is not None:
+        ablate(job)
     return 0
 
 
